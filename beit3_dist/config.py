@@ -1,0 +1,337 @@
+"""The one description of a run: nested, typed, validated.
+
+`RunConfig` is what a recipe in `launchers/recipes/` fills in and what the command line overrides with dotted
+names (`--optim.lr 5e-4`). Every default is the BEiT-3 paper's value unless its docstring says otherwise; where the
+paper is silent the docstring says so and names the practice that was followed. A combination that cannot run raises
+`ValueError` with one line that names the field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SPECIAL_ROWS = 10
+"""Rows of the word embedding beyond the SentencePiece pieces: 64,000 pieces give the released 64,010 rows
+(pieces are shifted by one, <mask> follows them, eight rows are spare)."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    """Raises ValueError unless `divisor` divides `value`, naming both fields."""
+    require(divisor > 0 and value % divisor == 0, f"{name}={value} is not divisible by {divisor_name}={divisor}")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The Multiway Transformer. The defaults are the paper's giant."""
+
+    layers: int = 40
+    """Transformer blocks."""
+    width: int = 1408
+    """Hidden size D."""
+    heads: int = 16
+    """Attention heads; must divide the width."""
+    ffn_width: int = 6144
+    """Hidden size F of every expert's feed-forward network."""
+    patch_size: int = 14
+    """Side of a patch in pixels; must divide image_size."""
+    image_size: int = 224
+    """Side of the square input picture in pixels."""
+    attention: Literal["shared", "per_modality"] = "shared"
+    """shared: one set of attention projections and norms for all tokens (the paper). per_modality: one set for vision
+    tokens and one for language tokens, including the final norm (the released base and large models)."""
+    sub_layernorm: bool = False
+    """An extra LayerNorm before attention's output projection and before the second FFN matrix (the released models)."""
+    vl_expert_layers: int = 3
+    """Top layers with a vision-language expert that takes both sides of a pair (paper: 3; released models: 0)."""
+    vocab_size: int = 64010
+    """Rows of the word embedding and of the text head: SentencePiece pieces + 10."""
+    visual_vocab_size: int = 8192
+    """Codes of the image tokenizer: rows of the image head."""
+    max_text_length: int = 1022
+    """Longest text in tokens, <s> and </s> included. The position table has two more rows: positions start at 2."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; it grows linearly from 0 at the first. Per sample, for both branches."""
+    layer_norm_eps: float = 1e-5
+    """Epsilon of every LayerNorm."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of one picture, CLS not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "ffn_width", "patch_size", "image_size", "vocab_size", "visual_vocab_size"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        require_divides("model.heads", self.heads, "model.width", self.width)
+        require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
+        require(0 <= self.vl_expert_layers <= self.layers,
+                f"model.vl_expert_layers={self.vl_expert_layers} is not between 0 and model.layers={self.layers}")
+        require(0 <= self.drop_path < 1, f"model.drop_path={self.drop_path} is not in [0, 1)")
+        require(self.max_text_length >= 3, f"model.max_text_length={self.max_text_length}: a text needs at least <s>, a word and </s>")
+        require(self.vocab_size > SPECIAL_ROWS, f"model.vocab_size={self.vocab_size} leaves no room for words beside {SPECIAL_ROWS} special rows")
+
+
+@dataclass(kw_only=True)
+class Source:
+    """One of several sources of a stream."""
+
+    shards: str
+    """Brace or glob pattern of tars."""
+    weight: float = 1.0
+    """Share of the stream's samples, relative to the other sources' weights."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, f"the weight of source {self.shards!r} must be positive, not {self.weight}")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The three streams. A stream is one pattern of tars or a list of weighted sources."""
+
+    images: str | list[Source]
+    """Pictures: members with extension jpg, jpeg, png, webp, bmp or tif."""
+    texts: str | list[Source]
+    """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
+    pairs: str | list[Source]
+    """Pictures with captions: an image member and a .txt (or .json, see caption_key) member of the same key."""
+    caption_key: str = "caption"
+    """Field of a pair's .json member that holds the caption; used only where a sample has no .txt."""
+    text_length: int = 512
+    """Tokens of a text sample, <s> and </s> included (the paper does not say; FLAVA and RoBERTa use 512)."""
+    caption_length: int = 64
+    """Longest caption in tokens, <s> and </s> included; longer ones are cut (the released fine-tuning default)."""
+    min_crop_scale: float = 0.2
+    """Smallest area of the random crop as a share of the picture (BEiT v2's pretraining recipe)."""
+    color_jitter: float = 0.4
+    """Strength of brightness, contrast and saturation jitter."""
+    horizontal_flip: float = 0.5
+    """Probability of mirroring a picture. The paper flips images and pairs alike."""
+    tokenizer_image_size: int = 0
+    """Side of the image tokenizer's view in pixels; 0: the tokenizer file's own size."""
+    workers: int = 8
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: int = 4
+    """Micro-batches that each worker prepares ahead."""
+    cache: str = "~/.cache/beit3_dist"
+    """Folder of the shard indexes; the data folders themselves are never written to."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels than this are refused as image bombs and replaced."""
+    max_bad_fraction: float = 0.01
+    """The run stops with a report when more than this share of all samples had to be replaced."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_length", "caption_length"):
+            require(getattr(self, name) >= 3, f"data.{name}={getattr(self, name)}: a text needs at least <s>, a word and </s>")
+        for name in ("horizontal_flip", "color_jitter", "max_bad_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
+        require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
+        require(self.workers >= 0, f"data.workers={self.workers} is negative")
+        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """Masked data modelling."""
+
+    image_mask_ratio: float = 0.4
+    """Share of patches masked, block-wise; the count is exact: round(ratio * patches)."""
+    text_mask_ratio: float = 0.15
+    """Share of a text's words masked; the count is exact: max(1, round(ratio * words))."""
+    caption_mask_ratio: float = 0.5
+    """Share of a caption's words masked; exact as above."""
+    mask_token_share: float = 0.8
+    """Share of the masked words that are replaced by <mask> (the paper is silent; BERT's 80/10/10)."""
+    random_token_share: float = 0.1
+    """Share of the masked words that are replaced by a random word; the rest keeps its word."""
+    mask_pairs: Literal["both", "one"] = "both"
+    """both: image and caption of a pair are masked in the same pass. one: one of the two, chosen per sample by a fair
+    keyed coin (the paper is silent; it gives both ratios without saying that they exclude one another)."""
+    image_weight: float = 1.0
+    """Weight of the image-only loss (the paper is silent; plain sum)."""
+    text_weight: float = 1.0
+    """Weight of the text-only loss."""
+    pair_image_weight: float = 1.0
+    """Weight of the image loss of pairs."""
+    pair_text_weight: float = 1.0
+    """Weight of the caption loss of pairs."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_mask_ratio", "text_mask_ratio", "caption_mask_ratio"):
+            require(0 < getattr(self, name) < 1, f"objective.{name}={getattr(self, name)} is not in (0, 1)")
+        require(min(self.mask_token_share, self.random_token_share) >= 0 and self.mask_token_share + self.random_token_share <= 1,
+                "objective.mask_token_share + objective.random_token_share must lie in [0, 1]")
+        for name in ("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"):
+            require(getattr(self, name) >= 0, f"objective.{name}={getattr(self, name)} is negative")
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """Global numbers of samples per step, over all ranks and micro-batches."""
+
+    images: int = 2048
+    """Image-only samples per step."""
+    texts: int = 2048
+    """Text-only samples per step."""
+    pairs: int = 2048
+    """Image-text pairs per step."""
+    accumulation: int = 1
+    """Micro-batches per step; a rank's micro-batch of a stream is its count / data-parallel ranks / accumulation."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "texts", "pairs"):
+            require(getattr(self, name) > 0, f"batch.{name} must be positive: every micro-batch holds all three streams, "
+                                             "or ranks would run different experts and ZeRO-3 would hang")
+        require(self.accumulation > 0, f"batch.accumulation must be positive, not {self.accumulation}")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model is spread over the ranks. The data-parallel size is what the launcher's world leaves."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    sequence: bool = False
+    """Sequence parallelism over the tensor ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    """ZeRO stage: 0 nothing is sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
+
+    def __post_init__(self) -> None:
+        for name, neutral in (("tensor", 1), ("pipeline", 1), ("sequence", False)):
+            require(getattr(self, name) == neutral, f"parallel.{name}={getattr(self, name)} is not available in this version; "
+                                                    f"set it to {neutral} and use parallel.zero_stage")
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW with a linear warm-up and a cosine decay."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """Learning rate at the last step (the paper is silent; BEiT v1 and v2 use 1e-5)."""
+    warmup_steps: int = 10_000
+    """Steps of the linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.98
+    """Decay of the second moment."""
+    eps: float = 1e-6
+    """AdamW's epsilon."""
+    weight_decay: float = 0.05
+    """Decoupled decay of matrices; biases, norms, CLS and mask tokens and position tables are not decayed."""
+    clip_norm: float = 3.0
+    """Largest gradient norm of the whole model; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} is not between 0 and optim.lr={self.lr}")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} is negative")
+        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1 and optim.beta2 must lie in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Sharded checkpoints in OUT/checkpoints."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Newest checkpoints that are kept; 0 keeps all."""
+    resume: str = "none"
+    """none: start anew. auto: go on from the newest whole checkpoint of OUT, or start anew if there is none.
+    PATH: go on from that checkpoint folder."""
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, f"checkpoint.every must be positive, not {self.every}")
+        require(self.keep >= 0, f"checkpoint.keep={self.keep} is negative")
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Held-out validation with the same losses and accuracies, without augmentation and with fixed masks."""
+
+    every: int = 0
+    """Steps between validations; 0 turns validation off."""
+    batches: int = 4
+    """Batches of the training size per validation, always the same samples."""
+    images: str = ""
+    """Held-out tars of pictures."""
+    texts: str = ""
+    """Held-out tars of documents."""
+    pairs: str = ""
+    """Held-out tars of pairs."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"eval.every={self.every} is negative")
+        require(self.batches > 0, f"eval.batches must be positive, not {self.batches}")
+        for name in ("images", "texts", "pairs"):
+            require(not self.every or bool(getattr(self, name)), f"eval.{name} is empty but eval.every={self.every}: name held-out shards or set eval.every to 0")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A pretraining run."""
+
+    out: str
+    """Run folder: config.yaml, metrics.jsonl, tensorboard/, logs/, checkpoints/, quarantine.jsonl."""
+    data: DataConfig
+    """The three streams of tars."""
+    text_tokenizer: str
+    """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
+    image_tokenizer: str
+    """VQ-KD image tokenizer file; launchers/train_image_tokenizer.py makes one."""
+    seed: int = 0
+    """Seed of everything that is drawn: initial values, order, crops, masks, drop path."""
+    steps: int = 1_000_000
+    """Optimizer steps of the whole run."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bf16 parameters and activations, fp32 masters and gradient accumulation. fp32: everything in fp32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What is recomputed in the backward pass. selective: the experts' FFNs; full: whole blocks."""
+    deepspeed_config: str = ""
+    """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
+    contradicts it is an error. Empty: everything is auto."""
+    init_from: str = ""
+    """File with weights to start from, in the released .pth layout; empty: random values by (seed, name)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The Multiway Transformer."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Masked data modelling."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Samples per step."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over the ranks."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Held-out validation."""
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, f"steps must be positive, not {self.steps}")
+        require(self.optim.warmup_steps <= self.steps, f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}")
+        for name in ("text_length", "caption_length"):
+            require(getattr(self.data, name) <= self.model.max_text_length,
+                    f"data.{name}={getattr(self.data, name)} exceeds model.max_text_length={self.model.max_text_length}")
+        require(self.precision == "fp32" or self.parallel.zero_stage > 0,
+                "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "
+                "use parallel.zero_stage=1 or precision=fp32")
+
+    def micro_batch(self, data_parallel: int) -> tuple[int, int, int]:
+        """Images, texts and pairs of one rank's micro-batch. Raises ValueError where the batch does not divide."""
+        parts = data_parallel * self.batch.accumulation
+        for name in ("images", "texts", "pairs"):
+            count = getattr(self.batch, name)
+            require(count % parts == 0, f"batch.{name}={count} is not divisible by {data_parallel} data-parallel ranks "
+                                        f"x batch.accumulation={self.batch.accumulation} = {parts}")
+        return self.batch.images // parts, self.batch.texts // parts, self.batch.pairs // parts
