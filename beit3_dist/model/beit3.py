@@ -1,0 +1,113 @@
+"""BEiT-3: one Multiway Transformer for images, texts and pairs, with a head for visual codes and one for words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from beit3_dist.config import ModelConfig
+from beit3_dist.model.block import Encoder
+from beit3_dist.model.embedding import LanguageEmbedding, VisionEmbedding
+from beit3_dist.model.initialization import materialize
+from beit3_dist.model.layout import Layout, group
+from beit3_dist.model.multiway import Multiway
+
+
+@dataclass(frozen=True)
+class MixedInputs:
+    """What the model reads of a micro-batch: I image-only samples, P pairs, W real words (pairs' first)."""
+
+    images: Tensor
+    """[I + P, 3, S, S], normalised to [-1, 1]."""
+    words: Tensor
+    """int64 [W], packed."""
+    layout: Layout
+    """Where the tokens lie."""
+    image_mask: Tensor | None = None
+    """bool [I + P, patches], True where a patch is hidden."""
+    keep: Tensor | None = None
+    """Drop-path factors [layers, 2, samples]; None keeps all branches."""
+
+
+class BEiT3(nn.Module):
+    """The model. `device="meta"` builds it without memory; else its values are a function of (seed, name)."""
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):
+            self.vision_embedding = VisionEmbedding(config)
+            self.language_embedding = LanguageEmbedding(config)
+            self.blocks = Encoder(config)
+            experts = ("shared",) if config.attention == "shared" else ("vision", "language")
+            self.norm = Multiway(experts, lambda: nn.LayerNorm(config.width, config.layer_norm_eps))
+            self.image_head = nn.Linear(config.width, config.visual_vocab_size)
+            self.text_head = nn.Linear(config.width, config.vocab_size)
+        if torch.device(device).type != "meta":
+            materialize(self, config, seed, device)
+
+    def hidden(self, inputs: MixedInputs) -> Tensor:
+        """Hidden states before the final norm, [T, D] in the layout's order."""
+        layout, device = inputs.layout, inputs.words.device
+        positions = torch.cat([layout.pairs.positions(device), layout.texts.positions(device)])
+        x_TD = torch.cat([self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1),
+                          self.language_embedding(inputs.words, positions)])
+        return self.blocks(x_TD, layout, inputs.keep)
+
+    def image_logits(self, hidden_MD: Tensor) -> Tensor:
+        """Logits of the visual codes for some patches' hidden states, [M, codes]."""
+        return self.image_head(self.norm[self.norm.experts[0]](hidden_MD))
+
+    def text_logits(self, hidden_MD: Tensor) -> Tensor:
+        """Logits of the words for some words' hidden states, [M, vocabulary]."""
+        return self.text_head(self.norm[self.norm.experts[-1]](hidden_MD))
+
+    def encode(self, images: Tensor | None = None, text: Tensor | None = None, text_padding: Tensor | None = None,
+               image_mask: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, [B, N, D], N in the order [CLS, patches, words].
+
+        One kind of samples at a time: images alone (vision encoder), text alone (language encoder) or both (fusion).
+        images: [B, 3, S, S] in [-1, 1]. text: int64 [B, L]. text_padding: bool [B, L], True at padding, whose rows of
+        the result are zero. image_mask: bool [B, patches]. attention_mask: bool [N, N] or [B, N, N], True where a
+        query may attend to a key (sequence-to-sequence use).
+        """
+        if images is None and text is None:
+            raise ValueError("encode needs images, text, or both")
+        given = images if images is not None else text
+        batch, device = len(given), given.device
+        patches = 0 if images is None else 1 + self.config.patches
+        length = 0 if text is None else text.shape[1]
+        one_group = group(batch, patches, text_padding if text is not None else None, length, attention_mask)
+        kind = "texts" if images is None else "images" if text is None else "pairs"
+        layout = Layout(**{kind: one_group})
+        size = self.config.image_size
+        images = torch.zeros(0, 3, size, size, device=device) if images is None else images
+        words = torch.zeros(0, dtype=torch.int64, device=device) if text is None else text.flatten()
+        if one_group.index is not None:
+            words = words[one_group.index]
+        hidden_TD = self.norm(self.hidden(MixedInputs(images, words, layout, image_mask)), layout)
+        patch_part, word_part = hidden_TD.split([batch * patches, one_group.real_words])
+        if one_group.index is not None:
+            padded = word_part.new_zeros(batch * length, self.config.width)
+            word_part = padded.index_copy(0, one_group.index, word_part)
+        width = self.config.width
+        return torch.cat([patch_part.view(batch, patches, width), word_part.view(batch, length, width)], dim=1)
+
+
+def parameter_counts(model: BEiT3) -> dict[str, int]:
+    """Parameters by role: vision, language, vl (the experts' matrices, as the paper's table 2 counts them),
+    attention, embeddings, heads, norms."""
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if any("norm" in part for part in parts):
+            role = "norms"
+        elif "ffn" in parts:
+            role = parts[parts.index("ffn") + 1]
+        else:
+            role = {"blocks": "attention", "image_head": "heads", "text_head": "heads"}.get(parts[0], "embeddings")
+        counts[role] += parameter.numel()
+    return dict(counts)

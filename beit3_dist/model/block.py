@@ -1,0 +1,58 @@
+"""A Multiway block and the stack of blocks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from beit3_dist.config import ModelConfig
+from beit3_dist.model.attention import Attention
+from beit3_dist.model.layout import Layout
+from beit3_dist.model.multiway import FeedForward, Multiway
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + expert(x); pre-norm, with stochastic depth per sample on both branches."""
+
+    def __init__(self, config: ModelConfig, has_vl_expert: bool) -> None:
+        super().__init__()
+        norm_experts = ("shared",) if config.attention == "shared" else ("vision", "language")
+        experts = ("vision", "vl", "language") if has_vl_expert else ("vision", "language")
+        self.attention_norm = Multiway(norm_experts, lambda: nn.LayerNorm(config.width, config.layer_norm_eps))
+        self.attention = Attention(config)
+        self.ffn = Multiway(experts, lambda: FeedForward(config))
+
+    def forward(self, x_TD: Tensor, layout: Layout, keep_2T: Tensor | None, recompute_ffn: bool = False) -> Tensor:
+        """`keep_2T`: factor of each branch for each token (0 where dropped); None keeps all."""
+        branch = self.attention(self.attention_norm(x_TD, layout), layout)
+        x_TD = x_TD + (branch if keep_2T is None else branch * keep_2T[0, :, None])
+        if recompute_ffn:
+            branch = checkpoint(self.ffn, x_TD, layout, use_reentrant=False, preserve_rng_state=False)
+        else:
+            branch = self.ffn(x_TD, layout)
+        return x_TD + (branch if keep_2T is None else branch * keep_2T[1, :, None])
+
+
+class Encoder(nn.ModuleList):
+    """The stack of blocks; the top `vl_expert_layers` have a vision-language expert."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        first_vl = config.layers - config.vl_expert_layers
+        super().__init__(Block(config, has_vl_expert=layer >= first_vl) for layer in range(config.layers))
+        self.recompute: Recompute = "none"
+
+    def forward(self, x_TD: Tensor, layout: Layout, keep_L2S: Tensor | None) -> Tensor:
+        """`keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation."""
+        token_samples = None if keep_L2S is None else layout.token_samples(x_TD.device)
+        for layer, block in enumerate(self):
+            keep_2T = None if keep_L2S is None else keep_L2S[layer][:, token_samples].to(x_TD.dtype)
+            if self.recompute == "full" and self.training:
+                # Nothing in a block draws from a generator, so there is no state to restore on recompute.
+                x_TD = checkpoint(block, x_TD, layout, keep_2T, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD = block(x_TD, layout, keep_2T, recompute_ffn=self.recompute == "selective" and self.training)
+        return x_TD

@@ -1,0 +1,53 @@
+"""Patches and words become vectors: content plus the position within their own modality.
+
+Positions start at 2 in both tables, as in the released models; rows 0 and 1 are unused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from beit3_dist.config import ModelConfig
+
+FIRST_POSITION = 2
+
+
+class VisionEmbedding(nn.Module):
+    """Pictures [B, 3, S, S] -> CLS and patches [B, 1 + patches, D]; masked patches become the mask token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.image_size = config.image_size
+        self.projection = nn.Linear(3 * config.patch_size**2, config.width)
+        self.cls_token = nn.Parameter(torch.empty(config.width))
+        self.mask_token = nn.Parameter(torch.empty(config.width))
+        self.positions = nn.Parameter(torch.empty(FIRST_POSITION + 1 + config.patches, config.width))
+
+    def forward(self, images: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """`image_mask`: bool [B, patches], True where the patch is hidden. CLS is never masked."""
+        batch, _, height, width = images.shape
+        if (height, width) != (self.image_size, self.image_size):
+            raise ValueError(f"pictures are {height} x {width} pixels, model.image_size is {self.image_size}")
+        p, grid = self.patch_size, self.image_size // self.patch_size
+        # A stride-p convolution is a matrix product of flattened patches: [B, g, g, 3, p, p] -> [B, g * g, 3 p p].
+        pixels = images.reshape(batch, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        patches = self.projection(pixels.to(self.projection.weight.dtype))
+        if image_mask is not None:
+            patches = torch.where(image_mask[..., None], self.mask_token, patches)
+        x = torch.cat([self.cls_token.expand(batch, 1, -1), patches], dim=1)
+        return x + self.positions[FIRST_POSITION:]
+
+
+class LanguageEmbedding(nn.Module):
+    """Word ids [W] and their positions in their texts [W] -> [W, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.words = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Parameter(torch.empty(FIRST_POSITION + config.max_text_length, config.width))
+
+    def forward(self, words: Tensor, positions: Tensor) -> Tensor:
+        return self.words(words) + embedding(FIRST_POSITION + positions, self.positions)

@@ -1,0 +1,60 @@
+"""Initial values: a function of (seed, parameter name) from a CPU generator, the same in every layout.
+
+Two schemes, after reference implementations' intent rather than their order of calls:
+- released architecture (sub-LayerNorm, from Magneto, Wang et al. 2022): matrices from a normal of deviation 0.02 cut
+  at one deviation, then v, out, fc1 and fc2 scaled by sqrt(log(2 L)). The gain comes last: the released code applies
+  it first and then overwrites it.
+- paper's architecture (BEiT): the same small range, then the output matrices of layer l = 1..L (attention's out, fc2)
+  divided by sqrt(2 l).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from beit3_dist.config import ModelConfig
+
+SMALL = 0.02
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """The CPU generator of one parameter."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The initial value of the parameter with this canonical name, float32 on the CPU."""
+    value = torch.empty(shape)
+    if name.endswith(".bias"):
+        return value.zero_()
+    if any("norm" in part for part in name.split(".")):
+        return value.fill_(1.0)
+    if config.sub_layernorm and name.endswith(("cls_token", "mask_token")):
+        return value.zero_()
+    if config.sub_layernorm and name == "language_embedding.words.weight":
+        return value.normal_(std=config.width**-0.5, generator=generator(seed, name))
+    nn.init.trunc_normal_(value, std=SMALL, a=-SMALL, b=SMALL, generator=generator(seed, name))
+    layer = re.match(r"blocks\.(\d+)\.", name)
+    if layer is None:
+        return value
+    if config.sub_layernorm and re.search(r"\.(v|out|fc1|fc2)\.", name):
+        value *= math.sqrt(math.log(2 * config.layers))
+    elif not config.sub_layernorm and re.search(r"\.(out|fc2)\.", name):
+        value /= math.sqrt(2 * (int(layer[1]) + 1))
+    return value
+
+
+@torch.no_grad()
+def materialize(module: nn.Module, config: ModelConfig, seed: int, device: torch.device | str, prefix: str = "") -> None:
+    """Gives every parameter of a module built on the meta device its memory on `device` and its initial value."""
+    for name, parameter in list(module.named_parameters()):
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        value = initial_value(f"{prefix}{name}", parameter.shape, config, seed).to(device)
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))

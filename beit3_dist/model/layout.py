@@ -1,0 +1,117 @@
+"""Where the tokens of a mixed micro-batch lie: one matrix, each expert's tokens one contiguous slice.
+
+    [ image-only patches | pair patches | pair words | text-only words ]
+      \\______ vision expert _________/   \\____ language expert ____/
+                          \\__ VL expert, top layers __/
+
+'Patches' means CLS + patches. Words are packed: padding exists only inside attention, which runs per group.
+Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H heads, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples of one kind: their patches (if any) are followed by their words (if any) in one joint attention."""
+
+    samples: int
+    """Samples B."""
+    patches: int
+    """CLS + patches of a sample; 0 for texts."""
+    words: int
+    """Padded length of a sample's text; 0 for images."""
+    index: Tensor | None = None
+    """int64 [real words]: rows of the padded words [B * words] that are real, ascending; None: no padding."""
+    mask: Tensor | None = None
+    """bool, broadcastable to [B, H, N, N], True where a query may attend to a key; None: everywhere."""
+
+    @property
+    def real_words(self) -> int:
+        """Words that are not padding."""
+        return self.samples * self.words if self.index is None else len(self.index)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of each real word in its text, int64 [real words]."""
+        rows = torch.arange(self.samples * self.words, device=device) if self.index is None else self.index
+        return rows % max(self.words, 1)
+
+    def word_samples(self, device: torch.device) -> Tensor:
+        """Sample of each real word, int64 [real words]."""
+        rows = torch.arange(self.samples * self.words, device=device) if self.index is None else self.index
+        return rows // max(self.words, 1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Group:
+        """The same group with its tensors on `device`."""
+        move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
+        return Group(self.samples, self.patches, self.words, move(self.index), move(self.mask))
+
+
+def group(samples: int, patches: int, padding: Tensor | None, words: int = 0, attention_mask: Tensor | None = None) -> Group:
+    """The group of `samples` samples.
+
+    `padding`: bool [B, words], True where the text is padding; None where nothing is. `attention_mask`: bool [N, N] or
+    [B, N, N], True where a query may attend to a key. Looks at the values of `padding`, so call it on the host.
+    """
+    mask = None
+    if attention_mask is not None:
+        mask = attention_mask.bool().reshape(-1, 1, *attention_mask.shape[-2:])
+    if padding is None or not bool(padding.any()):
+        return Group(samples, patches, words, None, mask)
+    real = ~padding.bool()
+    keys = torch.cat([real.new_ones(samples, patches), real], dim=1)[:, None, None, :]
+    return Group(samples, patches, words, real.flatten().nonzero().squeeze(1), keys if mask is None else mask & keys)
+
+
+NO_SAMPLES = Group(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The groups of a micro-batch and where their tokens lie."""
+
+    images: Group = NO_SAMPLES
+    """Image-only samples."""
+    pairs: Group = NO_SAMPLES
+    """Image-text pairs."""
+    texts: Group = NO_SAMPLES
+    """Text-only samples."""
+
+    @property
+    def segments(self) -> tuple[int, int, int, int]:
+        """Tokens of the four segments, in their order."""
+        return (self.images.samples * self.images.patches, self.pairs.samples * self.pairs.patches,
+                self.pairs.real_words, self.texts.real_words)
+
+    @property
+    def samples(self) -> int:
+        """Samples of the micro-batch; their order is images, pairs, texts."""
+        return self.images.samples + self.pairs.samples + self.texts.samples
+
+    def sizes(self, experts: tuple[str, ...]) -> list[int]:
+        """Tokens of each expert's slice; `experts` in the order of their slices."""
+        image_patches, pair_patches, pair_words, text_words = self.segments
+        match experts:
+            case ("shared",):
+                return [image_patches + pair_patches + pair_words + text_words]
+            case ("vision", "language"):
+                return [image_patches + pair_patches, pair_words + text_words]
+            case ("vision", "vl", "language"):
+                return [image_patches, pair_patches + pair_words, text_words]
+        raise AssertionError(f"no slices are defined for the experts {experts}")
+
+    def token_samples(self, device: torch.device) -> Tensor:
+        """Sample of each token, int64 [T], counted over images, pairs, texts."""
+        of_patches = lambda g: torch.arange(g.samples, device=device).repeat_interleave(g.patches)  # noqa: E731
+        first_pair, first_text = self.images.samples, self.images.samples + self.pairs.samples
+        return torch.cat([of_patches(self.images), first_pair + of_patches(self.pairs),
+                          first_pair + self.pairs.word_samples(device), first_text + self.texts.word_samples(device)])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+        """The same layout with its tensors on `device`."""
+        return Layout(*(g.to(device, non_blocking) for g in (self.images, self.pairs, self.texts)))

@@ -1,0 +1,47 @@
+"""The Multiway idea: each token passes the expert of its kind, and an expert's tokens are one contiguous slice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from beit3_dist.config import ModelConfig
+from beit3_dist.model.layout import Layout
+
+
+class Multiway(nn.ModuleDict):
+    """One module per expert, applied to the expert's slice of the tokens.
+
+    `experts` are names in the order of their slices (see `Layout.sizes`). Every expert runs in every pass, on zero
+    rows too, so that all ranks of a ZeRO-3 group run the same modules.
+    """
+
+    def __init__(self, experts: tuple[str, ...], build: Callable[[], nn.Module]) -> None:
+        super().__init__({name: build() for name in experts})
+        self.experts = experts
+
+    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        if len(self.experts) == 1:
+            return self[self.experts[0]](x_TD)
+        slices = x_TD.split(layout.sizes(self.experts))
+        return torch.cat([self[name](part) for name, part in zip(self.experts, slices, strict=True)])
+
+
+class FeedForward(nn.Module):
+    """One expert: LayerNorm, fc1 [F, D], GELU, (sub-LayerNorm,) fc2 [D, F]. The norm belongs to the expert."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.width, config.layer_norm_eps)
+        self.fc1 = nn.Linear(config.width, config.ffn_width)
+        self.inner_norm = nn.LayerNorm(config.ffn_width, config.layer_norm_eps) if config.sub_layernorm else None
+        self.fc2 = nn.Linear(config.ffn_width, config.width)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        hidden_TF = gelu(self.fc1(self.norm(x_TD)))
+        if self.inner_norm is not None:
+            hidden_TF = self.inner_norm(hidden_TF)
+        return self.fc2(hidden_TF)

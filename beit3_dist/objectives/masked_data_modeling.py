@@ -1,0 +1,105 @@
+"""The one objective: recover masked patches (as visual codes) and masked words, from images, texts and pairs alike.
+
+Each of the four losses is the sum of its cross-entropies over the whole step divided by the step's global number of
+masked positions. Means of means would be wrong: the counts differ per rank and micro-batch. A micro-batch therefore
+contributes `sum / count of the step`, and the contributions of all micro-batches and ranks add up to the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from beit3_dist.config import ObjectiveConfig
+from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.model.drop_path import drop_path_factors
+from beit3_dist.model.layout import Layout
+
+STREAMS = ("image", "text", "pair_image", "pair_text")
+"""The four losses, in the order of every vector of statistics."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the heads have to recover, and where. Image-only rows come before pairs', pairs' words before texts'."""
+
+    image_rows: Tensor
+    """int64 [Mi + Mpi]: masked patches as rows of the token matrix."""
+    codes: Tensor
+    """int64 [Mi + Mpi]: their visual codes."""
+    text_rows: Tensor
+    """int64 [Mpt + Mt]: masked words as rows of the token matrix."""
+    words: Tensor
+    """int64 [Mpt + Mt]: their ids."""
+    counts: tuple[int, int, int, int]
+    """Masked positions per loss, in the order of STREAMS."""
+
+
+class MaskedDataModeling(nn.Module):
+    """The model under its objective. `step_counts` [4]: masked positions of the whole step over all ranks."""
+
+    def __init__(self, model: BEiT3, config: ObjectiveConfig, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.seed = seed
+        self.weights = (config.image_weight, config.text_weight, config.pair_image_weight, config.pair_text_weight)
+
+    def forward(self, inputs: MixedInputs, targets: Targets, step_counts: Tensor, sample_ids: Tensor | None = None,
+                step: int = 0) -> tuple[Tensor, Tensor]:
+        """One pass over the mixed micro-batch.
+
+        Returns the micro-batch's contribution to the step's loss (a scalar to go backward from) and the statistics
+        [2, 4]: sums of cross-entropies and correct predictions, in the order of STREAMS. `sample_ids` [samples] and
+        `step` key the drop path in training.
+        """
+        if self.training and self.model.config.drop_path > 0:
+            if sample_ids is None:
+                raise ValueError("training with model.drop_path > 0 needs the sample ids that key it")
+            inputs = replace(inputs, keep=drop_path_factors(
+                sample_ids, seed=self.seed, step=step, layers=self.model.config.layers, rate=self.model.config.drop_path))
+        hidden_TD = self.model.hidden(inputs)
+        image, text, pair_image, pair_text = targets.counts
+        image_sums = _sums(self.model.image_logits(hidden_TD.index_select(0, targets.image_rows)), targets.codes, [image, pair_image])
+        text_sums = _sums(self.model.text_logits(hidden_TD.index_select(0, targets.text_rows)), targets.words, [pair_text, text])
+        statistics = torch.stack([image_sums[0], text_sums[1], image_sums[1], text_sums[0]], dim=1)
+        weights = torch.tensor(self.weights, device=statistics.device)
+        return (weights * statistics[0] / step_counts.clamp(min=1)).sum(), statistics.detach()
+
+
+def _sums(logits: Tensor, targets: Tensor, splits: list[int]) -> list[Tensor]:
+    """Per split of the rows: [sum of the cross-entropies, number of correct predictions]; fp32."""
+    losses = cross_entropy(logits.float(), targets, reduction="none")
+    correct = (logits.argmax(-1) == targets).float()
+    return [torch.stack([a.sum(), b.sum()]) for a, b in zip(losses.split(splits), correct.split(splits), strict=True)]
+
+
+def three_passes(objective: MaskedDataModeling, inputs: MixedInputs, targets: Targets, step_counts: Tensor,
+                 sample_ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """The same step as three plain forward passes, one per stream: the reference that tests and benchmarks compare
+    the one pass with."""
+    layout = inputs.layout
+    num_images, num_pairs = layout.images.samples, layout.pairs.samples
+    image, text, pair_image, pair_text = targets.counts
+    segments = layout.segments
+    pair_rows = lambda rows: rows - segments[0]  # noqa: E731  (rows of the pairs' own token matrix)
+    no_words, no_codes = targets.words[:0], targets.codes[:0]
+    passes = [
+        (MixedInputs(inputs.images[:num_images], inputs.words[:0], Layout(images=layout.images),
+                     inputs.image_mask[:num_images]),
+         Targets(targets.image_rows[:image], targets.codes[:image], no_words, no_words, (image, 0, 0, 0)),
+         sample_ids[:num_images]),
+        (MixedInputs(inputs.images[:0], inputs.words[segments[2]:], Layout(texts=layout.texts), inputs.image_mask[:0]),
+         Targets(no_codes, no_codes, targets.text_rows[pair_text:] - sum(segments[:3]), targets.words[pair_text:],
+                 (0, text, 0, 0)),
+         sample_ids[num_images + num_pairs:]),
+        (MixedInputs(inputs.images[num_images:], inputs.words[:segments[2]], Layout(pairs=layout.pairs),
+                     inputs.image_mask[num_images:]),
+         Targets(pair_rows(targets.image_rows[image:]), targets.codes[image:], pair_rows(targets.text_rows[:pair_text]),
+                 targets.words[:pair_text], (0, 0, pair_image, pair_text)),
+         sample_ids[num_images:num_images + num_pairs]),
+    ]
+    results = [objective(i, t, step_counts, ids, step) for i, t, ids in passes]
+    return sum(r[0] for r in results), sum(r[1] for r in results)
