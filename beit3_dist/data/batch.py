@@ -1,0 +1,293 @@
+"""The mixed batch: images, texts and pairs of one micro-batch, augmented, masked and padded.
+
+A batch is a pure function of its request (samples consumed per stream, number of the micro-batch) and the rank, so
+loader processes hold no state: resuming is asking for the next request.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from beit3_dist.config import BatchConfig, RunConfig
+from beit3_dist.data import transforms
+from beit3_dist.data.faults import Fault
+from beit3_dist.data.order import Stream, mix_arrays
+from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
+
+MAX_DESCRIPTORS = 65536
+"""Upper bound of what `loader` raises the limit of open files to."""
+
+
+class Request(NamedTuple):
+    """What a micro-batch is asked for by."""
+
+    consumed: tuple[int, int, int]
+    """Images, texts and pairs that all ranks consumed before this step."""
+    micro: int
+    """Number of the micro-batch in the step."""
+
+
+@dataclass
+class MicroBatch:
+    """One rank's micro-batch of I images, P pairs and T texts; S is the picture's side, L the longest text."""
+
+    images: torch.Tensor
+    """uint8 [I + P, 3, S, S]: image-only samples first, then pairs."""
+    tokenizer_images: torch.Tensor | None
+    """uint8 [I + P, 3, S2, S2]: the image tokenizer's views; None: the same pictures as `images`."""
+    image_mask: torch.Tensor
+    """bool [I + P, patches], True = masked."""
+    captions: torch.Tensor
+    """int64 [P, L] after masking, padded with <pad>."""
+    caption_targets: torch.Tensor
+    """int64 [P, L] before masking."""
+    caption_mask: torch.Tensor
+    """bool [P, L], True = to be predicted."""
+    caption_lengths: torch.Tensor
+    """int64 [P], <s> and </s> included."""
+    texts: torch.Tensor
+    """int64 [T, L] after masking, padded with <pad>."""
+    text_targets: torch.Tensor
+    """int64 [T, L] before masking."""
+    text_mask: torch.Tensor
+    """bool [T, L], True = to be predicted."""
+    text_lengths: torch.Tensor
+    """int64 [T], <s> and </s> included."""
+    sample_ids: torch.Tensor
+    """int64 [I + P + T]: ids of the delivered samples; images, then pairs, then texts."""
+    positions: torch.Tensor
+    """int64 [I + P + T]: place of each sample in its stream's global batch of this step."""
+    streams: torch.Tensor
+    """int64 [I + P + T]: number of each sample's stream."""
+    faults: list[Fault]
+    """Samples that had to be replaced."""
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return len(self.captions)
+
+    @property
+    def num_images(self) -> int:
+        """I."""
+        return len(self.images) - len(self.captions)
+
+    @property
+    def num_texts(self) -> int:
+        """T."""
+        return len(self.texts)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
+        """The same batch with its tensors on the device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> MicroBatch:
+        """The same batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+
+class MixedBatches(Dataset):
+    """The micro-batches of one data-parallel rank: `dataset[request]`."""
+
+    def __init__(self, config: RunConfig, tokenizer_image_size: int, rank: int, world: int, held_out: bool = False) -> None:
+        """Opens the streams, building their indexes and token files where the cache has none.
+
+        `tokenizer_image_size` is the side of the image tokenizer's view. `held_out`: the shards of `config.eval` in
+        stored order, whole pictures, and the same masks every time. Raises ValueError with one line that names the
+        field where the data, the tokenizer or the batch sizes do not fit.
+        """
+        self.config = config
+        self.rank = rank
+        self.world = world
+        self.held_out = held_out
+        self.tokenizer_image_size = tokenizer_image_size
+        self.micro_batch = config.micro_batch(world)
+        self.tokenizer = TextTokenizer(config.text_tokenizer)
+        self.tokenizer.check_vocab(config.model.vocab_size)
+        data, section, prefix = config.data, config.eval if held_out else config.data, "eval" if held_out else "data"
+        self.images = ImageStream(section.images, f"{prefix}.images", config.seed, data.cache, data.max_pixels, not held_out)
+        self.texts = TextStream(section.texts, f"{prefix}.texts", config.seed, data.cache, self.tokenizer, data.text_length,
+                                not held_out, rank / world)
+        self.pairs = PairStream(section.pairs, f"{prefix}.pairs", config.seed, data.cache, data.max_pixels, self.tokenizer,
+                                data.caption_length, data.caption_key, not held_out)
+
+    def lengths(self) -> tuple[int, int, int]:
+        """Images, texts (windows) and pairs of one epoch of each."""
+        return len(self.images), len(self.texts), len(self.pairs)
+
+    def faults(self) -> list[Fault]:
+        """What the indexes left out: damage of whole shards, documents that cannot be read."""
+        return self.images.faults + self.texts.faults + self.pairs.faults
+
+    def __getitem__(self, request: Request) -> MicroBatch:
+        images, image_places = self._read(self.images, request)
+        pairs, pair_places = self._read(self.pairs, request)
+        texts, text_places = self._read(self.texts, request)
+        objective = self.config.objective
+        mask_image, mask_caption = self._masked_sides(pairs)
+        views, tokenizer_views = self._views(images + pairs)
+        captions, caption_targets, caption_mask, caption_lengths = self._words(pairs, objective.caption_mask_ratio, mask_caption)
+        words, text_targets, text_mask, text_lengths = self._words(texts, objective.text_mask_ratio, [True] * len(texts))
+        samples = images + pairs + texts
+        return MicroBatch(
+            images=views, tokenizer_images=tokenizer_views,
+            image_mask=self._image_masks(images + pairs, [True] * len(images) + mask_image),
+            captions=captions, caption_targets=caption_targets, caption_mask=caption_mask, caption_lengths=caption_lengths,
+            texts=words, text_targets=text_targets, text_mask=text_mask, text_lengths=text_lengths,
+            sample_ids=torch.tensor([sample.id for sample in samples]),
+            positions=torch.tensor(image_places + pair_places + text_places),
+            streams=torch.tensor([int(sample.stream) for sample in samples]),
+            faults=[fault for sample in samples for fault in sample.faults])
+
+    def _read(self, stream: SampleStream, request: Request) -> tuple[list[Sample], list[int]]:
+        """This rank's samples of a stream, and their places in the step's global batch."""
+        count = self.micro_batch[stream.stream]
+        first = (request.micro * self.world + self.rank) * count
+        places = list(range(first, first + count))
+        return [stream.read(request.consumed[stream.stream] + place) for place in places], places
+
+    def _masked_sides(self, pairs: list[Sample]) -> tuple[list[bool], list[bool]]:
+        """Whether the picture, and whether the caption, of each pair is masked."""
+        if self.config.objective.mask_pairs == "both":
+            return [True] * len(pairs), [True] * len(pairs)
+        coins = [bool(pair.generator(Draw.MASKED_SIDE).random() < 0.5) for pair in pairs]
+        return coins, [not coin for coin in coins]
+
+    def _views(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The model's and the image tokenizer's views of all pictures."""
+        size, other = self.config.model.image_size, self.tokenizer_image_size
+        if self.held_out:
+            views = [transforms.plain_views(sample.picture, size, other) for sample in samples]
+        else:
+            views = [transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
+                     for sample in samples]
+        return channels_first([view for view, _ in views]), None if other == size else channels_first([view for _, view in views])
+
+    def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:
+        """bool [samples, patches]."""
+        model = self.config.model
+        grid, count = model.image_size // model.patch_size, mask_count(self.config.objective.image_mask_ratio, model.patches)
+        masks = [block_mask(grid, count if hide else 0, sample.generator(Draw.IMAGE_MASK))
+                 for sample, hide in zip(samples, masked, strict=True)]
+        return torch.from_numpy(np.stack(masks))
+
+    def _words(self, samples: list[Sample], ratio: float, masked: list[bool]) -> tuple[torch.Tensor, ...]:
+        """Inputs, targets, words to predict and lengths of the samples' words, padded to the longest."""
+        objective, tokenizer = self.config.objective, self.tokenizer
+        lengths = [len(sample.words) for sample in samples]
+        inputs = np.full((len(samples), max(lengths)), tokenizer.pad, dtype=np.int64)
+        targets, predict = inputs.copy(), np.zeros(inputs.shape, dtype=bool)
+        for row, (sample, length, hide) in enumerate(zip(samples, lengths, masked, strict=True)):
+            inputs[row, :length] = targets[row, :length] = sample.words
+            if hide:
+                inputs[row, :length], predict[row, :length] = mask_words(
+                    sample.words, sample.generator(Draw.WORD_MASK), ratio=ratio, specials=tokenizer.specials,
+                    mask_id=tokenizer.mask, words=tokenizer.words, mask_token_share=objective.mask_token_share,
+                    random_token_share=objective.random_token_share)
+        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(predict), torch.tensor(lengths)
+
+
+class ImageBatches(Dataset):
+    """Pictures alone, for the image tokenizer's training: `dataset[step]` -> (uint8 [b, 3, S, S], ids int64 [b], faults).
+
+    `batch` is the global number of pictures per step; b = batch / world. Crops and mirroring, no colour jitter.
+    """
+
+    def __init__(self, shards: str, size: int, seed: int, batch: int, rank: int, world: int, cache: str,
+                 min_crop_scale: float = 0.08, max_pixels: int = 100_000_000, horizontal_flip: float = 0.5) -> None:
+        if batch % world:
+            raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
+        self.stream = ImageStream(shards, "shards", seed, cache, max_pixels)
+        self.size = size
+        self.batch = batch
+        self.rank = rank
+        self.world = world
+        self.min_crop_scale = min_crop_scale
+        self.horizontal_flip = horizontal_flip
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of one epoch."""
+        return len(self.stream)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[Fault]]:
+        count = self.batch // self.world
+        first = step * self.batch + self.rank * count
+        samples = [self.stream.read(position) for position in range(first, first + count)]
+        views = [transforms.cropped_view(sample.picture, sample.generator(Draw.VIEW), self.size, self.min_crop_scale,
+                                         self.horizontal_flip) for sample in samples]
+        return (channels_first(views), torch.tensor([sample.id for sample in samples]),
+                [fault for sample in samples for fault in sample.faults])
+
+
+def channels_first(views: list[np.ndarray]) -> torch.Tensor:
+    """Views uint8 [S, S, 3] -> uint8 [N, 3, S, S]."""
+    return torch.from_numpy(np.stack([view.transpose(2, 0, 1) for view in views]))
+
+
+def requests_from(consumed: tuple[int, int, int], batch: BatchConfig) -> Iterator[Request]:
+    """All requests of a run that goes on after `consumed` images, texts and pairs, without end."""
+    images, texts, pairs = consumed
+    while True:
+        for micro in range(batch.accumulation):
+            yield Request((images, texts, pairs), micro)
+        images, texts, pairs = images + batch.images, texts + batch.texts, pairs + batch.pairs
+
+
+def hash_terms(batch: MicroBatch) -> int:
+    """Sum over the samples of hash(stream, place in the step, id), modulo 2^64, as a signed integer.
+
+    Sums over the micro-batches and ranks of a step give the step's sample_hash, in any layout.
+    """
+    terms = mix_arrays(batch.streams.numpy(), batch.positions.numpy(), batch.sample_ids.numpy())
+    return int(terms.sum(dtype=np.uint64).astype(np.int64))
+
+
+def _start_worker(_: int) -> None:
+    """A loader process leaves Ctrl-C to the trainer, which stops it in order, and uses one core."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _unchanged(item: object) -> object:
+    """Collation: the items are batches already."""
+    return item
+
+
+def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pin: bool) -> DataLoader:
+    """Reads `requests` in order with `workers` processes, each `prefetch` micro-batches ahead; 0 reads in this process.
+
+    Loader processes come from a fork server, not from the trainer: forking a process in which gloo, NCCL or OpenMP
+    threads run copies their locks in whatever state they are, and the child may hang. The server is started clean,
+    imports torch and this package once, and its children start in milliseconds where `spawn` needs seconds each. They
+    open the tables by path, and get no file descriptors or index copies from the trainer. As always in Python, a
+    script that calls this guards its entry by `if __name__ == "__main__"`.
+    """
+    if workers == 0:
+        return DataLoader(dataset, batch_size=None, sampler=requests, collate_fn=_unchanged, pin_memory=pin,
+                          generator=torch.Generator())
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    # Its own generator: without one, DataLoader would draw a seed from torch's global one.
+    return DataLoader(dataset, batch_size=None, sampler=requests, collate_fn=_unchanged, num_workers=workers,
+                      prefetch_factor=prefetch, pin_memory=pin, worker_init_fn=_start_worker,
+                      multiprocessing_context=context, generator=torch.Generator())

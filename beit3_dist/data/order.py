@@ -1,0 +1,129 @@
+"""The order of the samples, without state: every draw is a pure function of integers.
+
+A position in a stream becomes (epoch, index) through a keyed permutation in O(1), so that a resume needs nothing but
+the number of samples consumed, and any number of ranks, workers or micro-batches reads the same global batches.
+`mix` is the one source of keys.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+
+WORD = (1 << 64) - 1
+"""Mask of 64 bits."""
+GAMMA = 0x9E3779B97F4A7C15
+"""Increment of splitmix64: 2^64 divided by the golden ratio."""
+ROUNDS = 8
+"""Feistel rounds; four suffice for large domains, the others mix lengths of a few samples."""
+SLOTS = 1000
+"""Length of the repeating pattern that interleaves weighted sources."""
+
+
+class Stream(IntEnum):
+    """The three streams; also their number in keys and sample ids."""
+
+    IMAGES = 0
+    TEXTS = 1
+    PAIRS = 2
+
+
+def _scramble(value: int) -> int:
+    """First output of splitmix64 (Steele, Lea, Flood 2014) for the seed `value`: a bijection of 64-bit integers."""
+    value = (value + GAMMA) & WORD
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD
+    return value ^ (value >> 31)
+
+
+def mix(*values: int) -> int:
+    """64-bit hash of integers in their order; a negative one counts as its two's complement."""
+    state = 0
+    for value in values:
+        state = _scramble((state ^ value) & WORD)
+    return state
+
+
+def mix_arrays(*values: np.ndarray) -> np.ndarray:
+    """`mix` for int64 arrays of one shape, element by element -> uint64."""
+    state = np.zeros(values[0].shape, dtype=np.uint64)
+    for value in values:
+        state = (state ^ value.astype(np.int64).view(np.uint64)) + np.uint64(GAMMA)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return state
+
+
+def signed(word: int) -> int:
+    """The int64 with the same 64 bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def generator(*key: int) -> np.random.Generator:
+    """Random numbers that depend on the key alone (Philox is counter-based and has the same stream everywhere)."""
+    return np.random.Generator(np.random.Philox(key=mix(*key)))
+
+
+@lru_cache(maxsize=256)
+def _round_keys(key: int) -> tuple[int, ...]:
+    return tuple(mix(key, number) for number in range(ROUNDS))
+
+
+def permute(position: int, length: int, key: int) -> int:
+    """Keyed bijection of range(length): a Feistel network on the next even power of two, walked until it is inside.
+
+    The network has fewer than 4 x length values, so a walk takes fewer than four turns on average.
+    """
+    if not 0 <= position < length:
+        raise IndexError(f"position {position} is not in range({length})")
+    half = ((length - 1).bit_length() + 1) // 2
+    low = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & low
+        for round_key in _round_keys(key):
+            left, right = right, left ^ (_scramble(right ^ round_key) & low)
+        position = left << half | right
+        if position < length:
+            return position
+
+
+def scheduled(position: int, length: int, seed: int, stream: int) -> tuple[int, int]:
+    """Epoch and sample index at a position of an endless stream: every epoch holds each index once."""
+    epoch, place = divmod(position, length)
+    return epoch, permute(place, length, mix(seed, stream, epoch))
+
+
+def sample_id(stream: int, epoch: int, index: int) -> int:
+    """64-bit name of a delivered sample, as a signed integer that fits a torch int64."""
+    return signed(mix(stream, epoch, index))
+
+
+class Interleave:
+    """Position of a stream -> (source, position in that source), in O(1) and in exact proportion to the weights.
+
+    A pattern of 1,000 slots repeats. Each source gets its share of the slots by largest remainder, evenly spread.
+    """
+
+    def __init__(self, weights: list[float]) -> None:
+        shares = SLOTS * np.asarray(weights, dtype=np.float64) / sum(weights)
+        quotas = np.floor(shares).astype(np.int64)
+        behind = np.argsort(quotas - shares, kind="stable")
+        quotas[behind[:SLOTS - quotas.sum()]] += 1
+        if quotas.min() == 0:
+            raise ValueError(f"the weight {weights[int(quotas.argmin())]:g} is less than 1/{SLOTS} of the sum of the weights")
+        places = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
+        sources = np.repeat(np.arange(len(weights)), quotas)
+        self.source = sources[np.argsort(places, kind="stable")]
+        self.ordinal = np.empty(SLOTS, dtype=np.int64)
+        for number, quota in enumerate(quotas):
+            self.ordinal[self.source == number] = np.arange(quota)
+        self.quotas = quotas
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """The source that serves `position`, and how many samples it served before."""
+        turn, slot = divmod(position, SLOTS)
+        source = int(self.source[slot])
+        return source, turn * int(self.quotas[source]) + int(self.ordinal[slot])

@@ -1,0 +1,242 @@
+"""The three streams: `read(position)` gives the sample of any position, at once and always the same.
+
+A sample that cannot be used is replaced by a keyed probe of the same epoch, so that later positions do not move and
+every layout replaces it alike. Once per epoch holds for the scheduled samples; the hash of a step covers the delivered
+ones.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import accumulate
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from beit3_dist.config import Source
+from beit3_dist.data import transforms
+from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.index import TXT, Table, open_table
+from beit3_dist.data.order import Interleave, Stream, generator, mix, sample_id, scheduled
+from beit3_dist.data.reader import ShardReader
+from beit3_dist.data.text import TextTokenizer, TokenWindows
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 100
+"""Samples that are tried for one position before the run stops."""
+SOURCE_SHIFT = 8
+"""Each source of a stream has its own order: the stream's number with the source's number above these bits."""
+
+
+class Draw(IntEnum):
+    """What random numbers of a sample are for; each use has its own, so that a change in one does not move another."""
+
+    VIEW = 0
+    IMAGE_MASK = 1
+    WORD_MASK = 2
+    CAPTION = 3
+    MASKED_SIDE = 4
+
+
+@dataclass
+class Sample:
+    """A delivered sample, before augmentation and masking."""
+
+    stream: Stream
+    """Its stream."""
+    epoch: int
+    """Epoch of its source."""
+    index: int
+    """Number of the sample in the stream, over all sources."""
+    key: int
+    """Key of everything that is drawn for it: hash of (seed, stream, epoch, index)."""
+    faults: list[Fault]
+    """Samples that were tried for this position before."""
+    picture: Image.Image | None = None
+    """RGB picture of an image or a pair."""
+    words: np.ndarray | None = None
+    """int64 ids of a text or a caption, <s> and </s> included."""
+
+    @property
+    def id(self) -> int:
+        """Signed 64-bit name of (stream, epoch, index)."""
+        return sample_id(self.stream, self.epoch, self.index)
+
+    def generator(self, use: Draw) -> np.random.Generator:
+        """The sample's random numbers for one use."""
+        return generator(self.key, use)
+
+
+Content = tuple[Image.Image | None, np.ndarray | None]
+"""Picture and words of a sample."""
+
+
+class SampleStream(ABC):
+    """Order, epochs, weighted sources and replacement, which all streams have in common."""
+
+    stream: ClassVar[Stream]
+
+    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, shuffled: bool) -> None:
+        """Opens (or builds) the index of each source. `shuffled=False`: every epoch is the first one, in stored order.
+
+        Raises ValueError naming `field` where a source has no file or no usable sample.
+        """
+        sources = [Source(shards=shards)] if isinstance(shards, str) else shards
+        if not sources:
+            raise ValueError(f"{field}: the list of sources is empty")
+        self.seed = seed
+        self.shuffled = shuffled
+        self.tables = [open_table(source.shards, field, self.stream, cache) for source in sources]
+        self.readers = [ShardReader(table) for table in self.tables]
+        self.faults = [fault for table in self.tables for fault in self._report(table)]
+        """What is wrong with whole shards and, for texts, with documents."""
+        try:
+            self.interleave = Interleave([source.weight for source in sources])
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+
+    def _report(self, table: Table) -> list[Fault]:
+        """Logs what the index of a source left out, and returns the faults of its shards."""
+        notes, name = table.notes, self.stream.name.lower()
+        for shard, damage in notes["damage"]:
+            log.warning("%s: %s: %s; what lies before is used", name, shard, damage)
+        if notes["incomplete"]:
+            log.warning("%s: %d samples lack a member and are left out", name, notes["incomplete"])
+        return [Fault(name, shard, "", damage) for shard, damage in notes["damage"]]
+
+    def _set_lengths(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        self.starts = [0, *accumulate(self.lengths)]
+
+    def __len__(self) -> int:
+        """Samples of one epoch of every source."""
+        return self.starts[-1]
+
+    def read(self, position: int) -> Sample:
+        """The sample at a position of the endless stream; raises RuntimeError after 100 bad ones in a row."""
+        source, place = self.interleave.locate(position) if len(self.tables) > 1 else (0, position)
+        length, order = self.lengths[source], self.stream + (source << SOURCE_SHIFT)
+        epoch, first = scheduled(place, length, self.seed, order) if self.shuffled else (0, place % length)
+        faults: list[Fault] = []
+        for attempt in range(ATTEMPTS):
+            chosen = mix(self.seed, order, epoch, first, attempt) % length if attempt else first
+            index = self.starts[source] + chosen
+            sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
+            try:
+                sample.picture, sample.words = self._load(source, chosen, sample)
+                return sample
+            except BadSample as bad:
+                table = self.tables[source]
+                faults.append(Fault(self.stream.name.lower(), table.shard(chosen), table.key(chosen), str(bad)))
+        raise RuntimeError(f"{ATTEMPTS} bad samples in a row in the stream of {self.stream.name.lower()}; "
+                           f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}")
+
+    @abstractmethod
+    def _load(self, source: int, index: int, sample: Sample) -> Content:
+        """Content of a sample of one source; raises BadSample where it cannot be used."""
+
+
+class ImageStream(SampleStream):
+    """Pictures without text."""
+
+    stream = Stream.IMAGES
+
+    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, max_pixels: int,
+                 shuffled: bool = True) -> None:
+        super().__init__(shards, field, seed, cache, shuffled)
+        self.max_pixels = max_pixels
+        self._set_lengths([len(table) for table in self.tables])
+
+    def _load(self, source: int, index: int, sample: Sample) -> Content:
+        row = self.tables[source].rows[index]
+        return transforms.decode(self.readers[source].read(int(row["shard"]), *map(int, row["image"])), self.max_pixels), None
+
+
+class TextStream(SampleStream):
+    """Windows of documents."""
+
+    stream = Stream.TEXTS
+
+    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, tokenizer: TextTokenizer,
+                 text_length: int, shuffled: bool = True, share: float = 0.0) -> None:
+        """`share` in [0, 1): where in the list of shards this rank starts to tokenise, so that ranks share the work."""
+        super().__init__(shards, field, seed, cache, shuffled)
+        self.windows = [TokenWindows(table, tokenizer, text_length, int(share * len(table.paths))) for table in self.tables]
+        self._set_lengths([len(windows) for windows in self.windows])
+        if 0 in self.lengths:
+            raise ValueError(f"{field}: the documents of {self.tables[self.lengths.index(0)].paths[0]} and its fellow "
+                             "shards hold not one word")
+        for windows in self.windows:
+            for shard in windows.shards:
+                faults = shard.faults
+                if faults:
+                    log.warning("texts: %s: %d documents are left out; the first is %s (%s)",
+                                shard.path, len(faults), faults[0].key, faults[0].reason)
+                self.faults.extend(faults)
+
+    def _load(self, source: int, index: int, sample: Sample) -> Content:
+        return None, self.windows[source].read(index)
+
+
+class PairStream(SampleStream):
+    """Pictures with captions."""
+
+    stream = Stream.PAIRS
+
+    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, max_pixels: int,
+                 tokenizer: TextTokenizer, caption_length: int, caption_key: str, shuffled: bool = True) -> None:
+        super().__init__(shards, field, seed, cache, shuffled)
+        self.max_pixels = max_pixels
+        self.tokenizer = tokenizer
+        self.caption_length = caption_length
+        self.caption_key = caption_key
+        self._set_lengths([len(table) for table in self.tables])
+
+    def _load(self, source: int, index: int, sample: Sample) -> Content:
+        row, reader = self.tables[source].rows[index], self.readers[source]
+        shard = int(row["shard"])
+        written = reader.read(shard, *map(int, row["text"]))
+        captions = lines(written) if row["kind"] == TXT else json_captions(written, self.caption_key)
+        words = self._words(captions, sample)
+        return transforms.decode(reader.read(shard, *map(int, row["image"])), self.max_pixels), words
+
+    def _words(self, captions: list[str], sample: Sample) -> np.ndarray:
+        """Ids of one of the captions, framed and cut to the longest length."""
+        if not captions:
+            raise BadSample("empty caption")
+        number = int(sample.generator(Draw.CAPTION).integers(len(captions))) if len(captions) > 1 else 0
+        ids = self.tokenizer.encode(captions[number])[:self.caption_length - 2]
+        if not ids:
+            raise BadSample("empty caption")
+        return np.array([self.tokenizer.bos, *ids, self.tokenizer.eos], dtype=np.int64)
+
+
+def lines(data: bytes) -> list[str]:
+    """Captions of a .txt member: its lines that are not empty."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadSample("invalid UTF-8 in the caption") from None
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def json_captions(data: bytes, field: str) -> list[str]:
+    """Captions of a .json member: a string, or a list of strings, under `field`."""
+    try:
+        record = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadSample("invalid UTF-8 in the caption") from None
+    except (ValueError, RecursionError):
+        raise BadSample("malformed JSON") from None
+    captions = record.get(field) if isinstance(record, dict) else None
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise BadSample(f"no field {field!r} that is a string or a list of strings")
+    return [caption.strip() for caption in captions if caption.strip()]

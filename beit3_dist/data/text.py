@@ -1,0 +1,216 @@
+"""Words as numbers: the SentencePiece tokenizer with the released id layout, and documents cut into fixed windows.
+
+A shard's documents are tokenised once and kept in the cache folder; a text sample is a window of them, framed by <s>
+and </s>. Windows, not documents, are what the order permutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from beit3_dist.config import SPECIAL_ROWS
+from beit3_dist.data.cache import digest, locked, write_whole
+from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.index import JSONL, PROGRESS_SECONDS, Table
+
+log = logging.getLogger(__name__)
+
+TOKENS_FORMAT = 1
+"""Version of the token files."""
+DOCUMENTS_AT_ONCE = 4096
+"""Documents that are tokenised in one call, over several threads."""
+
+
+class TextTokenizer:
+    """SentencePiece pieces as the released models number them.
+
+    <s> = 0, <pad> = 1, </s> = 2, <unk> = 3; piece i of the file, i >= 3, is i + 1; <mask> = pieces + 1. The embedding
+    has `rows` = pieces + 10 rows: eight are spare.
+    """
+
+    bos, pad, eos, unk = 0, 1, 2, 3
+
+    def __init__(self, path: str) -> None:
+        """Raises a one-line ValueError for a file that is missing, no SentencePiece model, or numbered otherwise."""
+        self.path = os.path.expanduser(path)
+        if not os.path.isfile(self.path):
+            raise ValueError(f"text_tokenizer: there is no file {path!r}; tools/train_text_tokenizer.py makes one")
+        model = Path(self.path).read_bytes()
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise ValueError(f"text_tokenizer: {path!r} is not a SentencePiece model file") from None
+        controls = (self.model.unk_id(), self.model.bos_id(), self.model.eos_id())
+        if controls != (0, 1, 2):
+            raise ValueError(f"text_tokenizer: {path!r} has unk, bos, eos = {controls}; it must be trained with unk_id=0, "
+                             "bos_id=1, eos_id=2 (tools/train_text_tokenizer.py does)")
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.pieces = self.model.get_piece_size()
+        self.mask = self.pieces + 1
+        self.rows = self.pieces + SPECIAL_ROWS
+        self.words = range(4, self.pieces + 1)
+        self.specials = (self.bos, self.pad, self.eos)
+
+    def check_vocab(self, config_vocab_size: int) -> None:
+        """Raises ValueError unless the model's word embedding has this tokenizer's number of rows."""
+        if config_vocab_size != self.rows:
+            raise ValueError(f"text_tokenizer: {self.path} has {self.pieces} pieces and needs "
+                             f"model.vocab_size={self.rows}, not {config_vocab_size}")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without <s> and </s>."""
+        return [self.unk if piece == 0 else piece + 1 for piece in self.model.encode(text)]
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts at once, over several threads."""
+        pieces = self.model.encode(texts, num_threads=min(8, os.cpu_count() or 1))
+        return [[self.unk if piece == 0 else piece + 1 for piece in text] for text in pieces]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the ids; <s>, <pad>, </s>, <mask> and spare rows are left out."""
+        return self.model.decode([0 if word == self.unk else int(word) - 1 for word in ids
+                                  if word == self.unk or word in self.words])
+
+
+def documents(data: Iterator[bytes], jsonl: bool) -> Iterator[tuple[int, str | BadSample]]:
+    """Line number (from 1) and text of each document of a member, or what is wrong with it; empty lines are skipped."""
+    for number, line in enumerate(data, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8").strip()
+            if jsonl:
+                text = _text_field(text).strip()
+        except UnicodeDecodeError:
+            yield number, BadSample("invalid UTF-8")
+        except BadSample as bad:
+            yield number, bad
+        else:
+            if text:
+                yield number, text
+
+
+def _text_field(line: str) -> str:
+    """The `text` of one .jsonl line."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise BadSample("malformed JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise BadSample("no field 'text' that is a string")
+    return record["text"]
+
+
+def _lines(path: str, offset: int, size: int) -> Iterator[bytes]:
+    """Lines of one member."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        while size > 0:
+            line = file.readline(size)
+            if not line:
+                return
+            size -= len(line)
+            yield line
+
+
+class TokenShard:
+    """The tokens of one shard's documents, separated by </s>, and the documents that had to be left out."""
+
+    def __init__(self, table: Table, number: int, tokenizer: TextTokenizer) -> None:
+        """Tokenises shard `number` of the table unless the cache holds the tokens of this very shard and tokenizer."""
+        path, mark = table.paths[number], table.marks[number]
+        self.path = path
+        self.file = table.file.with_name(f"{digest(TOKENS_FORMAT, path, *mark, tokenizer.fingerprint)}.npy")
+        if not self.file.exists():
+            with locked(self.file):
+                if not self.file.exists():
+                    self._build(table, number, tokenizer)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """uint16 or uint32 [tokens], memory-mapped."""
+        return np.load(self.file, mmap_mode="r", allow_pickle=False)
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Documents that were left out."""
+        return [Fault("texts", self.path, *fault) for fault in json.loads(self.file.with_suffix(".json").read_text())]
+
+    def _build(self, table: Table, number: int, tokenizer: TextTokenizer) -> None:
+        kind = np.uint16 if tokenizer.rows <= 1 << 16 else np.uint32
+        first, last = np.searchsorted(table.rows["shard"], [number, number + 1])
+        faults: list[tuple[str, str]] = []
+
+        def good() -> Iterator[str]:
+            for index in range(first, last):
+                row = table.rows[index]
+                for line, text in documents(_lines(self.path, *map(int, row["text"])), row["kind"] == JSONL):
+                    if isinstance(text, str):
+                        yield text
+                    else:
+                        faults.append((f"{table.key(index)}:{line}", str(text)))
+
+        parts: list[np.ndarray] = []
+        told = time.monotonic()
+        for texts in _batched(good(), DOCUMENTS_AT_ONCE):
+            for ids in tokenizer.encode_all(texts):
+                if ids:
+                    parts.append(np.array([tokenizer.eos] * bool(parts) + ids, dtype=kind))
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                log.info("tokenising %s: %d documents", self.path, len(parts))
+        tokens = np.concatenate(parts) if parts else np.empty(0, dtype=kind)
+        notes = json.dumps(faults).encode()
+        write_whole(self.file.with_suffix(".json"), lambda file: file.write(notes))
+        write_whole(self.file, lambda file: np.save(file, tokens))
+
+
+def _batched(items: Iterator[str], count: int) -> Iterator[list[str]]:
+    """Lists of `count` items; the last one may be shorter."""
+    while batch := list(itertools.islice(items, count)):
+        yield batch
+
+
+class TokenWindows:
+    """The text samples of one source: windows of `width` tokens, the last window of a shard being shorter."""
+
+    def __init__(self, table: Table, tokenizer: TextTokenizer, text_length: int, first_shard: int = 0) -> None:
+        """`first_shard` is where the tokenising starts: ranks that begin at different shards share the work."""
+        self.width = text_length - 2
+        self.frame = (tokenizer.bos, tokenizer.eos)
+        shards = len(table.paths)
+        made = {number % shards: TokenShard(table, number % shards, tokenizer)
+                for number in range(first_shard, first_shard + shards)}
+        self.shards = [made[number] for number in range(shards)]
+        self.ends = np.cumsum([-(-len(shard.tokens) // self.width) for shard in self.shards])
+        self.open: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Shard number and number of the window in it."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return shard, index - (int(self.ends[shard - 1]) if shard else 0)
+
+    def read(self, index: int) -> np.ndarray:
+        """int64 [at most text_length]: <s>, the window's tokens, </s>."""
+        shard, window = self.place(index)
+        if shard not in self.open:
+            self.open[shard] = self.shards[shard].tokens
+        tokens = self.open[shard][window * self.width:(window + 1) * self.width]
+        bos, eos = self.frame
+        return np.concatenate(([bos], tokens, [eos])).astype(np.int64)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "open": {}}

@@ -1,0 +1,156 @@
+"""Pictures: from the bytes of a file to the two uint8 views that the model and the image tokenizer see.
+
+The augmentation is BEiT's: one random crop that both views share, mirroring, and jitter of brightness, contrast and
+saturation. The jitter comes after the crop, not before it as in BEiT: it touches fewer pixels and gives the same
+values, but that contrast takes the mean grey of the crop and not of the whole picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+
+from beit3_dist.config import DataConfig
+from beit3_dist.data.faults import BadSample
+
+cv2.setNumThreads(0)  # The loader's processes are the parallelism; OpenCV's threads would fight them.
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+"""What is decoded, whatever the extension says; other decoders of Pillow are never started on foreign bytes."""
+RATIO = (3 / 4, 4 / 3)
+"""Width over height of a crop."""
+CROP_ATTEMPTS = 10
+"""Boxes that are tried before the centre is taken."""
+LEVELS = np.arange(256, dtype=np.float32)
+"""Every grey level, for look-up tables."""
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture in a file's bytes, upright (EXIF orientation) and in RGB; raises BadSample where there is none.
+
+    The size in the file's header is checked against `max_pixels` before any pixel is decoded. An alpha channel or a
+    transparent colour is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and CMYK are converted.
+    32-bit integer and floating-point pictures have no defined white and are refused.
+    """
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own check, at the one limit that the run's config names.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", UserWarning)  # Odd metadata; a picture that decodes is good.
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > max_pixels:
+                raise BadSample(f"{image.width} x {image.height} pixels exceed data.max_pixels={max_pixels}")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+        except BadSample:
+            raise
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise BadSample(f"more pixels than data.max_pixels={max_pixels}: {error}") from None
+        except Exception as error:  # Broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error ...
+            raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in mode RGB, as `decode` describes."""
+    if image.mode in ("I", "F"):
+        raise BadSample(f"undecodable picture: mode {image.mode} has no defined white")
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(np.rint(levels).astype(np.uint8))
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        paper = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(paper, layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Random box (left, top, right, bottom): area in [min_scale, 1] of the picture, width over height in [3/4, 4/3].
+
+    Ten boxes are tried; if none fits, the largest centred box of an allowed ratio is taken (torchvision's
+    RandomResizedCrop).
+    """
+    for _ in range(CROP_ATTEMPTS):
+        area = width * height * rng.uniform(min_scale, 1)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * RATIO[1])))
+    h = min(height, max(1, round(width / RATIO[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def resized(image: Image.Image, size: int, box: tuple[int, int, int, int] | None = None, flip: bool = False) -> np.ndarray:
+    """The picture, or a box of it, as a square: bicubic with antialiasing -> uint8 [size, size, 3]."""
+    view = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    return np.ascontiguousarray(view[:, ::-1]) if flip else view
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Changes of brightness, contrast and saturation, in the order of `order` (0, 1, 2); factor 1 changes nothing."""
+
+    factors: tuple[float, float, float]
+    order: tuple[int, int, int]
+
+    @classmethod
+    def draw(cls, strength: float, rng: np.random.Generator) -> Jitter:
+        """Factors in [1 - strength, 1 + strength], in random order."""
+        return cls(tuple(rng.uniform(1 - strength, 1 + strength, size=3).tolist()), tuple(rng.permutation(3).tolist()))
+
+    def __call__(self, view: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] -> the same shape and type."""
+        for change in self.order:
+            view = (brightness, contrast, saturation)[change](view, self.factors[change])
+        return view
+
+
+def brightness(view: np.ndarray, factor: float) -> np.ndarray:
+    """Every level times the factor."""
+    return cv2.LUT(view, np.clip(LEVELS * factor, 0, 255).astype(np.uint8))
+
+
+def contrast(view: np.ndarray, factor: float) -> np.ndarray:
+    """Every level's distance from the picture's mean grey times the factor."""
+    mean = int(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY).mean() + 0.5)
+    return cv2.LUT(view, np.clip(mean + (LEVELS - mean) * factor, 0, 255).astype(np.uint8))
+
+
+def saturation(view: np.ndarray, factor: float) -> np.ndarray:
+    """Every pixel's distance from its own grey times the factor."""
+    grey = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(view, factor, grey, 1 - factor, 0)
+
+
+def two_views(image: Image.Image, rng: np.random.Generator, size: int, tokenizer_size: int,
+              config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
+    """The model's view and the image tokenizer's, of one crop, with the same mirroring and jitter -> uint8 [S, S, 3].
+
+    The second is None where both sizes are equal: the views would be identical.
+    """
+    box = crop_box(*image.size, config.min_crop_scale, rng)
+    flip = rng.random() < config.horizontal_flip
+    jitter = Jitter.draw(config.color_jitter, rng)
+    view = jitter(resized(image, size, box, flip))
+    return view, None if tokenizer_size == size else jitter(resized(image, tokenizer_size, box, flip))
+
+
+def plain_views(image: Image.Image, size: int, tokenizer_size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Both views for evaluation: the whole picture squashed to the square, nothing drawn."""
+    return resized(image, size), None if tokenizer_size == size else resized(image, tokenizer_size)
+
+
+def cropped_view(image: Image.Image, rng: np.random.Generator, size: int, min_scale: float, flip: float) -> np.ndarray:
+    """A random crop, mirrored with probability `flip`, without jitter -> uint8 [size, size, 3]."""
+    box = crop_box(*image.size, min_scale, rng)
+    return resized(image, size, box, rng.random() < flip)
