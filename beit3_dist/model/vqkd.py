@@ -158,10 +158,9 @@ class Quantizer(nn.Module):
     them together, with as many vectors each, and all ranks end with the same tables.
     """
 
-    DECAY = 0.99
     KMEANS_ROUNDS = 10
     DEAD_SHARE = 0.1
-    """A code is dead when its moving count falls below this share of the mean count (ours; the paper has no revival)."""
+    """A code is dead when its moving count falls below this share of the mean count. The paper has no revival."""
 
     cluster_size: Tensor
     """[K] moving average of the vectors per step that chose each code."""
@@ -205,19 +204,20 @@ class Quantizer(nn.Module):
         self.cluster_size.copy_(counts)
 
     @torch.no_grad()
-    def update(self, z: Tensor, codes: Tensor, key: int) -> CodeUsage:
+    def update(self, z: Tensor, codes: Tensor, key: int, decay: float = 0.99) -> CodeUsage:
         """Moves the codebook towards the step's vectors z [..., C] with their codes [...], over all ranks.
 
-        A used code becomes normalize(0.99 * code + 0.01 * mean direction of its vectors); the others keep their value.
-        Dead codes then jump to vectors of this step, drawn by `key`, and get the mean count: time to prove themselves.
+        A used code becomes normalize(decay * code + (1 - decay) * mean direction of its vectors); the others keep
+        their value. Dead codes then jump to vectors of this step, drawn by `key`, and get the mean count: time to
+        prove themselves.
         """
         vectors, weight = z.flatten(0, -2), self.embedding.weight
         counts, sums = cluster(vectors, codes.flatten(), len(weight))
         all_reduce(counts)
         all_reduce(sums)
-        moved = F.normalize(self.DECAY * weight + (1 - self.DECAY) * F.normalize(sums, dim=-1), dim=-1)
+        moved = F.normalize(decay * weight + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
         weight.copy_(torch.where((counts > 0)[:, None], moved, weight))
-        self.cluster_size.lerp_(counts, 1 - self.DECAY)
+        self.cluster_size.lerp_(counts, 1 - decay)
 
         mean = self.cluster_size.mean()
         dead = self.cluster_size < self.DEAD_SHARE * mean
