@@ -388,7 +388,7 @@ def build(options: Namespace) -> None:
         for name, reason in skipped[:SKIPPED_SHOWN]:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         if skipped:
-            print(f"skipped {len(skipped)} pictures in all; shards.json of a finished build lists them", file=sys.stderr)
+            print(f"skipped {len(skipped)} pictures in all; shards.json lists those of a whole build", file=sys.stderr)
     for shard in shards:
         shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
     record = {"command": options.command, "held_out": options.held_out, "limit": options.limit, "skipped": skipped,
@@ -497,10 +497,10 @@ def parse(arguments: list[str] | None) -> Namespace:
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--per-shard", type=int, default=100_000, metavar="N", help="documents per tar; 100000")
 
-    sub = command("demo", build_demo, "All three streams from data sets that pip brings. images: easy-VQA "
-                  "(MIT); pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0); texts: the GCIDE dictionary (GPL). "
-                  "OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once if OUT "
-                  "is complete.", common, parallel)
+    sub = command("demo", build_demo, "All three streams from data sets that pip brings. images: easy-VQA (MIT); "
+                  "pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0); texts: the GCIDE dictionary "
+                  "(GPL). OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once "
+                  "if OUT is complete.", common, parallel)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.set_defaults(size=0)
 

@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""Trains the SentencePiece text tokenizer on shards or text files, with the released tokenizer's settings.
+
+Those are: 64,000 unigram pieces of at most 16 characters, character coverage 0.99999, NFKC with nmt's rules, a space
+before the first word, no byte fallback, digits not split, <unk> 0, <s> 1, </s> 2 and no padding piece. The model's word
+embedding then needs pieces + 10 rows. The same text gives the same file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import textwrap
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from beit3_dist.data.cache import write_whole
+from beit3_dist.data.faults import BadSample
+from beit3_dist.data.index import DamagedTar, expand, members
+from beit3_dist.data.text import TextTokenizer, documents
+
+SEED = 0
+"""Of the choice of sentences when there are more than asked for."""
+THREADS = 16
+"""A constant: unigram training adds up in the order of the threads, so their number is part of the result."""
+LONGEST = 4000
+"""Characters of a training sentence. SentencePiece silently leaves out longer ones; here they are cut at a space."""
+BYTES_PER_CHARACTER = 4
+"""At most, in UTF-8."""
+
+
+def sentences(patterns: Iterable[str]) -> Iterator[str]:
+    """The sentences of all .txt and .jsonl members of tars, captions included, and of plain .txt and .jsonl files.
+
+    Raises ValueError for a pattern without a file, a damaged tar, and a line that is no text, with its place.
+    """
+    for path in dict.fromkeys(path for pattern in patterns for path in expand(pattern, "--shards")):
+        for name, lines in texts_of(path):
+            for number, text in documents(lines, name.endswith(".jsonl")):
+                if isinstance(text, BadSample):
+                    raise ValueError(f"{path}: {name}, line {number}: {text}")
+                for line in text.splitlines():
+                    yield from textwrap.wrap(line, LONGEST) if len(line) > LONGEST else [line]
+
+
+def texts_of(path: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Name and lines of each text in a tar or of a plain file. Raises ValueError where a tar is damaged."""
+    with open(path, "rb") as file:
+        if not path.endswith(".tar"):
+            yield os.path.basename(path), iter(file)
+            return
+        try:
+            for member, offset, size in members(file.fileno(), path):
+                name = member.decode(errors="replace")
+                if name.endswith((".txt", ".jsonl")):
+                    yield name, io.BytesIO(os.pread(file.fileno(), size, offset))
+        except DamagedTar as damage:
+            raise ValueError(f"{path} is damaged: {damage}") from None
+
+
+def train(text: Iterable[str], options: Namespace) -> bytes:
+    """The model file of a tokenizer. Raises ValueError if the text is empty, or too little for so many pieces."""
+    faults: list[Exception] = []
+
+    def watched() -> Iterator[str]:
+        # SentencePiece turns an exception of its source into an error of its own; the first one says what is wrong.
+        try:
+            yield from text
+        except (ValueError, OSError) as error:
+            faults.append(error)
+            raise
+
+    sentencepiece.set_random_generator_seed(SEED)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=watched(), model_writer=model, model_type=options.model_type, vocab_size=options.pieces,
+            character_coverage=options.coverage, input_sentence_size=options.max_sentences,
+            shuffle_input_sentence=True, max_sentence_length=LONGEST * BYTES_PER_CHARACTER, num_threads=THREADS,
+            max_sentencepiece_length=16, normalization_rule_name="nmt_nfkc", add_dummy_prefix=True,
+            remove_extra_whitespaces=True, byte_fallback=False, split_digits=False, unk_id=0, bos_id=1, eos_id=2,
+            pad_id=-1, minloglevel=2)
+    except RuntimeError as error:
+        raise (faults[0] if faults else ValueError(plain(str(error), options))) from None
+    return model.getvalue()
+
+
+def plain(error: str, options: Namespace) -> str:
+    """SentencePiece's error as one line that says what to change."""
+    if found := re.search(r"too high .*<= (\d+)", error):
+        return f"--pieces {options.pieces} is too many for this text: it holds at most {found[1]}"
+    if found := re.search(r"smaller than required_chars\D+\d+ vs (\d+)", error):
+        return f"--pieces {options.pieces} is too few: the text's characters alone need {found[1]} (or less --coverage)"
+    return f"SentencePiece stopped: {' '.join(error.split())}"
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    """The command line. Raises ValueError for a number out of range; exits with code 2 on anything else wrong."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter,
+        epilog="Example:\n"
+               "  train_text_tokenizer.py --shards 'data/texts/train/*.tar' 'data/pairs/train/*.tar' --out text.spm")
+    parser.add_argument("--shards", nargs="+", required=True, metavar="PATTERN",
+                        help="brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and "
+                             ".jsonl files: one document or caption a line")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write, or to replace")
+    parser.add_argument("--pieces", type=int, default=64000, metavar="N", help="size of the vocabulary; 64000")
+    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram",
+                        help="unigram, as released; bpe trains ten times as fast")
+    parser.add_argument("--coverage", type=float, default=0.99999, metavar="SHARE",
+                        help="share of the text's characters that get a piece; 0.99999")
+    parser.add_argument("--max-sentences", type=int, default=15_000_000, metavar="N",
+                        help="train on N random sentences where there are more; 15000000")
+    options = parser.parse_args(arguments)
+    for name in ("pieces", "max_sentences"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is less than 1")
+    if not 0.98 <= options.coverage <= 1:
+        raise ValueError(f"--coverage {options.coverage:g} is not in [0.98, 1]")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains, writes and describes the tokenizer; returns the exit code."""
+    try:
+        options = parse(arguments)
+        first = next(sentences(options.shards), None)
+        if first is None:
+            raise ValueError(f"--shards {' '.join(options.shards)}: no .txt or .jsonl member or file holds a text")
+        model = train(sentences(options.shards), options)
+        write_whole(options.out, lambda file: file.write(model))
+        tokenizer = TextTokenizer(str(options.out))
+    except (ValueError, OSError) as error:
+        print(f"train_text_tokenizer.py: {error}", file=sys.stderr)
+        return 2
+    sample = first[:80]
+    print(f"{options.out}: {tokenizer.pieces} pieces\n"
+          f"model.vocab_size: {tokenizer.rows}\n"
+          f"id of <mask>: {tokenizer.mask}\n"
+          f"sample: {sample}\n"
+          f"        {' '.join(tokenizer.model.encode(sample, out_type=str))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
