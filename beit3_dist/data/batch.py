@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
-from beit3_dist.data.order import Stream, mix_arrays
+from beit3_dist.data.order import mix_arrays
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
@@ -88,8 +88,9 @@ class MicroBatch:
         return len(self.texts)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, torch.Tensor)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
         """The same batch with its tensors on the device."""
@@ -103,7 +104,8 @@ class MicroBatch:
 class MixedBatches(Dataset):
     """The micro-batches of one data-parallel rank: `dataset[request]`."""
 
-    def __init__(self, config: RunConfig, tokenizer_image_size: int, rank: int, world: int, held_out: bool = False) -> None:
+    def __init__(self, config: RunConfig, tokenizer_image_size: int, rank: int, world: int,
+                 held_out: bool = False) -> None:
         """Opens the streams, building their indexes and token files where the cache has none.
 
         `tokenizer_image_size` is the side of the image tokenizer's view. `held_out`: the shards of `config.eval` in
@@ -118,12 +120,13 @@ class MixedBatches(Dataset):
         self.micro_batch = config.micro_batch(world)
         self.tokenizer = TextTokenizer(config.text_tokenizer)
         self.tokenizer.check_vocab(config.model.vocab_size)
-        data, section, prefix = config.data, config.eval if held_out else config.data, "eval" if held_out else "data"
-        self.images = ImageStream(section.images, f"{prefix}.images", config.seed, data.cache, data.max_pixels, not held_out)
-        self.texts = TextStream(section.texts, f"{prefix}.texts", config.seed, data.cache, self.tokenizer, data.text_length,
-                                not held_out, rank / world)
-        self.pairs = PairStream(section.pairs, f"{prefix}.pairs", config.seed, data.cache, data.max_pixels, self.tokenizer,
-                                data.caption_length, data.caption_key, not held_out)
+        data, seed, shuffled = config.data, config.seed, not held_out
+        shards, prefix = (config.eval, "eval") if held_out else (data, "data")
+        self.images = ImageStream(shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled)
+        self.texts = TextStream(shards.texts, f"{prefix}.texts", seed, data.cache, self.tokenizer, data.text_length,
+                                shuffled, share=rank / world)
+        self.pairs = PairStream(shards.pairs, f"{prefix}.pairs", seed, data.cache, data.max_pixels, self.tokenizer,
+                                data.caption_length, data.caption_key, shuffled)
 
     def lengths(self) -> tuple[int, int, int]:
         """Images, texts (windows) and pairs of one epoch of each."""
@@ -137,16 +140,18 @@ class MixedBatches(Dataset):
         images, image_places = self._read(self.images, request)
         pairs, pair_places = self._read(self.pairs, request)
         texts, text_places = self._read(self.texts, request)
-        objective = self.config.objective
-        mask_image, mask_caption = self._masked_sides(pairs)
-        views, tokenizer_views = self._views(images + pairs)
-        captions, caption_targets, caption_mask, caption_lengths = self._words(pairs, objective.caption_mask_ratio, mask_caption)
-        words, text_targets, text_mask, text_lengths = self._words(texts, objective.text_mask_ratio, [True] * len(texts))
-        samples = images + pairs + texts
+        pictures, samples = images + pairs, images + pairs + texts
+        ratios = self.config.objective
+        picture_masked, caption_masked = self._masked_sides(pairs)
+        views, tokenizer_views = self._views(pictures)
+        captions, caption_targets, caption_mask, caption_lengths = self._words(
+            pairs, ratios.caption_mask_ratio, caption_masked)
+        words, text_targets, text_mask, text_lengths = self._words(texts, ratios.text_mask_ratio, [True] * len(texts))
         return MicroBatch(
             images=views, tokenizer_images=tokenizer_views,
-            image_mask=self._image_masks(images + pairs, [True] * len(images) + mask_image),
-            captions=captions, caption_targets=caption_targets, caption_mask=caption_mask, caption_lengths=caption_lengths,
+            image_mask=self._image_masks(pictures, [True] * len(images) + picture_masked),
+            captions=captions, caption_targets=caption_targets, caption_mask=caption_mask,
+            caption_lengths=caption_lengths,
             texts=words, text_targets=text_targets, text_mask=text_mask, text_lengths=text_lengths,
             sample_ids=torch.tensor([sample.id for sample in samples]),
             positions=torch.tensor(image_places + pair_places + text_places),
@@ -175,12 +180,14 @@ class MixedBatches(Dataset):
         else:
             views = [transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
                      for sample in samples]
-        return channels_first([view for view, _ in views]), None if other == size else channels_first([view for _, view in views])
+        tokenizer_views = None if other == size else channels_first([view for _, view in views])
+        return channels_first([view for view, _ in views]), tokenizer_views
 
     def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:
         """bool [samples, patches]."""
         model = self.config.model
-        grid, count = model.image_size // model.patch_size, mask_count(self.config.objective.image_mask_ratio, model.patches)
+        grid = model.image_size // model.patch_size
+        count = mask_count(self.config.objective.image_mask_ratio, model.patches)
         masks = [block_mask(grid, count if hide else 0, sample.generator(Draw.IMAGE_MASK))
                  for sample, hide in zip(samples, masked, strict=True)]
         return torch.from_numpy(np.stack(masks))
@@ -202,9 +209,10 @@ class MixedBatches(Dataset):
 
 
 class ImageBatches(Dataset):
-    """Pictures alone, for the image tokenizer's training: `dataset[step]` -> (uint8 [b, 3, S, S], ids int64 [b], faults).
+    """Pictures alone, for the image tokenizer's training.
 
-    `batch` is the global number of pictures per step; b = batch / world. Crops and mirroring, no colour jitter.
+    `dataset[step]` -> (uint8 [b, 3, S, S], sample ids int64 [b], faults). `batch` is the global number of pictures per
+    step; b = batch / world. Crops and mirroring, no colour jitter.
     """
 
     def __init__(self, shards: str, size: int, seed: int, batch: int, rank: int, world: int, cache: str,

@@ -61,7 +61,8 @@ def expand(pattern: str, field: str) -> list[str]:
         raise ValueError(f"{field}: no pattern of tars is given")
     paths: set[str] = set()
     for part in braceexpand(os.path.expanduser(pattern)):
-        found = [part] if os.path.isfile(part) else [path for path in glob.glob(part, recursive=True) if os.path.isfile(path)]
+        named = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
+        found = [path for path in named if os.path.isfile(path)]
         if not found:
             raise ValueError(f"{field}: no file matches {part!r}")
         paths.update(map(os.path.abspath, found))

@@ -113,7 +113,8 @@ class Interleave:
         behind = np.argsort(quotas - shares, kind="stable")
         quotas[behind[:SLOTS - quotas.sum()]] += 1
         if quotas.min() == 0:
-            raise ValueError(f"the weight {weights[int(quotas.argmin())]:g} is less than 1/{SLOTS} of the sum of the weights")
+            weight = weights[int(quotas.argmin())]
+            raise ValueError(f"the weight {weight:g} is less than 1/{SLOTS} of the sum of the weights")
         places = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
         sources = np.repeat(np.arange(len(weights)), quotas)
         self.source = sources[np.argsort(places, kind="stable")]

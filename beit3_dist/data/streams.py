@@ -156,7 +156,8 @@ class ImageStream(SampleStream):
 
     def _load(self, source: int, index: int, sample: Sample) -> Content:
         row = self.tables[source].rows[index]
-        return transforms.decode(self.readers[source].read(int(row["shard"]), *map(int, row["image"])), self.max_pixels), None
+        data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
+        return transforms.decode(data, self.max_pixels), None
 
 
 class TextStream(SampleStream):
@@ -166,9 +167,10 @@ class TextStream(SampleStream):
 
     def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, tokenizer: TextTokenizer,
                  text_length: int, shuffled: bool = True, share: float = 0.0) -> None:
-        """`share` in [0, 1): where in the list of shards this rank starts to tokenise, so that ranks share the work."""
+        """`share` in [0, 1) is where in the list of shards this rank starts to tokenise: ranks divide the work."""
         super().__init__(shards, field, seed, cache, shuffled)
-        self.windows = [TokenWindows(table, tokenizer, text_length, int(share * len(table.paths))) for table in self.tables]
+        self.windows = [TokenWindows(table, tokenizer, text_length, int(share * len(table.paths)))
+                        for table in self.tables]
         self._set_lengths([len(windows) for windows in self.windows])
         if 0 in self.lengths:
             raise ValueError(f"{field}: the documents of {self.tables[self.lengths.index(0)].paths[0]} and its fellow "

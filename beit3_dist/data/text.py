@@ -48,14 +48,16 @@ class TextTokenizer:
         model = Path(self.path).read_bytes()
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.pieces = self.model.get_piece_size()
         except RuntimeError:
-            raise ValueError(f"text_tokenizer: {path!r} is not a SentencePiece model file") from None
+            self.pieces = 0
+        if self.pieces == 0:
+            raise ValueError(f"text_tokenizer: {path!r} is not a SentencePiece model file")
         controls = (self.model.unk_id(), self.model.bos_id(), self.model.eos_id())
         if controls != (0, 1, 2):
-            raise ValueError(f"text_tokenizer: {path!r} has unk, bos, eos = {controls}; it must be trained with unk_id=0, "
+            raise ValueError(f"text_tokenizer: {path!r} has unk, bos, eos = {controls}; train it with unk_id=0, "
                              "bos_id=1, eos_id=2 (tools/train_text_tokenizer.py does)")
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        self.pieces = self.model.get_piece_size()
         self.mask = self.pieces + 1
         self.rows = self.pieces + SPECIAL_ROWS
         self.words = range(4, self.pieces + 1)

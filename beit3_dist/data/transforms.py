@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
@@ -53,7 +53,9 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise BadSample(f"more pixels than data.max_pixels={max_pixels}: {error}") from None
-        except Exception as error:  # Broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error ...
+        except UnidentifiedImageError:
+            raise BadSample(f"undecodable picture: none of {', '.join(FORMATS)}") from None
+        except Exception as error:  # Broken files make Pillow raise nearly anything, from OSError to struct.error.
             raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
 
 
@@ -90,7 +92,8 @@ def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator
     return left, top, left + w, top + h
 
 
-def resized(image: Image.Image, size: int, box: tuple[int, int, int, int] | None = None, flip: bool = False) -> np.ndarray:
+def resized(image: Image.Image, size: int, box: tuple[int, int, int, int] | None = None,
+            flip: bool = False) -> np.ndarray:
     """The picture, or a box of it, as a square: bicubic with antialiasing -> uint8 [size, size, 3]."""
     view = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
     return np.ascontiguousarray(view[:, ::-1]) if flip else view

@@ -1,0 +1,124 @@
+"""The order is a keyed bijection, the same everywhere, and well mixed even for a few samples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from beit3_dist.data.order import (
+    SLOTS,
+    Interleave,
+    Stream,
+    generator,
+    mix,
+    mix_arrays,
+    permute,
+    sample_id,
+    scheduled,
+)
+
+INT64 = st.integers(-(1 << 63), (1 << 63) - 1)
+
+
+def test_mix_is_splitmix64() -> None:
+    """The first outputs of splitmix64 for seeds 0 and 1234567, from its published reference."""
+    assert mix(0) == 0xE220A8397B1DCDAF
+    assert mix(1234567) == 6457827717110365317
+
+
+def test_mix_depends_on_order_and_number() -> None:
+    assert len({mix(1, 2), mix(2, 1), mix(1, 2, 0), mix(0, 1, 2), mix(1)}) == 5
+
+
+@given(st.lists(st.tuples(INT64, INT64, INT64), min_size=1, max_size=20))
+@settings(deadline=None)
+def test_arrays_are_hashed_like_integers(rows: list[tuple[int, int, int]]) -> None:
+    columns = np.array(rows, dtype=np.int64).T
+    assert mix_arrays(*columns).tolist() == [mix(*row) for row in rows]
+
+
+@given(length=st.integers(1, 3000), key=st.integers(0, (1 << 64) - 1))
+@settings(deadline=None, max_examples=60)
+def test_permute_is_a_bijection(length: int, key: int) -> None:
+    assert sorted(permute(position, length, key) for position in range(length)) == list(range(length))
+
+
+@given(length=st.integers(1, 1 << 45), key=st.integers(0, (1 << 64) - 1), data=st.data())
+@settings(deadline=None)
+def test_permute_stays_inside_and_apart_at_any_length(length: int, key: int, data: st.DataObject) -> None:
+    places = data.draw(st.sets(st.integers(0, length - 1), min_size=1, max_size=20))
+    images = {permute(place, length, key) for place in places}
+    assert len(images) == len(places) and all(0 <= image < length for image in images)
+
+
+@pytest.mark.parametrize(("length", "places"), [(2, 2), (3, 3), (4, 4), (5, 3), (6, 3), (17, 2)])
+def test_short_orders_are_equally_frequent(length: int, places: int) -> None:
+    """Chi-square over the orders of the first places, 100 keys each: below its mean plus five standard deviations.
+
+    From length 5 on, the last two places follow from the parity: a Feistel network only makes even permutations.
+    """
+    orders = list(permutations(range(length), places))
+    keys = 100 * len(orders)
+    counts = Counter(tuple(permute(place, length, mix(7, key)) for place in range(places)) for key in range(keys))
+    chi_square = sum((counts[order] - 100) ** 2 / 100 for order in orders)
+    freedom = len(orders) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_neighbours_are_not_kept() -> None:
+    """In a random order a sample follows its neighbour once per epoch on average; a weak network does so often."""
+    length = 5000
+    order = np.array([permute(place, length, 3) for place in range(length)])
+    assert np.count_nonzero(np.abs(np.diff(order)) == 1) < 15
+    assert abs(np.corrcoef(order, np.arange(length))[0, 1]) < 0.07  # Five standard deviations of 1 / sqrt(5000).
+
+
+def test_permute_refuses_positions_outside() -> None:
+    with pytest.raises(IndexError, match="position 5 is not in range"):
+        permute(5, 5, 0)
+
+
+def test_every_epoch_holds_every_sample_once_in_another_order() -> None:
+    length = 37
+    found = [scheduled(position, length, 5, Stream.TEXTS) for position in range(3 * length)]
+    orders = [[index for epoch, index in found if epoch == wanted] for wanted in range(3)]
+    assert all(sorted(order) == list(range(length)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[0] != [scheduled(position, length, 5, Stream.PAIRS)[1] for position in range(length)]
+    assert orders[0] != [scheduled(position, length, 6, Stream.TEXTS)[1] for position in range(length)]
+
+
+def test_sample_ids_fit_int64_and_differ() -> None:
+    ids = [sample_id(stream, epoch, index) for stream in Stream for epoch in range(5) for index in range(200)]
+    assert len(set(ids)) == len(ids)
+    assert np.array(ids, dtype=np.int64).tolist() == ids
+    assert min(ids) < 0 < max(ids)
+
+
+def test_generators_depend_on_the_key_alone() -> None:
+    assert generator(1, 2).random() == generator(1, 2).random() != generator(2, 1).random()
+
+
+@given(st.lists(st.floats(0.1, 50), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=40)
+def test_interleave_is_exact_and_even(weights: list[float]) -> None:
+    pattern = Interleave(weights)
+    total = sum(weights)
+    places = [pattern.locate(position) for position in range(2 * SLOTS)]
+    for source, weight in enumerate(weights):
+        own = [place for number, place in places if number == source]
+        assert own == list(range(len(own)))  # Every position of a source, in turn.
+        assert abs(len(own) / 2 - SLOTS * weight / total) < 1
+        served = np.cumsum([number == source for number, _ in places])
+        ahead = served - len(own) / (2 * SLOTS) * np.arange(1, 2 * SLOTS + 1)
+        assert np.abs(ahead).max() <= len(weights)  # Never bunched: at most one sample per source off the even spread.
+
+
+def test_too_small_a_weight_is_an_error() -> None:
+    with pytest.raises(ValueError, match="weight 0.001 is less than 1/1000"):
+        Interleave([0.001, 9.0])

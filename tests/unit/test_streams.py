@@ -1,0 +1,248 @@
+"""A position of a stream is always the same sample; a bad one is replaced alike everywhere and moves no other."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import pickle
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from beit3_dist.config import Source
+from beit3_dist.data.order import Stream, mix, permute, sample_id
+from beit3_dist.data.streams import ImageStream, PairStream, TextStream
+from beit3_dist.data.text import TextTokenizer
+from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, text_tar, train_tokenizer, write_tar
+
+LIMIT = 100_000
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return TextTokenizer(str(train_tokenizer(tmp_path_factory.mktemp("model") / "text.spm")))
+
+
+def images(folder: Path, pattern: str | list[Source] = "*.tar", seed: int = 0, shuffled: bool = True) -> ImageStream:
+    shards = str(folder / pattern) if isinstance(pattern, str) else pattern
+    return ImageStream(shards, "data.images", seed, str(folder / "cache"), LIMIT, shuffled)
+
+
+def pairs(folder: Path, tokenizer: TextTokenizer, shuffled: bool = True, length: int = 64) -> PairStream:
+    return PairStream(str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), LIMIT, tokenizer, length, "caption", shuffled)
+
+
+def pixels(stream: ImageStream | PairStream, position: int) -> bytes:
+    return stream.read(position).picture.tobytes()
+
+
+def test_images_once_per_epoch(tmp_path: Path) -> None:
+    image_tar(tmp_path / "a.tar", 6)
+    image_tar(tmp_path / "b.tar", 5, seed=100)
+    stream = images(tmp_path)
+    assert len(stream) == 11
+    epochs = [[stream.read(position) for position in range(11 * epoch, 11 * epoch + 11)] for epoch in range(2)]
+    for epoch, samples in enumerate(epochs):
+        assert sorted(sample.index for sample in samples) == list(range(11))
+        assert {sample.epoch for sample in samples} == {epoch}
+        assert len({sample.picture.tobytes() for sample in samples}) == 11
+        assert [sample.index for sample in samples] == [permute(place, 11, mix(0, Stream.IMAGES, epoch)) for place in range(11)]
+    assert [sample.index for sample in epochs[0]] != [sample.index for sample in epochs[1]]
+    assert epochs[1][3].id == sample_id(Stream.IMAGES, 1, epochs[1][3].index)
+
+
+def test_reading_depends_on_nothing_read_before(tmp_path: Path) -> None:
+    image_tar(tmp_path / "a.tar", 7)
+    forward, backward = images(tmp_path), pickle.loads(pickle.dumps(images(tmp_path)))
+    ahead = [pixels(forward, position) for position in range(20)]
+    assert [pixels(backward, position) for position in reversed(range(20))] == ahead[::-1]
+    assert ahead != [pixels(images(tmp_path, seed=1), position) for position in range(20)]
+
+
+def test_unshuffled_is_the_stored_order_in_one_epoch(tmp_path: Path) -> None:
+    image_tar(tmp_path / "a.tar", 3)
+    stream = images(tmp_path, shuffled=False)
+    samples = [stream.read(position) for position in range(7)]
+    assert [sample.index for sample in samples] == [0, 1, 2, 0, 1, 2, 0]
+    assert samples[1].id == samples[4].id and samples[1].key == samples[4].key
+
+
+def damaged(folder: Path, broken: int, count: int = 12) -> None:
+    """Shards of `count` pictures, the one numbered `broken` without its second half."""
+    samples = [{"__key__": f"{number:04d}", "png": picture(number)} for number in range(count)]
+    samples[broken]["png"] = samples[broken]["png"][:50]
+    write_tar(folder / "a.tar", samples)
+
+
+def test_bad_picture_is_replaced_and_moves_no_other(tmp_path: Path) -> None:
+    image_tar(tmp_path / "good/a.tar", 12)
+    damaged(tmp_path / "bad", broken=4)
+    good, bad = images(tmp_path / "good"), images(tmp_path / "bad")
+    replaced = 0
+    for position in range(36):
+        expected, found = good.read(position), bad.read(position)
+        if expected.index != 4:
+            assert found.id == expected.id and found.picture.tobytes() == expected.picture.tobytes() and not found.faults
+            continue
+        replaced += 1
+        first = mix(0, Stream.IMAGES, expected.epoch, 4, 1) % 12
+        assert found.epoch == expected.epoch and found.index == first != 4
+        assert found.id == sample_id(Stream.IMAGES, found.epoch, found.index)
+        [fault] = found.faults
+        assert (fault.stream, Path(fault.shard).name, fault.key) == ("images", "a.tar", "0004")
+        assert fault.reason.startswith("undecodable picture")
+        assert images(tmp_path / "bad").read(position).faults == found.faults
+    assert replaced == 3
+
+
+def test_only_bad_pictures_stop_the_run(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [{"__key__": str(number), "jpg": b"junk"} for number in range(3)])
+    with pytest.raises(RuntimeError, match="100 bad samples in a row in the stream of images; the last one is '.' of .*a.tar"):
+        images(tmp_path).read(0)
+
+
+def test_too_large_pictures_are_replaced(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [{"__key__": "0", "png": picture(0, 400, 400)}, {"__key__": "1", "png": picture(1)}])
+    stream = images(tmp_path, shuffled=False)
+    sample = stream.read(0)
+    assert sample.index == 1 and "max_pixels=100000" in sample.faults[0].reason
+
+
+def test_short_read_is_a_fault(tmp_path: Path) -> None:
+    """The file shrinks after it was opened, as on a failing network drive."""
+    path = image_tar(tmp_path / "a.tar", 3)
+    stream = images(tmp_path, shuffled=False)
+    stream.read(0)
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[2]
+    with open(path, "r+b") as file:
+        file.truncate(last.offset_data + 10)
+    sample = stream.read(2)
+    assert sample.index < 2 and sample.faults[0].reason.startswith("short read: 10 of")
+
+
+def test_damaged_shard_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = image_tar(tmp_path / "a.tar", 4)
+    path.write_bytes(path.read_bytes()[:-9000])
+    for _ in range(2):  # When the index is built, and again when it is found in the cache.
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            stream = images(tmp_path)
+        assert caplog.text.count("cut at byte") == 1
+        [fault] = stream.faults
+        assert (fault.stream, fault.shard, fault.key) == ("images", str(path), "") and "cut at byte" in fault.reason
+
+
+def test_incomplete_pairs_are_counted(tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", [{"__key__": "0", "jpg": picture(0, kind="JPEG"), "txt": b"words"},
+                                   {"__key__": "1", "jpg": b"x"}, {"__key__": "2", "txt": b"y"}])
+    with caplog.at_level(logging.WARNING):
+        assert len(pairs(tmp_path, tokenizer)) == 1
+    assert "pairs: 2 samples lack a member" in caplog.text
+
+
+def test_pairs_are_never_mixed(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    pair_tar(tmp_path / "a.tar", 6)
+    pair_tar(tmp_path / "b.tar", 5, seed=100)
+    numbers = [*range(6), *range(100, 105)]
+    stream = pairs(tmp_path, tokenizer)
+    for position in range(22):
+        sample = stream.read(position)
+        number = numbers[sample.index]
+        expected = tokenizer.encode(sentences()[number])[:62]
+        assert sample.words.tolist() == [0, *expected, 2]
+        theirs = np.asarray(stream.read(position).picture)
+        [own] = [number]
+        assert np.array_equal(theirs, np.asarray(_picture(own)))
+
+
+def _picture(number: int) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(picture(number, kind="JPEG"))))
+
+
+def test_captions_of_txt_and_json(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    good = picture(0)
+    write_tar(tmp_path / "a.tar", [
+        {"__key__": "0", "png": good, "txt": b"first caption\n\n  second caption\r\n", "json": b'{"caption": "unused"}'},
+        {"__key__": "1", "png": good, "json": json.dumps({"caption": "a single one"}).encode()},
+        {"__key__": "2", "png": good, "json": json.dumps({"caption": ["", "left", "right"]}).encode()}])
+    stream = pairs(tmp_path, tokenizer)
+    seen: dict[int, Counter[str]] = {number: Counter() for number in range(3)}
+    for position in range(90):
+        sample = stream.read(position)
+        seen[sample.index][tokenizer.decode(sample.words.tolist())] += 1
+        assert not sample.faults
+    assert set(seen[0]) == {"first caption", "second caption"} and min(seen[0].values()) > 5
+    assert set(seen[1]) == {"a single one"}
+    assert set(seen[2]) == {"left", "right"}
+    assert len(stream.read(0).words) <= 64 and len(pairs(tmp_path, tokenizer, length=5).read(0).words) == 5
+
+
+@pytest.mark.parametrize(("member", "reason"), [
+    ({"txt": b""}, "empty caption"), ({"txt": b" \n "}, "empty caption"), ({"txt": b"caf\xe9"}, "invalid UTF-8"),
+    ({"txt": "\u200b".encode()}, "empty caption"), ({"json": b"{"}, "malformed JSON"), ({"json": b"[]"}, "no field 'caption'"),
+    ({"json": b'{"caption": [1]}'}, "no field 'caption'"), ({"json": b'{"caption": ""}'}, "empty caption"),
+    ({"json": b'\xff'}, "invalid UTF-8")])
+def test_bad_captions_are_replaced(tmp_path: Path, tokenizer: TextTokenizer, member: dict[str, bytes], reason: str) -> None:
+    write_tar(tmp_path / "a.tar", [{"__key__": "bad", "png": picture(0), **member},
+                                   {"__key__": "good", "png": picture(1), "txt": b"fine"}])
+    sample = pairs(tmp_path, tokenizer, shuffled=False).read(0)
+    assert sample.index == 1 and tokenizer.decode(sample.words.tolist()) == "fine"
+    assert all(fault.key == "bad" and reason in fault.reason for fault in sample.faults) and sample.faults
+
+
+def test_weighted_sources_in_exact_proportion_with_their_own_epochs(tmp_path: Path) -> None:
+    image_tar(tmp_path / "a.tar", 5)
+    image_tar(tmp_path / "b.tar", 7, seed=50)
+    stream = images(tmp_path, [Source(shards=str(tmp_path / "a.tar"), weight=3), Source(shards=str(tmp_path / "b.tar"), weight=1)])
+    samples = [stream.read(position) for position in range(100)]
+    first, second = [s for s in samples if s.index < 5], [s for s in samples if s.index >= 5]
+    assert (len(first), len(second), len(stream)) == (75, 25, 12)
+    assert Counter(s.epoch for s in first) == Counter({epoch: 5 for epoch in range(15)})
+    assert Counter(s.epoch for s in second) == Counter({0: 7, 1: 7, 2: 7, 3: 4})
+    assert all(len({s.index for s in first if s.epoch == epoch}) == 5 for epoch in range(15))
+    assert all(s.picture.tobytes() == _rgb(s.index if s.index < 5 else 50 + s.index - 5) for s in samples)
+    alone = images(tmp_path, "a.tar")
+    assert [s.index for s in first] == [alone.read(position).index for position in range(75)]
+
+
+def _rgb(number: int) -> bytes:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(picture(number))).tobytes()
+
+
+def test_bad_source_lists(tmp_path: Path) -> None:
+    image_tar(tmp_path / "a.tar", 1)
+    with pytest.raises(ValueError, match="data.images: the list of sources is empty"):
+        images(tmp_path, [])
+    path = str(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match="data.images: the weight 0.0001 is less than"):
+        images(tmp_path, [Source(shards=path), Source(shards=path, weight=0.0001)])
+
+
+def test_texts(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    text_tar(tmp_path / "a.tar", sentences()[:10])
+    text_tar(tmp_path / "b.tar", sentences()[10:20])
+    stream = TextStream(str(tmp_path / "*.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12, share=0.5)
+    samples = [stream.read(position) for position in range(len(stream))]
+    assert sorted(sample.index for sample in samples) == list(range(len(stream)))
+    assert all(sample.picture is None and len(sample.words) <= 12 for sample in samples)
+    assert sum(len(sample.words) - 2 for sample in samples) == sum(len(shard.tokens) for shard in stream.windows[0].shards)
+
+
+def test_text_faults_and_wordless_texts(tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "a.tar", [{"__key__": "k", "txt": b"\xff\n\xfe\nwords"}])
+    with caplog.at_level(logging.WARNING):
+        stream = TextStream(str(tmp_path / "a.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12)
+    assert [fault.key for fault in stream.faults] == ["k:1", "k:2"]
+    assert caplog.text.count("2 documents are left out; the first is k:1 (invalid UTF-8)") == 1
+    write_tar(tmp_path / "b.tar", [{"__key__": "k", "txt": b"\n \n"}])
+    with pytest.raises(ValueError, match="^data.texts: the documents of .*b.tar .* not one word"):
+        TextStream(str(tmp_path / "b.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12)
