@@ -1,0 +1,44 @@
+"""What every test needs before it imports anything of ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+
+# For programs that tests start: the package is found even where it is not installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+
+# DeepSpeed decides at its import, from the packages that it finds, so this comes before.
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def define_torchvision_operators() -> torch.library.Library | None:
+    """Makes `import torchvision`, and so `import timm`, work where torchvision's C++ does not fit the CPU build of torch.
+
+    torchvision registers shapes for two operators of its C++ library while it is imported, and raises if they do not
+    exist. Declared, but not implemented, they are enough for its transforms and for timm's models. None if the
+    library is there. The result must be kept: the declarations go with it.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
+_torchvision_operators = define_torchvision_operators()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's folder for shard indexes: what `data.cache` names in a run."""
+    return tmp_path_factory.mktemp("cache")
