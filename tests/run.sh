@@ -2,7 +2,7 @@
 # Lint, types, then the tests, in the project's own environment. Arguments go to pytest:
 #
 #   tests/run.sh                                  everything, the fast tests first: unit, parity, parallel, integration
-#   tests/run.sh -m 'not slow'                    without the tests that take more than ten seconds
+#   tests/run.sh -m 'not slow'                    without the slow ones
 #   tests/run.sh tests/unit/test_order.py -k seed
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def test_a_sample_keeps_its_side_when_the_data_set_grows(pictures: Path, tmp_pat
     for side in ("train", "held_out"):
         small, large = ({data for _, data in contents(tmp_path / size / side)} for size in ("small", "large"))
         assert small < large
+
+
+def test_copies_of_a_picture_lie_on_the_same_side(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, pictures / "copies")
+    assert run("images", pictures, tmp_path / "out", "--held-out", 0.5) == 0
+    train, held_out = ({data for _, data in contents(tmp_path / "out" / side)} for side in ("train", "held_out"))
+    assert not train & held_out
+    assert len(train | held_out) == 40
 
 
 def test_held_out_share_is_near_the_asked_one() -> None:
