@@ -12,7 +12,6 @@ A mistake in the configuration is one line on standard error and exit code 2, be
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -20,21 +19,23 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from beit3_dist.checkpoint.files import write_text
+from beit3_dist.command_line import parse, refuse, to_yaml
+from beit3_dist.config import OptimConfig, require, require_divides
+from beit3_dist.data.batch import ImageBatches, loader
+from beit3_dist.model.vqkd import VQKD, save_vqkd
+from beit3_dist.objectives.distillation import Teacher, build_teacher
+from beit3_dist.parallel.mesh import Mesh, read_mesh
+from beit3_dist.training.schedule import learning_rate
 
-from beit3_dist.config import require, require_divides  # noqa: E402
-from beit3_dist.data.batch import ImageBatches, loader  # noqa: E402
-from beit3_dist.model.vqkd import VQKD, save_vqkd  # noqa: E402
-from beit3_dist.objectives.distillation import Teacher, build_teacher  # noqa: E402
+PROGRAM = "train_image_tokenizer.py"
 
 
 @dataclass(kw_only=True)
@@ -107,6 +108,12 @@ class TokenizerConfig:
         require(0 <= self.codebook_decay < 1, f"codebook_decay={self.codebook_decay} is not in [0, 1)")
         require(0 < self.min_crop_scale <= 1, f"min_crop_scale={self.min_crop_scale} is not in (0, 1]")
 
+    @property
+    def optim(self) -> OptimConfig:
+        """BEiT v2's AdamW with this run's rates."""
+        return OptimConfig(lr=self.lr, min_lr=self.min_lr, warmup_steps=self.warmup_steps,
+                           weight_decay=self.weight_decay, beta1=0.9, beta2=0.99, eps=1e-8)
+
     def build_model(self, target_dim: int) -> VQKD:
         """The untrained tokenizer."""
         model = VQKD(self.image_size, patch_size=self.patch_size, width=self.width, layers=self.layers,
@@ -116,64 +123,47 @@ class TokenizerConfig:
         return model
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the data-parallel ones, from the launcher's environment."""
-
-    rank: int
-    world: int
-    local_rank: int
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        return cls(*(int(os.environ.get(name, default))
-                     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-
-    def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def parse(arguments: list[str]) -> tuple[TokenizerConfig, str]:
-    """The configuration and its YAML text. Raises ValueError or ArgumentError with one line."""
-    parser = ArgumentParser(prog="train_image_tokenizer.py", exit_on_error=False,
-                            description="Trains the BEiT v2 image tokenizer (VQ-KD).")
-    parser.add_argument("--config", action="config", help="recipe: a YAML file with the fields below")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=0,
-                        help="set by some launchers; the environment decides")
-    parser.add_class_arguments(TokenizerConfig)
-    values = parser.parse_args(arguments)
-    for name in ("config", "local_rank"):
-        values.pop(name)
-    return TokenizerConfig(**values.as_dict()), parser.dump(values, skip_validation=True)
-
-
-def learning_rate(config: TokenizerConfig, step: int) -> float:
-    """Rate of step 0 <= step < steps: a linear warm-up to lr, then half a cosine down to min_lr."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def build_optimizer(model: nn.Module, config: TokenizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
         (matrices if decayed else others).append(parameter)
     return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                              {"params": others, "weight_decay": 0.0}], lr=config.lr, betas=(0.9, 0.99))
+                              {"params": others, "weight_decay": 0.0}],
+                             lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
-def train(config: TokenizerConfig, batches: ImageBatches, teacher: Teacher,
-          ranks: Ranks) -> Iterator[tuple[dict, VQKD]]:
-    """Runs the steps; after each one yields its metrics, equal on all ranks, and the tokenizer."""
-    device = ranks.device()
+def connect(mesh: Mesh) -> None:
+    """Starts the process group of a data-parallel run. DeepSpeed, which takes seconds to start, is not needed here."""
+    if mesh.device.type == "cuda":
+        torch.cuda.set_device(mesh.device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.local_world))
+    dist.init_process_group("nccl" if mesh.device.type == "cuda" else "gloo")
+
+
+def average_gradients(model: nn.Module, world: int) -> None:
+    """Replaces every gradient by its mean over the ranks, in one all-reduce; ranks hold equally many pictures."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= world
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+Step = tuple[dict[str, Any], VQKD]
+"""Metrics of a step, the same on every rank, and the tokenizer after it."""
+
+
+def train(config: TokenizerConfig, batches: ImageBatches, teacher: Teacher, mesh: Mesh) -> Iterator[Step]:
+    """Runs the steps one by one."""
+    device = mesh.device
     teacher.to(device)
     tokenizer = config.build_model(teacher.channels).to(device)
-    # The codebook is a buffer that update() keeps equal on all ranks: DDP has nothing to broadcast.
-    model = tokenizer if ranks.world == 1 else DistributedDataParallel(tokenizer, broadcast_buffers=False)
-    optimizer = build_optimizer(tokenizer, config)
+    optimizer = build_optimizer(tokenizer, config.optim)
     steps = iter(loader(batches, range(config.steps), config.workers, prefetch=2, pin=device.type == "cuda"))
 
     def autocast() -> AbstractContextManager:
@@ -189,36 +179,37 @@ def train(config: TokenizerConfig, batches: ImageBatches, teacher: Teacher,
             if step == 0:
                 with torch.no_grad():
                     tokenizer.quantize.initialize(tokenizer.embed(pixels), key=config.seed)
-            loss, result = model(pixels, features)
+            loss, result = tokenizer(pixels, features)
         optimizer.zero_grad()
         loss.backward()
-        rate = learning_rate(config, step)
+        if mesh.world > 1:
+            average_gradients(tokenizer, mesh.world)
+        rate = learning_rate(step, config.steps, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        usage = tokenizer.quantize.update(result.z, result.codes, key=config.seed + 1 + step,
-                                          decay=config.codebook_decay)
-        values = torch.stack((loss.detach(), result.reconstruction, result.commitment,
-                              loss.new_tensor(float(len(faults)))))
-        if ranks.world > 1:
-            dist.all_reduce(values)
-        total, reconstruction, commitment, replaced = values.tolist()
+        usage = tokenizer.quantize.update(result.z, result.codes, config.seed + 1 + step, config.codebook_decay)
+
+        sums = torch.stack((loss.detach(), result.reconstruction, result.commitment, loss.new_tensor(len(faults))))
+        if mesh.world > 1:
+            dist.all_reduce(sums)
+        total, reconstruction, commitment, replaced = sums.tolist()
         seconds = time.perf_counter() - started
-        yield {"step": step + 1, "loss": total / ranks.world, "loss_reconstruction": reconstruction / ranks.world,
-               "loss_commitment": commitment / ranks.world, "used_codes": usage.share, "perplexity": usage.perplexity,
-               "lr": rate, "replaced": int(replaced), "images_per_s": config.batch / seconds, "data_wait_s": waited,
-               "step_s": seconds}, tokenizer
+        yield {"step": step + 1, "loss": total / mesh.world, "loss_reconstruction": reconstruction / mesh.world,
+               "loss_commitment": commitment / mesh.world, "used_codes": usage.share, "perplexity": usage.perplexity,
+               "lr": rate, "replaced_samples": int(replaced), "images_per_s": config.batch / seconds,
+               "data_wait_s": waited, "step_s": seconds}, tokenizer
 
 
-def record(config: TokenizerConfig, settings: str, run: Iterator[tuple[dict, VQKD]]) -> None:
-    """Runs the training on the rank that writes: progress lines, metrics, TensorBoard and the tokenizer's file."""
+def record(config: TokenizerConfig, run: Iterator[Step]) -> None:
+    """Runs the training on the first rank: progress lines, metrics, TensorBoard and the tokenizer's file."""
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(settings)
-    started = time.perf_counter()
+    write_text(out / "config.yaml", to_yaml(config))
+    started, replaced = time.perf_counter(), 0
     with (out / "metrics.jsonl").open("w", buffering=1) as file, SummaryWriter(str(out / "tensorboard")) as board:
         for metrics, tokenizer in run:
             step = metrics["step"]
+            replaced += metrics["replaced_samples"]
             file.write(json.dumps(metrics) + "\n")
             for name in metrics.keys() - {"step"}:
                 board.add_scalar(name, metrics[name], step)
@@ -229,33 +220,33 @@ def record(config: TokenizerConfig, settings: str, run: Iterator[tuple[dict, VQK
                       f"{left:.0f} s left", flush=True)
             if step % config.save_every == 0 or step == config.steps:
                 save_vqkd(tokenizer, out / "image_tokenizer.pth")
-    print(f"wrote {out / 'image_tokenizer.pth'} in {time.perf_counter() - started:.0f} s")
+    print(f"wrote {out / 'image_tokenizer.pth'} in {time.perf_counter() - started:.0f} s; "
+          f"{replaced} pictures could not be used and were replaced")
 
 
-def main(arguments: list[str]) -> int:
-    ranks = Ranks.from_environment()
+def main(arguments: list[str]) -> None:
+    """Runs the command line."""
+    config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
+    mesh = read_mesh()
     try:
-        config, settings = parse(arguments)
-        require_divides("the number of ranks", ranks.world, "batch", config.batch)
-        batches = ImageBatches(config.shards, config.image_size, config.seed, config.batch, ranks.rank, ranks.world,
+        require_divides("the number of ranks", mesh.world, "batch", config.batch)
+        batches = ImageBatches(config.shards, config.image_size, config.seed, config.batch, mesh.rank, mesh.world,
                                config.cache, min_crop_scale=config.min_crop_scale, max_pixels=config.max_pixels)
         teacher = build_teacher(config.teacher, grid=config.image_size // config.patch_size)
-    except (ArgumentError, ValueError, OSError) as error:
-        if ranks.rank == 0:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    if ranks.world > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    run = train(config, batches, teacher, ranks)
-    if ranks.rank == 0:
-        record(config, settings, run)
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        refuse(PROGRAM, error)
+    if mesh.world > 1:
+        connect(mesh)
+    run = train(config, batches, teacher, mesh)
+    if mesh.is_first:
+        record(config, run)
     else:
         for _ in run:
             pass
-    if ranks.world > 1:
+    if mesh.world > 1:
         dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -20,6 +20,8 @@ class Teacher(Protocol):
 
     def __call__(self, pixels: Tensor) -> Tensor: ...
 
+    def to(self, device: torch.device) -> Teacher: ...
+
 
 class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 trained on ImageNet (Tan and Le 2019), its weights from a package; needs no download.
@@ -31,6 +33,9 @@ class EfficientNetLite0(nn.Module):
     STRIDE = 16
     BLOCKS = 11
     """Inverted bottlenecks up to the last one at stride 16; the five above it work at stride 32."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, grid: int) -> None:
         """grid: patches along one side of the tokenizer's picture. Raises ValueError where the packages are missing."""
@@ -52,7 +57,8 @@ class EfficientNetLite0(nn.Module):
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
         # Twice as fast as the default memory order on CPUs.
-        self.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
@@ -71,6 +77,9 @@ def fused(block: nn.Module) -> nn.Module:
     return block
 
 
+TEACHERS = {"efficientnet_lite0": EfficientNetLite0}
+
+
 def build_teacher(name: str, grid: int) -> Teacher:
     """The teacher of this name for a grid x grid code map."""
-    return {"efficientnet_lite0": EfficientNetLite0}[name](grid)
+    return TEACHERS[name](grid)
