@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 
 def define_torchvision_operators() -> torch.library.Library | None:
-    """Makes `import torchvision`, and so `import timm`, work where torchvision's C++ does not fit the CPU build of torch.
+    """Makes `import torchvision`, and so `import timm`, work where torchvision's C++ does not fit this torch.
 
     torchvision registers shapes for two operators of its C++ library while it is imported, and raises if they do not
     exist. Declared, but not implemented, they are enough for its transforms and for timm's models. None if the
