@@ -10,7 +10,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -88,9 +88,9 @@ class MicroBatch:
         return len(self.texts)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
         """The same batch with its tensors on the device."""
@@ -180,8 +180,8 @@ class MixedBatches(Dataset):
         else:
             views = [transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
                      for sample in samples]
-        tokenizer_views = None if other == size else channels_first([view for _, view in views])
-        return channels_first([view for view, _ in views]), tokenizer_views
+        tokenizer_views = [view for _, view in views if view is not None]
+        return channels_first([view for view, _ in views]), channels_first(tokenizer_views) if tokenizer_views else None
 
     def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:
         """bool [samples, patches]."""

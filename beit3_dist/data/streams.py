@@ -11,7 +11,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import accumulate
 from typing import ClassVar
@@ -59,10 +59,10 @@ class Sample:
     """Key of everything that is drawn for it: hash of (seed, stream, epoch, index)."""
     faults: list[Fault]
     """Samples that were tried for this position before."""
-    picture: Image.Image | None = None
-    """RGB picture of an image or a pair."""
-    words: np.ndarray | None = None
-    """int64 ids of a text or a caption, <s> and </s> included."""
+    picture: Image.Image = field(init=False, repr=False)
+    """RGB picture; images and pairs have one."""
+    words: np.ndarray = field(init=False, repr=False)
+    """int64 ids of the text or the caption, <s> and </s> included; texts and pairs have them."""
 
     @property
     def id(self) -> int:
@@ -72,10 +72,6 @@ class Sample:
     def generator(self, use: Draw) -> np.random.Generator:
         """The sample's random numbers for one use."""
         return generator(self.key, use)
-
-
-Content = tuple[Image.Image | None, np.ndarray | None]
-"""Picture and words of a sample."""
 
 
 class SampleStream(ABC):
@@ -130,7 +126,7 @@ class SampleStream(ABC):
             index = self.starts[source] + chosen
             sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
             try:
-                sample.picture, sample.words = self._load(source, chosen, sample)
+                self._load(source, chosen, sample)
                 return sample
             except BadSample as bad:
                 table = self.tables[source]
@@ -139,8 +135,8 @@ class SampleStream(ABC):
                            f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}")
 
     @abstractmethod
-    def _load(self, source: int, index: int, sample: Sample) -> Content:
-        """Content of a sample of one source; raises BadSample where it cannot be used."""
+    def _load(self, source: int, index: int, sample: Sample) -> None:
+        """Gives the sample its content, number `index` of the source; raises BadSample where it cannot be used."""
 
 
 class ImageStream(SampleStream):
@@ -154,10 +150,10 @@ class ImageStream(SampleStream):
         self.max_pixels = max_pixels
         self._set_lengths([len(table) for table in self.tables])
 
-    def _load(self, source: int, index: int, sample: Sample) -> Content:
+    def _load(self, source: int, index: int, sample: Sample) -> None:
         row = self.tables[source].rows[index]
         data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
-        return transforms.decode(data, self.max_pixels), None
+        sample.picture = transforms.decode(data, self.max_pixels)
 
 
 class TextStream(SampleStream):
@@ -183,8 +179,8 @@ class TextStream(SampleStream):
                                 shard.path, len(faults), faults[0].key, faults[0].reason)
                 self.faults.extend(faults)
 
-    def _load(self, source: int, index: int, sample: Sample) -> Content:
-        return None, self.windows[source].read(index)
+    def _load(self, source: int, index: int, sample: Sample) -> None:
+        sample.words = self.windows[source].read(index)
 
 
 class PairStream(SampleStream):
@@ -201,13 +197,13 @@ class PairStream(SampleStream):
         self.caption_key = caption_key
         self._set_lengths([len(table) for table in self.tables])
 
-    def _load(self, source: int, index: int, sample: Sample) -> Content:
+    def _load(self, source: int, index: int, sample: Sample) -> None:
         row, reader = self.tables[source].rows[index], self.readers[source]
         shard = int(row["shard"])
         written = reader.read(shard, *map(int, row["text"]))
         captions = lines(written) if row["kind"] == TXT else json_captions(written, self.caption_key)
-        words = self._words(captions, sample)
-        return transforms.decode(reader.read(shard, *map(int, row["image"])), self.max_pixels), words
+        sample.words = self._words(captions, sample)
+        sample.picture = transforms.decode(reader.read(shard, *map(int, row["image"])), self.max_pixels)
 
     def _words(self, captions: list[str], sample: Sample) -> np.ndarray:
         """Ids of one of the captions, framed and cut to the longest length."""
@@ -241,4 +237,8 @@ def json_captions(data: bytes, field: str) -> list[str]:
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise BadSample(f"no field {field!r} that is a string or a list of strings")
+    try:
+        "".join(captions).encode("utf-8")
+    except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which is no character.
+        raise BadSample("invalid UTF-8 in the caption") from None
     return [caption.strip() for caption in captions if caption.strip()]

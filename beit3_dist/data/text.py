@@ -93,7 +93,8 @@ def documents(data: Iterator[bytes], jsonl: bool) -> Iterator[tuple[int, str | B
             text = line.decode("utf-8").strip()
             if jsonl:
                 text = _text_field(text).strip()
-        except UnicodeDecodeError:
+                text.encode("utf-8")  # JSON can escape half a surrogate pair, which is no character.
+        except UnicodeError:
             yield number, BadSample("invalid UTF-8")
         except BadSample as bad:
             yield number, bad

@@ -63,8 +63,8 @@ def train_tokenizer(path: Path, pieces: int = 300, **changes: object) -> Path:
     """A SentencePiece model with the control ids of tools/train_text_tokenizer.py."""
     file = io.BytesIO()
     settings: dict[str, object] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1} | changes
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences()[:1500]), model_writer=file, vocab_size=pieces,
-                                             model_type="bpe", minloglevel=2, **settings)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences()[:1500]), model_writer=file,
+                                             vocab_size=pieces, model_type="bpe", minloglevel=2, **settings)
     path.write_bytes(file.getvalue())
     return path
 
@@ -83,6 +83,7 @@ def small_run(folder: Path, **changes: object) -> RunConfig:
     data = DataConfig(images=str(folder / "images-{0,1}.tar"), texts=str(folder / "texts-*.tar"),
                       pairs=str(folder / "pairs-*.tar"), cache=str(folder / "cache"), text_length=18, caption_length=12)
     settings: dict[str, object] = {"batch": BatchConfig(images=8, texts=8, pairs=8)} | changes
-    return RunConfig(out=str(folder / "out"), data=data, text_tokenizer=str(folder / "text.spm"), image_tokenizer="none",
-                     model=ModelConfig(layers=1, width=8, heads=1, ffn_width=8, patch_size=8, image_size=32, vocab_size=310,
-                                       vl_expert_layers=0), **settings)
+    model = ModelConfig(layers=1, width=8, heads=1, ffn_width=8, patch_size=8, image_size=32, vocab_size=310,
+                        vl_expert_layers=0)
+    return RunConfig(out=str(folder / "out"), data=data, text_tokenizer=str(folder / "text.spm"),
+                     image_tokenizer="none", model=model, **settings)

@@ -64,8 +64,8 @@ def test_word_masks_have_the_exact_count_and_spare_specials(ids: list[int], rati
 def test_shares_of_the_three_fates() -> None:
     """80/10/10 over 20,000 masked words, within five standard deviations (0.003 x 5)."""
     words = np.full(40_000, 50)
-    inputs, predict = mask_words(words, np.random.default_rng(1), ratio=0.5, mask_token_share=0.8, random_token_share=0.1,
-                                 **SHARES)
+    inputs, predict = mask_words(words, np.random.default_rng(1), ratio=0.5, mask_token_share=0.8,
+                                 random_token_share=0.1, **SHARES)
     masked = inputs[predict]
     assert len(masked) == 20_000
     assert (masked == 301).mean() == pytest.approx(0.8, abs=0.015)

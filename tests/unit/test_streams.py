@@ -10,8 +10,8 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
+from PIL import Image
 
 from beit3_dist.config import Source
 from beit3_dist.data.order import Stream, mix, permute, sample_id
@@ -33,7 +33,8 @@ def images(folder: Path, pattern: str | list[Source] = "*.tar", seed: int = 0, s
 
 
 def pairs(folder: Path, tokenizer: TextTokenizer, shuffled: bool = True, length: int = 64) -> PairStream:
-    return PairStream(str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), LIMIT, tokenizer, length, "caption", shuffled)
+    return PairStream(str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), LIMIT, tokenizer, length,
+                      "caption", shuffled)
 
 
 def pixels(stream: ImageStream | PairStream, position: int) -> bytes:
@@ -50,7 +51,8 @@ def test_images_once_per_epoch(tmp_path: Path) -> None:
         assert sorted(sample.index for sample in samples) == list(range(11))
         assert {sample.epoch for sample in samples} == {epoch}
         assert len({sample.picture.tobytes() for sample in samples}) == 11
-        assert [sample.index for sample in samples] == [permute(place, 11, mix(0, Stream.IMAGES, epoch)) for place in range(11)]
+        order = [permute(place, 11, mix(0, Stream.IMAGES, epoch)) for place in range(11)]
+        assert [sample.index for sample in samples] == order
     assert [sample.index for sample in epochs[0]] != [sample.index for sample in epochs[1]]
     assert epochs[1][3].id == sample_id(Stream.IMAGES, 1, epochs[1][3].index)
 
@@ -71,6 +73,11 @@ def test_unshuffled_is_the_stored_order_in_one_epoch(tmp_path: Path) -> None:
     assert samples[1].id == samples[4].id and samples[1].key == samples[4].key
 
 
+def shown(number: int, kind: str = "PNG") -> bytes:
+    """Pixels of a picture of the shards, by its number."""
+    return Image.open(io.BytesIO(picture(number, kind=kind))).tobytes()
+
+
 def damaged(folder: Path, broken: int, count: int = 12) -> None:
     """Shards of `count` pictures, the one numbered `broken` without its second half."""
     samples = [{"__key__": f"{number:04d}", "png": picture(number)} for number in range(count)]
@@ -86,7 +93,8 @@ def test_bad_picture_is_replaced_and_moves_no_other(tmp_path: Path) -> None:
     for position in range(36):
         expected, found = good.read(position), bad.read(position)
         if expected.index != 4:
-            assert found.id == expected.id and found.picture.tobytes() == expected.picture.tobytes() and not found.faults
+            assert found.id == expected.id and not found.faults
+            assert found.picture.tobytes() == expected.picture.tobytes()
             continue
         replaced += 1
         first = mix(0, Stream.IMAGES, expected.epoch, 4, 1) % 12
@@ -101,7 +109,7 @@ def test_bad_picture_is_replaced_and_moves_no_other(tmp_path: Path) -> None:
 
 def test_only_bad_pictures_stop_the_run(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": str(number), "jpg": b"junk"} for number in range(3)])
-    with pytest.raises(RuntimeError, match="100 bad samples in a row in the stream of images; the last one is '.' of .*a.tar"):
+    with pytest.raises(RuntimeError, match="100 bad samples in a row in the stream of images; the last one is '.'"):
         images(tmp_path).read(0)
 
 
@@ -137,7 +145,8 @@ def test_damaged_shard_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert (fault.stream, fault.shard, fault.key) == ("images", str(path), "") and "cut at byte" in fault.reason
 
 
-def test_incomplete_pairs_are_counted(tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_incomplete_pairs_are_counted(tmp_path: Path, tokenizer: TextTokenizer,
+                                      caplog: pytest.LogCaptureFixture) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": "0", "jpg": picture(0, kind="JPEG"), "txt": b"words"},
                                    {"__key__": "1", "jpg": b"x"}, {"__key__": "2", "txt": b"y"}])
     with caplog.at_level(logging.WARNING):
@@ -155,21 +164,13 @@ def test_pairs_are_never_mixed(tmp_path: Path, tokenizer: TextTokenizer) -> None
         number = numbers[sample.index]
         expected = tokenizer.encode(sentences()[number])[:62]
         assert sample.words.tolist() == [0, *expected, 2]
-        theirs = np.asarray(stream.read(position).picture)
-        [own] = [number]
-        assert np.array_equal(theirs, np.asarray(_picture(own)))
-
-
-def _picture(number: int) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(picture(number, kind="JPEG"))))
+        assert sample.picture.tobytes() == shown(number, "JPEG")
 
 
 def test_captions_of_txt_and_json(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     good = picture(0)
     write_tar(tmp_path / "a.tar", [
-        {"__key__": "0", "png": good, "txt": b"first caption\n\n  second caption\r\n", "json": b'{"caption": "unused"}'},
+        {"__key__": "0", "png": good, "txt": b"first caption\n\n second caption\r\n", "json": b'{"caption": "unused"}'},
         {"__key__": "1", "png": good, "json": json.dumps({"caption": "a single one"}).encode()},
         {"__key__": "2", "png": good, "json": json.dumps({"caption": ["", "left", "right"]}).encode()}])
     stream = pairs(tmp_path, tokenizer)
@@ -186,10 +187,12 @@ def test_captions_of_txt_and_json(tmp_path: Path, tokenizer: TextTokenizer) -> N
 
 @pytest.mark.parametrize(("member", "reason"), [
     ({"txt": b""}, "empty caption"), ({"txt": b" \n "}, "empty caption"), ({"txt": b"caf\xe9"}, "invalid UTF-8"),
-    ({"txt": "\u200b".encode()}, "empty caption"), ({"json": b"{"}, "malformed JSON"), ({"json": b"[]"}, "no field 'caption'"),
+    ({"txt": "\u200b".encode()}, "empty caption"), ({"json": b"{"}, "malformed JSON"),
+    ({"json": b"[]"}, "no field 'caption'"),
     ({"json": b'{"caption": [1]}'}, "no field 'caption'"), ({"json": b'{"caption": ""}'}, "empty caption"),
-    ({"json": b'\xff'}, "invalid UTF-8")])
-def test_bad_captions_are_replaced(tmp_path: Path, tokenizer: TextTokenizer, member: dict[str, bytes], reason: str) -> None:
+    ({"json": b'\xff'}, "invalid UTF-8"), ({"json": b'{"caption": "\\ud800"}'}, "invalid UTF-8")])
+def test_bad_captions_are_replaced(tmp_path: Path, tokenizer: TextTokenizer, member: dict[str, bytes],
+                                   reason: str) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": "bad", "png": picture(0), **member},
                                    {"__key__": "good", "png": picture(1), "txt": b"fine"}])
     sample = pairs(tmp_path, tokenizer, shuffled=False).read(0)
@@ -200,22 +203,17 @@ def test_bad_captions_are_replaced(tmp_path: Path, tokenizer: TextTokenizer, mem
 def test_weighted_sources_in_exact_proportion_with_their_own_epochs(tmp_path: Path) -> None:
     image_tar(tmp_path / "a.tar", 5)
     image_tar(tmp_path / "b.tar", 7, seed=50)
-    stream = images(tmp_path, [Source(shards=str(tmp_path / "a.tar"), weight=3), Source(shards=str(tmp_path / "b.tar"), weight=1)])
+    sources = [Source(shards=str(tmp_path / "a.tar"), weight=3), Source(shards=str(tmp_path / "b.tar"))]
+    stream = images(tmp_path, sources)
     samples = [stream.read(position) for position in range(100)]
     first, second = [s for s in samples if s.index < 5], [s for s in samples if s.index >= 5]
     assert (len(first), len(second), len(stream)) == (75, 25, 12)
     assert Counter(s.epoch for s in first) == Counter({epoch: 5 for epoch in range(15)})
     assert Counter(s.epoch for s in second) == Counter({0: 7, 1: 7, 2: 7, 3: 4})
     assert all(len({s.index for s in first if s.epoch == epoch}) == 5 for epoch in range(15))
-    assert all(s.picture.tobytes() == _rgb(s.index if s.index < 5 else 50 + s.index - 5) for s in samples)
+    assert all(s.picture.tobytes() == shown(s.index if s.index < 5 else 50 + s.index - 5) for s in samples)
     alone = images(tmp_path, "a.tar")
     assert [s.index for s in first] == [alone.read(position).index for position in range(75)]
-
-
-def _rgb(number: int) -> bytes:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(picture(number))).tobytes()
 
 
 def test_bad_source_lists(tmp_path: Path) -> None:
@@ -233,11 +231,13 @@ def test_texts(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     stream = TextStream(str(tmp_path / "*.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12, share=0.5)
     samples = [stream.read(position) for position in range(len(stream))]
     assert sorted(sample.index for sample in samples) == list(range(len(stream)))
-    assert all(sample.picture is None and len(sample.words) <= 12 for sample in samples)
-    assert sum(len(sample.words) - 2 for sample in samples) == sum(len(shard.tokens) for shard in stream.windows[0].shards)
+    assert all(not hasattr(sample, "picture") and len(sample.words) <= 12 for sample in samples)
+    tokens = sum(len(shard.tokens) for shard in stream.windows[0].shards)
+    assert sum(len(sample.words) - 2 for sample in samples) == tokens
 
 
-def test_text_faults_and_wordless_texts(tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_faults_and_wordless_texts(tmp_path: Path, tokenizer: TextTokenizer,
+                                        caplog: pytest.LogCaptureFixture) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": "k", "txt": b"\xff\n\xfe\nwords"}])
     with caplog.at_level(logging.WARNING):
         stream = TextStream(str(tmp_path / "a.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12)

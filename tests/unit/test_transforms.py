@@ -93,8 +93,9 @@ def test_pictures_without_a_white_are_refused(dtype: type) -> None:
         decoded(Image.fromarray(GREYS.astype(dtype)), "TIFF")
 
 
-@pytest.mark.parametrize(("orientation", "upright"), [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]),
-                                                      (6, lambda a: np.rot90(a, -1)), (5, lambda a: a.transpose(1, 0, 2))])
+@pytest.mark.parametrize(("orientation", "upright"), [
+    (1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)),
+    (5, lambda a: a.transpose(1, 0, 2))])
 def test_exif_orientation(orientation: int, upright: object) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -112,12 +113,13 @@ def test_bombs_are_refused_before_a_pixel_is_decoded() -> None:
             transforms.decode(bomb, limit)
     data = picture(0, 40, 30)
     assert transforms.decode(data, 1200).size == (40, 30)
-    with pytest.raises(BadSample, match=r"40 x 30 pixels exceed data.max_pixels=1199|more pixels than data.max_pixels=1199"):
+    with pytest.raises(BadSample, match="pixels .*data.max_pixels=1199"):
         transforms.decode(data, 1199)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"hello" * 50,
-                                    lambda data: data[:60] + bytes(40) + data[100:], lambda data: b"%!PS-Adobe-3.0 EPSF\n"])
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"hello" * 50,
+    lambda data: data[:60] + bytes(40) + data[100:], lambda data: b"%!PS-Adobe-3.0 EPSF\n"])
 def test_broken_pictures_are_bad_samples(damage: object) -> None:
     with pytest.raises(BadSample, match="undecodable picture"):
         transforms.decode(damage(picture(0)), LIMIT)
@@ -140,7 +142,8 @@ def test_crop_boxes(width: int, height: int, least: float, seed: int) -> None:
 def test_crop_areas_are_uniform() -> None:
     """Mean area of crops in [0.2, 1]: 0.6 but for those too wide or high to fit, which lower it a little."""
     rng = np.random.default_rng(0)
-    areas = [(r - le) * (b - t) / 1e6 for le, t, r, b in (transforms.crop_box(1000, 1000, 0.2, rng) for _ in range(4000))]
+    boxes = [transforms.crop_box(1000, 1000, 0.2, rng) for _ in range(4000)]
+    areas = [(right - left) * (bottom - top) / 1e6 for left, top, right, bottom in boxes]
     assert min(areas) < 0.21 and max(areas) > 0.97 and 0.53 < np.mean(areas) < 0.6
 
 
@@ -171,11 +174,12 @@ def test_jitter_is_drawn_in_range_and_order() -> None:
     assert len({jitter.order for jitter in drawn}) == 6
     view = np.asarray(Image.open(io.BytesIO(picture(3, 64, 64))))
     jitter = transforms.Jitter((0.7, 1.4, 0.6), (1, 0, 2))
-    assert np.array_equal(jitter(view), transforms.saturation(transforms.brightness(transforms.contrast(view, 1.4), 0.7), 0.6))
+    expected = transforms.saturation(transforms.brightness(transforms.contrast(view, 1.4), 0.7), 0.6)
+    assert np.array_equal(jitter(view), expected)
 
 
 def test_views_show_the_same_crop() -> None:
-    """A model view of 32 pixels, and the tokenizer's of 64 averaged down to it, in all draws of crop, flip and jitter."""
+    """A model view of 32 pixels and the tokenizer's of 64, averaged down to it, in draws of crop, flip and jitter."""
     image = transforms.decode(picture(1, 160, 120), LIMIT)
     seen = []
     for seed in range(30):

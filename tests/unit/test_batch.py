@@ -1,0 +1,276 @@
+"""The same global batches for every number of ranks, micro-batches and workers, and from any place of resumption."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import traceback
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from beit3_dist.config import BatchConfig, EvalConfig, ObjectiveConfig, RunConfig
+from beit3_dist.data import batch as batch_module
+from beit3_dist.data.batch import ImageBatches, MicroBatch, MixedBatches, Request, hash_terms, loader, requests_from
+from beit3_dist.data.order import Stream, mix, sample_id, signed
+from tests.unit.tar_fixtures import picture, small_run, write_tar
+
+STEPS = 4
+SAMPLES = 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    return small_run(tmp_path_factory.mktemp("run"))
+
+
+def read_steps(run: RunConfig, world: int, accumulation: int, workers: int = 0,
+               first: int = 0) -> list[list[MicroBatch]]:
+    """All ranks' micro-batches of each step, from step `first` on."""
+    run = replace(run, batch=replace(run.batch, accumulation=accumulation))
+    steps: list[list[MicroBatch]] = [[] for _ in range(STEPS - first)]
+    for rank in range(world):
+        dataset = MixedBatches(run, 48, rank, world)
+        consumed = (first * SAMPLES,) * 3
+        requests = itertools.islice(requests_from(consumed, run.batch), (STEPS - first) * accumulation)
+        for number, batch in enumerate(loader(dataset, requests, workers, 2, pin=False)):
+            steps[number // accumulation].append(batch)
+    return steps
+
+
+def samples_of(batches: Iterable[MicroBatch]) -> dict[tuple[int, int], tuple]:
+    """(stream, place in the step) -> everything that is known of the sample, without padding."""
+    found = {}
+    for batch in batches:
+        split = batch.num_images + batch.num_pairs
+        for row, (stream, place) in enumerate(zip(batch.streams.tolist(), batch.positions.tolist(), strict=True)):
+            parts = [batch.sample_ids[row]]
+            if row < split:
+                parts += [batch.images[row], batch.tokenizer_images[row], batch.image_mask[row]]
+            if stream == Stream.PAIRS:
+                number = row - batch.num_images
+                cut = slice(0, int(batch.caption_lengths[number]))
+                parts += [part[number, cut] for part in (batch.captions, batch.caption_targets, batch.caption_mask)]
+            if stream == Stream.TEXTS:
+                cut = slice(0, int(batch.text_lengths[row - split]))
+                parts += [part[row - split, cut] for part in (batch.texts, batch.text_targets, batch.text_mask)]
+            assert (stream, place) not in found
+            found[stream, place] = tuple(part.numpy().tobytes() for part in parts)
+    return found
+
+
+def step_hash(batches: Iterable[MicroBatch]) -> int:
+    return signed(sum(hash_terms(batch) for batch in batches) & ((1 << 64) - 1))
+
+
+@pytest.fixture(scope="module")
+def reference(run: RunConfig) -> list[list[MicroBatch]]:
+    return read_steps(run, 1, 1)
+
+
+@pytest.mark.parametrize(("world", "accumulation", "workers", "first"), [
+    (1, 2, 0, 0), (1, 4, 0, 0), (2, 1, 0, 0), (2, 2, 0, 0), (4, 1, 0, 0), (4, 2, 0, 0), (2, 4, 0, 0), (1, 8, 0, 0),
+    (1, 1, 2, 0), (2, 2, 2, 0), (1, 1, 0, 1), (2, 2, 0, 3), (1, 4, 2, 2)])
+def test_global_batches_are_equal(run: RunConfig, reference: list[list[MicroBatch]], world: int, accumulation: int,
+                                  workers: int, first: int) -> None:
+    """Ids, pixels, words, masks and hash of each step, bit for bit; eight samples of 11 to 13 cross epochs."""
+    steps = read_steps(run, world, accumulation, workers, first)
+    for ours, theirs in zip(steps, reference[first:], strict=True):
+        assert len(ours) == world * accumulation
+        assert samples_of(ours) == samples_of(theirs)
+        assert step_hash(ours) == step_hash(theirs)
+
+
+def test_steps_differ(reference: list[list[MicroBatch]]) -> None:
+    assert len({step_hash(step) for step in reference}) == STEPS
+
+
+def test_each_epoch_delivers_each_sample_once(run: RunConfig) -> None:
+    dataset = MixedBatches(run, 32, 0, 1)
+    assert dataset.lengths()[0] == 11 and dataset.lengths()[2] == 13
+    batches = list(loader(dataset, itertools.islice(requests_from((0, 0, 0), run.batch), 11), 0, 1, False))
+    for stream, length in zip(Stream, dataset.lengths(), strict=True):
+        ids = [int(number) for batch in batches for number in batch.sample_ids[batch.streams == stream]]
+        epochs = len(ids) // length
+        expected = {sample_id(stream, epoch, index) for epoch in range(epochs) for index in range(length)}
+        assert set(ids[:epochs * length]) == expected and epochs >= 1
+
+
+def test_shapes_types_and_contents(run: RunConfig, reference: list[list[MicroBatch]]) -> None:
+    [batch] = reference[0]
+    assert (batch.num_images, batch.num_pairs, batch.num_texts) == (8, 8, 8)
+    assert batch.images.shape == (16, 3, 32, 32) and batch.images.dtype == torch.uint8
+    assert batch.tokenizer_images.shape == (16, 3, 48, 48)
+    assert batch.image_mask.shape == (16, 16) and (batch.image_mask.sum(1) == round(0.4 * 16)).all()
+    assert batch.streams.tolist() == [0] * 8 + [2] * 8 + [1] * 8
+    assert batch.positions.tolist() == [*range(8)] * 3
+    for inputs, targets, mask, lengths, ratio in (
+            (batch.captions, batch.caption_targets, batch.caption_mask, batch.caption_lengths, 0.5),
+            (batch.texts, batch.text_targets, batch.text_mask, batch.text_lengths, 0.15)):
+        assert inputs.shape == targets.shape == mask.shape == (8, int(lengths.max()))
+        assert inputs.dtype == targets.dtype == lengths.dtype == torch.int64 and mask.dtype == torch.bool
+        padding = torch.arange(inputs.shape[1]) >= lengths[:, None]
+        assert (inputs[padding] == 1).all() and (targets[padding] == 1).all() and not mask[padding].any()
+        assert (inputs == targets)[~mask].all() and not (inputs == targets)[mask].all()
+        special = (targets == 0) | (targets == 1) | (targets == 2)
+        assert not mask[special].any() and (targets[:, 0] == 0).all()
+        assert (targets.gather(1, lengths[:, None] - 1) == 2).all()
+        words = (~special).sum(1)
+        assert mask.sum(1).tolist() == [max(1, round(ratio * int(count))) for count in words]
+    assert batch.faults == []
+    assert MixedBatches(run, 32, 0, 1)[Request((0, 0, 0), 0)].tokenizer_images is None
+
+
+def test_hash_is_the_sum_of_the_plain_hash(reference: list[list[MicroBatch]]) -> None:
+    for [batch] in reference:
+        rows = zip(batch.streams.tolist(), batch.positions.tolist(), batch.sample_ids.tolist(), strict=True)
+        assert hash_terms(batch) == signed(sum(mix(*row) for row in rows) & ((1 << 64) - 1))
+
+
+def test_one_side_of_a_pair(run: RunConfig, reference: list[list[MicroBatch]]) -> None:
+    run = replace(run, objective=ObjectiveConfig(mask_pairs="one"))
+    sides = []
+    for step, [both] in enumerate(reference):
+        batch = MixedBatches(run, 48, 0, 1)[Request((step * SAMPLES,) * 3, 0)]
+        picture_masked, caption_masked = batch.image_mask[8:].any(1), batch.caption_mask.any(1)
+        assert (picture_masked ^ caption_masked).all()
+        assert torch.equal(batch.image_mask[:8], both.image_mask[:8]) and torch.equal(batch.text_mask, both.text_mask)
+        assert torch.equal(batch.image_mask[8:][picture_masked], both.image_mask[8:][picture_masked])
+        assert torch.equal(batch.captions[caption_masked], both.captions[caption_masked])
+        assert torch.equal(batch.captions[~caption_masked], both.caption_targets[~caption_masked])
+        sides += picture_masked.tolist()
+    assert 5 < sum(sides) < 27  # A fair coin thrown 32 times; outside once in 10,000 seeds.
+
+
+def test_bad_samples_are_replaced_alike_in_every_layout(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    write_tar(tmp_path / "pairs-1.tar", [
+        {"__key__": "a", "jpg": b"junk", "txt": b"a caption"}, {"__key__": "b", "jpg": picture(1), "txt": b"\xff"},
+        {"__key__": "c", "jpg": picture(2), "txt": b"fine words here"}])
+    write_tar(tmp_path / "images-1.tar", [{"__key__": "d", "png": picture(5)[:70]}])
+    one = read_steps(run, 1, 1)
+    faults = [sorted(map(str, (fault for batch in step for fault in batch.faults))) for step in one]
+    assert {fault.key for [batch] in one for fault in batch.faults} == {"a", "b", "d"}
+    for world, accumulation, workers in ((2, 2, 0), (1, 4, 2)):
+        other = read_steps(run, world, accumulation, workers)
+        assert [samples_of(step) for step in other] == [samples_of(step) for step in one]
+        assert [sorted(map(str, (fault for batch in step for fault in batch.faults))) for step in other] == faults
+
+
+def test_held_out_batches_never_change(run: RunConfig, tmp_path: Path) -> None:
+    data = run.data
+    held = replace(run, eval=EvalConfig(every=1, images=data.images, texts=data.texts, pairs=data.pairs))
+    dataset = MixedBatches(held, 32, 0, 1, held_out=True)
+    first = dataset[Request((0, 0, 0), 0)]
+    ids = [sample_id(stream, 0, index) for stream in (Stream.IMAGES, Stream.PAIRS) for index in range(8)]
+    assert first.sample_ids[:16].tolist() == ids
+    around = dataset[Request((11, dataset.lengths()[1], 13), 0)]  # One whole round later: the same pictures and masks.
+    for field in fields(MicroBatch):
+        ours, theirs = getattr(first, field.name), getattr(around, field.name)
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    with pytest.raises(ValueError, match="eval.images: no pattern"):
+        MixedBatches(run, 32, 0, 1, held_out=True)
+
+
+def test_config_mistakes(run: RunConfig) -> None:
+    with pytest.raises(ValueError, match="batch.images=8 is not divisible by 3"):
+        MixedBatches(run, 32, 0, 3)
+    with pytest.raises(ValueError, match="text_tokenizer: .* needs model.vocab_size=310, not 320"):
+        MixedBatches(replace(run, model=replace(run.model, vocab_size=320)), 32, 0, 1)
+    with pytest.raises(ValueError, match="data.texts: no file matches"):
+        MixedBatches(replace(run, data=replace(run.data, texts=run.data.texts + "x")), 32, 0, 1)
+
+
+def test_requests() -> None:
+    config = BatchConfig(images=4, texts=6, pairs=8, accumulation=2)
+    assert list(itertools.islice(requests_from((1, 2, 3), config), 5)) == [
+        Request((1, 2, 3), 0), Request((1, 2, 3), 1), Request((5, 8, 11), 0), Request((5, 8, 11), 1),
+        Request((9, 14, 19), 0)]
+
+
+def test_batches_move_as_a_whole(reference: list[list[MicroBatch]]) -> None:
+    [batch] = reference[0]
+    moved = batch.to("meta")
+    tensors = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), torch.Tensor)]
+    assert len(tensors) == 14 and all(getattr(moved, name).is_meta for name in tensors)
+    assert moved.faults == batch.faults
+    assert replace(batch, tokenizer_images=None).to("cpu").tokenizer_images is None
+
+
+def test_the_global_generators_are_left_alone(run: RunConfig) -> None:
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    dataset = MixedBatches(run, 32, 0, 1)
+    next(iter(loader(dataset, requests_from((0, 0, 0), run.batch), 0, 1, False)))
+    next(iter(loader(dataset, requests_from((0, 0, 0), run.batch), 1, 1, False)))
+    assert torch.equal(torch.get_rng_state(), before) and np.array_equal(np.random.get_state()[1], numpy_before)
+
+
+class Probe(torch.utils.data.Dataset):
+    """Tells what a loader process is like."""
+
+    def __getitem__(self, _: int) -> tuple[bool, int]:
+        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN, torch.get_num_threads()
+
+
+def test_workers_ignore_interrupts_and_use_one_thread() -> None:
+    assert list(loader(Probe(), range(4), 2, 1, False)) == [(True, 1)] * 4
+    assert list(loader(Probe(), range(1), 0, 1, False)) == [(False, torch.get_num_threads())]
+
+
+class Broken(torch.utils.data.Dataset):
+    """A dataset that cannot go on."""
+
+    def __getitem__(self, _: int) -> None:
+        raise RuntimeError("100 bad samples in a row")
+
+
+def test_errors_of_workers_arrive() -> None:
+    with pytest.raises(RuntimeError, match="100 bad samples in a row") as error:
+        list(loader(Broken(), range(1), 1, 1, False))
+    traceback.clear_frames(error.tb)  # They hold the loader; the garbage collector would wait five seconds for it.
+
+
+def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
+    settings = {"shards": run.data.images, "size": 24, "seed": 4, "batch": 8, "cache": run.data.cache}
+    whole = ImageBatches(rank=0, world=1, **settings)
+    assert whole.pictures == 11
+    halves = [ImageBatches(rank=rank, world=2, **settings) for rank in range(2)]
+    seen = []
+    for step in range(3):
+        pictures, ids, faults = whole[step]
+        assert pictures.shape == (8, 3, 24, 24) and pictures.dtype == torch.uint8 and faults == []
+        parts = [half[step] for half in halves]
+        assert torch.equal(torch.cat([part[0] for part in parts]), pictures)
+        assert torch.cat([part[1] for part in parts]).tolist() == ids.tolist()
+        seen += ids.tolist()
+    assert set(seen[:11]) == {sample_id(Stream.IMAGES, 0, index) for index in range(11)}
+    [loaded] = loader(whole, [2], 0, 1, False)
+    assert torch.equal(loaded[0], whole[2][0])
+    with pytest.raises(ValueError, match="batch=8 is not divisible by 3"):
+        ImageBatches(rank=0, world=3, **settings)
+
+
+def test_limit_of_open_files_is_raised(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(batch_module.resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(batch_module.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    loader(Probe(), range(1), 1, 1, False)
+    assert asked == [(4096, 4096)]
+
+
+def test_faults_of_the_index_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = small_run(tmp_path)
+    path = tmp_path / "pairs-0.tar"
+    path.write_bytes(path.read_bytes()[:-11000])
+    write_tar(tmp_path / "texts-1.tar", [{"__key__": "k", "jsonl": b'{"text": "good"}\nnot json'}])
+    with caplog.at_level(logging.WARNING):
+        faults = MixedBatches(run, 32, 0, 1).faults()
+    assert [(fault.stream, Path(fault.shard).name, fault.key) for fault in faults] == [
+        ("texts", "texts-1.tar", "k:2"), ("pairs", "pairs-0.tar", "")]
