@@ -113,8 +113,6 @@ class DataConfig:
     """Strength of brightness, contrast and saturation jitter."""
     horizontal_flip: float = 0.5
     """Probability of mirroring a picture. The paper flips images and pairs alike."""
-    tokenizer_image_size: int = 0
-    """Side of the image tokenizer's view in pixels; 0: the tokenizer file's own size."""
     workers: int = 8
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = 4
@@ -161,6 +159,11 @@ class ObjectiveConfig:
     """Weight of the image loss of pairs."""
     pair_text_weight: float = 1.0
     """Weight of the caption loss of pairs."""
+
+    @property
+    def weights(self) -> tuple[float, float, float, float]:
+        """Weights of the image, text, pair-image and pair-text losses."""
+        return self.image_weight, self.text_weight, self.pair_image_weight, self.pair_text_weight
 
     def __post_init__(self) -> None:
         for name in ("image_mask_ratio", "text_mask_ratio", "caption_mask_ratio"):

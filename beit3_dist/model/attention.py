@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.layout import Group, Layout
 from beit3_dist.model.multiway import Multiway
 
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         self.q = Multiway(experts, linear)
         self.k = Multiway(experts, linear)
         self.v = Multiway(experts, linear)
-        self.inner_norm = (Multiway(experts, lambda: nn.LayerNorm(config.width, config.layer_norm_eps))
+        self.inner_norm = (Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps))
                            if config.sub_layernorm else None)
         self.out = Multiway(experts, linear)
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.block import Encoder
 from beit3_dist.model.embedding import LanguageEmbedding, VisionEmbedding
-from beit3_dist.model.initialization import materialize
+from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.model.layout import Layout, group
 from beit3_dist.model.multiway import Multiway
 
@@ -43,11 +44,11 @@ class BEiT3(nn.Module):
             self.language_embedding = LanguageEmbedding(config)
             self.blocks = Encoder(config)
             experts = ("shared",) if config.attention == "shared" else ("vision", "language")
-            self.norm = Multiway(experts, lambda: nn.LayerNorm(config.width, config.layer_norm_eps))
+            self.norm = Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps))
             self.image_head = nn.Linear(config.width, config.visual_vocab_size)
             self.text_head = nn.Linear(config.width, config.vocab_size)
         if torch.device(device).type != "meta":
-            materialize(self, config, seed, device)
+            materialize(self, lambda name, shape: initial_value(name, shape, config, seed), device)
 
     def hidden(self, inputs: MixedInputs) -> Tensor:
         """Hidden states before the final norm, [T, D] in the layout's order."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.layout import Layout
 from beit3_dist.model.multiway import FeedForward, Multiway
@@ -22,7 +23,7 @@ class Block(nn.Module):
         super().__init__()
         norm_experts = ("shared",) if config.attention == "shared" else ("vision", "language")
         experts = ("vision", "vl", "language") if has_vl_expert else ("vision", "language")
-        self.attention_norm = Multiway(norm_experts, lambda: nn.LayerNorm(config.width, config.layer_norm_eps))
+        self.attention_norm = Multiway(norm_experts, lambda: LayerNorm(config.width, config.layer_norm_eps))
         self.attention = Attention(config)
         self.ffn = Multiway(experts, lambda: FeedForward(config))
 

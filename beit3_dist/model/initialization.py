@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,18 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     return value
 
 
+Values = Callable[[str, torch.Size], Tensor]
+"""(canonical name, shape) -> the value of a parameter, float32 on the CPU."""
+
+
 @torch.no_grad()
-def materialize(module: nn.Module, config: ModelConfig, seed: int, device: torch.device | str, prefix: str = "") -> None:
-    """Gives every parameter of a module built on the meta device its memory on `device` and its initial value."""
+def materialize(module: nn.Module, values: Values, device: torch.device | str, dtype: torch.dtype = torch.float32,
+                prefix: str = "") -> None:
+    """Gives every parameter of a module built on the meta device its memory on `device` and its value.
+
+    `prefix` completes the module's own names to canonical ones.
+    """
     for name, parameter in list(module.named_parameters()):
-        owner_name, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner_name)
-        value = initial_value(f"{prefix}{name}", parameter.shape, config, seed).to(device)
-        setattr(owner, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+        owner, _, leaf = name.rpartition(".")
+        value = values(f"{prefix}{name}", parameter.shape).to(device, dtype)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value))

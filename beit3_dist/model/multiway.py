@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.layout import Layout
 
 
@@ -35,9 +36,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.width, config.layer_norm_eps)
+        self.norm = LayerNorm(config.width, config.layer_norm_eps)
         self.fc1 = nn.Linear(config.width, config.ffn_width)
-        self.inner_norm = nn.LayerNorm(config.ffn_width, config.layer_norm_eps) if config.sub_layernorm else None
+        self.inner_norm = LayerNorm(config.ffn_width, config.layer_norm_eps) if config.sub_layernorm else None
         self.fc2 = nn.Linear(config.ffn_width, config.width)
 
     def forward(self, x_TD: Tensor) -> Tensor:

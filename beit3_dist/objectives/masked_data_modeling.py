@@ -39,25 +39,23 @@ class Targets:
 
 
 class MaskedDataModeling(nn.Module):
-    """The model under its objective. `step_counts` [4]: masked positions of the whole step over all ranks."""
+    """The model under its objective."""
 
     def __init__(self, model: BEiT3, config: ObjectiveConfig, seed: int) -> None:
         super().__init__()
         self.model = model
         self.seed = seed
-        self.weights = (config.image_weight, config.text_weight, config.pair_image_weight, config.pair_text_weight)
+        self.weights = config.weights
 
-    def forward(self, inputs: MixedInputs, targets: Targets, step_counts: Tensor, sample_ids: Tensor | None = None,
-                step: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: MixedInputs, targets: Targets, sample_ids: Tensor, step_counts: Tensor,
+                step: int) -> tuple[Tensor, Tensor]:
         """One pass over the mixed micro-batch.
 
         Returns the micro-batch's contribution to the step's loss (a scalar to go backward from) and the statistics
-        [2, 4]: sums of cross-entropies and correct predictions, in the order of STREAMS. `sample_ids` [samples] and
-        `step` key the drop path in training.
+        [2, 4]: sums of cross-entropies and correct predictions, in the order of STREAMS. `step_counts` [4]: masked
+        positions of the whole step over all ranks. `sample_ids` [samples] and `step` key the drop path in training.
         """
         if self.training and self.model.config.drop_path > 0:
-            if sample_ids is None:
-                raise ValueError("training with model.drop_path > 0 needs the sample ids that key it")
             inputs = replace(inputs, keep=drop_path_factors(
                 sample_ids, seed=self.seed, step=step, layers=self.model.config.layers, rate=self.model.config.drop_path))
         hidden_TD = self.model.hidden(inputs)
@@ -76,8 +74,8 @@ def _sums(logits: Tensor, targets: Tensor, splits: list[int]) -> list[Tensor]:
     return [torch.stack([a.sum(), b.sum()]) for a, b in zip(losses.split(splits), correct.split(splits), strict=True)]
 
 
-def three_passes(objective: MaskedDataModeling, inputs: MixedInputs, targets: Targets, step_counts: Tensor,
-                 sample_ids: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def three_passes(objective: MaskedDataModeling, inputs: MixedInputs, targets: Targets, sample_ids: Tensor,
+                 step_counts: Tensor, step: int) -> tuple[Tensor, Tensor]:
     """The same step as three plain forward passes, one per stream: the reference that tests and benchmarks compare
     the one pass with."""
     layout = inputs.layout
@@ -101,5 +99,5 @@ def three_passes(objective: MaskedDataModeling, inputs: MixedInputs, targets: Ta
                  targets.words[:pair_text], (0, 0, pair_image, pair_text)),
          sample_ids[num_images:num_images + num_pairs]),
     ]
-    results = [objective(i, t, step_counts, ids, step) for i, t, ids in passes]
+    results = [objective(i, t, ids, step_counts, step) for i, t, ids in passes]
     return sum(r[0] for r in results), sum(r[1] for r in results)

@@ -7,10 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from beit3_dist.data.batch import MicroBatch
+from beit3_dist.config import ModelConfig
+from beit3_dist.data.batch import MicroBatch, hash_terms
 from beit3_dist.model.beit3 import MixedInputs
 from beit3_dist.model.layout import Group, Layout, group
 from beit3_dist.objectives.masked_data_modeling import Targets
+from beit3_dist.training.flops import training_flops
+
+Tokenize = Callable[[Tensor], Tensor]
+"""uint8 pictures [B, 3, S, S] on the device -> visual codes int64 [B, patches]."""
 
 
 def normalize(pixels: Tensor) -> Tensor:
@@ -18,53 +23,66 @@ def normalize(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
-def _group_of_texts(patches: int, lengths: Tensor, capacity: int) -> Group:
-    padding = torch.arange(capacity) >= lengths[:, None]
-    return group(len(lengths), patches, padding, capacity)
-
-
 def layout_of(batch: MicroBatch) -> Layout:
     """The layout of a micro-batch that lies on the host."""
     patches = 1 + batch.image_mask.shape[1]
     return Layout(images=group(batch.num_images, patches, None),
-                  pairs=_group_of_texts(patches, batch.caption_lengths, batch.captions.shape[1]),
-                  texts=_group_of_texts(0, batch.text_lengths, batch.texts.shape[1]))
+                  pairs=_texts(patches, batch.caption_lengths, batch.captions.shape[1]),
+                  texts=_texts(0, batch.text_lengths, batch.texts.shape[1]))
 
 
-def masked_counts(batch: MicroBatch) -> Tensor:
-    """Masked positions of a micro-batch per loss, int64 [4] in the order of STREAMS."""
-    images = batch.image_mask[:batch.num_images].sum()
-    pairs = batch.image_mask[batch.num_images:].sum()
-    return torch.stack([images, batch.text_mask.sum(), pairs, batch.caption_mask.sum()])
+def _texts(patches: int, lengths: Tensor, capacity: int) -> Group:
+    padding = torch.arange(capacity) >= lengths[:, None]
+    return group(len(lengths), patches, padding, capacity)
 
 
-def prepare(batch: MicroBatch, layout: Layout, device: torch.device | str,
-            tokenize: Callable[[Tensor], Tensor]) -> tuple[MixedInputs, Targets]:
-    """Turns a micro-batch on the host into inputs and targets on `device`.
+def masked_counts(batch: MicroBatch) -> list[int]:
+    """Masked positions of a micro-batch per loss, in the order of `STREAMS`."""
+    images, pairs = batch.image_mask[:batch.num_images], batch.image_mask[batch.num_images:]
+    return [int(mask.sum()) for mask in (images, batch.text_mask, pairs, batch.caption_mask)]
 
-    Every index is made on the host, so the device never has to be waited for. `tokenize`: uint8 pictures
-    [B, 3, S, S] on the device -> visual codes [B, patches].
+
+def host_totals(batches: list[MicroBatch], model: ModelConfig) -> Tensor:
+    """What the host knows of a rank's step, int64 [8], to be summed over the ranks: the four counts of masked
+    positions, tokens without padding, FLOPs, replaced samples, and the terms of the sample hash (sums wrap)."""
+    total = torch.zeros(8, dtype=torch.int64)
+    for batch in batches:
+        counts = masked_counts(batch)
+        words = int(batch.caption_lengths.sum() + batch.text_lengths.sum())
+        tokens = (batch.num_images + batch.num_pairs) * (1 + model.patches) + words
+        flops = training_flops(model, batch.num_images, batch.caption_lengths, batch.text_lengths,
+                               masked_patches=counts[0] + counts[2], masked_words=counts[1] + counts[3])
+        total += torch.tensor([*counts, tokens, flops, len(batch.faults), hash_terms(batch)])
+    return total
+
+
+def prepare(batch: MicroBatch, device: torch.device, tokenize: Tokenize) -> tuple[MixedInputs, Targets, Tensor]:
+    """Inputs, targets and sample ids on `device` of a micro-batch on the host.
+
+    Every index is made on the host, so that the device never has to be waited for.
     """
-    move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    layout = layout_of(batch)
+    real = (layout.pairs.index, layout.texts.index)
+
+    def packed(captions: Tensor, texts: Tensor) -> Tensor:
+        return torch.cat([words.flatten() if index is None else words.flatten()[index]
+                          for words, index in zip((captions, texts), real, strict=True)])
+
     patches = batch.image_mask.shape[1]
-
     masked = batch.image_mask.flatten().nonzero().squeeze(1)  # over [I + P, patches]
-    image_rows = masked // patches * (1 + patches) + 1 + masked % patches
-
-    real = [g.index for g in (layout.pairs, layout.texts)]
-    packed = lambda captions, texts: torch.cat(  # noqa: E731
-        [t.flatten() if index is None else t.flatten()[index] for t, index in zip((captions, texts), real, strict=True)])
+    image_rows = masked // patches * (1 + patches) + 1 + masked % patches  # CLS stands before each picture's patches
     predict = packed(batch.caption_mask, batch.text_mask).nonzero().squeeze(1)
     text_rows = layout.segments[0] + layout.segments[1] + predict
 
     images = move(batch.images)
     codes = tokenize(images if batch.tokenizer_images is None else move(batch.tokenizer_images))
-    if codes.shape[1] != patches:
-        raise ValueError(f"image_tokenizer gives {codes.shape[1]} codes per picture, the model has {patches} patches: "
-                         "set data.tokenizer_image_size or model.patch_size")
+    image, text, pair_image, pair_text = masked_counts(batch)
     inputs = MixedInputs(images=normalize(images), words=move(packed(batch.captions, batch.texts)),
                          layout=layout.to(device, non_blocking=True), image_mask=move(batch.image_mask))
     targets = Targets(image_rows=move(image_rows), codes=codes.flatten()[move(masked)], text_rows=move(text_rows),
                       words=move(packed(batch.caption_targets, batch.text_targets)[predict]),
-                      counts=tuple(masked_counts(batch).tolist()))
-    return inputs, targets
+                      counts=(image, text, pair_image, pair_text))
+    return inputs, targets, move(batch.sample_ids)

@@ -1,0 +1,59 @@
+"""From a recipe and dotted overrides on the command line to a typed config, and mistakes to one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from io import StringIO
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+Config = TypeVar("Config")
+
+MISTAKE = 2
+"""Exit code of a run that was asked for in a way that cannot work."""
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for the run, as the launcher's environment says."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def refuse(program: str, error: BaseException | str) -> NoReturn:
+    """Ends the process with exit code 2; the first process prints the error as one line."""
+    if is_first_process():
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(MISTAKE)
+
+
+def parse(config_class: Callable[..., Config], program: str, description: str, arguments: Sequence[str]) -> Config:
+    """The config that `--config RECIPE.yaml` and `--a.b VALUE` describe.
+
+    `config_class` is a (nested) dataclass whose docstrings become the help. Unknown keys, wrong types and what its
+    `__post_init__` refuses end the process through `refuse`. `--print_config` prints the resolved config.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=program, description=description, exit_on_error=False,
+                            usage=f"{program} --config RECIPE.yaml [--field VALUE ...] [--print_config] [--help]")
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file with any of the fields below")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=SUPPRESS, help=SUPPRESS)  # set by launchers
+    parser.add_class_arguments(config_class)
+    # Under a launcher every process parses; the first one's --help and --print_config are enough.
+    terminal = nullcontext() if is_first_process() else redirect_stdout(StringIO())
+    try:
+        with terminal:
+            values = parser.instantiate_classes(parser.parse_args(list(arguments)))
+        fields = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
+        return config_class(**fields)
+    except (ArgumentError, ValueError, TypeError) as error:
+        refuse(program, error)
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as a recipe."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,81 @@
+"""The DeepSpeed configuration of a run: a JSON file's choices, completed by the run config.
+
+The run config decides the batch, the precision, the ZeRO stage and clipping. The file may say "auto" there, leave it
+out, or say the same; anything else is an error, never an override.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from beit3_dist.config import RunConfig
+
+_OURS = {  # DeepSpeed section -> why it is refused
+    "optimizer": "the optim section of the run config describes the optimizer",
+    "scheduler": "the optim section of the run config describes the schedule",
+    "fp16": "use precision=bf16 or precision=fp32",
+    "amp": "use precision=bf16 or precision=fp32",
+    "activation_checkpointing": "use activation_checkpointing of the run config",
+}
+
+
+def _lookup(settings: dict[str, Any], path: str) -> Any:
+    for key in path.split("."):
+        settings = settings.get(key, "auto") if isinstance(settings, dict) else "auto"
+    return settings
+
+
+def _store(settings: dict[str, Any], path: str, value: Any) -> None:
+    *sections, leaf = path.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+    settings[leaf] = value
+
+
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """The JSON of `deepspeed_config`. Raises ValueError with the file's name."""
+    if not path:
+        return {}
+    if not Path(path).is_file():
+        raise ValueError(f"deepspeed_config: there is no file {path}")
+    try:
+        settings = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"deepspeed_config: {path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"deepspeed_config: {path} must hold a JSON object")
+    return settings
+
+
+def deepspeed_config(config: RunConfig, data_parallel: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`. Raises ValueError naming both fields where file and config differ."""
+    settings = read_deepspeed_file(config.deepspeed_config)
+    for section, remedy in _OURS.items():
+        if section in settings:
+            raise ValueError(f"deepspeed_config: {config.deepspeed_config} has a section {section!r}; {remedy}")
+    micro_batch = sum(config.micro_batch(data_parallel))
+    bf16 = config.precision == "bf16"
+    accumulate = "fp32" if bf16 else None
+    expected = {  # DeepSpeed's name -> (value, the run config's name)
+        "train_batch_size": (micro_batch * data_parallel * config.batch.accumulation, "batch"),
+        "train_micro_batch_size_per_gpu": (micro_batch, "batch"),
+        "gradient_accumulation_steps": (config.batch.accumulation, "batch.accumulation"),
+        "gradient_clipping": (config.optim.clip_norm, "optim.clip_norm"),
+        "zero_optimization.stage": (config.parallel.zero_stage, "parallel.zero_stage"),
+        "bf16.enabled": (bf16, "precision"),
+        "data_types.grad_accum_dtype": (accumulate, "precision"),
+    }
+    for path, (value, name) in expected.items():
+        given = _lookup(settings, path)
+        if given not in ("auto", value):
+            raise ValueError(f"deepspeed_config: {config.deepspeed_config} sets {path}={json.dumps(given)}, but {name} "
+                             f"of the run config means {json.dumps(value)}: write \"auto\" in the file or change the run")
+        _store(settings, path, value)
+    # The engine accumulates by itself and says which backward is a step's last one (see engine.py), so that DeepSpeed
+    # neither counts micro-batches nor divides by their number.
+    settings["gradient_accumulation_steps"] = 1
+    settings["train_batch_size"] = micro_batch * data_parallel
+    settings["steps_per_print"] = 2**31 - 1
+    return settings

@@ -1,0 +1,108 @@
+"""Where this rank's piece of every parameter lives in DeepSpeed: fp32 master weights and Adam's moments.
+
+ZeRO flattens the parameters and gives each data-parallel rank a piece of each. A `Fragment` is such a piece under
+the parameter's canonical name with its place in the whole parameter, so that a checkpoint needs to know neither the
+ZeRO stage nor the number of ranks. These few functions are the only ones that look inside DeepSpeed's optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + numel) of a flattened parameter, held by this rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    flat: Tensor
+    """The tensor that the optimizer steps on; the fragment is a slice of it."""
+    offset: int
+    """Where the fragment begins in `flat`."""
+    numel: int
+
+    def slice_of(self, flat: Tensor) -> Tensor:
+        """The fragment's elements of a tensor shaped like `flat`: a view, 1-D."""
+        return flat.view(-1).narrow(0, self.offset, self.numel)
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that DeepSpeed's wrapper steps."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
+    """This rank's fragments in the model's order. `optimizer`: the DeepSpeed engine's."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):  # ZeRO-3
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            piece = parameter.ds_tensor.numel()  # padded so that all ranks hold as much
+            start = piece * dist.get_rank(parameter.ds_process_group)
+            numel = max(0, min(piece, parameter.ds_numel - start))
+            yield Fragment(name, tuple(parameter.ds_shape), start, optimizer.fp32_partitioned_groups_flat[group], offset, numel)
+        elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2; None where this rank holds nothing of the parameter
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                yield Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, flat,
+                               mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+        else:  # ZeRO-0 in fp32: the parameter is its own master, and every rank holds all of it
+            yield Fragment(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
+
+
+def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
+    """The moments of a fragment: views into the optimizer's state, which must exist."""
+    state = _inner(optimizer).state[fragment.flat]
+    return {key: fragment.slice_of(state[key]) for key in MOMENTS}
+
+
+def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int) -> None:
+    """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, moments zero."""
+    inner = _inner(optimizer)
+    for piece in pieces:
+        state = inner.state[piece.flat]
+        if MOMENTS[0] in state:
+            continue
+        state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in MOMENTS})
+        if isinstance(inner, torch.optim.AdamW):
+            on_device = inner.defaults.get("fused")
+            state["step"] = torch.tensor(float(steps), device=piece.flat.device if on_device else "cpu")
+        else:  # DeepSpeed's CPU Adam counts per tensor, Apex per group
+            state["step"] = steps
+    if not isinstance(inner, torch.optim.AdamW):
+        for group in inner.param_groups:
+            group["step"] = steps
+
+
+@torch.no_grad()
+def refresh_parameters(model: nn.Module, optimizer: Any, pieces: list[Fragment]) -> None:
+    """Makes the working parameters follow master weights that were written from outside. Collective."""
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        parameters = dict(model.named_parameters())
+        for piece in pieces:
+            parameters[piece.name].ds_tensor.view(-1)[:piece.numel].copy_(piece.slice_of(piece.flat))
+        persistent = optimizer.persistent_parameters
+        if persistent:  # small parameters that stay gathered: gather them anew
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+        return
+    mine = {piece.name: piece for piece in pieces}
+    for name, parameter in model.named_parameters():
+        if not hasattr(parameter, "_hp_mapping"):
+            continue  # ZeRO-0: the parameter is the master
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if name in mine:
+            piece = mine[name]
+            whole[piece.start:piece.start + piece.numel].copy_(piece.slice_of(piece.flat))
+        dist.all_reduce(whole)
+        parameter.copy_(whole.view_as(parameter))

@@ -1,0 +1,59 @@
+"""Pretraining, from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from beit3_dist.config import RunConfig
+from beit3_dist.data.batch import loader, requests_from
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.parallel.engine import Engine
+from beit3_dist.parallel.mesh import Mesh, connect
+from beit3_dist.training.checkpointing import load_checkpoint, save_checkpoint
+from beit3_dist.training.evaluation import evaluate
+from beit3_dist.training.image_targets import ImageTargets
+from beit3_dist.training.inputs import host_totals, prepare
+from beit3_dist.training.metrics import step_record
+from beit3_dist.training.optimizer import build_optimizer
+from beit3_dist.training.preflight import Ready
+from beit3_dist.training.resilience import check_bad_samples
+from beit3_dist.training.run_folder import RunFolder
+from beit3_dist.training.schedule import learning_rate
+
+
+def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
+    """Trains from `ready.state` to `config.steps`. `ready` holds what was checked and opened before any process group."""
+    connect(mesh)
+    run = RunFolder(Path(config.out), config, mesh, ready.state.step)
+    engine = Engine(config, mesh, ready.values,
+                    objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+                    optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device))
+    state = ready.state
+    if ready.checkpoint is not None:
+        load_checkpoint(ready.checkpoint, engine, state)
+        run.say(f"going on after step {state.step} from {ready.checkpoint}")
+    tokenize = ImageTargets(ready.image_tokenizer, mesh.device)
+    batches = iter(loader(ready.train, requests_from(state.consumed, config.batch), config.data.workers,
+                          config.data.prefetch, pin=mesh.device.type == "cuda"))
+
+    for step in range(state.step, config.steps):
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(config.batch.accumulation)]
+        data_wait = time.perf_counter() - started
+        totals = host_totals(micro_batches, config.model).to(mesh.device)
+        dist.all_reduce(totals)
+        lr = learning_rate(step, config.steps, config.optim)
+        result = engine.train_step((prepare(b, mesh.device, tokenize) for b in micro_batches), totals[:4], step, lr)
+
+        state.advance(config.batch, replaced=int(totals[6]))
+        run.quarantine(state.step, [fault for b in micro_batches for fault in b.faults])
+        run.step(step_record(config, mesh, state.step, lr, totals.tolist(), result, data_wait, time.perf_counter() - started))
+        if config.eval.every and state.step % config.eval.every == 0:
+            run.evaluation({"step": state.step} | evaluate(config, engine, ready.held_out, tokenize))
+        if state.step % config.checkpoint.every == 0 or state.step == config.steps:
+            save_checkpoint(config, engine, state)
+        check_bad_samples(config, state)
+    run.close()

@@ -1,0 +1,158 @@
+"""What a run says: metrics.jsonl, TensorBoard and a progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from beit3_dist.config import RunConfig
+from beit3_dist.parallel.engine import StepResult
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.flops import peak_flops
+
+LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
+ACCURACIES = ("acc_image", "acc_text", "acc_pair_image", "acc_pair_text")
+
+
+def losses_and_accuracies(cross_entropy: list[float], correct: list[float], counts: list[int],
+                          weights: tuple[float, ...]) -> dict[str, float]:
+    """`loss` and the four losses and accuracies of a step, from sums and global counts of masked positions."""
+    losses = [c / max(n, 1) for c, n in zip(cross_entropy, counts, strict=True)]
+    accuracies = [c / max(n, 1) for c, n in zip(correct, counts, strict=True)]
+    total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+    return {"loss": total, **dict(zip(LOSSES, losses, strict=True)), **dict(zip(ACCURACIES, accuracies, strict=True))}
+
+
+def step_record(config: RunConfig, mesh: Mesh, step: int, lr: float, totals: list[int], result: StepResult,
+                data_wait_s: float, step_s: float) -> dict[str, Any]:
+    """One line of metrics.jsonl. `totals`: `host_totals` summed over the ranks; `step_s`: duration of the whole step."""
+    *counts, tokens, flops, replaced, hash_terms = totals
+    batch = config.batch
+    flops_per_device = flops / mesh.world / step_s
+    peak = peak_flops(mesh.device)
+    return {"step": step,
+            **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
+            "lr": lr, "grad_norm": result.grad_norm, "images": batch.images, "texts": batch.texts, "pairs": batch.pairs,
+            "tokens_per_s": tokens / step_s, "samples_per_s": (batch.images + batch.texts + batch.pairs) / step_s,
+            "tflops_per_device": flops_per_device / 1e12, "mfu": flops_per_device / peak if peak else None,
+            "data_wait_s": data_wait_s, "step_s": step_s, "memory_gb": peak_memory_gb(mesh.device),
+            "replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in 10^9 bytes: on the device, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as JSON can hold it: a number that is not finite becomes null, and `non_finite` names its fields."""
+    bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+    clean = {k: None if k in bad else v for k, v in record.items()}
+    return clean | {"non_finite": bad} if bad else clean
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, each written in one piece."""
+
+    def __init__(self, path: Path, last_step: int | None) -> None:
+        """Keeps the records up to `last_step` (None: all); a later tail, of a run that was killed, is moved aside."""
+        if last_step is not None and path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            keep = [line for line in lines if _step_of(line) <= last_step]
+            if len(keep) < len(lines):
+                aside = path.with_name(f"{path.stem}.tail-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{path.suffix}")
+                aside.write_bytes(b"".join(line for line in lines if _step_of(line) > last_step))
+                temporary = path.with_name(f".{path.name}.new")
+                temporary.write_bytes(b"".join(keep))
+                os.replace(temporary, path)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends a record."""
+        os.write(self._file, (json.dumps(finite(record)) + "\n").encode())
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a crash belongs to the tail
+
+
+class Reporter:
+    """Writes the records of the first rank's run folder and keeps the person at the terminal informed."""
+
+    def __init__(self, out: Path, first_step: int, steps: int, terminal: TextIO = sys.stdout) -> None:
+        self._metrics = JsonLines(out / "metrics.jsonl", first_step)
+        self._evaluations = JsonLines(out / "eval.jsonl", first_step)
+        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
+        self._steps, self._terminal = steps, terminal
+        self._started, self._first_step, self._last_line = time.monotonic(), first_step, -math.inf
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One training step."""
+        self._metrics.write(record)
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
+                self._tensorboard.add_scalar(f"train/{name}", value, record["step"])
+        self._progress(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """One validation."""
+        self._evaluations.write(record)
+        for name, value in record.items():
+            if name != "step" and math.isfinite(value):
+                self._tensorboard.add_scalar(f"eval/{name}", value, record["step"])
+        parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES)
+        self.say(f"held-out after step {record['step']}: loss {record['loss']:.3f} ({parts})")
+
+    def say(self, message: str) -> None:
+        """A line of its own for the person at the terminal."""
+        clear = "\r\x1b[K" if self._terminal.isatty() else ""
+        print(f"{clear}{message}", file=self._terminal, flush=True)
+
+    def close(self) -> None:
+        """Flushes everything and ends the progress line."""
+        self._tensorboard.close()
+        if self._terminal.isatty():
+            print(file=self._terminal)
+
+    def _progress(self, record: Mapping[str, Any]) -> None:
+        """On a terminal one line that renews itself; in a file a line every ten seconds, and the last step's."""
+        now, done = time.monotonic(), record["step"]
+        is_terminal, is_last = self._terminal.isatty(), done == self._steps
+        if now - self._last_line < (0.2 if is_terminal else 10) and not is_last:
+            return
+        self._last_line = now
+        left = (now - self._started) / (done - self._first_step) * (self._steps - done)
+        parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES)
+        line = (f"step {done}/{self._steps}  loss {record['loss']:.3f}  ({parts})  "
+                f"{record['samples_per_s']:.0f} samples/s  {_duration(left)} left")
+        if is_terminal:
+            width = os.get_terminal_size(self._terminal.fileno()).columns
+            print(f"\r\x1b[K{line[:width - 1]}", end="", file=self._terminal, flush=True)
+        else:
+            print(line, file=self._terminal, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d}:{minutes:02d}:{seconds:02d}" if days else f"{hours}:{minutes:02d}:{seconds:02d}"

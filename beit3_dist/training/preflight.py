@@ -1,0 +1,62 @@
+"""Everything that can be wrong is found before a process group starts: files, sizes, data, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from beit3_dist.checkpoint.formats import read_released
+from beit3_dist.checkpoint.store import TrainState, find, read_state
+from beit3_dist.config import RunConfig
+from beit3_dist.data.batch import MixedBatches
+from beit3_dist.model.initialization import Values, initial_value
+from beit3_dist.model.vqkd import VQKD, load_vqkd
+from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.image_targets import check_tokenizer
+
+
+@dataclass
+class Ready:
+    """What a run starts from."""
+
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    values: Values
+    """Initial values of a new run."""
+    image_tokenizer: VQKD
+    """The tokenizer of the image targets, on the CPU."""
+    train: MixedBatches
+    """The training streams of this rank."""
+    held_out: MixedBatches | None
+    """The held-out streams; None without validation."""
+
+
+def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
+    """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
+    config.micro_batch(mesh.world)
+    deepspeed_config(config, mesh.world)
+    out = Path(config.out)
+    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
+    if config.checkpoint.resume == "none" and (out / "metrics.jsonl").exists():
+        raise ValueError(f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder")
+    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
+    if state.step >= config.steps:
+        raise ValueError(f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    image_tokenizer = load_vqkd(config.image_tokenizer)
+    check_tokenizer(image_tokenizer, config.image_tokenizer, config.model)
+    train = MixedBatches(config, image_tokenizer.image_size, mesh.rank, mesh.world)
+    held_out = MixedBatches(config, image_tokenizer.image_size, mesh.rank, mesh.world, held_out=True) if config.eval.every else None
+    return Ready(state, checkpoint, _values(config, checkpoint), image_tokenizer, train, held_out)
+
+
+def _values(config: RunConfig, checkpoint: Path | None) -> Values:
+    """Initial values: of `init_from` where a new run names it, else a function of (seed, name)."""
+    if config.init_from and checkpoint is None:
+        weights: dict[str, Tensor] = dict(read_released(config.init_from, config.model))
+        return lambda name, shape: weights[name]
+    return lambda name, shape: initial_value(name, shape, config.model, config.seed)

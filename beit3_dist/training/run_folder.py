@@ -1,0 +1,66 @@
+"""The run folder and what each process writes into it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from beit3_dist.checkpoint.files import write_text
+from beit3_dist.command_line import to_yaml
+from beit3_dist.config import RunConfig
+from beit3_dist.data.faults import Fault
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.metrics import JsonLines, Reporter
+
+
+class RunFolder:
+    """OUT: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl, logs/rank*.log.
+
+    Records after `step` (of a run that was killed and resumes at `step`) are moved aside. Collective.
+    """
+
+    def __init__(self, out: Path, config: RunConfig, mesh: Mesh, step: int) -> None:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(out / "logs" / f"rank{mesh.rank:05d}.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        logging.getLogger().setLevel(logging.INFO)
+        logging.info("rank %d of %d on %s, from step %d", mesh.rank, mesh.world, mesh.device, step)
+        self._reporter = None
+        if mesh.is_first:
+            write_text(out / "config.yaml", to_yaml(config))
+            self._reporter = Reporter(out, step, config.steps)
+            JsonLines(out / "quarantine.jsonl", step).close()
+        dist.barrier()  # the first process has cut the file back
+        self._quarantine = JsonLines(out / "quarantine.jsonl", None)
+
+    def say(self, message: str) -> None:
+        """A line for the person at the terminal, from the first process."""
+        logging.info(message)
+        if self._reporter:
+            self._reporter.say(message)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """The record of a training step."""
+        if self._reporter:
+            self._reporter.step(record)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """The record of a validation."""
+        if self._reporter:
+            self._reporter.evaluation(record)
+
+    def quarantine(self, step: int, faults: list[Fault]) -> None:
+        """One line for each sample that this process had to replace."""
+        for fault in faults:
+            self._quarantine.write({"step": step, **asdict(fault)})
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._reporter:
+            self._reporter.close()

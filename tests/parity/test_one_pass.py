@@ -1,0 +1,84 @@
+"""One pass over the mixed batch against three plain passes: losses, statistics and every gradient, drop path on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling, three_passes
+from beit3_dist.training.inputs import masked_counts, prepare
+from tests.equality import assert_close, assert_gradients_close
+from tests.micro_batches import precomputed_codes, random_micro_batch
+
+SMALL = dict(layers=4, width=48, heads=4, ffn_width=96, patch_size=8, image_size=32, vocab_size=120,
+             visual_vocab_size=40, max_text_length=20, drop_path=0.3)
+PAPER = ModelConfig(**SMALL, attention="shared", sub_layernorm=False, vl_expert_layers=2)
+RELEASED = ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0)
+
+
+def objective_and_step(config: ModelConfig):
+    objective = MaskedDataModeling(BEiT3(config, seed=3), ObjectiveConfig(pair_text_weight=0.5), seed=5).train()
+    with torch.no_grad():
+        for parameter in objective.parameters():  # zero biases and tiny weights would hide mistakes
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.05)
+    batch = random_micro_batch(config)
+    inputs = prepare(batch, torch.device("cpu"), precomputed_codes(config))
+    return objective, (*inputs, torch.tensor(masked_counts(batch)), 7)
+
+
+def gradients(objective: MaskedDataModeling) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in objective.named_parameters()}
+
+
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_one_pass_equals_three(config: ModelConfig) -> None:
+    objective, step = objective_and_step(config)
+    loss, statistics = objective(*step)
+    loss.backward()
+    ours = gradients(objective)
+    objective.zero_grad()
+    reference, reference_statistics = three_passes(objective, *step)
+    reference.backward()
+    assert_close(loss, reference, "loss")
+    assert_close(statistics[0], reference_statistics[0], "sums of cross-entropies")
+    assert torch.equal(statistics[1], reference_statistics[1]) and statistics[0].min() > 0
+    assert_gradients_close(ours, gradients(objective))
+
+
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_activation_checkpointing_changes_nothing(config: ModelConfig, recompute: str) -> None:
+    objective, step = objective_and_step(config)
+    objective(*step)[0].backward()
+    plain = gradients(objective)
+    objective.zero_grad()
+    objective.model.blocks.recompute = recompute
+    objective(*step)[0].backward()
+    assert all(torch.equal(plain[n], g) for n, g in gradients(objective).items())
+
+
+def test_drop_path_is_on_and_depends_on_the_step_and_not_on_the_place_in_the_batch() -> None:
+    objective, step = objective_and_step(PAPER)
+    losses = [objective(*step[:-1], number)[0].item() for number in (7, 7, 8)]
+    assert losses[0] == losses[1] != losses[2]
+    objective.eval()
+    assert objective(*step)[0].item() != losses[0]
+
+
+def test_vl_expert_takes_both_sides_of_pairs_and_nothing_else() -> None:
+    """Changing an expert of the top layer must change exactly the samples that it serves."""
+    model = BEiT3(PAPER, seed=3).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    text = torch.randint(4, 120, (2, 6), generator=torch.Generator().manual_seed(1))
+    uses = {"image": dict(images=images), "text": dict(text=text), "pair": dict(images=images, text=text)}
+    before = {use: model.encode(**given) for use, given in uses.items()}
+    served = {"vision": {"image"}, "language": {"text"}, "vl": {"pair"}}
+    for expert, expected in served.items():
+        weight = model.blocks[-1].ffn[expert].fc2.weight
+        kept = weight.data.clone()
+        weight.data.normal_(generator=torch.Generator().manual_seed(2))
+        changed = {use for use, given in uses.items() if not torch.equal(model.encode(**given), before[use])}
+        assert changed == expected, f"the {expert} expert serves {changed}"
+        weight.data.copy_(kept)
