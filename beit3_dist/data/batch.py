@@ -261,7 +261,7 @@ def hash_terms(batch: MicroBatch) -> int:
 
     Sums over the micro-batches and ranks of a step give the step's sample_hash, in any layout.
     """
-    terms = mix_arrays(batch.streams.numpy(), batch.positions.numpy(), batch.sample_ids.numpy())
+    terms = mix_arrays(*(part.cpu().numpy() for part in (batch.streams, batch.positions, batch.sample_ids)))
     return int(terms.sum(dtype=np.uint64).astype(np.int64))
 
 
