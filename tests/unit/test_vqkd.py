@@ -191,6 +191,19 @@ def test_loss_and_its_gradients(model: VQKD) -> None:
     assert not silent, f"no gradient reaches {silent}"
 
 
+def test_gradients_pass_straight_through_the_quantisation(model: VQKD, monkeypatch: pytest.MonkeyPatch) -> None:
+    """d loss / d z = d reconstruction / d code + d commitment / d z, each derived by itself."""
+    z, target = unit_vectors(2, 16, 8).requires_grad_(), torch.randn(2, 16, 10)
+    monkeypatch.setattr(model, "embed", lambda pixels: z)
+    model(pictures(2), target)[0].backward()
+    code = model.quantize.embedding.weight[model.quantize.codes(z.detach())].requires_grad_()
+    decoded = model.decode_task_layer(model.decoder(code.permute(0, 2, 1).reshape(2, 8, 4, 4)))
+    (1 - F.cosine_similarity(decoded, target, dim=-1)).mean().backward()
+    commitment = 2 * (z - code).detach() / z.numel()
+    assert code.grad.norm() > 0.01 * commitment.norm(), "too small to be seen beside the other part"
+    torch.testing.assert_close(z.grad, code.grad + commitment, rtol=1e-4, atol=1e-7)
+
+
 def plain_update(weight: Tensor, sizes: Tensor, z: Tensor, codes: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """The moving averages one code at a time."""
     weight, sizes = weight.double().clone(), sizes.double().clone()
