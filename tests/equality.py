@@ -23,9 +23,9 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str, bound: float = BOUND) 
     assert difference <= bound * scale, f"{what}: relative difference {difference / max(scale, 1e-30):.2e} exceeds {bound:.0e}"
 
 
-def assert_gradients_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], bound: float = BOUND) -> None:
-    """|difference| <= bound * max(|g|, 1e-3 * |g of model| / sqrt(tensors)) for every gradient."""
-    assert ours.keys() == theirs.keys(), f"gradients of other parameters: {sorted(ours.keys() ^ theirs.keys())[:5]}"
+def assert_tensors_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], bound: float = BOUND) -> None:
+    """|difference| <= bound * max(|g|, 1e-3 * |g of model| / sqrt(tensors)) for all gradients, or weights, of a model."""
+    assert ours.keys() == theirs.keys(), f"tensors of other parameters: {sorted(ours.keys() ^ theirs.keys())[:5]}"
     of_model = math.sqrt(sum(g.detach().double().square().sum().item() for g in theirs.values()))
     floor = 1e-3 * of_model / math.sqrt(len(theirs))
     wrong = {}
@@ -35,5 +35,5 @@ def assert_gradients_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tens
         allowed = bound * max(reference.norm().item(), floor)
         if not difference <= allowed:
             wrong[name] = difference / allowed
-    assert of_model > 0, "all reference gradients are zero: the comparison shows nothing"
-    assert not wrong, f"{len(wrong)} gradients differ, in units of the bound: {dict(list(wrong.items())[:5])}"
+    assert of_model > 0, "all reference tensors are zero: the comparison shows nothing"
+    assert not wrong, f"{len(wrong)} tensors differ, in units of the bound: {dict(list(wrong.items())[:5])}"

@@ -15,6 +15,7 @@ checkpoint loads at any number of data-parallel ranks and at any ZeRO stage. A c
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -197,6 +199,20 @@ def load(path: Path, pieces: Iterable[Piece]) -> None:
         for piece in pieces:
             for suffix, target in piece.tensors.items():
                 _fill(target, piece, suffix, shards, path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The whole model of a checkpoint, name -> float32 tensor on the CPU, in one process and without DeepSpeed."""
+    flat: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(path.glob("shard_*.safetensors")):
+        with safe_open(file, framework="pt") as shard:
+            for name, place in json.loads(shard.metadata()["fragments"]).items():
+                shapes[name] = place["shape"]
+                piece = shard.get_tensor(name)
+                whole = flat.setdefault(name, torch.full((math.prod(place["shape"]),), math.nan))
+                whole[place["start"] : place["start"] + piece.numel()] = piece
+    return {name: whole.view(shapes[name]) for name, whole in flat.items()}
 
 
 def _fill(target: Tensor, piece: Piece, suffix: str, shards: list[tuple[Any, dict[str, Any]]], path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -50,8 +52,9 @@ class Engine:
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
         zero.setdefault("reduce_bucket_size", min(100_000_000, sum(_numel(p) for p in model.parameters())))
         settings["zero_allow_untested_optimizer"] = True
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-            model=objective(model), optimizer=optimizer(model, "offload_optimizer" in zero), config=settings)
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its memory
+            self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+                model=objective(model), optimizer=optimizer(model, "offload_optimizer" in zero), config=settings)
         self.model = model
         self.accumulation = config.batch.accumulation
         self.zero_stage = config.parallel.zero_stage

@@ -43,6 +43,9 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
 
 def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     """This rank's fragments in the model's order. `optimizer`: the DeepSpeed engine's."""
+    # ZeRO-1 in bf16 with fp32 accumulation is another class of DeepSpeed's than ZeRO-1 in fp32 and ZeRO-2.
+    masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or getattr(
+        optimizer, "fp32_groups_flat_partition", None)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "ds_id"):  # ZeRO-3
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
@@ -53,7 +56,7 @@ def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
         elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2; None where this rank holds nothing of the parameter
             mapping = parameter._hp_mapping
             if mapping is not None:
-                flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                flat = masters[mapping.param_group_index]
                 yield Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, flat,
                                mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
         else:  # ZeRO-0 in fp32: the parameter is its own master, and every rank holds all of it
