@@ -1,4 +1,4 @@
-"""From a recipe and dotted overrides on the command line to a typed config, and mistakes to one line and exit code 2."""
+"""From a recipe and dotted overrides on the command line to a typed config; mistakes to one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -38,8 +38,12 @@ def parse(config_class: Callable[..., Config], program: str, description: str, a
     `__post_init__` refuses end the process through `refuse`. `--print_config` prints the resolved config.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program, description=description, exit_on_error=False,
-                            usage=f"{program} --config RECIPE.yaml [--field VALUE ...] [--print_config] [--help]")
+    parser = ArgumentParser(
+        prog=program,
+        description=description,
+        exit_on_error=False,
+        usage=f"{program} --config RECIPE.yaml [--field VALUE ...] [--print_config] [--help]",
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file with any of the fields below")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=SUPPRESS, help=SUPPRESS)  # set by launchers
     parser.add_class_arguments(config_class)

@@ -47,7 +47,7 @@ class ModelConfig:
     """shared: one set of attention projections and norms for all tokens (the paper). per_modality: one set for vision
     tokens and one for language tokens, including the final norm (the released base and large models)."""
     sub_layernorm: bool = False
-    """An extra LayerNorm before attention's output projection and before the second FFN matrix (the released models)."""
+    """An extra LayerNorm before attention's output projection and before the second FFN matrix (the released ones)."""
     vl_expert_layers: int = 3
     """Top layers with a vision-language expert that takes both sides of a pair (paper: 3; released models: 0)."""
     vocab_size: int = 64010
@@ -67,15 +67,32 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "ffn_width", "patch_size", "image_size", "vocab_size", "visual_vocab_size"):
+        for name in (
+            "layers",
+            "width",
+            "heads",
+            "ffn_width",
+            "patch_size",
+            "image_size",
+            "vocab_size",
+            "visual_vocab_size",
+        ):
             require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
         require_divides("model.heads", self.heads, "model.width", self.width)
         require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
-        require(0 <= self.vl_expert_layers <= self.layers,
-                f"model.vl_expert_layers={self.vl_expert_layers} is not between 0 and model.layers={self.layers}")
+        require(
+            0 <= self.vl_expert_layers <= self.layers,
+            f"model.vl_expert_layers={self.vl_expert_layers} is not between 0 and model.layers={self.layers}",
+        )
         require(0 <= self.drop_path < 1, f"model.drop_path={self.drop_path} is not in [0, 1)")
-        require(self.max_text_length >= 3, f"model.max_text_length={self.max_text_length}: a text needs at least <s>, a word and </s>")
-        require(self.vocab_size > SPECIAL_ROWS, f"model.vocab_size={self.vocab_size} leaves no room for words beside {SPECIAL_ROWS} special rows")
+        require(
+            self.max_text_length >= 3,
+            f"model.max_text_length={self.max_text_length}: a text needs at least <s>, a word and </s>",
+        )
+        require(
+            self.vocab_size > SPECIAL_ROWS,
+            f"model.vocab_size={self.vocab_size} leaves no room for words beside {SPECIAL_ROWS} special rows",
+        )
 
 
 @dataclass(kw_only=True)
@@ -126,7 +143,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in ("text_length", "caption_length"):
-            require(getattr(self, name) >= 3, f"data.{name}={getattr(self, name)}: a text needs at least <s>, a word and </s>")
+            require(
+                getattr(self, name) >= 3,
+                f"data.{name}={getattr(self, name)}: a text needs at least <s>, a word and </s>",
+            )
         for name in ("horizontal_flip", "color_jitter", "max_bad_fraction"):
             require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
         require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
@@ -168,8 +188,11 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         for name in ("image_mask_ratio", "text_mask_ratio", "caption_mask_ratio"):
             require(0 < getattr(self, name) < 1, f"objective.{name}={getattr(self, name)} is not in (0, 1)")
-        require(min(self.mask_token_share, self.random_token_share) >= 0 and self.mask_token_share + self.random_token_share <= 1,
-                "objective.mask_token_share + objective.random_token_share must lie in [0, 1]")
+        require(
+            min(self.mask_token_share, self.random_token_share) >= 0
+            and self.mask_token_share + self.random_token_share <= 1,
+            "objective.mask_token_share + objective.random_token_share must lie in [0, 1]",
+        )
         for name in ("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"):
             require(getattr(self, name) >= 0, f"objective.{name}={getattr(self, name)} is negative")
 
@@ -189,8 +212,11 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         for name in ("images", "texts", "pairs"):
-            require(getattr(self, name) > 0, f"batch.{name} must be positive: every micro-batch holds all three streams, "
-                                             "or ranks would run different experts and ZeRO-3 would hang")
+            require(
+                getattr(self, name) > 0,
+                f"batch.{name} must be positive: every micro-batch holds all three streams, "
+                "or ranks would run different experts and ZeRO-3 would hang",
+            )
         require(self.accumulation > 0, f"batch.accumulation must be positive, not {self.accumulation}")
 
 
@@ -209,8 +235,11 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for name, neutral in (("tensor", 1), ("pipeline", 1), ("sequence", False)):
-            require(getattr(self, name) == neutral, f"parallel.{name}={getattr(self, name)} is not available in this version; "
-                                                    f"set it to {neutral} and use parallel.zero_stage")
+            require(
+                getattr(self, name) == neutral,
+                f"parallel.{name}={getattr(self, name)} is not available in this version; "
+                f"set it to {neutral} and use parallel.zero_stage",
+            )
 
 
 @dataclass(kw_only=True)
@@ -277,7 +306,10 @@ class EvalConfig:
         require(self.every >= 0, f"eval.every={self.every} is negative")
         require(self.batches > 0, f"eval.batches must be positive, not {self.batches}")
         for name in ("images", "texts", "pairs"):
-            require(not self.every or bool(getattr(self, name)), f"eval.{name} is empty but eval.every={self.every}: name held-out shards or set eval.every to 0")
+            require(
+                not self.every or bool(getattr(self, name)),
+                f"eval.{name} is empty but eval.every={self.every}: name held-out shards or set eval.every to 0",
+            )
 
 
 @dataclass(kw_only=True)
@@ -322,19 +354,29 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps must be positive, not {self.steps}")
-        require(self.optim.warmup_steps <= self.steps, f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}")
+        require(
+            self.optim.warmup_steps <= self.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",
+        )
         for name in ("text_length", "caption_length"):
-            require(getattr(self.data, name) <= self.model.max_text_length,
-                    f"data.{name}={getattr(self.data, name)} exceeds model.max_text_length={self.model.max_text_length}")
-        require(self.precision == "fp32" or self.parallel.zero_stage > 0,
-                "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "
-                "use parallel.zero_stage=1 or precision=fp32")
+            require(
+                getattr(self.data, name) <= self.model.max_text_length,
+                f"data.{name}={getattr(self.data, name)} exceeds model.max_text_length={self.model.max_text_length}",
+            )
+        require(
+            self.precision == "fp32" or self.parallel.zero_stage > 0,
+            "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "
+            "use parallel.zero_stage=1 or precision=fp32",
+        )
 
     def micro_batch(self, data_parallel: int) -> tuple[int, int, int]:
         """Images, texts and pairs of one rank's micro-batch. Raises ValueError where the batch does not divide."""
         parts = data_parallel * self.batch.accumulation
         for name in ("images", "texts", "pairs"):
             count = getattr(self.batch, name)
-            require(count % parts == 0, f"batch.{name}={count} is not divisible by {data_parallel} data-parallel ranks "
-                                        f"x batch.accumulation={self.batch.accumulation} = {parts}")
+            require(
+                count % parts == 0,
+                f"batch.{name}={count} is not divisible by {data_parallel} data-parallel ranks "
+                f"x batch.accumulation={self.batch.accumulation} = {parts}",
+            )
         return self.batch.images // parts, self.batch.texts // parts, self.batch.pairs // parts

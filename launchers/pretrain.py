@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> None:
     from beit3_dist.parallel.mesh import read_mesh
     from beit3_dist.training.loop import pretrain
     from beit3_dist.training.preflight import prepare_run
+
     mesh = read_mesh()
     try:
         ready = prepare_run(config, mesh)

@@ -96,8 +96,21 @@ class TokenizerConfig:
     """Steps between writes of image_tokenizer.pth; the last step is always saved. Training cannot be resumed."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "image_size", "patch_size", "width", "layers", "heads", "codebook_size",
-                     "code_dim", "decoder_layers", "max_pixels", "log_every", "save_every"):
+        for name in (
+            "steps",
+            "batch",
+            "image_size",
+            "patch_size",
+            "width",
+            "layers",
+            "heads",
+            "codebook_size",
+            "code_dim",
+            "decoder_layers",
+            "max_pixels",
+            "log_every",
+            "save_every",
+        ):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "workers"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
@@ -111,14 +124,29 @@ class TokenizerConfig:
     @property
     def optim(self) -> OptimConfig:
         """BEiT v2's AdamW with this run's rates."""
-        return OptimConfig(lr=self.lr, min_lr=self.min_lr, warmup_steps=self.warmup_steps,
-                           weight_decay=self.weight_decay, beta1=0.9, beta2=0.99, eps=1e-8)
+        return OptimConfig(
+            lr=self.lr,
+            min_lr=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            beta1=0.9,
+            beta2=0.99,
+            eps=1e-8,
+        )
 
     def build_model(self, target_dim: int) -> VQKD:
         """The untrained tokenizer."""
-        model = VQKD(self.image_size, patch_size=self.patch_size, width=self.width, layers=self.layers,
-                     heads=self.heads, codebook_size=self.codebook_size, code_dim=self.code_dim,
-                     decoder_layers=self.decoder_layers, target_dim=target_dim)
+        model = VQKD(
+            self.image_size,
+            patch_size=self.patch_size,
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            codebook_size=self.codebook_size,
+            code_dim=self.code_dim,
+            decoder_layers=self.decoder_layers,
+            target_dim=target_dim,
+        )
         model.initialize(self.seed)
         return model
 
@@ -130,9 +158,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
         (matrices if decayed else others).append(parameter)
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                              {"params": others, "weight_decay": 0.0}],
-                             lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+    )
 
 
 def connect(mesh: Mesh) -> None:
@@ -195,10 +226,22 @@ def train(config: TokenizerConfig, batches: ImageBatches, teacher: Teacher, mesh
             dist.all_reduce(sums)
         total, reconstruction, commitment, replaced = sums.tolist()
         seconds = time.perf_counter() - started
-        yield {"step": step + 1, "loss": total / mesh.world, "loss_reconstruction": reconstruction / mesh.world,
-               "loss_commitment": commitment / mesh.world, "used_codes": usage.share, "perplexity": usage.perplexity,
-               "lr": rate, "replaced_samples": int(replaced), "images_per_s": config.batch / seconds,
-               "data_wait_s": waited, "step_s": seconds}, tokenizer
+        yield (
+            {
+                "step": step + 1,
+                "loss": total / mesh.world,
+                "loss_reconstruction": reconstruction / mesh.world,
+                "loss_commitment": commitment / mesh.world,
+                "used_codes": usage.share,
+                "perplexity": usage.perplexity,
+                "lr": rate,
+                "replaced_samples": int(replaced),
+                "images_per_s": config.batch / seconds,
+                "data_wait_s": waited,
+                "step_s": seconds,
+            },
+            tokenizer,
+        )
 
 
 def record(config: TokenizerConfig, run: Iterator[Step]) -> None:
@@ -215,13 +258,18 @@ def record(config: TokenizerConfig, run: Iterator[Step]) -> None:
                 board.add_scalar(name, metrics[name], step)
             if step % config.log_every == 0 or step in (1, config.steps):
                 left = (time.perf_counter() - started) / step * (config.steps - step)
-                print(f"step {step}/{config.steps}  loss {metrics['loss']:.4f}  codes {metrics['used_codes']:.0%}  "
-                      f"perplexity {metrics['perplexity']:.0f}  {metrics['images_per_s']:.0f} images/s  "
-                      f"{left:.0f} s left", flush=True)
+                print(
+                    f"step {step}/{config.steps}  loss {metrics['loss']:.4f}  codes {metrics['used_codes']:.0%}  "
+                    f"perplexity {metrics['perplexity']:.0f}  {metrics['images_per_s']:.0f} images/s  "
+                    f"{left:.0f} s left",
+                    flush=True,
+                )
             if step % config.save_every == 0 or step == config.steps:
                 save_vqkd(tokenizer, out / "image_tokenizer.pth")
-    print(f"wrote {out / 'image_tokenizer.pth'} in {time.perf_counter() - started:.0f} s; "
-          f"{replaced} pictures could not be used and were replaced")
+    print(
+        f"wrote {out / 'image_tokenizer.pth'} in {time.perf_counter() - started:.0f} s; "
+        f"{replaced} pictures could not be used and were replaced"
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -230,8 +278,17 @@ def main(arguments: list[str]) -> None:
     mesh = read_mesh()
     try:
         require_divides("the number of ranks", mesh.world, "batch", config.batch)
-        batches = ImageBatches(config.shards, config.image_size, config.seed, config.batch, mesh.rank, mesh.world,
-                               config.cache, min_crop_scale=config.min_crop_scale, max_pixels=config.max_pixels)
+        batches = ImageBatches(
+            config.shards,
+            config.image_size,
+            config.seed,
+            config.batch,
+            mesh.rank,
+            mesh.world,
+            config.cache,
+            min_crop_scale=config.min_crop_scale,
+            max_pixels=config.max_pixels,
+        )
         teacher = build_teacher(config.teacher, grid=config.image_size // config.patch_size)
         Path(config.out).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

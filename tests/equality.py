@@ -20,11 +20,13 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str, bound: float = BOUND) 
     ours, theirs = ours.detach().double(), theirs.detach().double()
     assert ours.shape == theirs.shape, f"{what}: shapes {tuple(ours.shape)} and {tuple(theirs.shape)}"
     difference, scale = (ours - theirs).norm().item(), theirs.norm().item()
-    assert difference <= bound * scale, f"{what}: relative difference {difference / max(scale, 1e-30):.2e} exceeds {bound:.0e}"
+    assert difference <= bound * scale, (
+        f"{what}: relative difference {difference / max(scale, 1e-30):.2e} exceeds {bound:.0e}"
+    )
 
 
 def assert_tensors_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], bound: float = BOUND) -> None:
-    """|difference| <= bound * max(|g|, 1e-3 * |g of model| / sqrt(tensors)) for all gradients, or weights, of a model."""
+    """|difference| <= bound * max(|g|, 1e-3 * |g of model| / sqrt(tensors)) for all gradients (or weights)."""
     assert ours.keys() == theirs.keys(), f"tensors of other parameters: {sorted(ours.keys() ^ theirs.keys())[:5]}"
     of_model = math.sqrt(sum(g.detach().double().square().sum().item() for g in theirs.values()))
     floor = 1e-3 * of_model / math.sqrt(len(theirs))

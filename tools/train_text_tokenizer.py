@@ -79,12 +79,27 @@ def train(text: Iterable[str], options: Namespace) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=watched(), model_writer=model, model_type=options.model_type, vocab_size=options.pieces,
-            character_coverage=options.coverage, input_sentence_size=options.max_sentences,
-            shuffle_input_sentence=True, max_sentence_length=LONGEST * BYTES_PER_CHARACTER, num_threads=THREADS,
-            max_sentencepiece_length=16, normalization_rule_name="nmt_nfkc", add_dummy_prefix=True,
-            remove_extra_whitespaces=True, byte_fallback=False, split_digits=False, unk_id=0, bos_id=1, eos_id=2,
-            pad_id=-1, minloglevel=2)
+            sentence_iterator=watched(),
+            model_writer=model,
+            model_type=options.model_type,
+            vocab_size=options.pieces,
+            character_coverage=options.coverage,
+            input_sentence_size=options.max_sentences,
+            shuffle_input_sentence=True,
+            max_sentence_length=LONGEST * BYTES_PER_CHARACTER,
+            num_threads=THREADS,
+            max_sentencepiece_length=16,
+            normalization_rule_name="nmt_nfkc",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=True,
+            byte_fallback=False,
+            split_digits=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         raise (faults[0] if faults else ValueError(plain(str(error), options))) from None
     return model.getvalue()
@@ -102,20 +117,41 @@ def plain(error: str, options: Namespace) -> str:
 def parse(arguments: list[str] | None) -> Namespace:
     """The command line. Raises ValueError for a number out of range; exits with code 2 on anything else wrong."""
     parser = ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
         epilog="Example:\n"
-               "  train_text_tokenizer.py --shards 'data/texts/train/*.tar' 'data/pairs/train/*.tar' --out text.spm")
-    parser.add_argument("--shards", nargs="+", required=True, metavar="PATTERN",
-                        help="brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and "
-                             ".jsonl files: one document or caption a line")
+        "  train_text_tokenizer.py --shards 'data/texts/train/*.tar' 'data/pairs/train/*.tar' --out text.spm",
+    )
+    parser.add_argument(
+        "--shards",
+        nargs="+",
+        required=True,
+        metavar="PATTERN",
+        help="brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and "
+        ".jsonl files: one document or caption a line",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write, or to replace")
     parser.add_argument("--pieces", type=int, default=64000, metavar="N", help="size of the vocabulary; 64000")
-    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram",
-                        help="unigram, as released; bpe trains ten times as fast")
-    parser.add_argument("--coverage", type=float, default=0.99999, metavar="SHARE",
-                        help="share of the text's characters that get a piece; 0.99999")
-    parser.add_argument("--max-sentences", type=int, default=15_000_000, metavar="N",
-                        help="train on N random sentences where there are more; 15000000")
+    parser.add_argument(
+        "--model-type",
+        choices=("unigram", "bpe"),
+        default="unigram",
+        help="unigram, as released; bpe trains ten times as fast",
+    )
+    parser.add_argument(
+        "--coverage",
+        type=float,
+        default=0.99999,
+        metavar="SHARE",
+        help="share of the text's characters that get a piece; 0.99999",
+    )
+    parser.add_argument(
+        "--max-sentences",
+        type=int,
+        default=15_000_000,
+        metavar="N",
+        help="train on N random sentences where there are more; 15000000",
+    )
     options = parser.parse_args(arguments)
     for name in ("pieces", "max_sentences"):
         if getattr(options, name) < 1:
@@ -141,11 +177,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train_text_tokenizer.py: {error}", file=sys.stderr)
         return 2
     sample = first[:80]
-    print(f"{options.out}: {tokenizer.pieces} pieces\n"
-          f"model.vocab_size: {tokenizer.rows}\n"
-          f"id of <mask>: {tokenizer.mask}\n"
-          f"sample: {sample}\n"
-          f"        {' '.join(tokenizer.model.encode(sample, out_type=str))}")
+    print(
+        f"{options.out}: {tokenizer.pieces} pieces\n"
+        f"model.vocab_size: {tokenizer.rows}\n"
+        f"id of <mask>: {tokenizer.mask}\n"
+        f"sample: {sample}\n"
+        f"        {' '.join(tokenizer.model.encode(sample, out_type=str))}"
+    )
     return 0
 
 

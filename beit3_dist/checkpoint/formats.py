@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ _OTHER_NAMES = {
     "vision_embedding.positions": "beit3.encoder.embed_positions.A.weight",
     "language_embedding.words.weight": "beit3.text_embed.weight",
     "language_embedding.positions": "beit3.encoder.embed_positions.B.weight",
-    "image_head.weight": "mim_head.weight", "image_head.bias": "mim_head.bias",
-    "text_head.weight": "mlm_head.weight", "text_head.bias": "mlm_head.bias",
+    "image_head.weight": "mim_head.weight",
+    "image_head.bias": "mim_head.bias",
+    "text_head.weight": "mlm_head.weight",
+    "text_head.bias": "mlm_head.bias",
 }
 
 
@@ -40,13 +43,12 @@ def released_name(name: str) -> str:
         return _OTHER_NAMES[name]
     if match := re.fullmatch(r"norm\.(vision|language)\.(\w+)", name):
         return f"beit3.encoder.layer_norm.{_SIDE[match[1]]}.{match[2]}"
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-    for pattern, target in _BLOCK_RULES if block else ():
-        if match := re.fullmatch(pattern, block[2]):
-            groups = list(match.groups())
-            side = next(_SIDE[g] for g in groups if g in _SIDE)
-            rest = [g for g in groups if g not in _SIDE]
-            return f"beit3.encoder.layers.{block[1]}." + target.format(e=side, leaf=rest[-1], part=rest[0])
+    if block := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        for pattern, target in _BLOCK_RULES:
+            if match := re.fullmatch(pattern, block[2]):
+                side = next(_SIDE[g] for g in match.groups() if g in _SIDE)
+                rest = [g for g in match.groups() if g not in _SIDE]
+                return f"beit3.encoder.layers.{block[1]}." + target.format(e=side, leaf=rest[-1], part=rest[0])
     raise ValueError(f"{name} has no place in the released format: it holds per-modality attention and no VL expert")
 
 
@@ -60,8 +62,20 @@ def _released_shape(name: str, shape: torch.Size, config: ModelConfig) -> tuple[
 
 def to_released(model: BEiT3) -> dict[str, Tensor]:
     """The weights under the released key names and shapes. Raises ValueError for a shared-attention model."""
-    return {released_name(name): p.detach().reshape(_released_shape(name, p.shape, model.config)).clone()
-            for name, p in model.named_parameters()}
+    return {
+        released_name(name): p.detach().reshape(_released_shape(name, p.shape, model.config)).clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"init_from: there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"init_from: {path} is not a file of tensors that torch can read: {reason}") from error
 
 
 def read_released(path_or_dict: str | Path | Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -69,23 +83,22 @@ def read_released(path_or_dict: str | Path | Mapping[str, Tensor], config: Model
 
     Raises ValueError with the missing or misshapen key's name; keys without a place here (task heads) are ignored.
     """
-    source = "the given state dict"
     if isinstance(path_or_dict, (str, Path)):
-        source = str(path_or_dict)
-        if not Path(source).is_file():
-            raise ValueError(f"init_from: there is no file {source}")
-        try:
-            path_or_dict = torch.load(source, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"init_from: {source} is not a file of tensors that torch can read: {error}".splitlines()[0]) from error
-    weights = path_or_dict.get("model", path_or_dict)
+        source, content = str(path_or_dict), _read_file(Path(path_or_dict))
+    else:
+        source, content = "the given state dict", path_or_dict
+    weights: Mapping[str, Any] = content.get("model", content)
     for name, parameter in BEiT3(config, device="meta").named_parameters():
         key = released_name(name)
         if key not in weights:
-            raise ValueError(f"init_from: {source} has no {key}: it is not a BEiT-3 pretraining checkpoint of this architecture")
+            raise ValueError(
+                f"init_from: {source} has no {key}: it is not a BEiT-3 pretraining checkpoint of this architecture"
+            )
         shape = _released_shape(name, parameter.shape, config)
         if tuple(weights[key].shape) != shape:
-            raise ValueError(f"init_from: {key} in {source} has shape {list(weights[key].shape)}, the model needs {list(shape)}")
+            raise ValueError(
+                f"init_from: {key} in {source} has shape {list(weights[key].shape)}, the model needs {list(shape)}"
+            )
         yield name, weights[key].float().reshape(parameter.shape)
 
 

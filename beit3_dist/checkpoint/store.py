@@ -80,11 +80,19 @@ def step_name(step: int) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
-def save(folder: Path, pieces: Iterable[Piece], state: TrainState, model: ModelConfig, config_yaml: str,
-         versions: dict[str, str], keep: int) -> Path:
+
+def save(
+    folder: Path,
+    pieces: Iterable[Piece],
+    state: TrainState,
+    model: ModelConfig,
+    config_yaml: str,
+    versions: dict[str, str],
+    keep: int,
+) -> Path:
     """Writes checkpoint `step_NNNNNNN` below `folder` and points `latest` to it. Collective.
 
-    `pieces`: what this rank contributes; over all ranks every element once. The newest `keep` checkpoints stay (0: all).
+    `pieces`: what this rank contributes; over all ranks every element once. The newest `keep` stay (0: all).
     """
     rank = dist.get_rank()
     final = folder / step_name(state.step)
@@ -98,7 +106,9 @@ def save(folder: Path, pieces: Iterable[Piece], state: TrainState, model: ModelC
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, (shard.name, _entry(shard)))
     if rank == 0:
-        write_json(partial / "state.json", {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions})
+        write_json(
+            partial / "state.json", {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions}
+        )
         write_text(partial / "config.yaml", config_yaml)
         manifest = dict(everyones) | {name: _entry(partial / name) for name in ("state.json", "config.yaml")}
         write_json(partial / "manifest.json", manifest)
@@ -118,8 +128,11 @@ def _entry(path: Path) -> dict[str, Any]:
 
 def _write_shard(path: Path, pieces: Iterable[Piece]) -> None:
     pieces = [piece for piece in pieces if piece.numel]
-    tensors = {piece.name + suffix: values.detach().cpu().contiguous()
-               for piece in pieces for suffix, values in piece.tensors.items()}
+    tensors = {
+        piece.name + suffix: values.detach().cpu().contiguous()
+        for piece in pieces
+        for suffix, values in piece.tensors.items()
+    }
     places = {piece.name: {"start": piece.start, "shape": piece.shape} for piece in pieces}
     save_file(tensors, path, metadata={"fragments": json.dumps(places)})
     sync(path)
@@ -132,6 +145,7 @@ def _prune(folder: Path, keep: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
+
 
 def find(resume: str, folder: Path) -> Path | None:
     """The checkpoint that `checkpoint.resume` means: none, auto or a path. Raises ValueError where it is damaged.
@@ -178,12 +192,15 @@ def read_state(path: Path, model: ModelConfig) -> TrainState:
         raise ValueError(f"checkpoint.resume: {path} has format {content['format']}, this version reads {FORMAT}")
     for name, value in asdict(model).items():
         if content["model"].get(name) != value:
-            raise ValueError(f"checkpoint.resume: {path} was trained with model.{name}={content['model'].get(name)}, "
-                             f"this run has {value}: use its config, or another `out` to start anew")
+            raise ValueError(
+                f"checkpoint.resume: {path} was trained with model.{name}={content['model'].get(name)}, "
+                f"this run has {value}: use its config, or another `out` to start anew"
+            )
     return TrainState(content["step"], tuple(content["consumed"]), content["bad_samples"])
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
+
 
 def load(path: Path, pieces: Iterable[Piece]) -> None:
     """Fills the pieces' tensors from a checkpoint that may have been cut into other pieces. Collective.
@@ -228,7 +245,7 @@ def _fill(target: Tensor, piece: Piece, suffix: str, shards: list[tuple[Any, dic
         begin = max(piece.start, place["start"])
         end = min(piece.start + piece.numel, place["start"] + stored.get_shape()[0])
         if begin < end:
-            target[begin - piece.start:end - piece.start].copy_(stored[begin - place["start"]:end - place["start"]])
+            target[begin - piece.start : end - piece.start].copy_(stored[begin - place["start"] : end - place["start"]])
             found += end - begin
     if found != piece.numel:
         raise ValueError(f"{path} holds {found} of {piece.numel} elements of {piece.name}{suffix}")
@@ -237,9 +254,14 @@ def _fill(target: Tensor, piece: Piece, suffix: str, shards: list[tuple[Any, dic
 def _verify_digests(path: Path) -> None:
     """Every rank verifies its share of the files; all ranks raise if one finds a wrong one."""
     manifest = json.loads((path / "manifest.json").read_text())
-    wrong = [str(path / name) for name in sorted(manifest)[dist.get_rank()::dist.get_world_size()]
-             if sha256(path / name) != manifest[name]["sha256"]]
+    wrong = [
+        str(path / name)
+        for name in sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
+        if sha256(path / name) != manifest[name]["sha256"]
+    ]
     everyones: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyones, wrong)
     if all_wrong := sum(everyones, []):
-        raise ValueError(f"checkpoint.resume: {', '.join(all_wrong)}: the SHA-256 is not the manifest's; the file is damaged")
+        raise ValueError(
+            f"checkpoint.resume: {', '.join(all_wrong)}: the SHA-256 is not the manifest's; the file is damaged"
+        )

@@ -104,8 +104,9 @@ class MicroBatch:
 class MixedBatches(Dataset):
     """The micro-batches of one data-parallel rank: `dataset[request]`."""
 
-    def __init__(self, config: RunConfig, tokenizer_image_size: int, rank: int, world: int,
-                 held_out: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer_image_size: int, rank: int, world: int, held_out: bool = False
+    ) -> None:
         """Opens the streams, building their indexes and token files where the cache has none.
 
         `tokenizer_image_size` is the side of the image tokenizer's view. `held_out`: the shards of `config.eval` in
@@ -123,10 +124,27 @@ class MixedBatches(Dataset):
         data, seed, shuffled = config.data, config.seed, not held_out
         shards, prefix = (config.eval, "eval") if held_out else (data, "data")
         self.images = ImageStream(shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled)
-        self.texts = TextStream(shards.texts, f"{prefix}.texts", seed, data.cache, self.tokenizer, data.text_length,
-                                shuffled, share=rank / world)
-        self.pairs = PairStream(shards.pairs, f"{prefix}.pairs", seed, data.cache, data.max_pixels, self.tokenizer,
-                                data.caption_length, data.caption_key, shuffled)
+        self.texts = TextStream(
+            shards.texts,
+            f"{prefix}.texts",
+            seed,
+            data.cache,
+            self.tokenizer,
+            data.text_length,
+            shuffled,
+            share=rank / world,
+        )
+        self.pairs = PairStream(
+            shards.pairs,
+            f"{prefix}.pairs",
+            seed,
+            data.cache,
+            data.max_pixels,
+            self.tokenizer,
+            data.caption_length,
+            data.caption_key,
+            shuffled,
+        )
 
     def lengths(self) -> tuple[int, int, int]:
         """Images, texts (windows) and pairs of one epoch of each."""
@@ -145,18 +163,26 @@ class MixedBatches(Dataset):
         picture_masked, caption_masked = self._masked_sides(pairs)
         views, tokenizer_views = self._views(pictures)
         captions, caption_targets, caption_mask, caption_lengths = self._words(
-            pairs, ratios.caption_mask_ratio, caption_masked)
+            pairs, ratios.caption_mask_ratio, caption_masked
+        )
         words, text_targets, text_mask, text_lengths = self._words(texts, ratios.text_mask_ratio, [True] * len(texts))
         return MicroBatch(
-            images=views, tokenizer_images=tokenizer_views,
+            images=views,
+            tokenizer_images=tokenizer_views,
             image_mask=self._image_masks(pictures, [True] * len(images) + picture_masked),
-            captions=captions, caption_targets=caption_targets, caption_mask=caption_mask,
+            captions=captions,
+            caption_targets=caption_targets,
+            caption_mask=caption_mask,
             caption_lengths=caption_lengths,
-            texts=words, text_targets=text_targets, text_mask=text_mask, text_lengths=text_lengths,
+            texts=words,
+            text_targets=text_targets,
+            text_mask=text_mask,
+            text_lengths=text_lengths,
             sample_ids=torch.tensor([sample.id for sample in samples]),
             positions=torch.tensor(image_places + pair_places + text_places),
             streams=torch.tensor([int(sample.stream) for sample in samples]),
-            faults=[fault for sample in samples for fault in sample.faults])
+            faults=[fault for sample in samples for fault in sample.faults],
+        )
 
     def _read(self, stream: SampleStream, request: Request) -> tuple[list[Sample], list[int]]:
         """This rank's samples of a stream, and their places in the step's global batch."""
@@ -178,8 +204,10 @@ class MixedBatches(Dataset):
         if self.held_out:
             views = [transforms.plain_views(sample.picture, size, other) for sample in samples]
         else:
-            views = [transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
-                     for sample in samples]
+            views = [
+                transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
+                for sample in samples
+            ]
         tokenizer_views = [view for _, view in views if view is not None]
         return channels_first([view for view, _ in views]), channels_first(tokenizer_views) if tokenizer_views else None
 
@@ -188,8 +216,10 @@ class MixedBatches(Dataset):
         model = self.config.model
         grid = model.image_size // model.patch_size
         count = mask_count(self.config.objective.image_mask_ratio, model.patches)
-        masks = [block_mask(grid, count if hide else 0, sample.generator(Draw.IMAGE_MASK))
-                 for sample, hide in zip(samples, masked, strict=True)]
+        masks = [
+            block_mask(grid, count if hide else 0, sample.generator(Draw.IMAGE_MASK))
+            for sample, hide in zip(samples, masked, strict=True)
+        ]
         return torch.from_numpy(np.stack(masks))
 
     def _words(self, samples: list[Sample], ratio: float, masked: list[bool]) -> tuple[torch.Tensor, ...]:
@@ -202,9 +232,15 @@ class MixedBatches(Dataset):
             inputs[row, :length] = targets[row, :length] = sample.words
             if hide:
                 inputs[row, :length], predict[row, :length] = mask_words(
-                    sample.words, sample.generator(Draw.WORD_MASK), ratio=ratio, specials=tokenizer.specials,
-                    mask_id=tokenizer.mask, words=tokenizer.words, mask_token_share=objective.mask_token_share,
-                    random_token_share=objective.random_token_share)
+                    sample.words,
+                    sample.generator(Draw.WORD_MASK),
+                    ratio=ratio,
+                    specials=tokenizer.specials,
+                    mask_id=tokenizer.mask,
+                    words=tokenizer.words,
+                    mask_token_share=objective.mask_token_share,
+                    random_token_share=objective.random_token_share,
+                )
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(predict), torch.tensor(lengths)
 
 
@@ -215,8 +251,19 @@ class ImageBatches(Dataset):
     step; b = batch / world. Crops and mirroring, no colour jitter.
     """
 
-    def __init__(self, shards: str, size: int, seed: int, batch: int, rank: int, world: int, cache: str,
-                 min_crop_scale: float = 0.08, max_pixels: int = 100_000_000, horizontal_flip: float = 0.5) -> None:
+    def __init__(
+        self,
+        shards: str,
+        size: int,
+        seed: int,
+        batch: int,
+        rank: int,
+        world: int,
+        cache: str,
+        min_crop_scale: float = 0.08,
+        max_pixels: int = 100_000_000,
+        horizontal_flip: float = 0.5,
+    ) -> None:
         if batch % world:
             raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
         self.stream = ImageStream(shards, "shards", seed, cache, max_pixels)
@@ -236,10 +283,17 @@ class ImageBatches(Dataset):
         count = self.batch // self.world
         first = step * self.batch + self.rank * count
         samples = [self.stream.read(position) for position in range(first, first + count)]
-        views = [transforms.cropped_view(sample.picture, sample.generator(Draw.VIEW), self.size, self.min_crop_scale,
-                                         self.horizontal_flip) for sample in samples]
-        return (channels_first(views), torch.tensor([sample.id for sample in samples]),
-                [fault for sample in samples for fault in sample.faults])
+        views = [
+            transforms.cropped_view(
+                sample.picture, sample.generator(Draw.VIEW), self.size, self.min_crop_scale, self.horizontal_flip
+            )
+            for sample in samples
+        ]
+        return (
+            channels_first(views),
+            torch.tensor([sample.id for sample in samples]),
+            [fault for sample in samples for fault in sample.faults],
+        )
 
 
 def channels_first(views: list[np.ndarray]) -> torch.Tensor:
@@ -286,8 +340,14 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     script that calls this guards its entry by `if __name__ == "__main__"`.
     """
     if workers == 0:
-        return DataLoader(dataset, batch_size=None, sampler=requests, collate_fn=_unchanged, pin_memory=pin,
-                          generator=torch.Generator())
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=requests,
+            collate_fn=_unchanged,
+            pin_memory=pin,
+            generator=torch.Generator(),
+        )
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows.
@@ -296,6 +356,15 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     # Its own generator: without one, DataLoader would draw a seed from torch's global one.
-    return DataLoader(dataset, batch_size=None, sampler=requests, collate_fn=_unchanged, num_workers=workers,
-                      prefetch_factor=prefetch, pin_memory=pin, worker_init_fn=_start_worker,
-                      multiprocessing_context=context, generator=torch.Generator())
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=requests,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        pin_memory=pin,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=context,
+        generator=torch.Generator(),
+    )

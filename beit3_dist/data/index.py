@@ -33,12 +33,24 @@ BLOCK = 512
 """Tars are made of blocks of 512 bytes."""
 IMAGE, TXT, JSON, JSONL = range(4)
 """Kinds of members, and their columns in a scan."""
-KINDS = {b"jpg": IMAGE, b"jpeg": IMAGE, b"png": IMAGE, b"webp": IMAGE, b"bmp": IMAGE, b"tif": IMAGE, b"tiff": IMAGE,
-         b"txt": TXT, b"json": JSON, b"jsonl": JSONL}
+KINDS = {
+    b"jpg": IMAGE,
+    b"jpeg": IMAGE,
+    b"png": IMAGE,
+    b"webp": IMAGE,
+    b"bmp": IMAGE,
+    b"tif": IMAGE,
+    b"tiff": IMAGE,
+    b"txt": TXT,
+    b"json": JSON,
+    b"jsonl": JSONL,
+}
 """Known extensions, in lower case; members with others are ignored."""
-NEEDS = {Stream.IMAGES: "an image member (.jpg .jpeg .png .webp .bmp .tif .tiff)",
-         Stream.TEXTS: "a .txt or .jsonl member",
-         Stream.PAIRS: "an image member and a .txt or .json member of the same key"}
+NEEDS = {
+    Stream.IMAGES: "an image member (.jpg .jpeg .png .webp .bmp .tif .tiff)",
+    Stream.TEXTS: "a .txt or .jsonl member",
+    Stream.PAIRS: "an image member and a .txt or .json member of the same key",
+}
 ROW = np.dtype([("shard", "<u4"), ("row", "<u4"), ("image", "<i8", 2), ("text", "<i8", 2), ("kind", "u1")])
 """One sample of a table: number of its shard, its row in the shard's scan, (offset, size) of its members, and the kind
 of the text member."""
@@ -154,7 +166,7 @@ class Scan:
     def key(self, row: int) -> str:
         """Key of a sample."""
         start = int(self.key_ends[row - 1]) if row else 0
-        return self.keys[start:int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
+        return self.keys[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
 
 
 def scan(path: str) -> Scan:
@@ -174,14 +186,19 @@ def scan(path: str) -> Scan:
                     continue
                 sample = samples.setdefault(key, [(0, -1)] * 4)
                 if sample[kind][1] >= 0:
-                    raise ValueError(f"{path}: key {key.decode('utf-8', 'replace')!r} has a second "
-                                     f"{'image' if kind == IMAGE else '.' + extension.decode().lower()} member")
+                    raise ValueError(
+                        f"{path}: key {key.decode('utf-8', 'replace')!r} has a second "
+                        f"{'image' if kind == IMAGE else '.' + extension.decode().lower()} member"
+                    )
                 sample[kind] = (offset, size)
         except DamagedTar as error:
             damage = str(error)
-    return Scan(np.array(list(samples.values()), dtype=np.int64).reshape(-1, 4, 2),
-                np.frombuffer(b"".join(samples), dtype=np.uint8),
-                np.cumsum([len(key) for key in samples], dtype=np.int64), damage)
+    return Scan(
+        np.array(list(samples.values()), dtype=np.int64).reshape(-1, 4, 2),
+        np.frombuffer(b"".join(samples), dtype=np.uint8),
+        np.cumsum([len(key) for key in samples], dtype=np.int64),
+        damage,
+    )
 
 
 def sidecar_path(path: str, folder: Path) -> Path:
@@ -202,8 +219,17 @@ def shard_scan(path: str, mark: tuple[int, int], folder: Path) -> Scan:
     result = scan(path)
     if fingerprint(path) != mark:
         raise ValueError(f"{path} changed while it was indexed; start again when it is complete")
-    write_whole(sidecar, lambda file: np.savez(file, mark=expected, places=result.places, keys=result.keys,
-                                               key_ends=result.key_ends, damage=np.array(result.damage)))
+    write_whole(
+        sidecar,
+        lambda file: np.savez(
+            file,
+            mark=expected,
+            places=result.places,
+            keys=result.keys,
+            key_ends=result.key_ends,
+            damage=np.array(result.damage),
+        ),
+    )
     return result
 
 

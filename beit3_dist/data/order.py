@@ -111,7 +111,7 @@ class Interleave:
         shares = SLOTS * np.asarray(weights, dtype=np.float64) / sum(weights)
         quotas = np.floor(shares).astype(np.int64)
         behind = np.argsort(quotas - shares, kind="stable")
-        quotas[behind[:SLOTS - quotas.sum()]] += 1
+        quotas[behind[: SLOTS - quotas.sum()]] += 1
         if quotas.min() == 0:
             weight = weights[int(quotas.argmin())]
             raise ValueError(f"the weight {weight:g} is less than 1/{SLOTS} of the sum of the weights")

@@ -131,8 +131,10 @@ class SampleStream(ABC):
             except BadSample as bad:
                 table = self.tables[source]
                 faults.append(Fault(self.stream.name.lower(), table.shard(chosen), table.key(chosen), str(bad)))
-        raise RuntimeError(f"{ATTEMPTS} bad samples in a row in the stream of {self.stream.name.lower()}; "
-                           f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}")
+        raise RuntimeError(
+            f"{ATTEMPTS} bad samples in a row in the stream of {self.stream.name.lower()}; "
+            f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
+        )
 
     @abstractmethod
     def _load(self, source: int, index: int, sample: Sample) -> None:
@@ -144,8 +146,9 @@ class ImageStream(SampleStream):
 
     stream = Stream.IMAGES
 
-    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, max_pixels: int,
-                 shuffled: bool = True) -> None:
+    def __init__(
+        self, shards: str | list[Source], field: str, seed: int, cache: str, max_pixels: int, shuffled: bool = True
+    ) -> None:
         super().__init__(shards, field, seed, cache, shuffled)
         self.max_pixels = max_pixels
         self._set_lengths([len(table) for table in self.tables])
@@ -161,22 +164,39 @@ class TextStream(SampleStream):
 
     stream = Stream.TEXTS
 
-    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, tokenizer: TextTokenizer,
-                 text_length: int, shuffled: bool = True, share: float = 0.0) -> None:
+    def __init__(
+        self,
+        shards: str | list[Source],
+        field: str,
+        seed: int,
+        cache: str,
+        tokenizer: TextTokenizer,
+        text_length: int,
+        shuffled: bool = True,
+        share: float = 0.0,
+    ) -> None:
         """`share` in [0, 1) is where in the list of shards this rank starts to tokenise: ranks divide the work."""
         super().__init__(shards, field, seed, cache, shuffled)
-        self.windows = [TokenWindows(table, tokenizer, text_length, int(share * len(table.paths)))
-                        for table in self.tables]
+        self.windows = [
+            TokenWindows(table, tokenizer, text_length, int(share * len(table.paths))) for table in self.tables
+        ]
         self._set_lengths([len(windows) for windows in self.windows])
         if 0 in self.lengths:
-            raise ValueError(f"{field}: the documents of {self.tables[self.lengths.index(0)].paths[0]} and its fellow "
-                             "shards hold not one word")
+            raise ValueError(
+                f"{field}: the documents of {self.tables[self.lengths.index(0)].paths[0]} and its fellow "
+                "shards hold not one word"
+            )
         for windows in self.windows:
             for shard in windows.shards:
                 faults = shard.faults
                 if faults:
-                    log.warning("texts: %s: %d documents are left out; the first is %s (%s)",
-                                shard.path, len(faults), faults[0].key, faults[0].reason)
+                    log.warning(
+                        "texts: %s: %d documents are left out; the first is %s (%s)",
+                        shard.path,
+                        len(faults),
+                        faults[0].key,
+                        faults[0].reason,
+                    )
                 self.faults.extend(faults)
 
     def _load(self, source: int, index: int, sample: Sample) -> None:
@@ -188,8 +208,18 @@ class PairStream(SampleStream):
 
     stream = Stream.PAIRS
 
-    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, max_pixels: int,
-                 tokenizer: TextTokenizer, caption_length: int, caption_key: str, shuffled: bool = True) -> None:
+    def __init__(
+        self,
+        shards: str | list[Source],
+        field: str,
+        seed: int,
+        cache: str,
+        max_pixels: int,
+        tokenizer: TextTokenizer,
+        caption_length: int,
+        caption_key: str,
+        shuffled: bool = True,
+    ) -> None:
         super().__init__(shards, field, seed, cache, shuffled)
         self.max_pixels = max_pixels
         self.tokenizer = tokenizer
@@ -210,7 +240,7 @@ class PairStream(SampleStream):
         if not captions:
             raise BadSample("empty caption")
         number = int(sample.generator(Draw.CAPTION).integers(len(captions))) if len(captions) > 1 else 0
-        ids = self.tokenizer.encode(captions[number])[:self.caption_length - 2]
+        ids = self.tokenizer.encode(captions[number])[: self.caption_length - 2]
         if not ids:
             raise BadSample("empty caption")
         return np.array([self.tokenizer.bos, *ids, self.tokenizer.eos], dtype=np.int64)

@@ -55,8 +55,10 @@ class TextTokenizer:
             raise ValueError(f"text_tokenizer: {path!r} is not a SentencePiece model file")
         controls = (self.model.unk_id(), self.model.bos_id(), self.model.eos_id())
         if controls != (0, 1, 2):
-            raise ValueError(f"text_tokenizer: {path!r} has unk, bos, eos = {controls}; train it with unk_id=0, "
-                             "bos_id=1, eos_id=2 (tools/train_text_tokenizer.py does)")
+            raise ValueError(
+                f"text_tokenizer: {path!r} has unk, bos, eos = {controls}; train it with unk_id=0, "
+                "bos_id=1, eos_id=2 (tools/train_text_tokenizer.py does)"
+            )
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.mask = self.pieces + 1
         self.rows = self.pieces + SPECIAL_ROWS
@@ -66,8 +68,10 @@ class TextTokenizer:
     def check_vocab(self, config_vocab_size: int) -> None:
         """Raises ValueError unless the model's word embedding has this tokenizer's number of rows."""
         if config_vocab_size != self.rows:
-            raise ValueError(f"text_tokenizer: {self.path} has {self.pieces} pieces and needs "
-                             f"model.vocab_size={self.rows}, not {config_vocab_size}")
+            raise ValueError(
+                f"text_tokenizer: {self.path} has {self.pieces} pieces and needs "
+                f"model.vocab_size={self.rows}, not {config_vocab_size}"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without <s> and </s>."""
@@ -80,8 +84,9 @@ class TextTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; <s>, <pad>, </s>, <mask> and spare rows are left out."""
-        return self.model.decode([0 if word == self.unk else int(word) - 1 for word in ids
-                                  if word == self.unk or word in self.words])
+        return self.model.decode(
+            [0 if word == self.unk else int(word) - 1 for word in ids if word == self.unk or word in self.words]
+        )
 
 
 def documents(data: Iterator[bytes], jsonl: bool) -> Iterator[tuple[int, str | BadSample]]:
@@ -192,8 +197,10 @@ class TokenWindows:
         self.width = text_length - 2
         self.frame = (tokenizer.bos, tokenizer.eos)
         shards = len(table.paths)
-        made = {number % shards: TokenShard(table, number % shards, tokenizer)
-                for number in range(first_shard, first_shard + shards)}
+        made = {
+            number % shards: TokenShard(table, number % shards, tokenizer)
+            for number in range(first_shard, first_shard + shards)
+        }
         self.shards = [made[number] for number in range(shards)]
         self.ends = np.cumsum([-(-len(shard.tokens) // self.width) for shard in self.shards])
         self.open: dict[int, np.ndarray] = {}
@@ -211,7 +218,7 @@ class TokenWindows:
         shard, window = self.place(index)
         if shard not in self.open:
             self.open[shard] = self.shards[shard].tokens
-        tokens = self.open[shard][window * self.width:(window + 1) * self.width]
+        tokens = self.open[shard][window * self.width : (window + 1) * self.width]
         bos, eos = self.frame
         return np.concatenate(([bos], tokens, [eos])).astype(np.int64)
 

@@ -92,8 +92,9 @@ def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator
     return left, top, left + w, top + h
 
 
-def resized(image: Image.Image, size: int, box: tuple[int, int, int, int] | None = None,
-            flip: bool = False) -> np.ndarray:
+def resized(
+    image: Image.Image, size: int, box: tuple[int, int, int, int] | None = None, flip: bool = False
+) -> np.ndarray:
     """The picture, or a box of it, as a square: bicubic with antialiasing -> uint8 [size, size, 3]."""
     view = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
     return np.ascontiguousarray(view[:, ::-1]) if flip else view
@@ -135,8 +136,9 @@ def saturation(view: np.ndarray, factor: float) -> np.ndarray:
     return cv2.addWeighted(view, factor, grey, 1 - factor, 0)
 
 
-def two_views(image: Image.Image, rng: np.random.Generator, size: int, tokenizer_size: int,
-              config: DataConfig) -> tuple[np.ndarray, np.ndarray | None]:
+def two_views(
+    image: Image.Image, rng: np.random.Generator, size: int, tokenizer_size: int, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray | None]:
     """The model's view and the image tokenizer's, of one crop, with the same mirroring and jitter -> uint8 [S, S, 3].
 
     The second is None where both sizes are equal: the views would be identical.

@@ -1,4 +1,4 @@
-"""LayerNorm (Ba et al. 2016) over the last dimension: Apex's fused kernel on CUDA where it is installed, else torch's."""
+"""LayerNorm (Ba et al. 2016) over the last dimension: Apex's fused kernel on CUDA where installed, else torch's."""
 
 from __future__ import annotations
 

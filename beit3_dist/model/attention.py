@@ -12,42 +12,39 @@ from beit3_dist.model.layout import Group, Layout
 from beit3_dist.model.multiway import Multiway
 
 
-def _pad(words: Tensor, group: Group) -> Tensor:
-    """Packed words [real words, H, d] -> [B, words, H, d], zeros at padding."""
+def _join(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
+    """Patches [B * patches, H, d] and packed words [real words, H, d] -> [B, H, N, d], zeros at padding."""
+    pieces = []
+    if patches is not None:
+        pieces.append(patches.reshape(group.samples, group.patches, *patches.shape[1:]))
+    if words is not None:
+        if group.index is not None:
+            padded = words.new_zeros(group.samples * group.words, *words.shape[1:])
+            words = padded.index_copy(0, group.index, words)
+        pieces.append(words.reshape(group.samples, group.words, *words.shape[1:]))
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).transpose(1, 2)
+
+
+def _part(joint: Tensor, group: Group) -> list[Tensor]:
+    """The reverse of `_join`: the non-empty ones of patches [B * patches, H, d] and packed words [real words, H, d]."""
+    patches, words = (part.flatten(0, 1) for part in joint.transpose(1, 2).split([group.patches, group.words], dim=1))
     if group.index is not None:
-        padded = words.new_zeros(group.samples * group.words, *words.shape[1:])
-        words = padded.index_copy(0, group.index, words)
-    return words.reshape(group.samples, group.words, *words.shape[1:])
-
-
-def _unpad(words: Tensor, group: Group) -> Tensor:
-    """[B, words, H, d] -> packed words [real words, H, d]."""
-    words = words.flatten(0, 1)
-    return words if group.index is None else words.index_select(0, group.index)
+        words = words.index_select(0, group.index)
+    return [part for part in (patches, words) if len(part)]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """softmax(q k' / sqrt(d)) v within each sample; q, k, v and the result are [T, H, d] in the layout's order."""
-    segments = [t.split(list(layout.segments)) for t in (q, k, v)]
+    parts = [tensor.split(list(layout.segments)) for tensor in (q, k, v)]
     out: list[Tensor] = []
-    groups = ((layout.images, 0, None), (layout.pairs, 1, 2), (layout.texts, None, 3))
-    for group, patch_segment, word_segment in groups:
+    for group, patches, words in ((layout.images, 0, None), (layout.pairs, 1, 2), (layout.texts, None, 3)):
         if group.samples == 0:
             continue
-        joint = []  # q, k, v as [B, H, N, d]
-        for parts in segments:
-            pieces = []
-            if patch_segment is not None:
-                patches = parts[patch_segment]
-                pieces.append(patches.reshape(group.samples, group.patches, *patches.shape[1:]))
-            if word_segment is not None:
-                pieces.append(_pad(parts[word_segment], group))
-            joint.append((pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).transpose(1, 2))
-        mixed = scaled_dot_product_attention(*joint, attn_mask=group.mask).transpose(1, 2)  # [B, N, H, d]
-        if patch_segment is not None:
-            out.append(mixed[:, :group.patches].flatten(0, 1))
-        if word_segment is not None:
-            out.append(_unpad(mixed[:, group.patches:], group))
+        q_BHND, k_BHND, v_BHND = (
+            _join(None if patches is None else part[patches], None if words is None else part[words], group)
+            for part in parts
+        )
+        out += _part(scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=group.mask), group)
     return torch.cat(out)
 
 
@@ -62,8 +59,9 @@ class Attention(nn.Module):
         self.q = Multiway(experts, linear)
         self.k = Multiway(experts, linear)
         self.v = Multiway(experts, linear)
-        self.inner_norm = (Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps))
-                           if config.sub_layernorm else None)
+        self.inner_norm = (
+            Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps)) if config.sub_layernorm else None
+        )
         self.out = Multiway(experts, linear)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:

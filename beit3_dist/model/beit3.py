@@ -54,8 +54,12 @@ class BEiT3(nn.Module):
         """Hidden states before the final norm, [T, D] in the layout's order."""
         layout, device = inputs.layout, inputs.words.device
         positions = torch.cat([layout.pairs.positions(device), layout.texts.positions(device)])
-        x_TD = torch.cat([self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1),
-                          self.language_embedding(inputs.words, positions)])
+        x_TD = torch.cat(
+            [
+                self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1),
+                self.language_embedding(inputs.words, positions),
+            ]
+        )
         return self.blocks(x_TD, layout, inputs.keep)
 
     def image_logits(self, hidden_MD: Tensor) -> Tensor:
@@ -66,8 +70,14 @@ class BEiT3(nn.Module):
         """Logits of the words for some words' hidden states, [M, vocabulary]."""
         return self.text_head(self.norm[self.norm.experts[-1]](hidden_MD))
 
-    def encode(self, images: Tensor | None = None, text: Tensor | None = None, text_padding: Tensor | None = None,
-               image_mask: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        images: Tensor | None = None,
+        text: Tensor | None = None,
+        text_padding: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states after the final norm, [B, N, D], N in the order [CLS, patches, words].
 
         One kind of samples at a time: images alone (vision encoder), text alone (language encoder) or both (fusion).
@@ -75,9 +85,9 @@ class BEiT3(nn.Module):
         the result are zero. image_mask: bool [B, patches]. attention_mask: bool [N, N] or [B, N, N], True where a
         query may attend to a key (sequence-to-sequence use).
         """
-        if images is None and text is None:
-            raise ValueError("encode needs images, text, or both")
         given = images if images is not None else text
+        if given is None:
+            raise ValueError("encode needs images, text, or both")
         batch, device = len(given), given.device
         patches = 0 if images is None else 1 + self.config.patches
         length = 0 if text is None else text.shape[1]

@@ -56,8 +56,9 @@ Values = Callable[[str, torch.Size], Tensor]
 
 
 @torch.no_grad()
-def materialize(module: nn.Module, values: Values, device: torch.device | str, dtype: torch.dtype = torch.float32,
-                prefix: str = "") -> None:
+def materialize(
+    module: nn.Module, values: Values, device: torch.device | str, dtype: torch.dtype = torch.float32, prefix: str = ""
+) -> None:
     """Gives every parameter of a module built on the meta device its memory on `device` and its value.
 
     `prefix` completes the module's own names to canonical ones.

@@ -52,7 +52,9 @@ class Group:
         return Group(self.samples, self.patches, self.words, move(self.index), move(self.mask))
 
 
-def group(samples: int, patches: int, padding: Tensor | None, words: int = 0, attention_mask: Tensor | None = None) -> Group:
+def group(
+    samples: int, patches: int, padding: Tensor | None, words: int = 0, attention_mask: Tensor | None = None
+) -> Group:
     """The group of `samples` samples.
 
     `padding`: bool [B, words], True where the text is padding; None where nothing is. `attention_mask`: bool [N, N] or
@@ -85,8 +87,12 @@ class Layout:
     @property
     def segments(self) -> tuple[int, int, int, int]:
         """Tokens of the four segments, in their order."""
-        return (self.images.samples * self.images.patches, self.pairs.samples * self.pairs.patches,
-                self.pairs.real_words, self.texts.real_words)
+        return (
+            self.images.samples * self.images.patches,
+            self.pairs.samples * self.pairs.patches,
+            self.pairs.real_words,
+            self.texts.real_words,
+        )
 
     @property
     def samples(self) -> int:
@@ -109,8 +115,14 @@ class Layout:
         """Sample of each token, int64 [T], counted over images, pairs, texts."""
         of_patches = lambda g: torch.arange(g.samples, device=device).repeat_interleave(g.patches)  # noqa: E731
         first_pair, first_text = self.images.samples, self.images.samples + self.pairs.samples
-        return torch.cat([of_patches(self.images), first_pair + of_patches(self.pairs),
-                          first_pair + self.pairs.word_samples(device), first_text + self.texts.word_samples(device)])
+        return torch.cat(
+            [
+                of_patches(self.images),
+                first_pair + of_patches(self.pairs),
+                first_pair + self.pairs.word_samples(device),
+                first_text + self.texts.word_samples(device),
+            ]
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """The same layout with its tensors on `device`."""

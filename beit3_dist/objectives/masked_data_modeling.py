@@ -47,8 +47,9 @@ class MaskedDataModeling(nn.Module):
         self.seed = seed
         self.weights = config.weights
 
-    def forward(self, inputs: MixedInputs, targets: Targets, sample_ids: Tensor, step_counts: Tensor,
-                step: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: MixedInputs, targets: Targets, sample_ids: Tensor, step_counts: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
         """One pass over the mixed micro-batch.
 
         Returns the micro-batch's contribution to the step's loss (a scalar to go backward from) and the statistics
@@ -56,12 +57,24 @@ class MaskedDataModeling(nn.Module):
         positions of the whole step over all ranks. `sample_ids` [samples] and `step` key the drop path in training.
         """
         if self.training and self.model.config.drop_path > 0:
-            inputs = replace(inputs, keep=drop_path_factors(
-                sample_ids, seed=self.seed, step=step, layers=self.model.config.layers, rate=self.model.config.drop_path))
+            inputs = replace(
+                inputs,
+                keep=drop_path_factors(
+                    sample_ids,
+                    seed=self.seed,
+                    step=step,
+                    layers=self.model.config.layers,
+                    rate=self.model.config.drop_path,
+                ),
+            )
         hidden_TD = self.model.hidden(inputs)
         image, text, pair_image, pair_text = targets.counts
-        image_sums = _sums(self.model.image_logits(hidden_TD.index_select(0, targets.image_rows)), targets.codes, [image, pair_image])
-        text_sums = _sums(self.model.text_logits(hidden_TD.index_select(0, targets.text_rows)), targets.words, [pair_text, text])
+        image_sums = _sums(
+            self.model.image_logits(hidden_TD.index_select(0, targets.image_rows)), targets.codes, [image, pair_image]
+        )
+        text_sums = _sums(
+            self.model.text_logits(hidden_TD.index_select(0, targets.text_rows)), targets.words, [pair_text, text]
+        )
         statistics = torch.stack([image_sums[0], text_sums[1], image_sums[1], text_sums[0]], dim=1)
         weights = torch.tensor(self.weights, device=statistics.device)
         return (weights * statistics[0] / step_counts.clamp(min=1)).sum(), statistics.detach()
@@ -74,30 +87,61 @@ def _sums(logits: Tensor, targets: Tensor, splits: list[int]) -> list[Tensor]:
     return [torch.stack([a.sum(), b.sum()]) for a, b in zip(losses.split(splits), correct.split(splits), strict=True)]
 
 
-def three_passes(objective: MaskedDataModeling, inputs: MixedInputs, targets: Targets, sample_ids: Tensor,
-                 step_counts: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def three_passes(
+    objective: MaskedDataModeling,
+    inputs: MixedInputs,
+    targets: Targets,
+    sample_ids: Tensor,
+    step_counts: Tensor,
+    step: int,
+) -> tuple[Tensor, Tensor]:
     """The same step as three plain forward passes, one per stream: the reference that tests and benchmarks compare
     the one pass with."""
-    layout = inputs.layout
+    layout, image_mask = inputs.layout, inputs.image_mask
+    assert image_mask is not None
     num_images, num_pairs = layout.images.samples, layout.pairs.samples
     image, text, pair_image, pair_text = targets.counts
     segments = layout.segments
     pair_rows = lambda rows: rows - segments[0]  # noqa: E731  (rows of the pairs' own token matrix)
     no_words, no_codes = targets.words[:0], targets.codes[:0]
     passes = [
-        (MixedInputs(inputs.images[:num_images], inputs.words[:0], Layout(images=layout.images),
-                     inputs.image_mask[:num_images]),
-         Targets(targets.image_rows[:image], targets.codes[:image], no_words, no_words, (image, 0, 0, 0)),
-         sample_ids[:num_images]),
-        (MixedInputs(inputs.images[:0], inputs.words[segments[2]:], Layout(texts=layout.texts), inputs.image_mask[:0]),
-         Targets(no_codes, no_codes, targets.text_rows[pair_text:] - sum(segments[:3]), targets.words[pair_text:],
-                 (0, text, 0, 0)),
-         sample_ids[num_images + num_pairs:]),
-        (MixedInputs(inputs.images[num_images:], inputs.words[:segments[2]], Layout(pairs=layout.pairs),
-                     inputs.image_mask[num_images:]),
-         Targets(pair_rows(targets.image_rows[image:]), targets.codes[image:], pair_rows(targets.text_rows[:pair_text]),
-                 targets.words[:pair_text], (0, 0, pair_image, pair_text)),
-         sample_ids[num_images:num_images + num_pairs]),
+        (
+            MixedInputs(
+                inputs.images[:num_images],
+                inputs.words[:0],
+                Layout(images=layout.images),
+                image_mask[:num_images],
+            ),
+            Targets(targets.image_rows[:image], targets.codes[:image], no_words, no_words, (image, 0, 0, 0)),
+            sample_ids[:num_images],
+        ),
+        (
+            MixedInputs(inputs.images[:0], inputs.words[segments[2] :], Layout(texts=layout.texts), image_mask[:0]),
+            Targets(
+                no_codes,
+                no_codes,
+                targets.text_rows[pair_text:] - sum(segments[:3]),
+                targets.words[pair_text:],
+                (0, text, 0, 0),
+            ),
+            sample_ids[num_images + num_pairs :],
+        ),
+        (
+            MixedInputs(
+                inputs.images[num_images:],
+                inputs.words[: segments[2]],
+                Layout(pairs=layout.pairs),
+                image_mask[num_images:],
+            ),
+            Targets(
+                pair_rows(targets.image_rows[image:]),
+                targets.codes[image:],
+                pair_rows(targets.text_rows[:pair_text]),
+                targets.words[:pair_text],
+                (0, 0, pair_image, pair_text),
+            ),
+            sample_ids[num_images : num_images + num_pairs],
+        ),
     ]
     results = [objective(i, t, ids, step_counts, step) for i, t, ids in passes]
     return sum(r[0] for r in results), sum(r[1] for r in results)

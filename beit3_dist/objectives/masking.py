@@ -57,7 +57,7 @@ def _add_block(mask: np.ndarray, smallest: int, left: int, rng: np.random.Genera
         if not (0 < height <= grid and 0 < width <= grid):
             continue
         top, start = int(rng.integers(grid - height + 1)), int(rng.integers(grid - width + 1))
-        block = mask[top:top + height, start:start + width]
+        block = mask[top : top + height, start : start + width]
         new = block.size - int(np.count_nonzero(block))
         if 0 < new <= left:
             block[...] = True
@@ -65,8 +65,17 @@ def _add_block(mask: np.ndarray, smallest: int, left: int, rng: np.random.Genera
     return 0
 
 
-def mask_words(ids: np.ndarray, rng: np.random.Generator, *, ratio: float, specials: tuple[int, ...], mask_id: int,
-               words: range, mask_token_share: float, random_token_share: float) -> tuple[np.ndarray, np.ndarray]:
+def mask_words(
+    ids: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    ratio: float,
+    specials: tuple[int, ...],
+    mask_id: int,
+    words: range,
+    mask_token_share: float,
+    random_token_share: float,
+) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the words to predict and hides them -> (inputs int64 [L], predict bool [L]).
 
     `mask_count(ratio, words of the text)` words are chosen; `specials` (<s>, </s>, <pad>) are neither counted nor

@@ -70,8 +70,10 @@ def deepspeed_config(config: RunConfig, data_parallel: int) -> dict[str, Any]:
     for path, (value, name) in expected.items():
         given = _lookup(settings, path)
         if given not in ("auto", value):
-            raise ValueError(f"deepspeed_config: {config.deepspeed_config} sets {path}={json.dumps(given)}, but {name} "
-                             f"of the run config means {json.dumps(value)}: write \"auto\" in the file or change the run")
+            raise ValueError(
+                f"deepspeed_config: {config.deepspeed_config} sets {path}={json.dumps(given)}, but {name} "
+                f'of the run config means {json.dumps(value)}: write "auto" in the file or change the run'
+            )
         _store(settings, path, value)
     # The engine accumulates by itself and says which backward is a step's last one (see engine.py), so that DeepSpeed
     # neither counts micro-batches nor divides by their number.

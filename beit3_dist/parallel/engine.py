@@ -42,8 +42,14 @@ class Engine:
     final form.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, values: Values, objective: Callable[[BEiT3], nn.Module],
-                 optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        values: Values,
+        objective: Callable[[BEiT3], nn.Module],
+        optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
+    ) -> None:
         self.mesh = mesh
         settings = deepspeed_config(config, mesh.world)
         model = _build_model(config, mesh, settings, values)
@@ -54,7 +60,8 @@ class Engine:
         settings["zero_allow_untested_optimizer"] = True
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=objective(model), optimizer=optimizer(model, "offload_optimizer" in zero), config=settings)
+                model=objective(model), optimizer=optimizer(model, "offload_optimizer" in zero), config=settings
+            )
         self.model = model
         self.accumulation = config.batch.accumulation
         self.zero_stage = config.parallel.zero_stage
@@ -64,7 +71,9 @@ class Engine:
         """Whether this rank holds weights and moments that no other rank saves. At ZeRO-0 all ranks hold the same."""
         return self.zero_stage > 0 or self.mesh.is_first
 
-    def train_step(self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float) -> StepResult:
+    def train_step(
+        self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float
+    ) -> StepResult:
         """Forward and backward of the step's `accumulation` micro-batches, then the optimizer step.
 
         `step_counts` [4]: masked positions of the whole step over all ranks.
@@ -123,4 +132,3 @@ def _build_model(config: RunConfig, mesh: Mesh, settings: dict[str, Any], values
         if config.parallel.zero_stage == 3:
             deepspeed.zero.Init(module=piece, config_dict_or_path=settings, dtype=dtype)
     return model
-

@@ -7,7 +7,7 @@ ZeRO stage nor the number of ranks. These few functions are the only ones that l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,21 +44,30 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
 def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     """This rank's fragments in the model's order. `optimizer`: the DeepSpeed engine's."""
     # ZeRO-1 in bf16 with fp32 accumulation is another class of DeepSpeed's than ZeRO-1 in fp32 and ZeRO-2.
-    masters = getattr(optimizer, "single_partition_of_fp32_groups", None) or getattr(
-        optimizer, "fp32_groups_flat_partition", None)
-    for name, parameter in model.named_parameters():
+    masters: Any = getattr(optimizer, "single_partition_of_fp32_groups", None)
+    masters = masters or getattr(optimizer, "fp32_groups_flat_partition", None)
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters()  # DeepSpeed adds attributes to them
+    for name, parameter in parameters:
         if hasattr(parameter, "ds_id"):  # ZeRO-3
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             piece = parameter.ds_tensor.numel()  # padded so that all ranks hold as much
             start = piece * dist.get_rank(parameter.ds_process_group)
             numel = max(0, min(piece, parameter.ds_numel - start))
-            yield Fragment(name, tuple(parameter.ds_shape), start, optimizer.fp32_partitioned_groups_flat[group], offset, numel)
+            yield Fragment(
+                name, tuple(parameter.ds_shape), start, optimizer.fp32_partitioned_groups_flat[group], offset, numel
+            )
         elif hasattr(parameter, "_hp_mapping"):  # ZeRO-1 and 2; None where this rank holds nothing of the parameter
             mapping = parameter._hp_mapping
             if mapping is not None:
                 flat = masters[mapping.param_group_index]
-                yield Fragment(name, tuple(parameter.shape), mapping.lp_fragment_address.start, flat,
-                               mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
+                yield Fragment(
+                    name,
+                    tuple(parameter.shape),
+                    mapping.lp_fragment_address.start,
+                    flat,
+                    mapping.hp_fragment_address.start,
+                    mapping.hp_fragment_address.numel,
+                )
         else:  # ZeRO-0 in fp32: the parameter is its own master, and every rank holds all of it
             yield Fragment(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
 
@@ -91,9 +100,9 @@ def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int) -
 def refresh_parameters(model: nn.Module, optimizer: Any, pieces: list[Fragment]) -> None:
     """Makes the working parameters follow master weights that were written from outside. Collective."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
-        parameters = dict(model.named_parameters())
+        parameters: dict[str, Any] = dict(model.named_parameters())
         for piece in pieces:
-            parameters[piece.name].ds_tensor.view(-1)[:piece.numel].copy_(piece.slice_of(piece.flat))
+            parameters[piece.name].ds_tensor.view(-1)[: piece.numel].copy_(piece.slice_of(piece.flat))
         persistent = optimizer.persistent_parameters
         if persistent:  # small parameters that stay gathered: gather them anew
             persistent[0].partition(persistent)
@@ -106,6 +115,6 @@ def refresh_parameters(model: nn.Module, optimizer: Any, pieces: list[Fragment])
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if name in mine:
             piece = mine[name]
-            whole[piece.start:piece.start + piece.numel].copy_(piece.slice_of(piece.flat))
+            whole[piece.start : piece.start + piece.numel].copy_(piece.slice_of(piece.flat))
         dist.all_reduce(whole)
         parameter.copy_(whole.view_as(parameter))

@@ -48,7 +48,7 @@ def _free_port() -> int:
 
 def connect(mesh: Mesh) -> None:
     """Starts the process group (nccl on CUDA, gloo on the CPU) and claims the device."""
-    defaults = {"RANK": mesh.rank, "WORLD_SIZE": mesh.world, "LOCAL_RANK": mesh.local_rank}
+    defaults: dict[str, object] = {"RANK": mesh.rank, "WORLD_SIZE": mesh.world, "LOCAL_RANK": mesh.local_rank}
     if mesh.world == 1:
         defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     for name, value in defaults.items():
@@ -58,10 +58,11 @@ def connect(mesh: Mesh) -> None:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.local_world))
     import deepspeed
+
     # DeepSpeed still calls collectives by names that torch renamed: a warning for every single call.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     if mesh.device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce with g++ for over a minute; gloo does without.
         # (The attribute deepspeed.comm.torch is torch itself; the module is found by its name only.)
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)

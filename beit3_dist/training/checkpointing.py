@@ -24,8 +24,9 @@ def save_checkpoint(config: RunConfig, engine: Engine, state: store.TrainState) 
     """Saves everything that a run needs to go on. Collective."""
     pieces = _pieces(engine) if engine.owns_state else ()
     versions = {name: version(name) for name in ("torch", "deepspeed", "beit3-dist")}
-    return store.save(Path(config.out) / "checkpoints", pieces, state, config.model, to_yaml(config), versions,
-                      config.checkpoint.keep)
+    return store.save(
+        Path(config.out) / "checkpoints", pieces, state, config.model, to_yaml(config), versions, config.checkpoint.keep
+    )
 
 
 def load_checkpoint(path: Path, engine: Engine, state: store.TrainState) -> None:

@@ -13,7 +13,11 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig
 
 PEAK_BF16 = {  # dense bf16 tensor FLOP/s, from NVIDIA's data sheets, without sparsity
-    "H200": 989.4e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12,
+    "H200": 989.4e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
 }
 
 
@@ -27,8 +31,14 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
-def training_flops(config: ModelConfig, images: int, caption_lengths: Tensor, text_lengths: Tensor,
-                   masked_patches: int, masked_words: int) -> int:
+def training_flops(
+    config: ModelConfig,
+    images: int,
+    caption_lengths: Tensor,
+    text_lengths: Tensor,
+    masked_patches: int,
+    masked_words: int,
+) -> int:
     """FLOPs of forward and backward of one micro-batch on one rank.
 
     caption_lengths [P], text_lengths [T]: words of the pairs and texts; `images`: image-only samples.

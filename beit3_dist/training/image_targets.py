@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,19 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.model.vqkd import VQKD
 
 
-def check_tokenizer(tokenizer: VQKD, path: str, model: ModelConfig) -> None:
-    """Raises ValueError where the tokenizer's codes do not fit the model's patches."""
-    codes, size = tokenizer.grid**2, tokenizer.geometry["codebook_size"]
-    if codes != model.patches:
-        raise ValueError(f"image_tokenizer: {path} gives {codes} codes per picture, the model has {model.patches} patches: "
-                         "change model.image_size or model.patch_size, or train a tokenizer of that grid")
-    if size != model.visual_vocab_size:
-        raise ValueError(f"image_tokenizer: {path} has {size} codes, set model.visual_vocab_size={size}")
+def tokenizer_view_size(tokenizer: VQKD, path: str, model: ModelConfig) -> int:
+    """Side in pixels of the view that gives one code per patch of the model.
+
+    A tokenizer may be used at another size than it was trained at: the released /16 ones at 224 pixels give the 256
+    codes of a giant with patch 14 from a view of 256 pixels. Raises ValueError where the number of codes does not fit.
+    """
+    codes = tokenizer.geometry["codebook_size"]
+    if codes != model.visual_vocab_size:
+        raise ValueError(f"image_tokenizer: {path} has {codes} codes, set model.visual_vocab_size={codes}")
+    size = model.image_size // model.patch_size * tokenizer.patch_size
+    if size != tokenizer.image_size:
+        logging.info("image_tokenizer: trained at %d pixels, used at %d", tokenizer.image_size, size)
+    return size
 
 
 class ImageTargets:

@@ -26,9 +26,11 @@ def normalize(pixels: Tensor) -> Tensor:
 def layout_of(batch: MicroBatch) -> Layout:
     """The layout of a micro-batch that lies on the host."""
     patches = 1 + batch.image_mask.shape[1]
-    return Layout(images=group(batch.num_images, patches, None),
-                  pairs=_texts(patches, batch.caption_lengths, batch.captions.shape[1]),
-                  texts=_texts(0, batch.text_lengths, batch.texts.shape[1]))
+    return Layout(
+        images=group(batch.num_images, patches, None),
+        pairs=_texts(patches, batch.caption_lengths, batch.captions.shape[1]),
+        texts=_texts(0, batch.text_lengths, batch.texts.shape[1]),
+    )
 
 
 def _texts(patches: int, lengths: Tensor, capacity: int) -> Group:
@@ -38,7 +40,7 @@ def _texts(patches: int, lengths: Tensor, capacity: int) -> Group:
 
 def masked_counts(batch: MicroBatch) -> list[int]:
     """Masked positions of a micro-batch per loss, in the order of `STREAMS`."""
-    images, pairs = batch.image_mask[:batch.num_images], batch.image_mask[batch.num_images:]
+    images, pairs = batch.image_mask[: batch.num_images], batch.image_mask[batch.num_images :]
     return [int(mask.sum()) for mask in (images, batch.text_mask, pairs, batch.caption_mask)]
 
 
@@ -50,8 +52,14 @@ def host_totals(batches: list[MicroBatch], model: ModelConfig) -> Tensor:
         counts = masked_counts(batch)
         words = int(batch.caption_lengths.sum() + batch.text_lengths.sum())
         tokens = (batch.num_images + batch.num_pairs) * (1 + model.patches) + words
-        flops = training_flops(model, batch.num_images, batch.caption_lengths, batch.text_lengths,
-                               masked_patches=counts[0] + counts[2], masked_words=counts[1] + counts[3])
+        flops = training_flops(
+            model,
+            batch.num_images,
+            batch.caption_lengths,
+            batch.text_lengths,
+            masked_patches=counts[0] + counts[2],
+            masked_words=counts[1] + counts[3],
+        )
         total += torch.tensor([*counts, tokens, flops, len(batch.faults), hash_terms(batch)])
     return total
 
@@ -61,6 +69,7 @@ def prepare(batch: MicroBatch, device: torch.device, tokenize: Tokenize) -> tupl
 
     Every index is made on the host, so that the device never has to be waited for.
     """
+
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
@@ -68,8 +77,12 @@ def prepare(batch: MicroBatch, device: torch.device, tokenize: Tokenize) -> tupl
     real = (layout.pairs.index, layout.texts.index)
 
     def packed(captions: Tensor, texts: Tensor) -> Tensor:
-        return torch.cat([words.flatten() if index is None else words.flatten()[index]
-                          for words, index in zip((captions, texts), real, strict=True)])
+        return torch.cat(
+            [
+                words.flatten() if index is None else words.flatten()[index]
+                for words, index in zip((captions, texts), real, strict=True)
+            ]
+        )
 
     patches = batch.image_mask.shape[1]
     masked = batch.image_mask.flatten().nonzero().squeeze(1)  # over [I + P, patches]
@@ -80,9 +93,17 @@ def prepare(batch: MicroBatch, device: torch.device, tokenize: Tokenize) -> tupl
     images = move(batch.images)
     codes = tokenize(images if batch.tokenizer_images is None else move(batch.tokenizer_images))
     image, text, pair_image, pair_text = masked_counts(batch)
-    inputs = MixedInputs(images=normalize(images), words=move(packed(batch.captions, batch.texts)),
-                         layout=layout.to(device, non_blocking=True), image_mask=move(batch.image_mask))
-    targets = Targets(image_rows=move(image_rows), codes=codes.flatten()[move(masked)], text_rows=move(text_rows),
-                      words=move(packed(batch.caption_targets, batch.text_targets)[predict]),
-                      counts=(image, text, pair_image, pair_text))
+    inputs = MixedInputs(
+        images=normalize(images),
+        words=move(packed(batch.captions, batch.texts)),
+        layout=layout.to(device, non_blocking=True),
+        image_mask=move(batch.image_mask),
+    )
+    targets = Targets(
+        image_rows=move(image_rows),
+        codes=codes.flatten()[move(masked)],
+        text_rows=move(text_rows),
+        words=move(packed(batch.caption_targets, batch.text_targets)[predict]),
+        counts=(image, text, pair_image, pair_text),
+    )
     return inputs, targets, move(batch.sample_ids)

@@ -25,19 +25,30 @@ from beit3_dist.training.schedule import learning_rate
 
 
 def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
-    """Trains from `ready.state` to `config.steps`. `ready` holds what was checked and opened before any process group."""
+    """Trains from `ready.state` to `config.steps`. `ready`: what was checked and opened before any process group."""
     connect(mesh)
     run = RunFolder(Path(config.out), config, mesh, ready.state.step)
-    engine = Engine(config, mesh, ready.values,
-                    objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
-                    optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device))
+    engine = Engine(
+        config,
+        mesh,
+        ready.values,
+        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
+    )
     state = ready.state
     if ready.checkpoint is not None:
         load_checkpoint(ready.checkpoint, engine, state)
         run.say(f"going on after step {state.step} from {ready.checkpoint}")
     tokenize = ImageTargets(ready.image_tokenizer, mesh.device)
-    batches = iter(loader(ready.train, requests_from(state.consumed, config.batch), config.data.workers,
-                          config.data.prefetch, pin=mesh.device.type == "cuda"))
+    batches = iter(
+        loader(
+            ready.train,
+            requests_from(state.consumed, config.batch),
+            config.data.workers,
+            config.data.prefetch,
+            pin=mesh.device.type == "cuda",
+        )
+    )
 
     for step in range(state.step, config.steps):
         started = time.perf_counter()
@@ -50,8 +61,10 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
 
         state.advance(config.batch, replaced=int(totals[6]))
         run.quarantine(state.step, [fault for b in micro_batches for fault in b.faults])
-        run.step(step_record(config, mesh, state.step, lr, totals.tolist(), result, data_wait, time.perf_counter() - started))
-        if config.eval.every and state.step % config.eval.every == 0:
+        run.step(
+            step_record(config, mesh, state.step, lr, totals.tolist(), result, data_wait, time.perf_counter() - started)
+        )
+        if ready.held_out is not None and state.step % config.eval.every == 0:
             run.evaluation({"step": state.step} | evaluate(config, engine, ready.held_out, tokenize))
         if state.step % config.checkpoint.every == 0 or state.step == config.steps:
             save_checkpoint(config, engine, state)

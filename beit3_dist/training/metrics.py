@@ -24,8 +24,9 @@ LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
 ACCURACIES = ("acc_image", "acc_text", "acc_pair_image", "acc_pair_text")
 
 
-def losses_and_accuracies(cross_entropy: list[float], correct: list[float], counts: list[int],
-                          weights: tuple[float, ...]) -> dict[str, float]:
+def losses_and_accuracies(
+    cross_entropy: list[float], correct: list[float], counts: list[int], weights: tuple[float, ...]
+) -> dict[str, float]:
     """`loss` and the four losses and accuracies of a step, from sums and global counts of masked positions."""
     losses = [c / max(n, 1) for c, n in zip(cross_entropy, counts, strict=True)]
     accuracies = [c / max(n, 1) for c, n in zip(correct, counts, strict=True)]
@@ -33,20 +34,39 @@ def losses_and_accuracies(cross_entropy: list[float], correct: list[float], coun
     return {"loss": total, **dict(zip(LOSSES, losses, strict=True)), **dict(zip(ACCURACIES, accuracies, strict=True))}
 
 
-def step_record(config: RunConfig, mesh: Mesh, step: int, lr: float, totals: list[int], result: StepResult,
-                data_wait_s: float, step_s: float) -> dict[str, Any]:
-    """One line of metrics.jsonl. `totals`: `host_totals` summed over the ranks; `step_s`: duration of the whole step."""
+def step_record(
+    config: RunConfig,
+    mesh: Mesh,
+    step: int,
+    lr: float,
+    totals: list[int],
+    result: StepResult,
+    data_wait_s: float,
+    step_s: float,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. `totals`: `host_totals` summed over the ranks; `step_s`: seconds of the whole step."""
     *counts, tokens, flops, replaced, hash_terms = totals
     batch = config.batch
     flops_per_device = flops / mesh.world / step_s
     peak = peak_flops(mesh.device)
-    return {"step": step,
-            **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
-            "lr": lr, "grad_norm": result.grad_norm, "images": batch.images, "texts": batch.texts, "pairs": batch.pairs,
-            "tokens_per_s": tokens / step_s, "samples_per_s": (batch.images + batch.texts + batch.pairs) / step_s,
-            "tflops_per_device": flops_per_device / 1e12, "mfu": flops_per_device / peak if peak else None,
-            "data_wait_s": data_wait_s, "step_s": step_s, "memory_gb": peak_memory_gb(mesh.device),
-            "replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
+    return {
+        "step": step,
+        **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "images": batch.images,
+        "texts": batch.texts,
+        "pairs": batch.pairs,
+        "tokens_per_s": tokens / step_s,
+        "samples_per_s": (batch.images + batch.texts + batch.pairs) / step_s,
+        "tflops_per_device": flops_per_device / 1e12,
+        "mfu": flops_per_device / peak if peak else None,
+        "data_wait_s": data_wait_s,
+        "step_s": step_s,
+        "memory_gb": peak_memory_gb(mesh.device),
+        "replaced_samples": replaced,
+        "sample_hash": f"{hash_terms % (1 << 64):016x}",
+    }
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -142,11 +162,13 @@ class Reporter:
         self._last_line = now
         left = (now - self._started) / (done - self._first_step) * (self._steps - done)
         parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES)
-        line = (f"step {done}/{self._steps}  loss {record['loss']:.3f}  ({parts})  "
-                f"{record['samples_per_s']:.0f} samples/s  {_duration(left)} left")
+        line = (
+            f"step {done}/{self._steps}  loss {record['loss']:.3f}  ({parts})  "
+            f"{record['samples_per_s']:.0f} samples/s  {_duration(left)} left"
+        )
         if is_terminal:
             width = os.get_terminal_size(self._terminal.fileno()).columns
-            print(f"\r\x1b[K{line[:width - 1]}", end="", file=self._terminal, flush=True)
+            print(f"\r\x1b[K{line[: width - 1]}", end="", file=self._terminal, flush=True)
         else:
             print(line, file=self._terminal, flush=True)
 

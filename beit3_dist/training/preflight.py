@@ -15,7 +15,7 @@ from beit3_dist.model.initialization import Values, initial_value
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training.image_targets import check_tokenizer
+from beit3_dist.training.image_targets import tokenizer_view_size
 
 
 @dataclass
@@ -43,14 +43,16 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
     if config.checkpoint.resume == "none" and (out / "metrics.jsonl").exists():
-        raise ValueError(f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder")
+        raise ValueError(
+            f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder"
+        )
     state = read_state(checkpoint, config.model) if checkpoint else TrainState()
     if state.step >= config.steps:
         raise ValueError(f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
     image_tokenizer = load_vqkd(config.image_tokenizer)
-    check_tokenizer(image_tokenizer, config.image_tokenizer, config.model)
-    train = MixedBatches(config, image_tokenizer.image_size, mesh.rank, mesh.world)
-    held_out = MixedBatches(config, image_tokenizer.image_size, mesh.rank, mesh.world, held_out=True) if config.eval.every else None
+    view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
+    train = MixedBatches(config, view, mesh.rank, mesh.world)
+    held_out = MixedBatches(config, view, mesh.rank, mesh.world, held_out=True) if config.eval.every else None
     return Ready(state, checkpoint, _values(config, checkpoint), image_tokenizer, train, held_out)
 
 

@@ -13,5 +13,7 @@ def check_bad_samples(config: RunConfig, state: TrainState) -> None:
     """Raises RuntimeError when more than `data.max_bad_fraction` of the samples had to be replaced."""
     samples = sum(state.consumed)
     if state.bad_samples > config.data.max_bad_fraction * max(samples, FEWEST_SAMPLES):
-        raise RuntimeError(f"data.max_bad_fraction={config.data.max_bad_fraction}: {state.bad_samples:,} of {samples:,} samples "
-                           f"had to be replaced by step {state.step}; {config.out}/quarantine.jsonl names them and the reasons")
+        raise RuntimeError(
+            f"data.max_bad_fraction={config.data.max_bad_fraction}: {state.bad_samples:,} of {samples:,} samples "
+            f"had to be replaced by step {state.step}; {config.out}/quarantine.jsonl names them and the reasons"
+        )

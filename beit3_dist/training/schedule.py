@@ -8,7 +8,7 @@ from beit3_dist.config import OptimConfig
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of optimizer step `step` = 0 .. steps - 1. No step is wasted on a rate of 0; the cosine starts at the peak."""
+    """Rate of step 0 <= step < steps. No step is wasted on a rate of 0; the cosine starts at the peak."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

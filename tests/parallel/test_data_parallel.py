@@ -44,8 +44,14 @@ def reference(model: str, parts: int, clip_norm: float) -> Trace:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_two_ranks_equal_one_process(layout: Layout) -> None:
-    config = run_config(layout.model, zero_stage=layout.zero_stage, accumulation=layout.accumulation, data_parallel=2,
-                        clip_norm=layout.clip_norm, activation_checkpointing=layout.activation_checkpointing)
+    config = run_config(
+        layout.model,
+        zero_stage=layout.zero_stage,
+        accumulation=layout.accumulation,
+        data_parallel=2,
+        clip_norm=layout.clip_norm,
+        activation_checkpointing=layout.activation_checkpointing,
+    )
     ours = assemble(run_workers(2, engine_run, config), config)
     plain = reference(layout.model, 2 * layout.accumulation, layout.clip_norm)
     if layout.clip_norm < 1:
@@ -62,7 +68,9 @@ def test_bf16_strays_from_fp32_no_more_than_twice_as_far_as_one_process_does(zer
     fp32 = reference("paper", 2, 3.0)
 
     def deviation(world: int) -> float:
-        config = run_config("paper", zero_stage=zero_stage, accumulation=2 // world, data_parallel=world, precision="bf16")
+        config = run_config(
+            "paper", zero_stage=zero_stage, accumulation=2 // world, data_parallel=world, precision="bf16"
+        )
         ours = assemble(run_workers(world, engine_run, config), config)
         return (torch.tensor(ours.losses) - torch.tensor(fp32.losses)).norm().item()
 

@@ -29,25 +29,53 @@ from beit3_dist.training.optimizer import build_optimizer, parameter_groups
 from beit3_dist.training.schedule import learning_rate
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
-SMALL = dict(layers=4, width=64, heads=4, ffn_width=128, patch_size=8, image_size=32, vocab_size=150,
-             visual_vocab_size=40, max_text_length=20, drop_path=0.2)
-MODELS = {"paper": ModelConfig(**SMALL, attention="shared", sub_layernorm=False, vl_expert_layers=2),
-          "released": ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0)}
+SMALL = dict(
+    layers=4,
+    width=64,
+    heads=4,
+    ffn_width=128,
+    patch_size=8,
+    image_size=32,
+    vocab_size=150,
+    visual_vocab_size=40,
+    max_text_length=20,
+    drop_path=0.2,
+)
+MODELS = {
+    "paper": ModelConfig(**SMALL, attention="shared", sub_layernorm=False, vl_expert_layers=2),
+    "released": ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
+}
 STEPS = 10
 SEED = 11
 
 
-def run_config(model: str, *, zero_stage: int, accumulation: int, data_parallel: int, precision: str = "fp32",
-               clip_norm: float = 3.0, activation_checkpointing: str = "none") -> RunConfig:
+def run_config(
+    model: str,
+    *,
+    zero_stage: int,
+    accumulation: int,
+    data_parallel: int,
+    precision: str = "fp32",
+    clip_norm: float = 3.0,
+    activation_checkpointing: str = "none",
+) -> RunConfig:
     """A run of STEPS steps on 3 images, 4 texts and 2 pairs per micro-batch."""
     parts = accumulation * data_parallel
     return RunConfig(
-        out="unused", text_tokenizer="unused", image_tokenizer="unused", seed=SEED, steps=STEPS, precision=precision,
+        out="unused",
+        text_tokenizer="unused",
+        image_tokenizer="unused",
+        seed=SEED,
+        steps=STEPS,
+        precision=precision,
         data=DataConfig(images="unused", texts="unused", pairs="unused", text_length=20, caption_length=20),
-        model=MODELS[model], activation_checkpointing=activation_checkpointing,
+        model=MODELS[model],
+        activation_checkpointing=activation_checkpointing,
         objective=ObjectiveConfig(pair_image_weight=0.5),
         batch=BatchConfig(images=3 * parts, texts=4 * parts, pairs=2 * parts, accumulation=accumulation),
-        parallel=ParallelConfig(zero_stage=zero_stage), optim=OptimConfig(lr=1e-3, warmup_steps=2, clip_norm=clip_norm))
+        parallel=ParallelConfig(zero_stage=zero_stage),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2, clip_norm=clip_norm),
+    )
 
 
 def micro_batches(model: ModelConfig, step: int, parts: int, of: range) -> list[MicroBatch]:
@@ -71,9 +99,13 @@ class Trace:
 
 def engine_run(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     """One rank of a run by our engine. Returns plain numbers and arrays."""
-    engine = Engine(config, mesh, lambda name, shape: initial_value(name, shape, config.model, config.seed),
-                    objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
-                    optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device))
+    engine = Engine(
+        config,
+        mesh,
+        lambda name, shape: initial_value(name, shape, config.model, config.seed),
+        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
+    )
     tokenize, parts = precomputed_codes(config.model), mesh.world * config.batch.accumulation
     record: dict[str, Any] = {"losses": [], "grad_norms": []}
     for step in range(config.steps):
@@ -81,15 +113,22 @@ def engine_run(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
         mine = micro_batches(config.model, step, parts, range(mesh.rank, parts, mesh.world))
         counts = host_totals(mine, config.model)[:4]
         torch.distributed.all_reduce(counts)
-        result = engine.train_step((prepare(b, mesh.device, tokenize) for b in mine), counts, step,
-                                   learning_rate(step, config.steps, config.optim))
+        result = engine.train_step(
+            (prepare(b, mesh.device, tokenize) for b in mine),
+            counts,
+            step,
+            learning_rate(step, config.steps, config.optim),
+        )
         record["losses"].append([c / n for c, n in zip(result.cross_entropy, counts.tolist(), strict=True)])
         record["grad_norms"].append(result.grad_norm)
         if step == 0:
-            record["first_moments"] = {f.name: (f.start, optimizer_state(engine.optimizer, f)["exp_avg"].numpy().copy())
-                                       for f in fragments(engine.model, engine.optimizer)}
-    record["weights"] = {f.name: (f.start, f.slice_of(f.flat.detach()).numpy().copy())
-                         for f in fragments(engine.model, engine.optimizer)}
+            record["first_moments"] = {
+                f.name: (f.start, optimizer_state(engine.optimizer, f)["exp_avg"].numpy().copy())
+                for f in fragments(engine.model, engine.optimizer)
+            }
+    record["weights"] = {
+        f.name: (f.start, f.slice_of(f.flat.detach()).numpy().copy()) for f in fragments(engine.model, engine.optimizer)
+    }
     return record
 
 
@@ -106,14 +145,18 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
             for record in records:
                 if name in record[key]:
                     start, piece = record[key][name]
-                    flat[start:start + len(piece)] = piece
+                    flat[start : start + len(piece)] = piece
             assert not np.isnan(flat).any(), f"no rank holds all of {name}"
             tensors[name] = torch.from_numpy(flat).view(shape)
         return tensors
 
     first_gradients = {n: m / (1 - config.optim.beta1) for n, m in whole("first_moments").items()}
-    return Trace(losses=records[0]["losses"], grad_norms=records[0]["grad_norms"], first_gradients=first_gradients,
-                 weights=whole("weights"))
+    return Trace(
+        losses=records[0]["losses"],
+        grad_norms=records[0]["grad_norms"],
+        first_gradients=first_gradients,
+        weights=whole("weights"),
+    )
 
 
 def plain_run(config: RunConfig, parts: int) -> Trace:
@@ -121,8 +164,9 @@ def plain_run(config: RunConfig, parts: int) -> Trace:
     model = BEiT3(config.model, seed=config.seed)
     objective = MaskedDataModeling(model, config.objective, config.seed).train()
     optim = config.optim
-    optimizer = torch.optim.AdamW(parameter_groups(model, optim.weight_decay), lr=optim.lr,
-                                  betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
+    )
     tokenize, trace = precomputed_codes(config.model), Trace()
     for step in range(config.steps):
         batches = micro_batches(config.model, step, parts, range(parts))

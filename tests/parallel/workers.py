@@ -25,12 +25,22 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _work(rank: int, world: int, port: int, results: Connection, function: Callable[..., Any], arguments: tuple) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
+def _work(
+    rank: int, world: int, port: int, results: Connection, function: Callable[..., Any], arguments: tuple
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+    )
     torch.set_num_threads(1)
     try:
         from beit3_dist.parallel.mesh import connect, read_mesh
+
         mesh = read_mesh()
         connect(mesh)
         results.send(("result", function(mesh, *arguments)))
@@ -61,7 +71,9 @@ def run_workers(world: int, function: Callable[..., Any], *arguments: Any) -> li
     try:
         while len(results) < world:
             ready = wait([end for rank, end in enumerate(ends) if rank not in results], timeout=TIMEOUT_S)
-            assert ready, f"no rank answered within {TIMEOUT_S} s; still missing: {sorted(set(range(world)) - results.keys())}"
+            assert ready, (
+                f"no rank answered within {TIMEOUT_S} s; still missing: {sorted(set(range(world)) - results.keys())}"
+            )
             for end in ready:
                 rank = ends.index(end)
                 try:

@@ -25,7 +25,8 @@ def _identity(module: Any, *_: Any, **__: Any) -> Any:
 
 
 STUBS = {
-    "timm": _module("timm"), "timm.models": _module("timm.models"),
+    "timm": _module("timm"),
+    "timm.models": _module("timm.models"),
     "timm.models.layers": _module("timm.models.layers", drop_path=_identity),
     "fairscale": _module("fairscale"),
     "fairscale.nn": _module("fairscale.nn", checkpoint_wrapper=_identity, wrap=_identity),
@@ -39,11 +40,23 @@ def torchscale_beit3(config: ModelConfig) -> torch.nn.Module:
         encoder_config = importlib.import_module("torchscale.architecture.config").EncoderConfig
         beit3 = importlib.import_module("torchscale.model.BEiT3").BEiT3
     arguments = encoder_config(
-        img_size=config.image_size, patch_size=config.patch_size, vocab_size=config.vocab_size, multiway=True,
-        layernorm_embedding=False, normalize_output=True, no_output_layer=True, drop_path_rate=0.0,
-        encoder_embed_dim=config.width, encoder_attention_heads=config.heads, encoder_ffn_embed_dim=config.ffn_width,
-        encoder_layers=config.layers, subln=config.sub_layernorm, encoder_normalize_before=True,
-        max_source_positions=config.max_text_length + 2, checkpoint_activations=False)
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        vocab_size=config.vocab_size,
+        multiway=True,
+        layernorm_embedding=False,
+        normalize_output=True,
+        no_output_layer=True,
+        drop_path_rate=0.0,
+        encoder_embed_dim=config.width,
+        encoder_attention_heads=config.heads,
+        encoder_ffn_embed_dim=config.ffn_width,
+        encoder_layers=config.layers,
+        subln=config.sub_layernorm,
+        encoder_normalize_before=True,
+        max_source_positions=config.max_text_length + 2,
+        checkpoint_activations=False,
+    )
     model = torch.nn.Module()
     model.beit3 = beit3(arguments)
     model.mim_head = torch.nn.Linear(config.width, config.visual_vocab_size)

@@ -12,8 +12,18 @@ from beit3_dist.training.inputs import masked_counts, prepare
 from tests.equality import assert_close, assert_tensors_close
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
-SMALL = dict(layers=4, width=48, heads=4, ffn_width=96, patch_size=8, image_size=32, vocab_size=120,
-             visual_vocab_size=40, max_text_length=20, drop_path=0.3)
+SMALL = dict(
+    layers=4,
+    width=48,
+    heads=4,
+    ffn_width=96,
+    patch_size=8,
+    image_size=32,
+    vocab_size=120,
+    visual_vocab_size=40,
+    max_text_length=20,
+    drop_path=0.3,
+)
 PAPER = ModelConfig(**SMALL, attention="shared", sub_layernorm=False, vl_expert_layers=2)
 RELEASED = ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0)
 
@@ -22,7 +32,9 @@ def objective_and_step(config: ModelConfig):
     objective = MaskedDataModeling(BEiT3(config, seed=3), ObjectiveConfig(pair_text_weight=0.5), seed=5).train()
     with torch.no_grad():
         for parameter in objective.parameters():  # zero biases and tiny weights would hide mistakes
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.05)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.05
+            )
     batch = random_micro_batch(config)
     inputs = prepare(batch, torch.device("cpu"), precomputed_codes(config))
     return objective, (*inputs, torch.tensor(masked_counts(batch)), 7)

@@ -12,10 +12,32 @@ from beit3_dist.model import BEiT3
 from tests.equality import assert_close, assert_tensors_close
 from tests.parity.oracle import torchscale_beit3
 
-TINY = dict(layers=3, width=32, heads=4, ffn_width=64, patch_size=8, image_size=32, vocab_size=100,
-            visual_vocab_size=50, max_text_length=40, vl_expert_layers=0, drop_path=0.0)
-BASE = dict(layers=2, width=768, heads=12, ffn_width=3072, patch_size=16, image_size=224, vocab_size=1000,
-            visual_vocab_size=64, max_text_length=70, vl_expert_layers=0, drop_path=0.0)
+TINY = dict(
+    layers=3,
+    width=32,
+    heads=4,
+    ffn_width=64,
+    patch_size=8,
+    image_size=32,
+    vocab_size=100,
+    visual_vocab_size=50,
+    max_text_length=40,
+    vl_expert_layers=0,
+    drop_path=0.0,
+)
+BASE = dict(
+    layers=2,
+    width=768,
+    heads=12,
+    ffn_width=3072,
+    patch_size=16,
+    image_size=224,
+    vocab_size=1000,
+    visual_vocab_size=64,
+    max_text_length=70,
+    vl_expert_layers=0,
+    drop_path=0.0,
+)
 RELEASED = dict(attention="per_modality", sub_layernorm=True)
 PAPER = dict(attention="shared", sub_layernorm=False)
 
@@ -27,7 +49,7 @@ def ours_and_theirs(config: ModelConfig) -> tuple[BEiT3, torch.nn.Module, dict[s
     model = BEiT3(config)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.02)
     theirs = torchscale_beit3(config)
     names = {}
@@ -39,8 +61,12 @@ def ours_and_theirs(config: ModelConfig) -> tuple[BEiT3, torch.nn.Module, dict[s
     else:
         ours = dict(model.named_parameters())
         twin = BEiT3(per_modality)
-        twin.load_state_dict({n: ours[n if n in ours else n.replace(".vision.", ".shared.").replace(".language.", ".shared.")]
-                              for n, _ in twin.named_parameters()})
+        twin.load_state_dict(
+            {
+                n: ours[n if n in ours else n.replace(".vision.", ".shared.").replace(".language.", ".shared.")]
+                for n, _ in twin.named_parameters()
+            }
+        )
         released = to_released(twin)
     theirs.load_state_dict(released, strict=True)
     return model, theirs, names
@@ -54,10 +80,12 @@ def inputs(config: ModelConfig, kind: str) -> dict[str, Tensor | None]:
     text = torch.randint(4, config.vocab_size, (batch, length), generator=draw)
     mask = torch.rand(batch, config.patches, generator=draw) < 0.4
     padding = torch.arange(length) >= torch.tensor([length, 7, 3])[:, None]
-    return {"images": images if kind != "text" and kind != "padded text" else None,
-            "text": text if kind != "image" else None,
-            "text_padding": padding if "padded" in kind else None,
-            "image_mask": mask if "text" not in kind else None}
+    return {
+        "images": images if kind != "text" and kind != "padded text" else None,
+        "text": text if kind != "image" else None,
+        "text_padding": padding if "padded" in kind else None,
+        "image_mask": mask if "text" not in kind else None,
+    }
 
 
 @pytest.mark.parametrize("kind", ["image", "text", "padded text", "pair", "padded pair"])
@@ -68,9 +96,12 @@ def test_hidden_states_and_gradients(size: dict, architecture: dict, kind: str) 
     model, theirs, names = ours_and_theirs(config)
     given = inputs(config, kind)
     hidden = model.encode(**given)
-    reference = theirs.beit3(textual_tokens=given["text"], visual_tokens=given["images"],
-                             text_padding_position=given["text_padding"],
-                             vision_masked_position=given["image_mask"])["encoder_out"]
+    reference = theirs.beit3(
+        textual_tokens=given["text"],
+        visual_tokens=given["images"],
+        text_padding_position=given["text_padding"],
+        vision_masked_position=given["image_mask"],
+    )["encoder_out"]
     if given["text_padding"] is not None:  # what stands at padding is nobody's business
         words = (~given["text_padding"]).float()[..., None]
         patches = torch.ones(len(words), reference.shape[1] - words.shape[1], 1)
@@ -100,8 +131,12 @@ def test_attention_mask_is_torchscales() -> None:
     patches, total = 1 + config.patches, 1 + config.patches + 12
     may_attend = torch.ones(total, total).tril().bool()
     may_attend[:patches, :patches] = True
-    reference = theirs.beit3(textual_tokens=given["text"], visual_tokens=given["images"],
-                             vision_masked_position=given["image_mask"], attn_mask=(~may_attend).float())["encoder_out"]
+    reference = theirs.beit3(
+        textual_tokens=given["text"],
+        visual_tokens=given["images"],
+        vision_masked_position=given["image_mask"],
+        attn_mask=(~may_attend).float(),
+    )["encoder_out"]
     assert_close(model.encode(**given, attention_mask=may_attend), reference, "hidden states")
 
 

@@ -41,16 +41,32 @@ def image_tar(path: Path, count: int, seed: int = 0) -> Path:
 def pair_tar(path: Path, count: int, seed: int = 0) -> Path:
     """A shard of `count` pairs."""
     words = sentences()
-    return write_tar(path, [{"__key__": f"{number:04d}", "jpg": picture(seed + number, kind="JPEG"),
-                             "txt": words[seed + number].encode()} for number in range(count)])
+    return write_tar(
+        path,
+        [
+            {
+                "__key__": f"{number:04d}",
+                "jpg": picture(seed + number, kind="JPEG"),
+                "txt": words[seed + number].encode(),
+            }
+            for number in range(count)
+        ],
+    )
 
 
 def text_tar(path: Path, documents: list[str]) -> Path:
     """A shard of documents: the first half as lines of a .txt, the second as records of a .jsonl."""
     half = len(documents) // 2
-    return write_tar(path, [
-        {"__key__": "lines", "txt": "\n".join(documents[:half]).encode()},
-        {"__key__": "records", "jsonl": "\n".join(json.dumps({"text": text}) for text in documents[half:]).encode()}])
+    return write_tar(
+        path,
+        [
+            {"__key__": "lines", "txt": "\n".join(documents[:half]).encode()},
+            {
+                "__key__": "records",
+                "jsonl": "\n".join(json.dumps({"text": text}) for text in documents[half:]).encode(),
+            },
+        ],
+    )
 
 
 def sentences() -> list[str]:
@@ -63,8 +79,14 @@ def train_tokenizer(path: Path, pieces: int = 300, **changes: object) -> Path:
     """A SentencePiece model with the control ids of tools/train_text_tokenizer.py."""
     file = io.BytesIO()
     settings: dict[str, object] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1} | changes
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences()[:1500]), model_writer=file,
-                                             vocab_size=pieces, model_type="bpe", minloglevel=2, **settings)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences()[:1500]),
+        model_writer=file,
+        vocab_size=pieces,
+        model_type="bpe",
+        minloglevel=2,
+        **settings,
+    )
     path.write_bytes(file.getvalue())
     return path
 
@@ -80,10 +102,23 @@ def small_run(folder: Path, **changes: object) -> RunConfig:
         text_tar(folder / "texts-0.tar", words[:12])
         text_tar(folder / "texts-1.tar", words[12:20])
         train_tokenizer(folder / "text.spm")
-    data = DataConfig(images=str(folder / "images-{0,1}.tar"), texts=str(folder / "texts-*.tar"),
-                      pairs=str(folder / "pairs-*.tar"), cache=str(folder / "cache"), text_length=18, caption_length=12)
+    data = DataConfig(
+        images=str(folder / "images-{0,1}.tar"),
+        texts=str(folder / "texts-*.tar"),
+        pairs=str(folder / "pairs-*.tar"),
+        cache=str(folder / "cache"),
+        text_length=18,
+        caption_length=12,
+    )
     settings: dict[str, object] = {"batch": BatchConfig(images=8, texts=8, pairs=8)} | changes
-    model = ModelConfig(layers=1, width=8, heads=1, ffn_width=8, patch_size=8, image_size=32, vocab_size=310,
-                        vl_expert_layers=0)
-    return RunConfig(out=str(folder / "out"), data=data, text_tokenizer=str(folder / "text.spm"),
-                     image_tokenizer="none", model=model, **settings)
+    model = ModelConfig(
+        layers=1, width=8, heads=1, ffn_width=8, patch_size=8, image_size=32, vocab_size=310, vl_expert_layers=0
+    )
+    return RunConfig(
+        out=str(folder / "out"),
+        data=data,
+        text_tokenizer=str(folder / "text.spm"),
+        image_tokenizer="none",
+        model=model,
+        **settings,
+    )

@@ -29,8 +29,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return small_run(tmp_path_factory.mktemp("run"))
 
 
-def read_steps(run: RunConfig, world: int, accumulation: int, workers: int = 0,
-               first: int = 0) -> list[list[MicroBatch]]:
+def read_steps(
+    run: RunConfig, world: int, accumulation: int, workers: int = 0, first: int = 0
+) -> list[list[MicroBatch]]:
     """All ranks' micro-batches of each step, from step `first` on."""
     run = replace(run, batch=replace(run.batch, accumulation=accumulation))
     steps: list[list[MicroBatch]] = [[] for _ in range(STEPS - first)]
@@ -73,11 +74,27 @@ def reference(run: RunConfig) -> list[list[MicroBatch]]:
     return read_steps(run, 1, 1)
 
 
-@pytest.mark.parametrize(("world", "accumulation", "workers", "first"), [
-    (1, 2, 0, 0), (1, 4, 0, 0), (2, 1, 0, 0), (2, 2, 0, 0), (4, 1, 0, 0), (4, 2, 0, 0), (2, 4, 0, 0), (1, 8, 0, 0),
-    (1, 1, 2, 0), (2, 2, 2, 0), (1, 1, 0, 1), (2, 2, 0, 3), (1, 4, 2, 2)])
-def test_global_batches_are_equal(run: RunConfig, reference: list[list[MicroBatch]], world: int, accumulation: int,
-                                  workers: int, first: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "accumulation", "workers", "first"),
+    [
+        (1, 2, 0, 0),
+        (1, 4, 0, 0),
+        (2, 1, 0, 0),
+        (2, 2, 0, 0),
+        (4, 1, 0, 0),
+        (4, 2, 0, 0),
+        (2, 4, 0, 0),
+        (1, 8, 0, 0),
+        (1, 1, 2, 0),
+        (2, 2, 2, 0),
+        (1, 1, 0, 1),
+        (2, 2, 0, 3),
+        (1, 4, 2, 2),
+    ],
+)
+def test_global_batches_are_equal(
+    run: RunConfig, reference: list[list[MicroBatch]], world: int, accumulation: int, workers: int, first: int
+) -> None:
     """Ids, pixels, words, masks and hash of each step, bit for bit; eight samples of 11 to 13 cross epochs."""
     steps = read_steps(run, world, accumulation, workers, first)
     for ours, theirs in zip(steps, reference[first:], strict=True):
@@ -98,7 +115,7 @@ def test_each_epoch_delivers_each_sample_once(run: RunConfig) -> None:
         ids = [int(number) for batch in batches for number in batch.sample_ids[batch.streams == stream]]
         epochs = len(ids) // length
         expected = {sample_id(stream, epoch, index) for epoch in range(epochs) for index in range(length)}
-        assert set(ids[:epochs * length]) == expected and epochs >= 1
+        assert set(ids[: epochs * length]) == expected and epochs >= 1
 
 
 def test_shapes_types_and_contents(run: RunConfig, reference: list[list[MicroBatch]]) -> None:
@@ -110,8 +127,9 @@ def test_shapes_types_and_contents(run: RunConfig, reference: list[list[MicroBat
     assert batch.streams.tolist() == [0] * 8 + [2] * 8 + [1] * 8
     assert batch.positions.tolist() == [*range(8)] * 3
     for inputs, targets, mask, lengths, ratio in (
-            (batch.captions, batch.caption_targets, batch.caption_mask, batch.caption_lengths, 0.5),
-            (batch.texts, batch.text_targets, batch.text_mask, batch.text_lengths, 0.15)):
+        (batch.captions, batch.caption_targets, batch.caption_mask, batch.caption_lengths, 0.5),
+        (batch.texts, batch.text_targets, batch.text_mask, batch.text_lengths, 0.15),
+    ):
         assert inputs.shape == targets.shape == mask.shape == (8, int(lengths.max()))
         assert inputs.dtype == targets.dtype == lengths.dtype == torch.int64 and mask.dtype == torch.bool
         padding = torch.arange(inputs.shape[1]) >= lengths[:, None]
@@ -149,9 +167,14 @@ def test_one_side_of_a_pair(run: RunConfig, reference: list[list[MicroBatch]]) -
 
 def test_bad_samples_are_replaced_alike_in_every_layout(tmp_path: Path) -> None:
     run = small_run(tmp_path)
-    write_tar(tmp_path / "pairs-1.tar", [
-        {"__key__": "a", "jpg": b"junk", "txt": b"a caption"}, {"__key__": "b", "jpg": picture(1), "txt": b"\xff"},
-        {"__key__": "c", "jpg": picture(2), "txt": b"fine words here"}])
+    write_tar(
+        tmp_path / "pairs-1.tar",
+        [
+            {"__key__": "a", "jpg": b"junk", "txt": b"a caption"},
+            {"__key__": "b", "jpg": picture(1), "txt": b"\xff"},
+            {"__key__": "c", "jpg": picture(2), "txt": b"fine words here"},
+        ],
+    )
     write_tar(tmp_path / "images-1.tar", [{"__key__": "d", "png": picture(5)[:70]}])
     one = read_steps(run, 1, 1)
     faults = [sorted(map(str, (fault for batch in step for fault in batch.faults))) for step in one]
@@ -189,8 +212,12 @@ def test_config_mistakes(run: RunConfig) -> None:
 def test_requests() -> None:
     config = BatchConfig(images=4, texts=6, pairs=8, accumulation=2)
     assert list(itertools.islice(requests_from((1, 2, 3), config), 5)) == [
-        Request((1, 2, 3), 0), Request((1, 2, 3), 1), Request((5, 8, 11), 0), Request((5, 8, 11), 1),
-        Request((9, 14, 19), 0)]
+        Request((1, 2, 3), 0),
+        Request((1, 2, 3), 1),
+        Request((5, 8, 11), 0),
+        Request((5, 8, 11), 1),
+        Request((9, 14, 19), 0),
+    ]
 
 
 def test_batches_move_as_a_whole(reference: list[list[MicroBatch]]) -> None:
@@ -273,4 +300,6 @@ def test_faults_of_the_index_are_kept(tmp_path: Path, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         faults = MixedBatches(run, 32, 0, 1).faults()
     assert [(fault.stream, Path(fault.shard).name, fault.key) for fault in faults] == [
-        ("texts", "texts-1.tar", "k:2"), ("pairs", "pairs-0.tar", "")]
+        ("texts", "texts-1.tar", "k:2"),
+        ("pairs", "pairs-0.tar", ""),
+    ]

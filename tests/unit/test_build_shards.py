@@ -135,10 +135,11 @@ def test_size_scales_down_only(tmp_path: Path) -> None:
     assert (c_name[-4:], Image.open(io.BytesIO(c)).size) == (".jpg", (20, 60))
 
 
-def test_unreadable_pictures_are_listed_and_skipped(pictures: Path, tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_pictures_are_listed_and_skipped(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole = save(pictures / "cut.png", 7)
-    (pictures / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
     (pictures / "text.jpg").write_text("no picture")
     (pictures / "notes.md").write_text("not even by its name")
     assert run("images", pictures, tmp_path / "out") == 0
@@ -168,11 +169,28 @@ def test_pairs_from_every_kind_of_table(kind: str, tmp_path: Path) -> None:
     data = {name: save(tmp_path / "pictures" / f"{name}.png", seed) for seed, name in enumerate("abc")}
     table = tmp_path / f"table.{kind}"
     write_table(table)
-    assert run("pairs", table, tmp_path / "out", "--held-out", 0, "--root", tmp_path / "pictures",
-               "--image", "picture", "--caption", "title") == 0
+    assert (
+        run(
+            "pairs",
+            table,
+            tmp_path / "out",
+            "--held-out",
+            0,
+            "--root",
+            tmp_path / "pictures",
+            "--image",
+            "picture",
+            "--caption",
+            "title",
+        )
+        == 0
+    )
     assert contents(tmp_path / "out" / "train") == [
-        ("000000000.png", data["a"]), ("000000000.txt", b"a red square\na square, in red"),
-        ("000000001.png", data["b"]), ("000000001.txt", b'he said "blue"')]
+        ("000000000.png", data["a"]),
+        ("000000000.txt", b"a red square\na square, in red"),
+        ("000000001.png", data["b"]),
+        ("000000001.txt", b'he said "blue"'),
+    ]
     skipped = json.loads((tmp_path / "out" / "shards.json").read_text())["skipped"]
     assert skipped == [[str(tmp_path / "pictures" / "c.png"), "empty caption"]]
 
@@ -188,8 +206,10 @@ def test_texts_keep_every_document(tmp_path: Path) -> None:
     records = ["two\nlines", "Grüße, 世界"]
     (tmp_path / "a.txt").write_text("\n".join(plain[:1000]) + "\n\n  \n" + "\n".join(plain[1000:]))
     (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in [*records, " "]))
-    assert run("texts", tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "out", "--held-out", 0.2,
-               "--per-shard", 1000) == 0
+    assert (
+        run("texts", tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "out", "--held-out", 0.2, "--per-shard", 1000)
+        == 0
+    )
     sides = {}
     for side in ("train", "held_out"):
         members = contents(tmp_path / "out" / side)

@@ -38,8 +38,16 @@ def table_of(tmp_path: Path, stream: Stream, pattern: str = "*.tar") -> Table:
 def contents(table: Table) -> list[tuple[str, bytes, bytes]]:
     """Key, image bytes and text bytes of every sample."""
     reader = ShardReader(table)
-    return [(table.key(number), *(reader.read(int(row["shard"]), *map(int, row[name])) if row[name][1] > 0 else b""
-                                  for name in ("image", "text"))) for number, row in enumerate(table.rows)]
+    return [
+        (
+            table.key(number),
+            *(
+                reader.read(int(row["shard"]), *map(int, row[name])) if row[name][1] > 0 else b""
+                for name in ("image", "text")
+            ),
+        )
+        for number, row in enumerate(table.rows)
+    ]
 
 
 def test_expand_braces_and_globs_sorted_once(tmp_path: Path) -> None:
@@ -79,12 +87,24 @@ def test_members_agree_with_tarfile(tmp_path: Path, form: int) -> None:
 
 
 def test_keys_with_dots_folders_and_non_adjacent_members(tmp_path: Path) -> None:
-    raw_tar(tmp_path / "a.tar", [
-        ("x/img.0001.final.JPG", b"A"), ("x/img.0002.final.jpg", b"B"), ("y/img.0001.final.jpg", b"C"),
-        ("x/img.0002.final.txt", b"b"), ("y/img.0001.final.txt", b"c"), ("x/img.0001.final.txt", b"a"),
-        ("x/img.0001.final.cls", b"7"), ("x/._img.0001.final.jpg", b"mac")])
+    raw_tar(
+        tmp_path / "a.tar",
+        [
+            ("x/img.0001.final.JPG", b"A"),
+            ("x/img.0002.final.jpg", b"B"),
+            ("y/img.0001.final.jpg", b"C"),
+            ("x/img.0002.final.txt", b"b"),
+            ("y/img.0001.final.txt", b"c"),
+            ("x/img.0001.final.txt", b"a"),
+            ("x/img.0001.final.cls", b"7"),
+            ("x/._img.0001.final.jpg", b"mac"),
+        ],
+    )
     assert contents(table_of(tmp_path, Stream.PAIRS)) == [
-        ("x/img.0001.final", b"A", b"a"), ("x/img.0002.final", b"B", b"b"), ("y/img.0001.final", b"C", b"c")]
+        ("x/img.0001.final", b"A", b"a"),
+        ("x/img.0002.final", b"B", b"b"),
+        ("y/img.0001.final", b"C", b"c"),
+    ]
 
 
 def test_keys_start_again_in_each_shard(tmp_path: Path) -> None:
@@ -110,9 +130,13 @@ def test_incomplete_samples_are_left_out(tmp_path: Path) -> None:
     assert len(table_of(tmp_path, Stream.IMAGES)) == 2
 
 
-@pytest.mark.parametrize(("stream", "needs"), [
-    (Stream.PAIRS, "an image member and a .txt or .json member of the same key"),
-    (Stream.TEXTS, "a .txt or .jsonl member")])
+@pytest.mark.parametrize(
+    ("stream", "needs"),
+    [
+        (Stream.PAIRS, "an image member and a .txt or .json member of the same key"),
+        (Stream.TEXTS, "a .txt or .jsonl member"),
+    ],
+)
 def test_empty_stream_names_field_and_needs(tmp_path: Path, stream: Stream, needs: str) -> None:
     image_tar(tmp_path / "a.tar", 2)
     with pytest.raises(ValueError, match=f"^data.{stream.name.lower()}: no sample in 1 shard.*: each needs {needs}$"):
@@ -125,9 +149,12 @@ def test_cut_tar_yields_whole_members_only(tmp_path: Path, where: str) -> None:
     with tarfile.open(whole) as tar:
         found = tar.getmembers()
     third = found[4]  # First member of the third sample: two samples lie before it.
-    end = {"inside a header": third.offset + 100, "inside a member": third.offset_data + third.size // 2,
-           "between members": third.offset_data + (third.size + 511) // 512 * 512,
-           "inside the last padding": third.offset_data + third.size}[where]
+    end = {
+        "inside a header": third.offset + 100,
+        "inside a member": third.offset_data + third.size // 2,
+        "between members": third.offset_data + (third.size + 511) // 512 * 512,
+        "inside the last padding": third.offset_data + third.size,
+    }[where]
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:end])
     table = table_of(tmp_path, Stream.PAIRS, "cut.tar")
     assert contents(table) == contents(table_of(tmp_path, Stream.PAIRS, "whole.tar"))[:2]

@@ -52,8 +52,9 @@ def test_impossible_count() -> None:
 @settings(deadline=None)
 def test_word_masks_have_the_exact_count_and_spare_specials(ids: list[int], ratio: float, seed: int) -> None:
     words = np.array(ids, dtype=np.int64)
-    inputs, predict = mask_words(words, np.random.default_rng(seed), ratio=ratio, mask_token_share=0.8,
-                                 random_token_share=0.1, **SHARES)
+    inputs, predict = mask_words(
+        words, np.random.default_rng(seed), ratio=ratio, mask_token_share=0.8, random_token_share=0.1, **SHARES
+    )
     ordinary = ~np.isin(words, (0, 1, 2))
     assert predict.sum() == (mask_count(ratio, ordinary.sum()) if ordinary.any() else 0)
     assert not (predict & ~ordinary).any()
@@ -64,8 +65,9 @@ def test_word_masks_have_the_exact_count_and_spare_specials(ids: list[int], rati
 def test_shares_of_the_three_fates() -> None:
     """80/10/10 over 20,000 masked words, within five standard deviations (0.003 x 5)."""
     words = np.full(40_000, 50)
-    inputs, predict = mask_words(words, np.random.default_rng(1), ratio=0.5, mask_token_share=0.8,
-                                 random_token_share=0.1, **SHARES)
+    inputs, predict = mask_words(
+        words, np.random.default_rng(1), ratio=0.5, mask_token_share=0.8, random_token_share=0.1, **SHARES
+    )
     masked = inputs[predict]
     assert len(masked) == 20_000
     assert (masked == 301).mean() == pytest.approx(0.8, abs=0.015)
@@ -76,7 +78,13 @@ def test_shares_of_the_three_fates() -> None:
 
 @pytest.mark.parametrize(("shares", "expected"), [((1.0, 0.0), {301}), ((0.0, 0.0), {50})])
 def test_extreme_shares(shares: tuple[float, float], expected: set[int]) -> None:
-    inputs, predict = mask_words(np.full(30, 50), np.random.default_rng(2), ratio=0.3, mask_token_share=shares[0],
-                                 random_token_share=shares[1], **SHARES)
+    inputs, predict = mask_words(
+        np.full(30, 50),
+        np.random.default_rng(2),
+        ratio=0.3,
+        mask_token_share=shares[0],
+        random_token_share=shares[1],
+        **SHARES,
+    )
     assert set(inputs[predict].tolist()) == expected
     assert predict.sum() == 9

@@ -33,8 +33,9 @@ def images(folder: Path, pattern: str | list[Source] = "*.tar", seed: int = 0, s
 
 
 def pairs(folder: Path, tokenizer: TextTokenizer, shuffled: bool = True, length: int = 64) -> PairStream:
-    return PairStream(str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), LIMIT, tokenizer, length,
-                      "caption", shuffled)
+    return PairStream(
+        str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), LIMIT, tokenizer, length, "caption", shuffled
+    )
 
 
 def pixels(stream: ImageStream | PairStream, position: int) -> bytes:
@@ -145,10 +146,17 @@ def test_damaged_shard_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert (fault.stream, fault.shard, fault.key) == ("images", str(path), "") and "cut at byte" in fault.reason
 
 
-def test_incomplete_pairs_are_counted(tmp_path: Path, tokenizer: TextTokenizer,
-                                      caplog: pytest.LogCaptureFixture) -> None:
-    write_tar(tmp_path / "a.tar", [{"__key__": "0", "jpg": picture(0, kind="JPEG"), "txt": b"words"},
-                                   {"__key__": "1", "jpg": b"x"}, {"__key__": "2", "txt": b"y"}])
+def test_incomplete_pairs_are_counted(
+    tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            {"__key__": "0", "jpg": picture(0, kind="JPEG"), "txt": b"words"},
+            {"__key__": "1", "jpg": b"x"},
+            {"__key__": "2", "txt": b"y"},
+        ],
+    )
     with caplog.at_level(logging.WARNING):
         assert len(pairs(tmp_path, tokenizer)) == 1
     assert "pairs: 2 samples lack a member" in caplog.text
@@ -169,10 +177,19 @@ def test_pairs_are_never_mixed(tmp_path: Path, tokenizer: TextTokenizer) -> None
 
 def test_captions_of_txt_and_json(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     good = picture(0)
-    write_tar(tmp_path / "a.tar", [
-        {"__key__": "0", "png": good, "txt": b"first caption\n\n second caption\r\n", "json": b'{"caption": "unused"}'},
-        {"__key__": "1", "png": good, "json": json.dumps({"caption": "a single one"}).encode()},
-        {"__key__": "2", "png": good, "json": json.dumps({"caption": ["", "left", "right"]}).encode()}])
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            {
+                "__key__": "0",
+                "png": good,
+                "txt": b"first caption\n\n second caption\r\n",
+                "json": b'{"caption": "unused"}',
+            },
+            {"__key__": "1", "png": good, "json": json.dumps({"caption": "a single one"}).encode()},
+            {"__key__": "2", "png": good, "json": json.dumps({"caption": ["", "left", "right"]}).encode()},
+        ],
+    )
     stream = pairs(tmp_path, tokenizer)
     seen: dict[int, Counter[str]] = {number: Counter() for number in range(3)}
     for position in range(90):
@@ -185,16 +202,28 @@ def test_captions_of_txt_and_json(tmp_path: Path, tokenizer: TextTokenizer) -> N
     assert len(stream.read(0).words) <= 64 and len(pairs(tmp_path, tokenizer, length=5).read(0).words) == 5
 
 
-@pytest.mark.parametrize(("member", "reason"), [
-    ({"txt": b""}, "empty caption"), ({"txt": b" \n "}, "empty caption"), ({"txt": b"caf\xe9"}, "invalid UTF-8"),
-    ({"txt": "\u200b".encode()}, "empty caption"), ({"json": b"{"}, "malformed JSON"),
-    ({"json": b"[]"}, "no field 'caption'"),
-    ({"json": b'{"caption": [1]}'}, "no field 'caption'"), ({"json": b'{"caption": ""}'}, "empty caption"),
-    ({"json": b'\xff'}, "invalid UTF-8"), ({"json": b'{"caption": "\\ud800"}'}, "invalid UTF-8")])
-def test_bad_captions_are_replaced(tmp_path: Path, tokenizer: TextTokenizer, member: dict[str, bytes],
-                                   reason: str) -> None:
-    write_tar(tmp_path / "a.tar", [{"__key__": "bad", "png": picture(0), **member},
-                                   {"__key__": "good", "png": picture(1), "txt": b"fine"}])
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        ({"txt": b""}, "empty caption"),
+        ({"txt": b" \n "}, "empty caption"),
+        ({"txt": b"caf\xe9"}, "invalid UTF-8"),
+        ({"txt": "\u200b".encode()}, "empty caption"),
+        ({"json": b"{"}, "malformed JSON"),
+        ({"json": b"[]"}, "no field 'caption'"),
+        ({"json": b'{"caption": [1]}'}, "no field 'caption'"),
+        ({"json": b'{"caption": ""}'}, "empty caption"),
+        ({"json": b"\xff"}, "invalid UTF-8"),
+        ({"json": b'{"caption": "\\ud800"}'}, "invalid UTF-8"),
+    ],
+)
+def test_bad_captions_are_replaced(
+    tmp_path: Path, tokenizer: TextTokenizer, member: dict[str, bytes], reason: str
+) -> None:
+    write_tar(
+        tmp_path / "a.tar",
+        [{"__key__": "bad", "png": picture(0), **member}, {"__key__": "good", "png": picture(1), "txt": b"fine"}],
+    )
     sample = pairs(tmp_path, tokenizer, shuffled=False).read(0)
     assert sample.index == 1 and tokenizer.decode(sample.words.tolist()) == "fine"
     assert all(fault.key == "bad" and reason in fault.reason for fault in sample.faults) and sample.faults
@@ -236,8 +265,9 @@ def test_texts(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     assert sum(len(sample.words) - 2 for sample in samples) == tokens
 
 
-def test_text_faults_and_wordless_texts(tmp_path: Path, tokenizer: TextTokenizer,
-                                        caplog: pytest.LogCaptureFixture) -> None:
+def test_text_faults_and_wordless_texts(
+    tmp_path: Path, tokenizer: TextTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": "k", "txt": b"\xff\n\xfe\nwords"}])
     with caplog.at_level(logging.WARNING):
         stream = TextStream(str(tmp_path / "a.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12)

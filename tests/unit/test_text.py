@@ -92,8 +92,13 @@ def test_windows_reassemble_to_the_documents(tmp_path: Path, tokenizer: TextToke
 def test_bad_documents_are_left_out_and_told(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     good = [json.dumps({"text": "one good line"}).encode(), b'{"text": "   "}', b"   "]
     bad = [b'{"text": 3}', b"not json", b"[1]", b'{"text": "\xff"}', b'{"text": "\\ud800"}']
-    write_tar(tmp_path / "a.tar", [{"__key__": "r", "jsonl": b"\n".join(good + bad + good)},
-                                   {"__key__": "t", "txt": b"plain line\r\n\xff\xfe\n\nlast line"}])
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            {"__key__": "r", "jsonl": b"\n".join(good + bad + good)},
+            {"__key__": "t", "txt": b"plain line\r\n\xff\xfe\n\nlast line"},
+        ],
+    )
     windows = windows_of(tmp_path, tokenizer, 500)
     lines = ["one good line", "one good line", "plain line", "last line"]
     expected = [0]
@@ -101,15 +106,20 @@ def test_bad_documents_are_left_out_and_told(tmp_path: Path, tokenizer: TextToke
         expected += [*tokenizer.encode(line), 2]
     assert windows.read(0).tolist() == expected
     assert [(fault.key, fault.reason) for fault in windows.shards[0].faults] == [
-        ("r:4", "no field 'text' that is a string"), ("r:5", "malformed JSON"),
-        ("r:6", "no field 'text' that is a string"), ("r:7", "invalid UTF-8"),
-        ("r:8", "invalid UTF-8"), ("t:2", "invalid UTF-8")]
+        ("r:4", "no field 'text' that is a string"),
+        ("r:5", "malformed JSON"),
+        ("r:6", "no field 'text' that is a string"),
+        ("r:7", "invalid UTF-8"),
+        ("r:8", "invalid UTF-8"),
+        ("t:2", "invalid UTF-8"),
+    ]
 
 
-def test_tokens_are_made_once_per_shard_and_tokenizer(tmp_path: Path, tokenizer: TextTokenizer,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_made_once_per_shard_and_tokenizer(
+    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(3):
-        text_tar(tmp_path / f"{number}.tar", sentences()[5 * number:5 * number + 5])
+        text_tar(tmp_path / f"{number}.tar", sentences()[5 * number : 5 * number + 5])
     built: list[str] = []
     build = text.TokenShard._build
 
@@ -135,8 +145,9 @@ def test_small_vocabularies_are_kept_in_two_bytes(tmp_path: Path, tokenizer: Tex
     assert windows_of(tmp_path, tokenizer, 20).shards[0].tokens.dtype == np.uint16
 
 
-def test_batches_of_documents_make_no_difference(tmp_path: Path, tokenizer: TextTokenizer,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_documents_make_no_difference(
+    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text_tar(tmp_path / "one/a.tar", sentences()[:15])
     text_tar(tmp_path / "two/a.tar", sentences()[:15])
     whole = windows_of(tmp_path / "one", tokenizer, 50)

@@ -26,8 +26,9 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_settings_are_the_released_ones(kind: str, text: Path, tmp_path: Path,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_are_the_released_ones(
+    kind: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "text.spm"
     assert run("--shards", text, "--out", out, "--pieces", 500, "--model-type", kind) == 0
     model = sentencepiece.SentencePieceProcessor(model_file=str(out))
@@ -74,12 +75,15 @@ def test_long_documents_are_cut_and_not_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_too_many_pieces_names_the_largest_number(kind: str, text: Path, tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_pieces_names_the_largest_number(
+    kind: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--shards", text, "--out", tmp_path / "text.spm", "--model-type", kind)
     assert run(*arguments) == 2
-    found = re.fullmatch(r"train_text_tokenizer.py: --pieces 64000 is too many for this text: it holds at most (\d+)\n",
-                         capsys.readouterr().err)
+    found = re.fullmatch(
+        r"train_text_tokenizer.py: --pieces 64000 is too many for this text: it holds at most (\d+)\n",
+        capsys.readouterr().err,
+    )
     assert found
     assert not (tmp_path / "text.spm").exists()
     assert run(*arguments, "--pieces", int(found[1]) + 1) == 2

@@ -93,9 +93,15 @@ def test_pictures_without_a_white_are_refused(dtype: type) -> None:
         decoded(Image.fromarray(GREYS.astype(dtype)), "TIFF")
 
 
-@pytest.mark.parametrize(("orientation", "upright"), [
-    (1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)),
-    (5, lambda a: a.transpose(1, 0, 2))])
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, lambda a: a),
+        (3, lambda a: a[::-1, ::-1]),
+        (6, lambda a: np.rot90(a, -1)),
+        (5, lambda a: a.transpose(1, 0, 2)),
+    ],
+)
 def test_exif_orientation(orientation: int, upright: object) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -117,9 +123,16 @@ def test_bombs_are_refused_before_a_pixel_is_decoded() -> None:
         transforms.decode(data, 1199)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"hello" * 50,
-    lambda data: data[:60] + bytes(40) + data[100:], lambda data: b"%!PS-Adobe-3.0 EPSF\n"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: b"hello" * 50,
+        lambda data: data[:60] + bytes(40) + data[100:],
+        lambda data: b"%!PS-Adobe-3.0 EPSF\n",
+    ],
+)
 def test_broken_pictures_are_bad_samples(damage: object) -> None:
     with pytest.raises(BadSample, match="undecodable picture"):
         transforms.decode(damage(picture(0)), LIMIT)
@@ -152,9 +165,14 @@ def test_very_wide_pictures_are_cropped_in_the_centre() -> None:
     assert transforms.crop_box(30, 1000, 0.9, np.random.default_rng(0)) == (0, 480, 30, 520)
 
 
-@pytest.mark.parametrize(("change", "theirs"), [(transforms.brightness, ImageEnhance.Brightness),
-                                                (transforms.contrast, ImageEnhance.Contrast),
-                                                (transforms.saturation, ImageEnhance.Color)])
+@pytest.mark.parametrize(
+    ("change", "theirs"),
+    [
+        (transforms.brightness, ImageEnhance.Brightness),
+        (transforms.contrast, ImageEnhance.Contrast),
+        (transforms.saturation, ImageEnhance.Color),
+    ],
+)
 @pytest.mark.parametrize("factor", [0.6, 0.93, 1.0, 1.4])
 def test_jitter_agrees_with_pillow(change: object, theirs: type, factor: float) -> None:
     """Pillow cuts fractions off where OpenCV rounds, and their grey weights differ in the last bit: two levels."""
@@ -205,8 +223,11 @@ def test_nothing_drawn_leaves_the_picture() -> None:
     image = transforms.decode(picture(1, 64, 64), LIMIT)
     plain, larger = transforms.plain_views(image, 32, 48)
     still = {"min_crop_scale": 1.0, "color_jitter": 0.0}
-    found = [transforms.two_views(image, np.random.default_rng(seed), 32, 32, config(horizontal_flip=flip, **still))[0]
-             for flip in (0.0, 1.0) for seed in range(20)]
+    found = [
+        transforms.two_views(image, np.random.default_rng(seed), 32, 32, config(horizontal_flip=flip, **still))[0]
+        for flip in (0.0, 1.0)
+        for seed in range(20)
+    ]
     assert larger.shape == (48, 48, 3)
     # With area 1 only ratio 1 fits; where ten draws miss it, the fallback is the whole square too.
     assert all(np.array_equal(view, plain) for view in found[:20])

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from beit3_dist.model.vqkd import VQKD, Quantizer, load_vqkd, save_vqkd
 
-SMALL = {"patch_size": 8, "width": 48, "layers": 2, "heads": 4, "codebook_size": 32, "code_dim": 8,
-         "decoder_layers": 1, "target_dim": 10}
+SMALL = {
+    "patch_size": 8,
+    "width": 48,
+    "layers": 2,
+    "heads": 4,
+    "codebook_size": 32,
+    "code_dim": 8,
+    "decoder_layers": 1,
+    "target_dim": 10,
+}
 """Four heads are not width / 64, so that a file must remember them."""
 
 
@@ -55,21 +63,47 @@ def released_layout() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the released base tokenizer with the three-layer decoder."""
     layout: dict[str, tuple[int, ...]] = {}
     for part, layers, patch in (("encoder", 12, (768, 3, 16, 16)), ("decoder", 3, (768, 32, 1, 1))):
-        layout |= {f"{part}.cls_token": (1, 1, 768), f"{part}.pos_embed": (1, 197, 768),
-                   f"{part}.patch_embed.proj.weight": patch, f"{part}.patch_embed.proj.bias": (768,),
-                   f"{part}.fc_norm.weight": (768,), f"{part}.fc_norm.bias": (768,)}
+        layout |= {
+            f"{part}.cls_token": (1, 1, 768),
+            f"{part}.pos_embed": (1, 197, 768),
+            f"{part}.patch_embed.proj.weight": patch,
+            f"{part}.patch_embed.proj.bias": (768,),
+            f"{part}.fc_norm.weight": (768,),
+            f"{part}.fc_norm.bias": (768,),
+        }
         for layer in range(layers):
-            layout |= {f"{part}.blocks.{layer}.{name}": shape for name, shape in {
-                "norm1.weight": (768,), "norm1.bias": (768,), "norm2.weight": (768,), "norm2.bias": (768,),
-                "attn.q_bias": (768,), "attn.v_bias": (768,), "attn.qkv.weight": (2304, 768),
-                "attn.proj.weight": (768, 768), "attn.proj.bias": (768,), "mlp.fc1.weight": (3072, 768),
-                "mlp.fc1.bias": (3072,), "mlp.fc2.weight": (768, 3072), "mlp.fc2.bias": (768,)}.items()}
-    layout |= {"quantize.embedding.weight": (8192, 32), "quantize.embedding.cluster_size": (8192,),
-               "quantize.embedding.embed_avg": (8192, 32), "quantize.embedding.initted": (1,),
-               "quantize.cluster_size": (8192,)}
+            layout |= {
+                f"{part}.blocks.{layer}.{name}": shape
+                for name, shape in {
+                    "norm1.weight": (768,),
+                    "norm1.bias": (768,),
+                    "norm2.weight": (768,),
+                    "norm2.bias": (768,),
+                    "attn.q_bias": (768,),
+                    "attn.v_bias": (768,),
+                    "attn.qkv.weight": (2304, 768),
+                    "attn.proj.weight": (768, 768),
+                    "attn.proj.bias": (768,),
+                    "mlp.fc1.weight": (3072, 768),
+                    "mlp.fc1.bias": (3072,),
+                    "mlp.fc2.weight": (768, 3072),
+                    "mlp.fc2.bias": (768,),
+                }.items()
+            }
+    layout |= {
+        "quantize.embedding.weight": (8192, 32),
+        "quantize.embedding.cluster_size": (8192,),
+        "quantize.embedding.embed_avg": (8192, 32),
+        "quantize.embedding.initted": (1,),
+        "quantize.cluster_size": (8192,),
+    }
     for part, last in (("encode_task_layer", 32), ("decode_task_layer", 512)):
-        layout |= {f"{part}.0.weight": (768, 768), f"{part}.0.bias": (768,),
-                   f"{part}.2.weight": (last, 768), f"{part}.2.bias": (last,)}
+        layout |= {
+            f"{part}.0.weight": (768, 768),
+            f"{part}.0.bias": (768,),
+            f"{part}.2.weight": (last, 768),
+            f"{part}.2.bias": (last,),
+        }
     return layout
 
 
@@ -95,8 +129,18 @@ def test_encoder_equals_timms_beit(model: VQKD) -> None:
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from timm.models.beit import Beit
 
-    theirs = Beit(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, qkv_bias=True, init_values=None,
-                  use_abs_pos_emb=True, num_classes=0, global_pool="avg").eval()
+    theirs = Beit(
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=4,
+        qkv_bias=True,
+        init_values=None,
+        use_abs_pos_emb=True,
+        num_classes=0,
+        global_pool="avg",
+    ).eval()
     assert {m.eps for m in theirs.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
     theirs.load_state_dict(model.encoder.state_dict())
     pixels = pictures(2) * 2 - 1
@@ -151,8 +195,9 @@ def test_a_dark_picture_is_not_rescaled(model: VQKD) -> None:
     """The released code multiplies by 255 where the brightest pixel of the batch is at most one."""
     dark = pictures(1) / 255
     with torch.no_grad():
-        torch.testing.assert_close(model.embed(dark), F.normalize(
-            model.encode_task_layer(model.encoder(dark * 2 - 1)), dim=-1))
+        torch.testing.assert_close(
+            model.embed(dark), F.normalize(model.encode_task_layer(model.encoder(dark * 2 - 1)), dim=-1)
+        )
     bright = torch.ones(1, 3, 32, 32)
     assert torch.equal(model.encode(torch.cat((dark, bright)))[0], model.encode(dark)[0])
 
@@ -166,8 +211,15 @@ def test_quantisation_is_fp32_under_autocast(model: VQKD) -> None:
     torch.testing.assert_close(result.z.norm(dim=-1), torch.ones(2, 16), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("pixels", [torch.zeros(1, 3, 32, 36), torch.zeros(1, 3, 30, 30), torch.zeros(1, 1, 32, 32),
-                                    torch.zeros(1, 3, 32, 32, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.zeros(1, 3, 32, 36),
+        torch.zeros(1, 3, 30, 30),
+        torch.zeros(1, 1, 32, 32),
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+    ],
+)
 def test_pictures_of_another_kind_are_refused(model: VQKD, pixels: Tensor) -> None:
     with pytest.raises(ValueError, match="pixels must be"):
         model.encode(pixels)
@@ -338,8 +390,10 @@ def test_a_released_file_loads(top: str, tmp_path: Path) -> None:
     """Teacher and scaling layer inside, heads not named, the training's command line beside the weights."""
     source = VQKD(28, **SMALL | {"patch_size": 14, "width": 128, "heads": 2})
     extra = {"teacher_model.proj": torch.zeros(2), "scaling_layer.shift": torch.zeros(3), "loss.weight": torch.zeros(1)}
-    torch.save({top: source.state_dict() | extra, "args": argparse.Namespace(epochs=100), "epoch": 99},
-               tmp_path / "released.pth")
+    torch.save(
+        {top: source.state_dict() | extra, "args": argparse.Namespace(epochs=100), "epoch": 99},
+        tmp_path / "released.pth",
+    )
     loaded = load_vqkd(tmp_path / "released.pth")
     assert loaded.geometry == source.geometry
     assert torch.equal(loaded.encode(pictures(2, 28)), source.encode(pictures(2, 28)))
@@ -352,9 +406,19 @@ class Intruder:
         return print, ("unpickled",)
 
 
-@pytest.mark.parametrize("content", [
-    None, b"", b"not a checkpoint", {"weights": 1}, {"model": {}}, [1, 2], {"model": {"head.weight": torch.zeros(3)}},
-    {"model": Intruder()}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"not a checkpoint",
+        {"weights": 1},
+        {"model": {}},
+        [1, 2],
+        {"model": {"head.weight": torch.zeros(3)}},
+        {"model": Intruder()},
+    ],
+)
 def test_another_file_is_one_clear_line(content: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "file.pth"
     if isinstance(content, bytes):
