@@ -51,7 +51,7 @@ def parse(config_class: Callable[..., Config], program: str, description: str, a
     terminal = nullcontext() if is_first_process() else redirect_stdout(StringIO())
     try:
         with terminal:
-            values = parser.instantiate_classes(parser.parse_args(list(arguments)))
+            values = parser.instantiate(parser.parse_args(list(arguments)))
         fields = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
         return config_class(**fields)
     except (ArgumentError, ValueError, TypeError) as error:

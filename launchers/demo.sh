@@ -59,7 +59,7 @@ if (($(steps_done) == 0)); then
     kill -KILL -- -$!
     wait $! 2>/dev/null || true
     set +m
-    say "    killed (SIGKILL) at step $(steps_done); the same command goes on from the newest checkpoint"
+    echo "killed (SIGKILL) at step $(steps_done); the same command goes on from the newest checkpoint"
 fi
 if (($(steps_done) < steps)); then
     pretrain

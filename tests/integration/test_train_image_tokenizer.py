@@ -41,15 +41,34 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={processes}"]
-    return subprocess.run([*start, str(LAUNCHER), *arguments], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    start = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    return subprocess.run(
+        [*start, str(LAUNCHER), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def small(folder: Path, out: Path, **changes: object) -> list[str]:
-    settings = {"out": out, "shards": folder / "images-0.tar", "cache": folder / "cache", "image_size": 32, "width": 32,
-                "heads": 2, "layers": 1, "codebook_size": 16, "batch": 8, "steps": 40, "lr": 2e-3} | changes
+    settings = {
+        "out": out,
+        "shards": folder / "images-0.tar",
+        "cache": folder / "cache",
+        "image_size": 32,
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+        "codebook_size": 16,
+        "batch": 8,
+        "steps": 40,
+        "lr": 2e-3,
+    } | changes
     return ["--config", str(DEMO), *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
@@ -90,11 +109,19 @@ def test_two_processes_train_the_same_tokenizer(trained: Path, shards: Path, tmp
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"patch_size": 7}, "patch_size"), ({"steps": "many"}, "steps"), ({"stpes": 3}, "stpes"),
-    ({"shards": "/nowhere/*.tar"}, "shards"), ({"teacher": "nobody"}, "teacher")])
-def test_a_mistake_is_one_line_and_exit_code_2(shards: Path, tmp_path: Path, changes: dict[str, object],
-                                               named: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"patch_size": 7}, "patch_size"),
+        ({"steps": "many"}, "steps"),
+        ({"stpes": 3}, "stpes"),
+        ({"shards": "/nowhere/*.tar"}, "shards"),
+        ({"teacher": "nobody"}, "teacher"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    shards: Path, tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
     result = launch(*small(shards, tmp_path / "out", **changes))
     assert result.returncode == 2
     assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr

@@ -19,7 +19,8 @@ import torch
 TIMEOUT_S = 180
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -58,7 +59,7 @@ def run_workers(world: int, function: Callable[..., Any], *arguments: Any) -> li
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.training.loop"])
-    port = _free_port()
+    port = free_port()
     processes, ends = [], []
     for rank in range(world):
         receive, send = context.Pipe(duplex=False)

@@ -1,0 +1,72 @@
+"""Small runs for the integration tests: real tars, a real SentencePiece model, a VQ-KD network of random weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from beit3_dist.command_line import to_yaml
+from beit3_dist.config import BatchConfig, CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from beit3_dist.model.vqkd import VQKD, save_vqkd
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.loop import pretrain
+from beit3_dist.training.preflight import prepare_run
+from tests.unit.tar_fixtures import small_run
+
+CODES = 40
+
+
+def save_random_tokenizer(path: Path, **changes: int) -> Path:
+    """An untrained image tokenizer of 16 codes for pictures of 32 pixels."""
+    geometry = {"patch_size": 8, "width": 16, "layers": 1, "heads": 2, "codebook_size": CODES, "code_dim": 8}
+    tokenizer = VQKD(32, **(geometry | changes), decoder_layers=1, target_dim=8)
+    tokenizer.initialize(0)
+    save_vqkd(tokenizer, path)
+    return path
+
+
+def run_config(folder: Path, **changes: Any) -> RunConfig:
+    """A run of 12 steps over the shards in `folder`, which are made where they are missing."""
+    config = small_run(folder)
+    tokenizer = folder / "image_tokenizer.pth"
+    if not tokenizer.exists():
+        save_random_tokenizer(tokenizer)
+    model = ModelConfig(layers=2, width=32, heads=2, ffn_width=64, patch_size=8, image_size=32, vocab_size=310,
+                        visual_vocab_size=CODES, vl_expert_layers=1, max_text_length=18, drop_path=0.2)  # fmt: skip
+    settings: dict[str, Any] = {
+        "out": str(folder / "run"), "steps": 12, "precision": "fp32", "model": model,
+        "image_tokenizer": str(tokenizer), "data": replace(config.data, workers=0),
+        "batch": BatchConfig(images=4, texts=4, pairs=4, accumulation=2), "parallel": ParallelConfig(zero_stage=3),
+        "optim": OptimConfig(lr=1e-3, warmup_steps=3), "checkpoint": CheckpointConfig(every=4),
+    }  # fmt: skip
+    return replace(config, **(settings | changes))
+
+
+def write_recipe(config: RunConfig, path: Path) -> Path:
+    """The config as a recipe file."""
+    path.write_text(to_yaml(config))
+    return path
+
+
+def train(mesh: Mesh, config: RunConfig) -> str:
+    """For `run_workers`: what launchers/pretrain.py does after parsing. Returns the message of an error, or ''."""
+    try:
+        pretrain(config, mesh, prepare_run(config, mesh))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def metrics(out: str | Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = ("tokens_per_s", "samples_per_s", "tflops_per_device", "data_wait_s", "step_s", "memory_gb")
+
+
+def reproducible(out: str | Path) -> list[dict[str, Any]]:
+    """The records without what depends on the clock or the process."""
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in metrics(out)]
