@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ Config = TypeVar("Config")
 
 MISTAKE = 2
 """Exit code of a run that was asked for in a way that cannot work."""
+STOPPED = 1
+"""Exit code of a run that ended itself before its last step."""
 
 
 def is_first_process() -> bool:
@@ -24,11 +27,18 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def refuse(program: str, error: BaseException | str) -> NoReturn:
-    """Ends the process with exit code 2; the first process prints the error as one line."""
+def refuse(program: str, error: BaseException | str, exit_code: int = MISTAKE) -> NoReturn:
+    """Ends the process with an exit code; the first process prints the error as one line."""
     if is_first_process():
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(MISTAKE)
+    sys.exit(exit_code)
+
+
+def log_to_console() -> None:
+    """Shows the package's messages (progress of an index, warnings) on standard error, in the first process only."""
+    log = logging.getLogger("beit3_dist")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler() if is_first_process() else logging.NullHandler())
 
 
 def parse(config_class: Callable[..., Config], program: str, description: str, arguments: Sequence[str]) -> Config:

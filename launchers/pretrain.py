@@ -9,9 +9,10 @@ A mistake in the config or the data is one line and exit code 2, before any proc
 
 from __future__ import annotations
 
+import logging
 import sys
 
-from beit3_dist.command_line import parse, refuse
+from beit3_dist.command_line import STOPPED, log_to_console, parse, refuse
 from beit3_dist.config import RunConfig
 
 PROGRAM = "pretrain.py"
@@ -24,13 +25,21 @@ def main(arguments: list[str]) -> None:
     from beit3_dist.parallel.mesh import read_mesh
     from beit3_dist.training.loop import pretrain
     from beit3_dist.training.preflight import prepare_run
+    from beit3_dist.training.resilience import RunStopped
 
+    log_to_console()
     mesh = read_mesh()
     try:
         ready = prepare_run(config, mesh)
     except (ValueError, OSError) as error:
         refuse(PROGRAM, error)
-    pretrain(config, mesh, ready)
+    try:
+        pretrain(config, mesh, ready)
+    except RunStopped as stop:
+        refuse(PROGRAM, stop, exit_code=STOPPED)
+    except Exception:
+        logging.exception("this process failed")  # into its own log as well
+        raise
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.vqkd import VQKD
 
+log = logging.getLogger(__name__)
+
 
 def tokenizer_view_size(tokenizer: VQKD, path: str, model: ModelConfig) -> int:
     """Side in pixels of the view that gives one code per patch of the model.
@@ -22,7 +24,7 @@ def tokenizer_view_size(tokenizer: VQKD, path: str, model: ModelConfig) -> int:
         raise ValueError(f"image_tokenizer: {path} has {codes} codes, set model.visual_vocab_size={codes}")
     size = model.image_size // model.patch_size * tokenizer.patch_size
     if size != tokenizer.image_size:
-        logging.info("image_tokenizer: trained at %d pixels, used at %d", tokenizer.image_size, size)
+        log.info("image_tokenizer: trained at %d pixels, used at %d", tokenizer.image_size, size)
     return size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from beit3_dist.training.resilience import check_bad_samples
 from beit3_dist.training.run_folder import RunFolder
 from beit3_dist.training.schedule import learning_rate
 
+log = logging.getLogger(__name__)
+
 
 def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
     """Trains from `ready.state` to `config.steps`. `ready`: what was checked and opened before any process group."""
@@ -36,9 +39,11 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
         optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
     )
     state = ready.state
+    if mesh.is_first and state.step == 0:
+        run.quarantine(0, ready.train.faults())  # what the shards' indexes had to leave out
     if ready.checkpoint is not None:
         load_checkpoint(ready.checkpoint, engine, state)
-        run.say(f"going on after step {state.step} from {ready.checkpoint}")
+        log.info("going on after step %d from %s", state.step, ready.checkpoint)
     tokenize = ImageTargets(ready.image_tokenizer, mesh.device)
     batches = iter(
         loader(

@@ -17,6 +17,8 @@ from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.metrics import JsonLines, Reporter
 
+log = logging.getLogger(__name__)
+
 
 class RunFolder:
     """OUT: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl, logs/rank*.log.
@@ -29,8 +31,8 @@ class RunFolder:
         handler = logging.FileHandler(out / "logs" / f"rank{mesh.rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
-        logging.getLogger().setLevel(logging.INFO)
-        logging.info("rank %d of %d on %s, from step %d", mesh.rank, mesh.world, mesh.device, step)
+        logging.getLogger("beit3_dist").setLevel(logging.INFO)
+        log.info("rank %d of %d on %s, %d steps done", mesh.rank, mesh.world, mesh.device, step)
         self._reporter = None
         if mesh.is_first:
             write_text(out / "config.yaml", to_yaml(config))
@@ -38,12 +40,6 @@ class RunFolder:
             JsonLines(out / "quarantine.jsonl", step).close()
         dist.barrier()  # the first process has cut the file back
         self._quarantine = JsonLines(out / "quarantine.jsonl", None)
-
-    def say(self, message: str) -> None:
-        """A line for the person at the terminal, from the first process."""
-        logging.info(message)
-        if self._reporter:
-            self._reporter.say(message)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """The record of a training step."""

@@ -1,0 +1,177 @@
+"""From a recipe and the command line to a config, and from a mistake to one line and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from beit3_dist.command_line import parse, to_yaml
+from beit3_dist.config import RunConfig, Source
+
+RECIPE = """\
+out: runs/test
+text_tokenizer: text.spm
+image_tokenizer: vqkd.safetensors
+steps: 20
+precision: fp32
+data:
+  images: images-{000..003}.tar
+  texts: texts.tar
+  pairs:
+    - {shards: good.tar, weight: 3}
+    - {shards: noisy.tar}
+model: {layers: 2, width: 64, heads: 4, ffn_width: 128, vl_expert_layers: 1}
+optim: {lr: 5e-4, warmup_steps: 5}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def config_of(*arguments: object) -> RunConfig:
+    return parse(RunConfig, "pretrain.py", "Pretrains.", list(map(str, arguments)))
+
+
+def test_recipe(recipe: Path) -> None:
+    config = config_of("--config", recipe)
+    assert isinstance(config, RunConfig)
+    assert (config.out, config.steps, config.precision) == ("runs/test", 20, "fp32")
+    assert (config.model.layers, config.model.vl_expert_layers, config.model.patch_size) == (2, 1, 14)
+    assert (config.optim.lr, config.optim.warmup_steps, config.optim.clip_norm) == (5e-4, 5, 3.0)
+    assert config.data.images == "images-{000..003}.tar"
+
+
+def test_weighted_sources(recipe: Path) -> None:
+    pairs = config_of("--config", recipe).data.pairs
+    assert pairs == [Source(shards="good.tar", weight=3.0), Source(shards="noisy.tar", weight=1.0)]
+
+
+def test_the_command_line_wins(recipe: Path) -> None:
+    config = config_of("--config", recipe, "--optim.lr", "2e-4", "--model.layers=3", "--batch.images", 6, "--out", "x")
+    assert (config.optim.lr, config.model.layers, config.batch.images, config.out) == (2e-4, 3, 6, "x")
+    assert (config.optim.warmup_steps, config.model.width) == (5, 64), "the rest of a section stays"
+
+
+@pytest.mark.parametrize(
+    "flag", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"], ["--local-rank", "1"]], ids=" ".join
+)
+def test_launchers_may_pass_a_local_rank(recipe: Path, flag: list[str]) -> None:
+    plain = config_of("--config", recipe)
+    assert config_of(*flag, "--config", recipe) == plain == config_of("--config", recipe, *flag)
+
+
+def test_printed_config_is_a_recipe_of_the_same_run(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--config", recipe, "--model.drop_path", "0.25"]
+    with pytest.raises(SystemExit) as end:
+        config_of(*arguments, "--print_config")
+    assert end.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    config = config_of("--config", printed)
+    assert config == config_of(*arguments) and config.model.drop_path == 0.25
+    assert "local_rank" not in printed.read_text()
+
+
+def test_to_yaml_is_a_recipe_of_the_same_run(recipe: Path, tmp_path: Path) -> None:
+    config = config_of("--config", recipe)
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(config))
+    assert yaml.safe_load(written.read_text()) == asdict(config)
+    assert config_of("--config", written) == config
+
+
+MISTAKES = [  # (arguments after --config recipe, words of the one line)
+    (["--optim.learning_rate", "1"], ["optim.learning_rate"]),
+    (["--model.layers", "two"], ["model.layers", "two"]),
+    (["--precision", "fp16"], ["precision", "fp16"]),
+    (["--model.attention", "joint"], ["model.attention", "joint"]),
+    (["--parallel.zero_stage", "4"], ["parallel.zero_stage", "4"]),
+    (["--model.heads", "3"], ["model.heads=3", "model.width=64"]),
+    (["--model.vl_expert_layers", "3"], ["model.vl_expert_layers=3", "model.layers=2"]),
+    (["--steps", "2"], ["optim.warmup_steps=5", "steps=2"]),
+    (["--parallel.tensor", "2"], ["parallel.tensor=2"]),
+    (["stray"], ["stray"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], words: list[str], recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        config_of("--config", recipe, *arguments)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith("pretrain.py: error: ")
+    assert all(word in printed.err for word in words), printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (RECIPE + "stepz: 3\n", ["stepz"]),
+        (RECIPE.replace("width: 64", "widht: 64"), ["widht"]),
+        (RECIPE.replace("layers: 2", "layers: many"), ["model.layers", "many"]),
+        (RECIPE.replace("weight: 3", "weight: 0"), ["weight", "good.tar"]),
+        (RECIPE.replace("out: runs/test\n", ""), ["out"]),
+        (RECIPE.replace("  texts: texts.tar\n", ""), ["texts"]),
+        ("model: [1, 2\n", ["parsing config", "line 2"]),
+    ],
+    ids=["unknown", "unknown in a section", "type", "weight of a source", "no out", "no texts", "no YAML"],
+)
+def test_a_mistake_in_the_recipe(text: str, words: list[str], recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        config_of("--config", recipe)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.err.count("\n") == 1
+    assert all(word in printed.err for word in words), printed.err
+
+
+def test_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        config_of("--config", tmp_path / "nowhere.yaml")
+    assert end.value.code == 2 and "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_only_the_first_process_speaks(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for arguments, code in ((["--steps", "0"], 2), (["--print_config"], 0), (["--help"], 0)):
+        with pytest.raises(SystemExit) as end:
+            config_of("--config", recipe, *arguments)
+        assert end.value.code == code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_launcher_refuses_before_it_imports_torch(recipe: Path) -> None:
+    """A typo should not take the seconds that torch and DeepSpeed need."""
+    launcher = Path(__file__).parents[2] / "launchers" / "pretrain.py"
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['pretrain.py', '--config', {str(recipe)!r}, '--steps', '0']\n"
+        "try:\n"
+        f"    runpy.run_path({str(launcher)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2 False\n"
+    assert done.stderr == "pretrain.py: error: steps must be positive, not 0\n"

@@ -1,0 +1,173 @@
+"""What cannot run is refused with one line that names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from beit3_dist.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    Source,
+)
+
+STREAMS = {"images": "i.tar", "texts": "t.tar", "pairs": "p.tar"}
+
+
+def run_config(**changes: Any) -> RunConfig:
+    """A valid run, with changes."""
+    files = {"out": "out", "text_tokenizer": "text.spm", "image_tokenizer": "vqkd.safetensors"}
+    return RunConfig(**files, **{"data": DataConfig(**STREAMS)} | changes)
+
+
+SECTIONS = {
+    "model": ModelConfig,
+    "objective": ObjectiveConfig,
+    "batch": BatchConfig,
+    "parallel": ParallelConfig,
+    "optim": OptimConfig,
+    "checkpoint": CheckpointConfig,
+    "eval": EvalConfig,
+    "data": lambda **changes: DataConfig(**STREAMS | changes),
+}
+
+REFUSED = [  # (section, what is changed, what the one line must say)
+    ("model", {"layers": 0}, "model.layers must be positive, not 0"),
+    ("model", {"width": -8}, "model.width must be positive, not -8"),
+    ("model", {"ffn_width": 0}, "model.ffn_width must be positive"),
+    ("model", {"visual_vocab_size": 0}, "model.visual_vocab_size must be positive"),
+    ("model", {"heads": 0}, "model.heads must be positive"),
+    ("model", {"heads": 3}, "model.width=1408 is not divisible by model.heads=3"),
+    ("model", {"patch_size": 15}, "model.image_size=224 is not divisible by model.patch_size=15"),
+    ("model", {"vl_expert_layers": 41}, "model.vl_expert_layers=41 is not between 0 and model.layers=40"),
+    ("model", {"vl_expert_layers": -1}, "model.vl_expert_layers=-1"),
+    ("model", {"drop_path": 1.0}, "model.drop_path=1.0 is not in [0, 1)"),
+    ("model", {"max_text_length": 2}, "model.max_text_length=2"),
+    ("model", {"vocab_size": 10}, "model.vocab_size=10 leaves no room"),
+    ("data", {"text_length": 2}, "data.text_length=2"),
+    ("data", {"caption_length": 0}, "data.caption_length=0"),
+    ("data", {"horizontal_flip": 1.1}, "data.horizontal_flip=1.1 is not in [0, 1]"),
+    ("data", {"color_jitter": -0.1}, "data.color_jitter=-0.1"),
+    ("data", {"max_bad_fraction": 2}, "data.max_bad_fraction=2"),
+    ("data", {"min_crop_scale": 0}, "data.min_crop_scale=0 is not in (0, 1]"),
+    ("data", {"workers": -1}, "data.workers=-1 is negative"),
+    ("data", {"prefetch": 0}, "data.prefetch=0 must be at least 1"),
+    ("objective", {"image_mask_ratio": 1.0}, "objective.image_mask_ratio=1.0 is not in (0, 1)"),
+    ("objective", {"text_mask_ratio": 0}, "objective.text_mask_ratio=0"),
+    ("objective", {"caption_mask_ratio": -1}, "objective.caption_mask_ratio=-1"),
+    ("objective", {"mask_token_share": 0.95}, "objective.mask_token_share + objective.random_token_share"),
+    ("objective", {"random_token_share": -0.1}, "objective.mask_token_share + objective.random_token_share"),
+    ("objective", {"pair_text_weight": -1}, "objective.pair_text_weight=-1 is negative"),
+    ("batch", {"texts": 0}, "batch.texts must be positive"),
+    ("batch", {"accumulation": 0}, "batch.accumulation must be positive, not 0"),
+    ("parallel", {"tensor": 2}, "parallel.tensor=2 is not available in this version"),
+    ("parallel", {"pipeline": 2}, "parallel.pipeline=2 is not available in this version"),
+    ("parallel", {"sequence": True}, "parallel.sequence=True is not available in this version"),
+    ("optim", {"min_lr": 1e-2}, "optim.min_lr=0.01 is not between 0 and optim.lr=0.001"),
+    ("optim", {"lr": -1.0}, "optim.lr=-1.0"),
+    ("optim", {"warmup_steps": -1}, "optim.warmup_steps=-1 is negative"),
+    ("optim", {"weight_decay": -0.1}, "optim.weight_decay=-0.1 is negative"),
+    ("optim", {"clip_norm": -3}, "optim.clip_norm=-3 is negative"),
+    ("optim", {"beta2": 1.0}, "optim.beta1 and optim.beta2 must lie in [0, 1)"),
+    ("checkpoint", {"every": 0}, "checkpoint.every must be positive, not 0"),
+    ("checkpoint", {"keep": -1}, "checkpoint.keep=-1 is negative"),
+    ("eval", {"every": -1}, "eval.every=-1 is negative"),
+    ("eval", {"batches": 0}, "eval.batches must be positive, not 0"),
+    ("eval", {"every": 5, "images": "i", "pairs": "p"}, "eval.texts is empty but eval.every=5"),
+]
+
+
+@pytest.mark.parametrize(("section", "change", "words"), REFUSED, ids=lambda v: str(v) if isinstance(v, dict) else "")
+def test_refusals_of_a_section(section: str, change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        SECTIONS[section](**change)
+    line = str(refusal.value)
+    assert words in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, ["steps must be positive, not 0"]),
+        ({"steps": 100}, ["optim.warmup_steps=10000", "steps=100"]),
+        (
+            {"data": DataConfig(**STREAMS, text_length=2000)},
+            ["data.text_length=2000", "model.max_text_length=1022"],
+        ),
+        ({"model": ModelConfig(max_text_length=60)}, ["model.max_text_length=60"]),
+        (
+            {"parallel": ParallelConfig(zero_stage=0)},
+            ["parallel.zero_stage=0", "parallel.zero_stage=1", "precision=fp32"],
+        ),
+    ],
+    ids=lambda v: " ".join(v),
+)
+def test_refusals_of_the_whole(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:
+        run_config(**change)
+    line = str(refusal.value)
+    assert all(word in line for word in words) and "\n" not in line
+
+
+def test_a_source_needs_a_weight() -> None:
+    with pytest.raises(ValueError, match=r"source 'a\.tar' must be positive, not 0"):
+        Source(shards="a.tar", weight=0)
+
+
+def test_the_defaults_are_the_papers_giant() -> None:
+    config = run_config()
+    model, optim, batch, objective = config.model, config.optim, config.batch, config.objective
+    assert (model.layers, model.width, model.ffn_width, model.heads, model.patch_size) == (40, 1408, 6144, 16, 14)
+    assert (model.attention, model.sub_layernorm, model.vl_expert_layers, model.drop_path) == ("shared", False, 3, 0.1)
+    assert (config.steps, optim.warmup_steps, optim.lr, optim.weight_decay) == (1_000_000, 10_000, 1e-3, 0.05)
+    assert (optim.beta1, optim.beta2, optim.eps, optim.clip_norm) == (0.9, 0.98, 1e-6, 3.0)
+    assert (batch.images, batch.texts, batch.pairs) == (2048, 2048, 2048)
+    assert (objective.image_mask_ratio, objective.text_mask_ratio, objective.caption_mask_ratio) == (0.4, 0.15, 0.5)
+    assert model.patches == 256
+
+
+def test_borders_are_allowed() -> None:
+    ModelConfig(vl_expert_layers=0, drop_path=0.0, max_text_length=3, vocab_size=11)
+    ModelConfig(vl_expert_layers=40)
+    OptimConfig(min_lr=0.0, warmup_steps=0, weight_decay=0, clip_norm=0)
+    run_config(steps=10_000)  # no longer than the warm-up
+    run_config(precision="fp32", parallel=ParallelConfig(zero_stage=0))
+
+
+def test_micro_batch() -> None:
+    config = run_config(batch=BatchConfig(images=48, texts=24, pairs=36, accumulation=2))
+    assert config.micro_batch(1) == (24, 12, 18)
+    assert config.micro_batch(6) == (4, 2, 3)
+    with pytest.raises(ValueError, match=r"batch\.pairs=36 .* 4 data-parallel ranks x batch\.accumulation=2 = 8"):
+        config.micro_batch(4)
+
+
+def test_every_field_says_what_it_is() -> None:
+    """The docstring below a field is its line in --help, so none may lack one."""
+    import ast
+    import inspect
+
+    from beit3_dist import config
+
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, following in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign):
+                    documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+                    assert documented, f"{node.name}.{ast.unparse(field.target)} has no docstring"
+
+
+def test_sections_are_keyword_only() -> None:
+    for section in (*SECTIONS.values(), RunConfig, Source):
+        if dataclasses.is_dataclass(section):
+            with pytest.raises(TypeError, match="positional"):
+                section(1)

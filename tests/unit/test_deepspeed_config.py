@@ -1,0 +1,143 @@
+"""The run config decides; DeepSpeed's file completes it and may not contradict it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from beit3_dist.config import BatchConfig, DataConfig, OptimConfig, ParallelConfig, RunConfig
+from beit3_dist.parallel.deepspeed_config import deepspeed_config
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+def run_config(file: object = "", *, zero_stage: int = 2, precision: str = "bf16") -> RunConfig:
+    """48 + 24 + 24 samples a step in 3 micro-batches; on 2 ranks a micro-batch has 8 + 4 + 4 = 16."""
+    return RunConfig(
+        out="out",
+        text_tokenizer="text.spm",
+        image_tokenizer="vqkd",
+        data=DataConfig(images="i", texts="t", pairs="p"),
+        precision=precision,
+        batch=BatchConfig(images=48, texts=24, pairs=24, accumulation=3),
+        parallel=ParallelConfig(zero_stage=zero_stage),
+        optim=OptimConfig(clip_norm=2.5),
+        deepspeed_config=str(file),
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    def write(settings: Any) -> Path:
+        path = tmp_path / "ds.json"
+        path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+        return path
+
+    return write
+
+
+def test_without_a_file_everything_comes_from_the_run() -> None:
+    settings = deepspeed_config(run_config(), 2)
+    assert settings["train_micro_batch_size_per_gpu"] == 16
+    assert settings["gradient_clipping"] == 2.5
+    assert settings["zero_optimization"] == {"stage": 2}
+    assert settings["bf16"] == {"enabled": True} and settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    # The engine accumulates by itself: DeepSpeed sees one micro-batch per step.
+    assert settings["gradient_accumulation_steps"] == 1 and settings["train_batch_size"] == 32
+
+
+def test_fp32() -> None:
+    settings = deepspeed_config(run_config(precision="fp32", zero_stage=0), 2)
+    assert settings["bf16"] == {"enabled": False} and settings["data_types"] == {"grad_accum_dtype": None}
+
+
+AUTO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "data_types": {"grad_accum_dtype": "auto"},
+    "zero_optimization": {"stage": "auto"},
+}
+EQUAL = {
+    "train_batch_size": 96,
+    "train_micro_batch_size_per_gpu": 16,
+    "gradient_accumulation_steps": 3,
+    "gradient_clipping": 2.5,
+    "bf16": {"enabled": True},
+    "data_types": {"grad_accum_dtype": "fp32"},
+    "zero_optimization": {"stage": 2},
+}
+
+
+@pytest.mark.parametrize("content", [{}, AUTO, EQUAL], ids=["empty", "auto", "equal"])
+def test_absent_auto_and_equal_values_mean_the_same(content: dict, written) -> None:
+    assert deepspeed_config(run_config(written(content)), 2) == deepspeed_config(run_config(), 2)
+
+
+def test_other_settings_are_passed_on(written) -> None:
+    file = {"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 7}, "wall_clock_breakdown": True}
+    settings = deepspeed_config(run_config(written(file)), 2)
+    assert settings["zero_optimization"] == {"overlap_comm": False, "reduce_bucket_size": 7, "stage": 2}
+    assert settings["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "theirs", "ours"),
+    [
+        ({"train_batch_size": 48}, "train_batch_size=48", "batch of the run config means 96"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8", "means 16"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1", "batch.accumulation"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0", "optim.clip_norm"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3", "parallel.zero_stage"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled=false", "precision"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, 'data_types.grad_accum_dtype="bf16"', "precision"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_a_contradiction_names_both_fields(content: dict, theirs: str, ours: str, written) -> None:
+    file = written(content)
+    with pytest.raises(ValueError) as refusal:
+        deepspeed_config(run_config(file), 2)
+    line = str(refusal.value)
+    assert "\n" not in line and str(file) in line and theirs in line and ours in line
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler", "fp16", "amp", "activation_checkpointing"])
+def test_sections_that_are_ours(section: str, written) -> None:
+    with pytest.raises(ValueError, match=f"section '{section}'; .*(run config|precision)"):
+        deepspeed_config(run_config(written({section: {}})), 2)
+
+
+def test_unreadable_files(written, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"deepspeed_config: there is no file .*nowhere\.json"):
+        deepspeed_config(run_config(tmp_path / "nowhere.json"), 2)
+    with pytest.raises(ValueError, match=r"deepspeed_config: .*ds\.json is not JSON"):
+        deepspeed_config(run_config(written("{")), 2)
+    with pytest.raises(ValueError, match=r"deepspeed_config: .*ds\.json must hold a JSON object"):
+        deepspeed_config(run_config(written([1])), 2)
+
+
+def test_a_batch_that_does_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"batch\.texts=24"):
+        deepspeed_config(run_config(), 16)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files(file: Path) -> None:
+    """Each loads with the run that its name promises, and with no other stage or precision."""
+    stage = int(file.stem[len("zero")])
+    settings = deepspeed_config(run_config(file, zero_stage=stage), 2)
+    assert settings["zero_optimization"]["stage"] == stage and settings["bf16"]["enabled"] is True
+    assert ("offload_optimizer" in settings["zero_optimization"]) == ("offload" in file.stem)
+    for wrong in ({"zero_stage": 2}, {"zero_stage": stage, "precision": "fp32"}):
+        with pytest.raises(ValueError, match=r"parallel\.zero_stage|precision"):
+            deepspeed_config(run_config(file, **wrong), 2)
+
+
+def test_three_files_are_shipped() -> None:
+    assert [file.stem for file in SHIPPED] == ["zero1_bf16", "zero3_bf16", "zero3_bf16_offload"]

@@ -1,0 +1,112 @@
+"""Our count of a step's FLOPs against torch's own, which looks at every operation that runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.training import flops
+from beit3_dist.training.flops import peak_flops, training_flops
+from beit3_dist.training.inputs import host_totals, masked_counts, prepare
+from tests.micro_batches import precomputed_codes, random_micro_batch
+
+SIZE = {
+    "layers": 3,
+    "width": 48,
+    "heads": 4,
+    "ffn_width": 100,
+    "patch_size": 4,
+    "image_size": 16,
+    "vocab_size": 120,
+    "visual_vocab_size": 40,
+    "max_text_length": 20,
+    "drop_path": 0.0,
+}
+CONFIGS = {
+    "paper": ModelConfig(**SIZE, vl_expert_layers=1),
+    "released": ModelConfig(**SIZE, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
+}
+
+
+def counted_by_torch(config: ModelConfig, batch, recompute: str = "none") -> int:
+    objective = MaskedDataModeling(BEiT3(config), ObjectiveConfig(), seed=0).train()
+    objective.model.blocks.recompute = recompute
+    step = (*prepare(batch, torch.device("cpu"), precomputed_codes(config)), torch.tensor(masked_counts(batch)), 0)
+    # The plain attention is a few matrix products; a fused one on the CPU is an operation that torch does not count.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(*step)[0].backward()
+    return counter.get_total_flops()
+
+
+def patch_embedding(config: ModelConfig, batch) -> int:
+    """FLOPs of one product of all pixels and the projection."""
+    patches = (batch.num_images + batch.num_pairs) * config.patches
+    return 2 * patches * 3 * config.patch_size**2 * config.width
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_equals_torchs_counter(config: ModelConfig) -> None:
+    batch = random_micro_batch(config)
+    batch.text_lengths[:] = batch.texts.shape[1]  # no padding, which torch would count inside attention
+    batch.caption_lengths[:] = batch.captions.shape[1]
+    ours = int(host_totals([batch], config)[5])
+    theirs = counted_by_torch(config, batch)
+    assert theirs == pytest.approx(ours, rel=0.01)
+    # What differs is known: pixels need no gradient, so the patch embedding's backward pass costs once, not twice.
+    assert ours - theirs == patch_embedding(config, batch)
+
+
+def test_padding_and_recomputation_do_not_count() -> None:
+    """They cost time, so torch counts more; the model's FLOPs, and with them the MFU, must not grow by them."""
+    config = CONFIGS["paper"]
+    batch = random_micro_batch(config)
+    assert batch.text_lengths.min() < batch.texts.shape[1]
+    ours = int(host_totals([batch], config)[5]) - patch_embedding(config, batch)
+    plain = counted_by_torch(config, batch)
+    assert ours < plain < 1.05 * ours  # padding exists inside attention only
+    # All blocks run forward once more: a third of what they cost, and they cost most.
+    assert 1.25 * plain < counted_by_torch(config, batch, "full") < 4 / 3 * plain
+
+
+def test_by_hand() -> None:
+    """One layer, D = 4, F = 8, one text of 3 words, 2 of them masked, vocabulary 20."""
+    config = ModelConfig(
+        layers=1,
+        width=4,
+        heads=1,
+        ffn_width=8,
+        patch_size=2,
+        image_size=2,
+        vl_expert_layers=0,
+        vocab_size=20,
+        visual_vocab_size=5,
+    )
+    projections, experts = 4 * 2 * 3 * 4 * 4, 2 * 2 * 3 * 4 * 8
+    attention = 2 * 2 * 3 * 3 * 4  # scores, then the mixture
+    none = torch.zeros(0, dtype=torch.int64)
+    text = training_flops(config, 0, none, torch.tensor([3]), 0, 2)
+    assert text == 3 * (projections + experts + attention + 2 * 2 * 4 * 20)
+    # One picture: CLS and one patch of 12 pixel values, masked, 5 codes.
+    picture = training_flops(config, 1, none, none, 1, 0)
+    assert picture == 3 * (4 * 2 * 2 * 16 + 2 * 2 * 2 * 32 + 2 * 2 * 2 * 2 * 4 + 2 * 12 * 4 + 2 * 4 * 5)
+    # A pair attends jointly: 2 + 3 tokens.
+    pair = training_flops(config, 0, torch.tensor([3]), none, 1, 2)
+    assert pair - text - picture == 3 * 2 * 2 * 4 * (5 * 5 - 3 * 3 - 2 * 2)
+
+
+def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(torch.device("cpu")) is None
+    for name, peak in {
+        "NVIDIA H200": 989.4e12,
+        "NVIDIA H100 80GB HBM3": 989.4e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA A100-SXM4-40GB": 312e12,
+        "NVIDIA GeForce RTX 3090": None,
+    }.items():
+        monkeypatch.setattr(flops.torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak

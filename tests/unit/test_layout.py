@@ -1,0 +1,87 @@
+"""Where the tokens of a mixed micro-batch lie, against plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from beit3_dist.model.layout import Group, Layout, group
+
+CPU = torch.device("cpu")
+
+
+def padding(lengths: list[int], longest: int) -> torch.Tensor:
+    return torch.arange(longest) >= torch.tensor(lengths)[:, None]
+
+
+CAPTIONS, TEXTS = [2, 4], [3, 1, 5]
+MIXED = Layout(
+    images=group(3, 5, None),
+    pairs=group(2, 5, padding(CAPTIONS, 4), 4),
+    texts=group(3, 0, padding(TEXTS, 6), 6),
+)
+FULL = Layout(images=group(1, 3, None), pairs=group(2, 3, None, 4), texts=group(2, 0, padding([2, 2], 2), 2))
+
+
+def test_segments_by_hand() -> None:
+    assert MIXED.segments == (15, 10, 6, 9) and MIXED.samples == 8
+    assert FULL.segments == (3, 6, 8, 4) and FULL.samples == 5
+    assert Layout(texts=FULL.texts).segments == (0, 0, 0, 4)
+
+
+def test_slices_of_the_experts_by_hand() -> None:
+    assert MIXED.sizes(("shared",)) == [40]
+    assert MIXED.sizes(("vision", "language")) == [25, 15]
+    assert MIXED.sizes(("vision", "vl", "language")) == [15, 16, 9]
+    with pytest.raises(AssertionError, match="language"):
+        MIXED.sizes(("language", "vision"))
+
+
+def plain_tokens(layout: Layout, captions: list[int], texts: list[int]) -> list[tuple[int, int]]:
+    """(sample, position in its modality) of each token, by the picture in layout.py."""
+    image, pair, text = layout.images, layout.pairs, layout.texts
+    tokens = [(s, p) for s in range(image.samples) for p in range(image.patches)]
+    tokens += [(image.samples + s, p) for s in range(pair.samples) for p in range(pair.patches)]
+    tokens += [(image.samples + s, p) for s, length in enumerate(captions) for p in range(length)]
+    tokens += [(image.samples + pair.samples + s, p) for s, length in enumerate(texts) for p in range(length)]
+    assert len(tokens) == sum(layout.segments) and text.samples == len(texts)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("layout", "captions", "texts"), [(MIXED, CAPTIONS, TEXTS), (FULL, [4, 4], [2, 2])], ids=["padded", "full"]
+)
+def test_samples_and_positions_against_a_loop(layout: Layout, captions: list[int], texts: list[int]) -> None:
+    tokens = plain_tokens(layout, captions, texts)
+    assert layout.token_samples(CPU).tolist() == [sample for sample, _ in tokens]
+    words = tokens[sum(layout.segments[:2]) :]
+    positions = torch.cat([layout.pairs.positions(CPU), layout.texts.positions(CPU)])
+    assert positions.tolist() == [position for _, position in words]
+
+
+def test_without_padding_there_is_neither_index_nor_mask() -> None:
+    assert FULL.texts == Group(2, 0, 2) and FULL.images == Group(1, 3, 0)
+
+
+def test_padded_words_are_no_keys() -> None:
+    mask = MIXED.pairs.mask
+    assert mask is not None and mask.shape == (2, 1, 1, 5 + 4)  # [B, H, queries, keys]
+    assert mask[0, 0, 0].tolist() == [True] * (5 + 2) + [False] * 2
+    assert mask[1].all()
+    assert MIXED.pairs.index is not None and MIXED.pairs.index.tolist() == [0, 1, 4, 5, 6, 7]
+
+
+def test_attention_mask_and_padding_both_hold() -> None:
+    causal = torch.ones(6, 6).tril().bool()
+    mask = group(2, 2, padding([2, 4], 4), 4, attention_mask=causal).mask
+    assert mask is not None and mask.shape == (2, 1, 6, 6)
+    for sample, length in enumerate((2, 4)):
+        for query in range(6):
+            for key in range(6):
+                assert mask[sample, 0, query, key] == (key <= query and key < 2 + length)
+
+
+def test_moving_keeps_everything() -> None:
+    moved = MIXED.to("cpu")
+    assert moved.segments == MIXED.segments
+    assert moved.pairs.index is not None and torch.equal(moved.pairs.index, MIXED.pairs.index)
