@@ -225,21 +225,25 @@ class ParallelConfig:
     """How the model is spread over the ranks. The data-parallel size is what the launcher's world leaves."""
 
     tensor: int = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel ranks: every layer's matrices are cut over so many neighbouring processes. Divides model.heads
+    and model.ffn_width."""
     pipeline: int = 1
     """Pipeline stages."""
     sequence: bool = False
-    """Sequence parallelism over the tensor ranks."""
+    """Shard the tokens over the tensor ranks where layers are not: norms, residuals, drop path. Saves memory."""
     zero_stage: Literal[0, 1, 2, 3] = 3
     """ZeRO stage: 0 nothing is sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
 
     def __post_init__(self) -> None:
-        for name, neutral in (("tensor", 1), ("pipeline", 1), ("sequence", False)):
-            require(
-                getattr(self, name) == neutral,
-                f"parallel.{name}={getattr(self, name)} is not available in this version; "
-                f"set it to {neutral} and use parallel.zero_stage",
-            )
+        require(self.tensor > 0, f"parallel.tensor must be positive, not {self.tensor}")
+        require(
+            self.pipeline == 1,
+            f"parallel.pipeline={self.pipeline} is not available in this version; set it to 1",
+        )
+        require(
+            self.tensor > 1 or not self.sequence,
+            "parallel.sequence shards tokens over the tensor ranks: set parallel.tensor above 1, or leave it off",
+        )
 
 
 @dataclass(kw_only=True)

@@ -54,7 +54,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts = ("shared",) if config.attention == "shared" else ("vision", "language")
-        self.heads = config.heads
+        self.head_dim = config.width // config.heads
         linear = lambda: nn.Linear(config.width, config.width)  # noqa: E731
         self.q = Multiway(experts, linear)
         self.k = Multiway(experts, linear)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.out = Multiway(experts, linear)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        q, k, v = (project(x_TD, layout).unflatten(-1, (self.heads, -1)) for project in (self.q, self.k, self.v))
+        q, k, v = (project(x_TD, layout).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         mixed_TD = attend(q, k, v, layout).flatten(-2)
         if self.inner_norm is not None:
             mixed_TD = self.inner_norm(mixed_TD, layout)

@@ -12,6 +12,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.block import Encoder
 from beit3_dist.model.embedding import LanguageEmbedding, VisionEmbedding
+from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.model.layout import Layout, group
 from beit3_dist.model.multiway import Multiway
@@ -45,8 +46,8 @@ class BEiT3(nn.Module):
             self.blocks = Encoder(config)
             experts = ("shared",) if config.attention == "shared" else ("vision", "language")
             self.norm = Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps))
-            self.image_head = nn.Linear(config.width, config.visual_vocab_size)
-            self.text_head = nn.Linear(config.width, config.vocab_size)
+            self.image_head = Head(config.width, config.visual_vocab_size)
+            self.text_head = Head(config.width, config.vocab_size)
         if torch.device(device).type != "meta":
             materialize(self, lambda name, shape: initial_value(name, shape, config, seed), device)
 
@@ -64,11 +65,19 @@ class BEiT3(nn.Module):
 
     def image_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the visual codes for some patches' hidden states, [M, codes]."""
-        return self.image_head(self.norm[self.norm.experts[0]](hidden_MD))
+        return self.image_head.logits(self.norm[self.norm.experts[0]](hidden_MD))
 
     def text_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the words for some words' hidden states, [M, vocabulary]."""
-        return self.text_head(self.norm[self.norm.experts[-1]](hidden_MD))
+        return self.text_head.logits(self.norm[self.norm.experts[-1]](hidden_MD))
+
+    def image_losses(self, hidden_MD: Tensor, codes: Tensor) -> Tensor:
+        """Cross-entropies and correct predictions, [2, M], of some patches' hidden states and their codes [M]."""
+        return self.image_head(self.norm[self.norm.experts[0]](hidden_MD), codes)
+
+    def text_losses(self, hidden_MD: Tensor, words: Tensor) -> Tensor:
+        """Cross-entropies and correct predictions, [2, M], of some words' hidden states and their ids [M]."""
+        return self.text_head(self.norm[self.norm.experts[-1]](hidden_MD), words)
 
     def encode(
         self,

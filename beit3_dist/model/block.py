@@ -38,19 +38,22 @@ class Block(nn.Module):
         return x_TD + (branch if keep_2T is None else branch * keep_2T[1, :, None])
 
 
-class Encoder(nn.ModuleList):
-    """The stack of blocks; the top `vl_expert_layers` have a vision-language expert."""
+class Encoder(nn.ModuleDict):
+    """The stack of blocks under their numbers; the top `vl_expert_layers` have a vision-language expert.
+
+    A dictionary and not a list, so that a pipeline stage can leave out blocks and the others keep their names.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         first_vl = config.layers - config.vl_expert_layers
-        super().__init__(Block(config, has_vl_expert=layer >= first_vl) for layer in range(config.layers))
+        super().__init__({str(layer): Block(config, layer >= first_vl) for layer in range(config.layers)})
         self.recompute: Recompute = "none"
 
     def forward(self, x_TD: Tensor, layout: Layout, keep_L2S: Tensor | None) -> Tensor:
         """`keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation."""
         token_samples = None if keep_L2S is None else layout.token_samples(x_TD.device)
-        for layer, block in enumerate(self):
-            keep_2T = None if keep_L2S is None else keep_L2S[layer][:, token_samples].to(x_TD.dtype)
+        for layer, block in self.items():
+            keep_2T = None if keep_L2S is None else keep_L2S[int(layer)][:, token_samples].to(x_TD.dtype)
             if self.recompute == "full" and self.training:
                 # Nothing in a block draws from a generator, so there is no state to restore on recompute.
                 x_TD = checkpoint(block, x_TD, layout, keep_2T, use_reentrant=False, preserve_rng_state=False)

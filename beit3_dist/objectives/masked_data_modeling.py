@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from beit3_dist.config import ObjectiveConfig
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
@@ -69,22 +68,17 @@ class MaskedDataModeling(nn.Module):
             )
         hidden_TD = self.model.hidden(inputs)
         image, text, pair_image, pair_text = targets.counts
-        image_sums = _sums(
-            self.model.image_logits(hidden_TD.index_select(0, targets.image_rows)), targets.codes, [image, pair_image]
-        )
-        text_sums = _sums(
-            self.model.text_logits(hidden_TD.index_select(0, targets.text_rows)), targets.words, [pair_text, text]
-        )
+        patches, words = (hidden_TD.index_select(0, rows) for rows in (targets.image_rows, targets.text_rows))
+        image_sums = _sums(self.model.image_losses(patches, targets.codes), [image, pair_image])
+        text_sums = _sums(self.model.text_losses(words, targets.words), [pair_text, text])
         statistics = torch.stack([image_sums[0], text_sums[1], image_sums[1], text_sums[0]], dim=1)
         weights = torch.tensor(self.weights, device=statistics.device)
         return (weights * statistics[0] / step_counts.clamp(min=1)).sum(), statistics.detach()
 
 
-def _sums(logits: Tensor, targets: Tensor, splits: list[int]) -> list[Tensor]:
-    """Per split of the rows: [sum of the cross-entropies, number of correct predictions]; fp32."""
-    losses = cross_entropy(logits.float(), targets, reduction="none")
-    correct = (logits.argmax(-1) == targets).float()
-    return [torch.stack([a.sum(), b.sum()]) for a, b in zip(losses.split(splits), correct.split(splits), strict=True)]
+def _sums(losses_2M: Tensor, splits: list[int]) -> list[Tensor]:
+    """Per split of the rows: [sum of the cross-entropies, number of correct predictions]."""
+    return [part.sum(1) for part in losses_2M.split(splits, dim=1)]
 
 
 def three_passes(

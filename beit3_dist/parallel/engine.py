@@ -17,7 +17,9 @@ from beit3_dist.config import RunConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.parallel.sharding import shard
+from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
 
 
 @dataclass
@@ -45,14 +47,14 @@ class Engine:
     def __init__(
         self,
         config: RunConfig,
-        mesh: Mesh,
+        groups: Groups,
         values: Values,
         objective: Callable[[BEiT3], nn.Module],
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
     ) -> None:
-        self.mesh = mesh
-        settings = deepspeed_config(config, mesh.world)
-        model = _build_model(config, mesh, settings, values)
+        self.mesh, self.groups = groups.mesh, groups
+        settings = deepspeed_config(config, groups.mesh.data)
+        model = _build_model(config, groups, settings, values)
         model.blocks.recompute = config.activation_checkpointing
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
@@ -60,7 +62,10 @@ class Engine:
         settings["zero_allow_untested_optimizer"] = True
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=objective(model), optimizer=optimizer(model, "offload_optimizer" in zero), config=settings
+                model=objective(model),
+                optimizer=optimizer(model, "offload_optimizer" in zero),
+                config=settings,
+                mpu=groups,
             )
         self.model = model
         self.accumulation = config.batch.accumulation
@@ -68,8 +73,8 @@ class Engine:
 
     @property
     def owns_state(self) -> bool:
-        """Whether this rank holds weights and moments that no other rank saves. At ZeRO-0 all ranks hold the same."""
-        return self.zero_stage > 0 or self.mesh.is_first
+        """Whether this rank holds weights and moments that no other saves. At ZeRO-0 all replicas hold the same."""
+        return self.zero_stage > 0 or self.mesh.data_rank == 0
 
     def train_step(
         self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float
@@ -86,7 +91,7 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(i == self.accumulation - 1)
             contribution, statistics = self.deepspeed(*micro_batch, step_counts, step)
             # DeepSpeed averages gradients over the data-parallel ranks; the contributions are to be summed.
-            self.deepspeed.backward(contribution * self.mesh.world, scale_wrt_gas=False)
+            self.deepspeed.backward(contribution * self.mesh.data, scale_wrt_gas=False)
             totals += statistics
         norm = self._plain_grad_norm() if self.zero_stage == 0 else None
         self.deepspeed.step()
@@ -107,11 +112,16 @@ class Engine:
         return self._reduce(totals, 0.0)
 
     def _plain_grad_norm(self) -> Tensor:
-        """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie whole and reduced on every rank."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
+        squares = torch.zeros((), device=self.mesh.device)
+        for parameter in self.model.parameters():
+            if parameter.model_parallel and parameter.grad is not None:
+                squares += parameter.grad.float().square().sum()
+        dist.all_reduce(squares, group=self.groups.model)
+        return squares.sqrt()
 
     def _reduce(self, totals: Tensor, norm: float) -> StepResult:
-        dist.all_reduce(totals)
+        self.groups.sum_over_data(totals)
         cross_entropy, correct = totals.tolist()
         return StepResult(cross_entropy, correct, norm)
 
@@ -120,15 +130,29 @@ def _numel(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _build_model(config: RunConfig, mesh: Mesh, settings: dict[str, Any], values: Values) -> BEiT3:
-    """Builds on the meta device, then gives memory and values piece by piece; under ZeRO-3 each piece is sharded
-    before the next one is made, so that no rank ever holds the whole model."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+def _build_model(config: RunConfig, groups: Groups, settings: dict[str, Any], values: Values) -> BEiT3:
+    """Builds on the meta device, cuts to this rank's slices, then gives memory and values piece by piece; under ZeRO-3
+    each piece is sharded before the next one is made, so that no rank ever holds the whole model."""
+    mesh, dtype = groups.mesh, torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = BEiT3(config.model, device="meta")
+    whole_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if mesh.tensor > 1:
+        apply_tensor_parallelism(model, groups.tensor, config.parallel.sequence)
+
+    def slice_of_value(name: str, shape: torch.Size) -> Tensor:
+        return shard(name, values(name, whole_shapes[name]), mesh.tensor, mesh.tensor_rank)
+
     pieces = [(name, module) for name, module in model.named_children() if name != "blocks"]
-    pieces += [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+    pieces += [(f"blocks.{i}", block) for i, block in model.blocks.items()]
     for prefix, piece in pieces:
-        materialize(piece, values, mesh.device, dtype, prefix=f"{prefix}.")
+        materialize(piece, slice_of_value, mesh.device, dtype, prefix=f"{prefix}.")
         if config.parallel.zero_stage == 3:
-            deepspeed.zero.Init(module=piece, config_dict_or_path=settings, dtype=dtype)
+            deepspeed.zero.Init(
+                module=piece,
+                config_dict_or_path=settings,
+                dtype=dtype,
+                data_parallel_group=groups.data,
+                mpu=groups,
+            )
+    mark_model_parallel(model, mesh.tensor_rank)
     return model

@@ -12,17 +12,47 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the `world` processes. So far every one of them is a data-parallel rank."""
+    """This process among `world = pipeline x data x tensor` processes.
+
+    rank = (pipeline_rank * data + data_rank) * tensor + tensor_rank: tensor ranks, which talk most, are neighbours;
+    pipeline stages, which talk least, lie furthest apart.
+    """
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
+    tensor: int = 1
+    """Ranks that share every layer."""
+    pipeline: int = 1
+    """Stages that the layers are cut into."""
+
+    @property
+    def data(self) -> int:
+        """Replicas of the model, each with its own micro-batches."""
+        return self.world // (self.tensor * self.pipeline)
+
+    @property
+    def tensor_rank(self) -> int:
+        """This process's slice of every layer."""
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """This process's replica."""
+        return self.rank // self.tensor % self.data
+
+    @property
+    def pipeline_rank(self) -> int:
+        """This process's stage."""
+        return self.rank // (self.tensor * self.data)
 
     @property
     def is_first(self) -> bool:
@@ -30,14 +60,76 @@ class Mesh:
         return self.rank == 0
 
 
-def read_mesh() -> Mesh:
-    """The mesh as the launcher describes it; one process where there is no launcher. Starts nothing."""
+def read_mesh(tensor: int = 1, pipeline: int = 1) -> Mesh:
+    """The mesh as the launcher describes it; one process where there is no launcher. Starts nothing.
+
+    Raises ValueError where tensor x pipeline ranks do not divide the launcher's processes.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world % (tensor * pipeline):
+        raise ValueError(
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {world} started processes"
+        )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     cuda = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return Mesh(rank, world, local_rank, local_world, device)
+    return Mesh(rank, world, local_rank, local_world, device, tensor, pipeline)
+
+
+class Groups:
+    """The process groups of a mesh, and the interface by which DeepSpeed asks for them ("mpu")."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        ranks = torch.arange(mesh.world).view(mesh.pipeline, mesh.data, mesh.tensor)
+        self.tensor = self._mine(ranks.flatten(0, 1))
+        self.data = self._mine(ranks.transpose(1, 2).flatten(0, 1))
+        self.pipeline = self._mine(ranks.flatten(1).T)
+        # All slices of one replica: DeepSpeed sums the gradient norm over it and agrees on overflow in it.
+        self.model = self._mine(ranks.transpose(0, 1).flatten(1))
+
+    def _mine(self, lists: Tensor) -> dist.ProcessGroup:
+        """Of the groups [groups, members] the one that this process is in. All processes create all groups."""
+        groups = [(members, dist.new_group(members)) for members in lists.tolist()]
+        return next(group for members, group in groups if self.mesh.rank in members)
+
+    def sum_over_data(self, values: Tensor) -> None:
+        """Sums `values` in place over the replicas."""
+        dist.all_reduce(values, group=self.data)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.data
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.data_rank
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.model
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.pipeline * self.mesh.tensor
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.pipeline_rank * self.mesh.tensor + self.mesh.tensor_rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self.tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.mesh.tensor
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.mesh.tensor_rank
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.mesh.pipeline_rank
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.mesh.pipeline
 
 
 def _free_port() -> int:
@@ -46,8 +138,8 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def connect(mesh: Mesh) -> None:
-    """Starts the process group (nccl on CUDA, gloo on the CPU) and claims the device."""
+def connect(mesh: Mesh) -> Groups:
+    """Starts the process groups (nccl on CUDA, gloo on the CPU) and claims the device."""
     defaults: dict[str, object] = {"RANK": mesh.rank, "WORLD_SIZE": mesh.world, "LOCAL_RANK": mesh.local_rank}
     if mesh.world == 1:
         defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -66,3 +158,4 @@ def connect(mesh: Mesh) -> None:
         # (The attribute deepspeed.comm.torch is torch itself; the module is found by its name only.)
         setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
+    return Groups(mesh)

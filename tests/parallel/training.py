@@ -23,7 +23,8 @@ from beit3_dist.model.initialization import initial_value
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments, optimizer_state
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.parallel.sharding import shard, sharded_dimension, unshard
 from beit3_dist.training.inputs import host_totals, prepare
 from beit3_dist.training.optimizer import build_optimizer, parameter_groups
 from beit3_dist.training.schedule import learning_rate
@@ -58,6 +59,8 @@ def run_config(
     precision: str = "fp32",
     clip_norm: float = 3.0,
     activation_checkpointing: str = "none",
+    tensor: int = 1,
+    sequence: bool = False,
 ) -> RunConfig:
     """A run of STEPS steps on 3 images, 4 texts and 2 pairs per micro-batch."""
     parts = accumulation * data_parallel
@@ -73,7 +76,7 @@ def run_config(
         activation_checkpointing=activation_checkpointing,
         objective=ObjectiveConfig(pair_image_weight=0.5),
         batch=BatchConfig(images=3 * parts, texts=4 * parts, pairs=2 * parts, accumulation=accumulation),
-        parallel=ParallelConfig(zero_stage=zero_stage),
+        parallel=ParallelConfig(zero_stage=zero_stage, tensor=tensor, sequence=sequence),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, clip_norm=clip_norm),
     )
 
@@ -97,22 +100,23 @@ class Trace:
     """Weights after the last step."""
 
 
-def engine_run(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
+def engine_run(groups: Groups, config: RunConfig) -> dict[str, Any]:
     """One rank of a run by our engine. Returns plain numbers and arrays."""
+    mesh = groups.mesh
     engine = Engine(
         config,
-        mesh,
+        groups,
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
-        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
+        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, groups.mesh.device),
     )
-    tokenize, parts = precomputed_codes(config.model), mesh.world * config.batch.accumulation
-    record: dict[str, Any] = {"losses": [], "grad_norms": []}
+    tokenize, parts = precomputed_codes(config.model), mesh.data * config.batch.accumulation
+    record: dict[str, Any] = {"losses": [], "grad_norms": [], "tensor_rank": mesh.tensor_rank}
     for step in range(config.steps):
-        # Micro-batch m of rank r is number m * world + r of the step's global batch.
-        mine = micro_batches(config.model, step, parts, range(mesh.rank, parts, mesh.world))
+        # Micro-batch m of replica r is number m * data + r of the step's global batch.
+        mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
         counts = host_totals(mine, config.model)[:4]
-        torch.distributed.all_reduce(counts)
+        groups.sum_over_data(counts)
         result = engine.train_step(
             (prepare(b, mesh.device, tokenize) for b in mine),
             counts,
@@ -138,16 +142,26 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
         assert record["losses"] == records[0]["losses"] and record["grad_norms"] == records[0]["grad_norms"]
     shapes = {n: p.shape for n, p in BEiT3(config.model, device="meta").named_parameters()}
 
+    ranks = 1 + max(record["tensor_rank"] for record in records)
+
+    def local(key: str, name: str, shape: torch.Size, tensor_rank: int) -> torch.Tensor:
+        slice_shape = shard(name, torch.empty(shape, device="meta"), ranks, tensor_rank).shape
+        flat = np.full(slice_shape.numel(), np.nan, dtype=np.float32)
+        for record in records:
+            if record["tensor_rank"] == tensor_rank and name in record[key]:
+                start, piece = record[key][name]
+                flat[start : start + len(piece)] = piece
+        assert not np.isnan(flat).any(), f"no rank holds all of {name}"
+        return torch.from_numpy(flat).view(slice_shape)
+
     def whole(key: str) -> dict[str, torch.Tensor]:
         tensors = {}
         for name, shape in shapes.items():
-            flat = np.full(shape.numel(), np.nan, dtype=np.float32)
-            for record in records:
-                if name in record[key]:
-                    start, piece = record[key][name]
-                    flat[start : start + len(piece)] = piece
-            assert not np.isnan(flat).any(), f"no rank holds all of {name}"
-            tensors[name] = torch.from_numpy(flat).view(shape)
+            slices = [local(key, name, shape, rank) for rank in range(ranks)]
+            if sharded_dimension(name) is None:
+                for other in slices[1:]:
+                    assert torch.equal(slices[0], other), f"the tensor ranks' copies of {name} have drifted apart"
+            tensors[name] = unshard(name, slices, tuple(shape))
         return tensors
 
     first_gradients = {n: m / (1 - config.optim.beta1) for n, m in whole("first_moments").items()}

@@ -27,7 +27,14 @@ def free_port() -> int:
 
 
 def _work(
-    rank: int, world: int, port: int, results: Connection, function: Callable[..., Any], arguments: tuple
+    rank: int,
+    world: int,
+    tensor: int,
+    pipeline: int,
+    port: int,
+    results: Connection,
+    function: Callable[..., Any],
+    arguments: tuple,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -42,17 +49,18 @@ def _work(
     try:
         from beit3_dist.parallel.mesh import connect, read_mesh
 
-        mesh = read_mesh()
-        connect(mesh)
-        results.send(("result", function(mesh, *arguments)))
+        groups = connect(read_mesh(tensor, pipeline))
+        results.send(("result", function(groups, *arguments)))
     except BaseException:
         results.send(("error", traceback.format_exc()))
     results.close()
     os._exit(0)  # gloo's threads make an orderly end slow, and nothing is left to do
 
 
-def run_workers(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """`function(mesh, *arguments)` in each of `world` connected processes; their results by rank.
+def run_workers(
+    world: int, function: Callable[..., Any], *arguments: Any, tensor: int = 1, pipeline: int = 1
+) -> list[Any]:
+    """`function(groups, *arguments)` in each of `world` connected processes; their results by rank.
 
     `function` is importable by name; results are numbers, strings and numpy arrays. The first error of any rank, or a
     hang, fails the test.
@@ -63,7 +71,9 @@ def run_workers(world: int, function: Callable[..., Any], *arguments: Any) -> li
     processes, ends = [], []
     for rank in range(world):
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(rank, world, port, send, function, arguments), daemon=True)
+        process = context.Process(
+            target=_work, args=(rank, world, tensor, pipeline, port, send, function, arguments), daemon=True
+        )
         process.start()
         send.close()
         processes.append(process)

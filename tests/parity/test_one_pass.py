@@ -88,7 +88,7 @@ def test_vl_expert_takes_both_sides_of_pairs_and_nothing_else() -> None:
     before = {use: model.encode(**given) for use, given in uses.items()}
     served = {"vision": {"image"}, "language": {"text"}, "vl": {"pair"}}
     for expert, expected in served.items():
-        weight = model.blocks[-1].ffn[expert].fc2.weight
+        weight = model.blocks["3"].ffn[expert].fc2.weight
         kept = weight.data.clone()
         weight.data.normal_(generator=torch.Generator().manual_seed(2))
         changed = {use for use, given in uses.items() if not torch.equal(model.encode(**given), before[use])}

@@ -1,0 +1,23 @@
+"""A classification head together with its loss, so that no one outside has to hold all logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+
+class Head(nn.Linear):
+    """Hidden states [M, D] and target classes [M] -> [2, M]: cross-entropies, and 1 where the prediction is right.
+
+    `weight` [classes, D] and `bias` [classes], untied from any embedding. The softmax is computed in fp32.
+    """
+
+    def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
+        logits = self.logits(hidden_MD).float()
+        correct = (logits.argmax(-1) == targets).float()
+        return torch.stack([cross_entropy(logits, targets, reduction="none"), correct])
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """Logits [M, classes]."""
+        return linear(hidden_MD, self.weight, self.bias)

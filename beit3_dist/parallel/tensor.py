@@ -1,0 +1,337 @@
+"""Tensor parallelism: every layer's matrices are cut over neighbouring ranks, after the model is built.
+
+The model's files know nothing of it. Its linear layers keep their names and get the local shapes; what crosses ranks
+happens in hooks around attention and around an expert's two matrices, as in Megatron-LM (Shoeybi et al. 2019):
+
+    attention and fc1 ... fc2:   copy in, all-reduce out
+    with sequence parallelism:   all-gather in, reduce-scatter out, and norms, residuals and drop path in between
+                                 work on each rank's share of the tokens (Korthikanti et al. 2022)
+
+Word vectors and both heads are cut by rows, with a cross-entropy that never gathers logits. Sub-LayerNorms over a cut
+width reduce their moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import embedding, layer_norm, linear
+
+from beit3_dist.config import ModelConfig, require_divides
+from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.model.attention import Attention
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.head import Head
+from beit3_dist.model.layout import Layout
+from beit3_dist.model.multiway import FeedForward
+from beit3_dist.parallel.collectives import (
+    Copy,
+    Gather,
+    GatherReplicated,
+    Reduce,
+    ReduceScatter,
+    Scatter,
+    Share,
+    all_gather,
+)
+from beit3_dist.parallel.sharding import shard, sharded_dimension
+
+
+def check_tensor(config: ModelConfig, ranks: int) -> None:
+    """Raises ValueError where the model cannot be cut into so many slices."""
+    require_divides("parallel.tensor", ranks, "model.heads", config.heads)
+    require_divides("parallel.tensor", ranks, "model.ffn_width", config.ffn_width)
+
+
+def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: bool) -> None:
+    """Cuts a model on the meta device to this rank's slices. `sequence`: shard the tokens between the layers too."""
+    ranks, rank = group.size(), group.rank()
+    check_tensor(model.config, ranks)
+    language, config = model.language_embedding, model.config
+    language.words = VocabParallelEmbedding(language.words, group)
+    model.image_head = VocabParallelHead(model.image_head, config.visual_vocab_size, group)
+    model.text_head = VocabParallelHead(model.text_head, config.vocab_size, group)
+    for module in list(model.blocks.modules()):
+        for name, child in module.named_children():
+            if name == "inner_norm" and isinstance(child, nn.LayerNorm):
+                module.inner_norm = ShardedLayerNorm(child, group)
+            elif name == "inner_norm":
+                for expert, norm in child.items():
+                    child[expert] = ShardedLayerNorm(norm, group)
+            elif name == "out":
+                for expert, projection in child.items():
+                    child[expert] = RowParallelLinear(projection, ranks)
+            elif name == "fc2":
+                module.fc2 = RowParallelLinear(child, ranks)
+            elif sequence and isinstance(child, LayerNorm):
+                setattr(module, name, TokenParallelLayerNorm(child, group))
+    for module in model.blocks.modules():
+        if isinstance(module, Attention):
+            around = _SequenceAttention(group) if sequence else _Whole(group)
+            module.register_forward_pre_hook(around.enter)
+            module.register_forward_hook(around.leave)
+        elif isinstance(module, FeedForward):
+            around = _Sequence(group) if sequence else _Whole(group)
+            module.fc1.register_forward_pre_hook(around.enter)
+            module.fc2.register_forward_hook(around.leave)
+    if sequence:
+        shares = _TokenShares(group)
+        model.blocks.register_forward_pre_hook(shares.enter)
+        model.blocks.register_forward_hook(shares.leave)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        local = shard(name, parameter.detach(), ranks, rank)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(local))
+
+
+def mark_model_parallel(model: nn.Module, tensor_rank: int) -> None:
+    """Tells DeepSpeed which parameters count on this rank in the norm of the whole model: its own slices, and what is
+    replicated over the tensor ranks once. An unmarked parameter would count on model-parallel rank 0 alone."""
+    for name, parameter in model.named_parameters():
+        parameter.model_parallel = sharded_dimension(name) is not None or tensor_rank == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+
+
+class RowParallelLinear(nn.Linear):
+    """x [T, in / ranks] -> partial sums [T, out]; the bias, whole on every rank, is added once over all of them."""
+
+    def __init__(self, whole: nn.Linear, ranks: int) -> None:
+        super().__init__(whole.in_features, whole.out_features, device="meta")
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, Share.apply(self.bias, self.ranks))
+
+
+class TokenParallelLayerNorm(LayerNorm):
+    """LayerNorm of this rank's tokens: the gradients of its replicated parameters are summed over the tensor ranks."""
+
+    def __init__(self, whole: nn.LayerNorm, group: dist.ProcessGroup) -> None:
+        super().__init__(whole.normalized_shape, whole.eps, device="meta")
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = Copy.apply(self.weight, self.group), Copy.apply(self.bias, self.group)
+        return layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class ShardedLayerNorm(nn.Module):
+    """LayerNorm over a width that is cut over the tensor ranks: x [T, width / ranks], weight and bias likewise."""
+
+    def __init__(self, whole: nn.LayerNorm, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.group = whole.weight, whole.bias, whole.eps, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ShardedNorm.apply(x, self.eps, self.group) * self.weight + self.bias
+
+
+class _ShardedNorm(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) over the whole width; moments in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float, group: dist.ProcessGroup) -> Tensor:
+        wide = x.float()
+        mean = wide.mean(-1)
+        moments = torch.stack([mean, wide.var(-1, unbiased=False)])
+        everyones = all_gather(moments, group).view(group.size(), *moments.shape)
+        # Moments of equal parts join as E[variance] + E[(mean - joint mean)^2] (Chan et al. 1979): no cancellation.
+        joint = everyones[:, 0].mean(0)
+        variance = everyones[:, 1].mean(0) + (everyones[:, 0] - joint).square().mean(0)
+        scale = torch.rsqrt(variance + eps)
+        normal = (wide - joint[:, None]) * scale[:, None]
+        ctx.save_for_backward(normal, scale)
+        ctx.group = group
+        return normal.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        normal, scale = ctx.saved_tensors
+        wide = gradient.float()
+        means = torch.stack([wide.mean(-1), (wide * normal).mean(-1)])
+        dist.all_reduce(means, group=ctx.group)
+        means /= ctx.group.size()
+        out = (wide - means[0][:, None] - normal * means[1][:, None]) * scale[:, None]
+        return out.to(gradient.dtype), None, None
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Word ids [W] -> [W, D]; each rank holds a range of the rows."""
+
+    def __init__(self, whole: nn.Embedding, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.weight, self.group = whole.weight, group
+
+    def forward(self, words: Tensor) -> Tensor:
+        rows = self.weight.shape[0]
+        local = words - self.group.rank() * rows
+        mine = (local >= 0) & (local < rows)
+        vectors = embedding(local.clamp(0, rows - 1), self.weight) * mine[:, None]
+        return Reduce.apply(vectors, self.group)
+
+
+class VocabParallelHead(Head):
+    """A head whose classes are cut over the tensor ranks; padding classes have a logit of minus infinity."""
+
+    def __init__(self, whole: Head, classes: int, group: dist.ProcessGroup) -> None:
+        super().__init__(whole.in_features, classes, device="meta")
+        self.classes, self.group = classes, group
+
+    def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
+        logits = linear(Copy.apply(hidden_MD, self.group), self.weight, self.bias).float()
+        first = self.group.rank() * logits.shape[1]
+        if first + logits.shape[1] > self.classes:
+            logits[:, max(0, self.classes - first) :] = -torch.inf
+        return _VocabParallelCrossEntropy.apply(logits, targets - first, self.group)
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        raise NotImplementedError("gather a vocabulary-parallel head before using its logits")
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Logits [M, classes / ranks], targets relative to the rank's first class -> [2, M]: losses, hits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
+        rows, width = logits.shape
+        best, index = logits.max(-1)
+        top = best.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        exponentials = (logits - top[:, None]).exp()
+        mine = (targets >= 0) & (targets < width)
+        local = targets.clamp(0, width - 1)
+        picked = torch.where(mine, logits.gather(1, local[:, None])[:, 0], 0.0)
+        sums = torch.stack([exponentials.sum(-1), picked])
+        dist.all_reduce(sums, group=group)
+        # The prediction is the first of the largest logits, as in torch's argmax.
+        first = group.rank() * width
+        prediction = torch.where(best == top, index + first, torch.iinfo(torch.int64).max)
+        dist.all_reduce(prediction, dist.ReduceOp.MIN, group=group)
+        ctx.save_for_backward(exponentials.div_(sums[0][:, None]), local, mine)
+        return torch.stack([sums[0].log() + top - sums[1], (prediction == targets + first).float()])
+
+    @staticmethod
+    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor, None, None]:
+        softmax, local, mine = ctx.saved_tensors
+        gradient = softmax * gradient_2M[0][:, None]
+        gradient.scatter_add_(1, local[:, None], -(gradient_2M[0] * mine)[:, None])
+        return gradient, None, None
+
+
+# ------------------------------------------------------------------------------------------- what crosses the ranks
+
+
+@dataclass(frozen=True)
+class GatheredLayout(Layout):
+    """The whole micro-batch's layout, as attention needs it, with the place of each token among the gathered shares."""
+
+    rows: Tensor | None = None
+    """int64 [T]: row of each token in the gathered matrix [ranks * share]."""
+    share: int = 0
+    """Tokens of a rank, padding included."""
+
+
+@dataclass(frozen=True)
+class SharedLayout(Layout):
+    """The layout of one rank's share of the tokens: of each of the four segments an equal part, padded at its end."""
+
+    whole: GatheredLayout | None = None
+    """The whole micro-batch's layout."""
+    parts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Tokens of the segments in this share."""
+    samples_of_tokens: Tensor | None = None
+    """int64 [share]: sample of each token; padding belongs to sample 0."""
+
+    @property
+    def segments(self) -> tuple[int, int, int, int]:
+        return self.parts
+
+    def token_samples(self, device: torch.device) -> Tensor:
+        assert self.samples_of_tokens is not None
+        return self.samples_of_tokens
+
+
+def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) -> SharedLayout:
+    """Cuts each segment by itself, padded to a multiple of the ranks, so that every rank runs every expert."""
+    parts = tuple(-(-segment // ranks) for segment in layout.segments)
+    share, rows, before = sum(parts), [], 0
+    for segment, part in zip(layout.segments, parts, strict=True):
+        token = torch.arange(segment, device=device)
+        rows.append(token // max(part, 1) * share + before + token % max(part, 1))
+        before += part
+    place = torch.cat(rows)
+    samples = torch.zeros(ranks * share, dtype=torch.int64, device=device)
+    samples[place] = layout.token_samples(device)
+    groups = {"images": layout.images, "pairs": layout.pairs, "texts": layout.texts}
+    whole = GatheredLayout(**groups, rows=place, share=share)
+    mine = samples[rank * share : (rank + 1) * share]
+    return SharedLayout(**groups, whole=whole, parts=parts, samples_of_tokens=mine)
+
+
+class _Whole:
+    """Hooks without sequence parallelism: every rank has all tokens."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return Copy.apply(inputs[0], self.group), *inputs[1:]
+
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return Reduce.apply(output, self.group)
+
+
+class _Sequence:
+    """Hooks around an expert: its order of tokens does not matter, so shares are gathered rank by rank."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def enter(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (Gather.apply(inputs[0], self.group),)
+
+    def leave(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return ReduceScatter.apply(output, self.group)
+
+
+class _SequenceAttention:
+    """Hooks around attention, which needs the tokens in the layout's order and without the shares' padding."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def enter(self, module: nn.Module, inputs: tuple[Tensor, SharedLayout]) -> tuple[Tensor, GatheredLayout]:
+        share, layout = inputs
+        assert layout.whole is not None and layout.whole.rows is not None
+        return Gather.apply(share, self.group).index_select(0, layout.whole.rows), layout.whole
+
+    def leave(self, module: nn.Module, inputs: tuple[Tensor, GatheredLayout], output: Tensor) -> Tensor:
+        layout = inputs[1]
+        assert layout.rows is not None
+        gathered = output.new_zeros(self.group.size() * layout.share, output.shape[1])
+        return ReduceScatter.apply(gathered.index_copy(0, layout.rows, output), self.group)
+
+
+class _TokenShares:
+    """Hooks around the stack of blocks: all tokens -> this rank's share, and back."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def enter(self, module: nn.Module, inputs: tuple[Tensor, Layout, Tensor | None]) -> tuple[Any, ...]:
+        x_TD, layout, keep = inputs
+        shared = share_layout(layout, self.group.size(), self.group.rank(), x_TD.device)
+        assert shared.whole is not None and shared.whole.rows is not None
+        padded = x_TD.new_zeros(self.group.size() * shared.whole.share, x_TD.shape[1])
+        return Scatter.apply(padded.index_copy(0, shared.whole.rows, x_TD), self.group), shared, keep
+
+    def leave(self, module: nn.Module, inputs: tuple[Tensor, SharedLayout, Tensor | None], output: Tensor) -> Tensor:
+        layout = inputs[1].whole
+        assert layout is not None and layout.rows is not None
+        return GatherReplicated.apply(output, self.group).index_select(0, layout.rows)
