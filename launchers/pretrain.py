@@ -28,8 +28,8 @@ def main(arguments: list[str]) -> None:
     from beit3_dist.training.resilience import RunStopped
 
     log_to_console()
-    mesh = read_mesh()
     try:
+        mesh = read_mesh(config.parallel.tensor, config.parallel.pipeline)
         ready = prepare_run(config, mesh)
     except (ValueError, OSError) as error:
         refuse(PROGRAM, error)

@@ -7,9 +7,10 @@
         manifest.json             size and SHA-256 of every file above; written last
     checkpoints/latest            name of the newest checkpoint
 
-A fragment is a piece of a flattened parameter under its canonical name; its place stands in the shard's header. So a
-checkpoint loads at any number of data-parallel ranks and at any ZeRO stage. A checkpoint is written in a folder named
-`*.partial` and renamed when every file of every rank is synced; `latest` follows.
+A fragment is a piece of a flattened parameter, or of its part on a tensor rank, under its canonical name; its place
+stands in the shard's header. So a checkpoint loads in any layout: at another number of data-parallel or tensor ranks,
+at another ZeRO stage. It is written in a folder named `*.partial`, which is renamed when every file of every rank is
+synced; `latest` follows.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from beit3_dist.checkpoint.files import sha256, sync, write_json, write_text
 from beit3_dist.config import BatchConfig, ModelConfig
@@ -35,18 +37,41 @@ from beit3_dist.config import BatchConfig, ModelConfig
 FORMAT = 1
 
 
+@dataclass(frozen=True)
+class Cut:
+    """One of the equal parts that a parameter is cut into along a dimension; the last ones are padded with zeros."""
+
+    dimension: int
+    part: int
+    parts: int
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the part."""
+        return tuple(-(-n // self.parts) if d == self.dimension else n for d, n in enumerate(whole))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of a whole parameter."""
+        rows = self.shape(tuple(whole.shape))[self.dimension]
+        begin, end = (min(n * rows, whole.shape[self.dimension]) for n in (self.part, self.part + 1))
+        mine = whole.narrow(self.dimension, begin, end - begin)
+        missing = rows - mine.shape[self.dimension]
+        return pad(mine, (0, 0) * (whole.ndim - 1 - self.dimension) + (0, missing)) if missing else mine
+
+
 @dataclass
 class Piece:
-    """Elements [start, start + numel) of a flattened parameter, with everything that belongs to them."""
+    """Elements [start, start + numel) of a flattened parameter, or of a part of it, with all that belongs to them."""
 
     name: str
     """Canonical name of the parameter."""
     shape: tuple[int, ...]
     """Shape of the whole parameter."""
     start: int
-    """First element of the piece."""
+    """First element of the piece in the flattened parameter or part."""
     tensors: dict[str, Tensor]
     """Suffix of the stored name -> values, float32 [numel]: "" for the master weights, "/exp_avg" ... for moments."""
+    cut: Cut | None = None
+    """Where the parameter is cut over tensor ranks: the part that the piece belongs to."""
 
     @property
     def numel(self) -> int:
@@ -133,7 +158,10 @@ def _write_shard(path: Path, pieces: Iterable[Piece]) -> None:
         for piece in pieces
         for suffix, values in piece.tensors.items()
     }
-    places = {piece.name: {"start": piece.start, "shape": piece.shape} for piece in pieces}
+    places = {
+        piece.name: {"start": piece.start, "shape": piece.shape, "cut": piece.cut and asdict(piece.cut)}
+        for piece in pieces
+    }
     save_file(tensors, path, metadata={"fragments": json.dumps(places)})
     sync(path)
 
@@ -208,47 +236,87 @@ def load(path: Path, pieces: Iterable[Piece]) -> None:
     Raises ValueError where a file's digest is wrong or elements are missing.
     """
     _verify_digests(path)
-    with ExitStack() as stack:
-        shards = []
-        for file in sorted(path.glob("shard_*.safetensors")):
-            shard = stack.enter_context(safe_open(file, framework="pt"))
-            shards.append((shard, json.loads(shard.metadata()["fragments"])))
+    with _Shards(path) as shards:
         for piece in pieces:
             for suffix, target in piece.tensors.items():
-                _fill(target, piece, suffix, shards, path)
+                shards.fill(target, piece, suffix)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The whole model of a checkpoint, name -> float32 tensor on the CPU, in one process and without DeepSpeed."""
-    flat: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(path.glob("shard_*.safetensors")):
-        with safe_open(file, framework="pt") as shard:
-            for name, place in json.loads(shard.metadata()["fragments"]).items():
-                shapes[name] = place["shape"]
-                piece = shard.get_tensor(name)
-                whole = flat.setdefault(name, torch.full((math.prod(place["shape"]),), math.nan))
-                whole[place["start"] : place["start"] + piece.numel()] = piece
-    return {name: whole.view(shapes[name]) for name, whole in flat.items()}
+    with _Shards(path) as shards:
+        return {name: shards.whole(name, "") for name in shards.stored}
 
 
-def _fill(target: Tensor, piece: Piece, suffix: str, shards: list[tuple[Any, dict[str, Any]]], path: Path) -> None:
-    """Copies into `target` [piece.numel] whatever the shards hold of it."""
-    found = 0
-    for shard, places in shards:
-        place = places.get(piece.name)
-        if place is None:
-            continue
-        if tuple(place["shape"]) != piece.shape:
-            raise ValueError(f"{path}: {piece.name} has shape {place['shape']}, the model needs {list(piece.shape)}")
-        stored = shard.get_slice(piece.name + suffix)
-        begin = max(piece.start, place["start"])
-        end = min(piece.start + piece.numel, place["start"] + stored.get_shape()[0])
-        if begin < end:
-            target[begin - piece.start : end - piece.start].copy_(stored[begin - place["start"] : end - place["start"]])
-            found += end - begin
-    if found != piece.numel:
-        raise ValueError(f"{path} holds {found} of {piece.numel} elements of {piece.name}{suffix}")
+@dataclass
+class _Stored:
+    """A piece in an open file."""
+
+    file: Any
+    start: int
+    shape: tuple[int, ...]
+    cut: Cut | None
+
+
+class _Shards(AbstractContextManager["_Shards"]):
+    """All pieces of a checkpoint by the name of their parameter, read only where they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._files = path, ExitStack()
+        self.stored: dict[str, list[_Stored]] = {}
+        for name in sorted(path.glob("shard_*.safetensors")):
+            file = self._files.enter_context(safe_open(name, framework="pt"))
+            for parameter, place in json.loads(file.metadata()["fragments"]).items():
+                cut = place["cut"] and Cut(**place["cut"])
+                piece = _Stored(file, place["start"], tuple(place["shape"]), cut)
+                self.stored.setdefault(parameter, []).append(piece)
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def fill(self, target: Tensor, piece: Piece, suffix: str) -> None:
+        """Copies the piece's values into `target` [numel]. Raises ValueError where the checkpoint lacks some."""
+        stored = self.stored.get(piece.name, [])
+        for other in stored:
+            if other.shape != piece.shape:
+                raise ValueError(
+                    f"{self._path}: {piece.name} has shape {list(other.shape)}, the model needs {list(piece.shape)}"
+                )
+        if stored and (stored[0].cut and stored[0].cut.parts) != (piece.cut and piece.cut.parts):
+            whole = self.whole(piece.name, suffix)  # cut into another number of parts: put together and cut anew
+            part = whole if piece.cut is None else piece.cut.of(whole)
+            target.copy_(part.reshape(-1)[piece.start : piece.start + piece.numel])
+        else:
+            same = [other for other in stored if other.cut == piece.cut]
+            self._copy(target, piece.start, same, piece.name + suffix)
+
+    def whole(self, name: str, suffix: str) -> Tensor:
+        """A whole parameter (or moment), float32 on the CPU."""
+        stored = self.stored[name]
+        shape, cut = stored[0].shape, stored[0].cut
+        if cut is None:
+            flat = torch.empty(math.prod(shape))
+            self._copy(flat, 0, stored, name + suffix)
+            return flat.view(shape)
+        parts = []
+        for part in range(cut.parts):
+            flat = torch.empty(math.prod(cut.shape(shape)))
+            mine = [other for other in stored if other.cut is not None and other.cut.part == part]
+            self._copy(flat, 0, mine, name + suffix)
+            parts.append(flat.view(cut.shape(shape)))
+        return torch.cat(parts, dim=cut.dimension).narrow(cut.dimension, 0, shape[cut.dimension])
+
+    def _copy(self, target: Tensor, start: int, stored: list[_Stored], key: str) -> None:
+        """Copies elements [start, start + numel) of what the pieces, which do not overlap, hold together."""
+        found, stop = 0, start + target.numel()
+        for piece in stored:
+            values = piece.file.get_slice(key)
+            begin, end = max(start, piece.start), min(stop, piece.start + values.get_shape()[0])
+            if begin < end:
+                target[begin - start : end - start].copy_(values[begin - piece.start : end - piece.start])
+                found += end - begin
+        if found != target.numel():
+            raise ValueError(f"{self._path} holds {found} of {target.numel()} elements of {key}")
 
 
 def _verify_digests(path: Path) -> None:

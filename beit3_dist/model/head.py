@@ -7,11 +7,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 
-class Head(nn.Linear):
+class Head(nn.Module):
     """Hidden states [M, D] and target classes [M] -> [2, M]: cross-entropies, and 1 where the prediction is right.
 
     `weight` [classes, D] and `bias` [classes], untied from any embedding. The softmax is computed in fp32.
     """
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.weight = nn.Parameter(torch.empty(classes, width))
+        self.bias = nn.Parameter(torch.empty(classes))
 
     def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(hidden_MD).float()

@@ -68,13 +68,9 @@ class Engine:
                 mpu=groups,
             )
         self.model = model
+        self.whole_shapes = {n: tuple(p.shape) for n, p in BEiT3(config.model, device="meta").named_parameters()}
         self.accumulation = config.batch.accumulation
         self.zero_stage = config.parallel.zero_stage
-
-    @property
-    def owns_state(self) -> bool:
-        """Whether this rank holds weights and moments that no other saves. At ZeRO-0 all replicas hold the same."""
-        return self.zero_stage > 0 or self.mesh.data_rank == 0
 
     def train_step(
         self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float
@@ -114,7 +110,8 @@ class Engine:
     def _plain_grad_norm(self) -> Tensor:
         """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
         squares = torch.zeros((), device=self.mesh.device)
-        for parameter in self.model.parameters():
+        parameters: Iterable[Any] = self.model.parameters()
+        for parameter in parameters:
             if parameter.model_parallel and parameter.grad is not None:
                 squares += parameter.grad.float().square().sum()
         dist.all_reduce(squares, group=self.groups.model)

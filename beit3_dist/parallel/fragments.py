@@ -97,7 +97,7 @@ def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int) -
 
 
 @torch.no_grad()
-def refresh_parameters(model: nn.Module, optimizer: Any, pieces: list[Fragment]) -> None:
+def refresh_parameters(model: nn.Module, optimizer: Any, pieces: list[Fragment], data_group: dist.ProcessGroup) -> None:
     """Makes the working parameters follow master weights that were written from outside. Collective."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         parameters: dict[str, Any] = dict(model.named_parameters())
@@ -116,5 +116,5 @@ def refresh_parameters(model: nn.Module, optimizer: Any, pieces: list[Fragment])
         if name in mine:
             piece = mine[name]
             whole[piece.start : piece.start + piece.numel].copy_(piece.slice_of(piece.flat))
-        dist.all_reduce(whole)
+        dist.all_reduce(whole, group=data_group)
         parameter.copy_(whole.view_as(parameter))

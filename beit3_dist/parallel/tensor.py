@@ -13,8 +13,9 @@ width reduce their moments.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from beit3_dist.model.attention import Attention
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.head import Head
 from beit3_dist.model.layout import Layout
-from beit3_dist.model.multiway import FeedForward
+from beit3_dist.model.multiway import FeedForward, Multiway
 from beit3_dist.parallel.collectives import (
     Copy,
     Gather,
@@ -51,47 +52,50 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
     """Cuts a model on the meta device to this rank's slices. `sequence`: shard the tokens between the layers too."""
     ranks, rank = group.size(), group.rank()
     check_tensor(model.config, ranks)
-    language, config = model.language_embedding, model.config
-    language.words = VocabParallelEmbedding(language.words, group)
-    model.image_head = VocabParallelHead(model.image_head, config.visual_vocab_size, group)
-    model.text_head = VocabParallelHead(model.text_head, config.vocab_size, group)
+    model.language_embedding.words = VocabParallelEmbedding(model.language_embedding.words, group)
+    model.image_head = VocabParallelHead(model.image_head, group)
+    model.text_head = VocabParallelHead(model.text_head, group)
     for module in list(model.blocks.modules()):
-        for name, child in module.named_children():
-            if name == "inner_norm" and isinstance(child, nn.LayerNorm):
-                module.inner_norm = ShardedLayerNorm(child, group)
-            elif name == "inner_norm":
-                for expert, norm in child.items():
-                    child[expert] = ShardedLayerNorm(norm, group)
-            elif name == "out":
-                for expert, projection in child.items():
-                    child[expert] = RowParallelLinear(projection, ranks)
-            elif name == "fc2":
-                module.fc2 = RowParallelLinear(child, ranks)
+        for name, child in list(module.named_children()):
+            experts = child if isinstance(child, Multiway) else None
+            if name == "inner_norm":
+                _replace(module, name, experts, lambda norm: ShardedLayerNorm(norm, group))
+            elif name in ("out", "fc2"):
+                _replace(module, name, experts, lambda projection: RowParallelLinear(projection, ranks))
             elif sequence and isinstance(child, LayerNorm):
                 setattr(module, name, TokenParallelLayerNorm(child, group))
     for module in model.blocks.modules():
         if isinstance(module, Attention):
-            around = _SequenceAttention(group) if sequence else _Whole(group)
-            module.register_forward_pre_hook(around.enter)
-            module.register_forward_hook(around.leave)
+            _around(_SequenceAttention(group) if sequence else _Whole(group), module, module)
         elif isinstance(module, FeedForward):
-            around = _Sequence(group) if sequence else _Whole(group)
-            module.fc1.register_forward_pre_hook(around.enter)
-            module.fc2.register_forward_hook(around.leave)
+            _around(_Sequence(group) if sequence else _Whole(group), module.fc1, module.fc2)
     if sequence:
-        shares = _TokenShares(group)
-        model.blocks.register_forward_pre_hook(shares.enter)
-        model.blocks.register_forward_hook(shares.leave)
+        _around(_TokenShares(group), model.blocks, model.blocks)
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         local = shard(name, parameter.detach(), ranks, rank)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(local))
 
 
+def _replace(owner: nn.Module, name: str, experts: Multiway | None, build: Callable[[Any], nn.Module]) -> None:
+    """Replaces a layer, or each expert's, by what `build` makes of it."""
+    if experts is None:
+        setattr(owner, name, build(getattr(owner, name)))
+    else:
+        for expert in experts.experts:
+            experts[expert] = build(experts[expert])
+
+
+def _around(hooks: _Hooks, first: nn.Module, last: nn.Module) -> None:
+    first.register_forward_pre_hook(hooks.enter)
+    last.register_forward_hook(hooks.leave)
+
+
 def mark_model_parallel(model: nn.Module, tensor_rank: int) -> None:
     """Tells DeepSpeed which parameters count on this rank in the norm of the whole model: its own slices, and what is
     replicated over the tensor ranks once. An unmarked parameter would count on model-parallel rank 0 alone."""
-    for name, parameter in model.named_parameters():
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters()  # DeepSpeed reads an attribute of them
+    for name, parameter in parameters:
         parameter.model_parallel = sharded_dimension(name) is not None or tensor_rank == 0
 
 
@@ -179,9 +183,9 @@ class VocabParallelEmbedding(nn.Module):
 class VocabParallelHead(Head):
     """A head whose classes are cut over the tensor ranks; padding classes have a logit of minus infinity."""
 
-    def __init__(self, whole: Head, classes: int, group: dist.ProcessGroup) -> None:
-        super().__init__(whole.in_features, classes, device="meta")
-        self.classes, self.group = classes, group
+    def __init__(self, whole: Head, group: dist.ProcessGroup) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.classes, self.group = whole.weight, whole.bias, whole.classes, group
 
     def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
         logits = linear(Copy.apply(hidden_MD, self.group), self.weight, self.bias).float()
@@ -259,7 +263,8 @@ class SharedLayout(Layout):
 
 def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) -> SharedLayout:
     """Cuts each segment by itself, padded to a multiple of the ranks, so that every rank runs every expert."""
-    parts = tuple(-(-segment // ranks) for segment in layout.segments)
+    a, b, c, d = (-(-segment // ranks) for segment in layout.segments)
+    parts = (a, b, c, d)
     share, rows, before = sum(parts), [], 0
     for segment, part in zip(layout.segments, parts, strict=True):
         token = torch.arange(segment, device=device)
@@ -272,6 +277,14 @@ def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) ->
     whole = GatheredLayout(**groups, rows=place, share=share)
     mine = samples[rank * share : (rank + 1) * share]
     return SharedLayout(**groups, whole=whole, parts=parts, samples_of_tokens=mine)
+
+
+class _Hooks(Protocol):
+    """What happens to a module's inputs and to its output."""
+
+    def enter(self, module: nn.Module, inputs: Any) -> Any: ...
+
+    def leave(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor: ...
 
 
 class _Whole:

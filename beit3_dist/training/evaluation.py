@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import islice
 
 import torch
-import torch.distributed as dist
 
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches, requests_from
@@ -28,5 +27,5 @@ def evaluate(config: RunConfig, engine: Engine, held_out: MixedBatches, tokenize
         result = engine.evaluate([prepare(batch, device, tokenize)])
         cross_entropy = [a + b for a, b in zip(cross_entropy, result.cross_entropy, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
-    dist.all_reduce(counts)
+    engine.groups.sum_over_data(counts)
     return losses_and_accuracies(cross_entropy, correct, counts.tolist(), config.objective.weights)

@@ -6,8 +6,6 @@ import logging
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import loader, requests_from
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
@@ -23,17 +21,18 @@ from beit3_dist.training.preflight import Ready
 from beit3_dist.training.resilience import check_bad_samples
 from beit3_dist.training.run_folder import RunFolder
 from beit3_dist.training.schedule import learning_rate
+from beit3_dist.training.sharing import shared
 
 log = logging.getLogger(__name__)
 
 
 def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
     """Trains from `ready.state` to `config.steps`. `ready`: what was checked and opened before any process group."""
-    connect(mesh)
+    groups = connect(mesh)
     run = RunFolder(Path(config.out), config, mesh, ready.state.step)
     engine = Engine(
         config,
-        mesh,
+        groups,
         ready.values,
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
         optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
@@ -45,27 +44,22 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
         load_checkpoint(ready.checkpoint, engine, state)
         log.info("going on after step %d from %s", state.step, ready.checkpoint)
     tokenize = ImageTargets(ready.image_tokenizer, mesh.device)
-    batches = iter(
-        loader(
-            ready.train,
-            requests_from(state.consumed, config.batch),
-            config.data.workers,
-            config.data.prefetch,
-            pin=mesh.device.type == "cuda",
-        )
-    )
+    requests, data = requests_from(state.consumed, config.batch), config.data
+    pin = mesh.device.type == "cuda"
+    batches = shared(groups, lambda: iter(loader(ready.train, requests, data.workers, data.prefetch, pin)))
 
     for step in range(state.step, config.steps):
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(config.batch.accumulation)]
         data_wait = time.perf_counter() - started
         totals = host_totals(micro_batches, config.model).to(mesh.device)
-        dist.all_reduce(totals)
+        groups.sum_over_data(totals)
         lr = learning_rate(step, config.steps, config.optim)
         result = engine.train_step((prepare(b, mesh.device, tokenize) for b in micro_batches), totals[:4], step, lr)
 
         state.advance(config.batch, replaced=int(totals[6]))
-        run.quarantine(state.step, [fault for b in micro_batches for fault in b.faults])
+        if mesh.tensor_rank == 0:
+            run.quarantine(state.step, [fault for b in micro_batches for fault in b.faults])
         run.step(
             step_record(config, mesh, state.step, lr, totals.tolist(), result, data_wait, time.perf_counter() - started)
         )

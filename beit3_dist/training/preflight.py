@@ -15,6 +15,7 @@ from beit3_dist.model.initialization import Values, initial_value
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.training.image_targets import tokenizer_view_size
 
 
@@ -38,8 +39,9 @@ class Ready:
 
 def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
-    config.micro_batch(mesh.world)
-    deepspeed_config(config, mesh.world)
+    config.micro_batch(mesh.data)
+    deepspeed_config(config, mesh.data)
+    check_tensor(config.model, mesh.tensor)
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
     if config.checkpoint.resume == "none" and (out / "metrics.jsonl").exists():
@@ -51,8 +53,8 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
         raise ValueError(f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
     image_tokenizer = load_vqkd(config.image_tokenizer)
     view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
-    train = MixedBatches(config, view, mesh.rank, mesh.world)
-    held_out = MixedBatches(config, view, mesh.rank, mesh.world, held_out=True) if config.eval.every else None
+    train = MixedBatches(config, view, mesh.data_rank, mesh.data)
+    held_out = MixedBatches(config, view, mesh.data_rank, mesh.data, held_out=True) if config.eval.every else None
     return Ready(state, checkpoint, _values(config, checkpoint), image_tokenizer, train, held_out)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from beit3_dist.model.vqkd import VQKD, save_vqkd
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.loop import pretrain
 from beit3_dist.training.preflight import prepare_run
 from tests.unit.tar_fixtures import small_run
@@ -50,10 +50,10 @@ def write_recipe(config: RunConfig, path: Path) -> Path:
     return path
 
 
-def train(mesh: Mesh, config: RunConfig) -> str:
+def train(groups: Groups, config: RunConfig) -> str:
     """For `run_workers`: what launchers/pretrain.py does after parsing. Returns the message of an error, or ''."""
     try:
-        pretrain(config, mesh, prepare_run(config, mesh))
+        pretrain(config, groups.mesh, prepare_run(config, groups.mesh))
     except RuntimeError as error:
         return str(error)
     return ""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from beit3_dist.checkpoint.store import read_weights
-from beit3_dist.config import BatchConfig, CheckpointConfig, ParallelConfig
+from beit3_dist.config import CheckpointConfig, ParallelConfig
 from tests.equality import assert_close
 from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
 from tests.parallel.workers import free_port, run_workers
@@ -68,16 +68,29 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
     assert list(Path(disturbed).glob("metrics.tail-*.jsonl")), "the tail of the killed run is kept aside"
 
 
-def test_goes_on_at_another_number_of_ranks_and_zero_stage(tmp_path: Path) -> None:
-    """ZeRO-3 on two ranks, saved at step 4 and 8, goes on at ZeRO-1 on one rank: same samples, losses within fp32."""
+def test_goes_on_in_other_layouts(tmp_path: Path) -> None:
+    """dp2 with ZeRO-3 -> tp2 with ZeRO-1 and sharded tokens -> one process -> dp2: same samples, losses within fp32."""
     config = run_config(tmp_path)
-    whole, first = replace(config, out=str(tmp_path / "whole")), replace(config, out=str(tmp_path / "changed"))
+    whole = replace(config, out=str(tmp_path / "whole"))
     assert run_workers(2, train, whole) == ["", ""]
-    kept = Path(whole.out, "checkpoints", "step_0000004")
-    other = replace(first, parallel=ParallelConfig(zero_stage=1), batch=BatchConfig(images=4, texts=4, pairs=4),
-                    checkpoint=CheckpointConfig(every=4, resume=str(kept)))  # fmt: skip
-    assert run_workers(1, train, other) == [""]
-    ours, reference = metrics(other.out), metrics(whole.out)[4:]
-    assert [r["sample_hash"] for r in ours] == [r["sample_hash"] for r in reference]
-    for name in ("loss", "loss_image", "loss_text", "loss_pair_image", "loss_pair_text", "grad_norm"):
-        assert_close(torch.tensor([r[name] for r in ours]), torch.tensor([r[name] for r in reference]), name)
+    reference = metrics(whole.out)
+    layouts = [
+        (2, ParallelConfig(zero_stage=1, tensor=2, sequence=True)),
+        (1, ParallelConfig(zero_stage=0)),
+        (2, ParallelConfig(zero_stage=2)),
+    ]
+    start, source = 4, Path(whole.out, "checkpoints", "step_0000004")
+    for number, (world, parallel) in enumerate(layouts):
+        other = replace(
+            config,
+            out=str(tmp_path / f"changed-{number}"),
+            parallel=parallel,
+            checkpoint=CheckpointConfig(every=start + 2, resume=str(source)),
+        )
+        assert set(run_workers(world, train, other, tensor=parallel.tensor)) == {""}
+        ours = metrics(other.out)
+        assert [r["sample_hash"] for r in ours] == [r["sample_hash"] for r in reference[start:]]
+        for name in ("loss", "loss_image", "loss_text", "loss_pair_image", "loss_pair_text", "grad_norm"):
+            changed, expected = (torch.tensor([r[name] for r in records]) for records in (ours, reference[start:]))
+            assert_close(changed, expected, f"{name} of {parallel}")
+        start, source = start + 2, Path(other.out, "checkpoints", f"step_{start + 2:07d}")
