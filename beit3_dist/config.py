@@ -228,7 +228,9 @@ class ParallelConfig:
     """Tensor-parallel ranks: every layer's matrices are cut over so many neighbouring processes. Divides model.heads
     and model.ffn_width."""
     pipeline: int = 1
-    """Pipeline stages."""
+    """Pipeline ranks: the blocks are cut into so many stages. Needs batch.accumulation >= parallel.pipeline."""
+    chunks: int = 1
+    """Stages of each pipeline rank; above 1 they are interleaved, which shortens the bubble and costs communication."""
     sequence: bool = False
     """Shard the tokens over the tensor ranks where layers are not: norms, residuals, drop path. Saves memory."""
     zero_stage: Literal[0, 1, 2, 3] = 3
@@ -236,9 +238,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         require(self.tensor > 0, f"parallel.tensor must be positive, not {self.tensor}")
+        require(self.pipeline > 0, f"parallel.pipeline must be positive, not {self.pipeline}")
         require(
-            self.pipeline == 1,
-            f"parallel.pipeline={self.pipeline} is not available in this version; set it to 1",
+            self.chunks == 1 or (self.chunks > 1 and self.pipeline > 1),
+            f"parallel.chunks={self.chunks} interleaves the stages of a pipeline: set parallel.pipeline above 1",
         )
         require(
             self.tensor > 1 or not self.sequence,

@@ -51,17 +51,16 @@ class BEiT3(nn.Module):
         if torch.device(device).type != "meta":
             materialize(self, lambda name, shape: initial_value(name, shape, config, seed), device)
 
-    def hidden(self, inputs: MixedInputs) -> Tensor:
-        """Hidden states before the final norm, [T, D] in the layout's order."""
+    def embed(self, inputs: MixedInputs) -> Tensor:
+        """Patches and words as vectors, [T, D] in the layout's order."""
         layout, device = inputs.layout, inputs.words.device
         positions = torch.cat([layout.pairs.positions(device), layout.texts.positions(device)])
-        x_TD = torch.cat(
-            [
-                self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1),
-                self.language_embedding(inputs.words, positions),
-            ]
-        )
-        return self.blocks(x_TD, layout, inputs.keep)
+        patches = self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1)
+        return torch.cat([patches, self.language_embedding(inputs.words, positions)])
+
+    def hidden(self, inputs: MixedInputs) -> Tensor:
+        """Hidden states before the final norm, [T, D] in the layout's order."""
+        return self.blocks(self.embed(inputs), inputs.layout, inputs.keep)
 
     def image_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the visual codes for some patches' hidden states, [M, codes]."""

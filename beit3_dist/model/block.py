@@ -49,10 +49,13 @@ class Encoder(nn.ModuleDict):
         super().__init__({str(layer): Block(config, layer >= first_vl) for layer in range(config.layers)})
         self.recompute: Recompute = "none"
 
-    def forward(self, x_TD: Tensor, layout: Layout, keep_L2S: Tensor | None) -> Tensor:
-        """`keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation."""
+    def forward(self, x_TD: Tensor, layout: Layout, keep_L2S: Tensor | None, layers: range | None = None) -> Tensor:
+        """`keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation. `layers`: a
+        pipeline stage's; None: all."""
         token_samples = None if keep_L2S is None else layout.token_samples(x_TD.device)
         for layer, block in self.items():
+            if layers is not None and int(layer) not in layers:
+                continue
             keep_2T = None if keep_L2S is None else keep_L2S[int(layer)][:, token_samples].to(x_TD.dtype)
             if self.recompute == "full" and self.training:
                 # Nothing in a block draws from a generator, so there is no state to restore on recompute.

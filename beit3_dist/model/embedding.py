@@ -46,7 +46,7 @@ class LanguageEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.words: nn.Module = nn.Embedding(config.vocab_size, config.width)
+        self.words = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Parameter(torch.empty(FIRST_POSITION + config.max_text_length, config.width))
 
     def forward(self, words: Tensor, positions: Tensor) -> Tensor:

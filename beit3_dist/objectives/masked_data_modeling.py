@@ -55,18 +55,19 @@ class MaskedDataModeling(nn.Module):
         [2, 4]: sums of cross-entropies and correct predictions, in the order of STREAMS. `step_counts` [4]: masked
         positions of the whole step over all ranks. `sample_ids` [samples] and `step` key the drop path in training.
         """
-        if self.training and self.model.config.drop_path > 0:
-            inputs = replace(
-                inputs,
-                keep=drop_path_factors(
-                    sample_ids,
-                    seed=self.seed,
-                    step=step,
-                    layers=self.model.config.layers,
-                    rate=self.model.config.drop_path,
-                ),
-            )
-        hidden_TD = self.model.hidden(inputs)
+        inputs = self.with_drop_path(inputs, sample_ids, step)
+        return self.losses(self.model.hidden(inputs), targets, step_counts)
+
+    def with_drop_path(self, inputs: MixedInputs, sample_ids: Tensor, step: int) -> MixedInputs:
+        """The inputs with the drop-path factors of this step; unchanged in evaluation."""
+        config = self.model.config
+        if not self.training or config.drop_path == 0:
+            return inputs
+        factors = drop_path_factors(sample_ids, seed=self.seed, step=step, layers=config.layers, rate=config.drop_path)
+        return replace(inputs, keep=factors)
+
+    def losses(self, hidden_TD: Tensor, targets: Targets, step_counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The contribution to the loss and the statistics [2, 4] from the last block's hidden states."""
         image, text, pair_image, pair_text = targets.counts
         patches, words = (hidden_TD.index_select(0, rows) for rows in (targets.image_rows, targets.text_rows))
         image_sums = _sums(self.model.image_losses(patches, targets.codes), [image, pair_image])

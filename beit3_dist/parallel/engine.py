@@ -18,6 +18,7 @@ from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.parallel.pipeline import Pipeline, Stages, capacity, check_order_within, keep_stages, plan_stages
 from beit3_dist.parallel.sharding import shard
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
 
@@ -42,6 +43,7 @@ class Engine:
     contribution to the loss, a scalar, and statistics [2, 4].
     optimizer: (model, whether its state is offloaded to the CPU) -> optimizer, called once the parameters have their
     final form.
+    target_flops: forward FLOPs of a micro-batch's targets, which the last pipeline stage makes.
     """
 
     def __init__(
@@ -51,26 +53,35 @@ class Engine:
         values: Values,
         objective: Callable[[BEiT3], nn.Module],
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
+        target_flops: float = 0.0,
     ) -> None:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
-        model = _build_model(config, groups, settings, values)
-        model.blocks.recompute = config.activation_checkpointing
+        stages = plan_stages(config, groups.mesh.data, target_flops)[self.mesh.pipeline_rank :: self.mesh.pipeline]
+        self.model = _build_model(config, groups, settings, values, stages)
+        self.model.blocks.recompute = config.activation_checkpointing
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
-        zero.setdefault("reduce_bucket_size", min(100_000_000, sum(_numel(p) for p in model.parameters())))
+        zero.setdefault("reduce_bucket_size", min(100_000_000, sum(_numel(p) for p in self.model.parameters())))
         settings["zero_allow_untested_optimizer"] = True
+        module = objective(self.model)
+        if self.mesh.pipeline > 1:
+            check_order_within(groups.data)
+            module = Stages(module, stages, config.model.layers, capacity(config, self.mesh.data))
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=objective(model),
-                optimizer=optimizer(model, "offload_optimizer" in zero),
+                model=module,
+                optimizer=optimizer(self.model, "offload_optimizer" in zero),
                 config=settings,
                 mpu=groups,
             )
-        self.model = model
         self.whole_shapes = {n: tuple(p.shape) for n, p in BEiT3(config.model, device="meta").named_parameters()}
-        self.accumulation = config.batch.accumulation
         self.zero_stage = config.parallel.zero_stage
+        self._schedule: Pipeline | Accumulation = (
+            Pipeline(config, groups, self.deepspeed, module)
+            if isinstance(module, Stages)
+            else Accumulation(config, groups, self.deepspeed)
+        )
 
     def train_step(
         self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float
@@ -81,31 +92,21 @@ class Engine:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        totals = torch.zeros(2, 4, device=self.mesh.device, dtype=torch.float64)
         self.deepspeed.train()
-        for i, micro_batch in enumerate(micro_batches):
-            self.deepspeed.set_gradient_accumulation_boundary(i == self.accumulation - 1)
-            contribution, statistics = self.deepspeed(*micro_batch, step_counts, step)
-            # DeepSpeed averages gradients over the data-parallel ranks; the contributions are to be summed.
-            self.deepspeed.backward(contribution * self.mesh.data, scale_wrt_gas=False)
-            totals += statistics
+        totals = self._schedule.train(micro_batches, step_counts, step)
         norm = self._plain_grad_norm() if self.zero_stage == 0 else None
         self.deepspeed.step()
+        self._schedule.after_step()
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
             if norm is None:
                 raise RuntimeError(f"DeepSpeed reports no gradient norm at ZeRO stage {self.zero_stage}")
         return self._reduce(totals, float(norm))
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> StepResult:
-        """Forward only, without drop path."""
-        no_loss = torch.ones(4, device=self.mesh.device)  # only the statistics are wanted
-        totals = torch.zeros(2, 4, device=self.mesh.device, dtype=torch.float64)
+        """Forward only of `accumulation` micro-batches, without drop path."""
         self.deepspeed.eval()
-        for micro_batch in micro_batches:
-            totals += self.deepspeed(*micro_batch, no_loss, 0)[1]
-        return self._reduce(totals, 0.0)
+        return self._reduce(self._schedule.evaluate(micro_batches), 0.0)
 
     def _plain_grad_norm(self) -> Tensor:
         """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
@@ -119,22 +120,56 @@ class Engine:
 
     def _reduce(self, totals: Tensor, norm: float) -> StepResult:
         self.groups.sum_over_data(totals)
+        dist.all_reduce(totals, group=self.groups.pipeline)  # zeros on all stages but the last
         cross_entropy, correct = totals.tolist()
         return StepResult(cross_entropy, correct, norm)
+
+
+class Accumulation:
+    """The schedule without a pipeline: one micro-batch after the other."""
+
+    def __init__(self, config: RunConfig, groups: Groups, engine: Any) -> None:
+        self._engine, self._mesh, self._micro_batches = engine, groups.mesh, config.batch.accumulation
+
+    def train(self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int) -> Tensor:
+        """Forward and backward of a step's micro-batches; their statistics [2, 4]."""
+        totals = torch.zeros(2, 4, device=self._mesh.device, dtype=torch.float64)
+        for number, micro_batch in enumerate(micro_batches):
+            self._engine.set_gradient_accumulation_boundary(number == self._micro_batches - 1)
+            contribution, statistics = self._engine(*micro_batch, step_counts, step)
+            # DeepSpeed averages gradients over the data-parallel ranks; the contributions are to be summed.
+            self._engine.backward(contribution * self._mesh.data, scale_wrt_gas=False)
+            totals += statistics
+        return totals
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> Tensor:
+        """Forward only."""
+        no_loss = torch.ones(4, device=self._mesh.device)  # only the statistics are wanted
+        totals = torch.zeros(2, 4, device=self._mesh.device, dtype=torch.float64)
+        for micro_batch in micro_batches:
+            totals += self._engine(*micro_batch, no_loss, 0)[1]
+        return totals
+
+    def after_step(self) -> None:
+        """Nothing is left over."""
 
 
 def _numel(parameter: torch.nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _build_model(config: RunConfig, groups: Groups, settings: dict[str, Any], values: Values) -> BEiT3:
-    """Builds on the meta device, cuts to this rank's slices, then gives memory and values piece by piece; under ZeRO-3
-    each piece is sharded before the next one is made, so that no rank ever holds the whole model."""
+def _build_model(
+    config: RunConfig, groups: Groups, settings: dict[str, Any], values: Values, stages: list[range]
+) -> BEiT3:
+    """Builds on the meta device, cuts to this rank's slices and stages, then gives memory and values piece by piece;
+    under ZeRO-3 each piece is sharded before the next one is made, so that no rank ever holds the whole model."""
     mesh, dtype = groups.mesh, torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = BEiT3(config.model, device="meta")
     whole_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if mesh.tensor > 1:
         apply_tensor_parallelism(model, groups.tensor, config.parallel.sequence)
+    keep_stages(model, stages, is_first=mesh.pipeline_rank == 0, is_last=mesh.pipeline_rank == mesh.pipeline - 1)
 
     def slice_of_value(name: str, shape: torch.Size) -> Tensor:
         return shard(name, values(name, whole_shapes[name]), mesh.tensor, mesh.tensor_rank)

@@ -52,7 +52,8 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
     """Cuts a model on the meta device to this rank's slices. `sequence`: shard the tokens between the layers too."""
     ranks, rank = group.size(), group.rank()
     check_tensor(model.config, ranks)
-    model.language_embedding.words = VocabParallelEmbedding(model.language_embedding.words, group)
+    language: Any = model.language_embedding
+    language.words = VocabParallelEmbedding(language.words, group)
     model.image_head = VocabParallelHead(model.image_head, group)
     model.text_head = VocabParallelHead(model.text_head, group)
     for module in list(model.blocks.modules()):
@@ -337,14 +338,14 @@ class _TokenShares:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def enter(self, module: nn.Module, inputs: tuple[Tensor, Layout, Tensor | None]) -> tuple[Any, ...]:
-        x_TD, layout, keep = inputs
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_TD, layout, *rest = inputs
         shared = share_layout(layout, self.group.size(), self.group.rank(), x_TD.device)
         assert shared.whole is not None and shared.whole.rows is not None
         padded = x_TD.new_zeros(self.group.size() * shared.whole.share, x_TD.shape[1])
-        return Scatter.apply(padded.index_copy(0, shared.whole.rows, x_TD), self.group), shared, keep
+        return Scatter.apply(padded.index_copy(0, shared.whole.rows, x_TD), self.group), shared, *rest
 
-    def leave(self, module: nn.Module, inputs: tuple[Tensor, SharedLayout, Tensor | None], output: Tensor) -> Tensor:
-        layout = inputs[1].whole
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        layout: GatheredLayout = inputs[1].whole
         assert layout is not None and layout.rows is not None
         return GatherReplicated.apply(output, self.group).index_select(0, layout.rows)

@@ -23,6 +23,8 @@ class Layout:
     data: int = 2
     tensor: int = 1
     sequence: bool = False
+    pipeline: int = 1
+    chunks: int = 1
     accumulation: int = 1
     clip_norm: float = 3.0
     activation_checkpointing: str = "none"
@@ -38,13 +40,15 @@ class Layout:
             activation_checkpointing=self.activation_checkpointing,
             tensor=self.tensor,
             sequence=self.sequence,
+            pipeline=self.pipeline,
+            chunks=self.chunks,
             precision=precision,
         )
 
     def run(self, precision: str = "fp32") -> Trace:
         """What the run does."""
-        config, world = self.config(precision), self.data * self.tensor
-        return assemble(run_workers(world, engine_run, config, tensor=self.tensor), config)
+        config, world = self.config(precision), self.data * self.tensor * self.pipeline
+        return assemble(run_workers(world, engine_run, config, tensor=self.tensor, pipeline=self.pipeline), config)
 
 
 LAYOUTS = {
@@ -65,6 +69,22 @@ LAYOUTS = {
     "dp2tp2-zero2-selective": Layout(2, "released", tensor=2, activation_checkpointing="selective", clip_norm=0.5),
     "dp2tp2-zero3-sequence": Layout(3, "paper", tensor=2, sequence=True, clip_norm=0.5),
     "dp2tp2-zero3-accumulate4": Layout(3, "released", tensor=2, accumulation=4),
+    # Pipelines, plain and interleaved.
+    "pp2-zero0": Layout(0, "paper", data=1, pipeline=2, accumulation=4, clip_norm=0.5),
+    "pp2-zero1": Layout(1, "released", data=1, pipeline=2, accumulation=4),
+    "pp4-zero3": Layout(3, "paper", data=1, pipeline=4, accumulation=4, clip_norm=0.5),
+    "pp4-zero2-full": Layout(2, "released", data=1, pipeline=4, accumulation=4, activation_checkpointing="full"),
+    "pp2-zero3-interleaved": Layout(3, "released", data=1, pipeline=2, chunks=2, accumulation=4, clip_norm=0.5),
+    "dp2pp2-zero3-interleaved": Layout(3, "paper", pipeline=2, chunks=2, accumulation=4),
+    "dp2pp2-zero1": Layout(1, "paper", pipeline=2, accumulation=4, clip_norm=0.5),
+    "tp2pp2-zero3-sequence": Layout(3, "released", data=1, tensor=2, sequence=True, pipeline=2, accumulation=4),
+    "tp2pp2-zero0": Layout(0, "paper", data=1, tensor=2, pipeline=2, accumulation=4, clip_norm=0.5),
+    "dp2tp2pp2-zero3": Layout(
+        3, "paper", tensor=2, pipeline=2, accumulation=4, clip_norm=0.5, activation_checkpointing="selective"
+    ),
+    "dp2tp2pp2-zero1-sequence-interleaved": Layout(
+        1, "released", tensor=2, sequence=True, pipeline=2, chunks=2, accumulation=4
+    ),
 }
 
 

@@ -61,6 +61,8 @@ def run_config(
     activation_checkpointing: str = "none",
     tensor: int = 1,
     sequence: bool = False,
+    pipeline: int = 1,
+    chunks: int = 1,
 ) -> RunConfig:
     """A run of STEPS steps on 3 images, 4 texts and 2 pairs per micro-batch."""
     parts = accumulation * data_parallel
@@ -76,7 +78,9 @@ def run_config(
         activation_checkpointing=activation_checkpointing,
         objective=ObjectiveConfig(pair_image_weight=0.5),
         batch=BatchConfig(images=3 * parts, texts=4 * parts, pairs=2 * parts, accumulation=accumulation),
-        parallel=ParallelConfig(zero_stage=zero_stage, tensor=tensor, sequence=sequence),
+        parallel=ParallelConfig(
+            zero_stage=zero_stage, tensor=tensor, sequence=sequence, pipeline=pipeline, chunks=chunks
+        ),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, clip_norm=clip_norm),
     )
 

@@ -1,0 +1,264 @@
+"""Pipeline parallelism: the blocks are cut into stages, scheduled by torch.distributed.pipelining over DeepSpeed.
+
+DeepSpeed's own pipeline refuses ZeRO-2 and 3. Here each process has one DeepSpeed engine around its part of the model,
+ZeRO shards it over the replicas of that part, and torch's 1F1B schedule (Narayanan et al. 2021) moves micro-batches
+through the stages. What that needs from DeepSpeed is marked with (*); leaving one out fails silently or hangs, and
+tests/parallel/test_conditions.py shows each.
+
+Micro-batches differ in length, so activations cross stages padded to a fixed capacity and are unpadded inside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from beit3_dist.config import RunConfig, require
+from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.parallel.mesh import Groups
+
+
+def check_pipeline(config: RunConfig) -> None:
+    """Raises ValueError where the run cannot be cut into its stages."""
+    stages, chunks, accumulation = config.parallel.pipeline, config.parallel.chunks, config.batch.accumulation
+    require(
+        stages * chunks <= config.model.layers,
+        f"parallel.pipeline={stages} x parallel.chunks={chunks} stages exceed model.layers={config.model.layers}",
+    )
+    require(
+        accumulation >= stages,
+        f"batch.accumulation={accumulation} is below parallel.pipeline={stages}: 1F1B needs a micro-batch a stage",
+    )
+    require(
+        chunks == 1 or accumulation % stages == 0,
+        f"batch.accumulation={accumulation} is no multiple of parallel.pipeline={stages}, as parallel.chunks={chunks} needs",
+    )
+
+
+def balanced_stages(costs: Sequence[float], before: float, after: float, stages: int) -> list[range]:
+    """Cuts layers of the given costs into consecutive stages so that the dearest stage is as cheap as possible.
+
+    before, after: what the first stage (embedding) and the last one (heads, targets) have to do besides.
+    """
+    layers = len(costs)
+    total = [0.0]
+    for cost in costs:
+        total.append(total[-1] + cost)
+
+    def cost_of(stage: int, begin: int, end: int) -> float:
+        return total[end] - total[begin] + before * (stage == 0) + after * (stage == stages - 1)
+
+    # best[s][end]: (cost of the dearest of the stages 0..s that hold the layers before `end`, where stage s begins)
+    best = [{end: (cost_of(0, 0, end), 0) for end in range(1, layers + 1)}]
+    for stage in range(1, stages):
+        best.append(
+            {
+                end: min((max(best[-1][begin][0], cost_of(stage, begin, end)), begin) for begin in range(stage, end))
+                for end in range(stage + 1, layers + 1)
+            }
+        )
+    ranges, end = [], layers
+    for stage in reversed(range(stages)):
+        begin = best[stage][end][1]
+        ranges.append(range(begin, end))
+        end = begin
+    return ranges[::-1]
+
+
+def plan_stages(config: RunConfig, data_parallel: int, target_flops: float) -> list[range]:
+    """The layers of each of the `pipeline x chunks` stages, balanced by FLOPs of a micro-batch at full lengths.
+
+    target_flops: forward FLOPs of a micro-batch's image targets, which the last stage makes.
+    """
+    model, objective, d = config.model, config.objective, config.model.width
+    images, texts, pairs = config.micro_batch(data_parallel)
+    pictures, tokens = images + pairs, capacity(config, data_parallel)
+    masked_words = texts * config.data.text_length * objective.text_mask_ratio
+    masked_words += pairs * config.data.caption_length * objective.caption_mask_ratio
+    masked_patches = pictures * model.patches * objective.image_mask_ratio
+    # Per block: projections and FFN; attention's own products are alike in all blocks and left out.
+    block = 3.0 * tokens * (8 * d * d + 4 * d * model.ffn_width)
+    embedding = 3.0 * 2 * pictures * model.patches * 3 * model.patch_size**2 * d
+    heads = 3.0 * 2 * d * (masked_patches * model.visual_vocab_size + masked_words * model.vocab_size)
+    stages = config.parallel.pipeline * config.parallel.chunks
+    return balanced_stages([block] * model.layers, embedding, heads + target_flops, stages)
+
+
+def capacity(config: RunConfig, data_parallel: int) -> int:
+    """Tokens of a micro-batch with all texts at full length: what crosses between stages."""
+    images, texts, pairs = config.micro_batch(data_parallel)
+    patches = (images + pairs) * (1 + config.model.patches)
+    return patches + pairs * config.data.caption_length + texts * config.data.text_length
+
+
+def keep_stages(model: BEiT3, stages: Iterable[range], is_first: bool, is_last: bool) -> None:
+    """Deletes, on the meta device, what other processes hold. Every parameter keeps its canonical name."""
+    kept = {str(layer) for layers in stages for layer in layers}
+    for layer in [layer for layer in model.blocks if layer not in kept]:
+        del model.blocks[layer]
+    if not is_first:
+        del model.vision_embedding, model.language_embedding
+    if not is_last:
+        del model.norm, model.image_head, model.text_head
+
+
+class Stages(nn.Module):
+    """This process's stages (chunks) of the model under its objective. All chunks share one DeepSpeed engine, so that
+    there is one gradient norm. (*)"""
+
+    def __init__(self, objective: Any, stages: list[range], layers: int, tokens: int) -> None:
+        """`stages`: layers of each chunk; `layers`: of the whole model; `tokens`: capacity between stages."""
+        super().__init__()
+        self.objective = objective
+        self._stages, self._layers, self._tokens = stages, layers, tokens
+        self._micro_batches: list[tuple[MixedInputs, Any, Tensor]] = []
+        self._step_counts, self._step = torch.ones(4), 0
+        self.statistics = torch.zeros(2, 4)
+
+    def begin(self, micro_batches: list[Any], step_counts: Tensor, step: int) -> None:
+        """Takes the micro-batches of a step, which the schedule names by their numbers."""
+        self._micro_batches, self._step_counts, self._step = micro_batches, step_counts, step
+        self.statistics = torch.zeros(2, 4, dtype=torch.float64, device=step_counts.device)
+
+    def forward(self, x: Tensor, number: int, chunk: int) -> Tensor:
+        """x: the previous stage's padded activations [capacity, D]. Returns the same, or the loss [1] on the last."""
+        inputs, targets, sample_ids = self._micro_batches[number]
+        inputs = self.objective.with_drop_path(inputs, sample_ids, self._step)
+        layers, model = self._stages[chunk], self.objective.model
+        tokens = sum(inputs.layout.segments)
+        x_TD = model.embed(inputs) if layers.start == 0 else x[:tokens]
+        x_TD = model.blocks(x_TD, inputs.layout, inputs.keep, layers)
+        if layers.stop == self._layers:
+            contribution, statistics = self.objective.losses(x_TD, targets, self._step_counts)
+            self.statistics += statistics
+            return contribution[None]
+        return torch.cat([x_TD, x_TD.new_zeros(self._tokens - tokens, x_TD.shape[1])])
+
+
+class _Chunk(nn.Module):
+    """One chunk as torch's pipelining sees it."""
+
+    def __init__(self, engine: Any, chunk: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "engine", engine)  # not a submodule
+        self.chunk = chunk
+
+    def forward(self, x: Tensor, number: Tensor) -> Tensor:
+        return self.engine(x, int(number), self.chunk)
+
+
+class _ZeroStage(PipelineStage):
+    """A pipeline stage whose backward goes through its DeepSpeed engine."""
+
+    pipeline: Pipeline
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[Tensor | None, ...], None]:
+        engine: Any = self.submod.engine
+        # (*) The boundary is the last backward of the whole process in this step, not of a chunk.
+        engine.set_gradient_accumulation_boundary(self.pipeline.count_backward())
+        if hasattr(engine.optimizer, "clear_backward_seen_flag"):
+            # (*) Only a forward clears it; in the cool-down backwards follow one another, and all but the first would
+            # skip the reduction of gradients.
+            engine.optimizer.clear_backward_seen_flag()
+        output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+        if self.is_last:
+            loss = output.sum() * self.pipeline.data_parallel
+        else:
+            # (*) The scalar whose gradient with respect to the output is the received one: ZeRO-0 takes no other.
+            loss = sum((o * g.detach()).sum() for o, g in zip(output, gradients, strict=True))
+        engine.backward(loss, scale_wrt_gas=False)
+        return tuple(v.grad if isinstance(v, Tensor) else None for v in bwd_kwargs["input_values"]), None
+
+
+class Pipeline:
+    """The schedule of one process: feeds micro-batches through its stages."""
+
+    def __init__(self, config: RunConfig, groups: Groups, engine: Any, module: Stages) -> None:
+        mesh = groups.mesh
+        self._engine, self._module, self._groups = engine, module, groups
+        self.micro_batches, self.chunks, self.data_parallel = (
+            config.batch.accumulation,
+            config.parallel.chunks,
+            mesh.data,
+        )
+        self._backwards = 0
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        x = torch.zeros(capacity(config, mesh.data), config.model.width, dtype=dtype, device=mesh.device)
+        self._nothing = torch.zeros(self.micro_batches, 1, dtype=dtype, device=mesh.device)
+        total = mesh.pipeline * self.chunks
+        stages: list[Any] = []
+        for chunk in range(self.chunks):
+            index = chunk * mesh.pipeline + mesh.pipeline_rank
+            received = self._nothing[:1] if index == 0 else x.clone().requires_grad_()
+            sent = torch.zeros(1, device=mesh.device) if index == total - 1 else x.clone().requires_grad_()
+            stage = _ZeroStage(
+                _Chunk(engine, chunk), index, total, mesh.device, received, sent.requires_grad_(), group=groups.pipeline
+            )
+            stage.pipeline = self
+            stages.append(stage)
+        options: dict[str, Any] = {
+            "n_microbatches": self.micro_batches,
+            "loss_fn": lambda loss, _: loss,
+            "scale_grads": False,
+        }
+        self._schedule: Any = (
+            Schedule1F1B(stages[0], **options) if self.chunks == 1 else ScheduleInterleaved1F1B(stages, **options)
+        )
+
+    def train(self, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> Tensor:
+        """Forward and backward of a step's micro-batches; statistics [2, 4] of the last stage, zeros elsewhere."""
+        self._backwards = 0
+        return self._run(self._schedule.step, micro_batches, step_counts, step)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[Any]) -> Tensor:
+        """Forward only."""
+        return self._run(self._schedule.eval, micro_batches, torch.ones(4, device=self._nothing.device), 0)
+
+    def _run(self, run: Any, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> Tensor:
+        mesh = self._groups.mesh
+        self._module.begin(list(micro_batches), step_counts, step)
+        arguments = (self._nothing,) if mesh.pipeline_rank == 0 else ()
+        keywords: dict[str, Any] = {"number": torch.arange(self.micro_batches)}
+        if mesh.pipeline_rank == mesh.pipeline - 1:
+            keywords |= {"target": self._nothing, "losses": []}
+        run(*arguments, **keywords)
+        return self._module.statistics
+
+    def count_backward(self) -> bool:
+        """Counts a backward of this process; whether it is the step's last one."""
+        self._backwards += 1
+        return self._backwards == self.micro_batches * self.chunks
+
+    def after_step(self) -> None:
+        """(*) ZeRO-3 overwrites its gradient buffer only for the chunk that goes backward first in a step; the others
+        would accumulate onto the last step's gradients."""
+        buffer = getattr(self._engine.optimizer, "grad_partitions_flat_buffer", None)
+        if buffer is not None:
+            buffer.zero_()
+
+
+def check_order_within(data: dist.ProcessGroup) -> None:
+    """(*) ZeRO-3 asserts that all processes of the world run the same modules, which stages do not; compare within the
+    replicas of a stage instead. One small all-reduce in place of pickling: it runs every step."""
+
+    def same_within_data(values: Any) -> None:
+        digest = int.from_bytes(hashlib.sha256(repr(list(values)).encode()).digest()[:7], "big")
+        low_high = torch.tensor([digest, -digest])
+        if dist.get_backend(data) == "nccl":
+            low_high = low_high.cuda()
+        dist.all_reduce(low_high, op=dist.ReduceOp.MIN, group=data)
+        if low_high[0] != -low_high[1]:
+            raise RuntimeError("the replicas of a stage run their modules in different orders")
+
+    coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    coordinator.assert_ints_same_as_other_ranks = same_within_data
