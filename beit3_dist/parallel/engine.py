@@ -169,7 +169,7 @@ def _build_model(
     whole_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if mesh.tensor > 1:
         apply_tensor_parallelism(model, groups.tensor, config.parallel.sequence)
-    keep_stages(model, stages, is_first=mesh.pipeline_rank == 0, is_last=mesh.pipeline_rank == mesh.pipeline - 1)
+    keep_stages(model, stages, is_first=mesh.pipeline_rank == 0, is_last=mesh.is_last_stage)
 
     def slice_of_value(name: str, shape: torch.Size) -> Tensor:
         return shard(name, values(name, whole_shapes[name]), mesh.tensor, mesh.tensor_rank)

@@ -55,6 +55,11 @@ class Mesh:
         return self.rank // (self.tensor * self.data)
 
     @property
+    def is_last_stage(self) -> bool:
+        """Whether this process holds the heads, and so needs the targets."""
+        return self.pipeline_rank == self.pipeline - 1
+
+    @property
     def is_first(self) -> bool:
         """Whether this process speaks for the run."""
         return self.rank == 0

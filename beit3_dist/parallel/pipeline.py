@@ -38,7 +38,7 @@ def check_pipeline(config: RunConfig) -> None:
     )
     require(
         chunks == 1 or accumulation % stages == 0,
-        f"batch.accumulation={accumulation} is no multiple of parallel.pipeline={stages}, as parallel.chunks={chunks} needs",
+        f"batch.accumulation={accumulation} is no multiple of parallel.pipeline={stages}; parallel.chunks={chunks} needs it",
     )
 
 
@@ -145,6 +145,8 @@ class Stages(nn.Module):
 class _Chunk(nn.Module):
     """One chunk as torch's pipelining sees it."""
 
+    engine: Any
+
     def __init__(self, engine: Any, chunk: int) -> None:
         super().__init__()
         object.__setattr__(self, "engine", engine)  # not a submodule
@@ -229,7 +231,7 @@ class Pipeline:
         self._module.begin(list(micro_batches), step_counts, step)
         arguments = (self._nothing,) if mesh.pipeline_rank == 0 else ()
         keywords: dict[str, Any] = {"number": torch.arange(self.micro_batches)}
-        if mesh.pipeline_rank == mesh.pipeline - 1:
+        if mesh.is_last_stage:
             keywords |= {"target": self._nothing, "losses": []}
         run(*arguments, **keywords)
         return self._module.statistics

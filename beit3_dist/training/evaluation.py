@@ -9,23 +9,25 @@ import torch
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches, requests_from
 from beit3_dist.parallel.engine import Engine
-from beit3_dist.training.inputs import Tokenize, host_totals, prepare
+from beit3_dist.training.feed import Feed
+from beit3_dist.training.inputs import Tokenize, prepare
 from beit3_dist.training.metrics import losses_and_accuracies
 
 
-def evaluate(config: RunConfig, engine: Engine, held_out: MixedBatches, tokenize: Tokenize) -> dict[str, float]:
+def evaluate(
+    config: RunConfig, engine: Engine, feed: Feed, held_out: MixedBatches, tokenize: Tokenize | None
+) -> dict[str, float]:
     """Losses and accuracies over the first `eval.batches` batches of the held-out streams. Collective.
 
     The samples, crops and masks are the same every time; a stream with fewer samples starts over.
     """
-    device = engine.mesh.device
-    counts = torch.zeros(4, dtype=torch.int64, device=device)
+    requests = requests_from((0, 0, 0), config.batch)
+    counts = torch.zeros(4, dtype=torch.int64, device=engine.mesh.device)
     cross_entropy, correct = [0.0] * 4, [0.0] * 4
-    for request in islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.batch.accumulation):
-        batch = held_out[request]
-        counts += host_totals([batch], config.model)[:4].to(device)
-        result = engine.evaluate([prepare(batch, device, tokenize)])
+    for _ in range(config.eval.batches):
+        batch = feed.step(lambda: [held_out[request] for request in islice(requests, config.batch.accumulation)])
+        counts += batch.totals[:4]
+        result = engine.evaluate(prepare(b, engine.mesh.device, tokenize) for b in batch.micro_batches)
         cross_entropy = [a + b for a, b in zip(cross_entropy, result.cross_entropy, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
-    engine.groups.sum_over_data(counts)
     return losses_and_accuracies(cross_entropy, correct, counts.tolist(), config.objective.weights)

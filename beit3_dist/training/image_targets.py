@@ -28,6 +28,13 @@ def tokenizer_view_size(tokenizer: VQKD, path: str, model: ModelConfig) -> int:
     return size
 
 
+def target_flops(tokenizer: VQKD, pictures: int) -> float:
+    """FLOPs of the codes of some pictures: two per weight of the encoder's matrices and token (attention's own products
+    and the look-up are left out)."""
+    weights = sum(p.numel() for p in tokenizer.encoder.blocks.parameters() if p.ndim == 2)
+    return 2.0 * pictures * (1 + tokenizer.grid**2) * weights
+
+
 class ImageTargets:
     """Pictures uint8 [B, 3, S, S] -> codes int64 [B, patches], without gradients; bf16 on CUDA, fp32 on the CPU."""
 

@@ -64,8 +64,10 @@ def host_totals(batches: list[MicroBatch], model: ModelConfig) -> Tensor:
     return total
 
 
-def prepare(batch: MicroBatch, device: torch.device, tokenize: Tokenize) -> tuple[MixedInputs, Targets, Tensor]:
-    """Inputs, targets and sample ids on `device` of a micro-batch on the host.
+def prepare(
+    batch: MicroBatch, device: torch.device, tokenize: Tokenize | None
+) -> tuple[MixedInputs, Targets | None, Tensor]:
+    """Inputs, targets and sample ids on `device` of a micro-batch on the host; no targets where `tokenize` is None.
 
     Every index is made on the host, so that the device never has to be waited for.
     """
@@ -84,21 +86,22 @@ def prepare(batch: MicroBatch, device: torch.device, tokenize: Tokenize) -> tupl
             ]
         )
 
-    patches = batch.image_mask.shape[1]
-    masked = batch.image_mask.flatten().nonzero().squeeze(1)  # over [I + P, patches]
-    image_rows = masked // patches * (1 + patches) + 1 + masked % patches  # CLS stands before each picture's patches
-    predict = packed(batch.caption_mask, batch.text_mask).nonzero().squeeze(1)
-    text_rows = layout.segments[0] + layout.segments[1] + predict
-
     images = move(batch.images)
-    codes = tokenize(images if batch.tokenizer_images is None else move(batch.tokenizer_images))
-    image, text, pair_image, pair_text = masked_counts(batch)
     inputs = MixedInputs(
         images=normalize(images),
         words=move(packed(batch.captions, batch.texts)),
         layout=layout.to(device, non_blocking=True),
         image_mask=move(batch.image_mask),
     )
+    if tokenize is None:
+        return inputs, None, move(batch.sample_ids)
+    patches = batch.image_mask.shape[1]
+    masked = batch.image_mask.flatten().nonzero().squeeze(1)  # over [I + P, patches]
+    image_rows = masked // patches * (1 + patches) + 1 + masked % patches  # CLS stands before each picture's patches
+    predict = packed(batch.caption_mask, batch.text_mask).nonzero().squeeze(1)
+    text_rows = layout.segments[0] + layout.segments[1] + predict
+    codes = tokenize(images if batch.tokenizer_images is None else move(batch.tokenizer_images))
+    image, text, pair_image, pair_text = masked_counts(batch)
     targets = Targets(
         image_rows=move(image_rows),
         codes=codes.flatten()[move(masked)],

@@ -15,6 +15,7 @@ from beit3_dist.model.initialization import Values, initial_value
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.pipeline import check_pipeline
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.training.image_targets import tokenizer_view_size
 
@@ -42,6 +43,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     config.micro_batch(mesh.data)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
+    check_pipeline(config)
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
     if config.checkpoint.resume == "none" and (out / "metrics.jsonl").exists():

@@ -69,7 +69,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
 
 
 def test_goes_on_in_other_layouts(tmp_path: Path) -> None:
-    """dp2 with ZeRO-3 -> tp2 with ZeRO-1 and sharded tokens -> one process -> dp2: same samples, losses within fp32."""
+    """dp2 ZeRO-3 -> tp2 ZeRO-1 with sharded tokens -> one process -> tp2pp2 ZeRO-3 -> dp2: the losses within fp32."""
     config = run_config(tmp_path)
     whole = replace(config, out=str(tmp_path / "whole"))
     assert run_workers(2, train, whole) == ["", ""]
@@ -77,6 +77,7 @@ def test_goes_on_in_other_layouts(tmp_path: Path) -> None:
     layouts = [
         (2, ParallelConfig(zero_stage=1, tensor=2, sequence=True)),
         (1, ParallelConfig(zero_stage=0)),
+        (4, ParallelConfig(zero_stage=3, tensor=2, pipeline=2)),
         (2, ParallelConfig(zero_stage=2)),
     ]
     start, source = 4, Path(whole.out, "checkpoints", "step_0000004")
@@ -87,7 +88,7 @@ def test_goes_on_in_other_layouts(tmp_path: Path) -> None:
             parallel=parallel,
             checkpoint=CheckpointConfig(every=start + 2, resume=str(source)),
         )
-        assert set(run_workers(world, train, other, tensor=parallel.tensor)) == {""}
+        assert set(run_workers(world, train, other, tensor=parallel.tensor, pipeline=parallel.pipeline)) == {""}
         ours = metrics(other.out)
         assert [r["sample_hash"] for r in ours] == [r["sample_hash"] for r in reference[start:]]
         for name in ("loss", "loss_image", "loss_text", "loss_pair_image", "loss_pair_text", "grad_norm"):
