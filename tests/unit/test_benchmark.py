@@ -68,17 +68,19 @@ def test_a_step_of_each_learns_the_same() -> None:
     for _ in range(3):
         ours.step()
         theirs.step()
+        assert all(p.grad is None for p in ours.model.parameters()), "gradients would add up over the steps"
     assert sum(benchmark.assert_equal_losses([ours, theirs])) < before
     assert three.model is ours.model and three.optimizer is ours.optimizer
 
 
 def test_saved_bytes_of_a_known_graph() -> None:
-    """x [5, 3] -> linear [4] -> exp: saved are x and exp's result; the weight is a parameter."""
-    model, x = nn.Linear(3, 4), torch.ones(5, 3)
+    """x [5, 3] -> linear [4] -> exp: saved are x, the weight, which is a parameter, and exp's result, once for exp and
+    once for its square."""
+    model, x = nn.Linear(3, 4), torch.ones(5, 3, requires_grad=True)
 
     def forward() -> tuple[torch.Tensor, torch.Tensor]:
         y = model(x).exp()
-        return y.sum(), y.detach()
+        return (y * y).sum(), y.detach()
 
     contender = benchmark.Contender("known", model, forward, benchmark.adamw(model))
     assert benchmark.activation_bytes(contender, CPU) == 4 * (5 * 3 + 5 * 4)

@@ -17,9 +17,10 @@ from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training import metrics
 from beit3_dist.training.metrics import JsonLines, Reporter, finite, losses_and_accuracies, step_record
 
-CONTRACT = """step loss loss_image loss_text loss_pair_image loss_pair_text
-acc_image acc_text acc_pair_image acc_pair_text lr grad_norm images texts pairs tokens_per_s samples_per_s tflops_per_device mfu data_wait_s step_s memory_gb
-sample_hash""".split()
+CONTRACT = """
+step loss loss_image loss_text loss_pair_image loss_pair_text acc_image acc_text acc_pair_image acc_pair_text lr
+grad_norm images texts pairs tokens_per_s samples_per_s tflops_per_device mfu data_wait_s step_s memory_gb sample_hash
+""".split()
 
 
 def test_losses_are_sums_over_counts() -> None:
