@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import sha256, sync, write_json, write_text
-from beit3_dist.config import BatchConfig, ModelConfig
+from beit3_dist.config import BatchConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = 1
 
@@ -85,7 +88,7 @@ def save(
     folder: Path,
     pieces: Iterable[Piece],
     state: TrainState,
-    model: ModelConfig,
+    model: DataclassInstance,
     config_yaml: str,
     versions: dict[str, str],
     keep: int,
@@ -185,7 +188,7 @@ def damaged(path: Path) -> str:
     return ""
 
 
-def read_state(path: Path, model: ModelConfig) -> TrainState:
+def read_state(path: Path, model: DataclassInstance) -> TrainState:
     """The state in a checkpoint. Raises ValueError where its model differs from `model`, naming the field."""
     content = json.loads((path / "state.json").read_text())
     if content["format"] != FORMAT:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,20 +56,21 @@ def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[s
     )
 
 
-def small(folder: Path, out: Path, **changes: object) -> list[str]:
+def small(folder: Path, out: Path, changes: Mapping[str, object] | None = None) -> list[str]:
     settings = {
         "out": out,
-        "shards": folder / "images-0.tar",
-        "cache": folder / "cache",
-        "image_size": 32,
-        "width": 32,
-        "heads": 2,
-        "layers": 1,
-        "codebook_size": 16,
+        "data.images": folder / "images-0.tar",
+        "data.cache": folder / "cache",
+        "model.image_size": 32,
+        "model.width": 32,
+        "model.heads": 2,
+        "model.layers": 1,
+        "model.codebook_size": 16,
         "batch": 8,
         "steps": 40,
-        "lr": 2e-3,
-    } | changes
+        "optim.lr": 2e-3,
+        "pictures_every": 20,
+    } | (changes or {})
     return ["--config", str(DEMO), *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
@@ -83,7 +85,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "one"
     result = launch(*small(shards, out), "--local_rank=0")
     assert result.returncode == 0, result.stderr
-    assert "step 40/40" in result.stdout and "images/s" in result.stdout
+    assert "step 40/40" in result.stdout and "samples/s" in result.stdout
     return out
 
 
@@ -101,9 +103,9 @@ def test_it_learns_and_leaves_a_whole_run_folder(trained: Path) -> None:
 
 
 def test_two_processes_train_the_same_tokenizer(trained: Path, shards: Path, tmp_path: Path) -> None:
-    result = launch(*small(shards, tmp_path, steps=4, warmup_steps=2), processes=2)
+    result = launch(*small(shards, tmp_path, {"steps": 4, "optim.warmup_steps": 2}), processes=2)
     assert result.returncode == 0, result.stderr
-    alone = launch(*small(shards, tmp_path / "alone", steps=4, warmup_steps=2))
+    alone = launch(*small(shards, tmp_path / "alone", {"steps": 4, "optim.warmup_steps": 2}))
     assert alone.returncode == 0, alone.stderr
     # Sums in another order: fp32 noise, as long as no vector changes its nearest code.
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
@@ -112,17 +114,19 @@ def test_two_processes_train_the_same_tokenizer(trained: Path, shards: Path, tmp
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"patch_size": 7}, "patch_size"),
+        ({"model.patch_size": 7}, "patch_size"),
         ({"steps": "many"}, "steps"),
         ({"stpes": 3}, "stpes"),
-        ({"shards": "/nowhere/*.tar"}, "shards"),
-        ({"teacher": "nobody"}, "teacher"),
+        ({"data.images": "/nowhere/*.tar"}, "data.images"),
+        ({"teacher.kind": "nobody"}, "teacher"),
+        ({"teacher.kind": "clip"}, "teacher.weights"),
+        ({"teacher.kind": "clip", "teacher.weights": "/nowhere.pt"}, "teacher.weights=/nowhere.pt"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     shards: Path, tmp_path: Path, changes: dict[str, object], named: str
 ) -> None:
-    result = launch(*small(shards, tmp_path / "out", **changes))
+    result = launch(*small(shards, tmp_path / "out", changes))
     assert result.returncode == 2
     assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not (tmp_path / "out").exists()
