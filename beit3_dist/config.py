@@ -301,6 +301,8 @@ class EvalConfig:
     """Held-out tars of documents."""
     pairs: str = ""
     """Held-out tars of pairs."""
+    image_codes: str = ""
+    """Folder of the held-out views' visual codes; empty: the image tokenizer computes them at every validation."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval.every={self.every} is negative")
@@ -324,6 +326,9 @@ class RunConfig:
     """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
     image_tokenizer: str
     """VQ-KD image tokenizer file; launchers/train_image_tokenizer.py makes one."""
+    image_codes: str = ""
+    """Folder of the training views' visual codes, which tools/precompute_codes.py makes; empty: the image tokenizer
+    computes them at every step."""
     seed: int = 0
     """Seed of everything that is drawn: initial values, order, crops, masks, drop path."""
     steps: int = 1_000_000

@@ -10,14 +10,18 @@ import torch.distributed as dist
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches, requests_from
 from beit3_dist.parallel.engine import Engine
+from beit3_dist.training.image_codes import PrecomputedCodes, targets_of
 from beit3_dist.training.inputs import Tokenize, host_totals, prepare
 from beit3_dist.training.metrics import losses_and_accuracies
 
 
-def evaluate(config: RunConfig, engine: Engine, held_out: MixedBatches, tokenize: Tokenize) -> dict[str, float]:
+def evaluate(
+    config: RunConfig, engine: Engine, held_out: MixedBatches, codes: PrecomputedCodes | None, tokenize: Tokenize
+) -> dict[str, float]:
     """Losses and accuracies over the first `eval.batches` batches of the held-out streams. Collective.
 
     The samples, crops and masks are the same every time; a stream with fewer samples starts over.
+    `codes`: precomputed image targets; None: `tokenize` makes them.
     """
     device = engine.mesh.device
     counts = torch.zeros(4, dtype=torch.int64, device=device)
@@ -25,7 +29,7 @@ def evaluate(config: RunConfig, engine: Engine, held_out: MixedBatches, tokenize
     for request in islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.batch.accumulation):
         batch = held_out[request]
         counts += host_totals([batch], config.model)[:4].to(device)
-        result = engine.evaluate([prepare(batch, device, tokenize)])
+        result = engine.evaluate([prepare(batch, device, targets_of(batch, codes, tokenize))])
         cross_entropy = [a + b for a, b in zip(cross_entropy, result.cross_entropy, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
     dist.all_reduce(counts)

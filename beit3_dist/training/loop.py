@@ -15,6 +15,7 @@ from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Mesh, connect
 from beit3_dist.training.checkpointing import load_checkpoint, save_checkpoint
 from beit3_dist.training.evaluation import evaluate
+from beit3_dist.training.image_codes import targets_of
 from beit3_dist.training.image_targets import ImageTargets
 from beit3_dist.training.inputs import host_totals, prepare
 from beit3_dist.training.metrics import step_record
@@ -62,7 +63,8 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
         totals = host_totals(micro_batches, config.model).to(mesh.device)
         dist.all_reduce(totals)
         lr = learning_rate(step, config.steps, config.optim)
-        result = engine.train_step((prepare(b, mesh.device, tokenize) for b in micro_batches), totals[:4], step, lr)
+        prepared = (prepare(b, mesh.device, targets_of(b, ready.train_codes, tokenize)) for b in micro_batches)
+        result = engine.train_step(prepared, totals[:4], step, lr)
 
         state.advance(config.batch, replaced=int(totals[6]))
         run.quarantine(state.step, [fault for b in micro_batches for fault in b.faults])
@@ -70,7 +72,8 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
             step_record(config, mesh, state.step, lr, totals.tolist(), result, data_wait, time.perf_counter() - started)
         )
         if ready.held_out is not None and state.step % config.eval.every == 0:
-            run.evaluation({"step": state.step} | evaluate(config, engine, ready.held_out, tokenize))
+            losses = evaluate(config, engine, ready.held_out, ready.held_out_codes, tokenize)
+            run.evaluation({"step": state.step} | losses)
         if state.step % config.checkpoint.every == 0 or state.step == config.steps:
             save_checkpoint(config, engine, state)
         check_bad_samples(config, state)
