@@ -6,7 +6,8 @@
 The yardstick of each loss is the entropy of its targets, in nats: the loss of a model that knows how often each code or
 word is hidden, and nothing of the context. A loss below it means that the model reads the context. The yardstick of
 each accuracy is the share of the most frequent target. Both are measured on the first 2,048 training samples of each
-stream, as the run crops and masks them.
+stream, as the run crops and masks them. Validation sees whole pictures without jitter, whose codes are distributed
+otherwise: its losses may lie higher or lower for that reason alone.
 
 Hidden patches are drawn from codes: a code looks like the mean of all sampled training patches that carry it. The row
 drawn from the true codes is the best that the image tokenizer allows; no model can get past it.
@@ -377,7 +378,7 @@ def summary_lines(report: Record) -> Iterator[str]:
         f"training samples of each stream."
     )
     if report["held_out_step"] is not None:
-        yield f"Held-out: the validation after step {report['held_out_step']:,}."
+        yield f"Held-out: the validation after step {report['held_out_step']:,}, on whole pictures without jitter."
 
 
 def digits(value: float | None, form: str) -> str:
@@ -402,7 +403,7 @@ WIDTH, DPI = 1400, 100
 """Pixels of the figure's width, and pixels per inch. Every length below is in pixels, from the upper left corner."""
 LEFT, MARGIN = 150, 24
 """Room for the rows' names, and the margin on the other sides."""
-PANELS_LEFT, PANELS_TOP, PANELS_PITCH, PANELS_WIDTH, PANELS_HEIGHT = 62, 124, 338, 272, 250
+PANELS_LEFT, PANELS_TOP, PANELS_PITCH, PANELS_WIDTH, PANELS_HEIGHT = 62, 124, 340, 262, 250
 """Where the four panels of curves lie."""
 PICTURES_TOP = 430
 """Where the pictures begin."""
