@@ -84,6 +84,7 @@ class ModelConfig:
             0 <= self.vl_expert_layers <= self.layers,
             f"model.vl_expert_layers={self.vl_expert_layers} is not between 0 and model.layers={self.layers}",
         )
+        require(self.layer_norm_eps > 0, f"model.layer_norm_eps={self.layer_norm_eps} must be positive")
         require(0 <= self.drop_path < 1, f"model.drop_path={self.drop_path} is not in [0, 1)")
         require(
             self.max_text_length >= 3,
@@ -150,6 +151,7 @@ class DataConfig:
         for name in ("horizontal_flip", "color_jitter", "max_bad_fraction"):
             require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
         require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
+        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
         require(self.workers >= 0, f"data.workers={self.workers} is negative")
         require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
 
@@ -274,6 +276,7 @@ class OptimConfig:
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} is not between 0 and optim.lr={self.lr}")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} is negative")
+        require(self.eps > 0, f"optim.eps={self.eps} must be positive")
         require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1 and optim.beta2 must lie in [0, 1)")
 
 
@@ -308,6 +311,8 @@ class EvalConfig:
     """Held-out tars of documents."""
     pairs: str = ""
     """Held-out tars of pairs."""
+    image_codes: str = ""
+    """Folder of the held-out views' visual codes; empty: the image tokenizer computes them at every validation."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"eval.every={self.every} is negative")
@@ -331,6 +336,9 @@ class RunConfig:
     """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
     image_tokenizer: str
     """VQ-KD image tokenizer file; launchers/train_image_tokenizer.py makes one."""
+    image_codes: str = ""
+    """Folder of the training views' visual codes, which tools/precompute_codes.py makes; empty: the image tokenizer
+    computes them at every step."""
     seed: int = 0
     """Seed of everything that is drawn: initial values, order, crops, masks, drop path."""
     steps: int = 1_000_000

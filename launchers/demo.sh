@@ -31,7 +31,7 @@ fi
 say "4/6 image tokenizer: 256 visual codes, taught by an ImageNet network"
 if [[ ! -e $demo/image_tokenizer/image_tokenizer.pth ]]; then
     python launchers/train_image_tokenizer.py --config launchers/recipes/image_tokenizer_demo.yaml \
-        --out "$demo/image_tokenizer" --shards "$demo/shards/{images,pairs}/train/*.tar" --cache "$demo/cache" \
+        --out "$demo/image_tokenizer" --data.images "$demo/shards/{images,pairs}/train/*.tar" --data.cache "$demo/cache" \
         --steps "$tokenizer_steps"
 fi
 

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from beit3_dist.checkpoint.files import sha256, sync, write_json, write_text
-from beit3_dist.config import BatchConfig, ModelConfig
+from beit3_dist.config import BatchConfig
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = 1
 
@@ -110,7 +114,7 @@ def save(
     folder: Path,
     pieces: Iterable[Piece],
     state: TrainState,
-    model: ModelConfig,
+    model: DataclassInstance,
     config_yaml: str,
     versions: dict[str, str],
     keep: int,
@@ -142,7 +146,7 @@ def save(
         partial.rename(final)
         sync(folder)
         write_text(folder / "latest", final.name + "\n")
-        _prune(folder, keep)
+        _prune(folder, final, keep)
     dist.barrier()
     return final
 
@@ -166,10 +170,24 @@ def _write_shard(path: Path, pieces: Iterable[Piece]) -> None:
     sync(path)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    names = sorted(p.name for p in folder.glob("step_*") if not p.name.endswith(".partial"))
-    for name in names[:-keep] if keep else []:
-        shutil.rmtree(folder / name)
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Keeps the newest `keep` checkpoints. What lies ahead of the one just written comes from before the run went back
+    to an older step; it is renamed, so that nothing goes on from it by accident."""
+    checkpoints = sorted(_checkpoints(folder), key=_step_of)
+    for path in checkpoints[checkpoints.index(newest) + 1 :]:
+        aside = path.with_name(f"abandoned_{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    for path in checkpoints[: max(0, checkpoints.index(newest) + 1 - keep)] if keep else []:
+        shutil.rmtree(path)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -188,7 +206,7 @@ def find(resume: str, folder: Path) -> Path | None:
         if damage:
             raise ValueError(f"checkpoint.resume: {damage}")
         return path
-    candidates = sorted((p for p in folder.glob("step_*") if not p.name.endswith(".partial")), reverse=True)
+    candidates = sorted(_checkpoints(folder), key=_step_of, reverse=True)
     damages = []
     for path in candidates:
         damage = damaged(path)
@@ -213,7 +231,7 @@ def damaged(path: Path) -> str:
     return ""
 
 
-def read_state(path: Path, model: ModelConfig) -> TrainState:
+def read_state(path: Path, model: DataclassInstance) -> TrainState:
     """The state in a checkpoint. Raises ValueError where its model differs from `model`, naming the field."""
     content = json.loads((path / "state.json").read_text())
     if content["format"] != FORMAT:

@@ -266,7 +266,7 @@ class ImageBatches(Dataset):
     ) -> None:
         if batch % world:
             raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
-        self.stream = ImageStream(shards, "shards", seed, cache, max_pixels)
+        self.stream = ImageStream(shards, "data.images", seed, cache, max_pixels)
         self.size = size
         self.batch = batch
         self.rank = rank

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from beit3_dist.model.clip_vision import clip_vision_from
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Teacher(Protocol):
@@ -79,9 +86,136 @@ def fused(block: nn.Module) -> nn.Module:
     return block
 
 
-TEACHERS = {"efficientnet_lite0": EfficientNetLite0}
+class FeatureMap(nn.Module):
+    """A teacher that sees the picture at its own size; its feature map is resampled to the code grid (bilinear)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, grid: int, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.grid, self.side = grid, side
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, side, side] -> [B, channels, h, w]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.shape[-1] != self.side:
+            pixels = F.interpolate(pixels, size=(self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
+        features = self.features((pixels - self.mean) / self.std).float()
+        if features.shape[-2:] != (self.grid, self.grid):
+            features = F.interpolate(features, size=(self.grid, self.grid), mode="bilinear", antialias=True)
+        return features.flatten(2).transpose(1, 2)
 
 
-def build_teacher(name: str, grid: int) -> Teacher:
-    """The teacher of this name for a grid x grid code map."""
-    return TEACHERS[name](grid)
+class CLIPTeacher(FeatureMap):
+    """The visual tower of a CLIP file: BEiT v2's teacher."""
+
+    def __init__(self, grid: int, path: str, *, quick_gelu: bool, head_dim: int) -> None:
+        try:
+            tower = clip_vision_from(read_weights(path), quick_gelu=quick_gelu, head_dim=head_dim)
+        except (KeyError, RuntimeError, AttributeError) as error:
+            raise ValueError(
+                f"teacher.weights={path} holds no CLIP vision transformer: {first_words(error)}"
+            ) from error
+        super().__init__(grid, tower.image_size, CLIP_MEAN, CLIP_STD)
+        self.tower, self.channels = tower, tower.target_dim
+        self.requires_grad_(False).eval()
+
+    def features(self, pixels: Tensor) -> Tensor:
+        tokens = self.tower(pixels)
+        side = self.side // self.tower.conv1.stride[0]
+        return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+class TimmTeacher(FeatureMap):
+    """The last feature map, normalised where the model has a final norm, of a model of timm."""
+
+    def __init__(self, grid: int, name: str, path: str) -> None:
+        import timm  # takes seconds, and only this teacher needs it
+
+        try:
+            network: Any = timm.create_model(name, pretrained=False, num_classes=0)
+        except RuntimeError as error:
+            raise ValueError(f"teacher.name={name} is no model of timm: {first_words(error)}") from error
+        heads = network.pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        weights = {
+            key: tensor
+            for key, tensor in read_weights(path).items()
+            if not any(key.startswith(f"{head}.") for head in heads)
+        }
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"teacher.weights={path} does not fit teacher.name={name}: {first_words(error)}"
+            ) from error
+        config = timm.data.resolve_model_data_config(network)
+        super().__init__(grid, config["input_size"][-1], config["mean"], config["std"])
+        self.network: Any = network
+        self.requires_grad_(False).eval()
+        with torch.no_grad():
+            self.channels: int = self.features(torch.zeros(1, 3, self.side, self.side)).shape[1]
+
+    def features(self, pixels: Tensor) -> Tensor:
+        return self.network.forward_intermediates(
+            pixels, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+        )[-1]
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Name -> tensor of a local file: .safetensors, torch.save of tensors, or a TorchScript archive (OpenAI's files).
+
+    No pickled object but tensors is made. Raises ValueError naming `teacher.weights`.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"teacher.weights={path} does not exist: name a local file with the teacher's weights")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if is_torchscript(file):
+            # TorchScript has a reader of its own, which makes no Python objects.
+            return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many kinds for a broken or foreign file
+        raise ValueError(
+            f"teacher.weights={path} cannot be read as a file of weights ({type(error).__name__})"
+        ) from error
+    for name in ("state_dict", "model", "teacher"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    tensors = content.items() if isinstance(content, dict) else ()
+    state = {name.removeprefix("module."): value for name, value in tensors if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"teacher.weights={path} holds no tensors by name")
+    return state
+
+
+def is_torchscript(file: Path) -> bool:
+    """Whether a file is an archive of TorchScript rather than of tensors."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def first_words(error: BaseException) -> str:
+    """An error as part of one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def build_teacher(
+    kind: str, grid: int, *, weights: str = "", name: str = "", quick_gelu: bool = True, head_dim: int = 64
+) -> Teacher:
+    """The teacher for a grid x grid code map; the fields of `TeacherConfig`. ValueError where its file does not fit."""
+    if kind == "clip":
+        return CLIPTeacher(grid, weights, quick_gelu=quick_gelu, head_dim=head_dim)
+    if kind == "timm":
+        return TimmTeacher(grid, name, weights)
+    return EfficientNetLite0(grid)

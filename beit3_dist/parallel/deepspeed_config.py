@@ -27,10 +27,12 @@ def _lookup(settings: dict[str, Any], path: str) -> Any:
     return settings
 
 
-def _store(settings: dict[str, Any], path: str, value: Any) -> None:
+def _store(settings: dict[str, Any], path: str, value: Any, file: str) -> None:
     *sections, leaf = path.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise ValueError(f"deepspeed_config: {file}: section {section!r} must be an object, not {settings!r}")
     settings[leaf] = value
 
 
@@ -74,7 +76,7 @@ def deepspeed_config(config: RunConfig, data_parallel: int) -> dict[str, Any]:
                 f"deepspeed_config: {config.deepspeed_config} sets {path}={json.dumps(given)}, but {name} "
                 f'of the run config means {json.dumps(value)}: write "auto" in the file or change the run'
             )
-        _store(settings, path, value)
+        _store(settings, path, value, config.deepspeed_config)
     # The engine accumulates by itself and says which backward is a step's last one (see engine.py), so that DeepSpeed
     # neither counts micro-batches nor divides by their number.
     settings["gradient_accumulation_steps"] = 1

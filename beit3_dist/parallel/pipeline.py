@@ -38,7 +38,7 @@ def check_pipeline(config: RunConfig) -> None:
     )
     require(
         chunks == 1 or accumulation % stages == 0,
-        f"batch.accumulation={accumulation} is no multiple of parallel.pipeline={stages}; parallel.chunks={chunks} needs it",
+        f"batch.accumulation={accumulation} must be a multiple of parallel.pipeline={stages} to interleave",
     )
 
 

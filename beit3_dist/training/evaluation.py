@@ -10,16 +10,23 @@ from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches, requests_from
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.training.feed import Feed
+from beit3_dist.training.image_codes import PrecomputedCodes, targets_of
 from beit3_dist.training.inputs import Tokenize, prepare
 from beit3_dist.training.metrics import losses_and_accuracies
 
 
 def evaluate(
-    config: RunConfig, engine: Engine, feed: Feed, held_out: MixedBatches, tokenize: Tokenize | None
+    config: RunConfig,
+    engine: Engine,
+    feed: Feed,
+    held_out: MixedBatches,
+    codes: PrecomputedCodes | None,
+    tokenize: Tokenize | None,
 ) -> dict[str, float]:
     """Losses and accuracies over the first `eval.batches` batches of the held-out streams. Collective.
 
     The samples, crops and masks are the same every time; a stream with fewer samples starts over.
+    `codes`: precomputed image targets; None: `tokenize` makes them.
     """
     requests = requests_from((0, 0, 0), config.batch)
     counts = torch.zeros(4, dtype=torch.int64, device=engine.mesh.device)
@@ -27,7 +34,9 @@ def evaluate(
     for _ in range(config.eval.batches):
         batch = feed.step(lambda: [held_out[request] for request in islice(requests, config.batch.accumulation)])
         counts += batch.totals[:4]
-        result = engine.evaluate(prepare(b, engine.mesh.device, tokenize) for b in batch.micro_batches)
+        result = engine.evaluate(
+            prepare(b, engine.mesh.device, targets_of(b, codes, tokenize)) for b in batch.micro_batches
+        )
         cross_entropy = [a + b for a, b in zip(cross_entropy, result.cross_entropy, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
     return losses_and_accuracies(cross_entropy, correct, counts.tolist(), config.objective.weights)

@@ -13,6 +13,8 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig
 
 PEAK_BF16 = {  # dense bf16 tensor FLOP/s, from NVIDIA's data sheets, without sparsity
+    "H200 NVL": 835.5e12,
+    "H100 NVL": 835.5e12,
     "H200": 989.4e12,
     "H100": 989.4e12,
     "H800": 989.4e12,

@@ -15,6 +15,7 @@ from beit3_dist.parallel.mesh import Mesh, connect
 from beit3_dist.training.checkpointing import load_checkpoint, save_checkpoint
 from beit3_dist.training.evaluation import evaluate
 from beit3_dist.training.feed import Feed
+from beit3_dist.training.image_codes import targets_of
 from beit3_dist.training.image_targets import ImageTargets, target_flops
 from beit3_dist.training.inputs import prepare
 from beit3_dist.training.metrics import step_record
@@ -55,8 +56,8 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
         batch = feed.step(lambda: list(islice(batches, config.batch.accumulation)))
         data_wait = time.perf_counter() - started
         lr = learning_rate(step, config.steps, config.optim)
-        micro_batches = (prepare(micro_batch, mesh.device, tokenize) for micro_batch in batch.micro_batches)
-        result = engine.train_step(micro_batches, batch.totals[:4], step, lr)
+        prepared = (prepare(b, mesh.device, targets_of(b, ready.train_codes, tokenize)) for b in batch.micro_batches)
+        result = engine.train_step(prepared, batch.totals[:4], step, lr)
 
         totals = batch.totals.tolist()
         state.advance(config.batch, replaced=totals[6])
@@ -64,7 +65,8 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
             run.quarantine(state.step, [fault for b in batch.micro_batches for fault in b.faults])
         run.step(step_record(config, mesh, state.step, lr, totals, result, data_wait, time.perf_counter() - started))
         if ready.held_out is not None and state.step % config.eval.every == 0:
-            run.evaluation({"step": state.step} | evaluate(config, engine, feed, ready.held_out, tokenize))
+            losses = evaluate(config, engine, feed, ready.held_out, ready.held_out_codes, tokenize)
+            run.evaluation({"step": state.step} | losses)
         if state.step % config.checkpoint.every == 0 or state.step == config.steps:
             save_checkpoint(config, engine, state)
         check_bad_samples(config, state)

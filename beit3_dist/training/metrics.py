@@ -48,7 +48,7 @@ def step_record(
     *counts, tokens, flops, replaced, hash_terms = totals
     batch = config.batch
     flops_per_device = flops / mesh.world / step_s
-    peak = peak_flops(mesh.device)
+    peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
     return {
         "step": step,
         **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
@@ -142,6 +142,10 @@ class Reporter:
         parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES)
         self.say(f"held-out after step {record['step']}: loss {record['loss']:.3f} ({parts})")
 
+    def picture(self, step: int, name: str, picture: torch.Tensor) -> None:
+        """A picture, uint8 [3, H, W], for TensorBoard."""
+        self._tensorboard.add_image(name, picture, step)
+
     def say(self, message: str) -> None:
         """A line of its own for the person at the terminal."""
         clear = "\r\x1b[K" if self._terminal.isatty() else ""
@@ -161,7 +165,7 @@ class Reporter:
             return
         self._last_line = now
         left = (now - self._started) / (done - self._first_step) * (self._steps - done)
-        parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES)
+        parts = "  ".join(f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_"))
         line = (
             f"step {done}/{self._steps}  loss {record['loss']:.3f}  ({parts})  "
             f"{record['samples_per_s']:.0f} samples/s  {_duration(left)} left"

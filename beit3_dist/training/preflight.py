@@ -17,6 +17,7 @@ from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.pipeline import check_pipeline
 from beit3_dist.parallel.tensor import check_tensor
+from beit3_dist.training.image_codes import PrecomputedCodes, open_codes
 from beit3_dist.training.image_targets import tokenizer_view_size
 
 
@@ -36,6 +37,10 @@ class Ready:
     """The training streams of this rank."""
     held_out: MixedBatches | None
     """The held-out streams; None without validation."""
+    train_codes: PrecomputedCodes | None
+    """Codes of the training views; None: the tokenizer computes them."""
+    held_out_codes: PrecomputedCodes | None
+    """Codes of the held-out views."""
 
 
 def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
@@ -55,9 +60,16 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
         raise ValueError(f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
     image_tokenizer = load_vqkd(config.image_tokenizer)
     view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
-    train = MixedBatches(config, view, mesh.data_rank, mesh.data)
-    held_out = MixedBatches(config, view, mesh.data_rank, mesh.data, held_out=True) if config.eval.every else None
-    return Ready(state, checkpoint, _values(config, checkpoint), image_tokenizer, train, held_out)
+    own = config.model.image_size  # looked up codes need no view for the tokenizer
+    train = MixedBatches(config, own if config.image_codes else view, mesh.data_rank, mesh.data)
+    train_codes = open_codes(config, view, False, train)
+    held_out = held_out_codes = None
+    if config.eval.every:
+        held_out_view = own if config.eval.image_codes else view
+        held_out = MixedBatches(config, held_out_view, mesh.data_rank, mesh.data, held_out=True)
+        held_out_codes = open_codes(config, view, True, held_out)
+    values = _values(config, checkpoint)
+    return Ready(state, checkpoint, values, image_tokenizer, train, held_out, train_codes, held_out_codes)
 
 
 def _values(config: RunConfig, checkpoint: Path | None) -> Values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig
+from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 FEWEST_SAMPLES = 10_000
 """A share of bad samples is taken of at least so many, or one bad picture could stop a run at its first step."""
@@ -13,7 +14,7 @@ class RunStopped(RuntimeError):
     """The run ended itself for a reason that its message tells the user; nothing is wrong with the program."""
 
 
-def check_bad_samples(config: RunConfig, state: TrainState) -> None:
+def check_bad_samples(config: RunConfig | TokenizerConfig, state: TrainState) -> None:
     """Raises RunStopped when more than `data.max_bad_fraction` of the samples had to be replaced."""
     samples = sum(state.consumed)
     if state.bad_samples > config.data.max_bad_fraction * max(samples, FEWEST_SAMPLES):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from beit3_dist.checkpoint.files import write_text
 from beit3_dist.command_line import to_yaml
@@ -16,6 +17,7 @@ from beit3_dist.config import RunConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.metrics import JsonLines, Reporter
+from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ class RunFolder:
     Records after `step` (of a run that was killed and resumes at `step`) are moved aside. Collective.
     """
 
-    def __init__(self, out: Path, config: RunConfig, mesh: Mesh, step: int) -> None:
+    def __init__(self, out: Path, config: RunConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(out / "logs" / f"rank{mesh.rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -50,6 +52,11 @@ class RunFolder:
         """The record of a validation."""
         if self._reporter:
             self._reporter.evaluation(record)
+
+    def picture(self, step: int, name: str, picture: Tensor) -> None:
+        """A picture, uint8 [3, H, W], for TensorBoard."""
+        if self._reporter:
+            self._reporter.picture(step, name, picture)
 
     def quarantine(self, step: int, faults: list[Fault]) -> None:
         """One line for each sample that this process had to replace."""

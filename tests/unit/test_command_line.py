@@ -105,7 +105,7 @@ MISTAKES = [  # (arguments after --config recipe, words of the one line)
     (["--model.heads", "3"], ["model.heads=3", "model.width=64"]),
     (["--model.vl_expert_layers", "3"], ["model.vl_expert_layers=3", "model.layers=2"]),
     (["--steps", "2"], ["optim.warmup_steps=5", "steps=2"]),
-    (["--parallel.tensor", "2"], ["parallel.tensor=2"]),
+    (["--parallel.tensor", "0"], ["parallel.tensor", "not 0"]),
     (["stray"], ["stray"]),
 ]
 

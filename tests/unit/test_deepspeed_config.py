@@ -122,6 +122,11 @@ def test_unreadable_files(written, tmp_path: Path) -> None:
         deepspeed_config(run_config(written([1])), 2)
 
 
+def test_a_section_that_is_no_object(written) -> None:
+    with pytest.raises(ValueError, match=r"deepspeed_config: .*ds\.json.*bf16"):
+        deepspeed_config(run_config(written({"bf16": True})), 2)
+
+
 def test_a_batch_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match=r"batch\.texts=24"):
         deepspeed_config(run_config(), 16)

@@ -55,7 +55,7 @@ def test_no_two_parameters_share_their_values(config: ModelConfig) -> None:
 def test_materialized_piece_by_piece_as_in_whole(config: ModelConfig) -> None:
     model = BEiT3(config, device="meta")
     pieces: list[tuple[str, nn.Module]] = [(name, piece) for name, piece in model.named_children() if name != "blocks"]
-    pieces += [(f"blocks.{layer}", block) for layer, block in enumerate(model.blocks)]
+    pieces += [(f"blocks.{layer}", block) for layer, block in model.blocks.items()]
     for prefix, piece in reversed(pieces):
         materialize(piece, lambda name, shape: initial_value(name, shape, config, 3), "cpu", prefix=f"{prefix}.")
     whole = values(config, seed=3)

@@ -1,0 +1,161 @@
+"""The description of a training run of the image tokenizer. The defaults are BEiT v2's (base network, ImageNet-1k)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from beit3_dist.config import CheckpointConfig, OptimConfig, require, require_divides
+
+
+@dataclass(kw_only=True)
+class TokenizerModelConfig:
+    """The VQ-KD network."""
+
+    image_size: int = 224
+    """Side of the square picture in pixels."""
+    patch_size: int = 16
+    """Side of a patch; (image_size / patch_size)^2 codes per picture."""
+    width: int = 768
+    """Hidden size of encoder and decoder."""
+    layers: int = 12
+    """Blocks of the encoder."""
+    heads: int = 12
+    """Attention heads."""
+    codebook_size: int = 8192
+    """Codes."""
+    code_dim: int = 32
+    """Dimension of a code's vector."""
+    decoder_layers: int = 3
+    """Blocks of the decoder."""
+    codebook_decay: float = 0.99
+    """Decay per step of the codebook's moving averages; its horizon, 1 / (1 - decay), must be short beside `steps`."""
+
+    @property
+    def grid(self) -> int:
+        """Codes along a side of the picture."""
+        return self.image_size // self.patch_size
+
+    def __post_init__(self) -> None:
+        for name in (
+            "image_size",
+            "patch_size",
+            "width",
+            "layers",
+            "heads",
+            "codebook_size",
+            "code_dim",
+            "decoder_layers",
+        ):
+            require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
+        require_divides("model.heads", self.heads, "model.width", self.width)
+        require(0 <= self.codebook_decay < 1, f"model.codebook_decay={self.codebook_decay} is not in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """The frozen network whose features are rebuilt from the codes."""
+
+    kind: Literal["efficientnet_lite0", "clip", "timm"] = "efficientnet_lite0"
+    """efficientnet_lite0: comes with its weights in a package. clip: the visual tower of an OpenAI-CLIP or open_clip
+    file (the paper's teacher is CLIP ViT-B/16). timm: a model of timm."""
+    weights: str = ""
+    """clip, timm: local file with the weights. clip reads OpenAI's archives, .pt/.pth/.bin and .safetensors."""
+    name: str = ""
+    """timm: name of the model, e.g. vit_base_patch16_224.dino."""
+    quick_gelu: bool = True
+    """clip: x * sigmoid(1.702 x) as in OpenAI's models; false for open_clip's models without -quickgelu in the name."""
+    head_dim: int = 64
+    """clip: width of an attention head (64; 80 in ViT-H-14, 88 in ViT-g-14, 104 in ViT-bigG-14)."""
+
+    def __post_init__(self) -> None:
+        require(self.head_dim > 0, f"teacher.head_dim must be positive, not {self.head_dim}")
+        require(
+            bool(self.weights) == (self.kind != "efficientnet_lite0"),
+            f"teacher.weights={self.weights!r} does not fit teacher.kind={self.kind}: "
+            "clip and timm need a local file, efficientnet_lite0 brings its own",
+        )
+        require(
+            bool(self.name) == (self.kind == "timm"),
+            f"teacher.name={self.name!r} does not fit teacher.kind={self.kind}: timm, and only timm, needs a name",
+        )
+
+
+@dataclass(kw_only=True)
+class TokenizerDataConfig:
+    """The pictures."""
+
+    images: str
+    """Brace or glob pattern of tars with pictures."""
+    min_crop_scale: float = 0.08
+    """Smallest area of the random crop as a share of the picture."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels than this are refused as image bombs and replaced."""
+    max_bad_fraction: float = 0.01
+    """The run stops with a report when more than this share of all pictures had to be replaced."""
+    workers: int = 8
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: int = 2
+    """Batches that each worker prepares ahead."""
+    cache: str = "~/.cache/beit3_dist"
+    """Folder of the shard indexes."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
+        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
+        require(self.max_pixels > 0, f"data.max_pixels must be positive, not {self.max_pixels}")
+        require(self.workers >= 0, f"data.workers={self.workers} is negative")
+        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
+
+
+def _beit_v2() -> OptimConfig:
+    """10 of 100 epochs of warm-up; 5e-5 per 128 pictures; no clipping."""
+    return OptimConfig(
+        lr=2e-4,
+        min_lr=1e-5,
+        warmup_steps=25_020,
+        weight_decay=1e-4,
+        beta1=0.9,
+        beta2=0.99,
+        eps=1e-8,
+        clip_norm=0.0,
+    )
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """A training run of the image tokenizer."""
+
+    out: str
+    """Run folder: image_tokenizer.pth, config.yaml, metrics.jsonl, tensorboard/, logs/, checkpoints/,
+    quarantine.jsonl."""
+    data: TokenizerDataConfig
+    """The pictures."""
+    seed: int = 0
+    """Seed of initial values, order, crops and codebook draws."""
+    steps: int = 250_200
+    """Optimizer steps (100 epochs of ImageNet-1k at batch 512)."""
+    batch: int = 512
+    """Pictures per step over all ranks."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: matrix products in bf16 (autocast), everything else and the quantisation in fp32. fp32: everything."""
+    pictures_every: int = 1000
+    """Steps between pictures of the codes in TensorBoard, the last step included; 0 draws none."""
+    model: TokenizerModelConfig = field(default_factory=TokenizerModelConfig)
+    """The VQ-KD network."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The frozen network whose features are rebuilt from the codes."""
+    optim: OptimConfig = field(default_factory=_beit_v2)
+    """AdamW and its schedule. The defaults are BEiT v2's tokenizer recipe, not the pretraining's."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        require(self.pictures_every >= 0, f"pictures_every={self.pictures_every} is negative")
+        require(
+            self.optim.warmup_steps <= self.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",
+        )

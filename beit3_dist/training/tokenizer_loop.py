@@ -1,0 +1,113 @@
+"""Training of the image tokenizer, from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from beit3_dist.checkpoint import store
+from beit3_dist.command_line import to_yaml
+from beit3_dist.data.batch import loader
+from beit3_dist.data.order import Stream, mix_arrays
+from beit3_dist.model.vqkd import save_vqkd
+from beit3_dist.parallel.mesh import Mesh, connect
+from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
+from beit3_dist.training.metrics import peak_memory_gb
+from beit3_dist.training.resilience import check_bad_samples
+from beit3_dist.training.run_folder import RunFolder
+from beit3_dist.training.schedule import learning_rate
+from beit3_dist.training.tokenizer_config import TokenizerConfig
+from beit3_dist.training.tokenizer_engine import TokenizerEngine, TokenizerStep
+from beit3_dist.training.tokenizer_preflight import TokenizerReady
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8
+"""Pictures in a row of TensorBoard's sheet."""
+
+
+def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
+    """Trains from `ready.state` to `config.steps` and writes OUT/image_tokenizer.pth at every checkpoint."""
+    connect(mesh)
+    state, out = ready.state, Path(config.out)
+    run = RunFolder(out, config, mesh, state.step)
+    engine = TokenizerEngine(config, mesh, ready.teacher)
+    if ready.checkpoint is not None:
+        engine.create_moments(state.step)
+        store.load(ready.checkpoint, engine.pieces())
+        log.info("going on after step %d from %s", state.step, ready.checkpoint)
+    elif mesh.is_first:
+        run.quarantine(0, ready.train.stream.faults)  # what the shards' indexes had to leave out
+    cuda = mesh.device.type == "cuda"
+    steps = range(state.step, config.steps)
+    batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
+
+    for step in steps:
+        started = time.perf_counter()
+        pictures, ids, faults = next(batches)
+        data_wait = time.perf_counter() - started
+        pictures = pictures.to(mesh.device, non_blocking=True)
+        if step == 0:
+            engine.start_codebook(pictures)
+        lr = learning_rate(step, config.steps, config.optim)
+        result = engine.train_step(pictures, step, lr)
+        replaced, hash_terms = totals(len(faults), ids, mesh)
+
+        state.step += 1
+        state.consumed = (state.step * config.batch, 0, 0)
+        state.bad_samples += replaced
+        run.quarantine(state.step, faults)
+        seconds = time.perf_counter() - started
+        run.step(
+            record(state.step, result)
+            | {"lr": lr, "images": config.batch, "samples_per_s": config.batch / seconds}
+            | {"data_wait_s": data_wait, "step_s": seconds, "memory_gb": peak_memory_gb(mesh.device)}
+            | {"replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
+        )
+        is_last = state.step == config.steps
+        if mesh.is_first and config.pictures_every and (state.step % config.pictures_every == 0 or is_last):
+            patches = nearest_patches(engine.tokenizer, [pictures])
+            run.picture(state.step, "codes", sheet([pictures[:SHOWN], mosaic(result.codes[:SHOWN], patches)]))
+        if state.step % config.checkpoint.every == 0 or is_last:
+            save_checkpoint(config, engine, state, mesh)
+        check_bad_samples(config, state)
+    run.close()
+
+
+def totals(replaced: int, ids: torch.Tensor, mesh: Mesh) -> tuple[int, int]:
+    """Replaced samples of the step, and the terms of its sample hash, over all ranks."""
+    places = torch.arange(len(ids)) + mesh.rank * len(ids)
+    terms = mix_arrays(torch.full_like(ids, Stream.IMAGES).numpy(), places.numpy(), ids.numpy())
+    sums = torch.tensor([replaced, int(terms.sum(dtype="uint64").astype("int64"))], device=mesh.device)
+    dist.all_reduce(sums)
+    return int(sums[0]), int(sums[1])
+
+
+def record(step: int, result: TokenizerStep) -> dict[str, Any]:
+    """What a step came to, for metrics.jsonl. `used_codes`: share of the codebook that the step's patches used."""
+    return {
+        "step": step,
+        "loss": result.loss,
+        "loss_reconstruction": result.reconstruction,
+        "loss_commitment": result.commitment,
+        "used_codes": result.usage.share,
+        "perplexity": result.usage.perplexity,
+        "grad_norm": result.grad_norm,
+    }
+
+
+def save_checkpoint(config: TokenizerConfig, engine: TokenizerEngine, state: store.TrainState, mesh: Mesh) -> None:
+    """Saves everything that a run needs to go on, and the tokenizer by itself. Collective."""
+    pieces: Iterable[store.Piece] = engine.pieces() if mesh.is_first else ()
+    versions = {name: version(name) for name in ("torch", "beit3-dist")}
+    folder = Path(config.out) / "checkpoints"
+    if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
+        save_vqkd(engine.tokenizer, Path(config.out) / "image_tokenizer.pth")
+    store.save(folder, pieces, state, config.model, to_yaml(config), versions, config.checkpoint.keep)

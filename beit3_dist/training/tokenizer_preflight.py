@@ -1,0 +1,62 @@
+"""Everything that can be wrong with a training run of the image tokenizer, found before a process group starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from beit3_dist.checkpoint.store import TrainState, find, read_state
+from beit3_dist.config import require, require_divides
+from beit3_dist.data.batch import ImageBatches
+from beit3_dist.objectives.distillation import Teacher, build_teacher
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.tokenizer_config import TokenizerConfig
+
+
+@dataclass
+class TokenizerReady:
+    """What a run starts from."""
+
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    teacher: Teacher
+    """The frozen teacher, on the CPU."""
+    train: ImageBatches
+    """The pictures of this rank."""
+
+
+def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady:
+    """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
+    require_divides("the number of ranks", mesh.world, "batch", config.batch)
+    out = Path(config.out)
+    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
+    require(
+        config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
+        f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
+    )
+    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
+    require(state.step < config.steps, f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    require(
+        state.consumed[0] == state.step * config.batch,
+        f"batch={config.batch}: {checkpoint} has taken {state.consumed[0]} pictures in {state.step} steps; "
+        "a resumed run keeps its batch",
+    )
+    teacher = asdict(config.teacher)
+    return TokenizerReady(
+        state,
+        checkpoint,
+        build_teacher(teacher.pop("kind"), config.model.grid, **teacher),
+        ImageBatches(
+            config.data.images,
+            config.model.image_size,
+            config.seed,
+            config.batch,
+            mesh.rank,
+            mesh.world,
+            config.data.cache,
+            min_crop_scale=config.data.min_crop_scale,
+            max_pixels=config.data.max_pixels,
+        ),
+    )

@@ -1,0 +1,290 @@
+"""The report of a real small run: its numbers against plain re-computations, its picture, and mistakes as one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3_dist.checkpoint.store import find, read_weights
+from beit3_dist.command_line import to_yaml
+from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConfig
+from beit3_dist.data.batch import MixedBatches, Request, requests_from
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.vqkd import load_vqkd
+from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling
+from beit3_dist.training.inputs import prepare
+from tests.integration.runs import metrics, run_config, write_recipe
+from tools import report
+
+ROOT = Path(__file__).parents[2]
+STEPS = 24
+PICTURES = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program of the repository on one core."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of 24 steps, three validations and its report."""
+    folder = tmp_path_factory.mktemp("report")
+    config = run_config(folder, steps=STEPS, checkpoint=CheckpointConfig(every=8))
+    held_out = {name: str(folder / f"{name}-1.tar") for name in ("images", "texts", "pairs")}
+    config = replace(config, eval=EvalConfig(every=8, batches=1, **held_out))
+    trained = program("launchers/pretrain.py", "--config", str(write_recipe(config, folder / "recipe.yaml")))
+    assert trained.returncode == 0, trained.stderr
+    reported = program("tools/report.py", config.out, "--pictures", str(PICTURES))
+    assert reported.returncode == 0, reported.stderr
+    (folder / "summary.txt").write_text(reported.stdout)
+    return config
+
+
+@pytest.fixture(scope="module")
+def content(config: RunConfig) -> report.Record:
+    """report.json."""
+    return json.loads((Path(config.out) / "report.json").read_text())
+
+
+def test_the_json_has_the_documented_keys(content: report.Record) -> None:
+    assert set(content) == {
+        "run", "checkpoint", "checkpoint_step", "steps", "planned_steps", "wall_s", "samples", "samples_per_s",
+        "data_wait_share", "losses", "accuracies", "entropies", "baselines", "targets", "sampled", "held_out_step",
+        "pictures", "codes_right",
+    }  # fmt: skip
+    assert all(key in (report.__doc__ or "") for key in content)
+    for name in ("losses", "accuracies", "entropies", "baselines", "targets"):
+        assert set(content[name]) == set(STREAMS)
+    assert content["checkpoint_step"] == content["steps"] == content["held_out_step"] == STEPS
+    assert content["pictures"] == "held-out"
+
+
+def test_losses_and_times_are_those_of_the_metrics(config: RunConfig, content: report.Record) -> None:
+    records = metrics(config.out)
+    held_out = json.loads((Path(config.out) / "eval.jsonl").read_text().splitlines()[-1])
+    for field, prefix in (("losses", "loss"), ("accuracies", "acc")):
+        for name in STREAMS:
+            values = [record[f"{prefix}_{name}"] for record in records]
+            assert content[field][name]["first"] == values[0]
+            assert content[field][name]["last"] == pytest.approx(sum(values[4:]) / 20, rel=1e-12)
+            assert content[field][name]["held_out"] == held_out[f"{prefix}_{name}"]
+    assert content["samples"] == dict.fromkeys(("images", "texts", "pairs"), 4 * STEPS)
+    assert content["wall_s"] == pytest.approx(sum(record["step_s"] for record in records))
+    assert content["samples_per_s"] == pytest.approx(12 * STEPS / content["wall_s"])
+
+
+def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content: report.Record) -> None:
+    """The same samples, one target after the other."""
+    at_once = report.SAMPLES_AT_ONCE
+    batches = MixedBatches(replace(config, batch=BatchConfig(images=at_once, texts=at_once, pairs=at_once)), 32, 0, 1)
+    tokenizer = load_vqkd(config.image_tokenizer)
+    counts: dict[str, Counter[int]] = {name: Counter() for name in STREAMS}
+    number = content["sampled"]["images"] // at_once
+    assert number * at_once >= 2000
+    for request in islice(requests_from((0, 0, 0), batches.config.batch), number):
+        batch = batches[request]
+        codes = tokenizer.encode(batch.images.float() / 255)
+        for row, (picture, hidden) in enumerate(zip(codes, batch.image_mask, strict=True)):
+            counts["image" if row < at_once else "pair_image"].update(picture[hidden].tolist())
+        for words, hidden in zip(batch.text_targets, batch.text_mask, strict=True):
+            counts["text"].update(words[hidden].tolist())
+        for words, hidden in zip(batch.caption_targets, batch.caption_mask, strict=True):
+            counts["pair_text"].update(words[hidden].tolist())
+    for name, count in counts.items():
+        total = count.total()
+        assert content["targets"][name] == total > 2000
+        entropy = -sum(n / total * math.log(n / total) for n in count.values())
+        # Both sum in float64, in another order.
+        assert content["entropies"][name] == pytest.approx(entropy, rel=1e-9)
+        assert content["baselines"][name] == pytest.approx(count.most_common(1)[0][1] / total, rel=1e-6)
+
+
+def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content: report.Record) -> None:
+    """Right guesses of the examples, drawn one by one, against the training objective's count over the same samples."""
+    run = report.open_run(Path(config.out))
+    images, pairs = report.examples(run, torch.device("cpu"), PICTURES)
+    model = BEiT3(config.model, device="meta")
+    checkpoint = find("auto", Path(config.out) / "checkpoints")
+    assert checkpoint is not None
+    model.load_state_dict(read_weights(checkpoint), assign=True)
+    objective = MaskedDataModeling(model.eval(), config.objective, config.seed).eval()
+    right, hidden = torch.zeros(4), torch.zeros(4)
+    lengths = run.shown.lengths()
+    for i in range(PICTURES):
+        batch = run.shown[Request((i * lengths[0] // PICTURES, 0, i * lengths[2] // PICTURES), 0)]
+        inputs, targets, ids = prepare(
+            batch, torch.device("cpu"), lambda p: run.image_tokenizer.encode(p.float() / 255)
+        )
+        with torch.no_grad():
+            right += objective(inputs, targets, ids, torch.ones(4), 0)[1][1]
+        hidden += torch.tensor(targets.counts)
+    image, _, pair_image, pair_text = right.tolist()
+
+    def hits(examples: list[report.Example]) -> int:
+        return sum(int((e.guesses == e.codes)[e.hidden].sum()) for e in examples)
+
+    words = [chunk.right for pair in pairs for chunk in pair.caption if chunk.right is not None]
+    assert (hits(images), hits(pairs), sum(words), len(words)) == (image, pair_image, pair_text, hidden[3])
+    shares = {"image": image / float(hidden[0]), "pair_image": pair_image / float(hidden[2])}
+    assert content["codes_right"] == pytest.approx(shares)
+
+
+def test_the_picture_is_drawn(config: RunConfig) -> None:
+    pixels = np.asarray(Image.open(Path(config.out) / "report.png").convert("RGB"))
+    height, width, _ = pixels.shape
+    assert width == 1400 and height > 1400
+    curves = pixels[report.PANELS_TOP : report.PANELS_TOP + report.PANELS_HEIGHT].reshape(-1, 3)
+    for color in report.COLORS.values():
+        assert (curves == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(1).any(), f"no curve is {color}"
+    first_tile = pixels[report.PICTURES_TOP + report.HEADING :, report.LEFT :][: report.LARGEST_TILE]
+    assert len(np.unique(first_tile.reshape(-1, 3), axis=0)) > 100
+
+
+def test_the_summary_says_below_or_above(config: RunConfig, content: report.Record) -> None:
+    summary = (Path(config.out).parent / "summary.txt").read_text()
+    for name in STREAMS:
+        line = next(line for line in summary.splitlines() if line.startswith(f"{report.TITLES[name]}  "))
+        for key in ("last", "held_out"):
+            loss = content["losses"][name][key]
+            side = "below" if loss < content["entropies"][name] else "above"
+            assert f"{loss:.3f} {side}" in line
+        assert f"{content['entropies'][name]:.3f}" in line
+    assert f"{STEPS} of {STEPS} steps" in summary and "report.png" in summary and "report.json" in summary
+
+
+def test_a_run_without_validation_shows_training_samples(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SAMPLES", report.SAMPLES_AT_ONCE)  # enough for what this test looks at
+    out = copied(config, tmp_path, replace(config, eval=EvalConfig()))
+    (out / "eval.jsonl").unlink()
+    report.main([str(out), "--pictures", "1"])
+    content = json.loads((out / "report.json").read_text())
+    assert content["pictures"] == "training" and content["held_out_step"] is None
+    assert content["losses"]["image"]["held_out"] is None and (out / "report.png").exists()
+
+
+def copied(config: RunConfig, folder: Path, changed: RunConfig | None = None) -> Path:
+    """A copy of the run folder, with another config where one is given."""
+    out = Path(shutil.copytree(config.out, folder / "run"))
+    (out / "config.yaml").write_text(to_yaml(changed or config))
+    return out
+
+
+def spoil(config: RunConfig, folder: Path, what: str) -> Path:
+    """A run folder that cannot be reported."""
+    data = replace(config.data, pairs=str(folder / "gone-*.tar"))
+    match what:
+        case "no folder":
+            return folder / "nowhere"
+        case "no run":
+            return folder
+        case "data are gone":
+            return copied(config, folder, replace(config, data=data))
+        case "tokenizer is gone":
+            return copied(config, folder, replace(config, image_tokenizer=str(folder / "gone.pth")))
+        case "held-out data are gone":
+            return copied(config, folder, replace(config, eval=replace(config.eval, images=str(folder / "gone.tar"))))
+    out = copied(config, folder)
+    if what == "no checkpoint":
+        shutil.rmtree(out / "checkpoints")
+    elif what == "no step":
+        (out / "metrics.jsonl").write_text("")
+    elif what == "damaged metrics":
+        (out / "metrics.jsonl").write_text("nonsense\n")
+    return out
+
+
+@pytest.mark.parametrize(("what", "named"), [
+    ("no folder", "nowhere"), ("no run", "config.yaml"), ("no checkpoint", "checkpoints"), ("no step", "metrics.jsonl"),
+    ("damaged metrics", "line 1"), ("data are gone", "data.pairs"), ("held-out data are gone", "eval.images"),
+    ("tokenizer is gone", "image_tokenizer"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, named: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        report.main([str(spoil(config, tmp_path, what))])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert named in error and len(error.strip().splitlines()) == 1, error
+
+
+def test_the_entropy_of_a_known_distribution() -> None:
+    assert report.entropy(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(math.log(4), rel=1e-12)
+    assert report.entropy(torch.tensor([0, 7])) == 0
+
+
+def test_a_code_without_patches_looks_like_its_nearest_neighbour() -> None:
+    sums = torch.tensor([[10.0, 20.0], [0.0, 0.0], [90.0, 60.0]], dtype=torch.float64)
+    codebook = torch.tensor([[1.0, 0.0], [0.1, 1.0], [0.0, 1.0]])
+    looks = report.mean_patches(sums, torch.tensor([2, 0, 3]), codebook)
+    assert looks.tolist() == [[5, 10], [30, 20], [30, 20]]
+
+
+def test_the_running_mean_leaves_out_what_is_not_finite() -> None:
+    values = np.array([math.nan, 1.0, 5.0, math.nan, 3.0, 7.0])
+    expected = [np.nanmean(values[max(0, i - 2) : i + 1]) if i else math.nan for i in range(6)]
+    assert report.running_mean(values, 3) == pytest.approx(expected, nan_ok=True)
+
+
+def test_hidden_patches_are_drawn_where_they_are() -> None:
+    picture = torch.arange(3 * 4 * 4, dtype=torch.uint8).reshape(3, 4, 4)
+    looks = torch.stack([torch.full((3, 2, 2), level, dtype=torch.uint8) for level in (200, 210)])
+    hidden: Tensor = torch.tensor([False, True, False, False])  # the upper right patch
+    example = report.Example(picture, hidden, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 0]), [])
+    original, masked, guessed, true = report.tiles(example, looks)
+    assert (original == picture.permute(1, 2, 0).numpy()).all()
+    for drawn, levels in ((masked, {report.GREY, report.GREY_EDGE}), (guessed, {200}), (true, {210})):
+        assert set(np.unique(drawn[:2, 2:])) == levels
+        assert (drawn[2:] == original[2:]).all() and (drawn[:2, :2] == original[:2, :2]).all()
+
+
+def test_captions_are_broken_between_words() -> None:
+    caption = [report.Chunk(text, None) for text in (" medium", "-dark", " skin", " [tone→hand]", "s")]
+    lines = report.caption_lines(caption, 13)
+    assert ["".join(chunk.text for _, chunk in line) for line in lines] == [
+        " medium-dark".strip(),
+        "skin",
+        "[tone→hand]s",
+    ]
+    assert [place for place, _ in lines[0]] == [0, 6]
+    long = report.caption_lines([report.Chunk(f" word{i}", None) for i in range(50)], 13)
+    assert len(long) == report.CAPTION_LINES and long[-1][0][1].text == "…"
+
+
+def test_a_record_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert report.read_records(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]

@@ -1,0 +1,229 @@
+"""What a run writes and says."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from beit3_dist.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
+from beit3_dist.parallel.engine import StepResult
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training import metrics
+from beit3_dist.training.metrics import JsonLines, Reporter, finite, losses_and_accuracies, step_record
+
+CONTRACT = """
+step loss loss_image loss_text loss_pair_image loss_pair_text acc_image acc_text acc_pair_image acc_pair_text lr
+grad_norm images texts pairs tokens_per_s samples_per_s tflops_per_device mfu data_wait_s step_s memory_gb sample_hash
+""".split()
+
+
+def test_losses_are_sums_over_counts() -> None:
+    """Two ranks with 10 and 30 masked patches: the step's loss is 70 / 40, not the mean of 1 and 2."""
+    record = losses_and_accuracies(
+        [10.0 + 60.0, 6.0, 0.0, 4.0], [20.0, 1.0, 0.0, 8.0], [40, 3, 0, 8], (1.0, 2.0, 1.0, 0.5)
+    )
+    assert [record[name] for name in metrics.LOSSES] == [1.75, 2.0, 0.0, 0.5]
+    assert [record[name] for name in metrics.ACCURACIES] == [0.5, 1 / 3, 0.0, 1.0]
+    assert record["loss"] == 1.75 + 2 * 2.0 + 0.5 * 0.5
+
+
+def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig(
+        out="out",
+        text_tokenizer="",
+        image_tokenizer="",
+        data=DataConfig(images="i", texts="t", pairs="p"),
+        batch=BatchConfig(images=8, texts=4, pairs=4),
+        objective=ObjectiveConfig(text_weight=0.0),
+    )
+    mesh = Mesh(rank=0, world=2, local_rank=0, local_world=2, device=torch.device("cpu"))
+    # four counts, tokens, FLOPs, replaced samples, hash terms (a sum that wrapped below zero)
+    totals = [10, 2, 5, 4, 1000, 6 * 10**12, 3, -1]
+    result = StepResult([20.0, 8.0, 5.0, 6.0], [5.0, 1.0, 0.0, 4.0], grad_norm=1.5)
+    record = step_record(config, mesh, 7, 1e-4, totals, result, 0.25, 2.0)
+    assert set(CONTRACT) <= set(record)
+    expected = {
+        "step": 7,
+        "loss": 2.0 + 1.0 + 1.5,
+        "loss_text": 4.0,
+        "acc_image": 0.5,
+        "lr": 1e-4,
+        "grad_norm": 1.5,
+        "tokens_per_s": 500.0,
+        "samples_per_s": 8.0,
+        "tflops_per_device": 1.5,  # 6 TFLOP in 2 s on 2 devices
+        "mfu": None,
+        "replaced_samples": 3,
+        "sample_hash": "ffffffffffffffff",
+    }
+    assert {name: record[name] for name in expected} == expected
+    assert record["memory_gb"] > 0.01
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 6e12)
+    assert step_record(config, mesh, 7, 1e-4, totals, result, 0.25, 2.0)["mfu"] == 0.25
+
+
+def test_a_number_that_is_not_finite_is_null_and_flagged() -> None:
+    record = {"step": 3, "loss": math.nan, "grad_norm": math.inf, "lr": 0.1, "mfu": None}
+    assert finite(record) == {
+        "step": 3,
+        "loss": None,
+        "grad_norm": None,
+        "lr": 0.1,
+        "mfu": None,
+        "non_finite": ["loss", "grad_norm"],
+    }
+    assert finite({"loss": 1.0}) == {"loss": 1.0}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def written(path: Path, steps: range) -> None:
+    file = JsonLines(path, None)
+    for step in steps:
+        file.write({"step": step, "loss": math.nan if step == 2 else 1.0})
+    file.close()
+
+
+def test_records_are_strict_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 4))
+    assert "NaN" not in path.read_text()
+    assert lines(path)[1] == {"step": 2, "loss": None, "non_finite": ["loss"]}
+
+
+def test_going_on_cuts_back_and_keeps_the_tail(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 6))
+    with open(path, "a") as file:
+        file.write('{"step": 6, "lo')  # the process was killed while it wrote
+    before = path.read_bytes()
+    file = JsonLines(path, 3)
+    file.write({"step": 4})
+    file.close()
+    assert [record["step"] for record in lines(path)] == [1, 2, 3, 4]
+    (aside,) = tmp_path.glob("metrics.tail-*.jsonl")
+    assert aside.read_bytes() == b"".join(before.splitlines(keepends=True)[3:])
+
+
+def test_a_half_written_last_line_does_not_survive(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 3))
+    with open(path, "a") as file:
+        file.write('{"step": 2')
+    JsonLines(path, 2).close()
+    assert [record["step"] for record in lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("last_step", [2, 9, None])
+def test_nothing_to_cut(last_step: int | None, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    written(path, range(1, 3))
+    JsonLines(path, last_step).close()
+    assert [record["step"] for record in lines(path)] == [1, 2]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_records_of_one_step_stay_together(tmp_path: Path) -> None:
+    """quarantine.jsonl has any number of lines per step."""
+    path = tmp_path / "quarantine.jsonl"
+    file = JsonLines(path, None)
+    for step, what in ((1, "a"), (1, "b"), (2, "c"), (1, "d")):
+        file.write({"step": step, "what": what})
+    file.close()
+    JsonLines(path, 1).close()
+    assert [record["what"] for record in lines(path)] == ["a", "b", "d"]
+
+
+def record_of(step: int) -> dict:
+    losses = {name: 1.0 + number for number, name in enumerate(metrics.LOSSES)}
+    return {"step": step, "loss": 10.25, **losses, "samples_per_s": 123.4, "mfu": None, "sample_hash": "00ff"}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=100.0, strftime=lambda form: "now")
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+def test_progress_in_a_file_is_a_line_every_ten_seconds(tmp_path: Path, clock: SimpleNamespace) -> None:
+    terminal = io.StringIO()
+    reporter = Reporter(tmp_path, 10, 40, terminal)
+    for step in range(11, 41):
+        clock.now += 4.0
+        reporter.step(record_of(step))
+    reporter.close()
+    printed = terminal.getvalue().splitlines()
+    assert [line.split()[1] for line in printed] == [
+        f"{step}/40" for step in (11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 40)
+    ]
+    assert printed[0] == (
+        "step 11/40  loss 10.250  (image 1.000  text 2.000  pair_image 3.000  pair_text 4.000)  "
+        "123 samples/s  0:01:56 left"  # 29 steps of 4 s
+    )
+    assert printed[-1].endswith("0:00:00 left")
+    assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == list(range(11, 41))
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+class Terminal(io.StringIO):
+    """A screen."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+
+def test_progress_on_a_screen_renews_one_line_that_fits(
+    tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=30))
+    terminal = Terminal()
+    reporter = Reporter(tmp_path, 0, 2, terminal)
+    clock.now += 1
+    reporter.step(record_of(1))
+    reporter.say("a remark")
+    reporter.close()
+    assert terminal.getvalue() == "\r\x1b[Kstep 1/2  loss 10.250  (image\r\x1b[Ka remark\n\n"
+
+
+def test_days_are_told(tmp_path: Path, clock: SimpleNamespace) -> None:
+    terminal = io.StringIO()
+    reporter = Reporter(tmp_path, 0, 1_000_000, terminal)
+    clock.now += 1.2
+    reporter.step(record_of(1))
+    reporter.close()
+    assert "13 d 21:19:58 left" in terminal.getvalue()  # 999,999 steps of 1.2 s
+
+
+def test_evaluation_goes_to_its_own_file(tmp_path: Path) -> None:
+    terminal = io.StringIO()
+    reporter = Reporter(tmp_path, 0, 2, terminal)
+    reporter.evaluation({"step": 2, **losses_and_accuracies([4.0] * 4, [1.0] * 4, [2] * 4, (1.0,) * 4)})
+    reporter.close()
+    (record,) = lines(tmp_path / "eval.jsonl")
+    assert (record["loss"], record["acc_text"]) == (8.0, 0.5)
+    assert terminal.getvalue() == (
+        "held-out after step 2: loss 8.000 (image 2.000  text 2.000  pair_image 2.000  pair_text 2.000)\n"
+    )
+
+
+def test_a_step_that_diverged_is_still_reported(tmp_path: Path) -> None:
+    """NaN must neither stop the run's record nor reach TensorBoard."""
+    terminal = io.StringIO()
+    reporter = Reporter(tmp_path, 0, 1, terminal)
+    reporter.step(record_of(1) | {"loss": math.nan, "loss_text": math.inf})
+    reporter.close()
+    assert "loss nan" in terminal.getvalue() and "text inf" in terminal.getvalue()
+    assert lines(tmp_path / "metrics.jsonl")[0]["non_finite"] == ["loss", "loss_text"]

@@ -1,0 +1,422 @@
+#!/usr/bin/env python3
+"""Measures this project against others, in one process and interleaved, after showing that both compute the same.
+
+    python tools/benchmark.py model [--json] [--layers 12 ...]
+
+`model`: a whole training step (forward, backward, AdamW) of the masked data modelling of images, texts and pairs by
+our one pass over the mixed batch, by our model in three passes, and by torchscale's BEiT3 in three passes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+import types
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+
+from beit3_dist.checkpoint.formats import to_released
+from beit3_dist.config import SPECIAL_ROWS, ModelConfig, ObjectiveConfig
+from beit3_dist.data.batch import MicroBatch
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling, three_passes
+from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
+from beit3_dist.training.inputs import layout_of, masked_counts, normalize, prepare
+
+PADDING = 1
+"""Id of <pad>."""
+TOLERANCE = 1e-5
+"""Largest relative difference of losses that counts as equal: fp32 noise at base width is ten times smaller."""
+
+GEOMETRY = {
+    "layers": 6,
+    "width": 768,
+    "heads": 12,
+    "ffn_width": 3072,
+    "patch_size": 16,
+    "image_size": 224,
+    "vocab_size": 64010,
+    "visual_vocab_size": 8192,
+}
+"""Fields of the model that `model` takes, and its defaults: base at half its depth, for a step of seconds on a CPU."""
+
+# ------------------------------------------------------------------------------------------------------- torchscale
+
+
+def _module(name: str, **attributes: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    module.__dict__.update(attributes)
+    return module
+
+
+def _identity(module: Any, *_: Any, **__: Any) -> Any:
+    return module
+
+
+# torchscale is installed without its dependencies, whose versions are years old. These stand for what it imports of
+# them, only while it is imported; drop path is off in every comparison with it.
+_STUBS = {
+    "timm": _module("timm"),
+    "timm.models": _module("timm.models"),
+    "timm.models.layers": _module("timm.models.layers", drop_path=_identity),
+    "fairscale": _module("fairscale"),
+    "fairscale.nn": _module("fairscale.nn", checkpoint_wrapper=_identity, wrap=_identity),
+}
+
+
+def torchscale_beit3(config: ModelConfig) -> nn.Module:
+    """torchscale's BEiT3 of the same geometry, drop path off, with `mim_head` and `mlm_head` added as the released
+    wrapper has them. Without sub-LayerNorm it stands for the shared architecture (its two sides given equal values)."""
+    with mock.patch.dict(sys.modules, _STUBS):
+        encoder_config = importlib.import_module("torchscale.architecture.config").EncoderConfig
+        beit3 = importlib.import_module("torchscale.model.BEiT3").BEiT3
+    arguments = encoder_config(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        vocab_size=config.vocab_size,
+        multiway=True,
+        layernorm_embedding=False,
+        normalize_output=True,
+        no_output_layer=True,
+        drop_path_rate=0.0,
+        encoder_embed_dim=config.width,
+        encoder_attention_heads=config.heads,
+        encoder_ffn_embed_dim=config.ffn_width,
+        encoder_layers=config.layers,
+        subln=config.sub_layernorm,
+        encoder_normalize_before=True,
+        max_source_positions=config.max_text_length + 2,
+        checkpoint_activations=False,
+    )
+    model = nn.Module()
+    model.beit3 = beit3(arguments)
+    model.mim_head = nn.Linear(config.width, config.visual_vocab_size)
+    model.mlm_head = nn.Linear(config.width, config.vocab_size)
+    return model
+
+
+def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor) -> Tensor:
+    """The four losses [4], in the order of `STREAMS`, by three forward passes and heads at masked positions only.
+
+    `batch` lies on the model's device. `codes`: int64 [I + P, patches].
+    """
+    images, num_images, mask = normalize(batch.images), batch.num_images, batch.image_mask
+    patches = 1 + mask.shape[1]
+
+    def at_patches(hidden: Tensor, mask: Tensor, codes: Tensor) -> Tensor:
+        return cross_entropy(model.mim_head(hidden[:, 1:patches][mask]), codes[mask])
+
+    def at_words(hidden: Tensor, mask: Tensor, words: Tensor) -> Tensor:
+        return cross_entropy(model.mlm_head(hidden[mask]), words[mask])
+
+    def encode(**inputs: Tensor) -> Tensor:
+        return model.beit3(**inputs)["encoder_out"]
+
+    image = encode(visual_tokens=images[:num_images], vision_masked_position=mask[:num_images])
+    text = encode(textual_tokens=batch.texts)  # texts are full: no padding
+    pair = encode(
+        visual_tokens=images[num_images:],
+        textual_tokens=batch.captions,
+        text_padding_position=batch.captions == PADDING,
+        vision_masked_position=mask[num_images:],
+    )
+    return torch.stack(
+        [
+            at_patches(image, mask[:num_images], codes[:num_images]),
+            at_words(text, batch.text_mask, batch.text_targets),
+            at_patches(pair, mask[num_images:], codes[num_images:]),
+            at_words(pair[:, patches:], batch.caption_mask, batch.caption_targets),
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ measurement
+
+
+@dataclass
+class Contender:
+    """One way to take the same training step."""
+
+    name: str
+    model: nn.Module
+    forward: Callable[[], tuple[Tensor, Tensor]]
+    """-> the loss to go backward from, and the losses [n] that it is the sum of."""
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> None:
+        """Forward, one backward from the sum of the losses, AdamW."""
+        self.forward()[0].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW of the paper; torch's multi-tensor implementation for everyone."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, foreach=True)
+
+
+def assert_equal_losses(contenders: list[Contender]) -> list[float]:
+    """The first contender's losses. Raises AssertionError where another's differ."""
+    with torch.no_grad():
+        losses = [contender.forward()[1].double() for contender in contenders]
+    for contender, theirs in zip(contenders[1:], losses[1:], strict=True):
+        difference = ((theirs - losses[0]) / losses[0]).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise AssertionError(f"the losses of {contender.name} differ by {difference:.1e}: nothing to compare")
+    return losses[0].tolist()
+
+
+def times(contenders: list[Contender], repeats: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each contender's steps, in turns, after one warm-up each."""
+    seconds: list[list[float]] = [[] for _ in contenders]
+    for repeat in range(repeats + 1):
+        for contender, taken in zip(contenders, seconds, strict=True):
+            start = time.perf_counter()
+            contender.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat:
+                taken.append(time.perf_counter() - start)
+    return seconds
+
+
+def activation_bytes(contender: Contender, device: torch.device) -> int:
+    """Peak memory of forward and backward above parameters, gradients and moments.
+
+    On CUDA the allocator's peak, with the gradients already there. The CPU has no such count: what the graph of the
+    whole step saves for the backward pass stands for it, each storage once, parameters left out.
+    """
+    if device.type == "cuda":
+        for parameter in contender.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        contender.forward()[0].backward()
+        peak = torch.cuda.max_memory_allocated(device) - before
+        contender.optimizer.zero_grad()
+        return peak
+    parameters = {p.untyped_storage().data_ptr() for p in contender.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = contender.forward()  # holds the graph, so that no counted storage is freed and its address used again
+    assert loss.requires_grad
+    return sum(saved.values())
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def random_micro_batch(
+    model: ModelConfig, images: int, texts: int, pairs: int, text_length: int, caption_lengths: tuple[int, int]
+) -> MicroBatch:
+    """Random pixels and words under the paper's masks; texts are full, captions have uniformly drawn lengths."""
+    rng, objective = np.random.default_rng(0), ObjectiveConfig()
+    grid = model.image_size // model.patch_size
+    last_word = model.vocab_size - SPECIAL_ROWS
+
+    def words(lengths: np.ndarray, ratio: float) -> list[Tensor]:
+        shape = len(lengths), int(lengths.max())
+        inputs, targets = np.full(shape, PADDING), np.full(shape, PADDING)
+        predict = np.zeros(shape, dtype=bool)
+        for row, length in enumerate(lengths):
+            targets[row, :length] = 0, *rng.integers(4, last_word + 1, length - 2), 2
+            inputs[row, :length], predict[row, :length] = mask_words(
+                targets[row, :length],
+                rng,
+                ratio=ratio,
+                specials=(0, PADDING, 2),
+                mask_id=last_word + 1,
+                words=range(4, last_word + 1),
+                mask_token_share=objective.mask_token_share,
+                random_token_share=objective.random_token_share,
+            )
+        return [torch.from_numpy(array) for array in (inputs, targets, predict, lengths)]
+
+    captions = words(rng.integers(caption_lengths[0], caption_lengths[1] + 1, pairs), objective.caption_mask_ratio)
+    full = words(np.full(texts, text_length), objective.text_mask_ratio)
+    masks = [block_mask(grid, mask_count(objective.image_mask_ratio, grid**2), rng) for _ in range(images + pairs)]
+    pixels = rng.integers(0, 256, (images + pairs, 3, model.image_size, model.image_size), dtype=np.uint8)
+    samples = images + pairs + texts
+    return MicroBatch(
+        images=torch.from_numpy(pixels),
+        tokenizer_images=None,
+        image_mask=torch.from_numpy(np.stack(masks)),
+        captions=captions[0],
+        caption_targets=captions[1],
+        caption_mask=captions[2],
+        caption_lengths=captions[3],
+        texts=full[0],
+        text_targets=full[1],
+        text_mask=full[2],
+        text_lengths=full[3],
+        sample_ids=torch.arange(samples),
+        positions=torch.arange(samples),
+        streams=torch.tensor([0] * images + [2] * pairs + [1] * texts),
+        faults=[],
+    )
+
+
+def model_contenders(config: ModelConfig, batch: MicroBatch, device: torch.device) -> list[Contender]:
+    """Ours in one pass and in three, and torchscale with ours' weights. Codes are drawn: no image tokenizer runs."""
+    try:
+        theirs = torchscale_beit3(config)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"torchscale cannot be imported ({error}); launchers/environment.sh installs it") from error
+    ours = BEiT3(config)
+    theirs.load_state_dict(to_released(ours), strict=True)
+    ours, theirs = ours.to(device), theirs.to(device)
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(config.visual_vocab_size, batch.image_mask.shape, generator=draw).to(device)
+    objective = MaskedDataModeling(ours, ObjectiveConfig(), seed=0)
+    counts = torch.tensor(masked_counts(batch), device=device)
+    step = (*prepare(batch, device, lambda _: codes), counts, 0)
+    on_device = batch.to(device)
+
+    def by_us(compute: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, statistics = compute(*arguments)
+        return loss, statistics[0] / counts
+
+    def by_torchscale() -> tuple[Tensor, Tensor]:
+        losses = torchscale_losses(theirs, on_device, codes)
+        return losses.sum(), losses.detach()
+
+    optimizer = adamw(ours)
+    return [
+        Contender("ours, one pass", ours, lambda: by_us(objective, *step), optimizer),
+        Contender("ours, three passes", ours, lambda: by_us(three_passes, objective, *step), optimizer),
+        Contender("torchscale, three passes", theirs, by_torchscale, adamw(theirs)),
+    ]
+
+
+def benchmark_model(options: Namespace) -> dict[str, Any]:
+    """What `model` was asked to compare, and the figures."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    released = {"attention": "per_modality", "sub_layernorm": True, "vl_expert_layers": 0, "drop_path": 0.0}
+    config = ModelConfig(**{name: getattr(options, name) for name in GEOMETRY}, **released)
+    batch = random_micro_batch(
+        config, options.images, options.texts, options.pairs, options.text_length, tuple(options.caption_lengths)
+    )
+    contenders = model_contenders(config, batch, device)
+    losses = assert_equal_losses(contenders)
+    seconds = times(contenders, options.repeats, device)
+    memory = [activation_bytes(contender, device) for contender in contenders]
+    ours, three, theirs = map(median, seconds)
+    return {
+        "ratio_vs_torchscale": theirs / ours,
+        "ratio_vs_three_passes": three / ours,
+        "activation_memory_ratio_vs_torchscale": memory[0] / memory[2],
+        "losses": dict(zip(STREAMS, losses, strict=True)),
+        "contenders": [
+            {
+                "name": contender.name,
+                "step_s": median(taken),
+                "fastest_s": min(taken),
+                "slowest_s": max(taken),
+                "activation_gb": kept / 1e9,
+            }
+            for contender, taken, kept in zip(contenders, seconds, memory, strict=True)
+        ],
+        "tokens": sum(layout_of(batch).segments),
+        "options": {name: value for name, value in vars(options).items() if name not in ("measure", "table", "json")},
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "precision": "fp32",
+            "torch": torch.__version__,
+            "torchscale": version("torchscale"),
+        },
+    }
+
+
+def model_table(record: dict[str, Any]) -> str:
+    """`benchmark_model`'s record for people."""
+    options, machine, contenders = record["options"], record["machine"], record["contenders"]
+    shortest, longest = options["caption_lengths"]
+    lines = [
+        f"width {options['width']}, {options['layers']} layers, {machine['precision']}; {options['images']} images, "
+        f"{options['texts']} texts of {options['text_length']} words, {options['pairs']} pairs with captions of "
+        f"{shortest} to {longest} words: {record['tokens']} tokens",
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"torchscale {machine['torchscale']}, {options['repeats']} repeats",
+        "equal losses: " + ", ".join(f"{name} {loss:.5f}" for name, loss in record["losses"].items()),
+        "",
+        f"{'':26}{'s/step':>8}{'fastest':>9}{'slowest':>9}{'its time / ours':>17}{'activations':>14}{'ours / its':>12}",
+    ]
+    ours = contenders[0]
+    for it in contenders:
+        lines.append(
+            f"{it['name']:26}{it['step_s']:8.3f}{it['fastest_s']:9.3f}{it['slowest_s']:9.3f}"
+            f"{it['step_s'] / ours['step_s']:17.3f}{it['activation_gb']:11.3f} GB"
+            f"{ours['activation_gb'] / it['activation_gb']:12.3f}"
+        )
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    """The options. Raises ValueError for what cannot be measured; argparse ends the process for what it does not
+    know, with exit code 2 as well."""
+    parser = ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    model = commands.add_parser("model", help="a training step", formatter_class=ArgumentDefaultsHelpFormatter)
+    model.set_defaults(measure=benchmark_model, table=model_table)
+    for name, default in GEOMETRY.items():
+        model.add_argument(f"--{name}", type=int, default=default, help="as in a recipe's model section")
+    model.add_argument("--images", type=int, default=4, help="image-only samples of the batch")
+    model.add_argument("--texts", type=int, default=4, help="text-only samples")
+    model.add_argument("--pairs", type=int, default=4, help="image-text pairs")
+    model.add_argument("--text_length", type=int, default=128, help="words of every text")
+    model.add_argument(
+        "--caption_lengths", type=int, nargs=2, default=(8, 64), metavar="N", help="fewest and most words of a caption"
+    )
+    model.add_argument("--repeats", type=int, default=5, help="timed steps of each, in turns, after one to warm up")
+    model.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(arguments)
+    for name in ("images", "texts", "pairs", "repeats"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name} {getattr(options, name)} is less than 1")
+    for name, shortest, longest in (
+        ("text_length", options.text_length, options.text_length),
+        ("caption_lengths", *options.caption_lengths),
+    ):
+        if not 3 <= shortest <= longest <= ModelConfig.max_text_length:
+            raise ValueError(f"--{name} must lie between 3 and {ModelConfig.max_text_length} words and rise")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures and prints; returns the exit code."""
+    try:
+        options = parse(arguments)
+        record = options.measure(options)
+    except ValueError as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(record) if options.json else options.table(record))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

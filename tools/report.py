@@ -1,0 +1,650 @@
+#!/usr/bin/env python3
+"""Shows what a pretraining run has learnt: RUN/report.png, RUN/report.json and a summary on the terminal.
+
+    python tools/report.py RUN [--out PNG] [--pictures N]
+
+The yardstick of each loss is the entropy of its targets, in nats: the loss of a model that knows how often each code or
+word is hidden, and nothing of the context. A loss below it means that the model reads the context. The yardstick of
+each accuracy is the share of the most frequent target. Both are measured on the first 2,048 training samples of each
+stream, as the run crops and masks them. Validation sees whole pictures without jitter, whose codes are distributed
+otherwise: its losses may lie higher or lower for that reason alone.
+
+Hidden patches are drawn from codes: a code looks like the mean of all sampled training patches that carry it. The row
+drawn from the true codes is the best that the image tokenizer allows; no model can get past it.
+
+report.json lies beside the PNG. STREAM is image, text, pair_image or pair_text; a number that does not exist is null:
+
+    run, checkpoint, checkpoint_step            the folder, the checkpoint whose weights draw the pictures, its step
+    steps, planned_steps, wall_s                steps in metrics.jsonl, of the whole run; sum of the steps' seconds
+    samples {images, texts, pairs}              samples seen
+    samples_per_s, data_wait_share              over all steps
+    losses, accuracies {STREAM: {first, last, held_out}}   first step, mean of the last 20 steps, last validation
+    entropies, baselines {STREAM: number}       of the targets, as above; nats and a share
+    targets {STREAM: count}, sampled {images, texts, pairs}   masked positions and samples that these come from
+    held_out_step                               step of the last validation
+    pictures                                    "held-out" or "training": which samples are drawn
+    codes_right {image, pair_image}             share of the drawn pictures' hidden patches whose code is guessed
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from beit3_dist.checkpoint.files import write_json
+from beit3_dist.checkpoint.store import find, read_state, read_weights
+from beit3_dist.command_line import parse, refuse
+from beit3_dist.config import BatchConfig, RunConfig
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.model.vqkd import VQKD, load_vqkd
+from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
+from beit3_dist.training.code_pictures import mosaic, patches_of
+from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
+from beit3_dist.training.inputs import prepare
+
+PROGRAM = "report.py"
+SAMPLES = 2048
+"""Training samples of each stream that the entropies, the baselines and the looks of the codes come from."""
+SAMPLES_AT_ONCE = 32
+"""Of each stream. A sample does not depend on its batch, so this bounds the memory and changes nothing else."""
+LAST_STEPS = 20
+"""Steps whose mean is the last training loss."""
+TITLES = {"image": "pictures", "text": "texts", "pair_image": "pictures of pairs", "pair_text": "captions of pairs"}
+UNITS = {"image": "patch", "text": "word", "pair_image": "patch", "pair_text": "word"}
+
+Record = dict[str, Any]
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its config names, opened and checked."""
+
+    folder: Path
+    config: RunConfig
+    metrics: list[Record]
+    """One record per step."""
+    evaluations: list[Record]
+    """One record per validation."""
+    checkpoint: Path
+    """The newest whole checkpoint."""
+    step: int
+    """Its step."""
+    image_tokenizer: VQKD
+    train: MixedBatches
+    """The training streams, `SAMPLES_AT_ONCE` samples of each at once."""
+    shown: MixedBatches
+    """The held-out streams, or the training streams of a run that names no held-out shards; one sample at once."""
+
+
+def open_run(folder: Path) -> Run:
+    """Raises ValueError or OSError with one line where something is missing or does not fit."""
+    recipe = folder / "config.yaml"
+    if not recipe.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
+    config = parse(RunConfig, PROGRAM, "", ["--config", str(recipe)])
+    metrics = read_records(folder / "metrics.jsonl")
+    if not metrics:
+        raise ValueError(f"{folder} has no metrics.jsonl with a step in it: the run has not trained yet")
+    checkpoint = find("auto", folder / "checkpoints")
+    if checkpoint is None:
+        raise ValueError(f"{folder / 'checkpoints'} holds no checkpoint yet: wait for step {config.checkpoint.every}")
+    state = read_state(checkpoint, config.model)
+    image_tokenizer = load_vqkd(config.image_tokenizer)
+    view_size = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
+    has_held_out = all((config.eval.images, config.eval.texts, config.eval.pairs))
+
+    def streams(at_once: int, held_out: bool) -> MixedBatches:
+        batch = BatchConfig(images=at_once, texts=at_once, pairs=at_once)
+        return MixedBatches(replace(config, batch=batch), view_size, 0, 1, held_out)
+
+    train, shown = streams(SAMPLES_AT_ONCE, held_out=False), streams(1, has_held_out)
+    evaluations = read_records(folder / "eval.jsonl")
+    return Run(folder, config, metrics, evaluations, checkpoint, state.step, image_tokenizer, train, shown)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a JSON-lines file, none if there is no file. A last line that a crash cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) or line.endswith("\n"):
+                raise ValueError(f"{path}: line {number} is not JSON") from None
+    return records
+
+
+def column(records: Sequence[Record], name: str) -> np.ndarray:
+    """float64 [records]; a number that was not finite, null in the file, is NaN."""
+    return np.array([record[name] for record in records], dtype=np.float64)
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """What a sample of training batches says about the targets."""
+
+    samples: int
+    """Samples of each stream."""
+    counts: dict[str, Tensor]
+    """Stream -> int64 [codes or words]: how often each is the target at a masked position."""
+    patches: Tensor
+    """uint8 [codes, 3, p, p]: what each code looks like."""
+
+
+@torch.no_grad()
+def sample_training(run: Run, device: torch.device) -> TrainingSample:
+    """Tallies the targets and the patches of the first `SAMPLES` training samples of each stream."""
+    model, tokenize = run.config.model, ImageTargets(run.image_tokenizer, device)
+    sizes = {name: model.visual_vocab_size if "image" in name else model.vocab_size for name in STREAMS}
+    counts = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
+    sums = torch.zeros(model.visual_vocab_size, 3 * model.patch_size**2, dtype=torch.float64)
+    carriers = torch.zeros(model.visual_vocab_size, dtype=torch.int64)
+    number = math.ceil(SAMPLES / SAMPLES_AT_ONCE)
+    for request in islice(requests_from((0, 0, 0), run.train.config.batch), number):
+        batch = run.train[request]
+        codes, _, targets = prepared(batch, tokenize, device)
+        for name, values in by_stream(targets, targets.codes, targets.words).items():
+            counts[name] += torch.bincount(values.cpu(), minlength=sizes[name])
+        pixels = patches_of(batch.images, model.patch_size).flatten(1).double()
+        sums.index_add_(0, codes.flatten(), pixels)
+        carriers += torch.bincount(codes.flatten(), minlength=len(carriers))
+    codebook = run.image_tokenizer.quantize.embedding.weight.cpu()
+    patches = mean_patches(sums, carriers, codebook).unflatten(1, (3, model.patch_size, model.patch_size))
+    return TrainingSample(number * SAMPLES_AT_ONCE, counts, patches)
+
+
+def prepared(batch: MicroBatch, tokenize: ImageTargets, device: torch.device) -> tuple[Tensor, MixedInputs, Targets]:
+    """Codes of all patches, int64 [I + P, patches] on the host, and the inputs and targets as training makes them."""
+    codes = tokenize((batch.images if batch.tokenizer_images is None else batch.tokenizer_images).to(device))
+    inputs, targets, _ = prepare(batch, device, lambda _: codes)
+    return codes.cpu(), inputs, targets
+
+
+def by_stream(targets: Targets, codes: Tensor, words: Tensor) -> dict[str, Tensor]:
+    """Values at the masked patches [Mi + Mpi] and at the masked words [Mpt + Mt], cut into the four streams'."""
+    image, text, pair_image, pair_text = targets.counts
+    parts = (*codes.split([image, pair_image]), *words.split([pair_text, text]))
+    return dict(zip(("image", "pair_image", "pair_text", "text"), parts, strict=True))
+
+
+def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
+    """The mean patch of each code: uint8 [K, values] from sums [K, values], numbers of patches [K], codebook [K, C].
+
+    A code without a patch looks like the code with patches that is nearest to it in the codebook.
+    """
+    used = carriers.nonzero().squeeze(1)
+    nearest = used[torch.cdist(codebook, codebook[used]).argmin(1)]
+    looks = torch.where(carriers > 0, torch.arange(len(carriers)), nearest)
+    return (sums / carriers.clamp(min=1)[:, None]).round().byte()[looks]
+
+
+def entropy(counts: Tensor) -> float:
+    """Entropy in nats of the empirical distribution, -sum p log p.
+
+    A finite sample misses rare targets, so the true entropy is rather a little higher than this.
+    """
+    p = counts[counts > 0].double() / counts.sum()
+    return float(-(p * p.log()).sum())
+
+
+# Guessing -------------------------------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """A piece of a caption as it is drawn."""
+
+    text: str
+    """With a space in front where a word begins."""
+    right: bool | None
+    """Whether a hidden word was guessed; None: the word was not hidden."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, with or without a caption, and what the model makes of its hidden parts."""
+
+    picture: Tensor
+    """uint8 [3, S, S]."""
+    hidden: Tensor
+    """bool [patches]."""
+    codes: Tensor
+    """int64 [patches]: the true codes."""
+    guesses: Tensor
+    """int64 [patches]: the model's codes at hidden patches, the true ones elsewhere."""
+    caption: list[Chunk]
+    """Empty for a picture of the image stream."""
+
+
+@torch.no_grad()
+def examples(run: Run, device: torch.device, number: int) -> tuple[list[Example], list[Example]]:
+    """`number` examples of the image stream and as many pairs, spread evenly over the shown streams."""
+    model = BEiT3(run.config.model, device="meta")
+    model.load_state_dict(read_weights(run.checkpoint), assign=True)
+    model.to(device).eval()
+    tokenize = ImageTargets(run.image_tokenizer, device)
+    images, _, pairs = run.shown.lengths()
+    number = min(number, images, pairs)
+    found = [
+        guess(model, run.shown[Request((i * images // number, 0, i * pairs // number), 0)], tokenize, run, device)
+        for i in range(number)
+    ]
+    return [image for image, _ in found], [pair for _, pair in found]
+
+
+def guess(
+    model: BEiT3, batch: MicroBatch, tokenize: ImageTargets, run: Run, device: torch.device
+) -> tuple[Example, Example]:
+    """The examples of a micro-batch with one image and one pair."""
+    codes, inputs, targets = prepared(batch, tokenize, device)
+    hidden_TD = model.hidden(inputs)
+    guessed = by_stream(
+        targets,
+        model.image_logits(hidden_TD[targets.image_rows]).argmax(-1).cpu(),
+        model.text_logits(hidden_TD[targets.text_rows]).argmax(-1).cpu(),
+    )
+    both = [
+        Example(picture, hidden, true, true.masked_scatter(hidden, guessed[name]), [])
+        for picture, hidden, true, name in zip(
+            batch.images, batch.image_mask, codes, ("image", "pair_image"), strict=True
+        )
+    ]
+    words = batch.caption_targets[0, : int(batch.caption_lengths[0])]
+    mask = batch.caption_mask[0, : len(words)]
+    filled = words.masked_scatter(mask, guessed["pair_text"])
+    return both[0], replace(both[1], caption=chunks(run.shown.tokenizer, words, mask, filled))
+
+
+def chunks(tokenizer: TextTokenizer, words: Tensor, mask: Tensor, guesses: Tensor) -> list[Chunk]:
+    """The caption without <s> and </s>: words as they are, hidden ones as [guess→truth]."""
+    result = []
+    for true, hidden, guessed in zip(words.tolist()[1:-1], mask.tolist()[1:-1], guesses.tolist()[1:-1], strict=True):
+        piece = spelled(tokenizer, true)
+        if hidden:
+            space = " " if piece.startswith(" ") else ""
+            text = f"{space}[{spelled(tokenizer, guessed).strip()}→{piece.strip()}]"
+            result.append(Chunk(text, guessed == true))
+        else:
+            result.append(Chunk(piece, None))
+    return result
+
+
+def spelled(tokenizer: TextTokenizer, word: int) -> str:
+    """A word id as text, with a space in front where it begins a word."""
+    if word in tokenizer.words:
+        return tokenizer.model.id_to_piece(word - 1).replace("\u2581", " ")
+    names = {tokenizer.bos: "<s>", tokenizer.pad: "<pad>", tokenizer.eos: "</s>", tokenizer.unk: "<unk>"}
+    return f" {names.get(word, '<spare>')}"
+
+
+# Summary --------------------------------------------------------------------------------------------------------------
+
+
+def summarize(run: Run, sample: TrainingSample, images: list[Example], pairs: list[Example]) -> Record:
+    """The content of report.json."""
+    wall = float(column(run.metrics, "step_s").sum())
+    samples = {name: int(column(run.metrics, name).sum()) for name in ("images", "texts", "pairs")}
+
+    def course(name: str) -> Record:
+        values = column(run.metrics, name)
+        held_out = column(run.evaluations[-1:], name)
+        return {
+            "first": number_or_none(values[0]),
+            "last": number_or_none(values[-LAST_STEPS:].mean()),
+            "held_out": number_or_none(held_out[0]) if len(held_out) else None,
+        }
+
+    return {
+        "run": str(run.folder),
+        "checkpoint": str(run.checkpoint),
+        "checkpoint_step": run.step,
+        "steps": run.metrics[-1]["step"],
+        "planned_steps": run.config.steps,
+        "wall_s": wall,
+        "samples": samples,
+        "samples_per_s": sum(samples.values()) / wall,
+        "data_wait_share": float(column(run.metrics, "data_wait_s").sum()) / wall,
+        "losses": {name: course(f"loss_{name}") for name in STREAMS},
+        "accuracies": {name: course(f"acc_{name}") for name in STREAMS},
+        "entropies": {name: entropy(counts) for name, counts in sample.counts.items()},
+        "baselines": {name: float(counts.max() / counts.sum()) for name, counts in sample.counts.items()},
+        "targets": {name: int(counts.sum()) for name, counts in sample.counts.items()},
+        "sampled": dict.fromkeys(("images", "texts", "pairs"), sample.samples),
+        "held_out_step": run.evaluations[-1]["step"] if run.evaluations else None,
+        "pictures": "held-out" if run.shown.held_out else "training",
+        "codes_right": {"image": codes_right(images), "pair_image": codes_right(pairs)},
+    }
+
+
+def number_or_none(value: float) -> float | None:
+    """JSON has no word for a number that is not finite."""
+    return float(value) if math.isfinite(value) else None
+
+
+def codes_right(shown: list[Example]) -> float | None:
+    """Share of the hidden patches whose code the model guesses; None where nothing is hidden."""
+    hits = torch.cat([(example.guesses == example.codes)[example.hidden] for example in shown])
+    return float(hits.float().mean()) if len(hits) else None
+
+
+def summary_lines(report: Record) -> Iterator[str]:
+    """The report for a person at the terminal."""
+    samples, sampled = report["samples"], report["sampled"]
+    yield (
+        f"{report['run']}: {report['steps']:,} of {report['planned_steps']:,} steps, {sum(samples.values()):,} samples "
+        f"({', '.join(f'{count:,} {name}' for name, count in samples.items())})"
+    )
+    yield (
+        f"{clock(report['wall_s'])} of training steps, {report['samples_per_s']:,.0f} samples/s, "
+        f"{report['data_wait_share']:.1%} of the time waiting for data"
+    )
+    yield ""
+    yield f"loss in nats        first step   last {LAST_STEPS} steps        held-out        entropy of the targets"
+    for name in STREAMS:
+        loss, bound = report["losses"][name], report["entropies"][name]
+        last, held_out = (f"{digits(loss[key], '7.3f')} {verdict(loss[key], bound):5}" for key in ("last", "held_out"))
+        yield f"{TITLES[name]:18}  {digits(loss['first'], '10.3f')}  {last:>14}  {held_out:>14}  {bound:24.3f}"
+    yield ""
+    yield f"accuracy            first step   last {LAST_STEPS} steps        held-out    most frequent target's share"
+    for name in STREAMS:
+        accuracy, share = report["accuracies"][name], report["baselines"][name]
+        first, last, held_out = (digits(accuracy[key], "7.1%") for key in ("first", "last", "held_out"))
+        yield f"{TITLES[name]:18}  {first:>10}  {last:>8}        {held_out:>8}        {share:24.1%}"
+    yield ""
+    yield (
+        f"The targets were counted at {sum(report['targets'].values()):,} masked positions of {sampled['images']:,} "
+        f"training samples of each stream."
+    )
+    if report["held_out_step"] is not None:
+        yield f"Held-out: the validation after step {report['held_out_step']:,}, on whole pictures without jitter."
+
+
+def digits(value: float | None, form: str) -> str:
+    """A number, or a dash of the same width where there is none."""
+    return "-".rjust(int(form.split(".")[0])) if value is None else format(value, form)
+
+
+def verdict(loss: float | None, bound: float) -> str:
+    """Where a loss lies beside the entropy of its targets."""
+    return "" if loss is None else "below" if loss < bound else "above"
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+# Figure ---------------------------------------------------------------------------------------------------------------
+
+WIDTH, DPI = 1400, 100
+"""Pixels of the figure's width, and pixels per inch. Every length below is in pixels, from the upper left corner."""
+LEFT, MARGIN = 150, 24
+"""Room for the rows' names, and the margin on the other sides."""
+PANELS_LEFT, PANELS_TOP, PANELS_PITCH, PANELS_WIDTH, PANELS_HEIGHT = 62, 124, 340, 262, 250
+"""Where the four panels of curves lie."""
+PICTURES_TOP = 430
+"""Where the pictures begin."""
+GAP, LARGEST_TILE, HEADING = 8, 180, 56
+"""Space between tiles, largest side of a tile, height of the heading above a block of tiles."""
+CHARACTER, CAPTION_LINE, CAPTION_LINES = 7, 15, 6
+"""Width of the captions' characters, height of a line, most lines."""
+CAPTION_POINTS = CHARACTER / 0.602 * 72 / DPI
+"""Size of their type: a character of DejaVu Sans Mono is 0.602 of its size wide."""
+MOST_PICTURES = 12
+GREY, GREY_EDGE = 150, 172
+"""Levels of hidden patches and of two of their edges, which tell them from a grey picture."""
+COLORS = {"image": "#0072b2", "text": "#d55e00", "pair_image": "#008f68", "pair_text": "#b8488f"}
+INK, FAINT, RIGHT, WRONG = "#222222", "#6b6b6b", "#007a4d", "#c23b00"
+ROWS = (
+    "original",
+    "input, hidden\npatches in grey",
+    "hidden patches\nas the model\nguesses them",
+    "hidden patches\nfrom true codes:\nthe best possible",
+)
+
+
+def draw(run: Run, report: Record, looks: Tensor, images: list[Example], pairs: list[Example]) -> Figure:
+    """The whole figure: the four losses, a block of pictures, a block of pairs with their captions."""
+    tile = min(LARGEST_TILE, (WIDTH - LEFT - MARGIN - GAP * (len(images) - 1)) // len(images))
+    block = HEADING + len(ROWS) * (tile + GAP)
+    lines = [caption_lines(pair.caption, tile // CHARACTER) for pair in pairs]
+    height = PICTURES_TOP + 2 * block + max(map(len, lines)) * CAPTION_LINE + 2 * MARGIN
+    figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
+    page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
+    page.axis("off")
+    draw_title(page, report)
+    for number, name in enumerate(STREAMS):
+        left, bottom = PANELS_LEFT + number * PANELS_PITCH, height - PANELS_TOP - PANELS_HEIGHT
+        box = (left / WIDTH, bottom / height, PANELS_WIDTH / WIDTH, PANELS_HEIGHT / height)
+        draw_losses(figure.add_axes(box), run, report, name)
+    share = {
+        name: "nothing is hidden" if part is None else f"{part:.0%} of the hidden codes guessed"
+        for name, part in report["codes_right"].items()
+    }
+    kind, top = report["pictures"].capitalize(), PICTURES_TOP
+    draw_heading(page, top, f"{kind} pictures", share["image"])
+    draw_tiles(page, top + HEADING, tile, images, looks)
+    top += block + MARGIN
+    draw_heading(page, top, f"{kind} pairs", f"{share['pair_image']}; hidden words of the caption as [guess→truth]")
+    draw_tiles(page, top + HEADING, tile, pairs, looks)
+    for column_number, caption in enumerate(lines):
+        draw_caption(page, LEFT + column_number * (tile + GAP), top + block + 4, caption)
+    return figure
+
+
+def draw_title(page: Axes, report: Record) -> None:
+    """What run this is, and what the lines of the curves mean."""
+    page.text(MARGIN, 36, f"What {report['run']} has learnt", size=16, weight="bold", color=INK, parse_math=False)
+    page.text(
+        MARGIN,
+        60,
+        f"{report['steps']:,} of {report['planned_steps']:,} steps, {sum(report['samples'].values()):,} samples in "
+        f"{clock(report['wall_s'])}; pictures drawn with the checkpoint of step {report['checkpoint_step']:,}",
+        size=10.5,
+        color=FAINT,
+    )
+    keys = [
+        Line2D([], [], color=INK, alpha=0.3, linewidth=0.8, label="training step"),
+        Line2D([], [], color=INK, linewidth=2, label="training, running mean"),
+        Line2D([], [], color=INK, linestyle="", marker="o", markersize=5, label="held-out"),
+        Line2D(
+            [],
+            [],
+            color=INK,
+            linestyle="--",
+            linewidth=1.4,
+            label="entropy of the targets: the loss of knowing only how often each occurs",
+        ),
+    ]
+    page.legend(
+        handles=keys,
+        loc="upper left",
+        bbox_to_anchor=((MARGIN - 6) / WIDTH, 1 - 66 / page.get_ylim()[0]),
+        ncols=len(keys),
+        frameon=False,
+        fontsize=9.5,
+        handlelength=2.2,
+        columnspacing=2.2,
+        borderpad=0.2,
+    )
+
+
+def draw_losses(axes: Axes, run: Run, report: Record, name: str) -> None:
+    """One stream's loss over the steps, beside the entropy of its targets."""
+    color, bound = COLORS[name], report["entropies"][name]
+    steps, losses = column(run.metrics, "step"), column(run.metrics, f"loss_{name}")
+    axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, running_mean(losses, max(1, len(losses) // 25)), color=color, linewidth=2)
+    axes.plot(
+        column(run.evaluations, "step"),
+        column(run.evaluations, f"loss_{name}"),
+        "o",
+        color=color,
+        markersize=5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        zorder=3,
+    )
+    axes.axhline(bound, color=color, linestyle="--", linewidth=1.4)
+    axes.annotate(
+        f"{bound:.2f}",
+        (1, bound),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        size=10,
+        color=color,
+        weight="bold",
+    )
+    axes.set_title(TITLES[name], loc="left", size=12, color=color, weight="bold")
+    axes.set_title(f"nats per {UNITS[name]}", loc="right", size=9.5, color=FAINT)
+    axes.set_xlabel("step", size=9.5, color=INK)
+    axes.tick_params(labelsize=9, colors=FAINT)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b0b0b0")
+
+
+def running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values up to each place, fewer at the beginning; NaNs do not count."""
+    finite = np.isfinite(values)
+    sums, counts = (
+        np.concatenate([np.zeros(window), np.cumsum(part)]) for part in (np.where(finite, values, 0), finite)
+    )
+    number = counts[window:] - counts[:-window]
+    return np.where(number > 0, (sums[window:] - sums[:-window]) / np.maximum(number, 1), np.nan)
+
+
+def draw_heading(page: Axes, top: float, heading: str, remark: str) -> None:
+    """The heading of a block of pictures."""
+    page.plot([MARGIN, WIDTH - MARGIN], [top + 4, top + 4], color="#d0d0d0", linewidth=0.8)
+    page.text(MARGIN, top + 38, heading, size=12.5, weight="bold", color=INK)
+    page.text(WIDTH - MARGIN, top + 38, remark, size=10.5, color=FAINT, ha="right")
+
+
+def tiles(example: Example, looks: Tensor) -> list[np.ndarray]:
+    """The original, the masked input, and the hidden patches from guessed and from true codes: uint8 [S, S, 3] each."""
+    grey = torch.full_like(looks[:1], GREY)
+    grey[..., 0, :] = grey[..., :, 0] = GREY_EDGE
+    everywhere = torch.cat([torch.zeros_like(grey), torch.ones_like(grey)])
+    hidden = mosaic(example.hidden[None].long(), everywhere)[0].bool()
+    fills = ((torch.zeros_like(example.codes), grey), (example.guesses, looks), (example.codes, looks))
+    filled = [torch.where(hidden, mosaic(codes[None], patches)[0], example.picture) for codes, patches in fills]
+    return [picture.permute(1, 2, 0).numpy() for picture in (example.picture, *filled)]
+
+
+def draw_tiles(page: Axes, top: float, tile: int, shown: list[Example], looks: Tensor) -> None:
+    """A column of tiles for each example, and the rows' names."""
+    for row, title in enumerate(ROWS):
+        page.text(MARGIN, top + row * (tile + GAP) + tile / 2, title, size=9.5, color=INK, va="center", linespacing=1.3)
+    for number, example in enumerate(shown):
+        for row, picture in enumerate(tiles(example, looks)):
+            left, upper = LEFT + number * (tile + GAP), top + row * (tile + GAP)
+            page.imshow(picture, extent=(left, left + tile, upper + tile, upper), aspect="auto")
+            page.add_patch(Rectangle((left, upper), tile, tile, fill=False, edgecolor="#c8c8c8", linewidth=0.6))
+
+
+Line = list[tuple[int, Chunk]]
+"""A line of a caption: chunks and the columns where they begin."""
+
+
+def caption_lines(caption: list[Chunk], width: int) -> list[Line]:
+    """The caption in lines of `width` characters, broken between words where it can be; an ellipsis for the rest."""
+    lines: list[Line] = [[]]
+    place = 0
+    for number, chunk in enumerate(caption):
+        rest_of_word = takewhile(lambda other: not other.text.startswith(" "), caption[number + 1 :])
+        word = len(chunk.text) + sum(len(other.text) for other in rest_of_word)
+        starts_word = chunk.text.startswith(" ")
+        if place and (place + len(chunk.text) > width or starts_word and place + word > width):
+            lines, place = [*lines, []], 0
+        text = chunk.text if place else chunk.text.lstrip()
+        text = text if len(text) <= width else f"{text[: width - 1]}\u2026"
+        lines[-1].append((place, Chunk(text, chunk.right)))
+        place += len(text)
+    if len(lines) > CAPTION_LINES:
+        lines = [*lines[: CAPTION_LINES - 1], [(0, Chunk("\u2026", None))]]
+    return lines
+
+
+def draw_caption(page: Axes, left: float, top: float, lines: list[Line]) -> None:
+    """The caption, guessed words in green and missed ones in red."""
+    for row, line in enumerate(lines):
+        for place, chunk in line:
+            color = INK if chunk.right is None else RIGHT if chunk.right else WRONG
+            page.text(
+                left + place * CHARACTER,
+                top + (row + 0.8) * CAPTION_LINE,
+                chunk.text,
+                color=color,
+                family="DejaVu Sans Mono",
+                size=CAPTION_POINTS,
+                parse_math=False,
+            )
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str] | None) -> Namespace:
+    """The command line. Raises ValueError for what cannot be; exits with code 2 on anything else wrong."""
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write; RUN/report.png")
+    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="examples of each kind; 8")
+    options = parser.parse_args(arguments)
+    options.out = options.out or options.run / "report.png"
+    if not 1 <= options.pictures <= MOST_PICTURES:
+        raise ValueError(f"--pictures {options.pictures} is not in 1 to {MOST_PICTURES}")
+    if options.out.suffix != ".png":
+        raise ValueError(f"--out {options.out} does not end in .png")
+    if options.run.is_dir() and not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    try:
+        options = parse_arguments(arguments)
+        run = open_run(options.run)
+    except (ValueError, OSError) as error:
+        refuse(PROGRAM, error)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sample = sample_training(run, device)
+    images, pairs = examples(run, device, options.pictures)
+    report = summarize(run, sample, images, pairs)
+    draw(run, report, sample.patches, images, pairs).savefig(options.out)
+    as_json = options.out.with_suffix(".json")
+    write_json(as_json, report)
+    print("\n".join(summary_lines(report)))
+    print(f"{options.out}\n{as_json}")
+
+
+if __name__ == "__main__":
+    main()

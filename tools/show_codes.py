@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Shows what visual codes stand for: RUN/codes.png.
+
+    python tools/show_codes.py RUN [--out PNG] [--pictures N]
+
+RUN is the folder of a pretraining run, or of the training of an image tokenizer. A column is a picture; the rows are
+
+    1  the picture
+    2  its codes: every patch replaced by the patch, of 2,048 other pictures, whose vector is nearest to the code's
+    3  the masked input, hidden patches in grey       (pretraining runs)
+    4  hidden patches drawn like row 2, from the codes that the model predicts
+
+A pretraining run shows held-out pictures where it has any, first of the image stream, then of pairs.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from report import Run, examples, open_run
+from torch import Tensor
+
+from beit3_dist.command_line import parse, refuse
+from beit3_dist.data.batch import ImageBatches, requests_from
+from beit3_dist.model.vqkd import load_vqkd
+from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
+from beit3_dist.training.tokenizer_config import TokenizerConfig
+
+PROGRAM = "show_codes.py"
+OTHERS = 2048
+"""Pictures that the patches come from."""
+AT_ONCE = 32
+GREY = 150
+"""Level of hidden patches."""
+LEGIBLE = 128
+"""Smaller pictures are enlarged to about this side."""
+
+
+def tokenizer_rows(folder: Path, number: int) -> list[Tensor]:
+    """Pictures of the run's training shards, and their codes."""
+    config = parse(TokenizerConfig, PROGRAM, "", ["--config", str(folder / "config.yaml")])
+    tokenizer, data = load_vqkd(folder / "image_tokenizer.pth"), config.data
+    size = config.model.image_size
+    batches = ImageBatches(data.images, size, config.seed, AT_ONCE, 0, 1, data.cache, data.min_crop_scale)
+    shown = torch.cat([batches[step][0] for step in range(-(-number // AT_ONCE))])[:number]
+    others = (batches[step][0] for step in range(number, number + OTHERS // AT_ONCE))
+    codes = tokenizer.encode(shown.float() / 255)
+    return [shown, mosaic(codes, nearest_patches(tokenizer, others))]
+
+
+def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
+    """Pictures of the run, their codes, the masked input and the model's prediction."""
+    run = open_run(folder)
+    shown = [example for examples_of in examples(run, torch.device("cpu"), -(-number // 2)) for example in examples_of]
+    pictures = torch.stack([example.picture for example in shown])
+    hidden = torch.stack([example.hidden for example in shown])
+    looks = nearest_patches(run.image_tokenizer, islice(views(run), OTHERS // (2 * AT_ONCE)))
+    true, guessed = (
+        resized(mosaic(torch.stack(codes), looks), pictures.shape[-1])
+        for codes in ([example.codes for example in shown], [example.guesses for example in shown])
+    )
+    mask = enlarged(hidden, pictures.shape[-1])
+    return [pictures, true, pictures.masked_fill(mask, GREY), torch.where(mask, guessed, pictures)]
+
+
+def views(run: Run) -> Iterator[Tensor]:
+    """The image tokenizer's views of the training pictures."""
+    for request in requests_from((0, 0, 0), run.train.config.batch):
+        batch = run.train[request]
+        yield batch.images if batch.tokenizer_images is None else batch.tokenizer_images
+
+
+def resized(pictures: Tensor, size: int) -> Tensor:
+    """uint8 [B, 3, S, S] -> [B, 3, size, size]: the tokenizer's view may have another size than the model's."""
+    if pictures.shape[-1] == size:
+        return pictures
+    return F.interpolate(pictures.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+
+
+def enlarged(hidden: Tensor, size: int) -> Tensor:
+    """bool [B, patches] -> [B, 1, size, size]."""
+    grid = int(hidden.shape[1] ** 0.5)
+    return hidden.view(-1, 1, grid, grid).repeat_interleave(size // grid, 2).repeat_interleave(size // grid, 3)
+
+
+def parse_arguments(arguments: list[str] | None) -> Namespace:
+    """The command line. Raises ValueError for what cannot be."""
+    parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of pretrain or train_image_tokenizer")
+    parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write; RUN/codes.png")
+    parser.add_argument("--pictures", type=int, default=12, metavar="N", help="pictures to show; 12")
+    options = parser.parse_args(arguments)
+    options.out = options.out or options.run / "codes.png"
+    if options.pictures < 1:
+        raise ValueError(f"--pictures {options.pictures} is not positive")
+    if not options.run.is_dir():
+        raise ValueError(f"{options.run} is no folder")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line."""
+    try:
+        options = parse_arguments(arguments)
+        is_tokenizer = (options.run / "image_tokenizer.pth").is_file()
+        rows = (tokenizer_rows if is_tokenizer else pretraining_rows)(options.run, options.pictures)
+        picture = Image.fromarray(sheet(rows).permute(1, 2, 0).numpy())
+        zoom = max(1, LEGIBLE // rows[0].shape[-1])
+        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(options.out)
+    except (ValueError, OSError) as error:
+        refuse(PROGRAM, error)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
