@@ -42,3 +42,13 @@ _torchvision_operators = define_torchvision_operators()
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The session's folder for shard indexes: what `data.cache` names in a run."""
     return tmp_path_factory.mktemp("cache")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The full product of layouts takes over an hour: it runs only under `-m product`."""
+    if "product" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("product")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("product")]

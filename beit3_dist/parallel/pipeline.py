@@ -167,10 +167,7 @@ class _ZeroStage(PipelineStage):
         engine: Any = self.submod.engine
         # (*) The boundary is the last backward of the whole process in this step, not of a chunk.
         engine.set_gradient_accumulation_boundary(self.pipeline.count_backward())
-        if hasattr(engine.optimizer, "clear_backward_seen_flag"):
-            # (*) Only a forward clears it; in the cool-down backwards follow one another, and all but the first would
-            # skip the reduction of gradients.
-            engine.optimizer.clear_backward_seen_flag()
+        allow_another_backward(engine)
         output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
         if self.is_last:
             loss = output.sum() * self.pipeline.data_parallel
@@ -179,6 +176,13 @@ class _ZeroStage(PipelineStage):
             loss = sum((o * g.detach()).sum() for o, g in zip(output, gradients, strict=True))
         engine.backward(loss, scale_wrt_gas=False)
         return tuple(v.grad if isinstance(v, Tensor) else None for v in bwd_kwargs["input_values"]), None
+
+
+def allow_another_backward(engine: Any) -> None:
+    """(*) DeepSpeed reduces gradients once per forward. In the cool-down of 1F1B backwards follow one another, and all
+    but the first would skip the reduction."""
+    if hasattr(engine.optimizer, "clear_backward_seen_flag"):
+        engine.optimizer.clear_backward_seen_flag()
 
 
 class Pipeline:

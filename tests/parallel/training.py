@@ -31,7 +31,7 @@ from beit3_dist.training.schedule import learning_rate
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
 SMALL = dict(
-    layers=4,
+    layers=8,
     width=64,
     heads=4,
     ffn_width=128,
@@ -46,7 +46,8 @@ MODELS = {
     "paper": ModelConfig(**SMALL, attention="shared", sub_layernorm=False, vl_expert_layers=2),
     "released": ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
 }
-STEPS = 10
+SAMPLES = 16
+"""Images, texts and pairs of a global batch."""
 SEED = 11
 
 
@@ -63,31 +64,40 @@ def run_config(
     sequence: bool = False,
     pipeline: int = 1,
     chunks: int = 1,
+    steps: int = 5,
+    sgd: bool = False,
 ) -> RunConfig:
-    """A run of STEPS steps on 3 images, 4 texts and 2 pairs per micro-batch."""
-    parts = accumulation * data_parallel
+    """A run on a global batch of SAMPLES images, texts and pairs. `sgd`: with the rate of plain gradient descent."""
     return RunConfig(
         out="unused",
         text_tokenizer="unused",
         image_tokenizer="unused",
         seed=SEED,
-        steps=STEPS,
+        steps=steps,
         precision=precision,
         data=DataConfig(images="unused", texts="unused", pairs="unused", text_length=20, caption_length=20),
         model=MODELS[model],
         activation_checkpointing=activation_checkpointing,
         objective=ObjectiveConfig(pair_image_weight=0.5),
-        batch=BatchConfig(images=3 * parts, texts=4 * parts, pairs=2 * parts, accumulation=accumulation),
+        batch=BatchConfig(images=SAMPLES, texts=SAMPLES, pairs=SAMPLES, accumulation=accumulation),
         parallel=ParallelConfig(
             zero_stage=zero_stage, tensor=tensor, sequence=sequence, pipeline=pipeline, chunks=chunks
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=2, clip_norm=clip_norm),
+        optim=OptimConfig(lr=0.5 if sgd else 1e-3, warmup_steps=2, clip_norm=clip_norm),
     )
 
 
 def micro_batches(model: ModelConfig, step: int, parts: int, of: range) -> list[MicroBatch]:
     """Some of the `parts` micro-batches of a step's global batch. Numbers of masked words differ among them."""
-    return [random_micro_batch(model, seed=1000 * step + part) for part in of if part < parts]
+    count = SAMPLES // parts
+    return [random_micro_batch(model, images=count, texts=count, pairs=count, seed=1000 * step + part) for part in of]
+
+
+def build(model: BEiT3, offload: bool, config: RunConfig, sgd: bool) -> torch.optim.Optimizer:
+    """The run's AdamW, or plain gradient descent, which does not hide a wrong scale of the gradients."""
+    if sgd:
+        return torch.optim.SGD(parameter_groups(model, 0.0), lr=config.optim.lr)
+    return build_optimizer(model, offload, config.optim, torch.device("cpu"))
 
 
 @dataclass
@@ -102,9 +112,11 @@ class Trace:
     """Gradients of the first step after clipping, read off Adam's first moment."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     """Weights after the last step."""
+    initial: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Weights before the first step."""
 
 
-def engine_run(groups: Groups, config: RunConfig) -> dict[str, Any]:
+def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str, Any]:
     """One rank of a run by our engine. Returns plain numbers and arrays."""
     mesh = groups.mesh
     engine = Engine(
@@ -112,10 +124,11 @@ def engine_run(groups: Groups, config: RunConfig) -> dict[str, Any]:
         groups,
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
-        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, groups.mesh.device),
+        optimizer=lambda model, offload: build(model, offload, config, sgd),
     )
     tokenize, parts = precomputed_codes(config.model), mesh.data * config.batch.accumulation
     record: dict[str, Any] = {"losses": [], "grad_norms": [], "tensor_rank": mesh.tensor_rank}
+    record["initial"] = _weights(engine)
     for step in range(config.steps):
         # Micro-batch m of replica r is number m * data + r of the step's global batch.
         mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
@@ -129,15 +142,19 @@ def engine_run(groups: Groups, config: RunConfig) -> dict[str, Any]:
         )
         record["losses"].append([c / n for c, n in zip(result.cross_entropy, counts.tolist(), strict=True)])
         record["grad_norms"].append(result.grad_norm)
-        if step == 0:
+        if step == 0 and not sgd:
             record["first_moments"] = {
                 f.name: (f.start, optimizer_state(engine.optimizer, f)["exp_avg"].numpy().copy())
                 for f in fragments(engine.model, engine.optimizer)
             }
-    record["weights"] = {
-        f.name: (f.start, f.slice_of(f.flat.detach()).numpy().copy()) for f in fragments(engine.model, engine.optimizer)
-    }
+    record["weights"] = _weights(engine)
     return record
+
+
+def _weights(engine: Engine) -> dict[str, tuple[int, np.ndarray]]:
+    """This rank's pieces of the master weights, by name: where each begins, and its values."""
+    pieces = fragments(engine.model, engine.optimizer)
+    return {f.name: (f.start, f.slice_of(f.flat.detach()).numpy().copy()) for f in pieces}
 
 
 def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
@@ -168,24 +185,31 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
             tensors[name] = unshard(name, slices, tuple(shape))
         return tensors
 
-    first_gradients = {n: m / (1 - config.optim.beta1) for n, m in whole("first_moments").items()}
+    first_gradients = {}
+    if "first_moments" in records[0]:
+        first_gradients = {n: m / (1 - config.optim.beta1) for n, m in whole("first_moments").items()}
     return Trace(
         losses=records[0]["losses"],
         grad_norms=records[0]["grad_norms"],
         first_gradients=first_gradients,
         weights=whole("weights"),
+        initial=whole("initial"),
     )
 
 
-def plain_run(config: RunConfig, parts: int) -> Trace:
+def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     """The definition: one process, fp32, plain torch, the whole global batch of `parts` micro-batches."""
     model = BEiT3(config.model, seed=config.seed)
     objective = MaskedDataModeling(model, config.objective, config.seed).train()
     optim = config.optim
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, optim.weight_decay), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps
-    )
+    if sgd:
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups(model, 0.0), lr=optim.lr)
+    else:
+        betas = (optim.beta1, optim.beta2)
+        groups = parameter_groups(model, optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps)
     tokenize, trace = precomputed_codes(config.model), Trace()
+    trace.initial = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(config.steps):
         batches = micro_batches(config.model, step, parts, range(parts))
         counts = host_totals(batches, config.model)[:4]

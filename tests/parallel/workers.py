@@ -58,7 +58,12 @@ def _work(
 
 
 def run_workers(
-    world: int, function: Callable[..., Any], *arguments: Any, tensor: int = 1, pipeline: int = 1
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    tensor: int = 1,
+    pipeline: int = 1,
+    timeout_s: int = TIMEOUT_S,
 ) -> list[Any]:
     """`function(groups, *arguments)` in each of `world` connected processes; their results by rank.
 
@@ -81,9 +86,9 @@ def run_workers(
     results: dict[int, Any] = {}
     try:
         while len(results) < world:
-            ready = wait([end for rank, end in enumerate(ends) if rank not in results], timeout=TIMEOUT_S)
+            ready = wait([end for rank, end in enumerate(ends) if rank not in results], timeout=timeout_s)
             assert ready, (
-                f"no rank answered within {TIMEOUT_S} s; still missing: {sorted(set(range(world)) - results.keys())}"
+                f"no rank answered within {timeout_s} s; still missing: {sorted(set(range(world)) - results.keys())}"
             )
             for end in ready:
                 rank = ends.index(end)
