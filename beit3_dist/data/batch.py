@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
-from beit3_dist.data.order import mix_arrays
+from beit3_dist.data.order import Blocks, mix_arrays
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
@@ -128,7 +128,10 @@ class MixedBatches(Dataset):
         self.tokenizer.check_vocab(config.model.vocab_size)
         data, seed, shuffled = config.data, config.seed, not held_out
         shards, prefix = (config.eval, "eval") if held_out else (data, "data")
-        self.images = ImageStream(shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled)
+        blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
+        self.images = ImageStream(
+            shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled, blocks
+        )
         self.texts = TextStream(
             shards.texts,
             f"{prefix}.texts",
@@ -137,6 +140,7 @@ class MixedBatches(Dataset):
             self.tokenizer,
             data.text_length,
             shuffled,
+            blocks,
             share=rank / world,
         )
         self.pairs = PairStream(
@@ -149,6 +153,7 @@ class MixedBatches(Dataset):
             data.caption_length,
             data.caption_key,
             shuffled,
+            blocks,
         )
 
     def lengths(self) -> tuple[int, int, int]:
