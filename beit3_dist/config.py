@@ -114,7 +114,7 @@ class DataConfig:
     """The three streams. A stream is one pattern of tars or a list of weighted sources."""
 
     images: str | list[Source]
-    """Pictures: members with extension jpg, jpeg, png, webp, bmp or tif."""
+    """Pictures: members with extension jpg, jpeg, png, webp, bmp or tif. A .tar.gz is unpacked into the cache."""
     texts: str | list[Source]
     """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
     pairs: str | list[Source]
@@ -131,6 +131,13 @@ class DataConfig:
     """Strength of brightness, contrast and saturation jitter."""
     horizontal_flip: float = 0.5
     """Probability of mirroring a picture. The paper flips images and pairs alike."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """full: any order of a stream's samples. blocks: blocks of neighbours in any order, and any order inside windows
+    of some blocks, which are read ahead: for disks and network storage that are slow at single samples."""
+    shuffle_block: int = 1024
+    """Neighbouring samples that make a block; of use with shuffle=blocks only."""
+    shuffle_window: int = 16_384
+    """Samples that are shuffled among one another: a window should fit the page cache twice."""
     workers: int = 8
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = 4
@@ -152,6 +159,11 @@ class DataConfig:
             require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
         require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
         require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
+        require(self.shuffle_block >= 1, f"data.shuffle_block={self.shuffle_block} must be at least 1")
+        require(
+            self.shuffle_window >= self.shuffle_block,
+            f"data.shuffle_window={self.shuffle_window} is smaller than data.shuffle_block={self.shuffle_block}",
+        )
         require(self.workers >= 0, f"data.workers={self.workers} is negative")
         require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
 

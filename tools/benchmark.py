@@ -2,9 +2,12 @@
 """Measures this project against others, in one process and interleaved, after showing that both compute the same.
 
     python tools/benchmark.py model [--json] [--layers 12 ...]
+    python tools/benchmark.py data [--json] [--workers 1 2 ...]
 
 `model`: a whole training step (forward, backward, AdamW) of the masked data modelling of images, texts and pairs by
 our one pass over the mixed batch, by our model in three passes, and by torchscale's BEiT3 in three passes.
+`data`: pictures per second and core of bare decoding and cropping, of our loader, and of webdataset beneath our
+transforms.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, R
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest import mock
@@ -35,6 +39,9 @@ from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling, three_passes
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
 from beit3_dist.training.inputs import layout_of, masked_counts, normalize, prepare
+
+sys.path.insert(0, str(Path(__file__).parent))  # for tests, which import this file by its path
+import benchmark_data  # noqa: E402
 
 PADDING = 1
 """Id of <pad>."""
@@ -393,7 +400,11 @@ def parse(arguments: list[str] | None) -> Namespace:
     )
     model.add_argument("--repeats", type=int, default=5, help="timed steps of each, in turns, after one to warm up")
     model.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    benchmark_data.add_command(commands)
     options = parser.parse_args(arguments)
+    if options.measure is benchmark_data.benchmark_data:
+        benchmark_data.check(options)
+        return options
     for name in ("images", "texts", "pairs", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)} is less than 1")

@@ -6,7 +6,8 @@ r"""Computes the visual codes of a pretraining run's pictures once, so that the 
 
 The recipe and its overrides are those of the run, but for --out. The run then takes --image_codes CODES (training)
 or --eval.image_codes CODES (held-out). Its crops are a function of its seed, so their codes are those that the
-tokenizer would give: the same losses, without the tokenizer's share of the step. Codes of training crops serve for as
+tokenizer would give (but for patches that lie between two codes to within rounding, which may fall either way when
+they are computed in another batch), without the tokenizer's share of the step. Codes of training crops serve for as
 many steps as the recipe has, in whatever layout, and take 2 bytes a patch: 1.6 GB for each thousand steps of the base
 recipe (2,048 images and pairs each, 196 patches). So they pay where several runs see the same crops, or where the
 tokenizer is large beside the model; the held-out ones always pay.

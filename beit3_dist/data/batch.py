@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,13 +20,17 @@ from torch.utils.data import DataLoader, Dataset
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
-from beit3_dist.data.order import mix_arrays
+from beit3_dist.data.order import Blocks, mix_arrays
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
 
 MAX_DESCRIPTORS = 65536
 """Upper bound of what `loader` raises the limit of open files to."""
+
+
+Views = tuple[np.ndarray, np.ndarray | None]
+"""uint8 [S, S, 3] for the model, and [S2, S2, 3] for the image tokenizer unless it sees the same."""
 
 
 class Request(NamedTuple):
@@ -123,7 +128,10 @@ class MixedBatches(Dataset):
         self.tokenizer.check_vocab(config.model.vocab_size)
         data, seed, shuffled = config.data, config.seed, not held_out
         shards, prefix = (config.eval, "eval") if held_out else (data, "data")
-        self.images = ImageStream(shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled)
+        blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
+        self.images = ImageStream(
+            shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled, blocks
+        )
         self.texts = TextStream(
             shards.texts,
             f"{prefix}.texts",
@@ -132,6 +140,7 @@ class MixedBatches(Dataset):
             self.tokenizer,
             data.text_length,
             shuffled,
+            blocks,
             share=rank / world,
         )
         self.pairs = PairStream(
@@ -144,6 +153,7 @@ class MixedBatches(Dataset):
             data.caption_length,
             data.caption_key,
             shuffled,
+            blocks,
         )
 
     def lengths(self) -> tuple[int, int, int]:
@@ -155,20 +165,21 @@ class MixedBatches(Dataset):
         return self.images.faults + self.texts.faults + self.pairs.faults
 
     def __getitem__(self, request: Request) -> MicroBatch:
-        images, image_places = self._read(self.images, request)
-        pairs, pair_places = self._read(self.pairs, request)
-        texts, text_places = self._read(self.texts, request)
+        images, image_places, image_views = self._read(self.images, request)
+        pairs, pair_places, pair_views = self._read(self.pairs, request)
+        texts, text_places, _ = self._read(self.texts, request)
         pictures, samples = images + pairs, images + pairs + texts
         ratios = self.config.objective
         picture_masked, caption_masked = self._masked_sides(pairs)
-        views, tokenizer_views = self._views(pictures)
+        views = image_views + pair_views
+        tokenizer_views = [view for _, view in views if view is not None]
         captions, caption_targets, caption_mask, caption_lengths = self._words(
             pairs, ratios.caption_mask_ratio, caption_masked
         )
         words, text_targets, text_mask, text_lengths = self._words(texts, ratios.text_mask_ratio, [True] * len(texts))
         return MicroBatch(
-            images=views,
-            tokenizer_images=tokenizer_views,
+            images=channels_first([view for view, _ in views]),
+            tokenizer_images=channels_first(tokenizer_views) if tokenizer_views else None,
             image_mask=self._image_masks(pictures, [True] * len(images) + picture_masked),
             captions=captions,
             caption_targets=caption_targets,
@@ -184,12 +195,27 @@ class MixedBatches(Dataset):
             faults=[fault for sample in samples for fault in sample.faults],
         )
 
-    def _read(self, stream: SampleStream, request: Request) -> tuple[list[Sample], list[int]]:
-        """This rank's samples of a stream, and their places in the step's global batch."""
+    def _read(self, stream: SampleStream, request: Request) -> tuple[list[Sample], list[int], list[Views]]:
+        """This rank's samples of a stream, their places in the step's global batch, and the views of their pictures.
+
+        Each picture is cropped and dropped before the next one is decoded: memory that is used again is in the cache,
+        while thirty pictures at a time would each be written to fresh pages.
+        """
         count = self.micro_batch[stream.stream]
         first = (request.micro * self.world + self.rank) * count
         places = list(range(first, first + count))
-        return [stream.read(request.consumed[stream.stream] + place) for place in places], places
+        samples, views = [], []
+        for place in places:
+            sample = self._sample(stream, request.consumed[stream.stream] + place)
+            samples.append(sample)
+            if stream is not self.texts:
+                views.append(self._views(sample))
+                del sample.picture
+        return samples, places, views
+
+    def _sample(self, stream: SampleStream, position: int) -> Sample:
+        """The sample at a position of a stream."""
+        return stream.read(position)
 
     def _masked_sides(self, pairs: list[Sample]) -> tuple[list[bool], list[bool]]:
         """Whether the picture, and whether the caption, of each pair is masked."""
@@ -198,18 +224,12 @@ class MixedBatches(Dataset):
         coins = [bool(pair.generator(Draw.MASKED_SIDE).random() < 0.5) for pair in pairs]
         return coins, [not coin for coin in coins]
 
-    def _views(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The model's and the image tokenizer's views of all pictures."""
+    def _views(self, sample: Sample) -> Views:
+        """The model's and the image tokenizer's views of a picture."""
         size, other = self.config.model.image_size, self.tokenizer_image_size
         if self.held_out:
-            views = [transforms.plain_views(sample.picture, size, other) for sample in samples]
-        else:
-            views = [
-                transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
-                for sample in samples
-            ]
-        tokenizer_views = [view for _, view in views if view is not None]
-        return channels_first([view for view, _ in views]), channels_first(tokenizer_views) if tokenizer_views else None
+            return transforms.plain_views(sample.picture, size, other)
+        return transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
 
     def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:
         """bool [samples, patches]."""
@@ -282,13 +302,13 @@ class ImageBatches(Dataset):
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[Fault]]:
         count = self.batch // self.world
         first = step * self.batch + self.rank * count
-        samples = [self.stream.read(position) for position in range(first, first + count)]
-        views = [
-            transforms.cropped_view(
-                sample.picture, sample.generator(Draw.VIEW), self.size, self.min_crop_scale, self.horizontal_flip
-            )
-            for sample in samples
-        ]
+        samples, views = [], []
+        for position in range(first, first + count):
+            sample = self.stream.read(position)
+            rng, picture = sample.generator(Draw.VIEW), sample.picture
+            views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, self.horizontal_flip))
+            del sample.picture, picture
+            samples.append(sample)
         return (
             channels_first(views),
             torch.tensor([sample.id for sample in samples]),
@@ -298,7 +318,11 @@ class ImageBatches(Dataset):
 
 def channels_first(views: list[np.ndarray]) -> torch.Tensor:
     """Views uint8 [S, S, 3] -> uint8 [N, 3, S, S]."""
-    return torch.from_numpy(np.stack([view.transpose(2, 0, 1) for view in views]))
+    height, width, channels = views[0].shape
+    planes = np.empty((len(views), channels, height, width), dtype=np.uint8)
+    for view, parts in zip(views, planes, strict=True):
+        cv2.split(view, list(parts))  # writes into `planes`, and is faster than a transposed copy
+    return torch.from_numpy(planes)
 
 
 def requests_from(consumed: tuple[int, int, int], batch: BatchConfig) -> Iterator[Request]:

@@ -24,6 +24,7 @@ from braceexpand import braceexpand
 
 from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
 from beit3_dist.data.order import Stream
+from beit3_dist.data.unpack import plain_tar
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ KINDS = {
     b"jsonl": JSONL,
 }
 """Known extensions, in lower case; members with others are ignored."""
+KIND_NAMES = ("image", ".txt", ".json", ".jsonl")
+"""Kinds of members by number, in words."""
 NEEDS = {
     Stream.IMAGES: "an image member (.jpg .jpeg .png .webp .bmp .tif .tiff)",
     Stream.TEXTS: "a .txt or .jsonl member",
@@ -130,7 +133,9 @@ def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
             return
         if not _is_header(header):
             if at == 0:
-                raise ValueError(f"{path} is not a plain tar (compressed ones must be unpacked)")
+                raise ValueError(
+                    f"{path} is not a plain tar; of compressed ones, .tar.gz and .tgz are unpacked into data.cache"
+                )
             raise DamagedTar(f"broken member header at byte {at}")
         kind, data = header[156:157], at + BLOCK
         size = int(extended.get(b"size", _number(header[124:136])))
@@ -148,6 +153,13 @@ def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
                     name = header[345:500].rstrip(b"\0") + b"/" + name
                 yield extended.get(b"path", name), data, size
             extended = {}
+
+
+def key_and_kind(name: bytes) -> tuple[bytes, int | None]:
+    """A member's key, its path without the last extension, and its kind; None if it is of no known kind."""
+    key, _, extension = name.rpartition(b".")
+    # "._name" files hold a Mac's file attributes, whatever their extension says.
+    return key, None if name.rpartition(b"/")[2].startswith(b"._") else KINDS.get(extension.lower())
 
 
 @dataclass
@@ -179,16 +191,13 @@ def scan(path: str) -> Scan:
     with open(path, "rb", buffering=0) as file:
         try:
             for name, offset, size in members(file.fileno(), path):
-                key, _, extension = name.rpartition(b".")
-                kind = KINDS.get(extension.lower())
-                # "._name" files hold a Mac's file attributes, whatever their extension says.
-                if kind is None or name.rpartition(b"/")[2].startswith(b"._"):
+                key, kind = key_and_kind(name)
+                if kind is None:
                     continue
                 sample = samples.setdefault(key, [(0, -1)] * 4)
                 if sample[kind][1] >= 0:
                     raise ValueError(
-                        f"{path}: key {key.decode('utf-8', 'replace')!r} has a second "
-                        f"{'image' if kind == IMAGE else '.' + extension.decode().lower()} member"
+                        f"{path}: key {key.decode('utf-8', 'replace')!r} has a second {KIND_NAMES[kind]} member"
                     )
                 sample[kind] = (offset, size)
         except DamagedTar as error:
@@ -257,9 +266,11 @@ class Table:
     """The samples of one source: a memory-mapped file, opened anew in each process."""
 
     paths: list[str]
-    """Its shards."""
+    """Its shards, as the user named them."""
+    files: list[str]
+    """The plain tars that are read: the shards themselves, or the unpacked copies of compressed ones."""
     marks: list[tuple[int, int]]
-    """Their fingerprints."""
+    """Fingerprints of the files."""
     stream: Stream
     """The stream it serves."""
     file: Path
@@ -285,7 +296,7 @@ class Table:
     def key(self, index: int) -> str:
         """Key of a sample, looked up in the sidecar: it is needed for reports only."""
         number, row = self.rows[index]["shard"], self.rows[index]["row"]
-        return shard_scan(self.paths[number], self.marks[number], self.file.parent).key(int(row))
+        return shard_scan(self.files[number], self.marks[number], self.file.parent).key(int(row))
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "rows"}
@@ -298,8 +309,11 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str) -> Table:
     """
     folder = cache_folder(cache)
     paths = expand(pattern, field)
-    marks = [fingerprint(path) for path in paths]
-    table = Table(paths, marks, stream, folder / f"{digest(FORMAT, stream.name, *zip(paths, marks, strict=True))}.npy")
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        files = list(pool.map(lambda path: plain_tar(path, folder), paths))
+        marks = list(pool.map(fingerprint, files))
+    name = digest(FORMAT, stream.name, *zip(paths, marks, strict=True))
+    table = Table(paths, files, marks, stream, folder / f"{name}.npy")
     if not table.file.exists():
         with locked(folder / digest(*paths)):
             if not table.file.exists():
@@ -315,7 +329,7 @@ def _build(table: Table) -> None:
     parts, damage, incomplete = [], [], 0
     told = time.monotonic()
     with ThreadPoolExecutor(SCANNERS) as pool:
-        scans = pool.map(lambda path, mark: shard_scan(path, mark, folder), table.paths, table.marks)
+        scans = pool.map(lambda file, mark: shard_scan(file, mark, folder), table.files, table.marks)
         for number, (path, result) in enumerate(zip(table.paths, scans, strict=True)):
             rows, lacking = _rows(number, result.places, table.stream)
             parts.append(rows)

@@ -7,6 +7,7 @@ the number of samples consumed, and any number of ranks, workers or micro-batche
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
@@ -90,10 +91,50 @@ def permute(position: int, length: int, key: int) -> int:
             return position
 
 
-def scheduled(position: int, length: int, seed: int, stream: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Blocks:
+    """A shuffle for storage that reads neighbours fastest: blocks of neighbours in keyed order, and a keyed order
+    inside each window of some blocks. Like `permute` a keyed bijection in O(1)."""
+
+    block: int
+    """Neighbours in stored order that stay in one window or two."""
+    window: int
+    """Samples that are shuffled among one another."""
+
+    def permute(self, position: int, length: int, key: int) -> int:
+        """The index at a position of one epoch."""
+        number, place = divmod(position, self.window)
+        start = number * self.window
+        place = start + permute(place, min(self.window, length - start), mix(key, number))
+        return self._in_block_order(place, length, key)
+
+    def ranges(self, number: int, length: int, key: int) -> list[tuple[int, int]]:
+        """First index and end of the runs of neighbours that window `number` of an epoch consists of."""
+        start, end = number * self.window, min((number + 1) * self.window, length)
+        order = (self._in_block_order(place, length, key) for place in range(start, end))
+        runs: list[tuple[int, int]] = []
+        for index in order:
+            if runs and runs[-1][1] == index:
+                runs[-1] = (runs[-1][0], index + 1)
+            else:
+                runs.append((index, index + 1))
+        return runs
+
+    def _in_block_order(self, place: int, length: int, key: int) -> int:
+        """The index at a place where only the blocks are shuffled; the short last block comes at a keyed place."""
+        blocks, rest = divmod(length, self.block)
+        short = mix(key, -1) % (blocks + 1) * self.block
+        if short <= place < short + rest:
+            return blocks * self.block + place - short
+        block, inside = divmod(place - rest if place >= short else place, self.block)
+        return permute(block, blocks, mix(key, -2)) * self.block + inside
+
+
+def scheduled(position: int, length: int, seed: int, stream: int, blocks: Blocks | None = None) -> tuple[int, int]:
     """Epoch and sample index at a position of an endless stream: every epoch holds each index once."""
     epoch, place = divmod(position, length)
-    return epoch, permute(place, length, mix(seed, stream, epoch))
+    key = mix(seed, stream, epoch)
+    return epoch, blocks.permute(place, length, key) if blocks else permute(place, length, key)
 
 
 def sample_id(stream: int, epoch: int, index: int) -> int:

@@ -20,17 +20,27 @@ class ShardReader:
         self.files: OrderedDict[int, int] = OrderedDict()
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` of the shard with this number; raises BadSample if it ends before."""
-        data = os.pread(self._file(shard), size, offset)
+        """`size` bytes at `offset` of the shard with this number; BadSample if it cannot be read."""
+        try:
+            data = os.pread(self._file(shard), size, offset)
+        except OSError as error:  # The shard is gone, or its storage fails.
+            raise BadSample(f"unreadable shard: {error.strerror}") from None
         if len(data) < size:
             raise BadSample(f"short read: {len(data)} of {size} bytes at {offset}")
         return data
+
+    def expect(self, shard: int, start: int, end: int) -> None:
+        """Tells the system that these bytes of a shard will be read soon, so that it fetches them in one go."""
+        try:
+            os.posix_fadvise(self._file(shard), start, end - start, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # Advice only; the read itself tells what is wrong.
 
     def _file(self, shard: int) -> int:
         if shard in self.files:
             self.files.move_to_end(shard)
             return self.files[shard]
-        path = self.table.paths[shard]
+        path = self.table.files[shard]
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         stat = os.fstat(file)
         if (stat.st_size, stat.st_mtime_ns) != self.table.marks[shard]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import accumulate
@@ -23,7 +23,7 @@ from beit3_dist.config import Source
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault
 from beit3_dist.data.index import TXT, Table, open_table
-from beit3_dist.data.order import Interleave, Stream, generator, mix, sample_id, scheduled
+from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.text import TextTokenizer, TokenWindows
 
@@ -79,8 +79,17 @@ class SampleStream(ABC):
 
     stream: ClassVar[Stream]
 
-    def __init__(self, shards: str | list[Source], field: str, seed: int, cache: str, shuffled: bool) -> None:
+    def __init__(
+        self,
+        shards: str | list[Source],
+        field: str,
+        seed: int,
+        cache: str,
+        shuffled: bool,
+        blocks: Blocks | None,
+    ) -> None:
         """Opens (or builds) the index of each source. `shuffled=False`: every epoch is the first one, in stored order.
+        `blocks`: shuffles by blocks and windows instead of fully.
 
         Raises ValueError naming `field` where a source has no file or no usable sample.
         """
@@ -89,6 +98,8 @@ class SampleStream(ABC):
             raise ValueError(f"{field}: the list of sources is empty")
         self.seed = seed
         self.shuffled = shuffled
+        self.blocks = blocks
+        self.expected: dict[int, tuple[int, int]] = {}
         self.tables = [open_table(source.shards, field, self.stream, cache) for source in sources]
         self.readers = [ShardReader(table) for table in self.tables]
         self.faults = [fault for table in self.tables for fault in self._report(table)]
@@ -117,12 +128,10 @@ class SampleStream(ABC):
 
     def read(self, position: int) -> Sample:
         """The sample at a position of the endless stream; raises RuntimeError after 100 bad ones in a row."""
-        source, place = self.interleave.locate(position) if len(self.tables) > 1 else (0, position)
-        length, order = self.lengths[source], self.stream + (source << SOURCE_SHIFT)
-        epoch, first = scheduled(place, length, self.seed, order) if self.shuffled else (0, place % length)
         faults: list[Fault] = []
-        for attempt in range(ATTEMPTS):
-            chosen = mix(self.seed, order, epoch, first, attempt) % length if attempt else first
+        if self.blocks and self.shuffled:
+            self._read_ahead(position, self.blocks)
+        for source, epoch, chosen in self.candidates(position):
             index = self.starts[source] + chosen
             sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
             try:
@@ -136,6 +145,41 @@ class SampleStream(ABC):
             f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
         )
 
+    def _read_ahead(self, position: int, blocks: Blocks) -> None:
+        """Asks for a source's next window when the first sample of a window is read, and for the first one, too."""
+        source, place = self.interleave.locate(position) if len(self.tables) > 1 else (0, position)
+        length = self.lengths[source]
+        epoch, inside = divmod(place, length)
+        current = (epoch, inside // blocks.window)
+        if self.expected.get(source) == current:
+            return
+        coming = (epoch, current[1] + 1) if (current[1] + 1) * blocks.window < length else (epoch + 1, 0)
+        for number, window in (coming,) if source in self.expected else (current, coming):
+            key = mix(self.seed, self.stream + (source << SOURCE_SHIFT), number)
+            for first, end in blocks.ranges(window, length, key):
+                self._expect(source, first, end)
+        self.expected[source] = current
+
+    def _expect(self, source: int, first: int, end: int) -> None:
+        """Announces the reading of neighbouring samples of a source."""
+        rows = self.tables[source].rows[first:end]
+        for shard in np.unique(rows["shard"]):
+            places = np.concatenate([rows[name][rows["shard"] == shard] for name in ("image", "text")])
+            places = places[places[:, 1] > 0]
+            self.readers[source].expect(int(shard), int(places[:, 0].min()), int(places.sum(axis=1).max()))
+
+    def candidates(self, position: int) -> Iterator[tuple[int, int, int]]:
+        """Source, epoch and number in the source of the scheduled sample of a position, then of those that replace it.
+
+        The first one that can be used is delivered.
+        """
+        source, place = self.interleave.locate(position) if len(self.tables) > 1 else (0, position)
+        length, order = self.lengths[source], self.stream + (source << SOURCE_SHIFT)
+        epoch, first = scheduled(place, length, self.seed, order, self.blocks) if self.shuffled else (0, place % length)
+        yield source, epoch, first
+        for attempt in range(1, ATTEMPTS):
+            yield source, epoch, mix(self.seed, order, epoch, first, attempt) % length
+
     @abstractmethod
     def _load(self, source: int, index: int, sample: Sample) -> None:
         """Gives the sample its content, number `index` of the source; raises BadSample where it cannot be used."""
@@ -147,9 +191,16 @@ class ImageStream(SampleStream):
     stream = Stream.IMAGES
 
     def __init__(
-        self, shards: str | list[Source], field: str, seed: int, cache: str, max_pixels: int, shuffled: bool = True
+        self,
+        shards: str | list[Source],
+        field: str,
+        seed: int,
+        cache: str,
+        max_pixels: int,
+        shuffled: bool = True,
+        blocks: Blocks | None = None,
     ) -> None:
-        super().__init__(shards, field, seed, cache, shuffled)
+        super().__init__(shards, field, seed, cache, shuffled, blocks)
         self.max_pixels = max_pixels
         self._set_lengths([len(table) for table in self.tables])
 
@@ -173,10 +224,11 @@ class TextStream(SampleStream):
         tokenizer: TextTokenizer,
         text_length: int,
         shuffled: bool = True,
+        blocks: Blocks | None = None,
         share: float = 0.0,
     ) -> None:
         """`share` in [0, 1) is where in the list of shards this rank starts to tokenise: ranks divide the work."""
-        super().__init__(shards, field, seed, cache, shuffled)
+        super().__init__(shards, field, seed, cache, shuffled, blocks)
         self.windows = [
             TokenWindows(table, tokenizer, text_length, int(share * len(table.paths))) for table in self.tables
         ]
@@ -202,6 +254,9 @@ class TextStream(SampleStream):
     def _load(self, source: int, index: int, sample: Sample) -> None:
         sample.words = self.windows[source].read(index)
 
+    def _expect(self, source: int, first: int, end: int) -> None:
+        """Token files are mapped, small, and read ahead by the system."""
+
 
 class PairStream(SampleStream):
     """Pictures with captions."""
@@ -219,8 +274,9 @@ class PairStream(SampleStream):
         caption_length: int,
         caption_key: str,
         shuffled: bool = True,
+        blocks: Blocks | None = None,
     ) -> None:
-        super().__init__(shards, field, seed, cache, shuffled)
+        super().__init__(shards, field, seed, cache, shuffled, blocks)
         self.max_pixels = max_pixels
         self.tokenizer = tokenizer
         self.caption_length = caption_length

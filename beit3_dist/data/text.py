@@ -136,9 +136,9 @@ class TokenShard:
 
     def __init__(self, table: Table, number: int, tokenizer: TextTokenizer) -> None:
         """Tokenises shard `number` of the table unless the cache holds the tokens of this very shard and tokenizer."""
-        path, mark = table.paths[number], table.marks[number]
-        self.path = path
-        self.file = table.file.with_name(f"{digest(TOKENS_FORMAT, path, *mark, tokenizer.fingerprint)}.npy")
+        self.path = table.paths[number]
+        mark = table.marks[number]
+        self.file = table.file.with_name(f"{digest(TOKENS_FORMAT, self.path, *mark, tokenizer.fingerprint)}.npy")
         if not self.file.exists():
             with locked(self.file):
                 if not self.file.exists():
@@ -162,7 +162,7 @@ class TokenShard:
         def good() -> Iterator[str]:
             for index in range(first, last):
                 row = table.rows[index]
-                for line, text in documents(_lines(self.path, *map(int, row["text"])), row["kind"] == JSONL):
+                for line, text in documents(_lines(table.files[number], *map(int, row["text"])), row["kind"] == JSONL):
                     if isinstance(text, str):
                         yield text
                     else:

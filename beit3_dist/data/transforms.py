@@ -27,8 +27,10 @@ RATIO = (3 / 4, 4 / 3)
 """Width over height of a crop."""
 CROP_ATTEMPTS = 10
 """Boxes that are tried before the centre is taken."""
-LEVELS = np.arange(256, dtype=np.float32)
-"""Every grey level, for look-up tables."""
+CONTRAST, SATURATION = 1, 2
+"""Numbers of the changes of colour; brightness is 0."""
+GREY = np.tile([0.299, 0.587, 0.114], (3, 1))
+"""A colour's grey in each channel (ITU-R 601-2, as in Pillow)."""
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
@@ -97,12 +99,17 @@ def resized(
 ) -> np.ndarray:
     """The picture, or a box of it, as a square: bicubic with antialiasing -> uint8 [size, size, 3]."""
     view = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
-    return np.ascontiguousarray(view[:, ::-1]) if flip else view
+    return cv2.flip(view, 1) if flip else view
 
 
 @dataclass(frozen=True)
 class Jitter:
-    """Changes of brightness, contrast and saturation, in the order of `order` (0, 1, 2); factor 1 changes nothing."""
+    """Changes of brightness, contrast and saturation, in the order of `order` (0, 1, 2); factor 1 changes nothing.
+
+    Each change is an affine map of a pixel's colour, so the three are one, and levels are rounded and clipped once:
+    brightness scales the colour, contrast its distance from the picture's mean grey, saturation its distance from the
+    pixel's own grey.
+    """
 
     factors: tuple[float, float, float]
     order: tuple[int, int, int]
@@ -114,26 +121,14 @@ class Jitter:
 
     def __call__(self, view: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> the same shape and type."""
+        mean = np.array(cv2.mean(view)[:3])
+        scale, shift = np.eye(3), np.zeros(3)
         for change in self.order:
-            view = (brightness, contrast, saturation)[change](view, self.factors[change])
-        return view
-
-
-def brightness(view: np.ndarray, factor: float) -> np.ndarray:
-    """Every level times the factor."""
-    return cv2.LUT(view, np.clip(LEVELS * factor, 0, 255).astype(np.uint8))
-
-
-def contrast(view: np.ndarray, factor: float) -> np.ndarray:
-    """Every level's distance from the picture's mean grey times the factor."""
-    mean = int(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY).mean() + 0.5)
-    return cv2.LUT(view, np.clip(mean + (LEVELS - mean) * factor, 0, 255).astype(np.uint8))
-
-
-def saturation(view: np.ndarray, factor: float) -> np.ndarray:
-    """Every pixel's distance from its own grey times the factor."""
-    grey = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(view, factor, grey, 1 - factor, 0)
+            factor = self.factors[change]
+            grey = GREY @ (scale @ mean + shift)  # the picture's, after the changes so far
+            step = factor * np.eye(3) + ((1 - factor) * GREY if change == SATURATION else 0)
+            scale, shift = step @ scale, step @ shift + ((1 - factor) * grey if change == CONTRAST else 0)
+        return cv2.transform(view, np.column_stack([scale, shift]))
 
 
 def two_views(

@@ -50,13 +50,14 @@ def block_mask(grid: int, count: int, rng: np.random.Generator) -> np.ndarray:
 def _add_block(mask: np.ndarray, smallest: int, left: int, rng: np.random.Generator) -> int:
     """Masks one more block in place; returns the number of newly masked patches, 0 if no block was found."""
     grid = len(mask)
-    for _ in range(ATTEMPTS):
-        area = rng.uniform(smallest, max(smallest, left))
-        aspect = math.exp(rng.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT)))
+    # All attempts are drawn at once: a call of the generator costs as much as the rest of an attempt.
+    for size, shape, down, right in rng.random((ATTEMPTS, 4)).tolist():
+        area = smallest + size * max(0, left - smallest)
+        aspect = MIN_ASPECT ** (1 - 2 * shape)
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height <= grid and 0 < width <= grid):
             continue
-        top, start = int(rng.integers(grid - height + 1)), int(rng.integers(grid - width + 1))
+        top, start = int(down * (grid - height + 1)), int(right * (grid - width + 1))
         block = mask[top : top + height, start : start + width]
         new = block.size - int(np.count_nonzero(block))
         if 0 < new <= left:
@@ -84,7 +85,10 @@ def mask_words(
     """
     inputs = np.array(ids, dtype=np.int64)
     predict = np.zeros(len(inputs), dtype=bool)
-    candidates = np.flatnonzero(~np.isin(inputs, specials))
+    ordinary = np.ones(len(inputs), dtype=bool)
+    for special in specials:
+        ordinary &= inputs != special
+    candidates = np.flatnonzero(ordinary)
     if len(candidates) == 0:
         return inputs, predict
     chosen = rng.choice(candidates, size=mask_count(ratio, len(candidates)), replace=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from beit3_dist.config import OptimConfig
 from beit3_dist.data.batch import ImageBatches
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig, TokenizerModelConfig
 from beit3_dist.training.tokenizer_engine import TokenizerEngine
 from tests.parallel.workers import run_workers
@@ -48,10 +48,10 @@ def tokenizer_config(folder: Path) -> TokenizerConfig:
     )  # fmt: skip
 
 
-def five_steps(mesh: Mesh, config: TokenizerConfig, codebook: dict[str, np.ndarray] | None) -> dict[str, Any]:
+def five_steps(groups: Groups, config: TokenizerConfig, codebook: dict[str, np.ndarray] | None) -> dict[str, Any]:
     """For `run_workers`: codes [steps, b, N], losses and final weights; the codebook by k-means, or the given one."""
+    mesh, data = groups.mesh, config.data
     engine = TokenizerEngine(config, mesh, RandomTeacher())
-    data = config.data
     batches = ImageBatches(data.images, SIDE, config.seed, BATCH, mesh.rank, mesh.world, data.cache)
     quantize = engine.tokenizer.quantize
     if codebook is None:

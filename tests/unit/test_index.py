@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
@@ -18,7 +19,7 @@ from beit3_dist.data import index
 from beit3_dist.data.index import Table, expand, open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
-from tests.unit.tar_fixtures import image_tar, pair_tar, write_tar
+from tests.unit.tar_fixtures import image_tar, pair_tar, picture, write_tar
 
 
 def raw_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
@@ -179,6 +180,72 @@ def test_what_is_no_tar_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 10)
     with pytest.raises(ValueError, match="a.tar is not a plain tar"):
         table_of(tmp_path, Stream.IMAGES)
+
+
+def packed(path: Path, name: str) -> Path:
+    """The tar's .tar.gz."""
+    target = path.parent.parent / name
+    target.write_bytes(gzip.compress(path.read_bytes()))
+    return target
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz"])
+def test_compressed_tars_are_unpacked_once(tmp_path: Path, name: str) -> None:
+    plain = pair_tar(tmp_path / "plain" / "a.tar", 4)
+    path = packed(plain, name)
+    table = table_of(tmp_path, Stream.PAIRS, name)
+    assert contents(table) == contents(table_of(tmp_path, Stream.PAIRS, "plain/a.tar"))
+    assert table.shard(0) == str(path.resolve())  # Reports name what the user knows.
+    [copy] = (tmp_path / "cache").glob("*.tar")
+    before = copy.stat().st_mtime_ns
+    assert table_of(tmp_path, Stream.PAIRS, name).files == table.files and copy.stat().st_mtime_ns == before
+    packed(pair_tar(tmp_path / "plain" / "a.tar", 6, seed=9), name)
+    assert len(table_of(tmp_path, Stream.PAIRS, name)) == 6
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 1  # The stale copy is gone.
+
+
+def test_cut_compressed_tar_yields_whole_samples_only(tmp_path: Path) -> None:
+    whole = pair_tar(tmp_path / "plain" / "a.tar", 4)
+    expected = contents(table_of(tmp_path, Stream.PAIRS, "plain/a.tar"))
+    data = packed(whole, "a.tar.gz").read_bytes()
+    kept = set()
+    for end in range(1, len(data), len(data) // 12):
+        (tmp_path / "a.tar.gz").write_bytes(data[:end])
+        try:
+            table = table_of(tmp_path, Stream.PAIRS, "a.tar.gz")
+        except ValueError as error:
+            assert "a.tar.gz" in str(error)
+            continue
+        kept.add(len(table))
+        assert contents(table) == expected[: len(table)]
+        if len(table) < len(expected):  # What is lost may be zeros after the last sample.
+            assert table.notes["damage"][0][0].endswith("a.tar.gz")
+    assert len(kept) > 1
+    (tmp_path / "a.tar.gz").write_bytes(b"no gzip")
+    with pytest.raises(ValueError, match="a.tar.gz is no gzip archive"):
+        table_of(tmp_path, Stream.PAIRS, "a.tar.gz")
+
+
+def test_cut_at_every_byte_yields_whole_samples_only(tmp_path: Path) -> None:
+    """All samples before the cut, each byte of them, and no other; the damage is told at every place but the end."""
+    pairs = [(f"{number}.{kind}", picture(number, 5, 4) if kind == "png" else b"caption %d" % number)
+             for number in range(3) for kind in ("png", "txt")]  # fmt: skip
+    data = raw_tar(tmp_path / "whole.tar", pairs, tarfile.USTAR_FORMAT).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as tar:
+        ends = [member.offset_data + member.size for member in tar]
+    trailer = max(ends) // 512 * 512 + 512
+    cut = tmp_path / "cut.tar"
+    for end in range(trailer + 1024):
+        cut.write_bytes(data[:end])
+        found = index.scan(str(cut))
+        rows, _ = index._rows(0, found.places, Stream.PAIRS)
+        complete = sum(number_end <= end for number_end in ends[1::2])
+        assert len(rows) == complete, f"cut at byte {end}"
+        for number, row in enumerate(rows):
+            image, text = (data[offset : offset + size] for offset, size in (row["image"], row["text"]))
+            assert (image, text) == (pairs[2 * number][1], pairs[2 * number + 1][1])
+            assert max(row["image"].sum(), row["text"].sum()) <= end
+        assert bool(found.damage) == (end < trailer + 512), f"cut at byte {end}"
 
 
 def test_each_shard_is_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from beit3_dist.data.order import (
     SLOTS,
+    Blocks,
     Interleave,
     Stream,
     generator,
@@ -81,6 +82,52 @@ def test_neighbours_are_not_kept() -> None:
 def test_permute_refuses_positions_outside() -> None:
     with pytest.raises(IndexError, match="position 5 is not in range"):
         permute(5, 5, 0)
+
+
+@given(
+    length=st.integers(1, 3000), block=st.integers(1, 300), blocks=st.integers(1, 9), key=st.integers(0, (1 << 64) - 1)
+)
+@settings(deadline=None, max_examples=60)
+def test_blocks_are_a_bijection_and_windows_are_their_ranges(length: int, block: int, blocks: int, key: int) -> None:
+    order = Blocks(block, block * blocks)
+    found = [order.permute(position, length, key) for position in range(length)]
+    assert sorted(found) == list(range(length))
+    for number in range(-(-length // order.window)):
+        window = found[number * order.window : (number + 1) * order.window]
+        runs = order.ranges(number, length, key)
+        assert sorted(window) == sorted(index for first, end in runs for index in range(first, end))
+        assert len(runs) <= blocks + 3  # A window begins and ends inside a block, and may hold the short one.
+
+
+def test_blocks_come_in_any_order_and_differ_by_epoch() -> None:
+    """Where the short last block comes, and which block is first: all are equally frequent over 4,000 keys."""
+    order = Blocks(3, 3)
+    first = Counter(order.ranges(0, 11, mix(1, key))[0][0] // 3 for key in range(4000))
+    assert all(abs(first[block] - 1000) < 5 * 27.4 for block in range(4))  # Five standard deviations.
+    epochs = [
+        [scheduled(place, 11, 0, 0, order)[1] for place in range(11 * epoch, 11 * epoch + 11)] for epoch in (0, 1)
+    ]
+    assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == list(range(11))
+
+
+def quality(order: list[int]) -> tuple[float, int]:
+    """Mean distance in stored order of samples that are read one after the other, as a share of a full shuffle's (a
+    third of the length), and how often the next sample is a stored neighbour."""
+    steps = np.abs(np.diff(order))
+    return float(steps.mean() / (len(order) / 3)), int(np.count_nonzero(steps == 1))
+
+
+def test_quality_of_the_block_shuffle() -> None:
+    """The figures in the README: 16 blocks of 64 in a window, 64 windows. A full shuffle keeps 2 neighbours a round."""
+    length = 65_536
+    order, window = Blocks(64, 1024), 1024
+    distance, neighbours = quality([order.permute(place, length, 3) for place in range(length)])
+    full_distance, full_neighbours = quality([permute(place, length, 3) for place in range(length)])
+    assert 0.97 < full_distance < 1.03 and full_neighbours < 10
+    # Two samples of a window lie in different blocks 15 times of 16, and these are anywhere.
+    assert 0.88 < distance < 1.0
+    # One of 1,024 others in the window follows, two of them (but at the ends of blocks) are neighbours.
+    assert abs(neighbours - 2 * length / window) < 5 * (2 * length / window) ** 0.5
 
 
 def test_every_epoch_holds_every_sample_once_in_another_order() -> None:

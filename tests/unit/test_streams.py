@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from beit3_dist.config import Source
-from beit3_dist.data.order import Stream, mix, permute, sample_id
+from beit3_dist.data.order import Blocks, Stream, mix, permute, sample_id
+from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.streams import ImageStream, PairStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, text_tar, train_tokenizer, write_tar
@@ -132,6 +133,40 @@ def test_short_read_is_a_fault(tmp_path: Path) -> None:
         file.truncate(last.offset_data + 10)
     sample = stream.read(2)
     assert sample.index < 2 and sample.faults[0].reason.startswith("short read: 10 of")
+
+
+def test_shard_that_disappears_is_replaced_by_others(tmp_path: Path) -> None:
+    image_tar(tmp_path / "a.tar", 6)
+    image_tar(tmp_path / "b.tar", 5, seed=100)
+    expected = [images(tmp_path).read(position).index for position in range(22)]
+    stream = images(tmp_path)
+    (tmp_path / "b.tar").unlink()
+    for position, index in enumerate(expected):
+        sample = stream.read(position)
+        assert sample.index == index if index < 6 else sample.index < 6
+        assert all(f.reason == "unreadable shard: No such file or directory" for f in sample.faults)
+        assert bool(sample.faults) == (index >= 6)
+
+
+def test_block_shuffle_reads_ahead_and_each_sample_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is announced covers what is read, before it is read; the pictures are those of the index."""
+    image_tar(tmp_path / "a.tar", 9)
+    image_tar(tmp_path / "b.tar", 10, seed=50)
+    plain = images(tmp_path, shuffled=False)
+    stored = [plain.read(number).picture.tobytes() for number in range(19)]
+    stream = ImageStream(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(2, 6))
+    told: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(ShardReader, "expect", lambda self, *place: told.append(place))
+    for epoch in range(2):
+        samples = [stream.read(19 * epoch + place) for place in range(19)]
+        assert sorted(sample.index for sample in samples) == list(range(19))
+        for sample in samples:
+            assert sample.picture.tobytes() == stored[sample.index]
+            row = stream.tables[0].rows[sample.index]
+            offset, size = row["image"]
+            assert any(shard == row["shard"] and start <= offset and offset + size <= end for shard, start, end in told)
+    other = ImageStream(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(2, 6))
+    assert other.read(30).id == stream.read(30).id
 
 
 def test_damaged_shard_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -191,6 +191,15 @@ def test_encode_is_pure(model: VQKD, training: bool) -> None:
     assert not codes.requires_grad
 
 
+def test_evaluation_changes_no_statistics(model: VQKD) -> None:
+    """The released quantiser moves its cluster sizes on every forward pass, in eval mode too."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        losses = [model(pictures(4), torch.ones(4, 16, 10))[0] for _ in range(2)]
+    assert torch.equal(*losses)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_dark_picture_is_not_rescaled(model: VQKD) -> None:
     """The released code multiplies by 255 where the brightest pixel of the batch is at most one."""
     dark = pictures(1) / 255
