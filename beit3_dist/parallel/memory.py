@@ -1,0 +1,133 @@
+"""Bytes of training states that each rank holds, from arithmetic alone: before a machine is paid for.
+
+Activations are not counted. With P parameters on the rank (its tensor slice of its pipeline stages) and d replicas,
+DeepSpeed 0.19.8 holds these bytes when the gradients of a step are complete:
+
+                        working parameters   gradients   masters   Adam's moments
+    bf16  ZeRO-1        2 P                  6 P         4 P / d   8 P / d
+          ZeRO-2        2 P                  4 P / d     4 P / d   8 P / d
+          ZeRO-3        2 P / d              4 P / d     4 P / d   8 P / d             = 18 P / d
+    fp32  ZeRO-0        4 P                  4 P         -         8 P
+          ZeRO-1        4 P                  4 P         4 P / d   8 P / d
+          ZeRO-2        4 P                  4 P / d     4 P / d   8 P / d
+          ZeRO-3        4 P / d              4 P / d     4 P / d   8 P / d             = 20 P / d
+
+bf16 gradients are accumulated in fp32. ZeRO-1 in bf16 is DeepSpeed's BF16_Optimizer, which shards no gradients: it
+keeps the bf16 ones of the backward pass beside their fp32 sums. ZeRO 1 to 3 in fp32 hold every sharded weight twice,
+as parameter and as master. tests/parallel/test_memory.py counts the same in real tensors.
+
+Beside these: the reduce bucket of ZeRO-2, of ZeRO-3 and of ZeRO-1 in fp32 (two of them where the DeepSpeed file sets
+overlap_comm below ZeRO-3), and under ZeRO-3 the gathered parameters, at most min(stage3_max_live_parameters, P) of
+them. The optimizer step of these three copies gradients for a moment, at most 4 P / d more, when activations are gone.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+from beit3_dist.config import ParallelConfig, RunConfig, require
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.pipeline import check_pipeline, keep_stages, plan_stages
+from beit3_dist.parallel.sharding import shard
+from beit3_dist.parallel.tensor import check_tensor
+
+DEFAULT_BUCKET = 100_000_000
+"""Elements of engine.py's reduce bucket where the DeepSpeed file names none; never more than the rank's parameters."""
+DEFAULT_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default of stage3_max_live_parameters."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What every replica of one tensor slice of one pipeline rank's stages holds."""
+
+    pipeline_rank: int
+    tensor_rank: int
+    parameters: int
+    """P: parameters of the slice, a number, not bytes."""
+    working: float
+    gradients: float
+    masters: float
+    moments: float
+    bucket: float
+    """Reduce buffers; below ZeRO-3 only during the backward pass."""
+    live: float
+    """Largest size of the gathered parameters under ZeRO-3."""
+
+    @property
+    def states(self) -> float:
+        """Working parameters, gradients, masters and moments."""
+        return self.working + self.gradients + self.masters + self.moments
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.states + self.bucket + self.live
+
+
+def state_bytes(
+    config: RunConfig, world: int, target_flops: float = 0.0, model: BEiT3 | None = None
+) -> list[StateBytes]:
+    """A record for each (pipeline rank, tensor rank) of `world` processes, pipeline ranks outermost.
+
+    target_flops: as for `plan_stages`. model: the whole model on the meta device, where the caller has it already.
+    Raises ValueError where the layout does not divide the model, the batch or the processes, and where the DeepSpeed
+    file moves states to the CPU: what then stays on the device is not known from arithmetic.
+    """
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.pipeline
+    require(
+        world % ranks == 0,
+        f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} does not divide {world} processes",
+    )
+    check_tensor(config.model, parallel.tensor)
+    check_pipeline(config)
+    data = world // ranks
+    zero = deepspeed_config(config, data)["zero_optimization"]
+    for section in ("offload_optimizer", "offload_param"):
+        require(section not in zero, f"deepspeed_config: {section} moves states to the CPU, which is not counted")
+    stages = plan_stages(config, data, target_flops)
+    model = model or BEiT3(config.model, device="meta")
+    records = []
+    for pipeline_rank in range(parallel.pipeline):
+        mine = stages[pipeline_rank :: parallel.pipeline]
+        for tensor_rank in range(parallel.tensor):
+            count = _local_parameters(model, parallel, mine, pipeline_rank, tensor_rank)
+            records.append(_record(config, data, zero, count, pipeline_rank, tensor_rank))
+    return records
+
+
+def _local_parameters(
+    model: BEiT3, parallel: ParallelConfig, stages: list[range], pipeline_rank: int, tensor_rank: int
+) -> int:
+    """Parameters of one slice of one pipeline rank's stages."""
+    part = copy(model)  # pruned below; the modules themselves are shared
+    part._modules = dict(model._modules)
+    part.blocks = copy(model.blocks)
+    part.blocks._modules = dict(model.blocks._modules)
+    keep_stages(part, stages, is_first=pipeline_rank == 0, is_last=pipeline_rank == parallel.pipeline - 1)
+    return sum(shard(n, p.detach(), parallel.tensor, tensor_rank).numel() for n, p in part.named_parameters())
+
+
+def _record(
+    config: RunConfig, data: int, zero: dict[str, Any], count: int, pipeline_rank: int, tensor_rank: int
+) -> StateBytes:
+    """The formulas of the module's docstring; count: P."""
+    stage, bf16 = config.parallel.zero_stage, config.precision == "bf16"
+    size, sharded = 2 if bf16 else 4, count / data
+    reduces_in_place = stage == 0 or (stage == 1 and bf16)
+    buckets = 0 if reduces_in_place else 2 if stage < 3 and zero.get("overlap_comm") else 1
+    return StateBytes(
+        pipeline_rank=pipeline_rank,
+        tensor_rank=tensor_rank,
+        parameters=count,
+        working=size * (sharded if stage == 3 else count),
+        gradients=4 * sharded if stage >= 2 else (6 if bf16 else 4) * count,
+        masters=4 * sharded if stage else 0,
+        moments=8 * (sharded if stage else count),
+        bucket=size * buckets * zero.get("reduce_bucket_size", min(DEFAULT_BUCKET, count)),
+        live=size * min(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS), count) * (stage == 3),
+    )
