@@ -1,0 +1,220 @@
+#!/usr/bin/env python3
+"""Looks for everything that can be wrong with the shards of a run, before the run.
+
+    python tools/check_shards.py [--images PATTERN] [--texts PATTERN] [--pairs PATTERN] [--json] [--jobs N]
+
+Every member is read: cut or broken tars, second members of a key, members of one sample that are not neighbours (other
+loaders tear those apart), samples that lack a member, pictures that cannot be decoded or have too many pixels, captions
+and documents that are empty or malformed. Exit code 0: nothing is wrong. 1: something is. 2: the check cannot be done.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from typing import Any
+
+from rich.progress import track
+
+from beit3_dist.config import DataConfig
+from beit3_dist.data.cache import cache_folder
+from beit3_dist.data.faults import BadSample
+from beit3_dist.data.index import IMAGE, JSON, JSONL, KIND_NAMES, TXT, DamagedTar, expand, key_and_kind, members
+from beit3_dist.data.order import Stream
+from beit3_dist.data.streams import json_captions, lines
+from beit3_dist.data.text import documents
+from beit3_dist.data.transforms import decode
+from beit3_dist.data.unpack import plain_tar
+
+SHOWN = 20
+"""Problems that the table lists; --json lists all."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to check, and how."""
+
+    stream: Stream
+    path: str
+    file: str
+    """The plain tar: the shard itself, or its unpacked copy."""
+    caption_key: str
+    max_pixels: int
+
+
+@dataclass
+class Report:
+    """What was found in one shard."""
+
+    shard: str
+    bytes: int = 0
+    members: int = 0
+    samples: int = 0
+    """Samples that the loader will find in the index."""
+    documents: int = 0
+    """Texts only: documents that can be read."""
+    problems: list[dict[str, str]] = field(default_factory=list)
+    """kind, key and reason of each."""
+
+    def add(self, kind: str, key: bytes, reason: str) -> None:
+        """Notes a problem."""
+        self.problems.append({"kind": kind, "key": key.decode("utf-8", "replace"), "reason": reason})
+
+
+def check(job: Job) -> Report:
+    """Reads a whole shard."""
+    report = Report(job.path, os.path.getsize(job.path))
+    samples: dict[bytes, dict[int, tuple[int, int]]] = {}
+    with open(job.file, "rb", buffering=0) as file:
+        before: bytes | None = None
+        torn: set[bytes] = set()
+        try:
+            for name, offset, size in members(file.fileno(), job.path):
+                report.members += 1
+                key, kind = key_and_kind(name)
+                if kind is None:
+                    continue
+                sample = samples.setdefault(key, {})
+                if kind in sample:
+                    report.add("duplicate", key, f"a second {KIND_NAMES[kind]} member")
+                elif sample and before != key and key not in torn:
+                    torn.add(key)
+                    report.add("not adjacent", key, "other samples lie between its members")
+                sample.setdefault(kind, (offset, size))
+                before = key
+        except (DamagedTar, ValueError) as error:
+            report.add("damaged tar", b"", str(error))
+        for key, sample in samples.items():
+            for kind, reason in _sample_problems(job, file.fileno(), sample, report):
+                report.add(kind, key, reason)
+    return report
+
+
+def _sample_problems(
+    job: Job, file: int, sample: dict[int, tuple[int, int]], report: Report
+) -> Iterator[tuple[str, str]]:
+    """Kind and reason of what is wrong with one sample of the job's stream."""
+
+    def content(kind: int) -> bytes:
+        offset, size = sample[kind]
+        return os.pread(file, size, offset)
+
+    texts = [kind for kind in ((TXT, JSONL) if job.stream is Stream.TEXTS else (TXT, JSON)) if kind in sample]
+    wants_image, wants_text = job.stream is not Stream.TEXTS, job.stream is not Stream.IMAGES
+    lacking = ["image"] * (wants_image and IMAGE not in sample) + ["text"] * (wants_text and not texts)
+    if lacking:
+        yield "incomplete", f"no {' and no '.join(lacking)} member"
+        return
+    report.samples += len(texts) if job.stream is Stream.TEXTS else 1
+    if wants_image:
+        try:
+            decode(content(IMAGE), job.max_pixels)
+        except BadSample as bad:
+            yield "too many pixels" if "max_pixels" in str(bad) else "unreadable picture", str(bad)
+    if job.stream is Stream.PAIRS:
+        try:
+            captions = lines(content(TXT)) if TXT in sample else json_captions(content(JSON), job.caption_key)
+            if not captions:
+                yield "bad caption", "empty caption"
+        except BadSample as bad:
+            yield "bad caption", str(bad)
+    if job.stream is Stream.TEXTS:
+        for kind in texts:
+            good = 0
+            for number, text in documents(io.BytesIO(content(kind)), kind == JSONL):
+                if isinstance(text, str):
+                    good += 1
+                else:
+                    yield "bad document", f"line {number} of the {KIND_NAMES[kind]} member: {text}"
+            report.documents += good
+            if not good:
+                yield "bad document", f"the {KIND_NAMES[kind]} member holds no document"
+
+
+def check_all(options: Namespace) -> dict[str, Any]:
+    """The report on all streams. Raises ValueError where a pattern names nothing."""
+    defaults = {"caption_key": options.caption_key, "max_pixels": options.max_pixels}
+    jobs = []
+    folder = cache_folder(options.cache, "--cache")
+    for stream in Stream:
+        pattern = getattr(options, stream.name.lower())
+        paths = expand(pattern, f"--{stream.name.lower()}") if pattern else []
+        jobs += [Job(stream, path, plain_tar(path, folder), **defaults) for path in paths]
+    if not jobs:
+        raise ValueError("name shards by --images, --texts or --pairs")
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        found = pool.map(check, jobs)
+        shown = track(found, "checking", len(jobs), disable=not sys.stderr.isatty())
+        reports = list(shown)
+    streams: dict[str, Any] = {}
+    for stream in Stream:
+        own = [report for job, report in zip(jobs, reports, strict=True) if job.stream is stream]
+        if own:
+            streams[stream.name.lower()] = {
+                "shards": len(own),
+                **{name: sum(getattr(r, name) for r in own) for name in ("bytes", "members", "samples", "documents")},
+                "problems": Counter(problem["kind"] for report in own for problem in report.problems),
+            }
+    return {
+        "streams": streams,
+        "shards": [
+            vars(report) | {"stream": job.stream.name.lower()} for job, report in zip(jobs, reports, strict=True)
+        ],
+        "problems": sum(len(report.problems) for report in reports),
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """The report for people."""
+    rows = [f"{'stream':8}{'shards':>8}{'samples':>12}{'documents':>12}{'GB':>9}  problems"]
+    for name, counts in record["streams"].items():
+        problems = ", ".join(f"{count} {kind}" for kind, count in counts["problems"].items()) or "none"
+        rows.append(
+            f"{name:8}{counts['shards']:8,}{counts['samples']:12,}{counts['documents']:12,}"
+            f"{counts['bytes'] / 1e9:9.2f}  {problems}"
+        )
+    told = [(shard["shard"], problem) for shard in record["shards"] for problem in shard["problems"]]
+    rows += [f"{path}: {problem['key'] or 'whole shard'}: {problem['reason']}" for path, problem in told[:SHOWN]]
+    if len(told) > SHOWN:
+        rows.append(f"and {len(told) - SHOWN:,} others; --json lists all")
+    return "\n".join(rows)
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    """The options."""
+    parser = ArgumentParser(prog="check_shards.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    for stream in Stream:
+        parser.add_argument(f"--{stream.name.lower()}", default="", metavar="PATTERN", help="brace or glob pattern")
+    parser.add_argument("--caption_key", default=DataConfig.caption_key, help="as data.caption_key of the run")
+    parser.add_argument("--max_pixels", type=int, default=DataConfig.max_pixels, help="as data.max_pixels of the run")
+    parser.add_argument("--cache", default=DataConfig.cache, help="where compressed tars are unpacked, as data.cache")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs} is less than 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Checks and prints; returns the exit code."""
+    try:
+        options = parse(arguments)
+        record = check_all(options)
+    except (ValueError, OSError) as error:
+        print(f"check_shards.py: error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(record) if options.json else table(record))
+    return 1 if record["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
