@@ -93,8 +93,8 @@ def check(job: Job) -> Report:
         except (DamagedTar, ValueError) as error:
             report.add("damaged tar", b"", str(error))
         for key, sample in samples.items():
-            for kind, reason in _sample_problems(job, file.fileno(), sample, report):
-                report.add(kind, key, reason)
+            for problem, reason in _sample_problems(job, file.fileno(), sample, report):
+                report.add(problem, key, reason)
     return report
 
 
@@ -141,13 +141,12 @@ def _sample_problems(
 
 def check_all(options: Namespace) -> dict[str, Any]:
     """The report on all streams. Raises ValueError where a pattern names nothing."""
-    defaults = {"caption_key": options.caption_key, "max_pixels": options.max_pixels}
     jobs = []
     folder = cache_folder(options.cache, "--cache")
     for stream in Stream:
         pattern = getattr(options, stream.name.lower())
         paths = expand(pattern, f"--{stream.name.lower()}") if pattern else []
-        jobs += [Job(stream, path, plain_tar(path, folder), **defaults) for path in paths]
+        jobs += [Job(stream, path, plain_tar(path, folder), options.caption_key, options.max_pixels) for path in paths]
     if not jobs:
         raise ValueError("name shards by --images, --texts or --pairs")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
