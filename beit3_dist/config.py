@@ -311,7 +311,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Held-out validation with the same losses and accuracies, without augmentation and with fixed masks."""
+    """Held-out validation with the same losses and accuracies, on fixed crops and masks of the training's kind."""
 
     every: int = 0
     """Steps between validations; 0 turns validation off."""

@@ -6,8 +6,7 @@
 The yardstick of each loss is the entropy of its targets, in nats: the loss of a model that knows how often each code or
 word is hidden, and nothing of the context. A loss below it means that the model reads the context. The yardstick of
 each accuracy is the share of the most frequent target. Both are measured on the first 2,048 training samples of each
-stream, as the run crops and masks them. Validation sees whole pictures without jitter, whose codes are distributed
-otherwise: its losses may lie higher or lower for that reason alone.
+stream, as the run crops and masks them.
 
 Hidden patches are drawn from codes: a code looks like the mean of all sampled training patches that carry it. The row
 drawn from the true codes is the best that the image tokenizer allows; no model can get past it.
@@ -378,7 +377,7 @@ def summary_lines(report: Record) -> Iterator[str]:
         f"training samples of each stream."
     )
     if report["held_out_step"] is not None:
-        yield f"Held-out: the validation after step {report['held_out_step']:,}, on whole pictures without jitter."
+        yield f"Held-out: the validation after step {report['held_out_step']:,}."
 
 
 def digits(value: float | None, form: str) -> str:

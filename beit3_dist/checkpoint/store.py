@@ -285,7 +285,7 @@ class _Shards(AbstractContextManager["_Shards"]):
         for name in sorted(path.glob("shard_*.safetensors")):
             file = self._files.enter_context(safe_open(name, framework="pt"))
             for parameter, place in json.loads(file.metadata()["fragments"]).items():
-                cut = place["cut"] and Cut(**place["cut"])
+                cut = Cut(**place["cut"]) if place["cut"] else None
                 piece = _Stored(file, place["start"], tuple(place["shape"]), cut)
                 self.stored.setdefault(parameter, []).append(piece)
 

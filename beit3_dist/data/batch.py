@@ -115,7 +115,7 @@ class MixedBatches(Dataset):
         """Opens the streams, building their indexes and token files where the cache has none.
 
         `tokenizer_image_size` is the side of the image tokenizer's view. `held_out`: the shards of `config.eval` in
-        stored order, whole pictures, and the same masks every time. Raises ValueError with one line that names the
+        stored order, with the same crops and masks every time. Raises ValueError with one line that names the
         field where the data, the tokenizer or the batch sizes do not fit.
         """
         self.config = config
@@ -227,8 +227,6 @@ class MixedBatches(Dataset):
     def _views(self, sample: Sample) -> Views:
         """The model's and the image tokenizer's views of a picture."""
         size, other = self.config.model.image_size, self.tokenizer_image_size
-        if self.held_out:
-            return transforms.plain_views(sample.picture, size, other)
         return transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
 
     def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:

@@ -145,11 +145,6 @@ def two_views(
     return view, None if tokenizer_size == size else jitter(resized(image, tokenizer_size, box, flip))
 
 
-def plain_views(image: Image.Image, size: int, tokenizer_size: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Both views for evaluation: the whole picture squashed to the square, nothing drawn."""
-    return resized(image, size), None if tokenizer_size == size else resized(image, tokenizer_size)
-
-
 def cropped_view(image: Image.Image, rng: np.random.Generator, size: int, min_scale: float, flip: float) -> np.ndarray:
     """A random crop, mirrored with probability `flip`, without jitter -> uint8 [size, size, 3]."""
     box = crop_box(*image.size, min_scale, rng)

@@ -36,10 +36,13 @@ SHARD_ROWS = 100_000
 """Pictures of a code shard: 39 MB at 196 patches."""
 
 
+DRAWN_BY = ("max_pixels", "min_crop_scale", "color_jitter", "horizontal_flip")
+"""Fields of `data` that a view depends on."""
+
+
 def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatches) -> dict[str, Any]:
     """Everything that a view and its codes depend on, by the config's names."""
     shards = config.eval if held_out else config.data
-    drawn = () if held_out else ("min_crop_scale", "color_jitter", "horizontal_flip")
     return {
         "part": "held-out views" if held_out else "training views",
         "image_tokenizer": sha256(Path(config.image_tokenizer)),
@@ -47,7 +50,7 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
         "seed": config.seed,
         "images": sources_digest(batches.images, shards.images),
         "pairs": sources_digest(batches.pairs, shards.pairs),
-        **{f"data.{name}": getattr(config.data, name) for name in ("max_pixels", *drawn)},
+        **{f"data.{name}": getattr(config.data, name) for name in DRAWN_BY},
     }
 
 

@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
@@ -80,7 +79,6 @@ def test_the_codes_are_used_and_the_second_view_is_not_made(made: tuple[RunConfi
     assert ready.train_codes is not None and ready.held_out_codes is not None
     codes = ready.train_codes.of(batch)
     assert codes.shape == (len(batch.images), 16)
-    assert not np.array_equal(codes, ready.held_out_codes.of(batch)), "crops and whole pictures have the same codes"
     batch.sample_ids[0] = 12345
     with pytest.raises(KeyError, match="no codes of 1 pictures"):
         ready.train_codes.of(batch)
