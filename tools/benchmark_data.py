@@ -85,7 +85,9 @@ def run_config(folder: Path, batch: int) -> RunConfig:
     return RunConfig(
         out=str(folder / "out"),
         data=DataConfig(
-            **{name: str(folder / f"{name}-*.tar") for name in ("images", "texts", "pairs")},
+            images=str(folder / "images-*.tar"),
+            texts=str(folder / "texts-*.tar"),
+            pairs=str(folder / "pairs-*.tar"),
             cache=str(folder / "cache"),
             text_length=128,
         ),
