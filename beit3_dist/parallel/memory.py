@@ -16,9 +16,12 @@ bf16 gradients are accumulated in fp32. ZeRO-1 in bf16 is DeepSpeed's BF16_Optim
 keeps the bf16 ones of the backward pass beside their fp32 sums. ZeRO 1 to 3 in fp32 hold every sharded weight twice,
 as parameter and as master. tests/parallel/test_memory.py counts the same in real tensors.
 
-Beside these: the reduce bucket of ZeRO-2, of ZeRO-3 and of ZeRO-1 in fp32 (two of them where the DeepSpeed file sets
-overlap_comm below ZeRO-3), and under ZeRO-3 the gathered parameters, at most min(stage3_max_live_parameters, P) of
-them. The optimizer step of these three copies gradients for a moment, at most 4 P / d more, when activations are gone.
+Beside these, the buffers of the reduction: reduce_bucket_size elements for ZeRO-2, ZeRO-3 and ZeRO-1 in fp32 (two
+where the DeepSpeed file sets overlap_comm below ZeRO-3). ZeRO-0 and BF16_Optimizer leave the reduction to the engine,
+which joins gradients up to 5e8 elements, then sends bf16 in bf16: a copy of the whole flat gradient, 2 P, and 4 P more
+to join it where it is smaller than 5e8. Under ZeRO-3 the gathered parameters, at most
+min(stage3_max_live_parameters, P). The optimizer step of ZeRO-2, ZeRO-3 and ZeRO-1 in fp32 copies gradients for a
+moment, at most 4 P / d more, when activations are gone.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from beit3_dist.parallel.tensor import check_tensor
 
 DEFAULT_BUCKET = 100_000_000
 """Elements of engine.py's reduce bucket where the DeepSpeed file names none; never more than the rank's parameters."""
+ENGINE_BUCKET = 500_000_000
+"""Elements that DeepSpeed's engine joins where it reduces gradients itself."""
 DEFAULT_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters."""
 
@@ -118,8 +123,11 @@ def _record(
     """The formulas of the module's docstring; count: P."""
     stage, bf16 = config.parallel.zero_stage, config.precision == "bf16"
     size, sharded = 2 if bf16 else 4, count / data
-    reduces_in_place = stage == 0 or (stage == 1 and bf16)
-    buckets = 0 if reduces_in_place else 2 if stage < 3 and zero.get("overlap_comm") else 1
+    if stage == 0 or (stage == 1 and bf16):
+        bucket = 4 * min(ENGINE_BUCKET, count) if not bf16 else (2 if count > ENGINE_BUCKET else 6) * count
+    else:
+        buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        bucket = size * buffers * zero.get("reduce_bucket_size", min(DEFAULT_BUCKET, count))
     return StateBytes(
         pipeline_rank=pipeline_rank,
         tensor_rank=tensor_rank,
@@ -128,6 +136,6 @@ def _record(
         gradients=4 * sharded if stage >= 2 else (6 if bf16 else 4) * count,
         masters=4 * sharded if stage else 0,
         moments=8 * (sharded if stage else count),
-        bucket=size * buckets * zero.get("reduce_bucket_size", min(DEFAULT_BUCKET, count)),
+        bucket=bucket,
         live=size * min(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS), count) * (stage == 3),
     )

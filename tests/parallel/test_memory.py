@@ -88,6 +88,16 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
         for kind, count in _bytes_by_kind(engine).items():
             most[kind] = max(most.get(kind, 0), count)
 
+    allreduce_bucket = engine.deepspeed.allreduce_bucket
+
+    def reduce_and_count(bucket: list[Tensor], *arguments: Any, **keywords: Any) -> Tensor:
+        sent = sum(t.numel() for t in bucket) * engine.deepspeed.communication_data_type.itemsize
+        joined = sum(t.nbytes for t in bucket) * (len(bucket) > 1)
+        copied = engine.deepspeed.communication_data_type != bucket[0].dtype
+        most["engine_bucket"] = max(most.get("engine_bucket", 0), joined + sent * copied)
+        return allreduce_bucket(bucket, *arguments, **keywords)
+
+    engine.deepspeed.allreduce_bucket = reduce_and_count
     engine.deepspeed.backward = backward_and_count
     tokenize, parts = precomputed_codes(config.model), mesh.data * config.batch.accumulation
     for step in range(2):
@@ -134,9 +144,14 @@ def test_arithmetic_is_what_the_tensors_hold(
         expected = {(r.pipeline_rank, r.tensor_rank): r for r in state_bytes(config, world)}
         for rank, of_rank in enumerate(measured):
             real, record = of_rank[number], expected[rank // (2 * tensor), rank % tensor]
+            assert ("engine_bucket" in real) == (
+                config.parallel.zero_stage == 0 or (config.parallel.zero_stage, config.precision) == (1, "bf16")
+            )
             print(f"ZeRO-{config.parallel.zero_stage} {config.precision} rank {rank}:", real, record)
             for kind in ("working", "gradients", "masters", "moments"):
                 assert real[kind] == pytest.approx(getattr(record, kind), rel=0.05), kind
+            if "engine_bucket" in real:  # ZeRO-0, and ZeRO-1 in bf16
+                assert real["engine_bucket"] == pytest.approx(record.bucket, rel=0.05)
             if config.parallel.zero_stage == 3:  # below it the bucket is gone after the backward pass
                 assert real["bucket"] == record.bucket
                 assert 0 < real["live"] <= 1.01 * record.live  # padding
