@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from beit3_dist.config import BatchConfig, EvalConfig, ObjectiveConfig, RunConfig
 from beit3_dist.data import batch as batch_module
@@ -90,6 +92,8 @@ def reference(run: RunConfig) -> list[list[MicroBatch]]:
         (1, 1, 0, 1),
         (2, 2, 0, 3),
         (1, 4, 2, 2),
+        (2, 1, 1, 1),
+        (1, 2, 3, 0),
     ],
 )
 def test_global_batches_are_equal(
@@ -101,6 +105,44 @@ def test_global_batches_are_equal(
         assert len(ours) == world * accumulation
         assert samples_of(ours) == samples_of(theirs)
         assert step_hash(ours) == step_hash(theirs)
+
+
+LAYOUTS = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]))
+
+
+@pytest.fixture(scope="module")
+def larger(run: RunConfig) -> dict[str, tuple[RunConfig, list[int]]]:
+    """Runs with steps of 16 samples of each stream, which every layout divides, and the hashes of their steps."""
+    found = {}
+    for shuffle in ("full", "blocks"):
+        data = replace(run.data, shuffle=shuffle, shuffle_block=2, shuffle_window=4)
+        config = replace(run, data=data, batch=BatchConfig(images=16, texts=16, pairs=16))
+        dataset = MixedBatches(config, 32, 0, 1)
+        found[shuffle] = config, [step_hash([dataset[Request((16 * step,) * 3, 0)]]) for step in range(6)]
+    assert found["full"][1] != found["blocks"][1]
+    return found
+
+
+@given(before=LAYOUTS, after=LAYOUTS, resume=st.integers(0, 5), shuffle=st.sampled_from(["full", "blocks"]))
+@settings(deadline=None, max_examples=25)
+def test_hashes_do_not_depend_on_layout_or_resumption(
+    larger: dict[str, tuple[RunConfig, list[int]]],
+    before: tuple[int, int],
+    after: tuple[int, int],
+    resume: int,
+    shuffle: str,
+) -> None:
+    """Any layout before the resumption and any other after it, to which nothing passes but what was consumed."""
+    run, hashes = larger[shuffle]
+    found = []
+    for (world, accumulation), steps in ((before, range(resume)), (after, range(resume, len(hashes)))):
+        split = replace(run, batch=replace(run.batch, accumulation=accumulation))
+        ranks = [MixedBatches(split, 32, rank, world) for rank in range(world)]
+        requests = requests_from((16 * steps.start,) * 3, split.batch)
+        for _ in steps:
+            asked = list(itertools.islice(requests, accumulation))
+            found.append(step_hash(rank[request] for rank in ranks for request in asked))
+    assert found == hashes
 
 
 def test_steps_differ(reference: list[list[MicroBatch]]) -> None:
