@@ -282,7 +282,8 @@ class Table:
     @cached_property
     def rows(self) -> np.ndarray:
         """ROW records of all samples, shard by shard."""
-        return np.load(self.file, mmap_mode="r", allow_pickle=False)
+        # A plain array over the mapped pages: np.memmap itself costs more than the reading of a row.
+        return np.load(self.file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
     @property
     def notes(self) -> dict:

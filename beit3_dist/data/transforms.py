@@ -29,8 +29,8 @@ CROP_ATTEMPTS = 10
 """Boxes that are tried before the centre is taken."""
 CONTRAST, SATURATION = 1, 2
 """Numbers of the changes of colour; brightness is 0."""
-GREY = np.tile([0.299, 0.587, 0.114], (3, 1))
-"""A colour's grey in each channel (ITU-R 601-2, as in Pillow)."""
+GREY = np.array([0.299, 0.587, 0.114])
+"""Weights of the channels in a colour's grey (ITU-R 601-2, as in Pillow)."""
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
@@ -121,14 +121,21 @@ class Jitter:
 
     def __call__(self, view: np.ndarray) -> np.ndarray:
         """uint8 [H, W, 3] -> the same shape and type."""
-        mean = np.array(cv2.mean(view)[:3])
-        scale, shift = np.eye(3), np.zeros(3)
+        # colour -> own * colour + mixed * its grey + shift, whatever changes came before
+        own, mixed, shift = 1.0, 0.0, 0.0
+        mean = float(np.dot(GREY, cv2.mean(view)[:3]))
         for change in self.order:
             factor = self.factors[change]
-            grey = GREY @ (scale @ mean + shift)  # the picture's, after the changes so far
-            step = factor * np.eye(3) + ((1 - factor) * GREY if change == SATURATION else 0)
-            scale, shift = step @ scale, step @ shift + ((1 - factor) * grey if change == CONTRAST else 0)
-        return cv2.transform(view, np.column_stack([scale, shift]))
+            if change == SATURATION:
+                own, mixed = factor * own, mixed + (1 - factor) * own
+                continue
+            kept = (1 - factor) * ((own + mixed) * mean + shift) if change == CONTRAST else 0.0
+            own, mixed, shift = factor * own, factor * mixed, factor * shift + kept
+        matrix = np.empty((3, 4))
+        matrix[:, :3] = mixed * GREY
+        matrix[:, 3] = shift
+        matrix.flat[::5] += own
+        return cv2.transform(view, matrix)
 
 
 def two_views(
