@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
+
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 FEWEST_SAMPLES = 10_000
 """A share of bad samples is taken of at least so many, or one bad picture could stop a run at its first step."""
+
+SHOWN = 3
+"""Shards and reasons that the report of a stopped run names."""
 
 
 class RunStopped(RuntimeError):
@@ -20,5 +27,15 @@ def check_bad_samples(config: RunConfig | TokenizerConfig, state: TrainState) ->
     if state.bad_samples > config.data.max_bad_fraction * max(samples, FEWEST_SAMPLES):
         raise RunStopped(
             f"data.max_bad_fraction={config.data.max_bad_fraction}: {state.bad_samples:,} of {samples:,} samples "
-            f"had to be replaced by step {state.step}; {config.out}/quarantine.jsonl names them and the reasons"
+            f"had to be replaced by step {state.step}; {_most_frequent(Path(config.out, 'quarantine.jsonl'))}"
         )
+
+
+def _most_frequent(quarantine: Path) -> str:
+    """The shards and reasons that quarantine.jsonl names most often."""
+    faults = [json.loads(line) for line in quarantine.read_text().splitlines()]
+    shards = Counter(fault["shard"] for fault in faults).most_common(SHOWN)
+    # What follows a colon is about one file: sizes, offsets, the decoder's words.
+    reasons = Counter(fault["reason"].partition(":")[0] for fault in faults).most_common(SHOWN)
+    shard_list, reason_list = (", ".join(f"{name} ({count:,})" for name, count in most) for most in (shards, reasons))
+    return f"most of them in {shard_list}; reasons: {reason_list}; {quarantine} names every one"
