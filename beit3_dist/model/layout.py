@@ -94,11 +94,6 @@ class Layout:
             self.texts.real_words,
         )
 
-    @property
-    def samples(self) -> int:
-        """Samples of the micro-batch; their order is images, pairs, texts."""
-        return self.images.samples + self.pairs.samples + self.texts.samples
-
     def sizes(self, experts: tuple[str, ...]) -> list[int]:
         """Tokens of each expert's slice; `experts` in the order of their slices."""
         image_patches, pair_patches, pair_words, text_words = self.segments

@@ -24,8 +24,8 @@ FULL = Layout(images=group(1, 3, None), pairs=group(2, 3, None, 4), texts=group(
 
 
 def test_segments_by_hand() -> None:
-    assert MIXED.segments == (15, 10, 6, 9) and MIXED.samples == 8
-    assert FULL.segments == (3, 6, 8, 4) and FULL.samples == 5
+    assert MIXED.segments == (15, 10, 6, 9)
+    assert FULL.segments == (3, 6, 8, 4)
     assert Layout(texts=FULL.texts).segments == (0, 0, 0, 4)
 
 
