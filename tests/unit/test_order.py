@@ -118,7 +118,7 @@ def quality(order: list[int]) -> tuple[float, int]:
 
 
 def test_quality_of_the_block_shuffle() -> None:
-    """The figures in the README: 16 blocks of 64 in a window, 64 windows. A full shuffle keeps 2 neighbours a round."""
+    """16 blocks of 64 in a window, 64 windows. A full shuffle keeps 2 neighbours a round."""
     length = 65_536
     order, window = Blocks(64, 1024), 1024
     distance, neighbours = quality([order.permute(place, length, 3) for place in range(length)])
