@@ -9,10 +9,9 @@ A mistake in the config or the data is one line and exit code 2, before any proc
 
 from __future__ import annotations
 
-import logging
 import sys
 
-from beit3_dist.command_line import STOPPED, log_to_console, parse, refuse
+from beit3_dist.command_line import parse
 from beit3_dist.config import RunConfig
 
 PROGRAM = "pretrain.py"
@@ -22,24 +21,16 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     config = parse(RunConfig, PROGRAM, "Pretrains BEiT-3 on images, texts and image-text pairs.", arguments)
     # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import read_mesh
+    from beit3_dist.parallel.mesh import Mesh, read_mesh
+    from beit3_dist.training.launch import launch
     from beit3_dist.training.loop import pretrain
-    from beit3_dist.training.preflight import prepare_run
-    from beit3_dist.training.resilience import RunStopped
+    from beit3_dist.training.preflight import Ready, prepare_run
 
-    log_to_console()
-    try:
+    def prepare() -> tuple[Mesh, Ready]:
         mesh = read_mesh(config.parallel.tensor, config.parallel.pipeline)
-        ready = prepare_run(config, mesh)
-    except (ValueError, OSError) as error:
-        refuse(PROGRAM, error)
-    try:
-        pretrain(config, mesh, ready)
-    except RunStopped as stop:
-        refuse(PROGRAM, stop, exit_code=STOPPED)
-    except Exception:
-        logging.exception("this process failed")  # into its own log as well
-        raise
+        return mesh, prepare_run(config, mesh)
+
+    launch(PROGRAM, prepare, lambda ready: pretrain(config, *ready))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ exit code 2, before any process group starts.
 
 from __future__ import annotations
 
-import logging
 import sys
 
-from beit3_dist.command_line import STOPPED, log_to_console, parse, refuse
+from beit3_dist.command_line import parse
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 PROGRAM = "train_image_tokenizer.py"
@@ -27,23 +26,12 @@ def main(arguments: list[str]) -> None:
     config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import read_mesh
-    from beit3_dist.training.resilience import RunStopped
+    from beit3_dist.training.launch import launch
     from beit3_dist.training.tokenizer_loop import train_tokenizer
     from beit3_dist.training.tokenizer_preflight import prepare_tokenizer_run
 
-    log_to_console()
     mesh = read_mesh()
-    try:
-        ready = prepare_tokenizer_run(config, mesh)
-    except (ValueError, OSError) as error:
-        refuse(PROGRAM, error)
-    try:
-        train_tokenizer(config, mesh, ready)
-    except RunStopped as stop:
-        refuse(PROGRAM, stop, exit_code=STOPPED)
-    except Exception:
-        logging.exception("this process failed")  # into its own log as well
-        raise
+    launch(PROGRAM, lambda: prepare_tokenizer_run(config, mesh), lambda ready: train_tokenizer(config, mesh, ready))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from typing import Any
 
 from beit3_dist.config import RunConfig
 
+DEFAULT_BUCKET = 100_000_000
+"""Elements of the reduce bucket where the file names none and the model is not smaller."""
+
 _OURS = {  # DeepSpeed section -> why it is refused
     "optimizer": "the optim section of the run config describes the optimizer",
     "scheduler": "the optim section of the run config describes the schedule",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from beit3_dist.config import RunConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import Values, materialize
-from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, Stages, capacity, check_order_within, keep_stages, plan_stages
 from beit3_dist.parallel.sharding import shard
@@ -58,11 +58,11 @@ class Engine:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
         stages = plan_stages(config, groups.mesh.data, target_flops)[self.mesh.pipeline_rank :: self.mesh.pipeline]
-        self.model = _build_model(config, groups, settings, values, stages)
+        self.model, self.whole_shapes = _build_model(config, groups, settings, values, stages)
         self.model.blocks.recompute = config.activation_checkpointing
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
-        zero.setdefault("reduce_bucket_size", min(100_000_000, sum(_numel(p) for p in self.model.parameters())))
+        zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, sum(_numel(p) for p in self.model.parameters())))
         settings["zero_allow_untested_optimizer"] = True
         module = objective(self.model)
         if self.mesh.pipeline > 1:
@@ -75,7 +75,6 @@ class Engine:
                 config=settings,
                 mpu=groups,
             )
-        self.whole_shapes = {n: tuple(p.shape) for n, p in BEiT3(config.model, device="meta").named_parameters()}
         self.zero_stage = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
@@ -161,9 +160,12 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 
 def _build_model(
     config: RunConfig, groups: Groups, settings: dict[str, Any], values: Values, stages: list[range]
-) -> BEiT3:
-    """Builds on the meta device, cuts to this rank's slices and stages, then gives memory and values piece by piece;
-    under ZeRO-3 each piece is sharded before the next one is made, so that no rank ever holds the whole model."""
+) -> tuple[BEiT3, dict[str, torch.Size]]:
+    """This rank's part of the model, and the shapes of all parameters of the whole one.
+
+    Builds on the meta device, cuts to the rank's slices and stages, then gives memory and values piece by piece; under
+    ZeRO-3 each piece is sharded before the next one is made, so that no rank ever holds the whole model.
+    """
     mesh, dtype = groups.mesh, torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = BEiT3(config.model, device="meta")
     whole_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -187,4 +189,4 @@ def _build_model(
                 mpu=groups,
             )
     mark_model_parallel(model, mesh.tensor_rank)
-    return model
+    return model, whole_shapes

@@ -32,13 +32,11 @@ from typing import Any
 
 from beit3_dist.config import ParallelConfig, RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.pipeline import check_pipeline, keep_stages, plan_stages
 from beit3_dist.parallel.sharding import shard
 from beit3_dist.parallel.tensor import check_tensor
 
-DEFAULT_BUCKET = 100_000_000
-"""Elements of engine.py's reduce bucket where the DeepSpeed file names none; never more than the rank's parameters."""
 ENGINE_BUCKET = 500_000_000
 """Elements that DeepSpeed's engine joins where it reduces gradients itself."""
 DEFAULT_LIVE_PARAMETERS = 1_000_000_000

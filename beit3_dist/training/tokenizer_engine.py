@@ -18,10 +18,9 @@ from beit3_dist.checkpoint.store import Piece
 from beit3_dist.config import OptimConfig
 from beit3_dist.model.vqkd import VQKD, CodeUsage
 from beit3_dist.objectives.distillation import Teacher
+from beit3_dist.parallel.fragments import MOMENTS
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.tokenizer_config import TokenizerConfig
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
