@@ -337,20 +337,13 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
-class RunConfig:
-    """A pretraining run."""
+class TrainingConfig:
+    """What pretraining and fine-tuning share."""
 
     out: str
     """Run folder: config.yaml, metrics.jsonl, tensorboard/, logs/, checkpoints/, quarantine.jsonl."""
-    data: DataConfig
-    """The three streams of tars."""
     text_tokenizer: str
     """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
-    image_tokenizer: str
-    """VQ-KD image tokenizer file; launchers/train_image_tokenizer.py makes one."""
-    image_codes: str = ""
-    """Folder of the training views' visual codes, which tools/precompute_codes.py makes; empty: the image tokenizer
-    computes them at every step."""
     seed: int = 0
     """Seed of everything that is drawn: initial values, order, crops, masks, drop path."""
     steps: int = 1_000_000
@@ -366,18 +359,12 @@ class RunConfig:
     """File with weights to start from, in the released .pth layout; empty: random values by (seed, name)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The Multiway Transformer."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """Masked data modelling."""
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    """Samples per step."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over the ranks."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    """Held-out validation."""
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps must be positive, not {self.steps}")
@@ -385,16 +372,51 @@ class RunConfig:
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",
         )
-        for name in ("text_length", "caption_length"):
-            require(
-                getattr(self.data, name) <= self.model.max_text_length,
-                f"data.{name}={getattr(self.data, name)} exceeds model.max_text_length={self.model.max_text_length}",
-            )
         require(
             self.precision == "fp32" or self.parallel.zero_stage > 0,
             "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "
             "use parallel.zero_stage=1 or precision=fp32",
         )
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step."""
+        raise NotImplementedError
+
+    def micro_batch(self, data_parallel: int) -> tuple[int, ...]:
+        """Samples of one rank's micro-batch, by kind. Raises ValueError where the batch does not divide."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class RunConfig(TrainingConfig):
+    """A pretraining run."""
+
+    data: DataConfig
+    """The three streams of tars."""
+    image_tokenizer: str
+    """VQ-KD image tokenizer file; launchers/train_image_tokenizer.py makes one."""
+    image_codes: str = ""
+    """Folder of the training views' visual codes, which tools/precompute_codes.py makes; empty: the image tokenizer
+    computes them at every step."""
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    """Samples per step."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """Masked data modelling."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Held-out validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("text_length", "caption_length"):
+            require(
+                getattr(self.data, name) <= self.model.max_text_length,
+                f"data.{name}={getattr(self.data, name)} exceeds model.max_text_length={self.model.max_text_length}",
+            )
+
+    @property
+    def accumulation(self) -> int:
+        return self.batch.accumulation
 
     def micro_batch(self, data_parallel: int) -> tuple[int, int, int]:
         """Images, texts and pairs of one rank's micro-batch. Raises ValueError where the batch does not divide."""

@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from beit3_dist.checkpoint.files import sha256, sync, write_json, write_text
-from beit3_dist.config import BatchConfig
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -94,10 +93,10 @@ class TrainState:
     bad_samples: int = 0
     """Samples that had to be replaced so far."""
 
-    def advance(self, batch: BatchConfig, replaced: int) -> None:
-        """Counts one more step."""
-        images, texts, pairs = self.consumed
-        self.consumed = (images + batch.images, texts + batch.texts, pairs + batch.pairs)
+    def advance(self, samples: tuple[int, int, int], replaced: int) -> None:
+        """Counts one more step of so many samples of each kind."""
+        images, texts, pairs = (before + more for before, more in zip(self.consumed, samples, strict=True))
+        self.consumed = (images, texts, pairs)
         self.step += 1
         self.bad_samples += replaced
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.config import RunConfig
+from beit3_dist.config import TrainingConfig
 
 DEFAULT_BUCKET = 100_000_000
 """Elements of the reduce bucket where the file names none and the model is not smaller."""
@@ -54,7 +54,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     return settings
 
 
-def deepspeed_config(config: RunConfig, data_parallel: int) -> dict[str, Any]:
+def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`. Raises ValueError naming both fields where file and config differ."""
     settings = read_deepspeed_file(config.deepspeed_config)
     for section, remedy in _OURS.items():
@@ -64,9 +64,9 @@ def deepspeed_config(config: RunConfig, data_parallel: int) -> dict[str, Any]:
     bf16 = config.precision == "bf16"
     accumulate = "fp32" if bf16 else None
     expected = {  # DeepSpeed's name -> (value, the run config's name)
-        "train_batch_size": (micro_batch * data_parallel * config.batch.accumulation, "batch"),
+        "train_batch_size": (micro_batch * data_parallel * config.accumulation, "batch"),
         "train_micro_batch_size_per_gpu": (micro_batch, "batch"),
-        "gradient_accumulation_steps": (config.batch.accumulation, "batch.accumulation"),
+        "gradient_accumulation_steps": (config.accumulation, "batch.accumulation"),
         "gradient_clipping": (config.optim.clip_norm, "optim.clip_norm"),
         "zero_optimization.stage": (config.parallel.zero_stage, "parallel.zero_stage"),
         "bf16.enabled": (bf16, "precision"),

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from beit3_dist.config import RunConfig
+from beit3_dist.config import TrainingConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.parallel.pipeline import Pipeline, Stages, capacity, check_order_within, keep_stages, plan_stages
+from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
 from beit3_dist.parallel.sharding import shard
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
 
@@ -38,36 +38,39 @@ class StepResult:
 class Engine:
     """The model under its objective and DeepSpeed.
 
+    build: the whole model without memory, on the meta device.
     values: (name, shape) -> initial value of a parameter, fp32 on the CPU.
     objective: model -> module that is called as (*micro_batch, step_counts, step) and returns the micro-batch's
-    contribution to the loss, a scalar, and statistics [2, 4].
+    contribution to the loss, a scalar, and statistics [2, columns].
     optimizer: (model, whether its state is offloaded to the CPU) -> optimizer, called once the parameters have their
     final form.
-    target_flops: forward FLOPs of a micro-batch's targets, which the last pipeline stage makes.
+    plan: the stages of a pipeline; needed where there is one.
+    columns: losses that the statistics tell apart.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainingConfig,
         groups: Groups,
+        build: Callable[[], BEiT3],
         values: Values,
         objective: Callable[[BEiT3], nn.Module],
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
-        target_flops: float = 0.0,
+        plan: StagePlan | None = None,
+        columns: int = 4,
     ) -> None:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
-        stages = plan_stages(config, groups.mesh.data, target_flops)[self.mesh.pipeline_rank :: self.mesh.pipeline]
-        self.model, self.whole_shapes = _build_model(config, groups, settings, values, stages)
+        self.model, self.whole_shapes = _build_model(config, build(), groups, settings, values, plan)
         self.model.blocks.recompute = config.activation_checkpointing
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
         zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, sum(_numel(p) for p in self.model.parameters())))
         settings["zero_allow_untested_optimizer"] = True
         module = objective(self.model)
-        if self.mesh.pipeline > 1:
+        if plan is not None:
             check_order_within(groups.data)
-            module = Stages(module, stages, config.model.layers, capacity(config, self.mesh.data))
+            module = Stages(module, plan.of(self.mesh.pipeline_rank), config.model.layers, plan.tokens)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
                 model=module,
@@ -79,7 +82,7 @@ class Engine:
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
             if isinstance(module, Stages)
-            else Accumulation(config, groups, self.deepspeed)
+            else Accumulation(config, groups, self.deepspeed, columns)
         )
 
     def train_step(
@@ -87,10 +90,10 @@ class Engine:
     ) -> StepResult:
         """Forward and backward of the step's `accumulation` micro-batches, then the optimizer step.
 
-        `step_counts` [4]: masked positions of the whole step over all ranks.
+        `step_counts` [columns]: masked positions (or samples) of the whole step over all ranks.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self.deepspeed.train()
         totals = self._schedule.train(micro_batches, step_counts, step)
         norm = self._plain_grad_norm() if self.zero_stage == 0 else None
@@ -106,6 +109,12 @@ class Engine:
         """Forward only of `accumulation` micro-batches, without drop path."""
         self.deepspeed.eval()
         return self._reduce(self._schedule.evaluate(micro_batches), 0.0)
+
+    @torch.no_grad()
+    def predict(self, *inputs: Any) -> Any:
+        """What the objective's `predict` makes of a batch. Collective: ZeRO-3 gathers parameters on the way."""
+        self.deepspeed.eval()
+        return self.deepspeed(*inputs, predict=True)
 
     def _plain_grad_norm(self) -> Tensor:
         """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
@@ -127,12 +136,13 @@ class Engine:
 class Accumulation:
     """The schedule without a pipeline: one micro-batch after the other."""
 
-    def __init__(self, config: RunConfig, groups: Groups, engine: Any) -> None:
-        self._engine, self._mesh, self._micro_batches = engine, groups.mesh, config.batch.accumulation
+    def __init__(self, config: TrainingConfig, groups: Groups, engine: Any, columns: int) -> None:
+        self._engine, self._mesh, self._micro_batches = engine, groups.mesh, config.accumulation
+        self._columns = columns
 
     def train(self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int) -> Tensor:
-        """Forward and backward of a step's micro-batches; their statistics [2, 4]."""
-        totals = torch.zeros(2, 4, device=self._mesh.device, dtype=torch.float64)
+        """Forward and backward of a step's micro-batches; their statistics [2, columns]."""
+        totals = torch.zeros(2, self._columns, device=self._mesh.device, dtype=torch.float64)
         for number, micro_batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(number == self._micro_batches - 1)
             contribution, statistics = self._engine(*micro_batch, step_counts, step)
@@ -144,8 +154,8 @@ class Accumulation:
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> Tensor:
         """Forward only."""
-        no_loss = torch.ones(4, device=self._mesh.device)  # only the statistics are wanted
-        totals = torch.zeros(2, 4, device=self._mesh.device, dtype=torch.float64)
+        no_loss = torch.ones(self._columns, device=self._mesh.device)  # only the statistics are wanted
+        totals = torch.zeros(2, self._columns, device=self._mesh.device, dtype=torch.float64)
         for micro_batch in micro_batches:
             totals += self._engine(*micro_batch, no_loss, 0)[1]
         return totals
@@ -159,19 +169,24 @@ def _numel(parameter: torch.nn.Parameter) -> int:
 
 
 def _build_model(
-    config: RunConfig, groups: Groups, settings: dict[str, Any], values: Values, stages: list[range]
+    config: TrainingConfig,
+    model: BEiT3,
+    groups: Groups,
+    settings: dict[str, Any],
+    values: Values,
+    plan: StagePlan | None,
 ) -> tuple[BEiT3, dict[str, torch.Size]]:
     """This rank's part of the model, and the shapes of all parameters of the whole one.
 
-    Builds on the meta device, cuts to the rank's slices and stages, then gives memory and values piece by piece; under
-    ZeRO-3 each piece is sharded before the next one is made, so that no rank ever holds the whole model.
+    `model` comes on the meta device and is cut to the rank's slices and stages; then it gets memory and values piece by
+    piece; under ZeRO-3 each piece is sharded before the next one is made, so that no rank ever holds the whole model.
     """
     mesh, dtype = groups.mesh, torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = BEiT3(config.model, device="meta")
     whole_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     if mesh.tensor > 1:
         apply_tensor_parallelism(model, groups.tensor, config.parallel.sequence)
-    keep_stages(model, stages, is_first=mesh.pipeline_rank == 0, is_last=mesh.is_last_stage)
+    if plan is not None:
+        keep_stages(model, plan.of(mesh.pipeline_rank), is_first=mesh.pipeline_rank == 0, is_last=mesh.is_last_stage)
 
     def slice_of_value(name: str, shape: torch.Size) -> Tensor:
         return shard(name, values(name, whole_shapes[name]), mesh.tensor, mesh.tensor_rank)

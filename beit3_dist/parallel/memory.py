@@ -92,11 +92,11 @@ def state_bytes(
     zero = deepspeed_config(config, data)["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
         require(section not in zero, f"deepspeed_config: {section} moves states to the CPU, which is not counted")
-    stages = plan_stages(config, data, target_flops)
+    plan = plan_stages(config, data, target_flops)
     model = model or BEiT3(config.model, device="meta")
     records = []
     for pipeline_rank in range(parallel.pipeline):
-        mine = stages[pipeline_rank :: parallel.pipeline]
+        mine = [range(config.model.layers)] if plan is None else plan.of(pipeline_rank)
         for tensor_rank in range(parallel.tensor):
             count = _local_parameters(model, parallel, mine, pipeline_rank, tensor_rank)
             records.append(_record(config, data, zero, count, pipeline_rank, tensor_rank))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
-from beit3_dist.config import RunConfig, require
+from beit3_dist.config import RunConfig, TrainingConfig, require
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.parallel.mesh import Groups
 
@@ -72,11 +73,29 @@ def balanced_stages(costs: Sequence[float], before: float, after: float, stages:
     return ranges[::-1]
 
 
-def plan_stages(config: RunConfig, data_parallel: int, target_flops: float) -> list[range]:
-    """The layers of each of the `pipeline x chunks` stages, balanced by FLOPs of a micro-batch at full lengths.
+@dataclass(frozen=True)
+class StagePlan:
+    """How the model is cut into the stages of a pipeline."""
+
+    stages: list[range]
+    """The layers of each of the `pipeline x chunks` stages."""
+    pipeline: int
+    """Pipeline ranks; rank r runs the stages r, r + pipeline, ..."""
+    tokens: int
+    """Rows of the activations that cross between stages."""
+
+    def of(self, rank: int) -> list[range]:
+        """The layers of a rank's stages."""
+        return self.stages[rank :: self.pipeline]
+
+
+def plan_stages(config: RunConfig, data_parallel: int, target_flops: float) -> StagePlan | None:
+    """Stages balanced by FLOPs of a micro-batch at full lengths; None without a pipeline.
 
     target_flops: forward FLOPs of a micro-batch's image targets, which the last stage makes.
     """
+    if config.parallel.pipeline == 1:
+        return None
     model, objective, d = config.model, config.objective, config.model.width
     images, texts, pairs = config.micro_batch(data_parallel)
     pictures, tokens = images + pairs, capacity(config, data_parallel)
@@ -87,8 +106,9 @@ def plan_stages(config: RunConfig, data_parallel: int, target_flops: float) -> l
     block = 3.0 * tokens * (8 * d * d + 4 * d * model.ffn_width)
     embedding = 3.0 * 2 * pictures * model.patches * 3 * model.patch_size**2 * d
     heads = 3.0 * 2 * d * (masked_patches * model.visual_vocab_size + masked_words * model.vocab_size)
-    stages = config.parallel.pipeline * config.parallel.chunks
-    return balanced_stages([block] * model.layers, embedding, heads + target_flops, stages)
+    ranks, chunks = config.parallel.pipeline, config.parallel.chunks
+    stages = balanced_stages([block] * model.layers, embedding, heads + target_flops, ranks * chunks)
+    return StagePlan(stages, ranks, tokens)
 
 
 def capacity(config: RunConfig, data_parallel: int) -> int:
@@ -117,7 +137,7 @@ class Stages(nn.Module):
         """`stages`: layers of each chunk; `layers`: of the whole model; `tokens`: capacity between stages."""
         super().__init__()
         self.objective = objective
-        self._stages, self._layers, self._tokens = stages, layers, tokens
+        self._stages, self._layers, self.tokens = stages, layers, tokens
         self._micro_batches: list[tuple[MixedInputs, Any, Tensor]] = []
         self._step_counts, self._step = torch.ones(4), 0
         self.statistics = torch.zeros(2, 4)
@@ -139,7 +159,7 @@ class Stages(nn.Module):
             contribution, statistics = self.objective.losses(x_TD, targets, self._step_counts)
             self.statistics += statistics
             return contribution[None]
-        return torch.cat([x_TD, x_TD.new_zeros(self._tokens - tokens, x_TD.shape[1])])
+        return torch.cat([x_TD, x_TD.new_zeros(self.tokens - tokens, x_TD.shape[1])])
 
 
 class _Chunk(nn.Module):
@@ -188,17 +208,17 @@ def allow_another_backward(engine: Any) -> None:
 class Pipeline:
     """The schedule of one process: feeds micro-batches through its stages."""
 
-    def __init__(self, config: RunConfig, groups: Groups, engine: Any, module: Stages) -> None:
+    def __init__(self, config: TrainingConfig, groups: Groups, engine: Any, module: Stages) -> None:
         mesh = groups.mesh
         self._engine, self._module, self._groups = engine, module, groups
         self.micro_batches, self.chunks, self.data_parallel = (
-            config.batch.accumulation,
+            config.accumulation,
             config.parallel.chunks,
             mesh.data,
         )
         self._backwards = 0
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        x = torch.zeros(capacity(config, mesh.data), config.model.width, dtype=dtype, device=mesh.device)
+        x = torch.zeros(module.tokens, config.model.width, dtype=dtype, device=mesh.device)
         self._nothing = torch.zeros(self.micro_batches, 1, dtype=dtype, device=mesh.device)
         total = mesh.pipeline * self.chunks
         stages: list[Any] = []

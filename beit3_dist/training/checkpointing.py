@@ -8,7 +8,7 @@ from pathlib import Path
 
 from beit3_dist.checkpoint import store
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import RunConfig
+from beit3_dist.config import TrainingConfig
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import create_optimizer_state, fragments, optimizer_state, refresh_parameters
 from beit3_dist.parallel.sharding import sharded_dimension
@@ -32,7 +32,7 @@ def _contribution(engine: Engine) -> Iterator[store.Piece]:
         yield from (piece for piece in _pieces(engine) if piece.cut is not None or mesh.tensor_rank == 0)
 
 
-def save_checkpoint(config: RunConfig, engine: Engine, state: store.TrainState) -> Path:
+def save_checkpoint(config: TrainingConfig, engine: Engine, state: store.TrainState) -> Path:
     """Saves everything that a run needs to go on. Collective."""
     versions = {name: version(name) for name in ("torch", "deepspeed", "beit3-dist")}
     return store.save(

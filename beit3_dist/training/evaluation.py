@@ -32,8 +32,8 @@ def evaluate(
     counts = torch.zeros(4, dtype=torch.int64, device=engine.mesh.device)
     cross_entropy, correct = [0.0] * 4, [0.0] * 4
     for _ in range(config.eval.batches):
-        batch = feed.step(lambda: [held_out[request] for request in islice(requests, config.batch.accumulation)])
-        counts += batch.totals[:4]
+        batch = feed.step(lambda: [held_out[request] for request in islice(requests, config.accumulation)])
+        counts += batch.step_counts
         result = engine.evaluate(
             prepare(b, engine.mesh.device, targets_of(b, codes, tokenize)) for b in batch.micro_batches
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,10 +27,40 @@ from beit3_dist.training.inputs import host_totals
 class StepBatch:
     """A step of this process."""
 
-    micro_batches: list[MicroBatch]
+    micro_batches: list[Any]
     """Its `accumulation` micro-batches on the host; between the first and the last stage without content."""
     totals: Tensor
-    """`host_totals` of the step, summed over the replicas, int64 [8] on the device."""
+    """What the host knows of the step, summed over the replicas, int64 [K + 4] on the device: the counts that its K
+    losses are divided by, tokens without padding, FLOPs, replaced samples, and the terms of the sample hash."""
+
+    @property
+    def step_counts(self) -> Tensor:
+        """int64 [K]: masked positions (fine-tuning: samples) of each loss."""
+        return self.totals[:-4]
+
+    @cached_property
+    def _rest(self) -> list[int]:
+        return self.totals[-4:].tolist()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return self._rest[0]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of forward and backward."""
+        return self._rest[1]
+
+    @property
+    def replaced(self) -> int:
+        """Samples that had to be replaced."""
+        return self._rest[2]
+
+    @property
+    def sample_hash(self) -> str:
+        """Hash of the delivered sample ids, in hexadecimal."""
+        return f"{self._rest[3] % (1 << 64):016x}"
 
 
 class Feed:

@@ -1,73 +1,89 @@
-"""Pretraining, from top to bottom."""
+"""Training, from top to bottom: pretraining and every fine-tuning task run this loop."""
 
 from __future__ import annotations
 
 import logging
 import time
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
-from beit3_dist.config import RunConfig
-from beit3_dist.data.batch import loader, requests_from
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.parallel.engine import Engine
-from beit3_dist.parallel.mesh import Mesh, connect
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import TrainingConfig
+from beit3_dist.data.faults import Fault
+from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.training.checkpointing import load_checkpoint, save_checkpoint
-from beit3_dist.training.evaluation import evaluate
-from beit3_dist.training.feed import Feed
-from beit3_dist.training.image_codes import targets_of
-from beit3_dist.training.image_targets import ImageTargets, target_flops
-from beit3_dist.training.inputs import prepare
-from beit3_dist.training.metrics import step_record
-from beit3_dist.training.optimizer import build_optimizer
-from beit3_dist.training.preflight import Ready
-from beit3_dist.training.resilience import check_bad_samples
+from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.metrics import Timing
 from beit3_dist.training.run_folder import RunFolder
 from beit3_dist.training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
-    """Trains from `ready.state` to `config.steps`. `ready`: what was checked and opened before any process group."""
+class Job(Protocol):
+    """What is trained. The loop knows nothing else of it."""
+
+    mesh: Mesh
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    samples: tuple[int, int, int]
+    """Images, texts and pairs (fine-tuning: examples, 0, 0) of a step."""
+
+    @property
+    def config(self) -> TrainingConfig: ...
+
+    def start(self, groups: Groups) -> Engine:
+        """The model in this rank's layout; opens the stream of batches behind `state`. Collective."""
+
+    def first_faults(self) -> list[Fault]:
+        """What the data had to leave out before the first step."""
+
+    def next_batch(self) -> StepBatch:
+        """The next step's micro-batches of this rank. Collective."""
+
+    def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
+        """The step's micro-batches as the objective takes them, on the device."""
+
+    def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
+        """The step's line of metrics.jsonl."""
+
+    def evaluate(self) -> dict[str, float] | None:
+        """Held-out validation where one is due after `state.step`, else None. Collective."""
+
+    def check(self) -> None:
+        """Raises RunStopped where the run should not go on."""
+
+
+def train(job: Job) -> None:
+    """Trains from `job.state` to `config.steps`."""
+    config, mesh, state = job.config, job.mesh, job.state
     groups = connect(mesh)
-    run = RunFolder(Path(config.out), config, mesh, ready.state.step)
-    engine = Engine(
-        config,
-        groups,
-        ready.values,
-        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
-        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
-        target_flops=target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2])),
-    )
-    state = ready.state
+    run = RunFolder(Path(config.out), config, mesh, state.step)
+    engine = job.start(groups)
     if mesh.is_first and state.step == 0:
-        run.quarantine(0, ready.train.faults())  # what the shards' indexes had to leave out
-    if ready.checkpoint is not None:
-        load_checkpoint(ready.checkpoint, engine, state)
-        log.info("going on after step %d from %s", state.step, ready.checkpoint)
-    tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
-    feed = Feed(config, groups)
-    requests, data, pin = requests_from(state.consumed, config.batch), config.data, mesh.device.type == "cuda"
-    batches = iter(loader(ready.train, requests, data.workers, data.prefetch, pin) if feed.reads else ())
+        run.quarantine(0, job.first_faults())
+    if job.checkpoint is not None:
+        load_checkpoint(job.checkpoint, engine, state)
+        log.info("going on after step %d from %s", state.step, job.checkpoint)
 
     for step in range(state.step, config.steps):
         started = time.perf_counter()
-        batch = feed.step(lambda: list(islice(batches, config.batch.accumulation)))
+        batch = job.next_batch()
         data_wait = time.perf_counter() - started
         lr = learning_rate(step, config.steps, config.optim)
-        prepared = (prepare(b, mesh.device, targets_of(b, ready.train_codes, tokenize)) for b in batch.micro_batches)
-        result = engine.train_step(prepared, batch.totals[:4], step, lr)
+        result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
 
-        totals = batch.totals.tolist()
-        state.advance(config.batch, replaced=totals[6])
+        state.advance(job.samples, batch.replaced)
         if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
             run.quarantine(state.step, [fault for b in batch.micro_batches for fault in b.faults])
-        run.step(step_record(config, mesh, state.step, lr, totals, result, data_wait, time.perf_counter() - started))
-        if ready.held_out is not None and state.step % config.eval.every == 0:
-            losses = evaluate(config, engine, feed, ready.held_out, ready.held_out_codes, tokenize)
+        run.step(job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started)))
+        if (losses := job.evaluate()) is not None:
             run.evaluation({"step": state.step} | losses)
         if state.step % config.checkpoint.every == 0 or state.step == config.steps:
             save_checkpoint(config, engine, state)
-        check_bad_samples(config, state)
+        job.check()
     run.close()

@@ -9,15 +9,16 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from beit3_dist.config import RunConfig
-from beit3_dist.parallel.engine import StepResult
+from beit3_dist.config import TrainingConfig
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.flops import peak_flops
 
 LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
@@ -34,38 +35,30 @@ def losses_and_accuracies(
     return {"loss": total, **dict(zip(LOSSES, losses, strict=True)), **dict(zip(ACCURACIES, accuracies, strict=True))}
 
 
-def step_record(
-    config: RunConfig,
-    mesh: Mesh,
-    step: int,
-    lr: float,
-    totals: list[int],
-    result: StepResult,
-    data_wait_s: float,
-    step_s: float,
-) -> dict[str, Any]:
-    """One line of metrics.jsonl. `totals`: `host_totals` summed over the ranks; `step_s`: seconds of the whole step."""
-    *counts, tokens, flops, replaced, hash_terms = totals
-    batch = config.batch
-    flops_per_device = flops / mesh.world / step_s
+@dataclass(frozen=True)
+class Timing:
+    """How long a step took."""
+
+    data_wait_s: float
+    """Seconds until its samples were there."""
+    step_s: float
+    """Seconds of all of it."""
+
+
+def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, timing: Timing) -> dict[str, Any]:
+    """The fields of a record that tell the speed, the memory and the identity of a step of `samples` samples."""
+    flops_per_device = batch.flops / mesh.world / timing.step_s
     peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
     return {
-        "step": step,
-        **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
-        "lr": lr,
-        "grad_norm": result.grad_norm,
-        "images": batch.images,
-        "texts": batch.texts,
-        "pairs": batch.pairs,
-        "tokens_per_s": tokens / step_s,
-        "samples_per_s": (batch.images + batch.texts + batch.pairs) / step_s,
+        "tokens_per_s": batch.tokens / timing.step_s,
+        "samples_per_s": samples / timing.step_s,
         "tflops_per_device": flops_per_device / 1e12,
         "mfu": flops_per_device / peak if peak else None,
-        "data_wait_s": data_wait_s,
-        "step_s": step_s,
+        "data_wait_s": timing.data_wait_s,
+        "step_s": timing.step_s,
         "memory_gb": peak_memory_gb(mesh.device),
-        "replaced_samples": replaced,
-        "sample_hash": f"{hash_terms % (1 << 64):016x}",
+        "replaced_samples": batch.replaced,
+        "sample_hash": batch.sample_hash,
     }
 
 
@@ -139,8 +132,10 @@ class Reporter:
         for name, value in record.items():
             if name != "step" and math.isfinite(value):
                 self._tensorboard.add_scalar(f"eval/{name}", value, record["step"])
-        parts = "  ".join(f"{name.removeprefix('loss_')} {record[name]:.3f}" for name in LOSSES)
-        self.say(f"held-out after step {record['step']}: loss {record['loss']:.3f} ({parts})")
+        losses = [f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_")]
+        others = [f"{n} {v:.3f}" for n, v in record.items() if n != "step" and not n.startswith(("loss_", "acc_"))]
+        parts = f" ({'  '.join(losses)})" if losses else ""
+        self.say(f"held-out after step {record['step']}: {'  '.join(others)}{parts}")
 
     def picture(self, step: int, name: str, picture: torch.Tensor) -> None:
         """A picture, uint8 [3, H, W], for TensorBoard."""
@@ -167,7 +162,7 @@ class Reporter:
         left = (now - self._started) / (done - self._first_step) * (self._steps - done)
         parts = "  ".join(f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_"))
         line = (
-            f"step {done}/{self._steps}  loss {record['loss']:.3f}  ({parts})  "
+            f"step {done}/{self._steps}  loss {record['loss']:.3f}  {f'({parts})  ' if parts else ''}"
             f"{record['samples_per_s']:.0f} samples/s  {_duration(left)} left"
         )
         if is_terminal:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.files import write_text
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import RunConfig
+from beit3_dist.config import TrainingConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.metrics import JsonLines, Reporter
@@ -28,7 +28,7 @@ class RunFolder:
     Records after `step` (of a run that was killed and resumes at `step`) are moved aside. Collective.
     """
 
-    def __init__(self, out: Path, config: RunConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
+    def __init__(self, out: Path, config: TrainingConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(out / "logs" / f"rank{mesh.rank:05d}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

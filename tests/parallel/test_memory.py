@@ -12,11 +12,13 @@ import pytest
 from torch import Tensor
 
 from beit3_dist.config import RunConfig
+from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.memory import state_bytes
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.training.inputs import host_totals, prepare
 from beit3_dist.training.optimizer import build_optimizer
 from tests.micro_batches import precomputed_codes
@@ -76,7 +78,9 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
     engine = Engine(
         config,
         groups,
+        lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
+        plan=plan_stages(config, mesh.data, 0.0),
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
         optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
     )

@@ -24,6 +24,7 @@ from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.parallel.sharding import shard, sharded_dimension, unshard
 from beit3_dist.training.inputs import host_totals, prepare
 from beit3_dist.training.optimizer import build_optimizer, parameter_groups
@@ -122,7 +123,9 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
     engine = Engine(
         config,
         groups,
+        lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
+        plan=plan_stages(config, mesh.data, 0.0),
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd),
     )

@@ -71,7 +71,7 @@ def run_workers(
     hang, fails the test.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.training.loop"])
+    context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.training.pretraining"])
     port = free_port()
     processes, ends = [], []
     for rank in range(world):

@@ -15,7 +15,9 @@ from beit3_dist.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfi
 from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training import metrics
-from beit3_dist.training.metrics import JsonLines, Reporter, finite, losses_and_accuracies, step_record
+from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.metrics import JsonLines, Reporter, Timing, finite, losses_and_accuracies
+from beit3_dist.training.pretraining import step_record
 
 CONTRACT = """
 step loss loss_image loss_text loss_pair_image loss_pair_text acc_image acc_text acc_pair_image acc_pair_text lr
@@ -44,9 +46,9 @@ def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     mesh = Mesh(rank=0, world=2, local_rank=0, local_world=2, device=torch.device("cpu"))
     # four counts, tokens, FLOPs, replaced samples, hash terms (a sum that wrapped below zero)
-    totals = [10, 2, 5, 4, 1000, 6 * 10**12, 3, -1]
+    batch = StepBatch([], torch.tensor([10, 2, 5, 4, 1000, 6 * 10**12, 3, -1]))
     result = StepResult([20.0, 8.0, 5.0, 6.0], [5.0, 1.0, 0.0, 4.0], grad_norm=1.5)
-    record = step_record(config, mesh, 7, 1e-4, totals, result, 0.25, 2.0)
+    record = step_record(config, mesh, 7, batch, result, 1e-4, Timing(0.25, 2.0))
     assert set(CONTRACT) <= set(record)
     expected = {
         "step": 7,
@@ -65,7 +67,7 @@ def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: record[name] for name in expected} == expected
     assert record["memory_gb"] > 0.01
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 6e12)
-    assert step_record(config, mesh, 7, 1e-4, totals, result, 0.25, 2.0)["mfu"] == 0.25
+    assert step_record(config, mesh, 7, batch, result, 1e-4, Timing(0.25, 2.0))["mfu"] == 0.25
 
 
 def test_a_number_that_is_not_finite_is_null_and_flagged() -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from beit3_dist.checkpoint import store
 from beit3_dist.checkpoint.store import Piece, TrainState, damaged, find, read_state, read_weights
-from beit3_dist.config import BatchConfig, ModelConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.parallel.mesh import Groups
 from tests.parallel.workers import run_workers
 
@@ -138,7 +138,7 @@ def test_the_target_may_be_strided(checkpoint: Path) -> None:
 def test_advancing_counts_samples() -> None:
     state = TrainState()
     for replaced in (0, 2):
-        state.advance(BatchConfig(images=6, texts=4, pairs=2), replaced)
+        state.advance((6, 4, 2), replaced)
     assert state == TrainState(step=2, consumed=(12, 8, 4), bad_samples=2)
 
 

@@ -1,0 +1,100 @@
+"""Pretraining as a job of the training loop: masked data modelling on the mixed stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from beit3_dist.config import RunConfig
+from beit3_dist.data.batch import loader, requests_from
+from beit3_dist.data.faults import Fault
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.parallel.pipeline import plan_stages
+from beit3_dist.training.evaluation import evaluate
+from beit3_dist.training.feed import Feed, StepBatch
+from beit3_dist.training.image_codes import targets_of
+from beit3_dist.training.image_targets import ImageTargets, target_flops
+from beit3_dist.training.inputs import prepare
+from beit3_dist.training.loop import train
+from beit3_dist.training.metrics import Timing, losses_and_accuracies, speed
+from beit3_dist.training.optimizer import build_optimizer
+from beit3_dist.training.preflight import Ready
+from beit3_dist.training.resilience import check_bad_samples
+
+
+def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
+    """A pretraining run. `ready`: what was checked and opened before any process group."""
+    train(Pretraining(config, mesh, ready))
+
+
+def step_record(
+    config: RunConfig, mesh: Mesh, step: int, batch: StepBatch, result: StepResult, lr: float, timing: Timing
+) -> dict[str, Any]:
+    """One line of metrics.jsonl."""
+    sizes, counts = config.batch, batch.step_counts.tolist()
+    return {
+        "step": step,
+        **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "images": sizes.images,
+        "texts": sizes.texts,
+        "pairs": sizes.pairs,
+        **speed(config, mesh, sizes.images + sizes.texts + sizes.pairs, batch, timing),
+    }
+
+
+class Pretraining:
+    """See `loop.Job`."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, ready: Ready) -> None:
+        self.config, self.mesh, self._ready = config, mesh, ready
+        self.state, self.checkpoint = ready.state, ready.checkpoint
+        self.samples = (config.batch.images, config.batch.texts, config.batch.pairs)
+
+    def start(self, groups: Groups) -> Engine:
+        config, mesh, ready = self.config, self.mesh, self._ready
+        flops = target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))
+        self._engine = Engine(
+            config,
+            groups,
+            build=lambda: BEiT3(config.model, device="meta"),
+            values=ready.values,
+            objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+            optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
+            plan=plan_stages(config, mesh.data, flops),
+        )
+        self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
+        self._feed = Feed(config, groups)
+        requests, data, pin = requests_from(self.state.consumed, config.batch), config.data, mesh.device.type == "cuda"
+        self._batches = iter(
+            loader(ready.train, requests, data.workers, data.prefetch, pin) if self._feed.reads else ()
+        )
+        return self._engine
+
+    def first_faults(self) -> list[Fault]:
+        return self._ready.train.faults()
+
+    def next_batch(self) -> StepBatch:
+        return self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)))
+
+    def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
+        codes = self._ready.train_codes
+        return (prepare(b, self.mesh.device, targets_of(b, codes, self._tokenize)) for b in batch.micro_batches)
+
+    def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
+        return step_record(self.config, self.mesh, self.state.step, batch, result, lr, timing)
+
+    def evaluate(self) -> dict[str, float] | None:
+        ready, every = self._ready, self.config.eval.every
+        if ready.held_out is None or self.state.step % every:
+            return None
+        codes = ready.held_out_codes
+        return evaluate(self.config, self._engine, self._feed, ready.held_out, codes, self._tokenize)
+
+    def check(self) -> None:
+        check_bad_samples(self.config, self.state)
