@@ -85,13 +85,14 @@ class BEiT3(nn.Module):
         text_padding: Tensor | None = None,
         image_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [B, N, D], N in the order [CLS, patches, words].
 
         One kind of samples at a time: images alone (vision encoder), text alone (language encoder) or both (fusion).
         images: [B, 3, S, S] in [-1, 1]. text: int64 [B, L]. text_padding: bool [B, L], True at padding, whose rows of
         the result are zero. image_mask: bool [B, patches]. attention_mask: bool [N, N] or [B, N, N], True where a
-        query may attend to a key (sequence-to-sequence use).
+        query may attend to a key (sequence-to-sequence use). keep: drop-path factors [layers, 2, B].
         """
         given = images if images is not None else text
         if given is None:
@@ -107,7 +108,7 @@ class BEiT3(nn.Module):
         words = torch.zeros(0, dtype=torch.int64, device=device) if text is None else text.flatten()
         if one_group.index is not None:
             words = words[one_group.index]
-        hidden_TD = self.norm(self.hidden(MixedInputs(images, words, layout, image_mask)), layout)
+        hidden_TD = self.norm(self.hidden(MixedInputs(images, words, layout, image_mask, keep)), layout)
         patch_part, word_part = hidden_TD.split([batch * patches, one_group.real_words])
         if one_group.index is not None:
             padded = word_part.new_zeros(batch * length, self.config.width)

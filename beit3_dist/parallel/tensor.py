@@ -54,8 +54,9 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
     check_tensor(model.config, ranks)
     language: Any = model.language_embedding
     language.words = VocabParallelEmbedding(language.words, group)
-    model.image_head = VocabParallelHead(model.image_head, group)
-    model.text_head = VocabParallelHead(model.text_head, group)
+    for name, head in list(model.named_children()):
+        if isinstance(head, Head):
+            setattr(model, name, VocabParallelHead(head, group))
     for module in list(model.blocks.modules()):
         for name, child in list(module.named_children()):
             experts = child if isinstance(child, Multiway) else None
@@ -196,7 +197,9 @@ class VocabParallelHead(Head):
         return _VocabParallelCrossEntropy.apply(logits, targets - first, self.group)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
-        raise NotImplementedError("gather a vocabulary-parallel head before using its logits")
+        """All logits [M, classes] on every rank, for what is computed alike on all of them (beam search, smoothing)."""
+        local = linear(Copy.apply(hidden_MD, self.group), self.weight, self.bias)
+        return GatherReplicated.apply(local.T, self.group).T[:, : self.classes]
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
