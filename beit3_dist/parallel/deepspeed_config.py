@@ -72,6 +72,8 @@ def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, An
         "bf16.enabled": (bf16, "precision"),
         "data_types.grad_accum_dtype": (accumulate, "precision"),
     }
+    if bf16:  # without it ZeRO-2 steps with gradients that are not finite, in bf16 only
+        expected["bf16.check_grad_overflow"] = (True, "precision")
     for path, (value, name) in expected.items():
         given = _lookup(settings, path)
         if given not in ("auto", value):

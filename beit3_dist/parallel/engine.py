@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from beit3_dist.config import TrainingConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
+from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
 from beit3_dist.parallel.sharding import shard
@@ -32,7 +34,13 @@ class StepResult:
     correct: list[float]
     """Correct predictions."""
     grad_norm: float
-    """Norm of the whole model's gradient before clipping; 0 in evaluation."""
+    """Norm of the whole model's gradient before clipping; not finite where the gradient or the loss was not; 0 in
+    evaluation."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step has changed nothing, on any rank, because its loss or its gradient was not finite."""
+        return not math.isfinite(self.grad_norm)
 
 
 class Engine:
@@ -88,7 +96,8 @@ class Engine:
     def train_step(
         self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float
     ) -> StepResult:
-        """Forward and backward of the step's `accumulation` micro-batches, then the optimizer step.
+        """Forward and backward of the step's `accumulation` micro-batches, then the optimizer step, which is left out
+        where the gradient or the loss is not finite: weights, moments and the optimizer's count stay as they were.
 
         `step_counts` [columns]: masked positions (or samples) of the whole step over all ranks.
         """
@@ -96,14 +105,9 @@ class Engine:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.deepspeed.train()
         totals = self._schedule.train(micro_batches, step_counts, step)
-        norm = self._plain_grad_norm() if self.zero_stage == 0 else None
-        self.deepspeed.step()
+        norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
         self._schedule.after_step()
-        if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-            if norm is None:
-                raise RuntimeError(f"DeepSpeed reports no gradient norm at ZeRO stage {self.zero_stage}")
-        return self._reduce(totals, float(norm))
+        return self._reduce(totals, norm)
 
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> StepResult:
         """Forward only of `accumulation` micro-batches, without drop path."""
@@ -115,6 +119,23 @@ class Engine:
         """What the objective's `predict` makes of a batch. Collective: ZeRO-3 gathers parameters on the way."""
         self.deepspeed.eval()
         return self.deepspeed(*inputs, predict=True)
+
+    def _zero_step(self) -> float:
+        """At ZeRO 1 to 3 DeepSpeed leaves the step out where the gradient norm is not finite."""
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        if norm is None:
+            raise RuntimeError(f"DeepSpeed reports no gradient norm at ZeRO stage {self.zero_stage}")
+        return float(norm)
+
+    def _plain_step(self) -> float:
+        """At ZeRO-0 DeepSpeed would step with any gradient."""
+        norm = float(self._plain_grad_norm())
+        if math.isfinite(norm):
+            self.deepspeed.step()
+        else:
+            self.deepspeed.zero_grad()
+        return norm
 
     def _plain_grad_norm(self) -> Tensor:
         """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
@@ -147,7 +168,7 @@ class Accumulation:
             self._engine.set_gradient_accumulation_boundary(number == self._micro_batches - 1)
             contribution, statistics = self._engine(*micro_batch, step_counts, step)
             # DeepSpeed averages gradients over the data-parallel ranks; the contributions are to be summed.
-            self._engine.backward(contribution * self._mesh.data, scale_wrt_gas=False)
+            self._engine.backward(spoil_if_not_finite(contribution) * self._mesh.data, scale_wrt_gas=False)
             totals += statistics
         return totals
 

@@ -23,6 +23,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from beit3_dist.config import RunConfig, TrainingConfig, require
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.mesh import Groups
 
 
@@ -190,7 +191,7 @@ class _ZeroStage(PipelineStage):
         allow_another_backward(engine)
         output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
         if self.is_last:
-            loss = output.sum() * self.pipeline.data_parallel
+            loss = spoil_if_not_finite(output.sum()) * self.pipeline.data_parallel
         else:
             # (*) The scalar whose gradient with respect to the output is the received one: ZeRO-0 takes no other.
             loss = sum((o * g.detach()).sum() for o, g in zip(output, gradients, strict=True))
