@@ -300,6 +300,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
     """Newest checkpoints that are kept; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this are kept for ever; 0: none. A multiple of `every`."""
     resume: str = "none"
     """none: start anew. auto: go on from the newest whole checkpoint of OUT, or start anew if there is none.
     PATH: go on from that checkpoint folder."""
@@ -307,6 +309,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         require(self.every > 0, f"checkpoint.every must be positive, not {self.every}")
         require(self.keep >= 0, f"checkpoint.keep={self.keep} is negative")
+        require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every} is negative")
+        require_divides("checkpoint.every", self.every, "checkpoint.keep_every", self.keep_every)
 
 
 @dataclass(kw_only=True)

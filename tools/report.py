@@ -45,7 +45,8 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import write_json
-from beit3_dist.checkpoint.store import find, read_state, read_weights
+from beit3_dist.checkpoint.find import find, read_state
+from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import parse, refuse
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +40,26 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_with_digest(path: Path, parts: Sequence[bytes | memoryview]) -> str:
+    """Writes and syncs a file of these parts; the hex digest of what it should hold, taken at the same time."""
+
+    def digest() -> str:
+        sha = hashlib.sha256()
+        for part in parts:
+            sha.update(part)
+        return sha.hexdigest()
+
+    with ThreadPoolExecutor(1) as hashing, open(path, "wb") as file:
+        result = hashing.submit(digest)
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        return result.result()
+
+
+def entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

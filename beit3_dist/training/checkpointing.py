@@ -1,54 +1,97 @@
-"""Between the engine's fragments and the checkpoint store."""
+"""Between a run and the checkpoint store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from beit3_dist.checkpoint import store
+from beit3_dist.checkpoint import read
+from beit3_dist.checkpoint.find import read_state, verified
+from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import TrainingConfig
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import create_optimizer_state, fragments, optimizer_state, refresh_parameters
+from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.sharding import sharded_dimension
+from beit3_dist.training.resilience import RunStopped
+from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 
-def _pieces(engine: Engine) -> Iterator[store.Piece]:
+class Checkpoints:
+    """Saves a run beside its training. Every method is collective, and ends the run where a checkpoint cannot be
+    written: with RunStopped, on all ranks at the same step.
+
+    pieces: what this rank contributes at that moment.
+    """
+
+    def __init__(
+        self, config: TrainingConfig | TokenizerConfig, mesh: Mesh, pieces: Callable[[], Iterable[Piece]]
+    ) -> None:
+        self._config, self._pieces = config, pieces
+        settings = config.checkpoint
+        self._store = Store(Path(config.out) / "checkpoints", mesh.device, settings.keep, settings.keep_every)
+
+    def save(self, state: TrainState) -> None:
+        """Begins to save everything that the run needs to go on after `state.step`."""
+        versions = {name: version(name) for name in ("torch", "deepspeed", "beit3-dist")}
+        with _ending_the_run():
+            self._store.save(self._pieces(), state, self._config.model, to_yaml(self._config), versions)
+
+    def check(self) -> None:
+        """For every step that does not save: finishes what is on its way, without waiting for it."""
+        with _ending_the_run():
+            self._store.check()
+
+    def wait(self) -> None:
+        """Before a process ends: returns when the last checkpoint is whole."""
+        with _ending_the_run():
+            self._store.wait()
+
+
+@contextmanager
+def _ending_the_run() -> Iterator[None]:
+    try:
+        yield
+    except SavingFailed as failure:
+        raise RunStopped(str(failure)) from failure
+
+
+def whole_checkpoint(
+    config: TrainingConfig | TokenizerConfig, checkpoint: Path | None, state: TrainState
+) -> tuple[Path | None, TrainState]:
+    """What a run goes on from: the checkpoint that was found and its state, or, where the content of a file is damaged
+    and `checkpoint.resume` is auto, the newest whole one before it. Collective; raises Damaged on all ranks."""
+    whole = verified(checkpoint, config.checkpoint.resume, Path(config.out) / "checkpoints")
+    if whole is None or whole == checkpoint:
+        return whole, state
+    return whole, read_state(whole, config.model)
+
+
+def _pieces(engine: Engine) -> Iterator[Piece]:
     """What this rank holds, replicated parameters included."""
     mesh = engine.mesh
     for fragment in fragments(engine.model, engine.optimizer):
         moments = optimizer_state(engine.optimizer, fragment)
         tensors = {"": fragment.slice_of(fragment.flat.detach())} | {f"/{key}": view for key, view in moments.items()}
         dimension = sharded_dimension(fragment.name) if mesh.tensor > 1 else None
-        cut = None if dimension is None else store.Cut(dimension, mesh.tensor_rank, mesh.tensor)
-        yield store.Piece(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
+        cut = None if dimension is None else Cut(dimension, mesh.tensor_rank, mesh.tensor)
+        yield Piece(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
 
 
-def _contribution(engine: Engine) -> Iterator[store.Piece]:
+def contribution(engine: Engine) -> Iterator[Piece]:
     """What this rank saves, so that over all ranks every element is saved once."""
     mesh = engine.mesh
     if engine.zero_stage > 0 or mesh.data_rank == 0:  # at ZeRO-0 all replicas hold the same
         yield from (piece for piece in _pieces(engine) if piece.cut is not None or mesh.tensor_rank == 0)
 
 
-def save_checkpoint(config: TrainingConfig, engine: Engine, state: store.TrainState) -> Path:
-    """Saves everything that a run needs to go on. Collective."""
-    versions = {name: version(name) for name in ("torch", "deepspeed", "beit3-dist")}
-    return store.save(
-        Path(config.out) / "checkpoints",
-        _contribution(engine),
-        state,
-        config.model,
-        to_yaml(config),
-        versions,
-        config.checkpoint.keep,
-    )
-
-
-def load_checkpoint(path: Path, engine: Engine, state: store.TrainState) -> None:
+def load_checkpoint(path: Path, engine: Engine, state: TrainState) -> None:
     """Fills the engine from a checkpoint of any layout. Collective."""
     held = list(fragments(engine.model, engine.optimizer))
     create_optimizer_state(engine.optimizer, held, state.step)
-    store.load(path, _pieces(engine))
+    read.load(path, _pieces(engine))
     refresh_parameters(engine.model, engine.optimizer, held, engine.groups.data)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
+from beit3_dist.checkpoint.find import Damaged
 from beit3_dist.command_line import STOPPED, log_to_console, refuse
 from beit3_dist.training.resilience import RunStopped
 
@@ -22,6 +23,8 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         refuse(program, error)
     try:
         train(ready)
+    except Damaged as damage:  # which it takes all ranks to find
+        refuse(program, damage)
     except RunStopped as stop:
         refuse(program, stop, exit_code=STOPPED)
     except Exception:

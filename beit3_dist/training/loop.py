@@ -13,7 +13,7 @@ from beit3_dist.config import TrainingConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
-from beit3_dist.training.checkpointing import load_checkpoint, save_checkpoint
+from beit3_dist.training.checkpointing import Checkpoints, contribution, load_checkpoint, whole_checkpoint
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.metrics import Timing
 from beit3_dist.training.run_folder import RunFolder
@@ -60,8 +60,10 @@ class Job(Protocol):
 
 def train(job: Job) -> None:
     """Trains from `job.state` to `config.steps`."""
-    config, mesh, state = job.config, job.mesh, job.state
+    config, mesh = job.config, job.mesh
     groups = connect(mesh)
+    job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
+    state = job.state
     run = RunFolder(Path(config.out), config, mesh, state.step)
     engine = job.start(groups)
     if mesh.is_first and state.step == 0:
@@ -69,6 +71,7 @@ def train(job: Job) -> None:
     if job.checkpoint is not None:
         load_checkpoint(job.checkpoint, engine, state)
         log.info("going on after step %d from %s", state.step, job.checkpoint)
+    checkpoints = Checkpoints(config, mesh, lambda: contribution(engine))
 
     for step in range(state.step, config.steps):
         started = time.perf_counter()
@@ -84,6 +87,9 @@ def train(job: Job) -> None:
         if (losses := job.evaluate()) is not None:
             run.evaluation({"step": state.step} | losses)
         if state.step % config.checkpoint.every == 0 or state.step == config.steps:
-            save_checkpoint(config, engine, state)
+            checkpoints.save(state)
+        else:
+            checkpoints.check()
         job.check()
+    checkpoints.wait()
     run.close()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from beit3_dist.checkpoint.store import Piece
+from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.config import OptimConfig
 from beit3_dist.model.vqkd import VQKD, CodeUsage
 from beit3_dist.objectives.distillation import Teacher

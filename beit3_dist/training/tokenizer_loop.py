@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from beit3_dist.checkpoint import store
-from beit3_dist.command_line import to_yaml
+from beit3_dist.checkpoint.read import load
 from beit3_dist.data.batch import loader
 from beit3_dist.data.order import Stream, mix_arrays
 from beit3_dist.model.vqkd import save_vqkd
 from beit3_dist.parallel.mesh import Mesh, connect
+from beit3_dist.training.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
 from beit3_dist.training.metrics import peak_memory_gb
 from beit3_dist.training.resilience import check_bad_samples
@@ -36,15 +34,17 @@ SHOWN = 8
 def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
     """Trains from `ready.state` to `config.steps` and writes OUT/image_tokenizer.pth at every checkpoint."""
     connect(mesh)
-    state, out = ready.state, Path(config.out)
+    checkpoint, state = whole_checkpoint(config, ready.checkpoint, ready.state)
+    out = Path(config.out)
     run = RunFolder(out, config, mesh, state.step)
     engine = TokenizerEngine(config, mesh, ready.teacher)
-    if ready.checkpoint is not None:
+    if checkpoint is not None:
         engine.create_moments(state.step)
-        store.load(ready.checkpoint, engine.pieces())
-        log.info("going on after step %d from %s", state.step, ready.checkpoint)
+        load(checkpoint, engine.pieces())
+        log.info("going on after step %d from %s", state.step, checkpoint)
     elif mesh.is_first:
         run.quarantine(0, ready.train.stream.faults)  # what the shards' indexes had to leave out
+    checkpoints = Checkpoints(config, mesh, lambda: engine.pieces() if mesh.is_first else ())
     cuda = mesh.device.type == "cuda"
     steps = range(state.step, config.steps)
     batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
@@ -76,8 +76,13 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
             patches = nearest_patches(engine.tokenizer, [pictures])
             run.picture(state.step, "codes", sheet([pictures[:SHOWN], mosaic(result.codes[:SHOWN], patches)]))
         if state.step % config.checkpoint.every == 0 or is_last:
-            save_checkpoint(config, engine, state, mesh)
+            if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
+                save_vqkd(engine.tokenizer, out / "image_tokenizer.pth")
+            checkpoints.save(state)
+        else:
+            checkpoints.check()
         check_bad_samples(config, state)
+    checkpoints.wait()
     run.close()
 
 
@@ -101,13 +106,3 @@ def record(step: int, result: TokenizerStep) -> dict[str, Any]:
         "perplexity": result.usage.perplexity,
         "grad_norm": result.grad_norm,
     }
-
-
-def save_checkpoint(config: TokenizerConfig, engine: TokenizerEngine, state: store.TrainState, mesh: Mesh) -> None:
-    """Saves everything that a run needs to go on, and the tokenizer by itself. Collective."""
-    pieces: Iterable[store.Piece] = engine.pieces() if mesh.is_first else ()
-    versions = {name: version(name) for name in ("torch", "beit3-dist")}
-    folder = Path(config.out) / "checkpoints"
-    if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
-        save_vqkd(engine.tokenizer, Path(config.out) / "image_tokenizer.pth")
-    store.save(folder, pieces, state, config.model, to_yaml(config), versions, config.checkpoint.keep)

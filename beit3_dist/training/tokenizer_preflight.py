@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from beit3_dist.checkpoint.store import TrainState, find, read_state
+from beit3_dist.checkpoint.find import find, read_state
+from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require, require_divides
 from beit3_dist.data.batch import ImageBatches
 from beit3_dist.objectives.distillation import Teacher, build_teacher

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3_dist.checkpoint.store import find, read_weights
+from beit3_dist.checkpoint.find import find
+from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request, requests_from

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3_dist.checkpoint.store import read_weights
+from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.config import CheckpointConfig, ParallelConfig
 from tests.equality import assert_close
 from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
