@@ -1,109 +1,154 @@
-"""Weights in other projects' layouts. Here: the released single-file form of unilm and torchscale."""
+"""Weights from and to other projects' forms, by what they are and not by what their file is called.
+
+- released: unilm's .pth files, `{"model": {"beit3.encoder...": ...}}`
+- torchscale: the state dict of torchscale's BEiT3, the same keys without `beit3.`
+- timm: the state dict of timm's `beit3_*` vision models
+- a model folder: see model_folder.py
+- a checkpoint of a training run, sharded or neutral: its master weights
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from beit3_dist.checkpoint.find import damaged
+from beit3_dist.checkpoint.fitting import check_whole, fit, infer_config, shapes_of
+from beit3_dist.checkpoint.model_folder import ModelFolder, is_model_folder, read_model_folder
+from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.checkpoint.released import PREFIX, task_of, weights_from_released, weights_to_released
+from beit3_dist.checkpoint.timm_form import weights_from_timm
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.beit3 import BEiT3
-
-_SIDE = {"vision": "A", "language": "B"}
-_BLOCK_RULES = [  # our name below `blocks.{i}.` -> released name below `beit3.encoder.layers.{i}.`; {e} is A or B
-    (r"attention_norm\.(vision|language)\.(\w+)", "self_attn_layer_norm.{e}.{leaf}"),
-    (r"attention\.(q|k|v|out)\.(vision|language)\.(\w+)", "self_attn.{part}_proj.{e}.{leaf}"),
-    (r"attention\.inner_norm\.(vision|language)\.(\w+)", "self_attn.inner_attn_ln.{e}.{leaf}"),
-    (r"ffn\.(vision|language)\.norm\.(\w+)", "final_layer_norm.{e}.{leaf}"),
-    (r"ffn\.(vision|language)\.(fc1|fc2)\.(\w+)", "ffn.{e}.{part}.{leaf}"),
-    (r"ffn\.(vision|language)\.inner_norm\.(\w+)", "ffn.{e}.ffn_layernorm.{leaf}"),
-]
-_OTHER_NAMES = {
-    "vision_embedding.projection.weight": "beit3.vision_embed.proj.weight",
-    "vision_embedding.projection.bias": "beit3.vision_embed.proj.bias",
-    "vision_embedding.cls_token": "beit3.vision_embed.cls_token",
-    "vision_embedding.mask_token": "beit3.vision_embed.mask_token",
-    "vision_embedding.positions": "beit3.encoder.embed_positions.A.weight",
-    "language_embedding.words.weight": "beit3.text_embed.weight",
-    "language_embedding.positions": "beit3.encoder.embed_positions.B.weight",
-    "image_head.weight": "mim_head.weight",
-    "image_head.bias": "mim_head.bias",
-    "text_head.weight": "mlm_head.weight",
-    "text_head.bias": "mlm_head.bias",
-}
+from beit3_dist.model.initialization import initial_value, materialize
 
 
-def released_name(name: str) -> str:
-    """The released key of a parameter of the released architecture."""
-    if name in _OTHER_NAMES:
-        return _OTHER_NAMES[name]
-    if match := re.fullmatch(r"norm\.(vision|language)\.(\w+)", name):
-        return f"beit3.encoder.layer_norm.{_SIDE[match[1]]}.{match[2]}"
-    if block := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
-        for pattern, target in _BLOCK_RULES:
-            if match := re.fullmatch(pattern, block[2]):
-                side = next(_SIDE[g] for g in match.groups() if g in _SIDE)
-                rest = [g for g in match.groups() if g not in _SIDE]
-                return f"beit3.encoder.layers.{block[1]}." + target.format(e=side, leaf=rest[-1], part=rest[0])
-    raise ValueError(f"{name} has no place in the released format: it holds per-modality attention and no VL expert")
+def _tensors_in(path: Path) -> Mapping[str, Tensor]:
+    """The state dict in a file of torch or safetensors. Nothing in it is run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # torch raises what its unpickler meets
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a file of tensors that torch can read: {reason}") from error
+    return _state_dict(content, str(path))
 
 
-def _released_shape(name: str, shape: torch.Size, config: ModelConfig) -> tuple[int, ...]:
-    if name == "vision_embedding.projection.weight":
-        return shape[0], 3, config.patch_size, config.patch_size
-    if name in ("vision_embedding.cls_token", "vision_embedding.mask_token"):
-        return 1, 1, shape[0]
-    return tuple(shape)
+def _state_dict(content: Any, source: str) -> Mapping[str, Tensor]:
+    if isinstance(content, Mapping):
+        content = content.get("model", content)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{source} is not a state dict: tensors by name, at the top or under `model`")
+    return content
+
+
+def _canonical(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The weights of a state dict of any of the forms under our names."""
+    try:
+        if any(key.startswith(PREFIX) for key in state):
+            return weights_from_released(state)
+        if "encoder.embed_positions.A.weight" in state:
+            return weights_from_released({PREFIX + key: value for key, value in state.items()})
+        if {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
+            return weights_from_timm(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    raise ValueError(f"{source} has the keys neither of a released BEiT-3 file, nor of torchscale's, nor of timm's")
+
+
+def _read_checkpoint(path: Path) -> ModelFolder:
+    if damage := damaged(path):
+        raise ValueError(damage)
+    state = json.loads((path / "state.json").read_text())
+    try:
+        config = ModelConfig(**state["model"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path / 'state.json'} describes no model of this version: {error}") from error
+    recipe = yaml.safe_load((path / "config.yaml").read_text())
+    tokenizer = Path(recipe.get("text_tokenizer") or "")
+    weights = read_weights(path)
+    task = task_of(weights, recipe["task"]) if "task" in recipe else None
+    return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None)
+
+
+def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
+    """Weights under our names with their config, from any of the forms above.
+
+    `attention_heads`: of a single file of weights, which does not tell; known for the released widths. Raises
+    FileNotFoundError or ValueError with one line where there is nothing, or nothing of these forms, or not all of it.
+    """
+    if (path / "manifest.json").is_file():
+        source = _read_checkpoint(path)
+    elif path.is_dir() and is_model_folder(path):
+        source = read_model_folder(path)
+    elif path.is_dir():
+        raise ValueError(
+            f"{path} is neither a model folder nor a checkpoint: name one, e.g. RUN/checkpoints/step_0000100"
+        )
+    else:
+        weights = _canonical(_tensors_in(path), str(path))
+        try:
+            source = ModelFolder(infer_config(weights, attention_heads), weights, task_of(weights), None)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    try:
+        check_whole(source.weights, source.config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return source
+
+
+def read_initial_weights(
+    path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size] | None = None
+) -> dict[str, Tensor]:
+    """What a run starts from (`init_from`): parameter -> float32, from any of the forms above.
+
+    `shapes`: of the run's parameters where they are not the pretraining model's. Whole groups that the source lacks
+    (heads, ...) are absent, which is logged; they keep their initial values. Raises ValueError with one line that names
+    init_from and the file.
+    """
+    try:
+        source = read_source(path, config.heads)
+        for field in ("heads", "layer_norm_eps"):  # no shape tells these
+            theirs, ours = getattr(source.config, field), getattr(config, field)
+            if theirs != ours:
+                raise ValueError(f"{path} has model.{field}={theirs}, this run has {ours}")
+        return fit(source.weights, config, shapes_of(config) if shapes is None else shapes, str(path))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"init_from: {error}") from error
+
+
+def load_released(path_or_dict: str | Path | Mapping[str, Any], config: ModelConfig) -> BEiT3:
+    """A model on the CPU with the weights of a released state dict or file (or of any other of the forms above).
+
+    What the file lacks as a whole has initial values, see `read_initial_weights`. Raises ValueError where it is another
+    model's.
+    """
+    if isinstance(path_or_dict, (str, Path)):
+        weights = read_initial_weights(Path(path_or_dict), config)
+    else:
+        source = "the given state dict"
+        weights = fit(_canonical(_state_dict(path_or_dict, source), source), config, shapes_of(config), source)
+    model = BEiT3(config, device="meta")
+    materialize(
+        model, lambda name, shape: weights[name] if name in weights else initial_value(name, shape, config, 0), "cpu"
+    )
+    return model
 
 
 def to_released(model: BEiT3) -> dict[str, Tensor]:
-    """The weights under the released key names and shapes. Raises ValueError for a shared-attention model."""
-    return {
-        released_name(name): p.detach().reshape(_released_shape(name, p.shape, model.config)).clone()
-        for name, p in model.named_parameters()
-    }
-
-
-def _read_file(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"init_from: there is no file {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"init_from: {path} is not a file of tensors that torch can read: {reason}") from error
-
-
-def read_released(path_or_dict: str | Path | Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(our name, value) for every parameter of `config`'s model, from a released state dict or .pth file.
-
-    Raises ValueError with the missing or misshapen key's name; keys without a place here (task heads) are ignored.
-    """
-    if isinstance(path_or_dict, (str, Path)):
-        source, content = str(path_or_dict), _read_file(Path(path_or_dict))
-    else:
-        source, content = "the given state dict", path_or_dict
-    weights: Mapping[str, Any] = content.get("model", content)
-    for name, parameter in BEiT3(config, device="meta").named_parameters():
-        key = released_name(name)
-        if key not in weights:
-            raise ValueError(
-                f"init_from: {source} has no {key}: it is not a BEiT-3 pretraining checkpoint of this architecture"
-            )
-        shape = _released_shape(name, parameter.shape, config)
-        if tuple(weights[key].shape) != shape:
-            raise ValueError(
-                f"init_from: {key} in {source} has shape {list(weights[key].shape)}, the model needs {list(shape)}"
-            )
-        yield name, weights[key].float().reshape(parameter.shape)
-
-
-def load_released(path_or_dict: str | Path | Mapping[str, Tensor], config: ModelConfig) -> BEiT3:
-    """A model on the CPU with the weights of a released state dict or .pth file; see `read_released`."""
-    model = BEiT3(config, device="meta")
-    model.load_state_dict(dict(read_released(path_or_dict, config)), assign=True)
-    return model
+    """The weights under the released keys and shapes. Raises ValueError for a model with VL experts."""
+    return weights_to_released({name: p.detach().clone() for name, p in model.named_parameters()})

@@ -48,6 +48,14 @@ class ModelFolder:
     """The folder's SentencePiece file; None where it holds none."""
 
 
+def save_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes contiguous tensors with the permissions of any new file: the library would make it its owner's alone."""
+    path.touch()
+    permissions = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(permissions)
+
+
 def save_model_folder(
     folder: Path,
     weights: Mapping[str, Tensor],
@@ -67,7 +75,7 @@ def save_model_folder(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+    save_safetensors(partial / WEIGHTS, tensors)
     sync(partial / WEIGHTS)
     if text_tokenizer is not None:
         shutil.copyfile(text_tokenizer, partial / TOKENIZER)

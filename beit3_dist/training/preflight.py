@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from beit3_dist.checkpoint.formats import read_released
-from beit3_dist.checkpoint.store import TrainState, find, read_state
+from beit3_dist.checkpoint.find import find, read_state
+from beit3_dist.checkpoint.formats import read_initial_weights
+from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.model.initialization import Values, initial_value
@@ -73,8 +74,10 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
 
 
 def _values(config: RunConfig, checkpoint: Path | None) -> Values:
-    """Initial values: of `init_from` where a new run names it, else a function of (seed, name)."""
+    """Initial values: of `init_from` where a new run names it and it has them, else a function of (seed, name)."""
+    weights: dict[str, Tensor] = {}
     if config.init_from and checkpoint is None:
-        weights: dict[str, Tensor] = dict(read_released(config.init_from, config.model))
-        return lambda name, shape: weights[name]
-    return lambda name, shape: initial_value(name, shape, config.model, config.seed)
+        weights = read_initial_weights(Path(config.init_from), config.model)
+    return lambda name, shape: (
+        weights[name] if name in weights else initial_value(name, shape, config.model, config.seed)
+    )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_dist.checkpoint.formats import load_released, released_name, to_released
+from beit3_dist.checkpoint.formats import load_released, to_released
+from beit3_dist.checkpoint.released import released_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from tests.equality import assert_close, assert_tensors_close

@@ -1,0 +1,182 @@
+"""Weights and models that belong together: the geometry of given weights, and given weights in a given model.
+
+A file may lack a whole group of weights: an encoder has no heads, a model of VQA no final norm, timm's no language.
+Half a group is a damaged file, or another model's.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from beit3_dist.checkpoint.model_folder import TASK_HEAD
+from beit3_dist.checkpoint.positions import FIRST_PATCH, interpolate_positions
+from beit3_dist.checkpoint.released import released_name
+from beit3_dist.config import ModelConfig
+from beit3_dist.model.beit3 import BEiT3
+
+POSITIONS = "vision_embedding.positions"
+
+_HEADS = {"the image head": r"image_head\..*", "the text head": r"text_head\..*", "the task's head": r"task_head\..*"}
+_USE_OF_TASK = {**_HEADS, "the final norm": r"norm\..*"}
+_GROUPS = {
+    **_USE_OF_TASK,
+    "the mask token": r"vision_embedding\.mask_token",
+    "the language side": r"language_embedding\..*|(.*\.)?language\..*",
+}
+_RELEASED_HEADS = {768: 12, 1024: 16, 1408: 16}  # width -> attention heads of base, large and giant
+
+log = logging.getLogger(__name__)
+
+
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Canonical name -> shape of the pretraining model's parameters."""
+    return {name: parameter.shape for name, parameter in BEiT3(config, device="meta").named_parameters()}
+
+
+def infer_config(weights: Mapping[str, Tensor], attention_heads: int | None) -> ModelConfig:
+    """The geometry of per-modality weights. What a file of weights does not tell has the released models' values.
+
+    Raises ValueError where the number of attention heads is not known from the width.
+    """
+    for name in ("vision_embedding.projection.weight", POSITIONS, "blocks.0.ffn.vision.fc1.weight"):
+        if name not in weights:
+            raise ValueError(f"it has no {_in_both_forms(name)}: it is not the whole of a BEiT-3 model")
+    width, pixels = weights["vision_embedding.projection.weight"].shape
+    if attention_heads is None and width not in _RELEASED_HEADS:
+        raise ValueError(f"no released model has width {width}: give --attention_heads, which weights do not tell")
+    patch_size = isqrt(pixels // 3)
+    grid = isqrt(len(weights[POSITIONS]) - FIRST_PATCH)
+    plain = ModelConfig()
+
+    def rows(name: str, otherwise: int) -> int:
+        return len(weights[name]) if name in weights else otherwise
+
+    return ModelConfig(
+        layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        width=width,
+        heads=attention_heads or _RELEASED_HEADS[width],
+        ffn_width=len(weights["blocks.0.ffn.vision.fc1.weight"]),
+        patch_size=patch_size,
+        image_size=grid * patch_size,
+        attention="per_modality",
+        sub_layernorm="blocks.0.attention.inner_norm.vision.weight" in weights,
+        vl_expert_layers=0,
+        vocab_size=rows("language_embedding.words.weight", plain.vocab_size),
+        visual_vocab_size=rows("image_head.weight", plain.visual_vocab_size),
+        max_text_length=rows("language_embedding.positions", plain.max_text_length + 2) - 2,
+    )
+
+
+def _in_both_forms(name: str) -> str:
+    """A parameter's released key, where it has one, and its name."""
+    try:
+        return f"{released_name(name)} ({name} here)"
+    except ValueError:
+        return name
+
+
+def absent_groups(names: Iterable[str], needed: Iterable[str]) -> list[str]:
+    """The groups of `needed` weights of which `names` has none. Raises ValueError where a weight of a group that is
+    there, or of none of the groups, is missing."""
+    needed = set(needed)
+    missing = needed - set(names)
+    absent, excused = [], set()
+    for group, pattern in _GROUPS.items():
+        members = {name for name in needed if re.fullmatch(pattern, name)}
+        if members and members <= missing:
+            absent.append(group)
+            excused |= members
+    if wrong := sorted(missing - excused):
+        raise ValueError(f"it has no {_in_both_forms(wrong[0])}: it is not the whole of such a model")
+    return absent
+
+
+def check_shapes(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raises ValueError for the first weight of another shape, and for one that is no number with a fraction."""
+    for name, value in weights.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{_in_both_forms(name)} is of type {value.dtype}, weights are floating-point numbers")
+        if name in shapes and value.shape != shapes[name]:
+            remedy = "; tools/convert_checkpoint.py --heads drop leaves heads out" if _in_any(_HEADS, name) else ""
+            raise ValueError(
+                f"{_in_both_forms(name)} has shape {list(value.shape)}, the model needs {list(shapes[name])}{remedy}"
+            )
+
+
+def _in_any(groups: Mapping[str, str], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in groups.values())
+
+
+def check_whole(weights: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Raises ValueError where weights are not `config`'s model, but for groups that may be absent."""
+    shapes = shapes_of(config)
+    absent_groups(weights, shapes)
+    for name in weights:
+        if name not in shapes and not name.startswith(TASK_HEAD):
+            raise ValueError(f"{_in_both_forms(name)} is no weight of a model with {_architecture(config)}")
+    check_shapes(weights, shapes)
+
+
+def _architecture(config: ModelConfig) -> str:
+    fields = ("layers", "attention", "sub_layernorm", "vl_expert_layers")
+    return ", ".join(f"model.{field}={getattr(config, field)}" for field in fields)
+
+
+def resized(
+    weights: Mapping[str, Tensor], config: ModelConfig, image_size: int
+) -> tuple[dict[str, Tensor], ModelConfig]:
+    """The weights and the config for pictures of another size. Raises ValueError where the patches do not fit it."""
+    config = replace(config, image_size=image_size)
+    grid = image_size // config.patch_size
+    return {**weights, POSITIONS: interpolate_positions(weights[POSITIONS], grid)}, config
+
+
+def without_heads(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder alone."""
+    return {name: value for name, value in weights.items() if not _in_any(_HEADS, name)}
+
+
+def fit(
+    weights: Mapping[str, Tensor], config: ModelConfig, shapes: Mapping[str, torch.Size], source: str
+) -> dict[str, Tensor]:
+    """Those of the parameters in `shapes` that the weights give, float32. `config`: of the model that is to be filled.
+
+    Positions are interpolated to its resolution; heads and a final norm that it does not have are left out; groups that
+    the weights lack are absent from the result. A log message says so of each. Raises ValueError where the weights are
+    another model's.
+    """
+    try:
+        return _fit(weights, config, shapes, source)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _fit(
+    weights: Mapping[str, Tensor], config: ModelConfig, shapes: Mapping[str, torch.Size], source: str
+) -> dict[str, Tensor]:
+    rows = len(weights[POSITIONS]) if POSITIONS in weights else 0
+    if POSITIONS in shapes and rows > FIRST_PATCH and rows != shapes[POSITIONS][0]:
+        weights, _ = resized(weights, config, config.image_size)
+        log.warning(
+            "%s: %d vision positions are interpolated to %d for model.image_size=%d",
+            source, rows, shapes[POSITIONS][0], config.image_size,
+        )  # fmt: skip
+    unused = [name for name in weights if name not in shapes]
+    for name in unused:
+        if not _in_any(_USE_OF_TASK, name):
+            raise ValueError(f"{_in_both_forms(name)} is no weight of a model with {_architecture(config)}")
+    for group, pattern in _USE_OF_TASK.items():
+        if any(re.fullmatch(pattern, name) for name in unused):
+            log.warning("%s: %s is not used", source, group)
+    used = {name: value for name, value in weights.items() if name in shapes}
+    for group in absent_groups(used, shapes):
+        log.warning("%s has no weights for %s: initial values are taken", source, group)
+    check_shapes(used, shapes)
+    return {name: value.float() for name, value in used.items()}

@@ -1,0 +1,124 @@
+"""The layout-neutral form of a training checkpoint: one entry per canonical parameter.
+
+    FOLDER/
+        shard_00000.safetensors   NAME: the fp32 master weight, NAME/exp_avg and NAME/exp_avg_sq: Adam's moments
+        state.json, config.yaml   as in the checkpoint
+        manifest.json             size and SHA-256 of every file above
+
+Every entry is a whole parameter, flattened in the order of its elements, and the parameters stand in the order of their
+names: the same training state gives the same bytes, whatever layout it was saved in. Shapes stand in the header under
+`fragments`. The folder is itself a checkpoint (see store.py), of one shard that is cut nowhere: training resumes from
+it in any layout, and a checkpoint of any layout turns into it. The file is written as a stream, so memory stays within
+a few buffers however large the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from beit3_dist.checkpoint.files import sync, write_json
+from beit3_dist.checkpoint.find import Damaged, damaged, read_manifest, wrong_digests
+from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.read import BUFFER, Shards
+
+_SHARD = "shard_00000.safetensors"
+
+
+def write_neutral(checkpoint: Path, folder: Path) -> None:
+    """Writes the neutral form of a checkpoint into a new folder, whole or not at all.
+
+    Raises ValueError where the checkpoint is damaged or incomplete, naming the file, or where the folder exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} already exists: remove it or choose another folder")
+    if damage := damaged(checkpoint):
+        raise Damaged(damage)
+    files = read_manifest(checkpoint)
+    if wrong := wrong_digests(checkpoint, files):
+        raise Damaged("; ".join(wrong))
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        manifest = {_SHARD: _write_shard(partial / _SHARD, checkpoint)}
+        for name, (size, digest) in files.items():
+            if not name.startswith("shard_"):
+                shutil.copyfile(checkpoint / name, partial / name)
+                sync(partial / name)
+                manifest[name] = {"bytes": size, "sha256": digest}
+        write_json(partial / "manifest.json", manifest)
+        partial.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _parameters(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], list[str]]]:
+    """Name -> shape of the whole parameter and the suffixes of what is stored of it, in the order of the names."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    suffixes: dict[str, set[str]] = {}
+    for path in checkpoint.glob("shard_*.safetensors"):
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        places = json.loads(header.pop("__metadata__")["fragments"])
+        shapes |= {name: tuple(place["shape"]) for name, place in places.items()}
+        for key in header:
+            name, slash, moment = key.partition("/")
+            suffixes.setdefault(name, set()).add(slash + moment)
+    return {name: (shapes[name], sorted(suffixes[name])) for name in sorted(shapes)}
+
+
+def _write_shard(path: Path, checkpoint: Path) -> dict[str, Any]:
+    """Streams a checkpoint's parameters into one safetensors file. Returns its entry of the manifest."""
+    parameters, shards = _parameters(checkpoint), Shards(checkpoint)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def write(content: Any) -> None:
+            digest.update(content)
+            file.write(content)
+
+        write(_header(parameters))
+        for name, (shape, suffixes) in parameters.items():
+            for suffix in suffixes:
+                for values in _stream(shards, name, shape, suffix):
+                    write(values.numpy())
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _header(parameters: dict[str, tuple[tuple[int, ...], list[str]]]) -> bytes:
+    """The head of the file: names and places of the float32 tensors that follow one another."""
+    places = {name: {"start": 0, "shape": shape, "cut": None} for name, (shape, _) in parameters.items()}
+    content: dict[str, Any] = {"__metadata__": {"fragments": json.dumps(places)}}
+    end = 0
+    for name, (shape, suffixes) in parameters.items():
+        for suffix in suffixes:
+            begin, end = end, end + 4 * math.prod(shape)
+            content[name + suffix] = {"dtype": "F32", "shape": [math.prod(shape)], "data_offsets": [begin, end]}
+    text = json.dumps(content).encode()
+    text += b" " * (-len(text) % 8)  # the values begin at a multiple of eight bytes
+    return struct.pack("<Q", len(text)) + text
+
+
+def _stream(shards: Shards, name: str, shape: tuple[int, ...], suffix: str) -> Iterator[Tensor]:
+    """The elements of a whole parameter (or moment) in order, float32, BUFFER at a time."""
+    numel = math.prod(shape)
+    for start in range(0, numel, BUFFER):
+        values = torch.empty(min(BUFFER, numel - start))
+        shards.fill(values, Piece(name, shape, start, {suffix: values}), suffix)
+        yield values

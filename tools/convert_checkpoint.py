@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Turns checkpoints and released weights into one another.
+
+    python tools/convert_checkpoint.py SOURCE DESTINATION --to neutral|safetensors|released|torchscale|timm [options]
+
+SOURCE, recognised by its content: a checkpoint of a training run (RUN/checkpoints/step_NNNNNNN, or a neutral one), a
+model folder, or a file (.pth, .safetensors) in the released, torchscale's or timm's form. DESTINATION is new:
+
+    neutral      a folder: one entry per parameter, weight and both moments; itself a checkpoint of any layout that
+                 `--checkpoint.resume DESTINATION` takes. SOURCE must be a checkpoint of a training run.
+    safetensors  a folder: model.safetensors, config.json, the text tokenizer. For inference and `--init_from`.
+    released     a .pth file as unilm publishes them
+    torchscale   a .pth or .safetensors file: the state dict of torchscale's BEiT3, which has no heads
+    timm         a .pth or .safetensors file: the vision side for timm's beit3_* models
+
+Notes of what a form leaves out go to standard error. A mistake is one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from beit3_dist.command_line import log_to_console, refuse
+
+log = logging.getLogger("beit3_dist.convert_checkpoint")
+
+DTYPES = ("fp16", "fp32")
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        prog="convert_checkpoint.py",
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=True,
+    )
+    parser.add_argument("source", type=Path)
+    parser.add_argument("destination", type=Path)
+    parser.add_argument("--to", required=True, choices=("neutral", "safetensors", "released", "torchscale", "timm"))
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in SOURCE)")
+    parser.add_argument("--image_size", type=int, help="interpolate the vision positions for pictures of this size")
+    parser.add_argument(
+        "--heads", choices=("keep", "drop"), default="keep", help="drop: the encoder alone (default: keep)"
+    )
+    parser.add_argument(
+        "--attention_heads", type=int, help="of a file whose width is not a released model's: weights do not tell"
+    )
+    parser.add_argument(
+        "--text_tokenizer", type=Path, help="SentencePiece file for the model folder (default: the run's, if it exists)"
+    )
+    options = parser.parse_args(list(arguments))
+    log_to_console()
+    try:
+        convert(options)
+    except (ValueError, OSError) as error:
+        refuse("convert_checkpoint.py", error)
+    print(f"wrote {options.destination}")
+
+
+def convert(options: Namespace) -> None:
+    """Raises ValueError or OSError with one line where it cannot be done."""
+    source, destination = options.source, options.destination
+    if destination.exists():
+        raise ValueError(f"{destination} already exists: remove it or choose another name")
+    if options.text_tokenizer and options.to != "safetensors":
+        raise ValueError(f"--text_tokenizer: only --to safetensors has a place for it, not --to {options.to}")
+    if options.to == "neutral":
+        _convert_to_neutral(options)
+        return
+    # torch takes seconds to import: a typo is reported before that.
+    from beit3_dist.checkpoint.fitting import absent_groups, resized, shapes_of, without_heads
+    from beit3_dist.checkpoint.formats import read_source
+    from beit3_dist.checkpoint.model_folder import save_model_folder
+    from beit3_dist.checkpoint.released import weights_to_released, weights_to_torchscale
+    from beit3_dist.checkpoint.timm_form import weights_to_timm
+
+    model = read_source(source, options.attention_heads)
+    weights, config = model.weights, model.config
+    if options.heads == "drop":
+        weights, model = without_heads(weights), replace(model, task=None)
+    if options.image_size:
+        weights, config = resized(weights, config, options.image_size)
+    weights = _in_precision(weights, options.dtype)
+    for group in absent_groups(weights, shapes_of(config)):
+        log.info("the result has no weights for %s", group)
+    if options.to == "safetensors":
+        tokenizer = options.text_tokenizer or model.text_tokenizer
+        log.info("text tokenizer: %s", tokenizer or "none; --text_tokenizer FILE adds one")
+        save_model_folder(destination, weights, config, task=model.task, text_tokenizer=tokenizer)
+    elif options.to == "released":
+        _write(destination, {"model": weights_to_released(weights)})
+    elif options.to == "torchscale":
+        _write(destination, weights_to_torchscale(weights))
+    else:
+        _write(destination, weights_to_timm(weights, config))
+
+
+def _convert_to_neutral(options: Namespace) -> None:
+    from beit3_dist.checkpoint.neutral import write_neutral
+
+    for name in ("dtype", "image_size", "attention_heads"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: the neutral form holds the training state as it is")
+    if options.heads != "keep":
+        raise ValueError("--heads drop: the neutral form holds the training state as it is")
+    if not (options.source / "manifest.json").is_file():
+        raise ValueError(
+            f"{options.source} is no checkpoint of a training run (RUN/checkpoints/step_NNNNNNN), "
+            "whose moments the neutral form holds; --to safetensors takes weights alone"
+        )
+    write_neutral(options.source, options.destination)
+
+
+def _in_precision(weights: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The weights as asked for. Raises ValueError where one is too large for fp16."""
+    import torch
+
+    if dtype is None:
+        return weights
+    converted = {n: value.to(torch.float16 if dtype == "fp16" else torch.float32) for n, value in weights.items()}
+    for name, value in converted.items():
+        if not torch.equal(value.isfinite(), weights[name].isfinite()):
+            raise ValueError(f"--dtype fp16: {name} has values beyond {torch.finfo(torch.float16).max:.0f}")
+    return converted
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """A file that is whole or absent, in the format that its name ends with."""
+    import torch
+
+    from beit3_dist.checkpoint.model_folder import save_safetensors
+
+    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+        raise ValueError(f"{path} is to be a file: its name ends with .pth or .safetensors")
+    if path.suffix == ".safetensors" and "model" in content:
+        raise ValueError(f"{path}: the released form is a .pth file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.new")
+    try:
+        if path.suffix == ".safetensors":
+            save_safetensors(aside, content)
+        else:
+            torch.save(content, aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
