@@ -31,6 +31,7 @@ from beit3_dist.checkpoint.files import sync, write_json
 from beit3_dist.checkpoint.find import Damaged, damaged, read_manifest, wrong_digests
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.read import BUFFER, Shards
+from beit3_dist.checkpoint.snapshot import shard_header
 
 _SHARD = "shard_00000.safetensors"
 
@@ -84,6 +85,8 @@ def _parameters(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], list[str]]
 def _write_shard(path: Path, checkpoint: Path) -> dict[str, Any]:
     """Streams a checkpoint's parameters into one safetensors file. Returns its entry of the manifest."""
     parameters, shards = _parameters(checkpoint), Shards(checkpoint)
+    pieces = [Piece(name, shape, 0, {}) for name, (shape, _) in parameters.items()]
+    stored = [(name, suffix, shape) for name, (shape, suffixes) in parameters.items() for suffix in suffixes]
     digest = hashlib.sha256()
     with open(path, "wb") as file:
 
@@ -91,28 +94,13 @@ def _write_shard(path: Path, checkpoint: Path) -> dict[str, Any]:
             digest.update(content)
             file.write(content)
 
-        write(_header(parameters))
-        for name, (shape, suffixes) in parameters.items():
-            for suffix in suffixes:
-                for values in _stream(shards, name, shape, suffix):
-                    write(values.numpy())
+        write(shard_header(pieces, {name + suffix: math.prod(shape) for name, suffix, shape in stored}))
+        for name, suffix, shape in stored:
+            for values in _stream(shards, name, shape, suffix):
+                write(values.numpy())
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _header(parameters: dict[str, tuple[tuple[int, ...], list[str]]]) -> bytes:
-    """The head of the file: names and places of the float32 tensors that follow one another."""
-    places = {name: {"start": 0, "shape": shape, "cut": None} for name, (shape, _) in parameters.items()}
-    content: dict[str, Any] = {"__metadata__": {"fragments": json.dumps(places)}}
-    end = 0
-    for name, (shape, suffixes) in parameters.items():
-        for suffix in suffixes:
-            begin, end = end, end + 4 * math.prod(shape)
-            content[name + suffix] = {"dtype": "F32", "shape": [math.prod(shape)], "data_offsets": [begin, end]}
-    text = json.dumps(content).encode()
-    text += b" " * (-len(text) % 8)  # the values begin at a multiple of eight bytes
-    return struct.pack("<Q", len(text)) + text
 
 
 def _stream(shards: Shards, name: str, shape: tuple[int, ...], suffix: str) -> Iterator[Tensor]:

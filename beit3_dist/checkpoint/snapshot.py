@@ -45,7 +45,7 @@ class Snapshot:
             self._values = torch.empty(sum(sizes), pin_memory=self._device.type == "cuda")
         for place, values in zip(self._values.split(sizes), tensors.values(), strict=True):
             place.copy_(values.detach(), non_blocking=True)
-        self._header = _header(held, dict(zip(tensors, sizes, strict=True)))
+        self._header = shard_header(held, dict(zip(tensors, sizes, strict=True)))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -54,7 +54,7 @@ class Snapshot:
         return {"bytes": self.bytes, "sha256": write_with_digest(path, [self._header, self._values.numpy().data])}
 
 
-def _header(pieces: list[Piece], sizes: dict[str, int]) -> bytes:
+def shard_header(pieces: list[Piece], sizes: dict[str, int]) -> bytes:
     """The head of a safetensors file of float32 tensors that lie one after the other."""
     places = {
         piece.name: {"start": piece.start, "shape": piece.shape, "cut": piece.cut and asdict(piece.cut)}
