@@ -341,6 +341,29 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class GuardConfig:
+    """What a run watches itself for. None of it changes what an undisturbed run computes."""
+
+    max_skipped_steps: int = 10
+    """A step whose loss or gradient is not finite is skipped: it changes nothing, and OUT/skipped.jsonl names its
+    samples. The run stops with a report after so many of them in a row."""
+    spike_window: int = 200
+    """Steps whose median loss a step's loss is compared with; no warning before so many."""
+    spike_factor: float = 8.0
+    """Warns of a loss that lies so many robust standard deviations (1.4826 x the median distance from the median, at
+    least a thousandth of the median) above that median; 0 turns the warning off."""
+    step_timeout_s: float = 1800.0
+    """Seconds that a step may take, its validation and its checkpoint included; the first step of a process may take
+    three times as long. After that all threads' stacks go to OUT/logs/ and the run ends. 0: there is no limit."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_skipped_steps", "spike_window"):
+            require(getattr(self, name) > 0, f"guards.{name} must be positive, not {getattr(self, name)}")
+        for name in ("spike_factor", "step_timeout_s"):
+            require(getattr(self, name) >= 0, f"guards.{name}={getattr(self, name)} is negative")
+
+
+@dataclass(kw_only=True)
 class TrainingConfig:
     """What pretraining and fine-tuning share."""
 
@@ -369,6 +392,8 @@ class TrainingConfig:
     """AdamW and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Bad steps, loss spikes, hanging steps."""
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps must be positive, not {self.steps}")

@@ -80,18 +80,19 @@ def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
 
 def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int) -> None:
     """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, moments zero."""
-    inner = _inner(optimizer)
+    inner, is_new = _inner(optimizer), False
     for piece in pieces:
         state = inner.state[piece.flat]
         if MOMENTS[0] in state:
             continue
+        is_new = True
         state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in MOMENTS})
         if isinstance(inner, torch.optim.AdamW):
             on_device = inner.defaults.get("fused")
             state["step"] = torch.tensor(float(steps), device=piece.flat.device if on_device else "cpu")
         else:  # DeepSpeed's CPU Adam counts per tensor, Apex per group
             state["step"] = steps
-    if not isinstance(inner, torch.optim.AdamW):
+    if is_new and not isinstance(inner, torch.optim.AdamW):
         for group in inner.param_groups:
             group["step"] = steps
 

@@ -15,7 +15,9 @@ from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.training.checkpointing import Checkpoints, contribution, load_checkpoint, whole_checkpoint
 from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.guards import Guards
 from beit3_dist.training.metrics import Timing
+from beit3_dist.training.preemption import Preempted
 from beit3_dist.training.run_folder import RunFolder
 from beit3_dist.training.schedule import learning_rate
 
@@ -59,12 +61,13 @@ class Job(Protocol):
 
 
 def train(job: Job) -> None:
-    """Trains from `job.state` to `config.steps`."""
+    """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved."""
     config, mesh = job.config, job.mesh
     groups = connect(mesh)
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     state = job.state
     run = RunFolder(Path(config.out), config, mesh, state.step)
+    guards = Guards(config, mesh, run)
     engine = job.start(groups)
     if mesh.is_first and state.step == 0:
         run.quarantine(0, job.first_faults())
@@ -74,22 +77,30 @@ def train(job: Job) -> None:
     checkpoints = Checkpoints(config, mesh, lambda: contribution(engine))
 
     for step in range(state.step, config.steps):
+        guards.begin(step + 1)
         started = time.perf_counter()
         batch = job.next_batch()
         data_wait = time.perf_counter() - started
         lr = learning_rate(step, config.steps, config.optim)
         result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
 
-        state.advance(job.samples, batch.replaced)
+        state.advance(job.samples, batch.replaced, result.skipped)
         if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
             run.quarantine(state.step, [fault for b in batch.micro_batches for fault in b.faults])
-        run.step(job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started)))
+        record = job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started))
+        run.step(record | {"skipped": int(result.skipped)})
+        must_go = guards.check(state.step, batch, record["loss"], result.skipped)
         if (losses := job.evaluate()) is not None:
             run.evaluation({"step": state.step} | losses)
-        if state.step % config.checkpoint.every == 0 or state.step == config.steps:
+        if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:
             checkpoints.save(state)
         else:
             checkpoints.check()
         job.check()
+        if must_go:
+            break
     checkpoints.wait()
+    guards.close()
     run.close()
+    if state.step < config.steps:
+        raise Preempted(f"asked to go: saved after step {state.step} of {config.steps}")

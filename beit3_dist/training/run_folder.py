@@ -23,14 +23,15 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """OUT: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl, logs/rank*.log.
+    """OUT: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl, skipped.jsonl, logs/rank*.log.
 
     Records after `step` (of a run that was killed and resumes at `step`) are moved aside. Collective.
     """
 
     def __init__(self, out: Path, config: TrainingConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(out / "logs" / f"rank{mesh.rank:05d}.log")
+        self.log_file = out / "logs" / f"rank{mesh.rank:05d}.log"
+        handler = logging.FileHandler(self.log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         logging.getLogger("beit3_dist").setLevel(logging.INFO)
@@ -39,9 +40,11 @@ class RunFolder:
         if mesh.is_first:
             write_text(out / "config.yaml", to_yaml(config))
             self._reporter = Reporter(out, step, config.steps)
-            JsonLines(out / "quarantine.jsonl", step).close()
-        dist.barrier()  # the first process has cut the file back
+            for name in ("quarantine.jsonl", "skipped.jsonl"):
+                JsonLines(out / name, step).close()
+        dist.barrier()  # the first process has cut the files back
         self._quarantine = JsonLines(out / "quarantine.jsonl", None)
+        self._skipped = JsonLines(out / "skipped.jsonl", None)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """The record of a training step."""
@@ -62,6 +65,10 @@ class RunFolder:
         """One line for each sample that this process had to replace."""
         for fault in faults:
             self._quarantine.write({"step": step, **asdict(fault)})
+
+    def skipped(self, step: int, sample_ids: Mapping[str, list[int]]) -> None:
+        """One line for a step that was skipped: this process's samples by stream."""
+        self._skipped.write({"step": step, **sample_ids})
 
     def close(self) -> None:
         """Flushes everything."""

@@ -1,0 +1,92 @@
+"""When one process fails: all end within seconds, and the first error is what is shown last.
+
+A process that fails leaves the others waiting in a collective, for NCCL half an hour long. So it puts a mark into the
+key-value store through which the processes found one another. Every process looks there once a second (watchdog.py)
+and ends silently when it sees the mark; the errors that its death causes elsewhere are only consequences and are
+kept out of the terminal. The process that failed first waits for the others to go, and then prints its error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from beit3_dist.command_line import STOPPED
+
+WAIT_S = 5.0
+"""How long the process that failed first waits for the others to be gone."""
+
+
+class FailureBoard:
+    """The mark in the store. A connection of its own, so that no other use of the store holds it up."""
+
+    def __init__(self) -> None:
+        """Needs MASTER_ADDR and MASTER_PORT, and a process group that was started through them."""
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=WAIT_S),
+        )
+        # torchrun restarts the processes but not the store.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"beit3_dist/failure/{attempt}", store)
+        self._others = dist.get_world_size() - 1
+
+    def post(self) -> bool:
+        """Puts the mark up. Whether this process is the first to do so."""
+        return self._store.add("failed", 1) == 1
+
+    def is_posted(self) -> bool:
+        """Whether some process has failed."""
+        return self._store.check(["failed"])
+
+    def leave(self) -> None:
+        """Says that this process ends because of the mark."""
+        self._store.add("gone", 1)
+
+    def wait_for_others(self) -> None:
+        """Returns when all other processes have left, or after WAIT_S."""
+        deadline = time.monotonic() + WAIT_S
+        while self._store.add("gone", 0) < self._others and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+
+def end_after_failure(message: str) -> NoReturn:
+    """Ends this process at once, in whatever state it is; prints the message if no other process failed before it."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends us when it sees another one end
+    if _is_first():
+        print(message.rstrip(), file=sys.stderr, flush=True)
+    end_now()
+
+
+def end_now() -> NoReturn:
+    """Ends this process without Python's orderly end, which would wait for collectives that never finish."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(STOPPED)
+
+
+def _is_first() -> bool:
+    """Whether this process failed before all others; they are gone then."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    try:
+        board = FailureBoard()
+        if board.post():
+            board.wait_for_others()
+            return True
+        board.leave()
+        return False
+    except RuntimeError:  # the store died with its process, so that nobody can say who was first
+        return True

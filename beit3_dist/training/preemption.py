@@ -1,0 +1,44 @@
+"""A signal that the process has to go soon, turned into a checkpoint at the next step boundary.
+
+Slurm sends SIGTERM or the signal of `--signal` before it takes a job's nodes away; other schedulers send SIGTERM. The
+signal may reach some processes earlier than others, or some not at all, so all of them agree after every step.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+PREEMPTED = 75
+"""Exit code of a run that was asked to go and has saved: it can be started again (EX_TEMPFAIL of sysexits.h)."""
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Preempted(Exception):
+    """The run was asked to go, and has saved where it was."""
+
+
+class StopRequest:
+    """Whether the run was asked to go. Listens from its making until `close`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._asked = device, False
+        self._former = {number: signal.signal(number, self._ask) for number in SIGNALS}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Whether any process was asked; the same answer in all. Collective."""
+        asked = torch.tensor(int(self._asked), device=self._device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked)
+
+    def close(self) -> None:
+        """The signals mean again what they meant before."""
+        for number, handler in self._former.items():
+            signal.signal(number, handler)

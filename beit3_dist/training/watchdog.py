@@ -1,0 +1,93 @@
+"""A thread that ends this process when a step hangs or when another process has failed."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import socket
+import threading
+import time
+from pathlib import Path
+
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.failure import FailureBoard, end_after_failure, end_now
+
+log = logging.getLogger(__name__)
+
+FIRST_STEP = 3
+"""The first step of a process may take so many times the limit: kernels are compiled, caches are filled."""
+
+LOOK_S = 1.0
+"""Seconds between two looks at the clock and at the other processes."""
+
+GONE_S = 10.0
+"""The store may be out of reach for so long (the first process ends a moment before the others) until it counts as
+dead."""
+
+BACKSTOP_S = 60.0
+"""After so many seconds more the process is ended even where a hanging call in C keeps every Python thread waiting."""
+
+
+class Watchdog:
+    """Watches from its making until `close`. The stacks of all threads go into the process's log before it is ended."""
+
+    def __init__(self, limit_s: float, mesh: Mesh, log_file: Path) -> None:
+        """`limit_s`: seconds that a step may take, its validation and its checkpoint included; 0: any time."""
+        self._limit_s, self._mesh = limit_s, mesh
+        self._stacks = open(log_file, "a")  # noqa: SIM115 (open as long as the process)
+        self._board = FailureBoard() if mesh.world > 1 else None
+        self._step, self._deadline = 0, float("inf")
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """Step number `step` begins, and the one before has ended."""
+        if self._limit_s:
+            limit_s = self._limit_s * (FIRST_STEP if self._step == 0 else 1)
+            self._step, self._deadline = step, time.monotonic() + limit_s
+            faulthandler.dump_traceback_later(limit_s + BACKSTOP_S, exit=True, file=self._stacks)
+
+    def close(self) -> None:
+        """The run is over."""
+        if self._limit_s:
+            faulthandler.cancel_dump_traceback_later()
+        self._closed.set()
+        self._thread.join()
+        self._stacks.close()
+
+    def _watch(self) -> None:
+        last_seen = time.monotonic()
+        while not self._closed.wait(LOOK_S):
+            if time.monotonic() > self._deadline:
+                self._end_hanging_step()
+            try:
+                if self._board and self._board.is_posted():
+                    self._end_with_the_others()
+                last_seen = time.monotonic()
+            except RuntimeError as error:
+                if time.monotonic() - last_seen > GONE_S:
+                    log.error("the first process cannot be reached any more (%s): ending this one", error)
+                    self._dump()
+                    end_now()
+
+    def _end_hanging_step(self) -> None:
+        self._dump()
+        message = (
+            f"step {self._step} has taken longer than guards.step_timeout_s={self._limit_s:g} seconds allow; rank "
+            f"{self._mesh.rank} on {socket.gethostname()} ends the run. What each process was doing stands in "
+            f"{Path(self._stacks.name).parent}/rank*.log"
+        )
+        log.error(message)
+        end_after_failure(message)
+
+    def _end_with_the_others(self) -> None:
+        assert self._board is not None
+        log.error("another process has failed: ending this one; its stacks follow")
+        self._dump()
+        self._board.leave()
+        end_now()
+
+    def _dump(self) -> None:
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        self._stacks.flush()
