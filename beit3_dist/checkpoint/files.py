@@ -31,9 +31,14 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def as_json(value: Any) -> str:
+    """Indented JSON, as files hold it."""
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, as_json(value))
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from beit3_dist.checkpoint.files import sha256
+from beit3_dist.checkpoint.files import as_json, sha256
 from beit3_dist.checkpoint.store import FORMAT, TrainState, checkpoints
 
 if TYPE_CHECKING:
@@ -78,15 +78,18 @@ def damaged(path: Path) -> str:
         try:
             found = (path / name).stat().st_size
         except OSError as error:
-            return f"{path} is no whole checkpoint: {error}"
+            return f"{path} is no whole checkpoint, it lacks a file of its manifest.json: {error}"
         if found != size:
-            return f"{path / name} has {found} bytes, its manifest says {size}"
+            return f"{path / name} has {found} bytes, its manifest.json says {size}"
     return "; ".join(wrong_digests(path, SMALL_FILES))
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     """File name -> size in bytes and SHA-256 of a checkpoint. Raises OSError or ValueError where it cannot be read."""
-    content = json.loads((path / "manifest.json").read_text())
+    text = (path / "manifest.json").read_text()
+    content = json.loads(text)
+    if text != as_json(content):  # a name twice, a byte less at the end
+        raise ValueError("it is not as it was written")
     try:
         return {name: (entry["bytes"], entry["sha256"]) for name, entry in content.items()}
     except (AttributeError, KeyError, TypeError) as error:
@@ -102,7 +105,7 @@ def wrong_digests(path: Path, names: Iterable[str]) -> list[str]:
             right = sha256(path / name) == manifest[name][1]
         except OSError as error:
             return str(error)
-        return "" if right else f"{path / name}: the SHA-256 is not the manifest's; the file is damaged"
+        return "" if right else f"{path / name}: the SHA-256 is not the one in manifest.json: the file is damaged"
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         return [found for found in threads.map(fault, names) if found]

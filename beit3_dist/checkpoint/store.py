@@ -20,7 +20,6 @@ boundaries of training steps.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from beit3_dist.checkpoint.files import entry, sync, write_json, write_text
+from beit3_dist.checkpoint.files import as_json, entry, sync, write_json, write_text
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.snapshot import Snapshot
 
@@ -159,7 +158,7 @@ class Store:
         texts = {}
         if self._is_first:
             content = {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions}
-            texts = {"state.json": json.dumps(content, indent=1) + "\n", "config.yaml": config_yaml}
+            texts = {"state.json": as_json(content), "config.yaml": config_yaml}
         partial = self._partial(state.step)
 
         def write() -> dict[str, dict[str, Any]]:

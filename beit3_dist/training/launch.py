@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from beit3_dist.checkpoint.find import Damaged
 from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, refuse
 from beit3_dist.training.failure import end_after_failure
 from beit3_dist.training.preemption import PREEMPTED, Preempted
@@ -30,6 +31,8 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         refuse(program, error)
     try:
         train(ready)
+    except Damaged as damage:  # which it takes all processes to find
+        refuse(program, damage)
     except RunStopped as stop:
         refuse(program, stop, exit_code=STOPPED)
     except Preempted as stop:
