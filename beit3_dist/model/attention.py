@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -63,10 +65,11 @@ class Attention(nn.Module):
             Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps)) if config.sub_layernorm else None
         )
         self.out = Multiway(experts, linear)
+        self.attend: Callable[[Tensor, Tensor, Tensor, Layout], Tensor] = attend  # decoding.py puts a cache here
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         q, k, v = (project(x_TD, layout).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        mixed_TD = attend(q, k, v, layout).flatten(-2)
+        mixed_TD = self.attend(q, k, v, layout).flatten(-2)
         if self.inner_norm is not None:
             mixed_TD = self.inner_norm(mixed_TD, layout)
         return self.out(mixed_TD, layout)

@@ -1,0 +1,141 @@
+"""Writing about pictures, word by word, with a cache of keys and values.
+
+A caption is written by masked prediction in UniLM's order (Dong et al. 2019): the model sees the picture, the words so
+far and one <mask>, and predicts the word at the mask. Patches see no words and a word sees no later ones, so keys and
+values of the picture and of written words never change: a step runs the last word and the mask alone.
+
+Shape letters: B pictures, K captions of each picture (beams), P its CLS + patches, H heads, d a head's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.layout import Group, Layout
+
+
+def caption_mask(patches: int, words: int) -> Tensor:
+    """UniLM's sequence-to-sequence mask, bool [N, N] for N = patches + words, True where a query may attend to a key.
+
+    Patches see all patches and no words; a word sees all patches, itself and the words before it. `patches` counts
+    CLS.
+    """
+    may_attend = torch.ones(patches + words, patches + words, dtype=torch.bool).tril()
+    may_attend[:patches, :patches] = True
+    return may_attend
+
+
+class Decoder:
+    """K unfinished captions of each of B pictures, under one model.
+
+    The pictures are encoded once, on construction, and their keys and values are kept once for all K captions: the
+    words of a picture's captions are the words of one sample, between whose captions attention is masked. Words lie
+    step by step, so that a step's mask is overwritten by the word that takes its place.
+
+    Only the model's modules are called, so their hooks (ZeRO-3, tensor parallelism) run; with a pipeline there is no
+    whole model to call. Every call of `step` is one pass over all blocks, whatever the words are.
+    """
+
+    def __init__(self, model: BEiT3, images: Tensor, captions: int, max_words: int) -> None:
+        """`images`: [B, 3, S, S] in [-1, 1]. `max_words`: how often `step` can be called.
+
+        Raises ValueError where the model has no positions for so many words.
+        """
+        if max_words >= model.config.max_text_length:
+            raise ValueError(
+                f"captions of {max_words} words and <s> are longer than model.max_text_length="
+                f"{model.config.max_text_length}"
+            )
+        self.model, self.captions, self.written = model, captions, 0
+        self.samples, self.device = len(images), images.device
+        patches = 1 + model.config.patches
+        self._caches = [_Cache(patches, captions, max_words + 1) for _ in model.blocks]
+        self._run(model.vision_embedding(images).flatten(0, 1), Group(self.samples, patches, 0))
+
+    def step(self, words: Tensor, mask: int) -> Tensor:
+        """Logits [B, K, vocabulary] of each caption's next word, after its last word of `words`, int64 [B, K].
+
+        The first step's words are <s>. `mask`: id of <mask>.
+        """
+        pair = torch.stack([words, torch.full_like(words, mask)], dim=1)  # [B, 2, K]
+        positions = torch.arange(self.written, self.written + 2, device=self.device)[:, None].expand_as(pair)
+        embedded = self.model.language_embedding(pair.flatten(), positions.flatten())
+        hidden = self._run(embedded, Group(self.samples, 0, 2 * self.captions))
+        self.written += 1
+        at_mask = hidden.view(self.samples, 2, self.captions, -1)[:, 1]
+        return self.model.text_logits(at_mask.flatten(0, 1)).unflatten(0, (self.samples, self.captions))
+
+    def follow(self, origins: Tensor) -> None:
+        """Caption k of picture b goes on from what was its caption origins[b, k]; int64 [B, K]."""
+        for cache in self._caches:
+            cache.follow(origins, self.written)
+
+    def _run(self, x_TD: Tensor, group: Group) -> Tensor:
+        """The blocks' output for the next tokens of every sample: its patches or its words."""
+        with _remembering(self.model, self._caches):
+            return self.model.blocks(x_TD, Layout(pairs=group), None)
+
+
+class _Cache:
+    """Keys and values of one block, and attention to them."""
+
+    def __init__(self, patches: int, captions: int, steps: int) -> None:
+        self.patches, self.captions = patches, captions
+        self.capacity = patches + captions * steps
+        self.length = 0
+        """Tokens that stay: patches, then words, K a step."""
+        self.keys = self.values = torch.empty(0)
+        """[B, H, capacity, d], allocated by the first call, which knows the kind of tensor."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        """`attention.attend` for new tokens [B * n, H, d] that also see what is remembered. All patches stay; of
+        words, only the first of a step's two."""
+        samples = layout.pairs.samples
+        q, k, v = (tensor.unflatten(0, (samples, -1)).transpose(1, 2) for tensor in (q, k, v))
+        start, end = self.length, self.length + q.shape[2]
+        if start == 0:
+            self.keys = k.new_empty(*k.shape[:2], self.capacity, k.shape[3])
+            self.values = torch.empty_like(self.keys)
+        self.keys[:, :, start:end], self.values[:, :, start:end] = k, v
+        mixed = scaled_dot_product_attention(
+            q, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=self._mask(start, end, q.device)
+        )
+        self.length = end if start == 0 else start + self.captions
+        return mixed.transpose(1, 2).flatten(0, 1)
+
+    def _mask(self, start: int, end: int, device: torch.device) -> Tensor | None:
+        """Which of the tokens [0, end) those of [start, end) see; None: all."""
+        if start == 0:
+            return None
+        token = torch.arange(self.patches, end, device=device) - self.patches
+        step, caption = token // self.captions, token % self.captions
+        new = slice(start - self.patches, None)
+        words = (caption[new, None] == caption) & (step[new, None] >= step)
+        return torch.cat([words.new_ones(len(words), self.patches), words], dim=1)
+
+    def follow(self, origins: Tensor, steps: int) -> None:
+        for tensor in (self.keys, self.values):
+            words = tensor[:, :, self.patches : self.length].unflatten(2, (steps, self.captions))
+            index = origins[:, None, None, :, None].expand_as(words)
+            tensor[:, :, self.patches : self.length] = words.gather(3, index).flatten(2, 3)
+
+
+@contextmanager
+def _remembering(model: BEiT3, caches: list[_Cache]) -> Iterator[None]:
+    """Inside, every block's attention goes through its cache."""
+    attentions: list[Any] = [block.attention for block in model.blocks.values()]
+    usual = [attention.attend for attention in attentions]
+    try:
+        for attention, cache in zip(attentions, caches, strict=True):
+            attention.attend = cache
+        yield
+    finally:
+        for attention, attend in zip(attentions, usual, strict=True):
+            attention.attend = attend

@@ -1,0 +1,148 @@
+"""Captions by beam search.
+
+The score of a caption is sum(log p of its words, </s> included) / length^penalty (Wu et al. 2016, without the constant
+of their length term, as most captioning code has it). At every step the K best extensions of a picture's open captions
+are looked at; those that end in </s> are finished. A picture is done when K of its captions have finished, or when no
+open one can overtake the best finished one any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.decoding import Decoder
+
+
+class Vocabulary(Protocol):
+    """The ids that writing needs; `data.text.TextTokenizer` is one."""
+
+    @property
+    def bos(self) -> int: ...
+
+    @property
+    def eos(self) -> int: ...
+
+    @property
+    def mask(self) -> int: ...
+
+    @property
+    def words(self) -> range:
+        """Ids that may be written besides </s>."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Numbers of a search, as in `generate`."""
+
+    beams: int
+    length_penalty: float
+    max_words: int
+
+
+@torch.no_grad()
+def generate(
+    model: BEiT3,
+    images: Tensor,
+    vocabulary: Vocabulary,
+    *,
+    beams: int = 3,
+    length_penalty: float = 0.6,
+    max_words: int = 31,
+    agree: Callable[[bool], bool] = lambda done: done,
+) -> list[list[int]]:
+    """The best caption found of each picture [B, 3, S, S], without <s> and </s>. A picture's does not depend on which
+    others are in the batch.
+
+    `max_words` counts </s>; a caption that reaches it is cut there, and competes as it is. `agree`: called after every
+    step with whether all pictures of this process are done; the search ends when it returns True. Under ZeRO-3 and
+    tensor parallelism all ranks must end at the same step: let it be a reduction over the ranks.
+
+    Raises ValueError for numbers that cannot be, RuntimeError where the model's logits are not finite.
+    """
+    if beams < 1 or max_words < 1 or length_penalty < 0:
+        raise ValueError(
+            f"beams={beams} and max_words={max_words} must be positive, length_penalty={length_penalty} not negative"
+        )
+    decoder = Decoder(model, images, beams, max_words)
+    search = _Search(beams, length_penalty, max_words)
+    beam = _Beams(len(images), vocabulary, model.config.vocab_size, search, images.device)
+    for _ in range(max_words):
+        beam.extend(decoder.step(beam.last_words, vocabulary.mask), decoder.follow)
+        if agree(bool(beam.done.all())):
+            break
+    return beam.best()
+
+
+class _Beams:
+    """K open captions and the best finished one of each of B pictures, as tensors."""
+
+    def __init__(self, pictures: int, vocabulary: Vocabulary, rows: int, search: _Search, device: torch.device) -> None:
+        self.search, self.eos = search, vocabulary.eos
+        self.step = 0
+        self.last_words = torch.full((pictures, search.beams), vocabulary.bos, device=device)
+        """int64 [B, K]: what the next word follows."""
+        self.words = torch.full((pictures, search.beams, search.max_words), self.eos, device=device)
+        """int64 [B, K, max_words]: the open captions, </s> where nothing is written yet."""
+        # All captions begin alike: only the first counts, or they would stay alike.
+        self.sums = torch.full((pictures, search.beams), -torch.inf, device=device)
+        self.sums[:, 0] = 0.0
+        self.finished = torch.zeros(pictures, dtype=torch.int64, device=device)
+        self.done = torch.zeros(pictures, dtype=torch.bool, device=device)
+        self.best_score = torch.full((pictures,), -torch.inf, device=device)
+        self.best_words = self.words[:, 0].clone()
+        self.writable = torch.full((rows,), -torch.inf, device=device)
+        """[V]: 0 for what may be written, else -inf."""
+        self.writable[vocabulary.words.start : vocabulary.words.stop] = 0.0
+        self.writable[self.eos] = 0.0
+
+    def extend(self, logits: Tensor, follow: Callable[[Tensor], None]) -> None:
+        """One more word, from logits [B, K, V]; `follow` learns which caption each open one goes on from."""
+        self.step += 1
+        candidates = self.sums[:, :, None] + (logits.float() + self.writable).log_softmax(-1)
+        # Each caption has one candidate that ends, so among 2 K candidates there are K that go on.
+        sums, index = candidates.flatten(1).topk(2 * self.search.beams)
+        origins, words = index // logits.shape[2], index % logits.shape[2]
+        ends = words == self.eos
+
+        complete = ends & torch.isfinite(sums)
+        complete[:, self.search.beams :] = False  # K = 1 is greedy search
+        self._finish(sums, origins, complete)
+        self.finished += complete.sum(1)
+
+        self.sums, chosen = sums.masked_fill(ends, -torch.inf).topk(self.search.beams)
+        origins, words = origins.gather(1, chosen), words.gather(1, chosen)
+        self.words = self.words.gather(1, origins[:, :, None].expand_as(self.words))
+        self.words[:, :, self.step - 1] = self.last_words = words
+        follow(origins)
+
+        # Sums only fall, so no open caption can end with a better score than its sum over the greatest length gives.
+        reachable = self.sums.amax(1) / self.search.max_words**self.search.length_penalty
+        self.done |= (self.finished >= self.search.beams) | (self.best_score >= reachable)
+
+        if self.step == self.search.max_words:  # the cut ones
+            here = torch.arange(self.search.beams, device=origins.device).expand_as(origins)
+            self._finish(self.sums, here, torch.isfinite(self.sums))
+            self.done.fill_(True)
+
+    def _finish(self, sums: Tensor, origins: Tensor, complete: Tensor) -> None:
+        """Keeps the best of the complete captions [B, n] where it beats the best so far, in pictures not yet done."""
+        scores = sums.masked_fill(~complete, -torch.inf) / self.step**self.search.length_penalty
+        score, place = scores.max(1)
+        better = (score > self.best_score) & ~self.done
+        origin = origins.gather(1, place[:, None])[:, :, None].expand(-1, -1, self.search.max_words)
+        self.best_words = torch.where(better[:, None], self.words.gather(1, origin)[:, 0], self.best_words)
+        self.best_score = torch.where(better, score, self.best_score)
+
+    def best(self) -> list[list[int]]:
+        """The best captions."""
+        if not bool(torch.isfinite(self.best_score).all()):
+            raise RuntimeError("the model's logits of words are not finite: captions cannot be ranked")
+        rows: list[list[int]] = self.best_words.tolist()
+        return [row[: row.index(self.eos)] if self.eos in row else row for row in rows]
