@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from beit3_dist.checkpoint.find import read_manifest
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.config import CheckpointConfig, ParallelConfig
-from tests.equality import assert_close
 from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
 from tests.parallel.workers import free_port, run_workers
 
@@ -68,30 +68,37 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
     assert list(Path(disturbed).glob("metrics.tail-*.jsonl")), "the tail of the killed run is kept aside"
 
 
-def test_goes_on_in_other_layouts(tmp_path: Path) -> None:
-    """dp2 ZeRO-3 -> tp2 ZeRO-1 with sharded tokens -> one process -> tp2pp2 ZeRO-3 -> dp2: the losses within fp32."""
-    config = run_config(tmp_path)
-    whole = replace(config, out=str(tmp_path / "whole"))
-    assert run_workers(2, train, whole) == ["", ""]
-    reference = metrics(whole.out)
-    layouts = [
-        (2, ParallelConfig(zero_stage=1, tensor=2, sequence=True)),
-        (1, ParallelConfig(zero_stage=0)),
-        (4, ParallelConfig(zero_stage=3, tensor=2, pipeline=2)),
-        (2, ParallelConfig(zero_stage=2)),
-    ]
-    start, source = 4, Path(whole.out, "checkpoints", "step_0000004")
-    for number, (world, parallel) in enumerate(layouts):
-        other = replace(
-            config,
-            out=str(tmp_path / f"changed-{number}"),
-            parallel=parallel,
-            checkpoint=CheckpointConfig(every=start + 2, resume=str(source)),
-        )
-        assert set(run_workers(world, train, other, tensor=parallel.tensor, pipeline=parallel.pipeline)) == {""}
-        ours = metrics(other.out)
-        assert [r["sample_hash"] for r in ours] == [r["sample_hash"] for r in reference[start:]]
+LAYOUTS = {  # name -> processes and layout
+    "dp2-zero1": (2, ParallelConfig(zero_stage=1)),
+    "dp2-zero3": (2, ParallelConfig(zero_stage=3)),
+    "dp2tp2pp2-zero1": (8, ParallelConfig(zero_stage=1, tensor=2, pipeline=2, sequence=True)),
+    "dp2tp2pp2-zero3": (8, ParallelConfig(zero_stage=3, tensor=2, pipeline=2)),
+}
+
+
+def shard_digests(checkpoint: Path) -> dict[str, str]:
+    """Digest of every rank's weights and moments."""
+    return {name: digest for name, (_, digest) in read_manifest(checkpoint).items() if name.startswith("shard_")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resumed_at_half_time_is_bitwise_the_uninterrupted_run(layout: str, tmp_path: Path) -> None:
+    """Losses, gradient norms, sample hashes as they were written, every bit of them; all weights and moments."""
+    world, parallel = LAYOUTS[layout]
+    whole = run_config(tmp_path, out=str(tmp_path / "whole"), steps=6, parallel=parallel,
+                       checkpoint=CheckpointConfig(every=3, keep=0))  # fmt: skip
+    mesh = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    assert set(run_workers(world, train, whole, **mesh)) == {""}
+    half = Path(whole.out, "checkpoints", "step_0000003")
+    second = replace(whole, out=str(tmp_path / "second"), checkpoint=CheckpointConfig(every=3, resume=str(half)))
+    assert set(run_workers(world, train, second, **mesh)) == {""}
+
+    assert [record["step"] for record in metrics(second.out)] == [4, 5, 6]
+    for ours, expected in zip(reproducible(second.out), reproducible(whole.out)[3:], strict=True):
         for name in ("loss", "loss_image", "loss_text", "loss_pair_image", "loss_pair_text", "grad_norm"):
-            changed, expected = (torch.tensor([r[name] for r in records]) for records in (ours, reference[start:]))
-            assert_close(changed, expected, f"{name} of {parallel}")
-        start, source = start + 2, Path(other.out, "checkpoints", f"step_{start + 2:07d}")
+            assert ours[name].hex() == expected[name].hex(), f"{name} of step {ours['step']}"
+        assert ours == expected
+    ours, expected = (shard_digests(Path(run.out, "checkpoints", "step_0000006")) for run in (second, whole))
+    assert len(ours) == world and ours == expected
+    assert ours != shard_digests(half)
