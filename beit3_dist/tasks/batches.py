@@ -1,0 +1,258 @@
+"""Batches of a downstream task: which examples, in which order, with which views; a pure function of their places.
+
+Training goes through a keyed permutation in each epoch; its state is the number of samples consumed. Validation goes
+through the stored order once: every rank gets as many batches as the others, and what fills the last ones up is marked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from beit3_dist.config import DataConfig
+from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.order import generator, mix, permute
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.transforms import decode
+from beit3_dist.tasks.augmentation import Mixing, Views
+from beit3_dist.tasks.examples import Example, TarMember
+
+ATTEMPTS = 100
+"""Examples that are tried for one place of training before the run stops."""
+
+
+class Draw(IntEnum):
+    """What random numbers of a sample are for; the order's key is apart from them."""
+
+    ORDER = 0
+    VIEW = 1
+    MIXING = 2
+    REPLACEMENT = 3
+
+
+class Places(NamedTuple):
+    """What a batch is asked for by: places in the endless order of training, or in the stored order."""
+
+    places: tuple[int, ...]
+    """One per sample."""
+    valid: tuple[bool, ...]
+    """False: it repeats another sample, to fill the batch up."""
+
+
+def training_places(consumed: int, batch: int, accumulation: int, rank: int, world: int) -> Iterator[Places]:
+    """The micro-batches of one data-parallel rank after `consumed` samples, `accumulation` a step, without end.
+
+    `batch`: global number of samples per step. Raises ValueError where it does not divide.
+    """
+    if batch % (world * accumulation):
+        raise ValueError(
+            f"the batch of {batch} samples does not divide into {world} data-parallel ranks x {accumulation} "
+            "micro-batches"
+        )
+    count = batch // (world * accumulation)
+    while True:
+        for micro in range(accumulation):
+            first = consumed + (micro * world + rank) * count
+            yield Places(tuple(range(first, first + count)), (True,) * count)
+        consumed += batch
+
+
+def validation_places(length: int, count: int, rank: int, world: int) -> Iterator[Places]:
+    """The batches of one rank that go through `length` examples once, `count` at a time.
+
+    Ranks take turns of one batch, and each has the same number of them: where the examples end, they start again, not
+    valid.
+    """
+    for turn in range(-(-length // (count * world))):
+        first = (turn * world + rank) * count
+        places = range(first, first + count)
+        yield Places(tuple(place % length for place in places), tuple(place < length for place in places))
+
+
+@dataclass
+class TaskBatch:
+    """B samples of k pictures of side S and at most L words each; k and L may be 0."""
+
+    images: torch.Tensor
+    """uint8 [B, k, 3, S, S]."""
+    words: torch.Tensor
+    """int64 [B, L]: <s>, the words, </s>, then <pad> up to the longest of the batch."""
+    padding: torch.Tensor
+    """bool [B, L], True at <pad>."""
+    labels: torch.Tensor
+    """int64 [B]: class or image_id; float32 [B, answers] for scored answers, [B, classes] for mixed classes."""
+    ids: torch.Tensor
+    """int64 [B]: number of each example in the index."""
+    places: torch.Tensor
+    """int64 [B]: place of each sample in the order of training or of the index."""
+    valid: torch.Tensor
+    """bool [B]; False: the sample repeats another one and must not count."""
+    faults: list[Fault]
+    """Examples of training that had to be replaced."""
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TaskBatch:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> TaskBatch:
+        """The same batch with its tensors on the device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TaskBatch:
+        """The same batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+
+class Examples(Dataset):
+    """The batches of a task's examples: `dataset[places]`. It knows no rank: places say what is whose."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        train: bool,
+        views: Views,
+        image_size: int,
+        max_words: int,
+        seed: int,
+        answers: int = 0,
+        mixing: Mixing | None = None,
+        max_pixels: int = DataConfig.max_pixels,
+    ) -> None:
+        """`train`: random views in keyed order; otherwise fixed views in stored order. `max_words`: longest text, <s>
+        and </s> included; what is longer is cut. `answers`: length of the labels where these are scored answers.
+        `mixing`: mixes neighbours of training, whose micro-batches must then be even.
+        """
+        if max_words < 3:
+            raise ValueError(f"max_words={max_words} has no room for a word between <s> and </s>")
+        if mixing is not None and not train:
+            raise ValueError("mixing is for training: an evaluation measures pictures as they are")
+        self.examples = examples
+        self.train = train
+        self.views = views
+        self.image_size = image_size
+        self.max_words = max_words
+        self.seed = seed
+        self.answers = answers
+        self.mixing = mixing
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        """Examples of one epoch."""
+        return len(self.examples)
+
+    def __getitem__(self, request: Places) -> TaskBatch:
+        if self.mixing is not None and (len(request.places) % 2 or request.places[0] % 2):
+            raise ValueError("mixing takes two neighbours at a time: the micro-batch must be even")
+        faults: list[Fault] = []
+        samples, views = [], []
+        for place in request.places:
+            example, pictures = self._sample(place, faults)
+            samples.append(example)
+            views.extend(pictures)
+        count = len(samples)
+        side = self.image_size
+        pixels = np.stack(views) if views else np.empty((0, side, side, 3), dtype=np.uint8)
+        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        labels = self._labels(samples)
+        if self.mixing is not None:
+            keys = (generator(mix(self.seed, Draw.MIXING, place)) for place in request.places[::2])
+            images, labels = self.mixing(images, labels, list(keys))
+        words, padding = self._words(samples)
+        return TaskBatch(
+            images=images.view(count, len(views) // count, 3, side, side),
+            words=words,
+            padding=padding,
+            labels=labels,
+            ids=torch.tensor([example.id for example in samples]),
+            places=torch.tensor(request.places),
+            valid=torch.tensor(request.valid),
+            faults=faults,
+        )
+
+    def _sample(self, place: int, faults: list[Fault]) -> tuple[Example, list[np.ndarray]]:
+        """The example of a place, and its views.
+
+        In training a picture that cannot be decoded is added to `faults`, and a keyed probe of the same epoch takes its
+        place. Raises ValueError for such a picture in evaluation, where nothing can take its place, and RuntimeError
+        after 100 bad ones in a row.
+        """
+        if not self.train:
+            example = self.examples[place]
+            try:
+                return example, [self.views.evaluate(picture, self.image_size) for picture in self._pictures(example)]
+            except BadSample as bad:
+                raise ValueError(f"example {example.name} cannot be evaluated: {bad}") from None
+        length = len(self.examples)
+        epoch, first = divmod(place, length)
+        index = permute(first, length, mix(self.seed, Draw.ORDER, epoch))
+        for attempt in range(1, ATTEMPTS + 1):
+            example = self.examples[index]
+            try:
+                pictures = self._pictures(example)
+            except BadSample as bad:
+                faults.append(Fault("examples", str(example.images[0]), example.name, str(bad)))
+                index = mix(self.seed, Draw.REPLACEMENT, place, attempt) % length
+                continue
+            keys = (generator(mix(self.seed, Draw.VIEW, epoch, index, number)) for number in range(len(pictures)))
+            return example, [
+                self.views.train(picture, self.image_size, rng) for picture, rng in zip(pictures, keys, strict=True)
+            ]
+        raise RuntimeError(f"{ATTEMPTS} examples in a row cannot be used; the last: {faults[-1]}")
+
+    def _pictures(self, example: Example) -> list[Image.Image]:
+        """The example's pictures in RGB. Raises BadSample."""
+        pictures = []
+        for image in example.images:
+            try:
+                pictures.append(decode(_content(image), self.max_pixels))
+            except OSError as error:
+                raise BadSample(f"{image}: {error.strerror or error}") from None
+            except BadSample as bad:
+                raise BadSample(f"{image}: {bad}") from None
+        return pictures
+
+    def _labels(self, samples: list[Example]) -> torch.Tensor:
+        """Classes int64 [B], or scores float32 [B, answers]."""
+        if not self.answers:
+            return torch.tensor([example.label for example in samples])
+        scores = torch.zeros(len(samples), self.answers)
+        for row, example in enumerate(samples):
+            for answer, score in example.label.items():
+                scores[row, answer] = score
+        return scores
+
+    def _words(self, samples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Words int64 and padding bool, [B, longest]; [B, 0] where no sample has words."""
+        texts = [example.words for example in samples]
+        lengths = [0 if text is None else min(len(text) + 2, self.max_words) for text in texts]
+        words = np.full((len(samples), max(lengths)), TextTokenizer.pad, dtype=np.int64)
+        for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+            if text is not None:
+                words[row, :length] = TextTokenizer.bos, *text[: length - 2], TextTokenizer.eos
+        padding = np.arange(words.shape[1]) >= np.array(lengths)[:, None]
+        return torch.from_numpy(words), torch.from_numpy(padding)
+
+
+def _content(image: Path | TarMember) -> bytes:
+    """The bytes of a picture file or of a tar's member. Raises OSError or BadSample."""
+    if isinstance(image, Path):
+        return image.read_bytes()
+    file = os.open(image.tar, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.pread(file, image.size, image.offset)
+    finally:
+        os.close(file)
+    if len(data) < image.size:
+        raise BadSample(f"short read: {len(data)} of {image.size} bytes")
+    return data

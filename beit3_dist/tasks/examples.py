@@ -1,0 +1,321 @@
+"""The examples of a downstream task: one line of a jsonl index each, checked before training starts.
+
+An index stays in its file, mapped into memory, and a line is parsed when its example is asked for: a million examples
+cost a million offsets, and loader processes share the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROBLEMS_SHOWN = 5
+"""Faulty lines that an error names."""
+FOLDER_READERS = 16
+"""Threads that list folders of pictures: they wait for storage most of the time."""
+
+Record = dict[str, Any]
+"""A parsed line."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A picture inside a plain tar."""
+
+    tar: str
+    """Path of the tar."""
+    offset: int
+    """Bytes before it."""
+    size: int
+    """Its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example, before pictures are decoded."""
+
+    id: int
+    """Position in the index, from 0."""
+    images: tuple[Path | TarMember, ...]
+    """0, 1 or 2 pictures."""
+    words: tuple[int, ...] | None
+    """Token ids without <s> and </s>; None where there is no text, or where the model is to write it."""
+    label: Any
+    """vqa: {answer: score}; retrieval, captioning: image_id; otherwise the class. Ints, but for the scores."""
+    name: str
+    """What a submission calls it: question_id, image_id, identifier, or the picture's file name."""
+
+
+class Malformed(Exception):
+    """A line does not describe an example of the task; the message is the reason."""
+
+
+def _integer(record: Record, field: str, end: int | None = None) -> int:
+    """The integer in a field, in range(end) where an end is given."""
+    value = record.get(field)
+    if type(value) is not int:
+        raise Malformed(f"no integer in the field {field!r}")
+    if end is not None and not 0 <= value < end:
+        raise Malformed(f"{field} {value} is not in range({end})")
+    return value
+
+
+def _string(record: Record, field: str) -> str:
+    """The string in a field."""
+    value = record.get(field)
+    if not isinstance(value, str) or not value:
+        raise Malformed(f"no string in the field {field!r}")
+    return value
+
+
+def _words(record: Record, vocab_size: int | None) -> tuple[int, ...]:
+    """The token ids of `text_segment`, at least one."""
+    value = record.get("text_segment")
+    if not isinstance(value, list) or not value or not all(type(word) is int for word in value):
+        raise Malformed("no list of token ids in the field 'text_segment'")
+    if vocab_size is not None and not 0 <= min(value) <= max(value) < vocab_size:
+        raise Malformed(f"a token id is not in range({vocab_size}), the model's vocabulary")
+    return tuple(value)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an index is read by: root of its pictures, and the ends of what it may hold."""
+
+    task: str
+    """A key of TASKS."""
+    root: str
+    """Folder that the paths of pictures are relative to."""
+    train: bool
+    """Whether a model is trained on it: then nothing that training needs may be missing."""
+    vocab_size: int | None
+    """End of the token ids, unchecked where None."""
+    classes: int | None
+    """Classes or answers, unchecked where None."""
+
+    def paths(self, record: Record, *fields: str) -> tuple[Path, ...]:
+        """The pictures that the fields name."""
+        return tuple(Path(self.root, _string(record, field)) for field in fields)
+
+    def words(self, record: Record) -> tuple[int, ...]:
+        """The text."""
+        return _words(record, self.vocab_size)
+
+    def parse(self, line: bytes, number: int) -> Example:
+        """The example in a line, number `number` of the index. Raises Malformed."""
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise Malformed("not JSON in UTF-8") from None
+        if not isinstance(record, dict):
+            raise Malformed("not a JSON object")
+        return TASKS[self.task](number, record, self)
+
+
+def _imagenet(id: int, record: Record, rules: Rules) -> Example:
+    (path,) = rules.paths(record, "image_path")
+    return Example(id, (path,), None, _integer(record, "label", rules.classes), path.name)
+
+
+def _retrieval(id: int, record: Record, rules: Rules) -> Example:
+    image = _integer(record, "image_id")
+    return Example(id, rules.paths(record, "image_path"), rules.words(record), image, str(image))
+
+
+def _captioning(id: int, record: Record, rules: Rules) -> Example:
+    image = _integer(record, "image_id")
+    to_write = not rules.train and record.get("text_segment") is None
+    words = None if to_write else rules.words(record)
+    return Example(id, rules.paths(record, "image_path"), words, image, str(image))
+
+
+def _nlvr2(id: int, record: Record, rules: Rules) -> Example:
+    paths = rules.paths(record, "image_path", "image2_path")
+    return Example(id, paths, rules.words(record), _integer(record, "label", 2), _string(record, "identifier"))
+
+
+def _vqa(id: int, record: Record, rules: Rules) -> Example:
+    labels, scores = record.get("labels"), record.get("scores")
+    if not isinstance(labels, list) or not isinstance(scores, list) or len(labels) != len(scores):
+        raise Malformed("the fields 'labels' and 'scores' are not two lists of one length")
+    if rules.train and not labels:
+        raise Malformed("no answer to learn from: 'labels' is empty")
+    for label in labels:
+        _integer({"label": label}, "label", rules.classes)
+    if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
+        raise Malformed("a score is not in [0, 1]")
+    answers = {label: float(score) for label, score in zip(labels, scores, strict=True)}
+    name = str(_integer(record, "qid"))
+    return Example(id, rules.paths(record, "image_path"), rules.words(record), answers, name)
+
+
+def _text(id: int, record: Record, rules: Rules) -> Example:
+    return Example(id, (), rules.words(record), _integer(record, "label", rules.classes), str(id))
+
+
+TASKS: Mapping[str, Callable[[int, Record, Rules], Example]] = {
+    "imagenet": _imagenet,
+    "vqa": _vqa,
+    "nlvr2": _nlvr2,
+    "captioning": _captioning,
+    "retrieval": _retrieval,
+    "text": _text,
+}
+"""Task -> how a record of its index becomes an example."""
+
+
+class Lines(Sequence[bytes]):
+    """The lines of a file that are not empty, mapped; in another process it is opened anew."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if there is no such file, or no line in it."""
+        self.path = path
+        try:
+            self._open()
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped.
+            reason = error.strerror if isinstance(error, OSError) else "it is empty"
+            raise ValueError(f"{path}: cannot be read as an index: {reason}") from None
+        ends, starts, numbers, at, number = [], [], [], 0, 0
+        while at < len(self.data):
+            end = self.data.find(b"\n", at)
+            end = len(self.data) if end < 0 else end
+            number += 1
+            if self.data[at:end].strip():
+                starts.append(at)
+                ends.append(end)
+                numbers.append(number)
+            at = end + 1
+        self.starts, self.ends, self.numbers = (np.array(places, dtype=np.int64) for places in (starts, ends, numbers))
+        """Where each line starts and ends, and its number in the file, from 1."""
+        if not starts:
+            raise ValueError(f"{path}: cannot be read as an index: it is empty")
+
+    def _open(self) -> None:
+        with open(self.path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            self.mark = (stat.st_size, stat.st_mtime_ns)
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.data[self.starts[place] : self.ends[place]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "data"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+        if self.mark != state["mark"]:
+            raise RuntimeError(f"{self.path} changed since it was checked; start the run again")
+
+
+class Index(Sequence[Example]):
+    """The examples of one or several index files, in their order."""
+
+    def __init__(self, files: Sequence[Lines], rules: Rules) -> None:
+        self.files = list(files)
+        self.rules = rules
+        self.bounds = np.cumsum([len(file) for file in files])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def __getitem__(self, place: Any) -> Any:
+        if not isinstance(place, int | np.integer):
+            raise TypeError(f"an index holds examples by number, not by {type(place).__name__}")
+        if not 0 <= place < len(self):
+            raise IndexError(f"there is no example {place} of {len(self)}")
+        file, line = self._locate(int(place))
+        return self.rules.parse(self.files[file][line], int(place))
+
+    def place(self, id: int) -> str:
+        """File and line of an example, for messages."""
+        file, line = self._locate(id)
+        return f"{self.files[file].path}, line {self.files[file].numbers[line]}"
+
+    def _locate(self, id: int) -> tuple[int, int]:
+        """Number of an example's file, and its place among that file's lines."""
+        file = int(np.searchsorted(self.bounds, id, side="right"))
+        return file, id - (int(self.bounds[file - 1]) if file else 0)
+
+
+def read_index(
+    path: Path | Sequence[Path],
+    task: str,
+    image_root: Path,
+    *,
+    train: bool = False,
+    vocab_size: int | None = None,
+    classes: int | None = None,
+) -> Index:
+    """The examples of one or several jsonl files, in unilm/beit3's fields, every line and picture checked.
+
+    `image_root`: folder that the pictures' paths are relative to. `train`: every example needs what it is trained on (a
+    caption, an answer). `vocab_size`, `classes`: ends of the token ids and of the classes or answers.
+
+    Raises ValueError with one line that counts all faulty lines and names the first by file and number.
+    """
+    if task not in TASKS:
+        raise ValueError(f"there is no index of the task {task!r}, only of {', '.join(TASKS)}")
+    paths = [path] if isinstance(path, str | Path) else path
+    rules = Rules(task, str(image_root), train, vocab_size, classes)
+    files = [Lines(Path(one)) for one in paths]
+    index = Index(files, rules)
+    malformed: dict[int, str] = {}
+    needed: dict[str, set[str]] = defaultdict(set)
+    for id in range(len(index)):
+        try:
+            images = index[id].images
+        except Malformed as error:
+            malformed[id] = str(error)
+            continue
+        for image in images:
+            folder, name = os.path.split(image)
+            needed[folder].add(name)
+    missing = _missing(needed)
+    problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, missing)]
+    if problems:
+        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        raise ValueError(
+            f"{len(problems)} faults in the {len(index)} lines of the {task} index: "
+            f"{'; '.join(problems[:PROBLEMS_SHOWN])}{more}"
+        )
+    return index
+
+
+def _missing(needed: Mapping[str, set[str]]) -> set[str]:
+    """Which of the needed names of each folder it lacks, as paths. A folder is listed once, whatever it holds."""
+
+    def missing(folder: str) -> list[str]:
+        try:
+            with os.scandir(folder or ".") as entries:
+                names = {entry.name for entry in entries}
+        except OSError:
+            names = set()
+        return [os.path.join(folder, name) for name in needed[folder] - names]
+
+    with ThreadPoolExecutor(FOLDER_READERS) as pool:
+        return {path for paths in pool.map(missing, needed) for path in paths}
+
+
+def _in_order(index: Index, malformed: Mapping[int, str], missing: set[str]) -> Iterator[tuple[int, str]]:
+    """All faults by the number of their line in the index: one per malformed line or missing picture."""
+    if not malformed and not missing:
+        return
+    for id in range(len(index)):
+        if id in malformed:
+            yield id, malformed[id]
+            continue
+        yield from ((id, f"there is no file {image}") for image in index[id].images if str(image) in missing)
