@@ -3,17 +3,20 @@
 A process that fails leaves the others waiting in a collective, for NCCL half an hour long. So it puts a mark into the
 key-value store through which the processes found one another. Every process looks there once a second (watchdog.py)
 and ends silently when it sees the mark; the errors that its death causes elsewhere are only consequences and are
-kept out of the terminal. The process that failed first waits for the others to go, and then prints its error.
+kept out of the terminal. The process that failed first waits for the others to go, and then prints its error. The
+store lives in the first process, which therefore lets the others go before it.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -22,11 +25,17 @@ import torch.distributed as dist
 from beit3_dist.command_line import STOPPED
 
 WAIT_S = 5.0
-"""How long the process that failed first waits for the others to be gone."""
+"""How long a process waits for the others to be gone, and for an answer of the store."""
+
+ending = threading.Event()
+"""Set once this process ends because of its own failure."""
 
 
 class FailureBoard:
-    """The mark in the store. A connection of its own, so that no other use of the store holds it up."""
+    """The mark in the store. A connection of its own, so that no other use of the store holds it up.
+
+    Every method raises RuntimeError where the store, and so the process that holds it, is gone.
+    """
 
     def __init__(self) -> None:
         """Needs MASTER_ADDR and MASTER_PORT, and a process group that was started through them."""
@@ -40,7 +49,7 @@ class FailureBoard:
         # torchrun restarts the processes but not the store.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"beit3_dist/failure/{attempt}", store)
-        self._others = dist.get_world_size() - 1
+        self._world = dist.get_world_size()
 
     def post(self) -> bool:
         """Puts the mark up. Whether this process is the first to do so."""
@@ -54,15 +63,22 @@ class FailureBoard:
         """Says that this process ends because of the mark."""
         self._store.add("gone", 1)
 
-    def wait_for_others(self) -> None:
-        """Returns when all other processes have left, or after WAIT_S."""
+    def wait_for_others(self, but: int = 1) -> None:
+        """Returns when all processes `but` so many have left, or after WAIT_S."""
         deadline = time.monotonic() + WAIT_S
-        while self._store.add("gone", 0) < self._others and time.monotonic() < deadline:
+        while self._store.add("gone", 0) < self._world - but and time.monotonic() < deadline:
             time.sleep(0.1)
+
+
+@functools.cache
+def failure_board() -> FailureBoard:
+    """This process's connection to the mark."""
+    return FailureBoard()
 
 
 def end_after_failure(message: str) -> NoReturn:
     """Ends this process at once, in whatever state it is; prints the message if no other process failed before it."""
+    ending.set()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends us when it sees another one end
     if _is_first():
@@ -82,11 +98,19 @@ def _is_first() -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     try:
-        board = FailureBoard()
-        if board.post():
-            board.wait_for_others()
-            return True
-        board.leave()
-        return False
+        is_first = failure_board().post()
     except RuntimeError:  # the store died with its process, so that nobody can say who was first
         return True
+    with suppress(RuntimeError):
+        if is_first:
+            failure_board().wait_for_others()
+        else:
+            leave_after_another()
+    return is_first
+
+
+def leave_after_another() -> None:
+    """For a process that ends because another one failed: the first process lets the others go before it."""
+    if dist.get_rank() == 0:
+        failure_board().wait_for_others(but=2)
+    failure_board().leave()

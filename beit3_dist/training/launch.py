@@ -43,5 +43,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         logging.exception("this process failed")  # into its own log as well
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        where = f"{program}: rank {dist.get_rank()} on {socket.gethostname()} has failed first, with the error above"
+        where = (
+            f"{program}: rank {dist.get_rank()} on {socket.gethostname()} is the first to fail, with the error above"
+        )
         end_after_failure(f"{traceback.format_exc()}{where}")

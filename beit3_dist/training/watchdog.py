@@ -7,10 +7,11 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training.failure import FailureBoard, end_after_failure, end_now
+from beit3_dist.training.failure import end_after_failure, end_now, ending, failure_board, leave_after_another
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ LOOK_S = 1.0
 """Seconds between two looks at the clock and at the other processes."""
 
 GONE_S = 10.0
-"""The store may be out of reach for so long (the first process ends a moment before the others) until it counts as
-dead."""
+"""A process that cannot reach the store any more has so long to end by itself: the one that holds it may have finished
+a moment before the others, or its end becomes an error in the collective that this one is in."""
 
 BACKSTOP_S = 60.0
 """After so many seconds more the process is ended even where a hanging call in C keeps every Python thread waiting."""
@@ -35,7 +36,7 @@ class Watchdog:
         """`limit_s`: seconds that a step may take, its validation and its checkpoint included; 0: any time."""
         self._limit_s, self._mesh = limit_s, mesh
         self._stacks = open(log_file, "a")  # noqa: SIM115 (open as long as the process)
-        self._board = FailureBoard() if mesh.world > 1 else None
+        self._board = failure_board() if mesh.world > 1 else None
         self._step, self._deadline = 0, float("inf")
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -57,19 +58,18 @@ class Watchdog:
         self._stacks.close()
 
     def _watch(self) -> None:
-        last_seen = time.monotonic()
-        while not self._closed.wait(LOOK_S):
+        while not self._closed.wait(LOOK_S) and not ending.is_set():
             if time.monotonic() > self._deadline:
                 self._end_hanging_step()
             try:
-                if self._board and self._board.is_posted():
+                if self._board and self._board.is_posted() and not ending.is_set():
                     self._end_with_the_others()
-                last_seen = time.monotonic()
             except RuntimeError as error:
-                if time.monotonic() - last_seen > GONE_S:
-                    log.error("the first process cannot be reached any more (%s): ending this one", error)
+                if not self._closed.wait(GONE_S) and not ending.is_set():
+                    log.error("the process that holds the store is gone (%s): ending this one", error)
                     self._dump()
                     end_now()
+                return
 
     def _end_hanging_step(self) -> None:
         self._dump()
@@ -82,10 +82,10 @@ class Watchdog:
         end_after_failure(message)
 
     def _end_with_the_others(self) -> None:
-        assert self._board is not None
-        log.error("another process has failed: ending this one; its stacks follow")
+        log.error("another process has failed: ending this one")
         self._dump()
-        self._board.leave()
+        with suppress(RuntimeError):
+            leave_after_another()
         end_now()
 
     def _dump(self) -> None:
