@@ -21,11 +21,8 @@ from PIL import Image
 
 from beit3_dist.data.transforms import cropped_view, resized
 
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Mean and standard deviation, in [0, 1], that pictures are normalised by in pretraining and in vision-language
-tasks."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""The same of ImageNet's pictures: the released image classifier's."""
+"""Mean and standard deviation of the channels of ImageNet's pictures, in [0, 1]."""
 GREY = (128, 128, 128)
 """What shows where a picture was moved away."""
 BEIT3_OPERATIONS = (

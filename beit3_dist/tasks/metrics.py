@@ -1,0 +1,137 @@
+"""How good predictions are: recall of retrieval, scores of captions, top-k of classes.
+
+VQA's accuracy is in `vqa_answers`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RECALL_AT = (1, 5, 10)
+"""Places of a ranking that recall looks at."""
+ROWS_AT_ONCE = 1024
+"""Rows of the score matrix that exist at a time."""
+CAPTION_METRICS = ("exact_match", "bleu4", "cider", "meteor", "spice")
+"""Names for `caption_scores`."""
+SPICE_PARSER = "lib/stanford-corenlp-3.6.0.jar"
+"""What SPICE needs besides its package, in that package's folder `spice`."""
+
+
+def top_k(predictions: Tensor, labels: Sequence[int]) -> dict[str, float]:
+    """top1, and top5 where there are five: share of the labels among the first of int64 [N, k], best class first."""
+    hits = predictions == torch.tensor(labels)[:, None]
+    return {f"top{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5) if k <= predictions.shape[1]}
+
+
+def recall(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """Recall at 1, 5 and 10 of pictures for texts and of texts for pictures.
+
+    Vectors [M, D] and [N, D] whose product is the score, and int64 [N]: the picture that each text belongs to. A
+    picture's rank is that of the best of its texts. A wrong candidate with the same score as the right one comes
+    before it: a model that cannot tell anything apart finds nothing.
+    """
+    of_images = torch.cat(
+        [
+            (scores >= scores.gather(1, own[:, None])).sum(1) - 1
+            for scores, own in (
+                (texts[rows] @ images.T, image_of_text[rows]) for rows in torch.arange(len(texts)).split(ROWS_AT_ONCE)
+            )
+        ]
+    )
+    of_texts = []
+    for rows in torch.arange(len(images)).split(ROWS_AT_ONCE):
+        scores, own = images[rows] @ texts.T, image_of_text == rows[:, None]
+        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        of_texts.append(((scores >= best) & ~own).sum(1))
+    ranks = {"image_recall": of_images, "text_recall": torch.cat(of_texts)}
+    return {f"{name}@{k}": (rank < k).double().mean().item() for name, rank in ranks.items() for k in RECALL_AT}
+
+
+def check_caption_metrics(names: Sequence[str]) -> None:
+    """Raises ValueError with the remedy where a caption metric is unknown or lacks what it runs on."""
+    for name in names:
+        if name not in CAPTION_METRICS:
+            raise ValueError(f"there is no caption metric {name!r}, only {', '.join(CAPTION_METRICS)}")
+        if name == "exact_match":
+            continue
+        package = Path(_package("pycocoevalcap").__file__).parent
+        if name in ("meteor", "spice") and shutil.which("java") is None:
+            raise ValueError(f"the caption metric {name} needs Java: install a Java runtime, or leave it out")
+        if name == "spice" and not (package / "spice" / SPICE_PARSER).is_file():
+            raise ValueError(
+                f"the caption metric spice needs {SPICE_PARSER} in {package / 'spice'}: run get_stanford_models.py of "
+                "that folder, which downloads it, or leave spice out"
+            )
+
+
+def _package(name: str) -> Any:
+    """pycocoevalcap or a module of it. Raises ValueError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(
+            "BLEU, CIDEr, METEOR and SPICE need the package pycocoevalcap (105 MB): pip install --no-deps "
+            "pycocoevalcap, or ask for exact_match only"
+        ) from None
+
+
+def caption_scores(
+    written: Mapping[int, str], references: Mapping[int, Sequence[str]], metrics: Sequence[str] = ("exact_match",)
+) -> dict[str, float]:
+    """Metrics of a caption for each picture, by the captions that people wrote; names as in CAPTION_METRICS.
+
+    exact_match: share of captions that are one of the references, but for case and space. The others are
+    pycocoevalcap's, on the words of the Penn Treebank tokenizer, which needs Java. Without Java they are on words of
+    lower-case letters and digits, and `_plain_words` is added to their names: such values are not to be compared with
+    published ones. Raises ValueError as `check_caption_metrics` does, or where pictures and references differ.
+    """
+    check_caption_metrics(metrics)
+    if written.keys() != references.keys() or not written:
+        raise ValueError("captions and references are not for the same pictures, or for none")
+    scores: dict[str, float] = {}
+    if "exact_match" in metrics:
+        plain = {key: _plain(text) for key, text in written.items()}
+        scores["exact_match"] = sum(plain[key] in map(_plain, references[key]) for key in plain) / len(plain)
+    others = [name for name in metrics if name != "exact_match"]
+    if others:
+        with_java = shutil.which("java") is not None
+        guesses, truths = (
+            _tokenized(texts, with_java) for texts in ({key: [text] for key, text in written.items()}, references)
+        )
+        for name in others:
+            scores[name if with_java else f"{name}_plain_words"] = _coco_score(name, truths, guesses)
+    return scores
+
+
+def _plain(text: str) -> str:
+    """Lower case, single spaces."""
+    return " ".join(text.lower().split())
+
+
+def _tokenized(captions: Mapping[int, Sequence[str]], with_java: bool) -> dict[int, list[str]]:
+    """Captions as words parted by spaces, without punctuation."""
+    if with_java:
+        records = {key: [{"caption": " ".join(text.split())} for text in texts] for key, texts in captions.items()}
+        return _package("pycocoevalcap.tokenizer.ptbtokenizer").PTBTokenizer().tokenize(records)
+    kept = {
+        key: ["".join(c if c.isalnum() else " " for c in text.lower()) for text in captions[key]] for key in captions
+    }
+    return {key: [" ".join(text.split()) for text in texts] for key, texts in kept.items()}
+
+
+def _coco_score(name: str, truths: dict[int, list[str]], guesses: dict[int, list[str]]) -> float:
+    """One metric of pycocoevalcap over all captions."""
+    module = "bleu" if name == "bleu4" else name
+    scorer = getattr(_package(f"pycocoevalcap.{module}.{module}"), module.capitalize())()
+    with contextlib.redirect_stdout(io.StringIO()):  # It prints lengths.
+        score, _ = scorer.compute_score(truths, guesses)
+    return float(score[3] if name == "bleu4" else score)
