@@ -10,6 +10,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
 import cv2
@@ -372,6 +373,12 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         )
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # The trainer turns these two into a checkpoint. A scheduler sends them to every process of a job: the server and the
+    # workers, which inherit what is ignored, must go on until the trainer ends.
+    former = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    forkserver.ensure_running()
+    for number, handler in former:
+        signal.signal(number, handler)
     # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
