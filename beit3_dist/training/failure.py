@@ -86,11 +86,11 @@ def end_after_failure(message: str) -> NoReturn:
     end_now()
 
 
-def end_now() -> NoReturn:
-    """Ends this process without Python's orderly end, which would wait for collectives that never finish."""
+def end_now(exit_code: int = STOPPED) -> NoReturn:
+    """Ends this process without Python's orderly end, which would wait for threads and collectives, some for ever."""
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(STOPPED)
+    os._exit(exit_code)
 
 
 def _is_first() -> bool:

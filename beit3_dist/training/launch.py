@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from beit3_dist.checkpoint.find import Damaged
 from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, refuse
-from beit3_dist.training.failure import end_after_failure
+from beit3_dist.training.failure import end_after_failure, end_now
 from beit3_dist.training.preemption import PREEMPTED, Preempted
 from beit3_dist.training.resilience import RunStopped
 
@@ -38,7 +38,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
     except Preempted as stop:
         if is_first_process():
             print(f"{program}: {stop}", file=sys.stderr, flush=True)
-        sys.exit(PREEMPTED)
+        end_now(PREEMPTED)  # there is little time
     except Exception:
         logging.exception("this process failed")  # into its own log as well
         if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -13,8 +13,6 @@ from pathlib import Path
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.failure import end_after_failure, end_now, ending, failure_board, leave_after_another
 
-log = logging.getLogger(__name__)
-
 FIRST_STEP = 3
 """The first step of a process may take so many times the limit: kernels are compiled, caches are filled."""
 
@@ -66,7 +64,7 @@ class Watchdog:
                     self._end_with_the_others()
             except RuntimeError as error:
                 if not self._closed.wait(GONE_S) and not ending.is_set():
-                    log.error("the process that holds the store is gone (%s): ending this one", error)
+                    logging.error("the process that holds the store is gone (%s): ending this one", error)
                     self._dump()
                     end_now()
                 return
@@ -78,11 +76,11 @@ class Watchdog:
             f"{self._mesh.rank} on {socket.gethostname()} ends the run. What each process was doing stands in "
             f"{Path(self._stacks.name).parent}/rank*.log"
         )
-        log.error(message)
+        logging.error(message)  # into this process's log only
         end_after_failure(message)
 
     def _end_with_the_others(self) -> None:
-        log.error("another process has failed: ending this one")
+        logging.error("another process has failed: ending this one")
         self._dump()
         with suppress(RuntimeError):
             leave_after_another()
