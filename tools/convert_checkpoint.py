@@ -57,7 +57,6 @@ def main(arguments: Sequence[str]) -> None:
         "--text_tokenizer", type=Path, help="SentencePiece file for the model folder (default: the run's, if it exists)"
     )
     options = parser.parse_args(list(arguments))
-    log_to_console()
     try:
         convert(options)
     except (ValueError, OSError) as error:
@@ -72,6 +71,8 @@ def convert(options: Namespace) -> None:
         raise ValueError(f"{destination} already exists: remove it or choose another name")
     if options.text_tokenizer and options.to != "safetensors":
         raise ValueError(f"--text_tokenizer: only --to safetensors has a place for it, not --to {options.to}")
+    if options.text_tokenizer and not options.text_tokenizer.is_file():
+        raise ValueError(f"--text_tokenizer: there is no file {options.text_tokenizer}")
     if options.to == "neutral":
         _convert_to_neutral(options)
         return
@@ -155,4 +156,5 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    log_to_console()
     main(sys.argv[1:])

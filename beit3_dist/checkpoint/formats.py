@@ -39,7 +39,7 @@ def _tensors_in(path: Path) -> Mapping[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file {path}") from error
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # torch raises what its unpickler meets
         reason = str(error).splitlines()[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,43 +21,58 @@ from beit3_dist.checkpoint.neutral import write_neutral
 from beit3_dist.checkpoint.snapshot import Snapshot
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import ModelConfig
+from beit3_dist.parallel.sharding import sharded_dimension
 from tools.convert_checkpoint import main
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, ffn_width=12, vl_expert_layers=1)
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
-SHAPES = {"words": (7, 3), "head.bias": (7,), "fc2": (5, 6), "deep": (2, 3, 4), "norm": (5,)}
-CUT = {"words": 0, "head.bias": 0, "fc2": 1, "deep": 1}
-"""Dimension that the tensor ranks share; 7 rows and 3 indices are padded where 2 or 3 ranks share them."""
+SHAPES = {
+    "language_embedding.words.weight": (7, 3),  # 7 rows are padded where 2 or 3 ranks share them
+    "text_head.bias": (7,),
+    "blocks.0.ffn.vl.fc2.weight": (5, 7),  # cut along its columns
+    "norm.shared.weight": (5,),  # replicated
+}
+VALUES = {
+    name: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for seed, (name, shape) in enumerate(SHAPES.items())
+}
 
 
-def value(name: str, suffix: str, shape: tuple[int, ...]) -> Tensor:
-    draw = torch.Generator().manual_seed(sum(map(ord, name + suffix)))
-    return torch.randn(shape, generator=draw)
+def stored(weight: Tensor, suffix: str) -> Tensor:
+    """A weight or one of its moments."""
+    return weight + SUFFIXES.index(suffix)
 
 
 def write_checkpoint(
-    folder: Path, tensor: int = 1, data: int = 1, shapes: dict[str, tuple[int, ...]] = SHAPES, cut: dict[str, int] = CUT
+    folder: Path,
+    tensor: int = 1,
+    data: int = 1,
+    values: Mapping[str, Tensor] = VALUES,
+    model: ModelConfig = MODEL,
+    recipe: str = "out: x\n",
 ) -> Path:
-    """What `tensor` x `data` ranks would save: parts of the tensor ranks, each in `data` runs of equal length."""
+    """What `tensor` x `data` ranks would save: parts of the tensor ranks, each in `data` runs of equal length.
+    `values`: the weights; their moments are made up."""
     folder.mkdir()
     for rank in range(tensor * data):
         (tensor_rank, data_rank), pieces = divmod(rank, data), []
-        for name, shape in shapes.items():
-            place = Cut(cut[name], tensor_rank, tensor) if name in cut and tensor > 1 else None
+        for name, weight in values.items():
+            dimension = sharded_dimension(name) if tensor > 1 else None
+            place = None if dimension is None else Cut(dimension, tensor_rank, tensor)
             if place is None and tensor_rank:
                 continue  # replicated: the first tensor rank's copy is saved
-            wholes = {suffix: value(name, suffix, shape) for suffix in SUFFIXES}
+            wholes = {suffix: stored(weight, suffix) for suffix in SUFFIXES}
             parts = {suffix: (place.of(v) if place else v).reshape(-1) for suffix, v in wholes.items()}
             length = -(-parts[""].numel() // data)
             start = min(data_rank * length, parts[""].numel())
             runs = {suffix: part[start : start + length].clone() for suffix, part in parts.items()}
-            pieces.append(Piece(name, shape, start, runs, place))
+            pieces.append(Piece(name, tuple(weight.shape), start, runs, place))
         snapshot = Snapshot(torch.device("cpu"))
         snapshot.take(pieces)
         snapshot.write(folder / f"shard_{rank:05d}.safetensors")
-    state = {"format": 1, "step": 7, "consumed": [1, 2, 3], "bad_samples": 0, "model": vars(MODEL), "versions": {}}
+    state = {"format": 1, "step": 7, "consumed": [1, 2, 3], "bad_samples": 0, "model": vars(model), "versions": {}}
     write_json(folder / "state.json", state)
-    (folder / "config.yaml").write_text("out: x\n")
+    (folder / "config.yaml").write_text(recipe)
     write_json(folder / "manifest.json", {path.name: entry(path) for path in folder.iterdir()})
     return folder
 
@@ -67,11 +83,11 @@ LAYOUTS = [(1, 1), (1, 3), (2, 1), (3, 1), (2, 3), (4, 2)]
 @pytest.mark.parametrize(("tensor", "data"), LAYOUTS)
 def test_every_layout_has_the_same_neutral_form(tensor: int, data: int, tmp_path: Path) -> None:
     write_neutral(write_checkpoint(tmp_path / "source", tensor, data), tmp_path / "neutral")
-    stored = load_file(tmp_path / "neutral" / "shard_00000.safetensors")
-    assert list(stored) == sorted(name + suffix for name in SHAPES for suffix in SUFFIXES)
-    for name, shape in SHAPES.items():
+    found = load_file(tmp_path / "neutral" / "shard_00000.safetensors")
+    assert list(found) == sorted(name + suffix for name in VALUES for suffix in SUFFIXES)
+    for name, weight in VALUES.items():
         for suffix in SUFFIXES:
-            assert torch.equal(stored[name + suffix], value(name, suffix, shape).flatten()), name + suffix
+            assert torch.equal(found[name + suffix], stored(weight, suffix).flatten()), name + suffix
     write_neutral(write_checkpoint(tmp_path / "plain"), tmp_path / "reference")
     for path in (tmp_path / "reference").iterdir():
         assert (tmp_path / "neutral" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -83,16 +99,17 @@ def test_it_is_a_checkpoint_that_any_layout_loads(tensor: int, data: int, tmp_pa
     write_neutral(write_checkpoint(tmp_path / "source", 3, 2), tmp_path / "neutral")
     assert find(str(tmp_path / "neutral"), tmp_path) == tmp_path / "neutral"
     assert read_state(tmp_path / "neutral", MODEL) == TrainState(step=7, consumed=(1, 2, 3))
-    for name, shape in SHAPES.items():
+    for name, weight in VALUES.items():
+        dimension = sharded_dimension(name) if tensor > 1 else None
         for tensor_rank in range(tensor):
-            place = Cut(CUT[name], tensor_rank, tensor) if name in CUT and tensor > 1 else None
+            place = None if dimension is None else Cut(dimension, tensor_rank, tensor)
             for suffix in SUFFIXES:
-                whole = value(name, suffix, shape)
+                whole = stored(weight, suffix)
                 expected = (place.of(whole) if place else whole).reshape(-1)
                 length = -(-expected.numel() // data)
                 for start in range(0, expected.numel(), length):
                     run = torch.full((min(length, expected.numel() - start),), torch.nan)
-                    read.load(tmp_path / "neutral", [Piece(name, shape, start, {suffix: run}, place)])
+                    read.load(tmp_path / "neutral", [Piece(name, SHAPES[name], start, {suffix: run}, place)])
                     assert torch.equal(run, expected[start : start + length])
     main([str(tmp_path / "neutral"), str(tmp_path / "again"), "--to", "neutral"])
     for path in (tmp_path / "neutral").iterdir():
@@ -112,6 +129,7 @@ def test_small_buffers_change_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 PEAK = """
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from beit3_dist.checkpoint import neutral, read
 
@@ -137,8 +155,8 @@ def peak_growth(work: str, *paths: Path) -> int:
 def test_memory_is_bounded_by_buffers_and_not_by_the_checkpoint(tmp_path: Path) -> None:
     """20 parameters of 6 MiB, weight and moments: 360 MiB, in shards cut over 2 x 2 ranks along rows and columns. The
     peak stays below twice the largest parameter plus buffers of 1 MiB each, of which a few are held at once."""
-    shapes = {f"matrix{n:02d}": (1024, 1536) for n in range(20)}
-    source = write_checkpoint(tmp_path / "source", 2, 2, shapes, {name: n % 2 for n, name in enumerate(shapes)})
+    names = [f"blocks.{n}.ffn.vl.{matrix}.weight" for n in range(10) for matrix in ("fc1", "fc2")]
+    source = write_checkpoint(tmp_path / "source", 2, 2, dict.fromkeys(names, torch.ones(1024, 1536)))
     largest = 4 * 1024 * 1536
     total = sum(path.stat().st_size for path in source.glob("shard_*"))
     assert total > 50 * largest
