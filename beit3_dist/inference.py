@@ -1,0 +1,173 @@
+"""Using a fine-tuned model: embeddings of pictures and texts, answers to questions, captions.
+
+    from beit3_dist.inference import Model
+    model = Model.load("FOLDER")                        # config.json, model.safetensors, tokenizer.spm
+    model.embed_images(["a.jpg", "b.png"])              # retrieval: unit vectors [2, D]
+    model.embed_texts(["a red circle"])                 # retrieval: unit vectors [1, D]
+    model.answer(["a.jpg"], ["what shape is this?"])    # vqa: one answer for each picture and its question
+    model.caption(["a.jpg"])                            # captioning
+
+A picture is a path, a PIL image or an array uint8 [height, width, 3]. It is seen whole, squashed to the model's square,
+as the released models were evaluated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from beit3_dist.checkpoint.model_folder import ModelFolder, read_model_folder
+from beit3_dist.config import DataConfig
+from beit3_dist.data.faults import BadSample
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.transforms import decode, resized, to_rgb
+from beit3_dist.tasks.generation import generate
+from beit3_dist.tasks.heads import FineTuned, build
+from beit3_dist.training.inputs import normalize
+
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+
+IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
+"""Samples of a forward pass."""
+
+_T = TypeVar("_T")
+
+
+def open_picture(picture: Picture, max_pixels: int = DataConfig.max_pixels) -> Image.Image:
+    """The picture upright and in RGB. Raises one-line errors: OSError for a file that cannot be read, ValueError for
+    one that holds no picture, or one of more than `max_pixels` pixels (an image bomb)."""
+    try:
+        if isinstance(picture, np.ndarray):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise ValueError(f"an array must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
+            return Image.fromarray(picture)
+        if isinstance(picture, Image.Image):
+            if picture.width * picture.height > max_pixels:
+                raise ValueError(f"a picture of {picture.width} x {picture.height} pixels exceeds {max_pixels}")
+            return to_rgb(ImageOps.exif_transpose(picture))
+        return decode(Path(picture).read_bytes(), max_pixels)
+    except BadSample as bad:
+        name = f"{os.fspath(picture)}: " if isinstance(picture, str | os.PathLike) else ""
+        raise ValueError(f"{name}{bad}") from None
+
+
+class Model:
+    """A fine-tuned model on one device. What it can be asked depends on its task; the rest is a ValueError."""
+
+    def __init__(self, name: str, network: FineTuned, task: dict[str, Any], tokenizer: TextTokenizer | None) -> None:
+        self.name, self.network, self.task = name, network.requires_grad_(False).eval(), task
+        self.tokenizer = tokenizer
+        self.device = next(network.parameters()).device
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Model:
+        """The model of a folder, in fp32. `device`: the first GPU where there is one, unless said otherwise.
+
+        Raises FileNotFoundError or ValueError with one line where the folder holds no fine-tuned model.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        content = read_model_folder(Path(folder))
+        if content.task is None:
+            raise ValueError(f"{folder} holds a pretrained model without a task; launchers/finetune.py teaches it one")
+        network = _network(folder, content).to(device)
+        tokenizer = None
+        if content.text_tokenizer is not None:
+            tokenizer = TextTokenizer(str(content.text_tokenizer))
+            tokenizer.check_vocab(content.config.vocab_size)
+        return cls(os.fspath(folder), network, content.task, tokenizer)
+
+    def embed_images(self, images: Sequence[Picture]) -> Tensor:
+        """Unit vectors of pictures, fp32 [N, D] on the CPU. Their products with texts' vectors are similarities."""
+        self._require("retrieval", "embeddings")
+        return self._run(lambda some: self.network.embed_images(self._pixels(some)), images, IMAGES_AT_ONCE)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors of texts, fp32 [N, D] on the CPU. What is longer than the model's texts is cut."""
+        self._require("retrieval", "embeddings")
+        return self._run(lambda some: self.network.embed_texts(*self._words(some)), texts, TEXTS_AT_ONCE)
+
+    @torch.inference_mode()
+    def answer(self, images: Sequence[Picture], questions: Sequence[str]) -> list[str]:
+        """The likeliest of the model's answers to each question about the picture in the same place."""
+        self._require("vqa", "answers")
+        if len(images) != len(questions):
+            raise ValueError(f"{len(images)} pictures and {len(questions)} questions: each question needs its picture")
+        answers: list[str] = []
+        for some in _batches(list(zip(images, questions, strict=True)), IMAGES_AT_ONCE):
+            pictures, asked = zip(*some, strict=True)
+            logits = self.network.answer_logits(self._pixels(pictures), *self._words(asked))
+            answers += [self.task["answers"][best] for best in logits.argmax(-1).tolist()]
+        return answers
+
+    def caption(
+        self, images: Sequence[Picture], *, beams: int = 3, length_penalty: float = 0.6, max_words: int = 31
+    ) -> list[str]:
+        """What the model says of each picture; see `tasks.generation.generate` for the search's settings."""
+        self._require("captioning", "captions")
+        tokenizer, captions = self._tokenizer(), []
+        for some in _batches(images, IMAGES_AT_ONCE):
+            captions += generate(
+                self.network,
+                self._pixels(some),
+                tokenizer,
+                beams=beams,
+                length_penalty=length_penalty,
+                max_words=max_words,
+            )
+        return [tokenizer.decode(words) for words in captions]
+
+    def _require(self, task: str, use: str) -> None:
+        if self.task["name"] != task:
+            raise ValueError(f"{self.name} was fine-tuned for {self.task['name']}; {use} need a model of task {task}")
+
+    def _tokenizer(self) -> TextTokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} has no tokenizer.spm, which words need")
+        return self.tokenizer
+
+    @torch.inference_mode()
+    def _run(self, embed: Callable[[Sequence[_T]], Tensor], samples: Sequence[_T], at_once: int) -> Tensor:
+        parts = [embed(some).float().cpu() for some in _batches(samples, at_once)]
+        return torch.cat([torch.empty(0, self.network.config.width), *parts])
+
+    def _pixels(self, images: Sequence[Picture]) -> Tensor:
+        """[B, 3, S, S] in [-1, 1] on the device."""
+        size = self.network.config.image_size
+        views = np.stack([resized(open_picture(image), size) for image in images])
+        return normalize(torch.from_numpy(views).permute(0, 3, 1, 2).to(self.device))
+
+    def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
+        tokenizer, longest = self._tokenizer(), self.network.config.max_text_length
+        rows = [[tokenizer.bos, *tokenizer.encode(text)[: longest - 2], tokenizer.eos] for text in texts]
+        length = max(map(len, rows))
+        words = torch.tensor([row + [tokenizer.pad] * (length - len(row)) for row in rows])
+        padding = torch.arange(length) >= torch.tensor([len(row) for row in rows])[:, None]
+        return words.to(self.device), padding
+
+
+def _network(folder: str | os.PathLike[str], content: ModelFolder) -> FineTuned:
+    """The folder's network on the CPU, in fp32."""
+    task: Any = content.task
+    try:
+        network = build(content.config, task)
+        network.load_state_dict({name: weight.float() for name, weight in content.weights.items()}, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}: model.safetensors and config.json do not fit together: {reason}") from error
+    if network.task == "vqa" and len(task.get("answers", [])) != network.classes:
+        raise ValueError(f"{folder}/config.json names {len(task.get('answers', []))} answers for {network.classes}")
+    return network
+
+
+def _batches(samples: Sequence[_T], at_once: int) -> Iterator[Sequence[_T]]:
+    for first in range(0, len(samples), at_once):
+        yield samples[first : first + at_once]

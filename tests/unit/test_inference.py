@@ -1,0 +1,171 @@
+"""A model folder in use: batches give what single samples give, and what a task does not offer is one line."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+
+from beit3_dist.checkpoint.model_folder import save_model_folder
+from beit3_dist.config import ModelConfig
+from beit3_dist.inference import Model, open_picture
+from beit3_dist.tasks import generation
+from beit3_dist.tasks.heads import FineTuned
+
+SENTENCES = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
+ANSWERS = ["yes", "no", "red", "green"]
+PIECES = 40
+
+
+def save(folder: Path, task: str | None, tokenizer: Path | None, **changes: int) -> Path:
+    """A tiny model with random weights of ordinary size."""
+    fields = dict(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vl_expert_layers=1)
+    config = ModelConfig(**{**fields, "vocab_size": PIECES + 10, "visual_vocab_size": 8, "max_text_length": 12})
+    network, draw = FineTuned(config, task or "retrieval", len(ANSWERS)), torch.Generator().manual_seed(0)
+    weights = {n: p.detach() + 0.2 * torch.randn(p.shape, generator=draw) for n, p in network.named_parameters()}
+    answers = ANSWERS if task == "vqa" else []
+    entry = None if task is None else {"name": task, "classes": len(ANSWERS), "answers": answers, **changes}
+    save_model_folder(folder, weights, config, task=entry, text_tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tokenizer") / "tiny.spm"
+    with open(file, "wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(SENTENCES * 20), model_writer=out, vocab_size=PIECES, hard_vocab_limit=True,
+            model_type="bpe", unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        )  # fmt: skip
+    return file
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {task: save(root / task, task, tokenizer) for task in ("retrieval", "vqa", "captioning")}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Files of several sizes and modes."""
+    draw = np.random.default_rng(0)
+    files = []
+    for number, (mode, width, height) in enumerate([("RGB", 40, 30), ("RGB", 16, 16), ("L", 9, 70), ("RGBA", 33, 20)]):
+        pixels = draw.integers(0, 256, (height, width, len(mode)), dtype=np.uint8).squeeze()
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels, mode).save(files[-1])
+    return files
+
+
+def test_embeddings_are_unit_vectors_of_each_sample(folders: dict[str, Path], pictures: list[Path]) -> None:
+    model = Model.load(folders["retrieval"], device="cpu")
+    images, texts = model.embed_images(pictures * 20), model.embed_texts(SENTENCES)
+    assert images.shape == (80, 32) and texts.shape == (6, 32) and images.dtype == torch.float32
+    for vectors in (images, texts):
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)))
+    for number, picture in enumerate(pictures):  # 80 pictures are three batches
+        torch.testing.assert_close(images[number::4], model.embed_images([picture]).expand(20, -1))
+    for number, sentence in enumerate(SENTENCES):  # padding changes nothing
+        torch.testing.assert_close(texts[number], model.embed_texts([sentence])[0], atol=1e-6, rtol=0)
+    assert (images[:4] @ images[:4].T).tril(-1).max() < 0.999, "all pictures look alike"
+    assert model.embed_images([]).shape == (0, 32)
+
+
+def test_any_form_of_a_picture(folders: dict[str, Path], pictures: list[Path]) -> None:
+    model = Model.load(folders["retrieval"], device="cpu")
+    opened = Image.open(pictures[0])
+    forms = [str(pictures[0]), pictures[0], opened, np.asarray(opened)]
+    vectors = model.embed_images(forms)
+    assert torch.equal(vectors, vectors[:1].expand_as(vectors))
+
+
+def test_the_view_is_the_whole_picture_squashed(folders: dict[str, Path]) -> None:
+    """Against the definition: bicubic to 16 x 16, then (level / 255 - 0.5) / 0.5."""
+    model = Model.load(folders["retrieval"], device="cpu")
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 50, 3), dtype=np.uint8))
+    levels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    pixels = torch.from_numpy((levels / 255 - 0.5) / 0.5).float()[None]
+    torch.testing.assert_close(model.embed_images([picture]), model.network.embed_images(pixels))
+
+
+def test_answers(folders: dict[str, Path], pictures: list[Path]) -> None:
+    model = Model.load(folders["vqa"], device="cpu")
+    asked = [(picture, sentence) for picture in pictures for sentence in SENTENCES * 2]
+    answers = model.answer(*zip(*asked, strict=True))
+    assert answers == [model.answer([picture], [sentence])[0] for picture, sentence in asked]
+    assert set(answers) <= set(ANSWERS) and len(set(answers)) > 1
+    with pytest.raises(ValueError, match="1 pictures and 2 questions"):
+        model.answer(pictures[:1], SENTENCES[:2])
+
+
+def test_captions(folders: dict[str, Path], pictures: list[Path]) -> None:
+    model = Model.load(folders["captioning"], device="cpu")
+    captions = model.caption(pictures, max_words=6)
+    assert captions == [model.caption([picture], max_words=6)[0] for picture in pictures]
+    assert len(set(captions)) > 1
+    words = generation.generate(model.network, model._pixels(pictures), model._tokenizer(), max_words=6)
+    assert captions == [model._tokenizer().decode(caption) for caption in words]
+
+
+def test_long_texts_are_cut(folders: dict[str, Path]) -> None:
+    model = Model.load(folders["retrieval"], device="cpu")
+    vectors = model.embed_texts([" ".join(SENTENCES), " ".join(SENTENCES) + " red"])
+    torch.testing.assert_close(vectors[0], vectors[1])
+
+
+def test_what_a_task_does_not_offer(folders: dict[str, Path], pictures: list[Path]) -> None:
+    retrieval, vqa = (Model.load(folders[task], device="cpu") for task in ("retrieval", "vqa"))
+    for model, use in (
+        (retrieval, lambda m: m.answer(pictures[:1], ["what?"])),
+        (retrieval, lambda m: m.caption(pictures)),
+        (vqa, lambda m: m.embed_images(pictures)),
+        (vqa, lambda m: m.embed_texts(SENTENCES)),
+    ):
+        with pytest.raises(ValueError, match=r"was fine-tuned for (retrieval|vqa); .* need a model of task") as error:
+            use(model)
+        assert "\n" not in str(error.value)
+
+
+def test_folders_that_cannot_be_used(tmp_path: Path, tokenizer: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no model folder"):
+        Model.load(tmp_path)
+    with pytest.raises(ValueError, match="pretrained model without a task"):
+        Model.load(save(tmp_path / "pretrained", None, tokenizer))
+    with pytest.raises(ValueError, match="do not fit together.*task_head") as error:
+        Model.load(save(tmp_path / "other", "vqa", tokenizer, classes=7))
+    assert "\n" not in str(error.value)
+    wordless = Model.load(save(tmp_path / "wordless", "retrieval", None))
+    assert wordless.embed_images([Image.new("RGB", (5, 5))]).shape == (1, 32)
+    with pytest.raises(ValueError, match=r"no tokenizer\.spm"):
+        wordless.embed_texts(["red"])
+
+
+def test_pictures_that_cannot_be_opened(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.jpg: undecodable"):
+        open_picture(broken)
+    with pytest.raises(FileNotFoundError):
+        open_picture(tmp_path / "none.jpg")
+    with pytest.raises(ValueError, match="uint8"):
+        open_picture(np.zeros((4, 4, 3)))
+    for form in (Image.new("RGB", (20, 20)), tmp_path / "large.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
+        with pytest.raises(ValueError, match="20 x 20|more pixels"):
+            open_picture(form, max_pixels=300)
+
+
+def test_pictures_stand_upright() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 8, 3), dtype=np.uint8))
+    turned, file = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6  # the camera was turned by 90 degrees
+    picture.save(file, "PNG", exif=turned)
+    upright = open_picture(Image.open(file))
+    assert upright.size == (4, 8)
+    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(picture), -1))
