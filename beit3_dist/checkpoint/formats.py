@@ -42,7 +42,7 @@ def _tensors_in(path: Path) -> Mapping[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # torch raises what its unpickler meets
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"{path} is not a file of tensors that torch can read: {reason}") from error
     return _state_dict(content, str(path))
 
