@@ -56,7 +56,7 @@ from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
 from beit3_dist.training.code_pictures import mosaic, patches_of
 from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
-from beit3_dist.training.inputs import prepare
+from beit3_dist.training.inputs import prepare, views
 
 PROGRAM = "report.py"
 SAMPLES = 2048
@@ -168,7 +168,7 @@ def sample_training(run: Run, device: torch.device) -> TrainingSample:
         codes, _, targets = prepared(batch, tokenize, device)
         for name, values in by_stream(targets, targets.codes, targets.words).items():
             counts[name] += torch.bincount(values.cpu(), minlength=sizes[name])
-        pixels = patches_of(batch.images, model.patch_size).flatten(1).double()
+        pixels = patches_of(views(batch, torch.device("cpu"))[0], model.patch_size).flatten(1).double()
         sums.index_add_(0, codes.flatten(), pixels)
         carriers += torch.bincount(codes.flatten(), minlength=len(carriers))
     codebook = run.image_tokenizer.quantize.embedding.weight.cpu()
@@ -178,7 +178,7 @@ def sample_training(run: Run, device: torch.device) -> TrainingSample:
 
 def prepared(batch: MicroBatch, tokenize: ImageTargets, device: torch.device) -> tuple[Tensor, MixedInputs, Targets]:
     """Codes of all patches, int64 [I + P, patches] on the host, and the inputs and targets as training makes them."""
-    codes = tokenize((batch.images if batch.tokenizer_images is None else batch.tokenizer_images).to(device))
+    codes = tokenize(views(batch, device)[1])
     inputs, targets, _ = prepare(batch, device, lambda _: codes)
     return codes.cpu(), inputs, targets
 
@@ -268,7 +268,7 @@ def guess(
     both = [
         Example(picture, hidden, true, true.masked_scatter(hidden, guessed[name]), [])
         for picture, hidden, true, name in zip(
-            batch.images, batch.image_mask, codes, ("image", "pair_image"), strict=True
+            views(batch, torch.device("cpu"))[0], batch.image_mask, codes, ("image", "pair_image"), strict=True
         )
     ]
     words = batch.caption_targets[0, : int(batch.caption_lengths[0])]

@@ -30,6 +30,7 @@ from beit3_dist.command_line import parse, refuse
 from beit3_dist.data.batch import ImageBatches, requests_from
 from beit3_dist.model.vqkd import load_vqkd
 from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
+from beit3_dist.training.inputs import views as views_of
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 PROGRAM = "show_codes.py"
@@ -72,8 +73,7 @@ def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
 def views(run: Run) -> Iterator[Tensor]:
     """The image tokenizer's views of the training pictures."""
     for request in requests_from((0, 0, 0), run.train.config.batch):
-        batch = run.train[request]
-        yield batch.images if batch.tokenizer_images is None else batch.tokenizer_images
+        yield views_of(run.train[request], torch.device("cpu"))[1]
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:

@@ -13,25 +13,20 @@ from dataclasses import dataclass, fields, replace
 from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
-from beit3_dist.data.order import Blocks, mix_arrays
+from beit3_dist.data.order import Blocks, Stream, mix_arrays
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
 
 MAX_DESCRIPTORS = 65536
 """Upper bound of what `loader` raises the limit of open files to."""
-
-
-Views = tuple[np.ndarray, np.ndarray | None]
-"""uint8 [S, S, 3] for the model, and [S2, S2, 3] for the image tokenizer unless it sees the same."""
 
 
 class Request(NamedTuple):
@@ -48,7 +43,7 @@ class MicroBatch:
     """One rank's micro-batch of I images, P pairs and T texts; S is the picture's side, L the longest text."""
 
     images: torch.Tensor
-    """uint8 [I + P, 3, S, S]: image-only samples first, then pairs."""
+    """uint8 [I + P, 3, S, S]: image-only samples first, then pairs; before the jitter, as are `tokenizer_images`."""
     tokenizer_images: torch.Tensor | None
     """uint8 [I + P, 3, S2, S2]: the image tokenizer's views; None: the same pictures as `images`."""
     image_mask: torch.Tensor
@@ -77,6 +72,8 @@ class MicroBatch:
     """int64 [I + P + T]: number of each sample's stream."""
     faults: list[Fault]
     """Samples that had to be replaced."""
+    jitter: torch.Tensor | None = None
+    """float32 [I + P, 3]: `transforms.Jitter.weights` of each picture, for both its views; None: no jitter."""
 
     @property
     def num_pairs(self) -> int:
@@ -93,10 +90,26 @@ class MicroBatch:
         """T."""
         return len(self.texts)
 
+    def ids_by_kind(self) -> dict[str, list[int]]:
+        """Ids of the samples by the name of their stream."""
+        return {stream.name.lower(): self.sample_ids[self.streams == stream].tolist() for stream in Stream}
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
         changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
         return replace(self, **changed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pictures stay tensors, which loader processes pass on in shared memory; the rest goes by value, as arrays: a
+        file in shared memory for each of the small tensors would take longer than making them."""
+        return {
+            name: value.numpy() if isinstance(value, torch.Tensor) and value.dtype is not torch.uint8 else value
+            for name, value in self.__dict__.items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
         """The same batch with its tensors on the device."""
@@ -166,22 +179,23 @@ class MixedBatches(Dataset):
         return self.images.faults + self.texts.faults + self.pairs.faults
 
     def __getitem__(self, request: Request) -> MicroBatch:
-        images, image_places, image_views = self._read(self.images, request)
-        pairs, pair_places, pair_views = self._read(self.pairs, request)
-        texts, text_places, _ = self._read(self.texts, request)
-        pictures, samples = images + pairs, images + pairs + texts
+        places = [self._places(stream, request) for stream in (self.images, self.pairs, self.texts)]
+        pictures = Pictures(len(places[0]) + len(places[1]), self.config, self.tokenizer_image_size)
+        images = self._read(self.images, request, places[0], pictures)
+        pairs = self._read(self.pairs, request, places[1], pictures)
+        texts = self._read(self.texts, request, places[2], None)
+        samples = images + pairs + texts
         ratios = self.config.objective
         picture_masked, caption_masked = self._masked_sides(pairs)
-        views = image_views + pair_views
-        tokenizer_views = [view for _, view in views if view is not None]
         captions, caption_targets, caption_mask, caption_lengths = self._words(
             pairs, ratios.caption_mask_ratio, caption_masked
         )
         words, text_targets, text_mask, text_lengths = self._words(texts, ratios.text_mask_ratio, [True] * len(texts))
         return MicroBatch(
-            images=channels_first([view for view, _ in views]),
-            tokenizer_images=channels_first(tokenizer_views) if tokenizer_views else None,
-            image_mask=self._image_masks(pictures, [True] * len(images) + picture_masked),
+            images=channels_first(pictures.model),
+            tokenizer_images=None if pictures.tokenizer is None else channels_first(pictures.tokenizer),
+            jitter=torch.from_numpy(pictures.jitter) if self.config.data.color_jitter else None,
+            image_mask=self._image_masks(images + pairs, [True] * len(images) + picture_masked),
             captions=captions,
             caption_targets=caption_targets,
             caption_mask=caption_mask,
@@ -191,28 +205,33 @@ class MixedBatches(Dataset):
             text_mask=text_mask,
             text_lengths=text_lengths,
             sample_ids=torch.tensor([sample.id for sample in samples]),
-            positions=torch.tensor(image_places + pair_places + text_places),
+            positions=torch.tensor(sum(places, [])),
             streams=torch.tensor([int(sample.stream) for sample in samples]),
             faults=[fault for sample in samples for fault in sample.faults],
         )
 
-    def _read(self, stream: SampleStream, request: Request) -> tuple[list[Sample], list[int], list[Views]]:
-        """This rank's samples of a stream, their places in the step's global batch, and the views of their pictures.
+    def _places(self, stream: SampleStream, request: Request) -> list[int]:
+        """Places in the step's global batch of this rank's samples of a stream."""
+        count = self.micro_batch[stream.stream]
+        first = (request.micro * self.world + self.rank) * count
+        return list(range(first, first + count))
+
+    def _read(
+        self, stream: SampleStream, request: Request, places: list[int], pictures: Pictures | None
+    ) -> list[Sample]:
+        """The samples at these places; their views go to `pictures`.
 
         Each picture is cropped and dropped before the next one is decoded: memory that is used again is in the cache,
         while thirty pictures at a time would each be written to fresh pages.
         """
-        count = self.micro_batch[stream.stream]
-        first = (request.micro * self.world + self.rank) * count
-        places = list(range(first, first + count))
-        samples, views = [], []
+        samples = []
         for place in places:
             sample = self._sample(stream, request.consumed[stream.stream] + place)
             samples.append(sample)
-            if stream is not self.texts:
-                views.append(self._views(sample))
+            if pictures is not None:
+                pictures.add(self._views(sample))
                 del sample.picture
-        return samples, places, views
+        return samples
 
     def _sample(self, stream: SampleStream, position: int) -> Sample:
         """The sample at a position of a stream."""
@@ -225,7 +244,7 @@ class MixedBatches(Dataset):
         coins = [bool(pair.generator(Draw.MASKED_SIDE).random() < 0.5) for pair in pairs]
         return coins, [not coin for coin in coins]
 
-    def _views(self, sample: Sample) -> Views:
+    def _views(self, sample: Sample) -> transforms.Views:
         """The model's and the image tokenizer's views of a picture."""
         size, other = self.config.model.image_size, self.tokenizer_image_size
         return transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
@@ -309,19 +328,47 @@ class ImageBatches(Dataset):
             del sample.picture, picture
             samples.append(sample)
         return (
-            channels_first(views),
+            channels_first(torch.from_numpy(np.stack(views))),
             torch.tensor([sample.id for sample in samples]),
             [fault for sample in samples for fault in sample.faults],
         )
 
 
-def channels_first(views: list[np.ndarray]) -> torch.Tensor:
-    """Views uint8 [S, S, 3] -> uint8 [N, 3, S, S]."""
-    height, width, channels = views[0].shape
-    planes = np.empty((len(views), channels, height, width), dtype=np.uint8)
-    for view, parts in zip(views, planes, strict=True):
-        cv2.split(view, list(parts))  # writes into `planes`, and is faster than a transposed copy
-    return torch.from_numpy(planes)
+class Pictures:
+    """Room for the views of a micro-batch's pictures, filled one after the other."""
+
+    def __init__(self, count: int, config: RunConfig, tokenizer_size: int) -> None:
+        size = config.model.image_size
+        self.model = pixels(count, size)
+        """uint8 [count, S, S, 3]."""
+        self.tokenizer = None if tokenizer_size == size else pixels(count, tokenizer_size)
+        """uint8 [count, S2, S2, 3]; None: the tokenizer sees the same."""
+        self.arrays = [None if part is None else part.numpy() for part in (self.model, self.tokenizer)]
+        self.jitter = np.empty((count, 3), dtype=np.float32)
+        """`transforms.Jitter.weights`."""
+        self.filled = 0
+
+    def add(self, views: transforms.Views) -> None:
+        """Takes the next picture's views."""
+        for room, view in zip(self.arrays, views[:2], strict=True):
+            if room is not None:
+                room[self.filled] = view
+        self.jitter[self.filled] = views.jitter
+        self.filled += 1
+
+
+def pixels(count: int, size: int) -> torch.Tensor:
+    """Room for `count` pictures, uint8 [count, size, size, 3]; in a loader process in the memory that it shares with
+    the trainer, so that they need not be copied there."""
+    if get_worker_info() is None:
+        return torch.empty(count, size, size, 3, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(count * size * size * 3)  # what torch's own collation does
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(count, size, size, 3)
+
+
+def channels_first(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 [N, S, S, 3] -> uint8 [N, 3, S, S] that lies in memory as it did: the device reorders it."""
+    return pictures.permute(0, 3, 1, 2)
 
 
 def requests_from(consumed: tuple[int, int, int], batch: BatchConfig) -> Iterator[Request]:
@@ -373,8 +420,8 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         )
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    # The trainer turns these two into a checkpoint. A scheduler sends them to every process of a job: the server and the
-    # workers, which inherit what is ignored, must go on until the trainer ends.
+    # The trainer turns these two into a checkpoint. A scheduler sends them to every process of a job: the server and
+    # the workers, which inherit what is ignored, must go on until the trainer ends.
     former = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGTERM, signal.SIGUSR1)]
     forkserver.ensure_running()
     for number, handler in former:

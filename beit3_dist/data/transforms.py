@@ -2,15 +2,18 @@
 
 The augmentation is BEiT's: one random crop that both views share, mirroring, and jitter of brightness, contrast and
 saturation. The jitter comes after the crop, not before it as in BEiT: it touches fewer pixels and gives the same
-values, but that contrast takes the mean grey of the crop and not of the whole picture.
+values, but that contrast takes the mean grey of the crop and not of the whole picture. It is drawn here, as three
+numbers, and applied on the device (`training/inputs.py`).
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -29,8 +32,8 @@ CROP_ATTEMPTS = 10
 """Boxes that are tried before the centre is taken."""
 CONTRAST, SATURATION = 1, 2
 """Numbers of the changes of colour; brightness is 0."""
-GREY = np.array([0.299, 0.587, 0.114])
-"""Weights of the channels in a colour's grey (ITU-R 601-2, as in Pillow)."""
+ORDERS = tuple(itertools.permutations((0, 1, 2)))
+"""Orders of the changes."""
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
@@ -106,9 +109,8 @@ def resized(
 class Jitter:
     """Changes of brightness, contrast and saturation, in the order of `order` (0, 1, 2); factor 1 changes nothing.
 
-    Each change is an affine map of a pixel's colour, so the three are one, and levels are rounded and clipped once:
-    brightness scales the colour, contrast its distance from the picture's mean grey, saturation its distance from the
-    pixel's own grey.
+    Brightness scales a pixel's colour, contrast its distance from the picture's mean grey, saturation its distance
+    from the pixel's own grey. Each is a linear map of (colour, its grey, mean grey of the view), so the three are one.
     """
 
     factors: tuple[float, float, float]
@@ -117,39 +119,44 @@ class Jitter:
     @classmethod
     def draw(cls, strength: float, rng: np.random.Generator) -> Jitter:
         """Factors in [1 - strength, 1 + strength], in random order."""
-        return cls(tuple(rng.uniform(1 - strength, 1 + strength, size=3).tolist()), tuple(rng.permutation(3).tolist()))
+        *factors, order = rng.random(4).tolist()
+        a, b, c = (1 + strength * (2 * factor - 1) for factor in factors)
+        return cls((a, b, c), ORDERS[int(order * len(ORDERS))])
 
-    def __call__(self, view: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3] -> the same shape and type."""
-        # colour -> own * colour + mixed * its grey + shift, whatever changes came before
-        own, mixed, shift = 1.0, 0.0, 0.0
-        mean = float(np.dot(GREY, cv2.mean(view)[:3]))
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        """Weights of a pixel's colour, of its grey, and of the view's mean grey in the new colour."""
+        own, mixed, mean = 1.0, 0.0, 0.0  # after whatever changes came before
         for change in self.order:
             factor = self.factors[change]
             if change == SATURATION:
                 own, mixed = factor * own, mixed + (1 - factor) * own
                 continue
-            kept = (1 - factor) * ((own + mixed) * mean + shift) if change == CONTRAST else 0.0
-            own, mixed, shift = factor * own, factor * mixed, factor * shift + kept
-        matrix = np.empty((3, 4))
-        matrix[:, :3] = mixed * GREY
-        matrix[:, 3] = shift
-        matrix.flat[::5] += own
-        return cv2.transform(view, matrix)
+            kept = (1 - factor) * (own + mixed + mean) if change == CONTRAST else 0.0
+            own, mixed, mean = factor * own, factor * mixed, factor * mean + kept
+        return own, mixed, mean
+
+
+class Views(NamedTuple):
+    """What a picture is seen as, before the jitter."""
+
+    model: np.ndarray
+    """uint8 [S, S, 3]."""
+    tokenizer: np.ndarray | None
+    """uint8 [S2, S2, 3] of the same crop; None where both sizes are equal: the views would be identical."""
+    jitter: tuple[float, float, float]
+    """`Jitter.weights` for both views."""
 
 
 def two_views(
     image: Image.Image, rng: np.random.Generator, size: int, tokenizer_size: int, config: DataConfig
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The model's view and the image tokenizer's, of one crop, with the same mirroring and jitter -> uint8 [S, S, 3].
-
-    The second is None where both sizes are equal: the views would be identical.
-    """
+) -> Views:
+    """The model's view and the image tokenizer's, of one crop, with the same mirroring and jitter."""
     box = crop_box(*image.size, config.min_crop_scale, rng)
     flip = rng.random() < config.horizontal_flip
     jitter = Jitter.draw(config.color_jitter, rng)
-    view = jitter(resized(image, size, box, flip))
-    return view, None if tokenizer_size == size else jitter(resized(image, tokenizer_size, box, flip))
+    other = None if tokenizer_size == size else resized(image, tokenizer_size, box, flip)
+    return Views(resized(image, size, box, flip), other, jitter.weights)
 
 
 def cropped_view(image: Image.Image, rng: np.random.Generator, size: int, min_scale: float, flip: float) -> np.ndarray:

@@ -7,6 +7,7 @@ generator that is passed in.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,6 +17,8 @@ MIN_ASPECT = 0.3
 """A block's height over its width lies in [0.3, 1 / 0.3]."""
 ATTEMPTS = 10
 """Blocks that are tried before the rest is filled with single patches."""
+DRAWN_AT_ONCE = 48
+"""Random numbers of one call: enough for most pictures."""
 
 
 def mask_count(ratio: float, n: int) -> int:
@@ -35,34 +38,37 @@ def block_mask(grid: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """
     if not 0 <= count <= grid * grid:
         raise ValueError(f"cannot mask {count} of {grid * grid} patches")
-    mask = np.zeros((grid, grid), dtype=bool)
-    left = count
-    while left:
-        added = _add_block(mask, min_block(grid, count), left, rng)
-        if not added:
-            break
-        left -= added
-    flat = mask.reshape(-1)
-    flat[rng.choice(np.flatnonzero(~flat), size=left, replace=False)] = True
-    return flat
+    # Python's numbers throughout: arrays of this size take ten times as long. The mask has a bit per patch, row by row.
+    draws = _uniform(rng)
+    smallest, mask, left = min_block(grid, count), 0, count
+    while left and (block := _new_block(mask, grid, smallest, left, draws)):
+        mask |= block
+        left = count - mask.bit_count()
+    while mask.bit_count() < count:
+        mask |= 1 << int(next(draws) * grid * grid)
+    bits = np.frombuffer(mask.to_bytes(-(-grid * grid // 8), "little"), dtype=np.uint8)
+    return np.unpackbits(bits, count=grid * grid, bitorder="little").view(bool)
 
 
-def _add_block(mask: np.ndarray, smallest: int, left: int, rng: np.random.Generator) -> int:
-    """Masks one more block in place; returns the number of newly masked patches, 0 if no block was found."""
-    grid = len(mask)
-    # All attempts are drawn at once: a call of the generator costs as much as the rest of an attempt.
-    for size, shape, down, right in rng.random((ATTEMPTS, 4)).tolist():
-        area = smallest + size * max(0, left - smallest)
-        aspect = MIN_ASPECT ** (1 - 2 * shape)
+def _uniform(rng: np.random.Generator) -> Iterator[float]:
+    """Numbers in [0, 1), drawn many at a time."""
+    while True:
+        yield from rng.random(DRAWN_AT_ONCE).tolist()
+
+
+def _new_block(mask: int, grid: int, smallest: int, left: int, draws: Iterator[float]) -> int:
+    """One more block that masks at most `left` new patches; 0 if none was found."""
+    for _ in range(ATTEMPTS):
+        area = smallest + next(draws) * max(0, left - smallest)
+        aspect = MIN_ASPECT ** (1 - 2 * next(draws))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height <= grid and 0 < width <= grid):
             continue
-        top, start = int(down * (grid - height + 1)), int(right * (grid - width + 1))
-        block = mask[top : top + height, start : start + width]
-        new = block.size - int(np.count_nonzero(block))
-        if 0 < new <= left:
-            block[...] = True
-            return new
+        top, start = int(next(draws) * (grid - height + 1)), int(next(draws) * (grid - width + 1))
+        rows = ((1 << grid * height) - 1) // ((1 << grid) - 1)  # the first bit of each row
+        block = ((1 << width) - 1) * rows << top * grid + start
+        if 0 < (block & ~mask).bit_count() <= left:
+            return block
     return 0
 
 
@@ -91,12 +97,10 @@ def mask_words(
     candidates = np.flatnonzero(ordinary)
     if len(candidates) == 0:
         return inputs, predict
-    chosen = rng.choice(candidates, size=mask_count(ratio, len(candidates)), replace=False)
+    chosen = rng.permutation(candidates)[: mask_count(ratio, len(candidates))]
     fate = rng.random(len(chosen))
     substitutes = rng.integers(words.start, words.stop, size=len(chosen))
+    swapped = np.where(fate < mask_token_share + random_token_share, substitutes, inputs[chosen])
+    inputs[chosen] = np.where(fate < mask_token_share, mask_id, swapped)
     predict[chosen] = True
-    hidden = fate < mask_token_share
-    swapped = ~hidden & (fate < mask_token_share + random_token_share)
-    inputs[chosen[hidden]] = mask_id
-    inputs[chosen[swapped]] = substitutes[swapped]
     return inputs, predict

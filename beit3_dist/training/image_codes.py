@@ -28,7 +28,7 @@ from beit3_dist.checkpoint.files import sha256, write_json
 from beit3_dist.config import RunConfig, Source, require
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.streams import SampleStream
-from beit3_dist.training.inputs import Tokenize
+from beit3_dist.training.inputs import Tokenize, views
 
 FORMAT = 1
 MOST_CODES = 65_535
@@ -195,5 +195,5 @@ def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Toke
 def write_codes(writer: CodesWriter, batches: Iterable[MicroBatch], tokenize: Tokenize, device: torch.device) -> None:
     """Adds the codes of all pictures of the micro-batches."""
     for batch in batches:
-        views = batch.images if batch.tokenizer_images is None else batch.tokenizer_images
-        writer.add(batch.sample_ids[: len(views)], tokenize(views.to(device)))
+        _, pictures = views(batch, device)
+        writer.add(batch.sample_ids[: len(pictures)], tokenize(pictures))

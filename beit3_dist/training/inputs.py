@@ -18,6 +18,35 @@ Tokenize = Callable[[Tensor], Tensor]
 """uint8 pictures [B, 3, S, S] on the device -> visual codes int64 [B, patches]."""
 
 
+GREY = (0.299, 0.587, 0.114)
+"""Weights of the channels in a colour's grey (ITU-R 601-2, as in Pillow)."""
+
+
+def jittered(pictures: Tensor, weights: Tensor) -> Tensor:
+    """Pictures uint8 [B, 3, S, S] after the changes of colour that `transforms.Jitter.weights` [B, 3] stand for.
+
+    Levels are rounded and clipped once, at the end.
+    """
+    colour = pictures.to(torch.float32, memory_format=torch.contiguous_format)
+    red, green, blue = (share * colour[:, channel] for channel, share in enumerate(GREY))
+    grey = red + green + blue
+    own, mixed, mean = weights[:, :, None, None].unbind(1)  # each [B, 1, 1]
+    shift = mixed * grey + mean * grey.mean((1, 2), keepdim=True)
+    return torch.addcmul(shift[:, None], colour, own[:, None]).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def views(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The model's and the image tokenizer's pictures, uint8 [I + P, 3, S, S] and [I + P, 3, S2, S2], on the device."""
+    weights = None if batch.jitter is None else batch.jitter.to(device, non_blocking=True)
+
+    def seen(pictures: Tensor) -> Tensor:
+        pictures = pictures.to(device, non_blocking=True)
+        return pictures if weights is None else jittered(pictures, weights)
+
+    images = seen(batch.images)
+    return images, images if batch.tokenizer_images is None else seen(batch.tokenizer_images)
+
+
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 pictures -> [-1, 1] (mean and deviation 0.5, as in the released models' fine-tuning)."""
     return pixels.float() / 127.5 - 1.0
@@ -86,7 +115,7 @@ def prepare(
             ]
         )
 
-    images = move(batch.images)
+    images, tokenizer_images = views(batch, device)
     inputs = MixedInputs(
         images=normalize(images),
         words=move(packed(batch.captions, batch.texts)),
@@ -100,7 +129,7 @@ def prepare(
     image_rows = masked // patches * (1 + patches) + 1 + masked % patches  # CLS stands before each picture's patches
     predict = packed(batch.caption_mask, batch.text_mask).nonzero().squeeze(1)
     text_rows = layout.segments[0] + layout.segments[1] + predict
-    codes = tokenize(images if batch.tokenizer_images is None else move(batch.tokenizer_images))
+    codes = tokenize(tokenizer_images)
     image, text, pair_image, pair_text = masked_counts(batch)
     targets = Targets(
         image_rows=move(image_rows),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,7 @@ def labelled(side: str) -> tuple[Tensor, Tensor]:
     classes = labels(getattr(easy_vqa, f"get_{side}_questions")())
     paths = getattr(easy_vqa, f"get_{side}_image_paths")()
     pictures = [resized(decode(Path(paths[number]).read_bytes(), 10**6), 64) for number in classes]
-    return channels_first(pictures), torch.tensor([*classes.values()])
+    return channels_first(torch.from_numpy(np.stack(pictures))), torch.tensor([*classes.values()])
 
 
 def encode(tokenizer: VQKD, pictures: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from beit3_dist.data.batch import MixedBatches, Request, requests_from
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.vqkd import load_vqkd
 from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling
-from beit3_dist.training.inputs import prepare
+from beit3_dist.training.inputs import prepare, views
 from tests.integration.runs import metrics, run_config, write_recipe
 from tools import report
 
@@ -116,7 +116,7 @@ def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content:
     assert number * at_once >= 2000
     for request in islice(requests_from((0, 0, 0), batches.config.batch), number):
         batch = batches[request]
-        codes = tokenizer.encode(batch.images.float() / 255)
+        codes = tokenizer.encode(views(batch, torch.device("cpu"))[1].float() / 255)
         for row, (picture, hidden) in enumerate(zip(codes, batch.image_mask, strict=True)):
             counts["image" if row < at_once else "pair_image"].update(picture[hidden].tolist())
         for words, hidden in zip(batch.text_targets, batch.text_mask, strict=True):

@@ -9,6 +9,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
@@ -16,6 +17,7 @@ from PIL import Image, ImageEnhance
 from beit3_dist.config import DataConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample
+from beit3_dist.training.inputs import jittered
 from tests.unit.tar_fixtures import picture
 
 LIMIT = 100_000
@@ -169,13 +171,19 @@ def test_very_wide_pictures_are_cropped_in_the_centre() -> None:
 PILLOWS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
+def applied(jitter: transforms.Jitter, view: np.ndarray) -> np.ndarray:
+    """The view [S, S, 3] after the jitter, as the device applies it."""
+    pictures = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]
+    return jittered(pictures, torch.tensor([jitter.weights]))[0].permute(1, 2, 0).numpy()
+
+
 @pytest.mark.parametrize("change", range(3))
 @pytest.mark.parametrize("factor", [0.6, 0.93, 1.0, 1.4])
 def test_jitter_agrees_with_pillow(change: int, factor: float) -> None:
-    """Pillow cuts fractions off where OpenCV rounds, and takes whole numbers for greys: two levels."""
+    """Pillow cuts fractions off where we round, and takes whole numbers for greys: two levels."""
     view = np.asarray(Image.open(io.BytesIO(picture(3, 64, 64))))
     factors = tuple(factor if number == change else 1.0 for number in range(3))
-    ours = transforms.Jitter(factors, (0, 1, 2))(view)
+    ours = applied(transforms.Jitter(factors, (0, 1, 2)), view)
     assert ours.dtype == np.uint8 and ours.shape == view.shape
     difference = ours.astype(int) - np.asarray(PILLOWS[change](Image.fromarray(view)).enhance(factor)).astype(int)
     assert np.abs(difference).max() <= 2
@@ -190,7 +198,7 @@ def test_jitter_in_any_order_agrees_with_pillow(order: tuple[int, int, int]) -> 
     theirs = Image.fromarray(view)
     for change in order:
         theirs = PILLOWS[change](theirs).enhance(factors[change])
-    ours = transforms.Jitter(factors, order)(view)
+    ours = applied(transforms.Jitter(factors, order), view)
     assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= 6
     assert np.abs(ours.astype(int) - view).max() > 20
 
@@ -202,8 +210,8 @@ def test_jitter_is_drawn_in_range_and_order() -> None:
     assert 0.6 <= factors.min() < 0.62 and 1.38 < factors.max() <= 1.4
     assert len({jitter.order for jitter in drawn}) == 6
     view = np.asarray(Image.open(io.BytesIO(picture(3, 64, 64))))
-    assert not transforms.Jitter((0.0, 1.0, 1.0), (2, 0, 1))(view).any()
-    assert len(np.unique(transforms.Jitter((1.0, 0.0, 1.0), (0, 1, 2))(view))) == 1
+    assert not applied(transforms.Jitter((0.0, 1.0, 1.0), (2, 0, 1)), view).any()
+    assert len(np.unique(applied(transforms.Jitter((1.0, 0.0, 1.0), (0, 1, 2)), view))) == 1
 
 
 def test_views_show_the_same_crop() -> None:
@@ -211,7 +219,7 @@ def test_views_show_the_same_crop() -> None:
     image = transforms.decode(picture(1, 160, 120), LIMIT)
     seen = []
     for seed in range(30):
-        view, other = transforms.two_views(image, np.random.default_rng(seed), 32, 64, config())
+        view, other, _ = transforms.two_views(image, np.random.default_rng(seed), 32, 64, config())
         assert view.shape == (32, 32, 3) and other.shape == (64, 64, 3) and view.dtype == other.dtype == np.uint8
         means = other.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
         # Bicubic is no box filter: smooth pictures differ by a few levels, another crop or flip by tens.
@@ -222,8 +230,8 @@ def test_views_show_the_same_crop() -> None:
 
 def test_equal_sizes_need_one_view() -> None:
     image = transforms.decode(picture(1), LIMIT)
-    view, other = transforms.two_views(image, np.random.default_rng(0), 32, 32, config())
-    larger, _ = transforms.two_views(image, np.random.default_rng(0), 32, 48, config())
+    view, other, _ = transforms.two_views(image, np.random.default_rng(0), 32, 32, config())
+    larger, _, _ = transforms.two_views(image, np.random.default_rng(0), 32, 48, config())
     assert other is None and np.array_equal(view, larger)
 
 
@@ -245,5 +253,5 @@ def test_nothing_drawn_leaves_the_picture() -> None:
 
 def test_single_pixel_picture() -> None:
     image = transforms.decode(picture(1, 1, 1), LIMIT)
-    view, _ = transforms.two_views(image, np.random.default_rng(0), 32, 32, config())
+    view, _, _ = transforms.two_views(image, np.random.default_rng(0), 32, 32, config())
     assert view.shape == (32, 32, 3)
