@@ -383,7 +383,8 @@ class TrainingConfig:
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""
     init_from: str = ""
-    """File with weights to start from, in the released .pth layout; empty: random values by (seed, name)."""
+    """Weights to start from: a file in the released form (or torchscale's), a model folder, or a checkpoint of a run. A
+    head that is not in it starts from random values, which is logged. Empty: random values by (seed, name)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The Multiway Transformer."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
