@@ -40,7 +40,6 @@ def main(arguments: Sequence[str]) -> None:
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        exit_on_error=True,
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
