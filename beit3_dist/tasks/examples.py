@@ -53,6 +53,9 @@ class Example:
     """vqa: {answer: score}; retrieval, captioning: image_id; otherwise the class. Ints, but for the scores."""
     name: str
     """What a submission calls it: question_id, image_id, identifier, or the picture's file name."""
+    references: tuple[str, ...] = ()
+    """What people wrote, where the index has it: captions of the picture, or answers to the question (fields `captions`
+    and `answers`, which unilm's own indexes lack)."""
 
 
 class Malformed(Exception):
@@ -75,6 +78,14 @@ def _string(record: Record, field: str) -> str:
     if not isinstance(value, str) or not value:
         raise Malformed(f"no string in the field {field!r}")
     return value
+
+
+def _strings(record: Record, field: str) -> tuple[str, ...]:
+    """The strings of a list; none where there is no such field."""
+    value = record.get(field, [])
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise Malformed(f"the field {field!r} is no list of strings")
+    return tuple(value)
 
 
 def _words(record: Record, vocab_size: int | None) -> tuple[int, ...]:
@@ -135,7 +146,7 @@ def _captioning(id: int, record: Record, rules: Rules) -> Example:
     image = _integer(record, "image_id")
     to_write = not rules.train and record.get("text_segment") is None
     words = None if to_write else rules.words(record)
-    return Example(id, rules.paths(record, "image_path"), words, image, str(image))
+    return Example(id, rules.paths(record, "image_path"), words, image, str(image), _strings(record, "captions"))
 
 
 def _nlvr2(id: int, record: Record, rules: Rules) -> Example:
@@ -155,7 +166,8 @@ def _vqa(id: int, record: Record, rules: Rules) -> Example:
         raise Malformed("a score is not in [0, 1]")
     answers = {label: float(score) for label, score in zip(labels, scores, strict=True)}
     name = str(_integer(record, "qid"))
-    return Example(id, rules.paths(record, "image_path"), rules.words(record), answers, name)
+    people = _strings(record, "answers")
+    return Example(id, rules.paths(record, "image_path"), rules.words(record), answers, name, people)
 
 
 def _text(id: int, record: Record, rules: Rules) -> Example:

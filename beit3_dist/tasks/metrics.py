@@ -63,7 +63,7 @@ def check_caption_metrics(names: Sequence[str]) -> None:
             raise ValueError(f"there is no caption metric {name!r}, only {', '.join(CAPTION_METRICS)}")
         if name == "exact_match":
             continue
-        package = Path(_package("pycocoevalcap").__file__).parent
+        package = Path(_package("pycocoevalcap.bleu.bleu").__file__).parent.parent
         if name in ("meteor", "spice") and shutil.which("java") is None:
             raise ValueError(f"the caption metric {name} needs Java: install a Java runtime, or leave it out")
         if name == "spice" and not (package / "spice" / SPICE_PARSER).is_file():

@@ -1,4 +1,7 @@
-"""Predictions as files, in the form that each benchmark's evaluation takes."""
+"""Predictions as files, in the form that each benchmark's evaluation takes.
+
+Every writer takes the folder, gives the file its name, and returns its path.
+"""
 
 from __future__ import annotations
 
@@ -17,43 +20,40 @@ ROWS_AT_ONCE = 1024
 """Rows of the score matrix that exist at a time."""
 
 
-def write_vqa(path: Path, question_ids: Sequence[str], answers: Sequence[str]) -> None:
-    """VQA v2's result file: a JSON list of {question_id, answer}."""
-    _write_json(
-        path,
+def write_vqa(folder: Path, question_ids: Sequence[str], answers: Sequence[str]) -> Path:
+    """VQA v2's vqa_results.json: a list of {question_id, answer}."""
+    return _write_json(
+        folder / "vqa_results.json",
         [{"question_id": int(id), "answer": answer} for id, answer in zip(question_ids, answers, strict=True)],
     )
 
 
-def write_captions(path: Path, image_ids: Sequence[str], captions: Sequence[str]) -> None:
-    """COCO's and NoCaps' result file: a JSON list of {image_id, caption}, one caption per picture.
+def write_captions(folder: Path, image_ids: Sequence[str], captions: Sequence[str]) -> Path:
+    """COCO's and NoCaps' captions_results.json: a list of {image_id, caption}.
 
     Raises ValueError where a picture comes twice: the evaluation would refuse the file.
     """
+    path = folder / "captions_results.json"
     if len(set(image_ids)) < len(image_ids):
         raise ValueError(f"{path}: a picture has two captions, and the benchmark takes one")
-    _write_json(
+    return _write_json(
         path, [{"image_id": int(id), "caption": caption} for id, caption in zip(image_ids, captions, strict=True)]
     )
 
 
-def write_nlvr2(path: Path, identifiers: Sequence[str], predictions: Sequence[bool]) -> None:
-    """NLVR2's prediction file: `identifier,True` or `identifier,False` a line; a JSON list of {identifier, prediction}
-    where the path ends in .json."""
-    rows = [(id, str(truth)) for id, truth in zip(identifiers, predictions, strict=True)]
-    if path.suffix == ".json":
-        _write_json(path, [{"identifier": id, "prediction": truth} for id, truth in rows])
-    else:
-        _write_csv(path, rows)
+def write_nlvr2(folder: Path, identifiers: Sequence[str], predictions: Sequence[bool]) -> Path:
+    """NLVR2's nlvr2_predictions.csv: `identifier,True` or `identifier,False` a line, without a header."""
+    rows = [(id, str(bool(truth))) for id, truth in zip(identifiers, predictions, strict=True)]
+    return _write_csv(folder / "nlvr2_predictions.csv", rows)
 
 
-def write_classes(path: Path, names: Sequence[str], classes: Sequence[int]) -> None:
-    """A table `name,class`: file name of a picture, or number of a sentence, and number of its class."""
-    _write_csv(path, [("name", "class"), *zip(names, classes, strict=True)])
+def write_classes(folder: Path, names: Sequence[str], classes: Sequence[int]) -> Path:
+    """classes.csv, a table `name,class`: file name of a picture, or number of a sentence, and number of its class."""
+    return _write_csv(folder / "classes.csv", [("name", "class"), *zip(names, classes, strict=True)])
 
 
-def write_retrieval(path: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor) -> None:
-    """The ten best pictures of each text, and the ten best texts of each picture, with their scores: JSON lines.
+def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor) -> Path:
+    """retrieval.jsonl: the ten best pictures of each text, and the ten best texts of each picture, with their scores.
 
     Row i is text i, vectors [N, D], and the picture that it belongs to; a picture that comes several times is taken
     from its first row. A text is called by its row, a picture by its name.
@@ -62,12 +62,14 @@ def write_retrieval(path: Path, image_of_text: Sequence[str], images: Tensor, te
     for row, name in enumerate(image_of_text):
         first.setdefault(name, row)
     names, pictures = list(first), images[list(first.values())]
+    path = folder / "retrieval.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for row, (places, scores) in enumerate(_best(texts, pictures)):
             record: dict[str, Any] = {"text": row, "images": [names[place] for place in places], "scores": scores}
             file.write(json.dumps(record) + "\n")
         for name, (places, scores) in zip(names, _best(pictures, texts), strict=True):
             file.write(json.dumps({"image": name, "texts": places, "scores": scores}) + "\n")
+    return path
 
 
 def _best(queries: Tensor, candidates: Tensor) -> Iterable[tuple[list[int], list[float]]]:
@@ -78,10 +80,12 @@ def _best(queries: Tensor, candidates: Tensor) -> Iterable[tuple[list[int], list
             yield places, [round(score, 5) for score in scores]
 
 
-def _write_json(path: Path, records: list[dict[str, Any]]) -> None:
+def _write_json(path: Path, records: list[dict[str, Any]]) -> Path:
     path.write_text(json.dumps(records, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
 
 
-def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> Path:
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
+    return path

@@ -54,8 +54,8 @@ def normalised(answer: str) -> str:
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """How right a prediction is in [0, 1], by the answers of all people asked.
 
-    All are normalised. (The benchmark's program leaves them as they are where everyone gave the same answer, which makes
-    a difference only where that answer is not in its normal form.)
+    All are normalised. (The benchmark's program leaves them as they are where everyone gave the same answer, which
+    makes a difference only where that answer is not in its normal form.)
     """
     predicted = normalised(prediction)
     matches = [normalised(answer) == predicted for answer in answers]
