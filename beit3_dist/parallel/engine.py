@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from beit3_dist.config import TrainingConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import Values, materialize
+from beit3_dist.parallel.averaging import WeightAverage
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.mesh import Groups
@@ -54,6 +55,7 @@ class Engine:
     final form.
     plan: the stages of a pipeline; needed where there is one.
     columns: losses that the statistics tell apart.
+    average_decay: decay of a moving average of the weights; 0 keeps none.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class Engine:
         groups: Groups,
         build: Callable[[], BEiT3],
         values: Values,
-        objective: Callable[[BEiT3], nn.Module],
+        objective: Callable[[Any], nn.Module],
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
         plan: StagePlan | None = None,
         columns: int = 4,
+        average_decay: float = 0.0,
     ) -> None:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
@@ -87,6 +90,7 @@ class Engine:
                 mpu=groups,
             )
         self.zero_stage = config.parallel.zero_stage
+        self.average = WeightAverage(self.model, self.optimizer, groups.data, average_decay) if average_decay else None
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
             if isinstance(module, Stages)
@@ -107,6 +111,8 @@ class Engine:
         totals = self._schedule.train(micro_batches, step_counts, step)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
         self._schedule.after_step()
+        if self.average is not None:
+            self.average.update()
         return self._reduce(totals, norm)
 
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> StepResult:
@@ -115,10 +121,11 @@ class Engine:
         return self._reduce(self._schedule.evaluate(micro_batches), 0.0)
 
     @torch.no_grad()
-    def predict(self, *inputs: Any) -> Any:
-        """What the objective's `predict` makes of a batch. Collective: ZeRO-3 gathers parameters on the way."""
+    def predict(self, inputs: Any, agree: Callable[[bool], bool]) -> Any:
+        """What the objective's `predict=agree` makes of a batch. Collective: ZeRO-3 gathers parameters on the way, and
+        ranks that take several passes have to `agree` on their number."""
         self.deepspeed.eval()
-        return self.deepspeed(*inputs, predict=True)
+        return self.deepspeed(inputs, predict=agree)
 
     def _zero_step(self) -> float:
         """At ZeRO 1 to 3 DeepSpeed leaves the step out where the gradient norm is not finite."""

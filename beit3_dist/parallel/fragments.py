@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
+"""Where a moving average of the weights lies beside the moments, in runs that keep one."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Fragment:
         return flat.view(-1).narrow(0, self.offset, self.numel)
 
 
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
+def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer that DeepSpeed's wrapper steps."""
     return getattr(optimizer, "optimizer", optimizer)
 
@@ -73,20 +75,23 @@ def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
 
 
 def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
-    """The moments of a fragment: views into the optimizer's state, which must exist."""
-    state = _inner(optimizer).state[fragment.flat]
-    return {key: fragment.slice_of(state[key]) for key in MOMENTS}
+    """The moments of a fragment, and its average if there is one: views into the state, which must exist."""
+    state = inner_optimizer(optimizer).state[fragment.flat]
+    return {key: fragment.slice_of(state[key]) for key in (*MOMENTS, *([AVERAGE] if AVERAGE in state else []))}
 
 
-def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int) -> None:
-    """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, moments zero."""
-    inner, is_new = _inner(optimizer), False
+def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int, average: bool = False) -> None:
+    """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, moments (and average)
+    zero."""
+    inner = inner_optimizer(optimizer)
+    is_new = False
     for piece in pieces:
         state = inner.state[piece.flat]
         if MOMENTS[0] in state:
             continue
         is_new = True
-        state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in MOMENTS})
+        keys = (*MOMENTS, AVERAGE) if average else MOMENTS
+        state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in keys})
         if isinstance(inner, torch.optim.AdamW):
             on_device = inner.defaults.get("fused")
             state["step"] = torch.tensor(float(steps), device=piece.flat.device if on_device else "cpu")

@@ -74,7 +74,8 @@ def whole_checkpoint(
 def _pieces(engine: Engine) -> Iterator[Piece]:
     """What this rank holds, replicated parameters included."""
     mesh, held = engine.mesh, list(fragments(engine.model, engine.optimizer))
-    create_optimizer_state(engine.optimizer, held, 0)  # there is none yet where every step so far was skipped
+    # There is no state yet where every step so far was skipped.
+    create_optimizer_state(engine.optimizer, held, 0, engine.average is not None)
     for fragment in held:
         moments = optimizer_state(engine.optimizer, fragment)
         tensors = {"": fragment.slice_of(fragment.flat.detach())} | {f"/{key}": view for key, view in moments.items()}
@@ -93,6 +94,6 @@ def contribution(engine: Engine) -> Iterator[Piece]:
 def load_checkpoint(path: Path, engine: Engine, state: TrainState) -> None:
     """Fills the engine from a checkpoint of any layout. Collective."""
     held = list(fragments(engine.model, engine.optimizer))
-    create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps)
+    create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps, average=engine.average is not None)
     read.load(path, _pieces(engine))
     refresh_parameters(engine.model, engine.optimizer, held, engine.groups.data)

@@ -7,11 +7,8 @@ import logging
 from collections import deque
 from pathlib import Path
 
-import torch
-
 from beit3_dist.checkpoint.store import checkpoints
 from beit3_dist.config import TrainingConfig
-from beit3_dist.data.order import Stream
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.preemption import StopRequest
@@ -75,9 +72,12 @@ class Guards:
 
 
 def sample_ids(batch: StepBatch) -> dict[str, list[int]]:
-    """Ids of this process's samples by stream."""
-    ids, streams = (torch.cat([getattr(b, name) for b in batch.micro_batches]) for name in ("sample_ids", "streams"))
-    return {stream.name.lower(): ids[streams == stream].tolist() for stream in Stream}
+    """Ids of this process's samples by stream (fine-tuning: of its examples)."""
+    ids: dict[str, list[int]] = {}
+    for micro_batch in batch.micro_batches:
+        for kind, some in micro_batch.ids_by_kind().items():
+            ids.setdefault(kind, []).extend(some)
+    return ids
 
 
 def last_losses(metrics: Path, count: int) -> list[float]:

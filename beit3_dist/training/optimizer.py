@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,21 +20,48 @@ def decays(name: str, shape: torch.Size) -> bool:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The decayed and the undecayed parameters, in the model's order."""
+    return _decayed_and_not(model.named_parameters(), weight_decay)
+
+
+def _decayed_and_not(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     # Under ZeRO-3 a parameter is empty here; `ds_shape` is its whole shape.
     shape = lambda p: getattr(p, "ds_shape", p.shape)  # noqa: E731
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in named if p.requires_grad]
     return [
         {"params": [p for n, p in named if decays(n, shape(p))], "weight_decay": weight_decay},
         {"params": [p for n, p in named if not decays(n, shape(p))], "weight_decay": 0.0},
     ]
 
 
+def layered_groups(
+    model: nn.Module, weight_decay: float, layers: int, decay: float, head: float
+) -> list[dict[str, Any]]:
+    """`parameter_groups` per layer, each with an `lr_scale`: decay^(layers above it), times `head` in the task head.
+
+    Embeddings are layer 0, block i is layer i + 1, the final norm and the heads are the last (BEiT; Bao et al. 2022).
+    """
+    by_layer: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        layer = 0 if "embedding" in name else int(block[1]) + 1 if block else layers + 1
+        by_layer.setdefault((layer, name.startswith("task_head.")), []).append((name, parameter))
+    groups: list[dict[str, Any]] = []
+    for (layer, is_head), named in sorted(by_layer.items(), key=lambda item: item[0]):
+        scale = decay ** (layers + 1 - layer) * (head if is_head else 1.0)
+        groups += [group | {"lr_scale": scale} for group in _decayed_and_not(named, weight_decay) if group["params"]]
+    return groups
+
+
 def build_optimizer(
-    model: nn.Module, offload: bool, config: OptimConfig, device: torch.device
+    model: nn.Module,
+    offload: bool,
+    config: OptimConfig,
+    device: torch.device,
+    groups: list[dict[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW for this device: DeepSpeed's CPU kernel when the state is offloaded, on CUDA Apex's fused kernel if NVIDIA
-    Apex is installed and torch's fused one otherwise, on the CPU torch's."""
-    groups = parameter_groups(model, config.weight_decay)
+    Apex is installed and torch's fused one otherwise, on the CPU torch's. `groups`: None for `parameter_groups`."""
+    groups = groups or parameter_groups(model, config.weight_decay)
     common: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam

@@ -1,0 +1,87 @@
+"""Words for a picture: masked words of the caption are recovered in UniLM's order, and written by beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from beit3_dist.data.order import generator
+from beit3_dist.model.decoding import caption_mask
+from beit3_dist.objectives.masking import mask_words
+from beit3_dist.tasks.examples import Example
+from beit3_dist.tasks.generation import generate
+from beit3_dist.tasks.heads import FineTuned
+from beit3_dist.tasks.metrics import caption_scores
+from beit3_dist.tasks.submissions import write_captions
+from beit3_dist.tasks.task import Task, TaskInputs, cross_entropies
+
+
+class Captioning(Task):
+    """Labels: number of the picture, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
+
+    metric = "exact_match"
+
+    def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Masks words and </s>, never <s>; of the masked ones 80 % become <mask> and 10 % a random word."""
+        tokenizer, inputs, targets = self.tokenizer, words.clone(), torch.full_like(words, -1)
+        for row, (length, key) in enumerate(zip((~padding).sum(1).tolist(), keys, strict=True)):
+            masked, predict = mask_words(
+                words[row, :length].numpy(),
+                generator(key),
+                ratio=self.config.caption_mask_ratio,
+                specials=(tokenizer.bos, tokenizer.pad),
+                mask_id=tokenizer.mask,
+                words=tokenizer.words,
+                mask_token_share=0.8,
+                random_token_share=0.1,
+            )
+            inputs[row, :length] = torch.from_numpy(masked)
+            targets[row, :length][torch.from_numpy(predict)] = words[row, :length][torch.from_numpy(predict)]
+        return inputs, targets
+
+    def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """Cross-entropy with label smoothing of the masked words, [2, M]."""
+        assert inputs.targets is not None
+        mask = caption_mask(1 + model.config.patches, inputs.words.shape[1]).to(inputs.images.device)
+        hidden = model.encode(
+            inputs.images[:, 0], inputs.words, inputs.padding, attention_mask=mask, keep=inputs.keep(inputs.keys)
+        )
+        words_BLD = hidden[:, 1 + model.config.patches :]
+        masked = inputs.targets >= 0
+        logits = model.text_head.logits(words_BLD[masked])
+        return cross_entropies(logits, inputs.targets[masked], self.config.label_smoothing)
+
+    def predict(self, model: FineTuned, inputs: TaskInputs, agree: Callable[[bool], bool]) -> Tensor:
+        """int64 [B, text_length]: captions, padded."""
+        settings, length = self.config.eval, self.config.data.text_length
+        captions = generate(
+            model,
+            inputs.images[:, 0],
+            self.tokenizer,
+            beams=settings.beams,
+            length_penalty=settings.length_penalty,
+            max_words=length - 1,
+            agree=agree,
+        )
+        padded = [caption + [self.tokenizer.pad] * (length - len(caption)) for caption in captions]
+        return torch.tensor(padded, device=inputs.images.device)
+
+    def _written(self, predictions: Tensor, examples: Sequence[Example]) -> dict[int, tuple[str, str]]:
+        """Picture -> its name and caption, once however many references it has."""
+        texts = [self.tokenizer.decode(row) for row in predictions.tolist()]
+        return {int(e.label): (e.name, text) for e, text in zip(examples, texts, strict=True)}
+
+    def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
+        references: dict[int, list[str]] = {}
+        for example in examples:
+            if example.words:
+                references.setdefault(int(example.label), []).append(self.tokenizer.decode(list(example.words)))
+        written = {picture: text for picture, (_, text) in self._written(predictions, examples).items()}
+        return caption_scores({p: written[p] for p in references}, references, self.config.eval.caption_metrics)
+
+    def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
+        written = self._written(predictions, examples).values()
+        write_captions(folder, [name for name, _ in written], [text for _, text in written])

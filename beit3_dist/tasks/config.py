@@ -1,0 +1,176 @@
+"""The description of a fine-tuning run. Defaults are unilm's for BEiT-3 unless a docstring says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from beit3_dist.config import OptimConfig, TrainingConfig, require
+
+TaskName = Literal["imagenet", "vqa", "nlvr2", "captioning", "retrieval", "itc", "text"]
+
+
+@dataclass(kw_only=True)
+class TaskDataConfig:
+    """Examples of a downstream task, as unilm's jsonl indexes; tools/build_index.py makes them."""
+
+    train: str
+    """Index of the training examples (.jsonl). itc also takes a pattern of pair shards (.tar), as in pretraining."""
+    validation: str = ""
+    """Index of the validation examples; empty: no validation."""
+    images: str = "."
+    """Folder that the image paths of the indexes start from."""
+    answers: str = ""
+    """vqa: file with one answer a line, in the order of the labels; imagenet and text: names of the classes."""
+    text_length: int = 64
+    """Longest text in tokens, <s> and </s> included; longer ones are cut (unilm: 64, captioning 32)."""
+    caption_key: str = "caption"
+    """itc from tar shards: field of a pair's .json member that holds the caption."""
+    min_crop_scale: float = 0.5
+    """Smallest area of the random crop as a share of the picture (imagenet: 0.08)."""
+    horizontal_flip: float = 0.5
+    """Probability of mirroring a picture; 0 where left and right matter."""
+    rand_augment: Literal["none", "beit3", "imagenet"] = "none"
+    """Random changes of a training picture. beit3: unilm's for vqa, captioning and retrieval, two at strength 7.
+    imagenet: timm's rand-m9-mstd0.5-inc1."""
+    random_erasing: float = 0.0
+    """imagenet: probability of erasing a rectangle (unilm: 0.25)."""
+    workers: int = 8
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: int = 4
+    """Micro-batches that each worker prepares ahead."""
+    cache: str = "~/.cache/beit3_dist"
+    """Folder of the shard indexes (itc from tar shards)."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels than this are refused as image bombs."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.text_length >= 3, f"data.text_length={self.text_length}: a text needs at least <s>, a word and </s>"
+        )
+        require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
+        for name in ("horizontal_flip", "random_erasing"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
+        require(self.workers >= 0, f"data.workers={self.workers} is negative")
+        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
+        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
+
+
+@dataclass(kw_only=True)
+class TaskBatchConfig:
+    """Examples per step over all ranks and micro-batches."""
+
+    size: int = 256
+    """Examples per step."""
+    accumulation: int = 1
+    """Micro-batches per step. The contrastive tasks need 1: each example is told from all others of its step."""
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, f"batch.size must be positive, not {self.size}")
+        require(self.accumulation > 0, f"batch.accumulation must be positive, not {self.accumulation}")
+
+
+@dataclass(kw_only=True)
+class TaskEvalConfig:
+    """Validation: the task's own metric on every example of `data.validation`."""
+
+    every: int = 0
+    """Steps between validations; 0: only after the last step."""
+    beams: int = 3
+    """captioning: width of the beam search."""
+    length_penalty: float = 0.6
+    """captioning: exponent of the length that a caption's log-probability is divided by."""
+    caption_metrics: list[str] = field(default_factory=lambda: ["exact_match"])
+    """captioning: any of exact_match, bleu4, cider (need pycocoevalcap), meteor, spice (need Java as well)."""
+    batch: int = 0
+    """Examples per rank and forward; 0: the training's micro-batch."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch"):
+            require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)} is negative")
+        require(self.beams > 0, f"eval.beams must be positive, not {self.beams}")
+
+
+def _fine_tuning_optimizer() -> OptimConfig:
+    return OptimConfig(
+        lr=3e-5, min_lr=1e-6, warmup_steps=0, weight_decay=0.01, beta1=0.9, beta2=0.98, eps=1e-8, clip_norm=0.0
+    )
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """A fine-tuning run."""
+
+    task: TaskName
+    """imagenet: classes of pictures. vqa: answers to questions. nlvr2: whether a sentence is true of two pictures.
+    captioning: words for a picture. retrieval: pictures for texts and texts for pictures. itc: the same loss on many
+    pairs, between pretraining and retrieval. text: classes of sentences."""
+    data: TaskDataConfig
+    """Examples."""
+    epochs: float = 0.0
+    """Passes over the training examples; above 0 it sets `steps`."""
+    warmup_epochs: float = 0.0
+    """Passes of the linear warm-up; used with `epochs`, where it sets optim.warmup_steps."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block to the one below; embeddings come last (BEiT)."""
+    head_lr_scale: float = 1.0
+    """Factor of the task head's learning rate (unilm: 20 for vqa)."""
+    ema_decay: float = 0.0
+    """Decay per step of a moving average of the weights, which validation and the saved model then use; 0: none
+    (unilm's 0.9999 suits long runs)."""
+    label_smoothing: float = 0.1
+    """captioning, and imagenet and text without mixing: probability spread over all classes."""
+    mixup: float = 0.0
+    """imagenet: alpha of Mixup (unilm: 0.8)."""
+    cutmix: float = 0.0
+    """imagenet: alpha of CutMix (unilm: 1.0)."""
+    caption_mask_ratio: float = 0.7
+    """captioning: share of a caption's words, </s> included, that are masked and recovered (unilm: 0.7)."""
+    batch: TaskBatchConfig = field(default_factory=TaskBatchConfig)
+    """Examples per step."""
+    optim: OptimConfig = field(default_factory=_fine_tuning_optimizer)
+    """AdamW and its schedule."""
+    eval: TaskEvalConfig = field(default_factory=TaskEvalConfig)
+    """Validation."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "warmup_epochs", "mixup", "cutmix"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
+        require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
+        for name in ("layer_decay", "head_lr_scale"):
+            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("ema_decay", "label_smoothing"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
+        require(0 < self.caption_mask_ratio <= 1, f"caption_mask_ratio={self.caption_mask_ratio} is not in (0, 1]")
+        require(
+            self.task in ("vqa", "imagenet", "text") or not self.data.answers,
+            f"data.answers belongs to vqa, imagenet and text, not to task={self.task}",
+        )
+        require(
+            self.task not in ("retrieval", "itc") or self.batch.accumulation == 1,
+            f"batch.accumulation={self.batch.accumulation}: task={self.task} tells each example from all others of its "
+            "step, which have to be in one micro-batch: use accumulation 1 and more ranks or activation_checkpointing",
+        )
+        require(
+            self.parallel.pipeline == 1 and not self.parallel.sequence,
+            "parallel.pipeline and parallel.sequence are for pretraining: a fine-tuned model runs whole on its tensor "
+            "ranks; set parallel.pipeline=1 and parallel.sequence=false",
+        )
+        require(
+            self.data.text_length <= self.model.max_text_length,
+            f"data.text_length={self.data.text_length} exceeds model.max_text_length={self.model.max_text_length}",
+        )
+
+    @property
+    def accumulation(self) -> int:
+        return self.batch.accumulation
+
+    def micro_batch(self, data_parallel: int) -> tuple[int, ...]:
+        parts = data_parallel * self.batch.accumulation
+        require(
+            self.batch.size % parts == 0,
+            f"batch.size={self.batch.size} is not divisible by {data_parallel} data-parallel ranks "
+            f"x batch.accumulation={self.batch.accumulation} = {parts}",
+        )
+        return (self.batch.size // parts,)

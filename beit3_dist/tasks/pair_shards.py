@@ -1,0 +1,39 @@
+"""Pairs in tar shards, as pretraining reads them, as examples of the contrastive step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from beit3_dist.data.faults import BadSample
+from beit3_dist.data.index import TXT, open_table
+from beit3_dist.data.order import Stream
+from beit3_dist.data.reader import ShardReader
+from beit3_dist.data.streams import json_captions, lines
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.tasks.examples import Example, TarMember
+
+
+class PairShards(Sequence[Example]):
+    """The pairs of all shards of a pattern. Of several captions of a picture the first is taken."""
+
+    def __init__(self, pattern: str, cache: str, tokenizer: TextTokenizer, caption_key: str) -> None:
+        """Builds the shards' index where the cache has none. Raises ValueError where there are no pairs."""
+        self.table = open_table(pattern, "data.train", Stream.PAIRS, cache)
+        self.reader = ShardReader(self.table)
+        self.tokenizer, self.caption_key = tokenizer, caption_key
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Raises BadSample for a pair without a usable caption."""
+        row = self.table.rows[int(place)]
+        shard = int(row["shard"])
+        written = self.reader.read(shard, *map(int, row["text"]))
+        captions = lines(written) if row["kind"] == TXT else json_captions(written, self.caption_key)
+        words = self.tokenizer.encode(captions[0]) if captions else []
+        if not words:
+            raise BadSample("empty caption")
+        picture = TarMember(self.table.files[shard], *map(int, row["image"]))
+        return Example(int(place), (picture,), tuple(words), int(place), self.table.key(int(place)))

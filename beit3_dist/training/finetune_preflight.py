@@ -1,0 +1,123 @@
+"""Everything that can be wrong with a fine-tuning run is found before a process group starts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from beit3_dist.checkpoint.find import find, read_state
+from beit3_dist.checkpoint.formats import read_initial_weights
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import require
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model.initialization import Values
+from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.tensor import check_tensor
+from beit3_dist.tasks.all import TASKS
+from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.examples import Example, read_index
+from beit3_dist.tasks.heads import task_value
+from beit3_dist.tasks.metrics import check_caption_metrics
+from beit3_dist.tasks.pair_shards import PairShards
+from beit3_dist.tasks.task import Task
+
+NEEDS_CLASSES = ("imagenet", "vqa", "text")
+
+
+@dataclass
+class FinetuneReady:
+    """What a fine-tuning run starts from."""
+
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    values: Values
+    """Initial values of a new run."""
+    task: Task
+    """Head, loss and metric."""
+    train: Sequence[Example]
+    """Training examples."""
+    validation: Sequence[Example]
+    """Validation examples; none without validation."""
+
+
+def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
+    """The config with `epochs` turned into steps."""
+    if config.epochs == 0:
+        return config
+    per_epoch = examples / config.batch.size
+    optim = replace(config.optim, warmup_steps=round(config.warmup_epochs * per_epoch))
+    return replace(config, steps=max(1, math.ceil(config.epochs * per_epoch)), optim=optim)
+
+
+def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConfig, FinetuneReady]:
+    """Opens and checks everything; the config comes back with its steps. Raises ValueError with one line that names
+    the field or the file and the remedy."""
+    config.micro_batch(mesh.data)
+    deepspeed_config(config, mesh.data)
+    check_tensor(config.model, mesh.tensor)
+    tokenizer = TextTokenizer(config.text_tokenizer)
+    tokenizer.check_vocab(config.model.vocab_size)
+    classes = read_classes(config)
+    if config.task == "captioning":
+        check_caption_metrics(config.eval.caption_metrics)
+    train = _examples(config, config.data.train, classes, True)
+    validation = _examples(config, config.data.validation, classes, False) if config.data.validation else ()
+    config = resolve_epochs(config, len(train))
+    out = Path(config.out)
+    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
+    require(
+        config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
+        f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
+    )
+    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
+    require(state.step < config.steps, f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    task = TASKS[config.task](config, tokenizer, classes)
+    return config, FinetuneReady(state, checkpoint, _values(config, task, checkpoint), task, train, validation)
+
+
+def read_classes(config: FinetuneConfig) -> list[str]:
+    """Names of the answers or classes: one a line, or unilm's answer2label.txt of JSON lines."""
+    if config.task not in NEEDS_CLASSES:
+        return []
+    path = Path(config.data.answers)
+    require(
+        bool(config.data.answers) and path.is_file(),
+        f"data.answers={config.data.answers!r}: task={config.task} needs a file with the name of each answer or class "
+        "a line; tools/build_index.py writes it",
+    )
+    lines = path.read_text().splitlines()
+    if not lines or not lines[0].startswith("{"):
+        return lines
+    try:
+        labels = {record["label"]: record["answer"] for record in map(json.loads, lines)}
+        return [labels[number] for number in range(len(lines))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"data.answers: {path} lacks an answer or a label on some line: {error!r}") from error
+
+
+def _examples(config: FinetuneConfig, index: str, classes: list[str], train: bool) -> Sequence[Example]:
+    if config.task == "itc" and not index.endswith(".jsonl"):
+        data = config.data
+        return PairShards(index, data.cache, TextTokenizer(config.text_tokenizer), data.caption_key)
+    task = "retrieval" if config.task == "itc" else config.task
+    limit = len(classes) if classes else None
+    return read_index(
+        Path(index), task, Path(config.data.images), train=train, vocab_size=config.model.vocab_size, classes=limit
+    )
+
+
+def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Values:
+    """Initial values: of `init_from` where a new run names it and it has them, else a function of (seed, name)."""
+    weights: dict[str, torch.Tensor] = {}
+    if config.init_from and checkpoint is None:
+        shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
+        weights = read_initial_weights(Path(config.init_from), config.model, shapes)
+    return lambda name, shape: weights[name] if name in weights else task_value(name, shape, config.model, config.seed)

@@ -1,0 +1,241 @@
+"""Fine-tuning as a job of the training loop: any downstream task."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from beit3_dist.checkpoint.find import find
+from beit3_dist.checkpoint.model_folder import save_model_folder
+from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.data.batch import loader
+from beit3_dist.data.faults import Fault
+from beit3_dist.data.order import mix, mix_arrays
+from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.tasks.augmentation import Mixing, Views
+from beit3_dist.tasks.batches import Draw, Examples, TaskBatch, training_places, validation_places
+from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.examples import Example
+from beit3_dist.tasks.task import TaskInputs, TaskObjective
+from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.finetune_preflight import FinetuneReady
+from beit3_dist.training.flops import training_flops
+from beit3_dist.training.loop import train
+from beit3_dist.training.metrics import Timing, speed
+from beit3_dist.training.optimizer import build_optimizer, layered_groups
+
+
+def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
+    """A fine-tuning run. `ready`: what was checked and opened before any process group. Leaves the model for use in
+    OUT/model."""
+    job = FineTuning(config, mesh, ready)
+    train(job)
+    if mesh.is_first:
+        job.save_model()
+
+
+class FineTuning:
+    """See `loop.Job`."""
+
+    def __init__(self, config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
+        self.config, self.mesh, self.task = config, mesh, ready.task
+        self.state, self.checkpoint = ready.state, ready.checkpoint
+        self.samples = (config.batch.size, 0, 0)
+        self._values, self._validation = ready.values, ready.validation
+        self._train_data = self._dataset(ready.train, train=True)
+
+    def _dataset(self, examples: Sequence[Example], train: bool) -> Examples:
+        config, data, classes = self.config, self.config.data, len(self.task.classes)
+        mixes = train and config.task == "imagenet" and (config.mixup > 0 or config.cutmix > 0)
+        return Examples(
+            examples,
+            train=train,
+            views=Views(
+                min_crop_scale=data.min_crop_scale,
+                horizontal_flip=data.horizontal_flip,
+                rand_augment=data.rand_augment,
+                erase=data.random_erasing,
+                evaluation="centre" if config.task == "imagenet" else "squash",
+            ),
+            image_size=config.model.image_size,
+            max_words=data.text_length,
+            seed=config.seed,
+            answers=classes if config.task == "vqa" else 0,
+            mixing=Mixing(classes, config.mixup, config.cutmix, config.label_smoothing) if mixes else None,
+            max_pixels=data.max_pixels,
+        )
+
+    def start(self, groups: Groups) -> Engine:
+        config, mesh, layers = self.config, self.mesh, self.config.model.layers
+        self.task.connect(groups.data)
+        self._groups = groups
+        self._engine = Engine(
+            config,
+            groups,
+            build=self.task.build,
+            values=self._values,
+            objective=lambda model: TaskObjective(model, self.task, config.seed),
+            optimizer=lambda model, offload: build_optimizer(
+                model,
+                offload,
+                config.optim,
+                mesh.device,
+                layered_groups(model, config.optim.weight_decay, layers, config.layer_decay, config.head_lr_scale),
+            ),
+            columns=1,
+            average_decay=config.ema_decay,
+        )
+        batch, consumed = config.batch, self.state.consumed[0]
+        places = training_places(consumed, batch.size, batch.accumulation, mesh.data_rank, mesh.data)
+        # Tensor ranks read the same examples, each for itself: fine-tuning data are small beside pretraining's.
+        self._batches = iter(self._loader(self._train_data, places))
+        return self._engine
+
+    def _loader(self, data: Examples, places: Iterator[Any]) -> Any:
+        pin = self.mesh.device.type == "cuda"
+        return loader(data, places, self.config.data.workers, self.config.data.prefetch, pin)
+
+    def first_faults(self) -> list[Fault]:
+        return []
+
+    def next_batch(self) -> StepBatch:
+        micro_batches = [self._masked(batch) for batch in islice(self._batches, self.config.accumulation)]
+        totals = sum((self._totals(batch) for batch in micro_batches), torch.zeros(5, dtype=torch.int64))
+        totals = totals.to(self.mesh.device)
+        self._groups.sum_over_data(totals)
+        return StepBatch(micro_batches, totals)
+
+    def _masked(self, batch: TaskBatch) -> MaskedBatch:
+        keys = [mix(self.config.seed, Draw.MASK, place) for place in batch.places.tolist()]
+        words, targets = self.task.mask(batch.words, batch.padding, keys)
+        return MaskedBatch(batch, words, targets)
+
+    def _totals(self, batch: MaskedBatch) -> Tensor:
+        """What the loss is divided by, tokens without padding, FLOPs, replaced examples, terms of the sample hash."""
+        examples, model = batch.batch, self.config.model
+        count = len(examples.ids) if batch.targets is None else int((batch.targets >= 0).sum())
+        pictures, lengths, none = examples.images.shape[1], (~examples.padding).sum(1), torch.zeros(0)
+        if pictures == 0:
+            flops = training_flops(model, 0, none, lengths, 0, 0)
+        elif lengths.sum() == 0:
+            flops = training_flops(model, len(lengths) * pictures, none, none, 0, 0)
+        elif self.config.task in ("retrieval", "itc"):
+            flops = training_flops(model, len(lengths), none, lengths, 0, 0)
+        else:
+            masked = count if batch.targets is not None else 0
+            flops = training_flops(model, 0, lengths.repeat(pictures), none, 0, masked)
+        tokens = examples.images.shape[0] * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
+        first = self.state.consumed[0]
+        terms = mix_arrays((examples.places - first).numpy(), examples.ids.numpy())
+        hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
+        return torch.tensor([count, tokens, flops, len(examples.faults), hash_terms])
+
+    def prepare(self, batch: StepBatch) -> Iterator[tuple[TaskInputs]]:
+        return ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)
+
+    def _inputs(self, batch: TaskBatch, words: Tensor, targets: Tensor | None = None) -> TaskInputs:
+        device = self.mesh.device
+        mean, deviation = (torch.tensor(v, device=device).view(3, 1, 1) for v in self.task.statistics)
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        return TaskInputs(
+            images=(move(batch.images).float() / 255 - mean) / deviation,
+            words=move(words),
+            padding=batch.padding,
+            labels=move(batch.labels),
+            keys=move(batch.places),
+            targets=None if targets is None else move(targets),
+        )
+
+    def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
+        count = int(batch.step_counts[0])
+        return {
+            "step": self.state.step,
+            "loss": result.cross_entropy[0] / max(count, 1),
+            "acc": result.correct[0] / max(count, 1),
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "examples": self.config.batch.size,
+            **speed(self.config, self.mesh, self.config.batch.size, batch, timing),
+        }
+
+    def evaluate(self) -> dict[str, float] | None:
+        config, is_last = self.config, self.state.step == self.config.steps
+        due = is_last or (config.eval.every and self.state.step % config.eval.every == 0)
+        if not len(self._validation) or not due:
+            return None
+        if self._engine.average is None:
+            predictions = self._predictions()
+        else:
+            with self._engine.average.applied():
+                predictions = self._predictions()
+        if is_last and self.mesh.is_first:
+            folder = Path(config.out) / "predictions"
+            folder.mkdir(exist_ok=True)
+            self.task.write_predictions(folder, predictions, self._validation)
+        return self.task.score(predictions, self._validation)
+
+    def _predictions(self) -> Tensor:
+        """The task's predictions of all validation examples in their order, on the CPU of every rank. Collective."""
+        mesh, groups = self.mesh, self._groups
+        count = self.config.eval.batch or self.config.micro_batch(mesh.data)[0]
+        places = validation_places(len(self._validation), count, mesh.data_rank, mesh.data)
+        parts = []
+        for batch in self._loader(self._dataset(self._validation, train=False), places):
+            mine = self._engine.predict(self._inputs(batch, batch.words), self._all_done).contiguous()
+            everyones = mine.new_empty(mesh.data, *mine.shape)
+            dist.all_gather_into_tensor(everyones, mine, group=groups.data)
+            parts.append(everyones.flatten(0, 1).cpu())
+        return torch.cat(parts)[: len(self._validation)]
+
+    def _all_done(self, done: bool) -> bool:
+        """Whether all ranks are done."""
+        flag = torch.tensor(int(done), device=self.mesh.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def check(self) -> None:
+        """Nothing stops a fine-tuning run but its own guards."""
+
+    def save_model(self) -> None:
+        """The last checkpoint's weights (their average, where there is one) as a folder for inference."""
+        out = Path(self.config.out)
+        checkpoint = find("auto", out / "checkpoints")
+        assert checkpoint is not None, "the last step is always saved"
+        suffix = "" if self._engine.average is None else "/ema"
+        shutil.rmtree(out / "model", ignore_errors=True)
+        save_model_folder(
+            out / "model",
+            read_weights(checkpoint, suffix),
+            self.config.model,
+            task=self.task.describe(),
+            text_tokenizer=Path(self.task.tokenizer.path),
+        )
+
+
+@dataclass
+class MaskedBatch:
+    """A micro-batch on the host with the words that the model reads."""
+
+    batch: TaskBatch
+    words: Tensor
+    """int64 [B, L]."""
+    targets: Tensor | None
+    """int64 [B, L]: what is to be recovered, -1 elsewhere; None where the task masks nothing."""
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Examples that had to be replaced."""
+        return self.batch.faults
+
+    def ids_by_kind(self) -> dict[str, list[int]]:
+        """Numbers of the examples in their index."""
+        return {"examples": self.batch.ids.tolist()}

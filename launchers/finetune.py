@@ -1,0 +1,39 @@
+"""Fine-tunes a pretrained BEiT-3 on a downstream task.
+
+    python launchers/finetune.py --config RECIPE.yaml [--a.b VALUE ...]                              one process
+    deepspeed [--num_accelerators N] launchers/finetune.py --config RECIPE.yaml [--a.b VALUE ...]    all devices
+
+Recipes are in launchers/recipes/finetune/; --task names what to train, --init_from the weights to start from. The
+indexes of the data come from tools/build_index.py. At the end OUT/model holds what beit3_dist.inference loads, and
+OUT/predictions the validation's in the benchmark's submission format. --print_config prints the resolved config and
+--help every field. A mistake in the config or the data is one line and exit code 2, before any process group starts.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from beit3_dist.command_line import parse
+from beit3_dist.tasks.config import FinetuneConfig
+
+PROGRAM = "finetune.py"
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command line."""
+    config = parse(FinetuneConfig, PROGRAM, "Fine-tunes BEiT-3 on a downstream task.", arguments)
+    # torch takes seconds to import: a typo is reported before that.
+    from beit3_dist.parallel.mesh import Mesh, read_mesh
+    from beit3_dist.training.finetune_preflight import FinetuneReady, prepare_finetuning
+    from beit3_dist.training.finetuning import finetune
+    from beit3_dist.training.launch import launch
+
+    def prepare() -> tuple[Mesh, FinetuneConfig, FinetuneReady]:
+        mesh = read_mesh(config.parallel.tensor)
+        return mesh, *prepare_finetuning(config, mesh)
+
+    launch(PROGRAM, prepare, lambda ready: finetune(*ready))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
