@@ -90,12 +90,6 @@ class Views:
         return resized(picture, size, (left, top, left + side, top + side))
 
 
-VISION_LANGUAGE = Views()
-"""Of the released vision-language recipes, without the changes that some of them add."""
-IMAGE_CLASSIFICATION = Views(min_crop_scale=0.08, rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, evaluation="centre")
-"""Of the released ImageNet recipe."""
-
-
 @contextmanager
 def globals_from(rng: np.random.Generator) -> Iterator[None]:
     """Python's and numpy's global generators give what `rng` decides inside, and go on as if nothing was after."""
