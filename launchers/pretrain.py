@@ -2,9 +2,13 @@
 
     python launchers/pretrain.py --config RECIPE.yaml [--a.b VALUE ...]                              one process
     deepspeed [--num_accelerators N] launchers/pretrain.py --config RECIPE.yaml [--a.b VALUE ...]    all devices
+    torchrun --nproc_per_node N launchers/pretrain.py --config RECIPE.yaml [--a.b VALUE ...]         the same
+    srun --ntasks-per-node N python launchers/pretrain.py --config RECIPE.yaml [--a.b VALUE ...]     in a Slurm job
 
 Recipes are in launchers/recipes/. --print_config prints the resolved config and --help every field.
-A mistake in the config or the data is one line and exit code 2, before any process group starts.
+A mistake in the config or the data is one line and exit code 2, before any process group starts. SIGTERM or SIGUSR1
+to any process: all save after their step and end with exit code 75, to go on with --checkpoint.resume auto.
+launchers/slurm/pretrain.sbatch does that for jobs that are preempted.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ import sys
 
 from beit3_dist.command_line import parse
 from beit3_dist.config import RunConfig
+from beit3_dist.slurm import adopt_slurm
 
 PROGRAM = "pretrain.py"
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
+    adopt_slurm()
     config = parse(RunConfig, PROGRAM, "Pretrains BEiT-3 on images, texts and image-text pairs.", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh

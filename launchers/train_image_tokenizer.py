@@ -6,9 +6,9 @@ r"""Trains the BEiT v2 image tokenizer (VQ-KD): pictures in tars and a frozen te
         --config launchers/recipes/image_tokenizer_base.yaml --out OUT --data.images 'train-{0000..0146}.tar' \
         --teacher.kind clip --teacher.weights ViT-B-16.pt
 
-One process, or data parallel under torchrun or deepspeed. --checkpoint.resume auto goes on after a crash, bit for bit.
---print_config prints the resolved config and --help every field. A mistake in the config or the data is one line and
-exit code 2, before any process group starts.
+One process, or data parallel under torchrun, deepspeed or srun. --checkpoint.resume auto goes on after a crash, bit
+for bit. --print_config prints the resolved config and --help every field. A mistake in the config or the data is one
+line and exit code 2, before any process group starts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 
 from beit3_dist.command_line import parse
+from beit3_dist.slurm import adopt_slurm
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 PROGRAM = "train_image_tokenizer.py"
@@ -23,6 +24,7 @@ PROGRAM = "train_image_tokenizer.py"
 
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
+    adopt_slurm()
     config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import read_mesh

@@ -1,6 +1,6 @@
 """The processes of a run and how they find one another.
 
-The deepspeed launcher, torchrun and a plain `python` are told apart by the environment alone.
+The deepspeed launcher, torchrun, srun (see slurm.py) and a plain `python` are told apart by the environment alone.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def read_mesh(tensor: int = 1, pipeline: int = 1) -> Mesh:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     cuda = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    # `srun --gpus-per-task=1` shows every process a single device, of another number than its place on the node.
+    index = 0 if cuda and torch.cuda.device_count() == 1 else local_rank
+    device = torch.device("cuda", index) if cuda else torch.device("cpu")
     return Mesh(rank, world, local_rank, local_world, device, tensor, pipeline)
 
 

@@ -28,6 +28,7 @@ class StopRequest:
     def __init__(self, device: torch.device) -> None:
         self._device, self._asked = device, False
         self._former = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers/slurm/shield.py has held them back
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
