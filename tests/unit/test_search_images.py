@@ -1,0 +1,222 @@
+"""tools/search_images.py on small folders, with a tiny random model: order, index, page and sheet."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit3_dist.inference import Model
+from tests.unit.test_inference import save, tokenizer  # noqa: F401  (a fixture)
+from tools import search_images
+
+WORDS = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:  # noqa: F811
+    return save(tmp_path_factory.mktemp("models") / "retrieval", "retrieval", tokenizer)
+
+
+def noise(path: Path, seed: int, size: tuple[int, int] = (24, 18)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    for number in range(40):
+        noise(pictures / f"below {number % 3}" / f"{number}.png", number, (24 + number * 8, 300))
+    (pictures / "notes.txt").write_text("no picture")
+    return pictures
+
+
+def search(capsys: pytest.CaptureFixture[str], folder: Path, model: Path, *more: object) -> list[str]:
+    """What is printed; page and index lie beside the folder."""
+    place = ["--out", str(folder.parent / "page.html"), "--cache", str(folder.parent / "cache"), "--device", "cpu"]
+    search_images.main([str(folder), WORDS, "--model", str(model), *place, *map(str, more)])
+    return capsys.readouterr().out.splitlines()
+
+
+class Page(HTMLParser):
+    """What a browser would find in the page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[Path] = []
+        self.pictures: list[Image.Image] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        values = dict(attrs)
+        if tag == "a":
+            self.links.append(Path(unquote(urlsplit(values["href"]).path, errors="surrogateescape")))
+        if tag == "img":
+            kind, data = values["src"].split(",", 1)
+            assert kind == "data:image/jpeg;base64"
+            self.pictures.append(Image.open(io.BytesIO(base64.b64decode(data))))
+            assert self.pictures[-1].size == (int(values["width"]), int(values["height"]))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_best_are_found_in_order(capsys: pytest.CaptureFixture[str], folder: Path, model: Path) -> None:
+    printed = search(capsys, folder, model, "--top", 7)
+    network = Model.load(model, "cpu")
+    files = sorted(folder.rglob("*.png"))
+    scores = (network.embed_images(files) @ network.embed_texts([WORDS])[0]).tolist()
+    ranked = sorted(zip(scores, files, strict=True), key=lambda match: -match[0])[:7]
+    assert printed[:-1] == [f"{score:.3f}  {file.relative_to(folder)}" for score, file in ranked]
+    assert "40 pictures, 40 of them newly read" in printed[-1]
+    page = Page(folder.parent / "page.html")
+    assert page.links == [file for _, file in ranked]
+    assert WORDS in page.text and "the 7 best of 40 pictures" in page.text
+    for small, (_, file) in zip(page.pictures, ranked, strict=True):
+        with Image.open(file) as original:
+            original.thumbnail((192, 192))
+            assert small.size == original.size
+
+
+def test_the_sheet_shows_them(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
+    """Plain colours are found again in the cells, in the order of the page."""
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in colours.items():
+        Image.new("RGB", (300, 300), colour).save(folder / f"{name}.png")
+    search(capsys, folder, model)
+    sheet = Image.open(tmp_path / "page.png")
+    side, margin, line = 192, 12, 18
+    cell = side + 2 * margin
+    assert sheet.size == (4 * cell, line + 2 * margin + cell + 2 * line)
+    shown = [sheet.getpixel((number * cell + cell // 2, 2 * margin + line + cell // 2)) for number in range(4)]
+    assert shown == [colours[link.stem] for link in Page(tmp_path / "page.html").links]
+
+
+def test_a_second_search_reads_what_changed(
+    capsys: pytest.CaptureFixture[str], folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = search(capsys, folder, model, "--top", 40)
+    assert search(capsys, folder, model, "--top", 40)[:-1] == first[:-1]
+    assert not list(folder.rglob("*.npz")), "nothing is written among the pictures"
+
+    (folder / "below 0" / "0.png").unlink()
+    noise(folder / "below 1" / "1.png", seed=99)
+    noise(folder / "new.jpg", seed=100)
+    third = search(capsys, folder, model, "--top", 41)
+    assert "40 pictures, 2 of them newly read" in third[-1]
+    for index in (folder.parent / "cache" / "search").glob("*.npz"):
+        index.unlink()
+    assert search(capsys, folder, model, "--top", 41)[:-1] == third[:-1], "as if there never was an index"
+
+
+def test_an_interrupted_search_keeps_what_it_read(
+    capsys: pytest.CaptureFixture[str], folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, calls = search_images.open_picture, []
+
+    def interrupted(path: Path):  # 40 pictures are a batch of 32 and one of 8
+        calls.append(path)
+        if len(calls) > 35:
+            raise KeyboardInterrupt
+        return opened(path)
+
+    monkeypatch.setattr(search_images, "open_picture", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(capsys, folder, model)
+    monkeypatch.undo()
+    assert "40 pictures, 8 of them newly read" in search(capsys, folder, model)[-1]
+
+
+def test_a_damaged_index_is_made_anew(capsys: pytest.CaptureFixture[str], folder: Path, model: Path) -> None:
+    whole = search(capsys, folder, model)
+    (index,) = (folder.parent / "cache" / "search").glob("*.npz")
+    index.write_bytes(index.read_bytes()[:200])
+    assert search(capsys, folder, model)[:-1] == whole[:-1]
+
+
+def test_unreadable_files_are_listed(
+    capsys: pytest.CaptureFixture[str], folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    noise(folder / "cut.png", 1, (200, 200))
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:5000])
+    for _ in range(2):  # the second time from the index
+        assert "40 pictures" in search(capsys, folder, model)[-1]
+        text = Page(folder.parent / "page.html").text
+        assert "2 files could not be read" in text
+        assert "broken.jpg: undecodable picture" in text and "cut.png: undecodable picture" in text
+
+
+def test_names_are_only_names(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
+    """Markup, quotes, line ends, percent signs and bytes that are no UTF-8: shown as text, and the links work."""
+    folder = tmp_path / "pictures"
+    names = ['<script>alert("1")<', 'a" onload="x', "two\nlines", "100%20 & more", "\u202eright to left", "fältet"]
+    for number, name in enumerate(names):
+        noise(folder / f"{name}.png", number)
+    os.rename(folder / f"{names[-1]}.png", os.fsencode(folder) + b"/f\xe4ltet.png")
+    (folder / "<b>broken.png").write_bytes(b"")
+    printed = search(capsys, folder, model)
+    assert len(printed) == len(names) + 1
+    page = Page(tmp_path / "page.html")
+    assert "script" not in page.tags and "b" in page.tags and "\u202e" not in page.text
+    assert sorted(map(os.fsencode, page.links)) == sorted(
+        os.fsencode(path) for path in folder.iterdir() if "broken" not in path.name
+    )
+    assert '<script>alert("1")<.png' in page.text and "<b>broken.png" in page.text and "two?lines.png" in page.text
+
+
+def test_links_and_hidden_files_are_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
+    folder = tmp_path / "pictures"
+    noise(folder / "a.JPG", 0)
+    noise(folder / ".hidden" / "b.png", 1)
+    noise(folder / ".c.png", 2)
+    (folder / "round").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    assert "1 pictures" in search(capsys, folder, model)[-1]
+
+
+def test_mistakes_are_one_line(tmp_path: Path, folder: Path, model: Path, tokenizer: Path) -> None:  # noqa: F811
+    empty, vqa = tmp_path / "empty", save(tmp_path / "vqa", "vqa", tokenizer)
+    empty.mkdir()
+    for arguments, named in (
+        ((tmp_path / "none", WORDS, "--model", model), "none is no folder"),
+        ((folder, " ", "--model", model), "no words"),
+        ((folder, WORDS, "--model", tmp_path), "no model folder"),
+        ((folder, WORDS, "--model", vqa), "fine-tuned for vqa"),
+        ((folder, WORDS, "--model", model, "--top", 0), "--top 0"),
+        ((folder, WORDS, "--model", model, "--out", folder / "page.html"), "nothing is written among the pictures"),
+        ((folder, WORDS, "--model", model, "--out", tmp_path / "page.pdf"), "page.pdf"),
+        ((empty, WORDS, "--model", model), "no readable picture"),
+    ):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+            errors = io.StringIO()
+            patch.setattr(sys, "stderr", errors)
+            search_images.main([*map(str, arguments), "--cache", str(tmp_path / "cache")])
+        assert end.value.code == 2, arguments
+        assert named in errors.getvalue() and len(errors.getvalue().splitlines()) == 1, errors.getvalue()
+
+
+@pytest.mark.slow
+def test_as_a_program(folder: Path, model: Path) -> None:
+    """Run from anywhere, it writes beside where it was started."""
+    program = [sys.executable, search_images.__file__, folder, WORDS, "--model", model, "--cache", folder.parent / "c"]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=folder.parent)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert len(result.stdout.splitlines()) == 25 and re.search(r"^matches\.html and matches\.png", result.stdout, re.M)
+    assert (folder.parent / "matches.html").is_file() and (folder.parent / "matches.png").is_file()
