@@ -30,9 +30,9 @@ class TaskDataConfig:
     """Smallest area of the random crop as a share of the picture (imagenet: 0.08)."""
     horizontal_flip: float = 0.5
     """Probability of mirroring a picture; 0 where left and right matter."""
-    rand_augment: Literal["none", "beit3", "imagenet"] = "none"
-    """Random changes of a training picture. beit3: unilm's for vqa, captioning and retrieval, two at strength 7.
-    imagenet: timm's rand-m9-mstd0.5-inc1."""
+    rand_augment: str = ""
+    """Random changes of a training picture: a policy of timm's RandAugment such as rand-m9-mstd0.5-inc1 (imagenet), or
+    beit3, unilm's for vqa, captioning and retrieval: two at strength 7. Empty: none."""
     random_erasing: float = 0.0
     """imagenet: probability of erasing a rectangle (unilm: 0.25)."""
     workers: int = 8

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.drop_path import drop_path_factors
-from beit3_dist.tasks.augmentation import HALF
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.heads import FineTuned
+
+
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Mean and deviation of the channels that pretraining normalises by."""
 
 
 @dataclass(frozen=True)
