@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
-from beit3_dist.model.layout import Group, Layout
+from beit3_dist.model.layout import Group, Layout, Selection
 from beit3_dist.model.multiway import Multiway
 
 
@@ -67,9 +67,13 @@ class Attention(nn.Module):
         self.out = Multiway(experts, linear)
         self.attend: Callable[[Tensor, Tensor, Tensor, Layout], Tensor] = attend  # decoding.py puts a cache here
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: Layout, selection: Selection | None = None) -> Tensor:
+        """[T, D], or [M, D] for the tokens of `selection`."""
         q, k, v = (project(x_TD, layout).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         mixed_TD = self.attend(q, k, v, layout).flatten(-2)
+        if selection is not None:
+            assert selection.rows is not None
+            mixed_TD, layout = mixed_TD.index_select(0, selection.rows), selection
         if self.inner_norm is not None:
             mixed_TD = self.inner_norm(mixed_TD, layout)
         return self.out(mixed_TD, layout)

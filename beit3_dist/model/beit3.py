@@ -14,7 +14,7 @@ from beit3_dist.model.block import Encoder
 from beit3_dist.model.embedding import LanguageEmbedding, VisionEmbedding
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import initial_value, materialize
-from beit3_dist.model.layout import Layout, group
+from beit3_dist.model.layout import Layout, Selection, group
 from beit3_dist.model.multiway import Multiway
 
 
@@ -58,9 +58,10 @@ class BEiT3(nn.Module):
         patches = self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1)
         return torch.cat([patches, self.language_embedding(inputs.words, positions)])
 
-    def hidden(self, inputs: MixedInputs) -> Tensor:
-        """Hidden states before the final norm, [T, D] in the layout's order."""
-        return self.blocks(self.embed(inputs), inputs.layout, inputs.keep)
+    def hidden(self, inputs: MixedInputs, selection: Selection | None = None) -> Tensor:
+        """Hidden states before the final norm, [T, D] in the layout's order, or [M, D] for the tokens of `selection`,
+        which spares the last block the others."""
+        return self.blocks(self.embed(inputs), inputs.layout, inputs.keep, None, selection)
 
     def image_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the visual codes for some patches' hidden states, [M, codes]."""
@@ -91,8 +92,9 @@ class BEiT3(nn.Module):
 
         One kind of samples at a time: images alone (vision encoder), text alone (language encoder) or both (fusion).
         images: [B, 3, S, S] in [-1, 1]. text: int64 [B, L]. text_padding: bool [B, L], True at padding, whose rows of
-        the result are zero. image_mask: bool [B, patches]. attention_mask: bool [N, N] or [B, N, N], True where a
-        query may attend to a key (sequence-to-sequence use). keep: drop-path factors [layers, 2, B].
+        the result are zero; on the host it costs no wait for the device. image_mask: bool [B, patches].
+        attention_mask: bool [N, N] or [B, N, N], True where a query may attend to a key (sequence-to-sequence use).
+        keep: drop-path factors [layers, 2, B].
         """
         given = images if images is not None else text
         if given is None:
@@ -102,17 +104,18 @@ class BEiT3(nn.Module):
         length = 0 if text is None else text.shape[1]
         one_group = group(batch, patches, text_padding if text is not None else None, length, attention_mask)
         kind = "texts" if images is None else "images" if text is None else "pairs"
-        layout = Layout(**{kind: one_group})
+        layout = Layout(**{kind: one_group}).to(device, non_blocking=True)
         size = self.config.image_size
         images = torch.zeros(0, 3, size, size, device=device) if images is None else images
         words = torch.zeros(0, dtype=torch.int64, device=device) if text is None else text.flatten()
-        if one_group.index is not None:
-            words = words[one_group.index]
+        real = getattr(layout, kind).index
+        if real is not None:
+            words = words[real]
         hidden_TD = self.norm(self.hidden(MixedInputs(images, words, layout, image_mask, keep)), layout)
         patch_part, word_part = hidden_TD.split([batch * patches, one_group.real_words])
-        if one_group.index is not None:
+        if real is not None:
             padded = word_part.new_zeros(batch * length, self.config.width)
-            word_part = padded.index_copy(0, one_group.index, word_part)
+            word_part = padded.index_copy(0, real, word_part)
         width = self.config.width
         return torch.cat([patch_part.view(batch, patches, width), word_part.view(batch, length, width)], dim=1)
 

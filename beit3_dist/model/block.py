@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
-from beit3_dist.model.layout import Layout
+from beit3_dist.model.layout import Layout, Selection
 from beit3_dist.model.multiway import FeedForward, Multiway
 
 Recompute = Literal["none", "selective", "full"]
@@ -27,15 +28,34 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn = Multiway(experts, lambda: FeedForward(config))
 
-    def forward(self, x_TD: Tensor, layout: Layout, keep_2T: Tensor | None, recompute_ffn: bool = False) -> Tensor:
-        """`keep_2T`: factor of each branch for each token (0 where dropped); None keeps all."""
-        branch = self.attention(self.attention_norm(x_TD, layout), layout)
-        x_TD = x_TD + (branch if keep_2T is None else branch * keep_2T[0, :, None])
+    def forward(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        keep_2T: Tensor | None,
+        selection: Selection | None = None,
+        recompute_ffn: bool = False,
+    ) -> Tensor:
+        """[T, D], or [M, D] for the tokens of `selection`: the others then serve as keys and values alone.
+
+        `keep_2T`: factor of each branch for each token (0 where dropped); None keeps all.
+        """
+        branch = self.attention(self.attention_norm(x_TD, layout), layout, selection)
+        if selection is not None:
+            assert selection.rows is not None
+            x_TD, layout = x_TD.index_select(0, selection.rows), selection
+            keep_2T = None if keep_2T is None else keep_2T.index_select(1, selection.rows)
+        x_TD = _add(x_TD, branch, None if keep_2T is None else keep_2T[0])
         if recompute_ffn:
             branch = checkpoint(self.ffn, x_TD, layout, use_reentrant=False, preserve_rng_state=False)
         else:
             branch = self.ffn(x_TD, layout)
-        return x_TD + (branch if keep_2T is None else branch * keep_2T[1, :, None])
+        return _add(x_TD, branch, None if keep_2T is None else keep_2T[1])
+
+
+def _add(x_TD: Tensor, branch_TD: Tensor, keep_T: Tensor | None) -> Tensor:
+    """The residual connection with its branch's drop-path factors."""
+    return x_TD + branch_TD if keep_T is None else torch.addcmul(x_TD, branch_TD, keep_T[:, None])
 
 
 class Encoder(nn.ModuleDict):
@@ -48,18 +68,30 @@ class Encoder(nn.ModuleDict):
         first_vl = config.layers - config.vl_expert_layers
         super().__init__({str(layer): Block(config, layer >= first_vl) for layer in range(config.layers)})
         self.recompute: Recompute = "none"
+        self.last = str(config.layers - 1)
 
-    def forward(self, x_TD: Tensor, layout: Layout, keep_L2S: Tensor | None, layers: range | None = None) -> Tensor:
-        """`keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation. `layers`: a
-        pipeline stage's; None: all."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        keep_L2S: Tensor | None,
+        layers: range | None = None,
+        selection: Selection | None = None,
+    ) -> Tensor:
+        """[T, D], or [M, D] for the tokens of `selection`: the last block then computes no others.
+
+        `keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation. `layers`: a
+        pipeline stage's; None: all.
+        """
         token_samples = None if keep_L2S is None else layout.token_samples(x_TD.device)
         for layer, block in self.items():
             if layers is not None and int(layer) not in layers:
                 continue
             keep_2T = None if keep_L2S is None else keep_L2S[int(layer)][:, token_samples].to(x_TD.dtype)
+            wanted = selection if layer == self.last else None
             if self.recompute == "full" and self.training:
                 # Nothing in a block draws from a generator, so there is no state to restore on recompute.
-                x_TD = checkpoint(block, x_TD, layout, keep_2T, use_reentrant=False, preserve_rng_state=False)
+                x_TD = checkpoint(block, x_TD, layout, keep_2T, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD = block(x_TD, layout, keep_2T, recompute_ffn=self.recompute == "selective" and self.training)
+                x_TD = block(x_TD, layout, keep_2T, wanted, self.recompute == "selective" and self.training)
         return x_TD

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
+
+from beit3_dist.kernels.cross_entropy import cross_entropy_in_place
 
 
 class Head(nn.Module):
@@ -20,9 +22,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.empty(classes))
 
     def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(hidden_MD).float()
-        correct = (logits.argmax(-1) == targets).float()
-        return torch.stack([cross_entropy(logits, targets, reduction="none"), correct])
+        return cross_entropy_in_place(self.logits(hidden_MD), targets)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits [M, classes]."""

@@ -122,3 +122,17 @@ class Layout:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """The same layout with its tensors on `device`."""
         return Layout(*(g.to(device, non_blocking) for g in (self.images, self.pairs, self.texts)))
+
+
+@dataclass(frozen=True)
+class Selection(Layout):
+    """Some tokens of a micro-batch: those that are read after the last block. Their order is the layout's too."""
+
+    rows: Tensor | None = None
+    """int64 [M]: their rows of the token matrix, segment by segment."""
+    counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """How many of each segment."""
+
+    @property
+    def segments(self) -> tuple[int, int, int, int]:
+        return self.counts

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.layout import Layout
 
@@ -38,11 +39,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.norm = LayerNorm(config.width, config.layer_norm_eps)
         self.fc1 = nn.Linear(config.width, config.ffn_width)
-        self.inner_norm = LayerNorm(config.ffn_width, config.layer_norm_eps) if config.sub_layernorm else None
+        self.inner_norm = GeluLayerNorm(config.ffn_width, config.layer_norm_eps) if config.sub_layernorm else None
         self.fc2 = nn.Linear(config.ffn_width, config.width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        hidden_TF = gelu(self.fc1(self.norm(x_TD)))
-        if self.inner_norm is not None:
-            hidden_TF = self.inner_norm(hidden_TF)
-        return self.fc2(hidden_TF)
+        hidden_TF = self.fc1(self.norm(x_TD))
+        return self.fc2(gelu(hidden_TF) if self.inner_norm is None else self.inner_norm(hidden_TF))

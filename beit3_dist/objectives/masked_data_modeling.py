@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from beit3_dist.config import ObjectiveConfig
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
-from beit3_dist.model.layout import Layout
+from beit3_dist.model.layout import Layout, Selection
 
 STREAMS = ("image", "text", "pair_image", "pair_text")
 """The four losses, in the order of every vector of statistics."""
@@ -35,6 +35,14 @@ class Targets:
     """int64 [Mpt + Mt]: their ids."""
     counts: tuple[int, int, int, int]
     """Masked positions per loss, in the order of STREAMS."""
+
+    @property
+    def selection(self) -> Selection:
+        """The tokens whose last hidden states the heads read: the masked ones, patches before words."""
+        image, text, pair_image, pair_text = self.counts
+        return Selection(
+            rows=torch.cat([self.image_rows, self.text_rows]), counts=(image, pair_image, pair_text, text)
+        )
 
 
 class MaskedDataModeling(nn.Module):
@@ -56,7 +64,7 @@ class MaskedDataModeling(nn.Module):
         positions of the whole step over all ranks. `sample_ids` [samples] and `step` key the drop path in training.
         """
         inputs = self.with_drop_path(inputs, sample_ids, step)
-        return self.losses(self.model.hidden(inputs), targets, step_counts)
+        return self.losses(self.model.hidden(inputs, targets.selection), targets, step_counts)
 
     def with_drop_path(self, inputs: MixedInputs, sample_ids: Tensor, step: int) -> MixedInputs:
         """The inputs with the drop-path factors of this step; unchanged in evaluation."""
@@ -66,10 +74,11 @@ class MaskedDataModeling(nn.Module):
         factors = drop_path_factors(sample_ids, seed=self.seed, step=step, layers=config.layers, rate=config.drop_path)
         return replace(inputs, keep=factors)
 
-    def losses(self, hidden_TD: Tensor, targets: Targets, step_counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The contribution to the loss and the statistics [2, 4] from the last block's hidden states."""
+    def losses(self, hidden_MD: Tensor, targets: Targets, step_counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The contribution to the loss and the statistics [2, 4] from the last block's hidden states of the selected
+        tokens."""
         image, text, pair_image, pair_text = targets.counts
-        patches, words = (hidden_TD.index_select(0, rows) for rows in (targets.image_rows, targets.text_rows))
+        patches, words = hidden_MD.split([len(targets.image_rows), len(targets.text_rows)])
         image_sums = _sums(self.model.image_losses(patches, targets.codes), [image, pair_image])
         text_sums = _sums(self.model.text_losses(words, targets.words), [pair_text, text])
         statistics = torch.stack([image_sums[0], text_sums[1], image_sums[1], text_sums[0]], dim=1)

@@ -155,8 +155,9 @@ class Stages(nn.Module):
         layers, model = self._stages[chunk], self.objective.model
         tokens = sum(inputs.layout.segments)
         x_TD = model.embed(inputs) if layers.start == 0 else x[:tokens]
-        x_TD = model.blocks(x_TD, inputs.layout, inputs.keep, layers)
-        if layers.stop == self._layers:
+        is_last = layers.stop == self._layers
+        x_TD = model.blocks(x_TD, inputs.layout, inputs.keep, layers, targets.selection if is_last else None)
+        if is_last:
             contribution, statistics = self.objective.losses(x_TD, targets, self._step_counts)
             self.statistics += statistics
             return contribution[None]

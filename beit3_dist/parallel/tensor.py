@@ -14,15 +14,16 @@ width reduce their moments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import embedding, layer_norm, linear
+from torch.nn.functional import embedding, gelu, layer_norm, linear
 
 from beit3_dist.config import ModelConfig, require_divides
+from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.beit3 import BEiT3
@@ -133,8 +134,10 @@ class ShardedLayerNorm(nn.Module):
     def __init__(self, whole: nn.LayerNorm, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.weight, self.bias, self.eps, self.group = whole.weight, whole.bias, whole.eps, group
+        self.after_gelu = isinstance(whole, GeluLayerNorm)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = gelu(x) if self.after_gelu else x
         return _ShardedNorm.apply(x, self.eps, self.group) * self.weight + self.bias
 
 
@@ -255,6 +258,8 @@ class SharedLayout(Layout):
     """Tokens of the segments in this share."""
     samples_of_tokens: Tensor | None = None
     """int64 [share]: sample of each token; padding belongs to sample 0."""
+    returned: Tensor | None = None
+    """int64 [T or M]: rows of the gathered matrix that the stack of blocks returns."""
 
     @property
     def segments(self) -> tuple[int, int, int, int]:
@@ -277,7 +282,7 @@ def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) ->
     place = torch.cat(rows)
     samples = torch.zeros(ranks * share, dtype=torch.int64, device=device)
     samples[place] = layout.token_samples(device)
-    groups = {"images": layout.images, "pairs": layout.pairs, "texts": layout.texts}
+    groups: dict[str, Any] = {"images": layout.images, "pairs": layout.pairs, "texts": layout.texts}
     whole = GatheredLayout(**groups, rows=place, share=share)
     mine = samples[rank * share : (rank + 1) * share]
     return SharedLayout(**groups, whole=whole, parts=parts, samples_of_tokens=mine)
@@ -323,8 +328,8 @@ class _SequenceAttention:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def enter(self, module: nn.Module, inputs: tuple[Tensor, SharedLayout]) -> tuple[Tensor, GatheredLayout]:
-        share, layout = inputs
+    def enter(self, module: nn.Module, inputs: tuple[Tensor, SharedLayout, None]) -> tuple[Tensor, GatheredLayout]:
+        share, layout, _ = inputs  # no selection: see _TokenShares
         assert layout.whole is not None and layout.whole.rows is not None
         return Gather.apply(share, self.group).index_select(0, layout.whole.rows), layout.whole
 
@@ -342,13 +347,14 @@ class _TokenShares:
         self.group = group
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_TD, layout, *rest = inputs
+        x_TD, layout, keep, layers, selection = (*inputs, None, None)[:5]
         shared = share_layout(layout, self.group.size(), self.group.rank(), x_TD.device)
         assert shared.whole is not None and shared.whole.rows is not None
-        padded = x_TD.new_zeros(self.group.size() * shared.whole.share, x_TD.shape[1])
-        return Scatter.apply(padded.index_copy(0, shared.whole.rows, x_TD), self.group), shared, *rest
+        # Every rank's last block runs its whole share: shares of the selected tokens alone would need another layout.
+        rows, share = shared.whole.rows, shared.whole.share
+        shared = replace(shared, returned=rows if selection is None else rows[selection.rows])
+        padded = x_TD.new_zeros(self.group.size() * share, x_TD.shape[1])
+        return Scatter.apply(padded.index_copy(0, rows, x_TD), self.group), shared, keep, layers
 
     def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        layout: GatheredLayout = inputs[1].whole
-        assert layout is not None and layout.rows is not None
-        return GatherReplicated.apply(output, self.group).index_select(0, layout.rows)
+        return GatherReplicated.apply(output, self.group).index_select(0, inputs[1].returned)

@@ -1,7 +1,8 @@
 """Model FLOPs of a step, and the peak rates of devices.
 
 A product of [m, k] and [k, n] counts 2 m k n. Counted are the matrix products of the model at real tokens: experts,
-projections, attention scores and mixtures, patch embedding, and heads at masked positions. Recomputation, norms,
+projections, attention scores and mixtures, patch embedding, and heads at masked positions; in the last block the
+experts and the output projection run at masked positions too. Recomputation, norms,
 softmax, padding and the image tokenizer are not. The backward pass costs twice the forward pass.
 """
 
@@ -49,7 +50,10 @@ def training_flops(
     pairs, patches = len(caption_lengths), 1 + config.patches
     tokens = (images + pairs) * patches + int(caption_lengths.sum()) + int(text_lengths.sum())
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
-    block = tokens * (8 * d * d + 4 * d * f) + 4 * d * int(lengths.square().sum())
+    masked = masked_patches + masked_words
+    attention = 4 * d * int(lengths.square().sum())
+    block = tokens * (8 * d * d + 4 * d * f) + attention
+    last = tokens * 6 * d * d + attention + masked * (2 * d * d + 4 * d * f)  # only what the heads read goes on
     embedding = 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d
     heads = 2 * d * (masked_patches * config.visual_vocab_size + masked_words * config.vocab_size)
-    return 3 * (config.layers * block + embedding + heads)
+    return 3 * ((config.layers - 1) * block + last + embedding + heads)

@@ -86,14 +86,15 @@ def test_by_hand() -> None:
         vocab_size=20,
         visual_vocab_size=5,
     )
-    projections, experts = 4 * 2 * 3 * 4 * 4, 2 * 2 * 3 * 4 * 8
+    # All words give keys, values and queries; the output projection and the expert run at the two masked words.
+    projections, experts = 3 * 2 * 3 * 4 * 4 + 2 * 2 * 4 * 4, 2 * 2 * 2 * 4 * 8
     attention = 2 * 2 * 3 * 3 * 4  # scores, then the mixture
     none = torch.zeros(0, dtype=torch.int64)
     text = training_flops(config, 0, none, torch.tensor([3]), 0, 2)
     assert text == 3 * (projections + experts + attention + 2 * 2 * 4 * 20)
     # One picture: CLS and one patch of 12 pixel values, masked, 5 codes.
     picture = training_flops(config, 1, none, none, 1, 0)
-    assert picture == 3 * (4 * 2 * 2 * 16 + 2 * 2 * 2 * 32 + 2 * 2 * 2 * 2 * 4 + 2 * 12 * 4 + 2 * 4 * 5)
+    assert picture == 3 * (3 * 2 * 2 * 16 + 2 * 16 + 2 * 2 * 32 + 2 * 2 * 2 * 2 * 4 + 2 * 12 * 4 + 2 * 4 * 5)
     # A pair attends jointly: 2 + 3 tokens.
     pair = training_flops(config, 0, torch.tensor([3]), none, 1, 2)
     assert pair - text - picture == 3 * 2 * 2 * 4 * (5 * 5 - 3 * 3 - 2 * 2)

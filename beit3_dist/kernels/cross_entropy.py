@@ -1,0 +1,69 @@
+"""Cross-entropy that turns the logits into their softmax in place: one matrix [rows, classes] lives, never three.
+
+torch's keeps the logits in fp32 and their log-softmax until the backward pass and then makes a gradient beside them.
+With 64,010 words that is the largest of all activations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+CHUNK = 1 << 24
+"""Logits that are widened to fp32 at a time: 64 MB."""
+
+
+def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The definition. logits: [M, classes]; targets: int64 [M].
+
+    -> [2, M], at least fp32: cross-entropies, and 1 where the largest logit (of equal ones the first) is the target's.
+    """
+    wide = _wide(logits)
+    correct = (wide.argmax(-1) == targets).float()
+    return torch.stack([cross_entropy(wide, targets, reduction="none"), correct])
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least fp32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        rows = max(1, CHUNK // logits.shape[1])
+        out = torch.cat(
+            [_losses_and_softmax(part, t) for part, t in zip(logits.split(rows), targets.split(rows), strict=True)], 1
+        )
+        ctx.softmax, ctx.targets = logits.detach(), targets
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor, None]:
+        if ctx.softmax is None:
+            raise RuntimeError("this cross-entropy has gone backward before: its logits are overwritten")
+        softmax, ctx.softmax = ctx.softmax, None
+        factor = gradient_2M[0][:, None].to(softmax.dtype)
+        softmax.mul_(factor).scatter_add_(1, ctx.targets[:, None], -factor)
+        return softmax, None
+
+
+def _losses_and_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    """[2, M] of some rows, whose logits become their softmax."""
+    wide = _wide(logits)  # the same tensor if it is fp32
+    top, prediction = wide.max(-1, keepdim=True)
+    picked = wide.gather(1, targets[:, None]) - top
+    total = wide.sub_(top).exp_().sum(-1, keepdim=True)
+    wide.div_(total)
+    if wide is not logits:
+        logits.copy_(wide)
+    return torch.cat([total.log() - picked, (prediction == targets[:, None]).float()], 1).t()
+
+
+def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """`plain_cross_entropy` of logits that nobody else reads: they are overwritten. Goes backward once."""
+    return _CrossEntropy.apply(logits, targets)

@@ -1,0 +1,128 @@
+"""Every fused operation against its plain definition: values and gradients; in fp64 by differences too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from beit3_dist.kernels import cross_entropy
+from beit3_dist.kernels.cross_entropy import cross_entropy_in_place, plain_cross_entropy
+from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm, gelu_layer_norm, plain_gelu_layer_norm
+
+EPS = 1e-5
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3}
+"""Relative errors of a few roundings: of fp64, of fp32, and of bf16's 8 bits."""
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_near(ours: Tensor, plain: Tensor) -> None:
+    """By norms: single elements may cancel to nearly nothing."""
+    assert (ours.double() - plain.double()).norm() <= ROUNDING[ours.dtype] * plain.double().norm()
+
+
+# ------------------------------------------------------------------------------------------------- GELU and LayerNorm
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_gelu_layer_norm_equals_its_definition(dtype: torch.dtype) -> None:
+    x, weight, bias, gradient = normal(7, 24), 1 + normal(24, seed=1), normal(24, seed=2), normal(7, 24, seed=3)
+    results = []
+    for function, kind in ((gelu_layer_norm, dtype), (plain_gelu_layer_norm, torch.float64)):
+        leaves = [t.to(dtype).to(kind).requires_grad_() for t in (x, weight, bias)]
+        y = function(*leaves, EPS)
+        y.backward(gradient.to(dtype).to(kind))
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    for ours, plain in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert_near(ours, plain)
+
+
+def test_gelu_layer_norms_gradient_by_differences() -> None:
+    leaves = [normal(3, 5), 1 + normal(5, seed=1), normal(5, seed=2)]
+    assert gradcheck(lambda *tensors: gelu_layer_norm(*tensors, EPS), [t.requires_grad_() for t in leaves])
+
+
+def test_gelu_layer_norm_of_no_rows() -> None:
+    """An expert without tokens runs too, and its gradients are zeros."""
+    norm = GeluLayerNorm(6, EPS)
+    norm(torch.zeros(0, 6, requires_grad=True)).sum().backward()
+    assert not norm.weight.grad.any() and not norm.bias.grad.any()
+
+
+def test_gelu_layer_norm_keeps_its_input_alone() -> None:
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        gelu_layer_norm(normal(7, 24).requires_grad_(), normal(24).requires_grad_(), normal(24).requires_grad_(), EPS)
+    assert sorted(kept) == [7, 7, 24, 24, 7 * 24]
+
+
+# ------------------------------------------------------------------------------------------------------ cross-entropy
+
+
+@pytest.fixture(params=[1 << 24, 60], ids=["one chunk", "two rows a chunk"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_cross_entropy_equals_its_definition(dtype: torch.dtype) -> None:
+    logits, targets = (4 * normal(7, 30)).to(dtype), torch.tensor([0, 29, 3, 3, 8, 1, 12])
+    targets[:3] = logits[:3].argmax(-1)  # some are right
+    weights = normal(7, seed=1).to(dtype if dtype == torch.float64 else torch.float32)
+    results = []
+    for function, kind in ((cross_entropy_in_place, dtype), (plain_cross_entropy, torch.float64)):
+        leaf = logits.to(kind, copy=True).requires_grad_()
+        out = function(leaf * 1, targets)
+        (out[0] * weights).sum().backward()
+        results.append((out, leaf.grad))
+    (ours, our_gradient), (plain, plain_gradient) = results
+    assert torch.equal(ours[1].double(), plain[1].double()) and 0 < ours[1].sum() < 7
+    assert ours.dtype == weights.dtype, "losses are fp32 whatever the logits are"
+    assert_near(ours[0], plain[0])
+    assert_near(our_gradient, plain_gradient)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_cross_entropys_gradient_by_differences() -> None:
+    targets, logits, step = torch.tensor([2, 0, 4]), normal(3, 5).requires_grad_(), 1e-6
+    cross_entropy_in_place(logits * 1, targets)[0].sum().backward()
+    for column in range(5):
+        moved = step * torch.eye(5, dtype=torch.float64)[column]
+        ahead, behind = (cross_entropy_in_place(logits.detach() + s * moved, targets)[0] for s in (1, -1))
+        assert torch.allclose((ahead - behind) / (2 * step), logits.grad[:, column], rtol=0, atol=1e-8)
+
+
+def test_of_equal_logits_the_first_is_the_prediction() -> None:
+    targets = torch.tensor([0, 1])
+    logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    assert cross_entropy_in_place(logits.clone(), targets)[1].tolist() == [1, 0]
+    assert plain_cross_entropy(logits, targets)[1].tolist() == [1, 0]
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4]])
+    losses = cross_entropy_in_place(logits, torch.tensor([1, 2]))[0]
+    assert losses.tolist() == pytest.approx([2e4, 1.0986123])
+
+
+def test_no_rows() -> None:
+    logits = torch.zeros(0, 5, requires_grad=True)
+    out = cross_entropy_in_place(logits * 1, torch.zeros(0, dtype=torch.int64))
+    assert out.shape == (2, 0)
+    out.sum().backward()
+    assert logits.grad is not None
+
+
+def test_a_second_backward_is_refused() -> None:
+    """The softmax has become the gradient, so a second one would be silently wrong."""
+    leaf = normal(2, 3).requires_grad_()
+    loss = cross_entropy_in_place(leaf * 1, torch.tensor([0, 1]))[0].sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone backward before"):
+        loss.backward()
