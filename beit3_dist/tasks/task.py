@@ -18,7 +18,6 @@ from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.heads import FineTuned
 
-
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and deviation of the channels that pretraining normalises by."""
 

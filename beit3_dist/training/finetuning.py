@@ -19,6 +19,7 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.data.batch import loader
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.order import mix, mix_arrays
+from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.tasks.augmentation import Mixing, Views
@@ -190,10 +191,8 @@ class FineTuning:
         places = validation_places(len(self._validation), count, mesh.data_rank, mesh.data)
         parts = []
         for batch in self._loader(self._dataset(self._validation, train=False), places):
-            mine = self._engine.predict(self._inputs(batch, batch.words), self._all_done).contiguous()
-            everyones = mine.new_empty(mesh.data, *mine.shape)
-            dist.all_gather_into_tensor(everyones, mine, group=groups.data)
-            parts.append(everyones.flatten(0, 1).cpu())
+            mine = self._engine.predict(self._inputs(batch, batch.words), self._all_done)
+            parts.append(all_gather(mine, groups.data).cpu())
         return torch.cat(parts)[: len(self._validation)]
 
     def _all_done(self, done: bool) -> bool:
