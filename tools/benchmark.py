@@ -3,9 +3,11 @@
 
     python tools/benchmark.py model [--json] [--layers 12 ...]
     python tools/benchmark.py data [--json] [--workers 1 2 ...]
+    python tools/benchmark.py checkpoint [--json] [--recipe RECIPE.yaml]
 
 `model`: a whole training step (forward, backward, AdamW) of the masked data modelling of images, texts and pairs by
 our one pass over the mixed batch, by our model in three passes, and by torchscale's BEiT3 in three passes.
+`checkpoint`: the pause of a training that saves, and how soon what it saved is on the disk.
 `data`: pictures per second and core of bare decoding and cropping, of our loader, and of webdataset beneath our
 transforms.
 """
@@ -41,6 +43,7 @@ from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
 from beit3_dist.training.inputs import layout_of, masked_counts, normalize, prepare
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tests, which import this file by its path
+import benchmark_checkpoint  # noqa: E402
 import benchmark_data  # noqa: E402
 
 PADDING = 1
@@ -401,7 +404,11 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument("--repeats", type=int, default=5, help="timed steps of each, in turns, after one to warm up")
     model.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     benchmark_data.add_command(commands)
+    benchmark_checkpoint.add_command(commands)
     options = parser.parse_args(arguments)
+    if options.measure is benchmark_checkpoint.benchmark_checkpoint:
+        benchmark_checkpoint.check(options)
+        return options
     if options.measure is benchmark_data.benchmark_data:
         benchmark_data.check(options)
         return options

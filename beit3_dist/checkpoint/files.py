@@ -47,8 +47,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_with_digest(path: Path, parts: Sequence[bytes | memoryview]) -> str:
-    """Writes and syncs a file of these parts; the hex digest of what it should hold, taken at the same time."""
+def write_hashed(path: Path, parts: Sequence[bytes | memoryview]) -> dict[str, Any]:
+    """Writes and syncs a new file of these parts. What a manifest says of it: its size, and the SHA-256 of what it
+    should hold, taken while it is written."""
 
     def digest() -> str:
         sha = hashlib.sha256()
@@ -57,14 +58,8 @@ def write_with_digest(path: Path, parts: Sequence[bytes | memoryview]) -> str:
         return sha.hexdigest()
 
     with ThreadPoolExecutor(1) as hashing, open(path, "wb") as file:
-        result = hashing.submit(digest)
-        for part in parts:
-            file.write(part)
+        sha256 = hashing.submit(digest)
+        size = sum(file.write(part) for part in parts)
         file.flush()
         os.fsync(file.fileno())
-        return result.result()
-
-
-def entry(path: Path) -> dict[str, Any]:
-    """What a manifest says of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        return {"bytes": size, "sha256": sha256.result()}

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from beit3_dist.checkpoint.files import write_with_digest
+from beit3_dist.checkpoint.files import write_hashed
 from beit3_dist.checkpoint.layout import Piece
 
 ALIGNMENT = 8
@@ -28,30 +29,31 @@ class Snapshot:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._header = b""
+        self._layout: list[tuple[Any, ...]] = []
+        self._header = shard_header([], {})
         self._values = torch.empty(0)
+        self._places: tuple[Tensor, ...] = ()
 
-    @property
-    def bytes(self) -> int:
-        """Size of the file."""
-        return len(self._header) + self._values.nbytes
-
+    @torch.no_grad()
     def take(self, pieces: Iterable[Piece]) -> None:
         """Copies the pieces; when it returns they may change."""
         held = [piece for piece in pieces if piece.numel]
-        tensors = {piece.name + suffix: values for piece in held for suffix, values in piece.tensors.items()}
-        sizes = [values.numel() for values in tensors.values()]
-        if self._values.numel() != sum(sizes):
+        layout = [(piece.name, piece.start, piece.shape, piece.cut, *piece.tensors) for piece in held]
+        tensors = [values for piece in held for values in piece.tensors.values()]
+        sizes = [values.numel() for values in tensors]
+        if layout != self._layout or sizes != [len(place) for place in self._places]:  # at a run's first save
+            names = [piece.name + suffix for piece in held for suffix in piece.tensors]
+            self._header = shard_header(held, dict(zip(names, sizes, strict=True)))
             self._values = torch.empty(sum(sizes), pin_memory=self._device.type == "cuda")
-        for place, values in zip(self._values.split(sizes), tensors.values(), strict=True):
-            place.copy_(values.detach(), non_blocking=True)
-        self._header = shard_header(held, dict(zip(tensors, sizes, strict=True)))
+            self._places, self._layout = self._values.split(sizes), layout
+        for place, values in zip(self._places, tensors, strict=True):
+            place.copy_(values, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
     def write(self, path: Path) -> dict[str, Any]:
         """Writes and syncs the shard; its entry in the manifest."""
-        return {"bytes": self.bytes, "sha256": write_with_digest(path, [self._header, self._values.numpy().data])}
+        return write_hashed(path, [self._header, self._values.numpy().data])
 
 
 def shard_header(pieces: list[Piece], sizes: dict[str, int]) -> bytes:

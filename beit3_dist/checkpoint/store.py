@@ -24,16 +24,16 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from beit3_dist.checkpoint.files import as_json, entry, sync, write_json, write_text
+from beit3_dist.checkpoint.files import as_json, sync, write_hashed, write_text
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.snapshot import Snapshot
 
@@ -57,6 +57,8 @@ class TrainState:
     """Samples that had to be replaced so far."""
     skipped_steps: int = 0
     """Steps that changed nothing, because their loss or gradient was not finite: the optimizer has not counted them."""
+    readers: list[list[int]] = field(default_factory=list)
+    """Where the virtual readers of streams without random access stand: `streaming.Row` of each."""
 
     def advance(self, samples: tuple[int, int, int], replaced: int, skipped: bool = False) -> None:
         """Counts one more step of so many samples of each kind."""
@@ -82,43 +84,18 @@ class SavingFailed(RuntimeError):
     """A checkpoint could not be written. What was saved before and the training are as they were."""
 
 
-class _Background:
-    """A function in a thread, which an exit of the interpreter does not wait for."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.result: Any = None
-        self.error: Exception | None = None
-        self._function = function
-        self._thread = Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.result = self._function()
-        except Exception as error:
-            self.error = error
-
-    @property
-    def busy(self) -> bool:
-        """Whether the function still runs."""
-        return self._thread.is_alive()
-
-    def join(self) -> None:
-        """Waits for the function's end."""
-        self._thread.join()
-
-
 @dataclass
 class _Saving:
     """A checkpoint on its way."""
 
     step: int
+    started: float
+    """Of the clock, when it was begun."""
     pause_s: float
     """Seconds that the training stood still."""
-    task: _Background
+    task: Future[Any]
     """Writes this rank's shard; afterwards, on the first rank, makes the checkpoint whole."""
     shards_written: bool = False
-    started: float = field(default_factory=time.perf_counter)
 
 
 class Store:
@@ -133,6 +110,8 @@ class Store:
         self._is_first = dist.get_rank() == 0
         self._shard = f"shard_{dist.get_rank():05d}.safetensors"
         self._snapshot = Snapshot(device)
+        # Handing a task to a waiting thread takes no time; the start of a new one waits for Python's lock.
+        self._thread = ThreadPoolExecutor(1)
         self._saving: _Saving | None = None
         if self._is_first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -155,22 +134,19 @@ class Store:
         started = time.perf_counter()
         self.wait()
         self._snapshot.take(pieces)
-        texts = {}
-        if self._is_first:
-            content = {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions}
-            texts = {"state.json": as_json(content), "config.yaml": config_yaml}
+        content = {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions}
         partial = self._partial(state.step)
 
         def write() -> dict[str, dict[str, Any]]:
             partial.mkdir(parents=True, exist_ok=True)
             entries = {self._shard: self._snapshot.write(partial / self._shard)}
-            for name, text in texts.items():
-                write_text(partial / name, text)
-                entries[name] = entry(partial / name)
-            sync(partial)
+            for name, text in {"state.json": as_json(content), "config.yaml": config_yaml}.items():
+                if self._is_first:
+                    entries[name] = write_hashed(partial / name, [text.encode()])
             return entries
 
-        self._saving = _Saving(state.step, time.perf_counter() - started, _Background(write), started=started)
+        task = self._thread.submit(write)
+        self._saving = _Saving(state.step, started, time.perf_counter() - started, task)
 
     def check(self) -> None:
         """At the boundary of a step: does what is due for a checkpoint on its way, without waiting for it.
@@ -180,8 +156,8 @@ class Store:
         if self._saving is None:
             return
         task = self._saving.task
-        busy = task.busy
-        flags = torch.tensor([busy, not busy and task.error is not None], dtype=torch.int32, device=self._device)
+        busy = not task.done()
+        flags = torch.tensor([busy, not busy and task.exception() is not None], dtype=torch.int32, device=self._device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         someone_busy, someone_failed = flags.tolist()
         if someone_failed:
@@ -192,7 +168,7 @@ class Store:
     def wait(self) -> None:
         """Returns when no checkpoint is on its way any more. Raises SavingFailed as `check` does."""
         while self._saving is not None:
-            self._saving.task.join()
+            wait([self._saving.task])
             self.check()
 
     def _go_on(self, saving: _Saving) -> None:
@@ -201,15 +177,16 @@ class Store:
             self._saving = None
             return
         everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, saving.task.result)
+        dist.all_gather_object(everyones, saving.task.result())
         entries = {name: entry for mine in everyones for name, entry in mine.items()}
         saving.shards_written = True
-        saving.task = _Background(lambda: self._finish(saving, entries) if self._is_first else None)
+        saving.task = self._thread.submit(lambda: self._finish(saving, entries) if self._is_first else None)
 
     def _finish(self, saving: _Saving, entries: dict[str, dict[str, Any]]) -> None:
         """Makes the checkpoint whole, points `latest` to it and removes the ones that are not kept."""
         partial, final = self._partial(saving.step), self._folder / step_name(saving.step)
-        write_json(partial / "manifest.json", entries)
+        write_hashed(partial / "manifest.json", [as_json(entries).encode()])
+        sync(partial)
         self._make_way(saving.step)
         partial.rename(final)
         sync(self._folder)
@@ -224,8 +201,7 @@ class Store:
         )
 
     def _fail(self, saving: _Saving) -> None:
-        saving.task.join()
-        error = saving.task.error
+        error = saving.task.exception()  # waits for the end of what this rank writes
         if error is not None:
             log.error("%s could not be written", step_name(saving.step), exc_info=error)
         everyones: list[str] = [""] * dist.get_world_size()
@@ -264,7 +240,7 @@ class Store:
         return self._folder / f"{step_name(step)}.partial"
 
 
-def _in_words(error: Exception | None, path: Path) -> str:
+def _in_words(error: BaseException | None, path: Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or path}: {error.strerror}"
     return f"{path}: {error!r}" if error else ""
