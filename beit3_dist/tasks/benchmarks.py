@@ -1,0 +1,224 @@
+"""The official files of public benchmarks as records of unilm/beit3's indexes.
+
+A record is a line of an index, but for its text, which stays in words under `text` until a tokenizer is at hand.
+Pictures need not be there: training checks them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from beit3_dist.data.index import IMAGE, KINDS
+from beit3_dist.tasks.vqa_answers import normalised, soft_scores
+
+LEAST_ANSWERS = 9
+"""Questions that must have an answer as their most frequent one for it to be learnt: 3,129 answers of VQA v2."""
+VALIDATION_PICTURES = 1000
+"""Pictures of VQA v2's validation set that are not trained on."""
+NLVR2_SPLITS = {"train": ("train.json", "images/train"), "dev": ("dev.json", "dev"), "test-P": ("test1.json", "test1")}
+"""Split of NLVR2 -> its file, and the folder of its pictures."""
+VQA_SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+"""Split of VQA v2 -> what its files are called."""
+
+Records = list[dict[str, Any]]
+"""Lines of an index."""
+Indexes = dict[str, Records]
+"""File name -> lines."""
+
+
+@contextmanager
+def official(path: Path) -> Iterator[None]:
+    """Turns what goes wrong inside, for lack of what the official file has, into a ValueError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not in the official format: {type(error).__name__}: {error}") from None
+
+
+def load(path: Path) -> Any:
+    """The content of a JSON file. Raises ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with official(path):
+        return json.loads(path.read_bytes())
+
+
+# ---------------------------------------------------------------------------------------- Karpathy: COCO and Flickr30k
+
+
+def coco(path: Path) -> Indexes:
+    """COCO's retrieval and captioning indexes from Karpathy's dataset_coco.json; `restval` belongs to train.
+
+    Captioning has a line per caption in training, and a line per picture, with its captions, in the other splits.
+    """
+    with official(path):
+        images = [
+            (image, "train" if image["split"] == "restval" else image["split"], f"{image['filepath']}/")
+            for image in load(path)["images"]
+        ]
+        indexes = _retrieval("coco_retrieval", images)
+        for image, split, folder in images:
+            lines = indexes.setdefault(f"coco_captioning.{split}.jsonl", [])
+            record = {"image_path": folder + image["filename"], "image_id": image["cocoid"]}
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            if split == "train":
+                lines.extend(record | {"text": caption} for caption in captions)
+            else:
+                lines.append(record | {"text": None, "captions": captions})
+    return indexes
+
+
+def flickr30k(path: Path) -> Indexes:
+    """Flickr30k's retrieval indexes from Karpathy's dataset_flickr30k.json."""
+    with official(path):
+        return _retrieval("flickr30k", [(image, image["split"], "flickr30k-images/") for image in load(path)["images"]])
+
+
+def _retrieval(name: str, images: list[tuple[dict[str, Any], str, str]]) -> Indexes:
+    """A line per caption of each (picture, split, folder); the pictures of a split are numbered in their order."""
+    indexes: Indexes = {}
+    numbers: Counter[str] = Counter()
+    for image, split, folder in images:
+        record = {"image_path": folder + image["filename"], "image_id": numbers[split]}
+        lines = indexes.setdefault(f"{name}.{split}.jsonl", [])
+        lines.extend(record | {"text": sentence["raw"]} for sentence in image["sentences"])
+        numbers[split] += 1
+    return indexes
+
+
+# -------------------------------------------------------------------------------------------------------------- VQA v2
+
+
+def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
+    """VQA v2's indexes and its answers, from the folder with the official questions and annotations.
+
+    `answers`: the list to use; None: those that are the most frequent one of at least nine questions, in the order in
+    which they occur. train and trainable_val, which are for training, leave out questions without a listed answer; val
+    and rest_val keep them, and hold what the ten people answered. rest_val has 1,000 pictures, chosen by a hash of
+    their numbers, and trainable_val the others of val.
+    """
+    annotations = {
+        split: _by_question(folder / f"v2_mscoco_{VQA_SPLITS[split]}_annotations.json") for split in ("train", "val")
+    }
+    if answers is None:
+        counts = Counter(
+            normalised(answer["multiple_choice_answer"]) for side in annotations.values() for answer in side.values()
+        )
+        answers = [answer for answer, count in counts.items() if count >= LEAST_ANSWERS]
+        if not answers:
+            raise ValueError(f"{folder}: no answer is the most frequent one of {LEAST_ANSWERS} questions")
+    numbers = {answer: number for number, answer in enumerate(answers)}
+    indexes: Indexes = {}
+    pictures: dict[str, int] = {}
+    for split, name in VQA_SPLITS.items():
+        path = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
+        with official(path):
+            lines = indexes[f"vqa.{split}.jsonl"] = []
+            for question in load(path)["questions"]:
+                stem = "test2015" if split.startswith("test") else name
+                picture = f"{stem}/COCO_{stem}_{question['image_id']:012d}.jpg"
+                record = {"image_path": picture, "text": question["question"], "qid": question["question_id"]}
+                if split not in annotations:
+                    lines.append(record | {"labels": [], "scores": []})
+                    continue
+                given = [answer["answer"] for answer in annotations[split][question["question_id"]]["answers"]]
+                scores = {numbers[answer]: s for answer, s in soft_scores(given).items() if answer in numbers}
+                record |= {"labels": list(scores), "scores": list(scores.values())}
+                if split == "val":
+                    pictures[picture] = question["image_id"]
+                    lines.append(record | {"answers": given})
+                elif scores:
+                    lines.append(record)
+    held = set(sorted(pictures, key=lambda picture: _hash(pictures[picture]))[:VALIDATION_PICTURES])
+    validation = indexes["vqa.val.jsonl"]
+    indexes["vqa.rest_val.jsonl"] = [record for record in validation if record["image_path"] in held]
+    indexes["vqa.trainable_val.jsonl"] = [
+        {name: value for name, value in record.items() if name != "answers"}
+        for record in validation
+        if record["image_path"] not in held and record["labels"]
+    ]
+    return indexes, answers
+
+
+def _by_question(path: Path) -> dict[int, dict[str, Any]]:
+    """Annotations by question."""
+    with official(path):
+        return {annotation["question_id"]: annotation for annotation in load(path)["annotations"]}
+
+
+def _hash(number: int) -> str:
+    """A fixed, but random, key to sort by."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------- NLVR2 and ImageNet
+
+
+def nlvr2(folder: Path) -> Indexes:
+    """NLVR2's indexes from the folder with train.json, dev.json and test1.json."""
+    indexes: Indexes = {}
+    for split, (name, pictures) in NLVR2_SPLITS.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        lines = indexes[f"nlvr2.{split}.index.jsonl"] = []
+        with official(path):
+            for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
+                example = json.loads(line)
+                inside = f"{pictures}/{example['directory']}" if "directory" in example else pictures
+                stem = f"{inside}/{example['identifier'].rpartition('-')[0]}"
+                lines.append(
+                    {
+                        "image_path": f"{stem}-img0.png",
+                        "image2_path": f"{stem}-img1.png",
+                        "text": example["sentence"],
+                        "label": {"True": 1, "False": 0}[example["label"]],
+                        "identifier": example["identifier"],
+                    }
+                )
+    return indexes
+
+
+def imagenet(folder: Path) -> tuple[Indexes, list[str]]:
+    """Indexes of FOLDER/train and FOLDER/val, which have a folder per class, and the names of these, sorted.
+
+    Raises ValueError where a side lacks pictures, or val has a class that train has not.
+    """
+    classes = _folders(folder / "train")
+    unknown = sorted(set(_folders(folder / "val")) - set(classes))
+    if unknown:
+        raise ValueError(f"{folder / 'val'} has folders that train has not: {', '.join(unknown[:5])}")
+    indexes = {
+        f"imagenet.{side}.index.jsonl": [
+            {"image_path": f"{side}/{name}/{picture}", "label": label}
+            for label, name in enumerate(classes)
+            for picture in _pictures(folder / side / name)
+        ]
+        for side in ("train", "val")
+    }
+    for name, lines in indexes.items():
+        if not lines:
+            raise ValueError(f"{folder}: no picture for {name}; a side has a folder of pictures per class")
+    return indexes, classes
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Names of the pictures in a folder, sorted; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    names = sorted(entry.name for entry in os.scandir(folder))
+    return [name for name in names if KINDS.get(name.rpartition(".")[2].lower().encode()) == IMAGE]

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Makes the indexes that fine-tuning reads, from the official files of benchmarks, or from data sets that pip brings.
+
+The indexes have unilm/beit3's names and fields, and what it has not: `captions` and `answers` of people, where an
+evaluation needs them. The paths of pictures in them are relative to a folder that the training is told: data.images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from beit3_dist.command_line import refuse
+from beit3_dist.data.cache import write_whole
+from beit3_dist.data.demo_sources import emoji_pictures
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.tasks import benchmarks, demo
+from beit3_dist.tasks.benchmarks import Indexes, Records
+
+TEXTS_AT_ONCE = 4096
+"""Texts that are tokenised in one call, over several threads."""
+ANSWERS = "answer2label.txt"
+"""The file of VQA's answers, in the released form."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def with_token_ids(records: Records, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
+    """The records with `text_segment` instead of `text`; those whose text has no token are left out."""
+    for first in range(0, len(records), TEXTS_AT_ONCE):
+        some = records[first : first + TEXTS_AT_ONCE]
+        ids = tokenizer.encode_all([record.get("text") or "" for record in some])
+        for record, words in zip(some, ids, strict=True):
+            line = {name: value for name, value in record.items() if name != "text"}
+            if "text" not in record:
+                yield line
+            elif record["text"] is None:
+                yield line | {"text_segment": None}
+            elif words:
+                yield line | {"text_segment": words}
+
+
+def write_indexes(out: Path, indexes: Indexes, tokenizer: TextTokenizer | None) -> None:
+    """Writes OUT/NAME for each index, and prints a line on each. Without a tokenizer no record may have a text."""
+    for name, records in indexes.items():
+        lines = list(with_token_ids(records, tokenizer)) if tokenizer else records
+        if not lines:
+            raise ValueError(f"{name}: there is no example for it")
+        write_text(out / name, "".join(json.dumps(line) + "\n" for line in lines))
+        left_out = len(records) - len(lines)
+        print(f"{out / name}: {len(lines):,} examples" + (f", {left_out} without words left out" if left_out else ""))
+
+
+def write_answers(path: Path, answers: list[str]) -> None:
+    """A line {answer, label} per answer."""
+    write_text(path, "".join(json.dumps({"answer": answer, "label": n}) + "\n" for n, answer in enumerate(answers)))
+
+
+def read_answers(path: Path) -> list[str]:
+    """The answers of such a file, by label."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with benchmarks.official(path):
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        labels = {record["label"]: record["answer"] for record in records}
+        return [labels[number] for number in range(len(records))]
+
+
+def write_names(path: Path, names: list[str]) -> None:
+    """A name a line."""
+    write_text(path, "".join(f"{name}\n" for name in names))
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def build_coco(options: Namespace) -> None:
+    write_indexes(options.out, benchmarks.coco(options.source), TextTokenizer(options.text_tokenizer))
+
+
+def build_flickr30k(options: Namespace) -> None:
+    write_indexes(options.out, benchmarks.flickr30k(options.source), TextTokenizer(options.text_tokenizer))
+
+
+def build_nlvr2(options: Namespace) -> None:
+    write_indexes(options.out, benchmarks.nlvr2(options.source), TextTokenizer(options.text_tokenizer))
+
+
+def build_vqa(options: Namespace) -> None:
+    tokenizer = TextTokenizer(options.text_tokenizer)
+    given = read_answers(options.answers) if options.answers else None
+    indexes, answers = benchmarks.vqa(options.source, given)
+    write_indexes(options.out, indexes, tokenizer)
+    write_answers(options.out / ANSWERS, answers)
+    print(f"{options.out / ANSWERS}: {len(answers):,} answers")
+
+
+def build_imagenet(options: Namespace) -> None:
+    indexes, classes = benchmarks.imagenet(options.source)
+    write_indexes(options.out, indexes, None)
+    write_names(options.out / "imagenet.classes.txt", classes)
+    print(f"{options.out / 'imagenet.classes.txt'}: {len(classes):,} classes")
+
+
+def build_demo(options: Namespace) -> None:
+    """Pictures and indexes aside, then renamed."""
+    listed = options.out / "demo.json"
+    if listed.is_file():
+        if json.loads(listed.read_text())["held_out"] != options.held_out:
+            raise ValueError(f"{options.out} was built with another --held-out; remove it or name another folder")
+        print(f"{options.out} is complete")
+        return
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise ValueError(f"{options.out} already exists; remove it or name another folder")
+    tokenizer = TextTokenizer(options.text_tokenizer)
+    partial = options.out.with_name(options.out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    easy = demo.easy_vqa()
+    drawings, files = demo.retrieval(list(emoji_pictures(options.workers)), options.held_out)
+    for split, source in easy.items():
+        for number, path in source.paths.items():
+            files[source.picture(number, split)] = Path(path).read_bytes()
+    for name, content in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_bytes(content)
+    tasks = (demo.vqa(easy), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings)
+    for indexes in (*tasks, demo.text(options.held_out)):
+        write_indexes(partial, indexes, tokenizer)
+    write_answers(partial / ANSWERS, demo.answers())
+    write_names(partial / "shapes.classes.txt", demo.shape_classes())
+    write_names(partial / "text.classes.txt", demo.text_classes())
+    write_text(partial / "demo.json", json.dumps({"held_out": options.held_out, "pictures": len(files)}) + "\n")
+    if options.out.exists():
+        options.out.rmdir()
+    partial.rename(options.out)
+    print(f"{options.out}: {len(files):,} pictures")
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(arguments: list[str] | None) -> Namespace:
+    """The command line."""
+    parser = ArgumentParser(
+        description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        epilog="Examples:\n"
+        "  build_index.py coco dataset_coco.json indexes --text_tokenizer beit3.spm\n"
+        "  build_index.py vqa vqa_v2 indexes --text_tokenizer beit3.spm --answers answer2label.txt\n"
+        "  build_index.py imagenet /data/imagenet indexes\n"
+        "  build_index.py demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="coco | flickr30k | vqa | nlvr2 | imagenet | demo"
+    )
+
+    def command(name: str, build: Callable[[Namespace], None], text: str, source: str, words: bool) -> ArgumentParser:
+        sub = commands.add_parser(name, help=text.split(".")[0], description=text)
+        sub.set_defaults(build=build)
+        if source:
+            sub.add_argument("source", type=Path, metavar="SOURCE", help=source)
+        sub.add_argument("out", type=Path, metavar="OUT", help="folder of the indexes")
+        if words:
+            sub.add_argument("--text_tokenizer", required=True, metavar="FILE", help="SentencePiece model")
+        return sub
+
+    command(
+        "coco",
+        build_coco,
+        "Retrieval and captioning on COCO, in Karpathy's split. data.images is the folder of train2014 and val2014.",
+        "dataset_coco.json",
+        words=True,
+    )
+    command(
+        "flickr30k",
+        build_flickr30k,
+        "Retrieval on Flickr30k, in Karpathy's split. data.images is the folder of flickr30k-images.",
+        "dataset_flickr30k.json",
+        words=True,
+    )
+    sub = command(
+        "vqa",
+        build_vqa,
+        "Answers to questions, VQA v2. data.images is the folder of train2014, val2014 and test2015. The released "
+        f"models need the {ANSWERS} that they were trained with: --answers.",
+        "folder of the six files v2_*.json",
+        words=True,
+    )
+    sub.add_argument(
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="list of answers, a line {answer, label} each; default: those that are the most frequent one of "
+        f"{benchmarks.LEAST_ANSWERS} questions",
+    )
+    command(
+        "nlvr2",
+        build_nlvr2,
+        "Whether a sentence is true of two pictures. data.images is the folder of images/train, dev and test1.",
+        "folder of train.json, dev.json and test1.json",
+        words=True,
+    )
+    command(
+        "imagenet",
+        build_imagenet,
+        "Classes of pictures, from a folder per class. data.images is SOURCE.",
+        "folder of train and val, with a folder per class each",
+        words=False,
+    )
+    sub = command(
+        "demo",
+        build_demo,
+        "Six small tasks from data sets that pip brings, with their pictures. vqa, shapes (task imagenet), captioning "
+        "and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: the part of "
+        "speech of the GCIDE dictionary's definitions (GPL). data.images is OUT. Returns at once if OUT is complete.",
+        "",
+        words=True,
+    )
+    sub.add_argument(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of drawings and dictionary entries that is tested on; 0.05. As for build_shards.py demo: then no "
+        "model that was pretrained on its train side has seen them",
+    )
+    sub.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that draw; one per core",
+    )
+    options = parser.parse_args(arguments)
+    if not 0 < getattr(options, "held_out", 0.5) < 1:
+        raise ValueError(f"--held-out {options.held_out:g} is not in (0, 1)")
+    if getattr(options, "workers", 1) < 1:
+        raise ValueError(f"--workers {options.workers} is less than 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Builds what the command line asks for; exits with code 2 after one line where it cannot."""
+    try:
+        options = parse(arguments)
+        options.build(options)
+    except (ValueError, OSError) as error:
+        refuse("build_index.py", error)
+
+
+if __name__ == "__main__":
+    main()
