@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.layout import Group, Layout, Selection
-from beit3_dist.model.multiway import Multiway
+from beit3_dist.model.multiway import Multiway, join
 
 
 def _join(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
@@ -27,18 +27,29 @@ def _join(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).transpose(1, 2)
 
 
-def _part(joint: Tensor, group: Group) -> list[Tensor]:
-    """The reverse of `_join`: the non-empty ones of patches [B * patches, H, d] and packed words [real words, H, d]."""
+def _part(joint: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The reverse of `_join`: patches [B * patches, H, d] and packed words [real words, H, d]; either may be empty."""
     patches, words = (part.flatten(0, 1) for part in joint.transpose(1, 2).split([group.patches, group.words], dim=1))
-    if group.index is not None:
-        words = words.index_select(0, group.index)
-    return [part for part in (patches, words) if len(part)]
+    return patches, words if group.index is None else words.index_select(0, group.index)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """softmax(q k' / sqrt(d)) v within each sample; q, k, v and the result are [T, H, d] in the layout's order."""
-    parts = [tensor.split(list(layout.segments)) for tensor in (q, k, v)]
-    out: list[Tensor] = []
+def _segments(slices: list[Tensor], layout: Layout) -> list[Tensor]:
+    """The four segments of tokens that the slices of one or two experts hold."""
+    sizes = list(layout.segments)
+    if len(slices) == 1:
+        return list(slices[0].split(sizes))
+    vision, language = slices
+    return [*vision.split(sizes[:2]), *language.split(sizes[2:])]
+
+
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: Layout) -> list[Tensor]:
+    """softmax(q k' / sqrt(d)) v within each sample.
+
+    q, k, v and the result: the slices [T, H, d] of the experts that projected them, which are never joined: attention
+    needs the tokens sample by sample, so that would be one more copy of everything.
+    """
+    parts = [_segments(slices, layout) for slices in (q, k, v)]
+    out = list(parts[0])  # what stays is empty
     for group, patches, words in ((layout.images, 0, None), (layout.pairs, 1, 2), (layout.texts, None, 3)):
         if group.samples == 0:
             continue
@@ -46,8 +57,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
             _join(None if patches is None else part[patches], None if words is None else part[words], group)
             for part in parts
         )
-        out += _part(scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=group.mask), group)
-    return torch.cat(out)
+        mixed = _part(scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=group.mask), group)
+        for segment, part in zip((patches, words), mixed, strict=True):
+            if segment is not None:
+                out[segment] = part
+    return [torch.cat(out)] if len(q) == 1 else [torch.cat(out[:2]), torch.cat(out[2:])]
+
+
+def _select(slices: list[Tensor], layout: Layout, selection: Selection) -> list[Tensor]:
+    """The selected tokens of each slice."""
+    assert selection.rows is not None
+    if len(slices) == 1:
+        return [slices[0].index_select(0, selection.rows)]
+    vision, language = slices
+    of_vision, of_language = selection.rows.split([sum(selection.counts[:2]), sum(selection.counts[2:])])
+    return [vision.index_select(0, of_vision), language.index_select(0, of_language - len(vision))]
 
 
 class Attention(nn.Module):
@@ -65,15 +89,20 @@ class Attention(nn.Module):
             Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps)) if config.sub_layernorm else None
         )
         self.out = Multiway(experts, linear)
-        self.attend: Callable[[Tensor, Tensor, Tensor, Layout], Tensor] = attend  # decoding.py puts a cache here
+        self.attend: Callable[[list[Tensor], list[Tensor], list[Tensor], Layout], list[Tensor]] = (
+            attend  # decoding.py puts a cache here
+        )
 
     def forward(self, x_TD: Tensor, layout: Layout, selection: Selection | None = None) -> Tensor:
         """[T, D], or [M, D] for the tokens of `selection`."""
-        q, k, v = (project(x_TD, layout).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        mixed_TD = self.attend(q, k, v, layout).flatten(-2)
+        slices = self.q.slices(x_TD, layout)
+        q, k, v = (
+            [part.unflatten(-1, (-1, self.head_dim)) for part in project.each(slices)]
+            for project in (self.q, self.k, self.v)
+        )
+        mixed = [part.flatten(-2) for part in self.attend(q, k, v, layout)]
         if selection is not None:
-            assert selection.rows is not None
-            mixed_TD, layout = mixed_TD.index_select(0, selection.rows), selection
+            mixed = _select(mixed, layout, selection)
         if self.inner_norm is not None:
-            mixed_TD = self.inner_norm(mixed_TD, layout)
-        return self.out(mixed_TD, layout)
+            mixed = self.inner_norm.each(mixed)
+        return join(self.out.each(mixed))

@@ -94,11 +94,11 @@ class _Cache:
         self.keys = self.values = torch.empty(0)
         """[B, H, capacity, d], allocated by the first call, which knows the kind of tensor."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    def __call__(self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], layout: Layout) -> list[Tensor]:
         """`attention.attend` for new tokens [B * n, H, d] that also see what is remembered. All patches stay; of
         words, only the first of a step's two."""
         samples = layout.pairs.samples
-        q, k, v = (tensor.unflatten(0, (samples, -1)).transpose(1, 2) for tensor in (q, k, v))
+        q, k, v = (torch.cat(slices).unflatten(0, (samples, -1)).transpose(1, 2) for slices in (queries, keys, values))
         start, end = self.length, self.length + q.shape[2]
         if start == 0:
             self.keys = k.new_empty(*k.shape[:2], self.capacity, k.shape[3])
@@ -108,7 +108,7 @@ class _Cache:
             q, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=self._mask(start, end, q.device)
         )
         self.length = end if start == 0 else start + self.captions
-        return mixed.transpose(1, 2).flatten(0, 1)
+        return list(mixed.transpose(1, 2).flatten(0, 1).split([len(part) for part in queries]))
 
     def _mask(self, start: int, end: int, device: torch.device) -> Tensor | None:
         """Which of the tokens [0, end) those of [start, end) see; None: all."""

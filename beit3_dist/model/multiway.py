@@ -26,10 +26,20 @@ class Multiway(nn.ModuleDict):
         self.experts = experts
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        if len(self.experts) == 1:
-            return self[self.experts[0]](x_TD)
-        slices = x_TD.split(layout.sizes(self.experts))
-        return torch.cat([self[name](part) for name, part in zip(self.experts, slices, strict=True)])
+        return join(self.each(self.slices(x_TD, layout)))
+
+    def slices(self, x_TD: Tensor, layout: Layout) -> list[Tensor]:
+        """Each expert's tokens."""
+        return [x_TD] if len(self.experts) == 1 else list(x_TD.split(layout.sizes(self.experts)))
+
+    def each(self, slices: list[Tensor]) -> list[Tensor]:
+        """Each expert's output for its tokens."""
+        return [self[name](part) for name, part in zip(self.experts, slices, strict=True)]
+
+
+def join(slices: list[Tensor]) -> Tensor:
+    """One matrix of all tokens again."""
+    return slices[0] if len(slices) == 1 else torch.cat(slices)
 
 
 class FeedForward(nn.Module):

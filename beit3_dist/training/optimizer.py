@@ -59,8 +59,9 @@ def build_optimizer(
     device: torch.device,
     groups: list[dict[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW for this device: DeepSpeed's CPU kernel when the state is offloaded, on CUDA Apex's fused kernel if NVIDIA
-    Apex is installed and torch's fused one otherwise, on the CPU torch's. `groups`: None for `parameter_groups`."""
+    """AdamW for this device: DeepSpeed's CPU kernel when the state is offloaded, Apex's fused kernel on CUDA if NVIDIA
+    Apex is installed, and torch's fused one otherwise, which reads and writes each number once. `groups`: None for
+    `parameter_groups`."""
     groups = groups or parameter_groups(model, config.weight_decay)
     common: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if offload:
@@ -70,4 +71,4 @@ def build_optimizer(
     apex_adam = apex_function("apex.optimizers", "FusedAdam") if device.type == "cuda" else None
     if apex_adam is not None:
         return apex_adam(groups, adam_w_mode=True, **common)
-    return torch.optim.AdamW(groups, fused=device.type == "cuda", **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
