@@ -81,9 +81,9 @@ def sample_ids(batch: StepBatch) -> dict[str, list[int]]:
 
 
 def last_losses(metrics: Path, count: int) -> list[float]:
-    """The losses of the last `count` steps in metrics.jsonl, without those that are not finite."""
+    """The losses of the last `count` steps in metrics.jsonl that were not skipped."""
     if not metrics.exists():
         return []
     with open(metrics) as lines:
-        records = [json.loads(line) for line in deque(lines, maxlen=count)]
-    return [record["loss"] for record in records if record["loss"] is not None and not record.get("skipped")]
+        records = map(json.loads, lines)
+        return list(deque((record["loss"] for record in records if not record["skipped"]), maxlen=count))

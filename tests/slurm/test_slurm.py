@@ -1,0 +1,153 @@
+"""The shipped batch script under a real Slurm: submitted, preempted, requeued, finished, as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.model.vqkd import VQKD, save_vqkd
+from tests.integration.runs import metrics, reproducible
+from tests.unit.tar_fixtures import small_run
+
+REPOSITORY = Path(__file__).parents[2]
+CLUSTER = Path(__file__).parent / "local_cluster.sh"
+STEPS = 16
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+
+missing = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+reason = ""
+if os.geteuid() != 0:
+    reason = "Slurm's daemons need root"
+elif missing:
+    reason = f"there is no {', '.join(missing)}: apt-get install slurm-wlm munge"
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Two nodes of one process each on this machine; the environment in which Slurm's commands find them."""
+    if reason and os.environ.get("BEIT3_REQUIRE_SLURM") == "1":
+        pytest.fail(f"BEIT3_REQUIRE_SLURM=1, but {reason}")
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cluster")
+    subprocess.run([CLUSTER, "start", folder], check=True, timeout=60)
+    try:
+        yield os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "BEIT3_PROCESSES_PER_NODE": "1",
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+        }
+    finally:
+        subprocess.run([CLUSTER, "stop", folder], check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The demo recipe on tiny data, for a few steps."""
+    folder = tmp_path_factory.mktemp("data")
+    data = small_run(folder).data
+    tokenizer = VQKD(64, patch_size=8, width=16, layers=1, heads=2, codebook_size=256, code_dim=8, decoder_layers=1,
+                     target_dim=8)  # fmt: skip
+    tokenizer.initialize(0)
+    save_vqkd(tokenizer, folder / "image_tokenizer.pth")
+    fields = {
+        "config": "launchers/recipes/demo.yaml", "steps": STEPS, "optim.warmup_steps": 4, "eval.every": 0,
+        "checkpoint.every": 1000, "model.vocab_size": 310, "text_tokenizer": folder / "text.spm",
+        "image_tokenizer": folder / "image_tokenizer.pth", "data.images": data.images, "data.texts": data.texts,
+        "data.pairs": data.pairs, "data.cache": data.cache, "batch.images": 4, "batch.texts": 4, "batch.pairs": 4,
+    }  # fmt: skip
+    return [argument for name, value in fields.items() for argument in (f"--{name}", str(value))]
+
+
+def slurm(cluster: dict[str, str], *command: str, timeout_s: float = 60) -> str:
+    """What one of Slurm's commands prints."""
+    result = subprocess.run(command, env=cluster, cwd=REPOSITORY, text=True, capture_output=True, timeout=timeout_s)
+    assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
+    return result.stdout.strip()
+
+
+def submit(cluster: dict[str, str], recipe: list[str], out: Path) -> str:
+    """A job on both nodes; its number. What it prints goes to OUT.txt."""
+    script = "launchers/slurm/pretrain.sbatch"
+    options = ["--parsable", "--nodes=2", "--overcommit", f"--output={out}.txt"]
+    return slurm(cluster, "sbatch", *options, script, *recipe, "--out", str(out))
+
+
+def state(cluster: dict[str, str], job: str) -> str:
+    """RUNNING, PENDING, COMPLETED ..., as long as Slurm remembers the job: five minutes."""
+    return slurm(cluster, "scontrol", "show", "job", job).partition("JobState=")[2].split()[0]
+
+
+def wait(what: str, happened: Callable[[], bool], log: Path, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"no {what} in {seconds} s:\n{log.read_text() if log.exists() else ''}"
+        time.sleep(0.2)
+
+
+def trained(out: Path, steps: int) -> bool:
+    return (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_bytes().splitlines()) >= steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_preempted_and_requeued_is_the_undisturbed_run(
+    cluster: dict[str, str], recipe: list[str], tmp_path: Path
+) -> None:
+    disturbed, undisturbed, plain = (tmp_path / name for name in ("disturbed", "undisturbed", "plain"))
+    log = Path(f"{disturbed}.txt")
+    job = submit(cluster, recipe, disturbed)
+    wait("fifth step", lambda: trained(disturbed, 5), log)
+    slurm(cluster, "scancel", "--signal=USR1", "--batch", job)  # as --signal does before the time limit
+    wait("requeued job", lambda: state(cluster, job) == "PENDING", log)
+    done = len(metrics(disturbed))
+    assert done < STEPS and (disturbed / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}"
+
+    def restarted() -> bool:
+        """Asks Slurm not to wait for two minutes; it listens once all of the first attempt is cleared away."""
+        if state(cluster, job) == "PENDING":
+            slurm(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now")
+        return state(cluster, job) == "RUNNING"
+
+    wait("second attempt", restarted, log)
+    reference = submit(cluster, recipe, undisturbed)
+    # Without the batch script: what srun tells its tasks is enough.
+    srun = ["srun", "--nodes=2", "--ntasks=2", "--overcommit", sys.executable, "launchers/pretrain.py", *recipe]
+    by_srun = slurm(cluster, *srun, "--out", str(plain), timeout_s=200)
+    assert f"step {STEPS}/{STEPS}" in by_srun, by_srun
+    wait("end of the undisturbed job", lambda: state(cluster, reference) == "COMPLETED", Path(f"{undisturbed}.txt"))
+    wait("end of the requeued job", lambda: state(cluster, job) == "COMPLETED", log)
+
+    output = log.read_text()
+    assert "attempt 1:" in output and "attempt 2:" in output, "the second attempt must append to the first one's output"
+    assert f"going on after step {done}" in output
+    assert [record["step"] for record in metrics(disturbed)] == list(range(1, STEPS + 1))
+    assert reproducible(disturbed) == reproducible(undisturbed) == reproducible(plain)  # losses, norms, sample hashes
+    ours, theirs = (read_weights(out / "checkpoints" / f"step_{STEPS:07d}") for out in (disturbed, undisturbed))
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
+    assert all((disturbed / "logs" / f"rank{rank:05d}.log").read_text() for rank in (0, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_cancelled_saves_and_stays_cancelled(cluster: dict[str, str], recipe: list[str], tmp_path: Path) -> None:
+    """scancel: Slurm sends SIGTERM to every process of the job at once."""
+    out, log = tmp_path / "cancelled", tmp_path / "cancelled.txt"
+    job = submit(cluster, [*recipe, "--steps", "1000"], out)
+    wait("third step", lambda: trained(out, 3), log)
+    slurm(cluster, "scancel", job)
+    wait("end of the job", lambda: job not in slurm(cluster, "squeue", "--noheader", "--format=%i").split(), log)
+    assert state(cluster, job) == "CANCELLED", log.read_text()
+    done = len(metrics(out))
+    assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}", log.read_text()

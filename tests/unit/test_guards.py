@@ -1,0 +1,82 @@
+"""Loss spikes, the signals that a run must go, and the fields that configure the guards."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit3_dist.config import GuardConfig
+from beit3_dist.training.guards import last_losses
+from beit3_dist.training.preemption import SIGNALS, StopRequest
+from beit3_dist.training.spikes import SpikeMonitor
+
+
+def falling_losses(steps: int) -> list[float]:
+    """From 10 to 2, with noise of 1 %."""
+    draw = random.Random(0)
+    return [(2 + 8 * math.exp(-step / 100)) * draw.gauss(1, 0.01) for step in range(steps)]
+
+
+def test_an_undisturbed_run_is_quiet() -> None:
+    monitor = SpikeMonitor(window=100, factor=8.0)
+    assert [monitor.check(step, loss) for step, loss in enumerate(falling_losses(2000))] == [""] * 2000
+
+
+def test_a_spike_is_named_with_step_and_ratio_and_so_is_the_next_one() -> None:
+    monitor = SpikeMonitor(window=100, factor=8.0)
+    warnings = {}
+    for step, loss in enumerate(falling_losses(1000)):
+        if warning := monitor.check(step, loss * (1.5 if step in (700, 703) else 1.0)):
+            warnings[step] = warning
+    assert list(warnings) == [700, 703]
+    assert "step 700: loss 2.999" in warnings[700] and "deviations above 2" in warnings[700]
+    ratio = float(warnings[700].partition("lies ")[2].split()[0])
+    assert 35 < ratio < 70  # 50 % over noise of 1 %, measured from 100 losses
+
+
+def test_no_warning_before_the_window_is_full() -> None:
+    monitor = SpikeMonitor(window=100, factor=8.0)
+    assert not any([monitor.check(step, 2.0) for step in range(99)] + [monitor.check(99, 50.0)])
+    assert monitor.check(100, 50.0)
+
+
+def test_the_monitor_goes_on_from_the_metrics_of_the_run(tmp_path: Path) -> None:
+    """Its only state are losses, which metrics.jsonl holds to the last bit; skipped steps have none."""
+    losses = falling_losses(1000)[700:]
+    whole = SpikeMonitor(window=100, factor=2.0)
+    warnings = [whole.check(step, loss) for step, loss in enumerate(losses)]
+    records = [{"step": step, "loss": loss, "skipped": 0} for step, loss in enumerate(losses[:250])]
+    records.insert(200, {"step": 200, "loss": None, "skipped": 1, "non_finite": ["loss"]})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    resumed = SpikeMonitor(100, 2.0, last_losses(tmp_path / "metrics.jsonl", 100))
+    assert [resumed.check(step, losses[step]) for step in range(250, 300)] == warnings[250:]
+    assert any(warnings[250:]), "nothing was compared"
+    assert last_losses(tmp_path / "nowhere", 100) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_becomes_a_request(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    before = signal.getsignal(number)
+    request = StopRequest(torch.device("cpu"))
+    assert not request.agreed()
+    os.kill(os.getpid(), number)
+    assert request.agreed()
+    request.close()
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_skipped_steps", 0), ("spike_window", 0), ("spike_factor", -1.0), ("step_timeout_s", -1.0)],
+)
+def test_config(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"guards.{field}"):
+        GuardConfig(**{field: value})
