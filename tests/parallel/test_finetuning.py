@@ -1,0 +1,174 @@
+"""Every downstream task trains alike in one process, under ZeRO-3 and on tensor ranks, and goes on after a kill as if
+nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beit3_dist.checkpoint.model_folder import read_model_folder
+from beit3_dist.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
+from beit3_dist.training.finetune_preflight import prepare_finetuning
+from beit3_dist.training.finetuning import FineTuning, finetune
+from tests.conftest import define_torchvision_operators
+from tests.integration.runs import metrics, reproducible
+from tests.parallel.workers import run_workers
+from tests.unit.tar_fixtures import pair_tar, picture, sentences, train_tokenizer
+
+EXAMPLES, PICTURES, STEPS, SAVED, KILLED = 22, 10, 6, 3, 5
+CLASSES = ["red", "green", "blue", "black", "white"]
+
+MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=64, patch_size=8, image_size=32, vocab_size=310,
+                    visual_vocab_size=16, vl_expert_layers=1, max_text_length=18, drop_path=0.3)  # fmt: skip
+
+TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the common settings
+    "imagenet": {"mixup": 0.8, "cutmix": 1.0, "layer_decay": 0.7},
+    "vqa": {"head_lr_scale": 5.0, "ema_decay": 0.5},
+    "nlvr2": {},
+    "captioning": {"eval": TaskEvalConfig(beams=2)},
+    "retrieval": {"batch": TaskBatchConfig(size=8)},
+    "itc": {"batch": TaskBatchConfig(size=8)},
+    "text": {"ema_decay": 0.9, "layer_decay": 0.5},
+}
+LAYOUTS = {"one": ParallelConfig(zero_stage=1), "dp2": ParallelConfig(zero_stage=3),
+           "tp2": ParallelConfig(zero_stage=1, tensor=2)}  # fmt: skip
+
+
+def records(task: str, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
+    """Lines of a task's index."""
+    words = [tokenizer.encode(line)[: 4 + n % 9] for n, line in enumerate(sentences()[:EXAMPLES])]
+    made = []
+    for n in range(EXAMPLES):
+        path, other = f"{n % PICTURES}.png", f"{(n + 3) % PICTURES}.png"
+        made.append(
+            {
+                "imagenet": {"image_path": path, "label": n % 5},
+                "vqa": {"image_path": path, "text_segment": words[n], "labels": [n % 5, (n + 1) % 5],
+                        "scores": [1.0, 0.3], "qid": n},
+                "nlvr2": {"image_path": path, "image2_path": other, "text_segment": words[n], "label": n % 2,
+                          "identifier": f"id-{n}"},
+                "captioning": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
+                "retrieval": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
+                "itc": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
+                "text": {"text_segment": words[n], "label": n % 5},
+            }[task]
+        )  # fmt: skip
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, indexes, a tokenizer, pair shards."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    train_tokenizer(folder / "text.spm")
+    for n in range(PICTURES):
+        (folder / f"{n}.png").write_bytes(picture(n))
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    tokenizer = TextTokenizer(str(folder / "text.spm"))
+    for task in TASKS:
+        lines = [json.dumps(record) for record in records(task, tokenizer)]
+        (folder / f"{task}.train.jsonl").write_text("\n".join(lines) + "\n")
+        (folder / f"{task}.validation.jsonl").write_text("\n".join(lines[:PICTURES][:7]) + "\n")  # odd: uneven ranks
+    pair_tar(folder / "pairs.tar", 9)
+    return folder
+
+
+def run_config(folder: Path, task: str, layout: str, out: str) -> FinetuneConfig:
+    train = folder / "pairs.tar" if task == "itc" else folder / f"{task}.train.jsonl"
+    settings: dict[str, Any] = {
+        "task": task, "out": str(folder / out / task), "text_tokenizer": str(folder / "text.spm"), "steps": STEPS,
+        "precision": "fp32", "model": MODEL, "parallel": LAYOUTS[layout], "checkpoint": CheckpointConfig(every=SAVED),
+        "data": TaskDataConfig(train=str(train), validation=str(folder / f"{task}.validation.jsonl"),
+                               images=str(folder), text_length=12, workers=0, cache=str(folder / "cache"),
+                               answers=str(folder / "classes.txt") if task in ("imagenet", "vqa", "text") else ""),
+        "batch": TaskBatchConfig(size=8, accumulation=2), "eval": TaskEvalConfig(batch=2),
+        "optim": OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-6, clip_norm=1.0),
+    }  # fmt: skip
+    return FinetuneConfig(**(settings | TASKS[task]))
+
+
+def run(groups: Groups, configs: list[FinetuneConfig]) -> None:
+    """For `run_workers`: what launchers/finetune.py does after parsing, run after run."""
+    operators = define_torchvision_operators()
+    for config in configs:
+        finetune(groups.mesh, *prepare_finetuning(config, groups.mesh))
+    del operators
+
+
+def run_and_die(groups: Groups, config: FinetuneConfig) -> None:
+    """All processes are killed after step KILLED, whose record is written."""
+
+    def die(job: FineTuning) -> None:
+        if job.state.step == KILLED:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    FineTuning.check = die  # type: ignore[method-assign]  # this process has nothing else to do
+    run(groups, [config])
+
+
+def losses(folder: Path, out: str, task: str, field: str) -> torch.Tensor:
+    return torch.tensor([record[field] for record in metrics(folder / out / task)], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> Path:
+    """The folder after every task has run in one process."""
+    run_workers(1, run, [run_config(folder, task, "one", "one") for task in TASKS])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "tp2"])
+def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
+    """Losses and gradient norms within fp32 noise (1e-5, see design: what crosses ranks is summed in another order);
+    the same samples; the same validation, whose examples no two ranks can share evenly."""
+    folder = one_process
+    run_workers(2, run, [run_config(folder, task, layout, layout) for task in TASKS],
+                tensor=LAYOUTS[layout].tensor)  # fmt: skip
+    for task in TASKS:
+        for field in ("loss", "grad_norm"):
+            ours, reference = losses(folder, layout, task, field), losses(folder, "one", task, field)
+            torch.testing.assert_close(
+                ours, reference, rtol=1e-5, atol=0, msg=lambda m, t=task, f=field: f"{t} {f}: {m}"
+            )
+        assert [r["sample_hash"] for r in metrics(folder / layout / task)] == [
+            r["sample_hash"] for r in metrics(folder / "one" / task)
+        ]
+        scores = [json.loads((folder / out / task / "eval.jsonl").read_text()) for out in (layout, "one")]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5), task
+        written = [sorted((folder / out / task / "predictions").iterdir()) for out in (layout, "one")]
+        assert [path.name for path in written[0]] == [path.name for path in written[1]] and written[0]
+        models = [read_model_folder(folder / out / task / "model") for out in (layout, "one")]
+        assert models[0].task == models[1].task
+        for name, weight in models[1].weights.items():
+            # AdamW turns noise of tiny gradients into steps of up to the rate: six steps of 1e-3.
+            torch.testing.assert_close(models[0].weights[name], weight, rtol=1e-4, atol=2e-5, msg=f"{task} {name}")
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bitwise_the_undisturbed_run(one_process: Path) -> None:
+    """ZeRO-3 on two ranks; a moving average is part of what is resumed."""
+    folder = one_process
+    undisturbed = [run_config(folder, task, "dp2", "undisturbed") for task in TASKS]
+    run_workers(2, run, undisturbed)
+    disturbed = [run_config(folder, task, "dp2", "disturbed") for task in TASKS]
+    for config in disturbed:
+        with pytest.raises(AssertionError, match="died without an answer"):
+            run_workers(2, run_and_die, config)
+        assert len(metrics(config.out)) == KILLED
+    run_workers(2, run, [replace(c, checkpoint=replace(c.checkpoint, resume="auto")) for c in disturbed])
+    for config, reference in zip(disturbed, undisturbed, strict=True):
+        assert reproducible(config.out) == reproducible(reference.out), config.task
+        models = [read_model_folder(Path(c.out) / "model").weights for c in (config, reference)]
+        assert models[0].keys() == models[1].keys()
+        assert all(torch.equal(models[0][name], weight) for name, weight in models[1].items()), config.task
