@@ -52,12 +52,13 @@ def with_token_ids(records: Records, tokenizer: TextTokenizer) -> Iterator[dict[
 def write_indexes(out: Path, indexes: Indexes, tokenizer: TextTokenizer | None) -> None:
     """Writes OUT/NAME for each index, and prints a line on each. Without a tokenizer no record may have a text."""
     for name, records in indexes.items():
-        lines = list(with_token_ids(records, tokenizer)) if tokenizer else records
-        if not lines:
+        if not records:
             raise ValueError(f"{name}: there is no example for it")
+    for name, records in indexes.items():
+        lines = list(with_token_ids(records, tokenizer)) if tokenizer else records
         write_text(out / name, "".join(json.dumps(line) + "\n" for line in lines))
         left_out = len(records) - len(lines)
-        print(f"{out / name}: {len(lines):,} examples" + (f", {left_out} without words left out" if left_out else ""))
+        print(f"{name}: {len(lines):,} examples" + (f", {left_out} without words left out" if left_out else ""))
 
 
 def write_answers(path: Path, answers: list[str]) -> None:
@@ -84,15 +85,18 @@ def write_names(path: Path, names: list[str]) -> None:
 
 
 def build_coco(options: Namespace) -> None:
-    write_indexes(options.out, benchmarks.coco(options.source), TextTokenizer(options.text_tokenizer))
+    tokenizer = TextTokenizer(options.text_tokenizer)
+    write_indexes(options.out, benchmarks.coco(options.source), tokenizer)
 
 
 def build_flickr30k(options: Namespace) -> None:
-    write_indexes(options.out, benchmarks.flickr30k(options.source), TextTokenizer(options.text_tokenizer))
+    tokenizer = TextTokenizer(options.text_tokenizer)
+    write_indexes(options.out, benchmarks.flickr30k(options.source), tokenizer)
 
 
 def build_nlvr2(options: Namespace) -> None:
-    write_indexes(options.out, benchmarks.nlvr2(options.source), TextTokenizer(options.text_tokenizer))
+    tokenizer = TextTokenizer(options.text_tokenizer)
+    write_indexes(options.out, benchmarks.nlvr2(options.source), tokenizer)
 
 
 def build_vqa(options: Namespace) -> None:
@@ -101,14 +105,14 @@ def build_vqa(options: Namespace) -> None:
     indexes, answers = benchmarks.vqa(options.source, given)
     write_indexes(options.out, indexes, tokenizer)
     write_answers(options.out / ANSWERS, answers)
-    print(f"{options.out / ANSWERS}: {len(answers):,} answers")
+    print(f"{ANSWERS}: {len(answers):,} answers")
 
 
 def build_imagenet(options: Namespace) -> None:
     indexes, classes = benchmarks.imagenet(options.source)
     write_indexes(options.out, indexes, None)
     write_names(options.out / "imagenet.classes.txt", classes)
-    print(f"{options.out / 'imagenet.classes.txt'}: {len(classes):,} classes")
+    print(f"imagenet.classes.txt: {len(classes):,} classes")
 
 
 def build_demo(options: Namespace) -> None:

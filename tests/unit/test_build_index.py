@@ -1,0 +1,371 @@
+"""Indexes from small files in the official formats, and the demo's tasks: what they say is true of the pictures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from beit3_dist.data.demo_sources import Emoji
+from beit3_dist.data.sides import side
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.tasks import benchmarks, demo
+from beit3_dist.tasks.examples import read_index
+from tests.unit.tar_fixtures import train_tokenizer
+from tools import build_index
+
+
+@pytest.fixture(scope="module")
+def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text tokenizer."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "text.spm")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of an index."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(command: str, source: Path | None, out: Path, *arguments: object) -> None:
+    """The tool, in this process."""
+    build_index.main([command, *([str(source)] if source else []), str(out), *map(str, arguments)])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line that the tool ends with."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def touch(root: Path, *indexes: Path) -> None:
+    """Makes empty pictures where indexes say that they lie."""
+    for record in itertools.chain.from_iterable(map(read, indexes)):
+        for name in ("image_path", "image2_path"):
+            if name in record:
+                (root / record[name]).parent.mkdir(parents=True, exist_ok=True)
+                (root / record[name]).touch()
+
+
+def karpathy(path: Path, **more: Any) -> Path:
+    """Five pictures with two captions each in Karpathy's format; the last caption of the first has no word."""
+    images = [
+        {
+            "filename": f"{number}.jpg",
+            "split": split,
+            "sentences": [{"raw": f"word {number}"}, {"raw": " " if number == 0 else "more words"}],
+            **{name: value(number) for name, value in more.items()},
+        }
+        for number, split in enumerate(["train", "restval", "val", "test", "test"])
+    ]
+    path.write_text(json.dumps({"images": images}))
+    return path
+
+
+def test_coco(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = karpathy(tmp_path / "dataset_coco.json", filepath=lambda _: "val2014", cocoid=lambda number: 100 + number)
+    run("coco", source, tmp_path / "out", "--text_tokenizer", spm)
+    assert "coco_retrieval.train.jsonl: 3 examples, 1 without words left out" in capsys.readouterr().out
+    words = TextTokenizer(str(spm)).encode
+    train = read(tmp_path / "out" / "coco_retrieval.train.jsonl")
+    assert train == [
+        {"image_path": "val2014/0.jpg", "image_id": 0, "text_segment": words("word 0")},
+        {"image_path": "val2014/1.jpg", "image_id": 1, "text_segment": words("word 1")},
+        {"image_path": "val2014/1.jpg", "image_id": 1, "text_segment": words("more words")},
+    ]
+    # Every split counts its pictures anew, and has all captions of each.
+    test = read(tmp_path / "out" / "coco_retrieval.test.jsonl")
+    assert [(line["image_path"], line["image_id"]) for line in test] == [("val2014/3.jpg", 0)] * 2 + [
+        ("val2014/4.jpg", 1)
+    ] * 2
+    captioning = read(tmp_path / "out" / "coco_captioning.train.jsonl")
+    assert [line["image_id"] for line in captioning] == [100, 101, 101]
+    assert read(tmp_path / "out" / "coco_captioning.val.jsonl") == [
+        {"image_path": "val2014/2.jpg", "image_id": 102, "captions": ["word 2", "more words"], "text_segment": None}
+    ]
+    for task in ("retrieval", "captioning"):
+        for split in ("train", "val", "test"):
+            path = tmp_path / "out" / f"coco_{task}.{split}.jsonl"
+            touch(tmp_path, path)
+            read_index(path, task, tmp_path, train=split == "train", vocab_size=TextTokenizer(str(spm)).rows)
+
+
+def test_flickr30k(tmp_path: Path, spm: Path) -> None:
+    source = karpathy(tmp_path / "dataset_flickr30k.json")
+    source.write_text(source.read_text().replace("restval", "train"))
+    run("flickr30k", source, tmp_path / "out", "--text_tokenizer", spm)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"flickr30k.{split}.jsonl" for split in ("test", "train", "val")
+    ]
+    (first, _) = read(tmp_path / "out" / "flickr30k.val.jsonl")
+    assert (first["image_path"], first["image_id"]) == ("flickr30k-images/2.jpg", 0)
+
+
+def vqa_files(folder: Path, pictures: int) -> Path:
+    """VQA v2 in small: a question per picture; nine of ten people say 'Two', but 'many' on every tenth question."""
+    folder.mkdir()
+    for split, name in benchmarks.VQA_SPLITS.items():
+        number = 12 if split == "train" else 3 if split.startswith("test") else pictures
+        base = {"train": 10_000, "val": 20_000, "test": 30_000, "test-dev": 30_000}[split]
+        questions = [
+            {"question_id": 10 * (base + i), "image_id": base + i, "question": "how many words?"} for i in range(number)
+        ]
+        (folder / f"v2_OpenEnded_mscoco_{name}_questions.json").write_text(json.dumps({"questions": questions}))
+        if split in ("train", "val"):
+            annotations = []
+            for question in questions:
+                major = "many" if question["image_id"] % 10 == 9 else "Two"
+                people = [major] * 9 + ["3."]
+                annotations.append(
+                    {
+                        "question_id": question["question_id"],
+                        "multiple_choice_answer": major,
+                        "answers": [{"answer": answer} for answer in people],
+                    }
+                )
+            path = folder / f"v2_mscoco_{name}_annotations.json"
+            path.write_text(json.dumps({"annotations": annotations}))
+    return folder
+
+
+def test_vqa(tmp_path: Path, spm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "VALIDATION_PICTURES", 20)
+    source, out = vqa_files(tmp_path / "vqa", pictures=50), tmp_path / "out"
+    run("vqa", source, out, "--text_tokenizer", spm)
+    # 'many' is the first answer of 1 + 5 questions only, 'Two' (2) of many; '3.' of none.
+    assert read(out / "answer2label.txt") == [{"answer": "2", "label": 0}]
+    train = read(out / "vqa.train.jsonl")
+    assert len(train) == 11  # without the question on which nobody gives a listed answer
+    assert train[0] == {
+        "image_path": "train2014/COCO_train2014_000000010000.jpg",
+        "qid": 100_000,
+        "labels": [0],
+        "scores": [1.0],
+        "text_segment": TextTokenizer(str(spm)).encode("how many words?"),
+    }
+    val, rest, trainable = (read(out / f"vqa.{name}.jsonl") for name in ("val", "rest_val", "trainable_val"))
+    assert len(val) == 50 and len(rest) == 20  # with the questions that cannot be answered right
+    assert {line["qid"] for line in rest} | {line["qid"] for line in trainable} == {
+        line["qid"] for line in val if line in rest or line["labels"]
+    }
+    assert not {line["qid"] for line in rest} & {line["qid"] for line in trainable}
+    assert val[0]["answers"] == ["Two"] * 9 + ["3."] and "answers" not in trainable[0]
+    assert [line["image_path"] for line in read(out / "vqa.test-dev.jsonl")] == [
+        f"test2015/COCO_test2015_0000000{number}.jpg" for number in (30_000, 30_001, 30_002)
+    ]
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    run("vqa", source, out, "--text_tokenizer", spm)
+    assert {
+        path.name: path.read_bytes() for path in out.iterdir()
+    } == first  # the thousand pictures are always the same
+    for split in ("train", "trainable_val", "rest_val", "test"):
+        path = out / f"vqa.{split}.jsonl"
+        touch(tmp_path, path)
+        read_index(path, "vqa", tmp_path, train=split.startswith("train"), classes=1)
+
+
+def test_vqa_with_a_given_list_of_answers(tmp_path: Path, spm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "VALIDATION_PICTURES", 5)
+    build_index.write_answers(tmp_path / "list.txt", ["3", "2", "many"])
+    run(
+        "vqa",
+        vqa_files(tmp_path / "vqa", pictures=10),
+        tmp_path / "out",
+        "--text_tokenizer",
+        spm,
+        "--answers",
+        tmp_path / "list.txt",
+    )
+    assert (tmp_path / "out" / "answer2label.txt").read_bytes() == (tmp_path / "list.txt").read_bytes()
+    lines = read(tmp_path / "out" / "vqa.train.jsonl")
+    assert [(line["labels"], line["scores"]) for line in lines[8:10]] == [([1, 0], [1.0, 0.3]), ([2, 0], [1.0, 0.3])]
+
+
+def test_nlvr2(tmp_path: Path, spm: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    examples = [
+        {"identifier": "train-10-0-1", "directory": 7, "sentence": "two words", "label": "True"},
+        {"identifier": "train-10-0-2", "directory": 8, "sentence": "a word", "label": "False"},
+    ]
+    for name in ("train.json", "dev.json", "test1.json"):
+        lines = [{k: v for k, v in e.items() if name == "train.json" or k != "directory"} for e in examples]
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run("nlvr2", folder, tmp_path / "out", "--text_tokenizer", spm)
+    words = TextTokenizer(str(spm)).encode
+    assert read(tmp_path / "out" / "nlvr2.train.index.jsonl") == [
+        {
+            "image_path": f"images/train/{folder}/train-10-0-img0.png",
+            "image2_path": f"images/train/{folder}/train-10-0-img1.png",
+            "label": label,
+            "identifier": identifier,
+            "text_segment": words(text),
+        }
+        for folder, label, identifier, text in (
+            (7, 1, "train-10-0-1", "two words"),
+            (8, 0, "train-10-0-2", "a word"),
+        )
+    ]
+    assert read(tmp_path / "out" / "nlvr2.test-P.index.jsonl")[0]["image_path"] == "test1/train-10-0-img0.png"
+
+
+def test_imagenet(tmp_path: Path) -> None:
+    for name in ("train/n02/b.JPEG", "train/n02/a.JPEG", "train/n01/c.JPEG", "val/n02/d.JPEG", "train/n01/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    run("imagenet", tmp_path, tmp_path / "out")
+    assert read(tmp_path / "out" / "imagenet.train.index.jsonl") == [
+        {"image_path": "train/n01/c.JPEG", "label": 0},
+        {"image_path": "train/n02/a.JPEG", "label": 1},
+        {"image_path": "train/n02/b.JPEG", "label": 1},
+    ]
+    assert (tmp_path / "out" / "imagenet.classes.txt").read_text() == "n01\nn02\n"
+    index = read_index(tmp_path / "out" / "imagenet.val.index.jsonl", "imagenet", tmp_path, classes=2)
+    assert [(example.name, example.label) for example in index] == [("d.JPEG", 1)]
+
+
+def test_what_is_missing_or_malformed_is_one_line(
+    tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--text_tokenizer", spm)
+    assert "there is no file" in refused(capsys, "coco", tmp_path / "no.json", tmp_path / "out", *words)
+    broken = tmp_path / "broken.json"
+    for content in ("{", "[]", '{"images": [{"split": "val"}]}'):
+        broken.write_text(content)
+        assert "broken.json is not in the official format" in refused(capsys, "coco", broken, tmp_path / "out", *words)
+    assert "there is no file" in refused(capsys, "vqa", tmp_path, tmp_path / "out", *words)
+    assert "there is no folder" in refused(capsys, "imagenet", tmp_path, tmp_path / "out")
+    assert "text_tokenizer: there is no file" in refused(
+        capsys, "coco", broken, tmp_path / "out", "--text_tokenizer", tmp_path / "no.spm"
+    )
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "already exists" in refused(capsys, "demo", None, tmp_path / "full", *words)
+
+
+# ----------------------------------------------------------------------------------------------------------------- demo
+
+
+@pytest.fixture(scope="module")
+def easy() -> dict[str, demo.EasySide]:
+    """Both sides of easy-VQA."""
+    pytest.importorskip("easy_vqa")
+    return demo.easy_vqa()
+
+
+def test_what_is_said_of_a_picture_is_its_colour(easy: dict[str, demo.EasySide]) -> None:
+    pixels: dict[str, Counter] = defaultdict(Counter)
+    known = easy["test"].shapes()
+    for picture, shape in itertools.islice(known.items(), 200):
+        colors = Image.open(easy["test"].paths[picture]).convert("RGB").getcolors()
+        assert colors is not None
+        pixels[shape.color][sorted(colors)[-2][1]] += 1  # only the background has more pixels
+    assert len(known) > 850 and pixels.keys() == set(demo.COLORS)
+    assert all(len(colors) == 1 for colors in pixels.values())  # one colour of pixels for each name ...
+    assert len({next(iter(colors)) for colors in pixels.values()}) == len(demo.COLORS)  # ... and no two alike
+
+
+def test_sentences_are_true_as_labelled_and_no_side_gives_them_away(
+    easy: dict[str, demo.EasySide], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SENTENCES", {"train": 1200, "test": 400})
+    indexes = demo.nlvr2(easy)
+    alone: dict[str, Counter] = defaultdict(Counter)
+    together: dict[str, Counter] = defaultdict(Counter)
+    for split, source in easy.items():
+        known = {source.picture(number, split): shape for number, shape in source.shapes().items()}
+        for record in indexes[f"nlvr2.{split}.jsonl"]:
+            pair = [known[record["image_path"]], known[record["image2_path"]]]
+            assert record["image_path"] != record["image2_path"]
+            assert is_true(record["text"], pair) == bool(record["label"])
+            saying = record["text"][:8].removesuffix("left").removesuffix("righ")
+            alone[saying][record["label"]] += 1
+            together[f"{saying} {pair[0].kind == pair[1].kind} {pair[0].color == pair[1].color}"][record["label"]] += 1
+    assert all(counts[0] == counts[1] for counts in alone.values()) and len(alone) == 4
+    guessed = sum(max(counts.values()) for counts in together.values()) / 1600
+    assert guessed < 0.54  # 0.5 plus what 16 classes of pairs show by chance
+
+
+def is_true(sentence: str, pair: list[demo.Shape]) -> bool:
+    """The truth of a sentence, read from its words alone."""
+    told = re.findall(rf"({'|'.join(demo.COLORS)}) ({'|'.join(demo.SHAPES)})", sentence)
+    shown = [tuple(shape) for shape in pair]
+    if sentence.startswith("both pictures contain a "):
+        return all(shape.kind == sentence.rpartition(" ")[2] for shape in pair)
+    if sentence.startswith("both shapes are "):
+        return all(shape.color == sentence.rpartition(" ")[2] for shape in pair)
+    if sentence.startswith("one picture shows a "):
+        return told in (shown, shown[::-1])
+    return told == [shown[0 if " left " in sentence else 1]]
+
+
+def test_captions_classes_and_answers_agree(easy: dict[str, demo.EasySide]) -> None:
+    captions = {line["image_path"]: line["text"] for line in demo.captioning(easy)["captioning.test.jsonl"]}
+    classes = {line["image_path"]: line["label"] for line in demo.shapes(easy)["shapes.test.jsonl"]}
+    names = demo.shape_classes()
+    assert {path: f"a {names[label]}" for path, label in classes.items()} == captions
+    assert len(set(classes.values())) == len(names) == 24
+    questions = demo.vqa(easy)
+    assert len(questions["vqa.train.jsonl"]) == 38_575 and len(questions["vqa.test.jsonl"]) == 9_673
+    for line in questions["vqa.test.jsonl"][:500]:
+        caption = captions.get(line["image_path"])
+        (answer,) = line["answers"]
+        assert demo.answers()[line["labels"][0]] == answer
+        assert caption is None or answer in ("yes", "no") or answer in caption
+
+
+def test_drawings_are_tested_on_where_the_shards_hold_them_out() -> None:
+    emoji = [Emoji(f"{number // 2}".encode(), f"name {number}", bytes([number])) for number in range(200)]
+    indexes, files = demo.retrieval(emoji, 0.1)
+    tested = {line["text"] for line in indexes["retrieval.test.jsonl"]}
+    assert tested == {one.name for one in emoji if side(one.identity, 0.1) == "held_out"}
+    assert 0 < len(tested) < 60 and len(indexes["retrieval.train.jsonl"]) == 200 - len(tested)
+    for lines in indexes.values():
+        assert [line["image_id"] for line in lines] == list(range(len(lines)))
+        assert all(files[line["image_path"]][0] == int(line["text"].split()[1]) for line in lines)
+
+
+def test_parts_of_speech_are_equally_frequent_and_words_are_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("dictionary")
+    entries = list(itertools.islice(demo.dictionary_entries(), 20_000))
+    monkeypatch.setattr(demo, "dictionary_entries", lambda: iter(entries))
+    monkeypatch.setattr(demo, "PER_PART", {"train": 100, "test": 10})
+    indexes = demo.text(0.05)
+    for split, count in demo.PER_PART.items():
+        lines = indexes[f"text.{split}.jsonl"]
+        assert Counter(line["label"] for line in lines) == dict.fromkeys(range(4), count)
+    meanings = {demo.definitions([part]): part for _, parts in entries for part in parts}
+    for line in indexes["text.test.jsonl"]:
+        part = meanings[line["text"]]["part_of_speech"]
+        assert demo.PARTS_OF_SPEECH[part] == demo.text_classes()[line["label"]]
+    assert not {line["text"] for line in indexes["text.train.jsonl"]} & {
+        line["text"] for line in indexes["text.test.jsonl"]
+    }
+
+
+@pytest.mark.slow
+def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tasks"
+    run("demo", None, out, "--text_tokenizer", spm)
+    tasks = {"vqa": 13, "shapes": 24, "captioning": None, "nlvr2": 2, "retrieval": None, "text": 4}
+    for name, classes in tasks.items():
+        for split in ("train", "test"):
+            task = "imagenet" if name == "shapes" else name
+            index = read_index(out / f"{name}.{split}.jsonl", task, out, train=True, classes=classes)
+            assert len(index) > 100
+            for image in index[len(index) - 1].images:
+                assert isinstance(image, Path)
+                Image.open(image).load()
+    capsys.readouterr()
+    run("demo", None, out, "--text_tokenizer", spm)
+    assert capsys.readouterr().out == f"{out} is complete\n"
+    assert "another --held-out" in refused(capsys, "demo", None, out, "--text_tokenizer", spm, "--held-out", "0.2")
