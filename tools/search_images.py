@@ -186,8 +186,8 @@ h1 { font-size: 1.4rem; margin-bottom: 0; }
 p, summary { opacity: .7; }
 ol { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); list-style: none;
      padding: 0; }
-li { border: 1px solid #8884; border-radius: 8px; overflow: hidden; }
-li a { align-items: center; background: #8881; display: flex; height: 13rem; justify-content: center; }
+ol li { border: 1px solid #8884; border-radius: 8px; overflow: hidden; }
+ol a { align-items: center; background: #8881; display: flex; height: 13rem; justify-content: center; }
 figure { margin: 0; }
 figcaption { overflow-wrap: anywhere; padding: .5rem .7rem; }
 b { font-variant-numeric: tabular-nums; margin-right: .5em; }
