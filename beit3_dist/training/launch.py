@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from beit3_dist.checkpoint.find import Damaged
 from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, refuse
-from beit3_dist.training.failure import end_after_failure, end_now
+from beit3_dist.training.failure import end_after_failure, end_now, ending
 from beit3_dist.training.preemption import PREEMPTED, Preempted
 from beit3_dist.training.resilience import RunStopped
 
@@ -34,6 +34,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
     except Damaged as damage:  # which it takes all processes to find
         refuse(program, damage)
     except RunStopped as stop:
+        ending.set()  # the processes end by themselves, each a little later or earlier
         refuse(program, stop, exit_code=STOPPED)
     except Preempted as stop:
         if is_first_process():
