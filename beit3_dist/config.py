@@ -111,7 +111,12 @@ class Source:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """The three streams. A stream is one pattern of tars or a list of weighted sources."""
+    """The three streams. A stream is one pattern of tars or a list of weighted sources.
+
+    Tars are files, or what a command writes (`pipe:cat {000..099}.tar`, started without a shell), or addresses
+    (https://, http://, s3://, gs://, through curl, aws and gsutil), but not both in one stream. The latter two are read
+    from front to back; see data.virtual_readers.
+    """
 
     images: str | list[Source]
     """Pictures: members with extension jpg, jpeg, png, webp, bmp or tif. A .tar.gz is unpacked into the cache."""
@@ -138,6 +143,10 @@ class DataConfig:
     """Neighbouring samples that make a block; of use with shuffle=blocks only."""
     shuffle_window: int = 16_384
     """Samples that are shuffled among one another: a window should fit the page cache twice."""
+    virtual_readers: int = 64
+    """Shards that are read at a time, over all ranks, in a stream of commands or addresses. Each step takes as many
+    samples from each, so it divides the stream's batch and is a multiple of the data-parallel ranks. It cannot change
+    in a run."""
     workers: int = 8
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = 4
@@ -164,6 +173,7 @@ class DataConfig:
             self.shuffle_window >= self.shuffle_block,
             f"data.shuffle_window={self.shuffle_window} is smaller than data.shuffle_block={self.shuffle_block}",
         )
+        require(self.virtual_readers >= 1, f"data.virtual_readers={self.virtual_readers} must be at least 1")
         require(self.workers >= 0, f"data.workers={self.workers} is negative")
         require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
 

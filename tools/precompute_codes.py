@@ -55,13 +55,14 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     tokenizer = load_vqkd(config.image_tokenizer)
     view = tokenizer_view_size(tokenizer, config.image_tokenizer, config.model)
     batches = MixedBatches(config, view, rank=0, world=1, held_out=held_out)
+    made = made_from(config, view, held_out, batches)
     writer = CodesWriter(folder)
     steps = config.eval.batches if held_out else config.steps
     requests = list(islice(requests_from((0, 0, 0), config.batch), steps * config.batch.accumulation))
     started = time.perf_counter()
     read = loader(batches, requests, config.data.workers, config.data.prefetch, pin=device.type == "cuda")
     write_codes(writer, read, ImageTargets(tokenizer, device), device)
-    written = writer.close(made_from(config, view, held_out, batches), pictures_of(config, held_out))
+    written = writer.close(made, pictures_of(config, held_out))
     seconds = time.perf_counter() - started
     print(f"wrote the codes of {written:,} pictures to {folder} in {seconds:.0f} s")
 

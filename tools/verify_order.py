@@ -102,7 +102,7 @@ def verify(out: Path) -> dict[str, Any]:
     quarantine = out / "quarantine.jsonl"
     config = parse_config(RunConfig, "verify_order.py", "", ["--config", str(out / "config.yaml")])
     batches = MixedBatches(config, config.model.image_size, 0, 1)
-    streams = (batches.images, batches.texts, batches.pairs)
+    streams = tuple(batches.indexed(stream) for stream in Stream)
     bad = replaced(streams, records(quarantine) if quarantine.exists() else [])
     mistakes: list[dict[str, Any]] = []
     consumed = dict.fromkeys(Stream, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from multiprocessing import forkserver
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.order import Blocks, Stream, mix_arrays
+from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
@@ -36,6 +37,10 @@ class Request(NamedTuple):
     """Images, texts and pairs that all ranks consumed before this step."""
     micro: int
     """Number of the micro-batch in the step."""
+    part: int = 0
+    """Part of the micro-batch, where loader processes share it because they own the readers of a sequential stream."""
+    parts: int = 1
+    """Number of the parts."""
 
 
 @dataclass
@@ -74,6 +79,8 @@ class MicroBatch:
     """Samples that had to be replaced."""
     jitter: torch.Tensor | None = None
     """float32 [I + P, 3]: `transforms.Jitter.weights` of each picture, for both its views; None: no jitter."""
+    readers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 6, dtype=torch.int64))
+    """int64 [R, 6]: `streaming.Row` of each virtual reader that is read in this process, after this micro-batch."""
 
     @property
     def num_pairs(self) -> int:
@@ -143,10 +150,10 @@ class MixedBatches(Dataset):
         data, seed, shuffled = config.data, config.seed, not held_out
         shards, prefix = (config.eval, "eval") if held_out else (data, "data")
         blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
-        self.images = ImageStream(
+        self.images = self._sequential(Stream.IMAGES) or ImageStream(
             shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled, blocks
         )
-        self.texts = TextStream(
+        self.texts = self._sequential(Stream.TEXTS) or TextStream(
             shards.texts,
             f"{prefix}.texts",
             seed,
@@ -157,7 +164,7 @@ class MixedBatches(Dataset):
             blocks,
             share=rank / world,
         )
-        self.pairs = PairStream(
+        self.pairs = self._sequential(Stream.PAIRS) or PairStream(
             shards.pairs,
             f"{prefix}.pairs",
             seed,
@@ -170,9 +177,36 @@ class MixedBatches(Dataset):
             blocks,
         )
 
+    def _sequential(self, stream: Stream) -> SequentialStream | None:
+        """A training stream of shards that are no files."""
+        name, config = stream.name.lower(), self.config
+        shards = getattr(config.data, name)
+        if self.held_out or not sequential(shards, f"data.{name}"):
+            return None
+        batch = getattr(config.batch, name)
+        return SequentialStream(stream, shards, config.data, config.seed, self.tokenizer, batch, self.rank, self.world)
+
+    @property
+    def sequential(self) -> list[SequentialStream]:
+        """The streams without random access."""
+        return [s for s in (self.images, self.texts, self.pairs) if isinstance(s, SequentialStream)]
+
+    def indexed(self, stream: Stream) -> SampleStream:
+        """A stream with random access; ValueError if it has none."""
+        found = (self.images, self.texts, self.pairs)[stream]
+        if isinstance(found, SequentialStream):
+            raise ValueError(f"data.{stream.name.lower()} has no random access, which is needed here: name files")
+        return found
+
+    def restore(self, readers: list[list[int]], started: bool) -> None:
+        """Goes on from the rows of the virtual readers of a run that has `started`; else from the beginning."""
+        for stream in self.sequential:
+            stream.restore(readers, started)
+
     def lengths(self) -> tuple[int, int, int]:
         """Images, texts (windows) and pairs of one epoch of each."""
-        return len(self.images), len(self.texts), len(self.pairs)
+        images, texts, pairs = (len(self.indexed(stream)) for stream in Stream)
+        return images, texts, pairs
 
     def faults(self) -> list[Fault]:
         """What the indexes left out: damage of whole shards, documents that cannot be read."""
@@ -204,20 +238,23 @@ class MixedBatches(Dataset):
             text_targets=text_targets,
             text_mask=text_mask,
             text_lengths=text_lengths,
-            sample_ids=torch.tensor([sample.id for sample in samples]),
-            positions=torch.tensor(sum(places, [])),
-            streams=torch.tensor([int(sample.stream) for sample in samples]),
+            sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            positions=torch.tensor(sum(places, []), dtype=torch.int64),
+            streams=torch.tensor([int(sample.stream) for sample in samples], dtype=torch.int64),
             faults=[fault for sample in samples for fault in sample.faults],
+            readers=torch.tensor([row for stream in self.sequential for row in stream.positions()]).long().view(-1, 6),
         )
 
-    def _places(self, stream: SampleStream, request: Request) -> list[int]:
+    def _places(self, stream: SampleStream | SequentialStream, request: Request) -> list[int]:
         """Places in the step's global batch of this rank's samples of a stream."""
         count = self.micro_batch[stream.stream]
+        if isinstance(stream, SequentialStream):
+            return stream.places(request.micro * count, count, request.part, request.parts)
         first = (request.micro * self.world + self.rank) * count
-        return list(range(first, first + count))
+        return list(range(first + request.part, first + count, request.parts))
 
     def _read(
-        self, stream: SampleStream, request: Request, places: list[int], pictures: Pictures | None
+        self, stream: SampleStream | SequentialStream, request: Request, places: list[int], pictures: Pictures | None
     ) -> list[Sample]:
         """The samples at these places; their views go to `pictures`.
 
@@ -233,7 +270,7 @@ class MixedBatches(Dataset):
                 del sample.picture
         return samples
 
-    def _sample(self, stream: SampleStream, position: int) -> Sample:
+    def _sample(self, stream: SampleStream | SequentialStream, position: int) -> Sample:
         """The sample at a position of a stream."""
         return stream.read(position)
 
@@ -258,13 +295,13 @@ class MixedBatches(Dataset):
             block_mask(grid, count if hide else 0, sample.generator(Draw.IMAGE_MASK))
             for sample, hide in zip(samples, masked, strict=True)
         ]
-        return torch.from_numpy(np.stack(masks))
+        return torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, model.patches))
 
     def _words(self, samples: list[Sample], ratio: float, masked: list[bool]) -> tuple[torch.Tensor, ...]:
         """Inputs, targets, words to predict and lengths of the samples' words, padded to the longest."""
         objective, tokenizer = self.config.objective, self.tokenizer
         lengths = [len(sample.words) for sample in samples]
-        inputs = np.full((len(samples), max(lengths)), tokenizer.pad, dtype=np.int64)
+        inputs = np.full((len(samples), max(lengths, default=0)), tokenizer.pad, dtype=np.int64)
         targets, predict = inputs.copy(), np.zeros(inputs.shape, dtype=bool)
         for row, (sample, length, hide) in enumerate(zip(samples, lengths, masked, strict=True)):
             inputs[row, :length] = targets[row, :length] = sample.words
@@ -279,7 +316,8 @@ class MixedBatches(Dataset):
                     mask_token_share=objective.mask_token_share,
                     random_token_share=objective.random_token_share,
                 )
-        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(predict), torch.tensor(lengths)
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(predict), sizes
 
 
 class ImageBatches(Dataset):

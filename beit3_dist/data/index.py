@@ -11,9 +11,10 @@ import glob
 import json
 import logging
 import os
+import re
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +68,11 @@ class DamagedTar(Exception):
     """The rest of this tar cannot be read."""
 
 
+def is_sequential(pattern: str) -> bool:
+    """Whether a pattern names commands or addresses, which are read from front to back, and no files."""
+    return re.match(r"pipe:|\w+://", pattern) is not None
+
+
 def expand(pattern: str, field: str) -> list[str]:
     """Absolute paths of the files that a brace and glob pattern names, sorted, each once.
 
@@ -74,6 +80,8 @@ def expand(pattern: str, field: str) -> list[str]:
     """
     if not pattern:
         raise ValueError(f"{field}: no pattern of tars is given")
+    if is_sequential(pattern):
+        raise ValueError(f"{field}: {pattern!r} has no random access, which is needed here: name files")
     paths: set[str] = set()
     for part in braceexpand(os.path.expanduser(pattern)):
         named = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
@@ -122,13 +130,18 @@ def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
     Raises DamagedTar where the tar is cut or a header is broken, after all members before that place;
     ValueError if the file is no plain tar at all.
     """
-    end = os.fstat(file).st_size
+    return headers(lambda offset, size: os.pread(file, size, offset), os.fstat(file).st_size, path)
+
+
+def headers(read: Callable[[int, int], bytes], end: float, path: str) -> Iterator[tuple[bytes, int, int]]:
+    """`members` of whatever `read(offset, size)` reads, at offsets that only grow; `end` is infinite if not known, and
+    then the last member may not be whole."""
     at = 0
     extended: dict[bytes, bytes] = {}
     while True:
-        header = os.pread(file, BLOCK, at)
+        header = read(at, BLOCK)
         if len(header) < BLOCK:
-            raise DamagedTar(f"cut at byte {end}: the end-of-archive block is missing")
+            raise DamagedTar(f"cut at byte {min(end, at + len(header))}: the end-of-archive block is missing")
         if not any(header):
             return
         if not _is_header(header):
@@ -143,9 +156,12 @@ def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
             raise DamagedTar(f"cut at byte {end}: the member at byte {at} is not whole")
         at = data + -(-size // BLOCK) * BLOCK
         if kind == b"x":
-            extended.update(_pax_records(os.pread(file, size, data)))
+            try:
+                extended.update(_pax_records(_whole(read(data, size), size, data)))
+            except (ValueError, IndexError):
+                raise DamagedTar(f"broken extended header at byte {data}") from None
         elif kind == b"L":
-            extended[b"path"] = os.pread(file, size, data).rstrip(b"\0")
+            extended[b"path"] = _whole(read(data, size), size, data).rstrip(b"\0")
         elif kind not in b"gK":
             if kind in b"0\0":
                 name = header[:100].rstrip(b"\0")
@@ -153,6 +169,12 @@ def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
                     name = header[345:500].rstrip(b"\0") + b"/" + name
                 yield extended.get(b"path", name), data, size
             extended = {}
+
+
+def _whole(data: bytes, size: int, at: int) -> bytes:
+    if len(data) < size:
+        raise DamagedTar(f"cut at byte {at + len(data)}: the extended header at byte {at} is not whole")
+    return data
 
 
 def key_and_kind(name: bytes) -> tuple[bytes, int | None]:

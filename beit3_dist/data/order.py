@@ -78,7 +78,8 @@ class _Key(np.random.bit_generator.ISeedSequence):
 
 def generator(*key: int) -> np.random.Generator:
     """Random numbers that depend on the key alone (Philox is counter-based and has the same stream everywhere)."""
-    return np.random.Generator(np.random.Philox(_Key(mix(*key))))  # type: ignore[arg-type]  # numpy's stubs forget this kind
+    seed: Any = _Key(mix(*key))  # numpy's stubs do not know this kind
+    return np.random.Generator(np.random.Philox(seed))
 
 
 @lru_cache(maxsize=256)

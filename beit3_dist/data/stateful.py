@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, loader, requests_from
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
+from beit3_dist.data.joining import micro_batches
+from beit3_dist.data.streaming import furthest
 
 
 class StatefulLoader:
@@ -18,6 +21,7 @@ class StatefulLoader:
         self.batches = batches
         self.settings = (workers, prefetch, pin)
         self.next = Request((0, 0, 0), 0)
+        self.readers: list[list[int]] = []
 
     def __iter__(self) -> Iterator[MicroBatch]:
         batch = self.batches.config.batch
@@ -31,16 +35,25 @@ class StatefulLoader:
 
         coming = requests()
         next(coming)
-        for item, following in zip(loader(self.batches, requests(), *self.settings), coming, strict=False):
+        self.batches.restore(self.readers, self.next != Request((0, 0, 0), 0))
+        for item, following in zip(micro_batches(self.batches, requests(), *self.settings), coming, strict=False):
             self.next = following
+            self.readers = furthest([*self.readers, *item.readers.tolist()])
             yield item
 
-    def state_dict(self) -> dict[str, int]:
-        """Samples consumed per stream by all whole steps, the micro-batches since, and the layout these hold for."""
+    def state_dict(self) -> dict[str, Any]:
+        """Samples consumed per stream by all whole steps, the micro-batches since, and the layout these hold for;
+        and where this rank's virtual readers stand: `furthest` of all ranks' is what another number of ranks needs."""
         images, texts, pairs = self.next.consumed
-        return {"images": images, "texts": texts, "pairs": pairs, "micro": self.next.micro, **self._layout()}
+        return {
+            "images": images,
+            "texts": texts,
+            "pairs": pairs,
+            "micro": self.next.micro,
+            "readers": self.readers,
+        } | self._layout()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state, from the next `iter` on. Raises ValueError for a state inside a step of another
         layout: which of the step's samples were consumed then has no answer here."""
         own = self._layout()
@@ -50,6 +63,7 @@ class StatefulLoader:
                 f"{state['accumulation']}; go on with the same, or save between steps"
             )
         self.next = Request((state["images"], state["texts"], state["pairs"]), state["micro"])
+        self.readers = state["readers"]
 
     def _layout(self) -> dict[str, int]:
         return {"ranks": self.batches.world, "accumulation": self.batches.config.batch.accumulation}

@@ -287,19 +287,25 @@ class PairStream(SampleStream):
         row, reader = self.tables[source].rows[index], self.readers[source]
         shard = int(row["shard"])
         written = reader.read(shard, *map(int, row["text"]))
-        captions = lines(written) if row["kind"] == TXT else json_captions(written, self.caption_key)
-        sample.words = self._words(captions, sample)
+        captions = captions_of(written, int(row["kind"]), self.caption_key)
+        sample.words = caption_words(captions, sample, self.tokenizer, self.caption_length)
         sample.picture = transforms.decode(reader.read(shard, *map(int, row["image"])), self.max_pixels)
 
-    def _words(self, captions: list[str], sample: Sample) -> np.ndarray:
-        """Ids of one of the captions, framed and cut to the longest length."""
-        if not captions:
-            raise BadSample("empty caption")
-        number = int(sample.generator(Draw.CAPTION).integers(len(captions))) if len(captions) > 1 else 0
-        ids = self.tokenizer.encode(captions[number])[: self.caption_length - 2]
-        if not ids:
-            raise BadSample("empty caption")
-        return np.array([self.tokenizer.bos, *ids, self.tokenizer.eos], dtype=np.int64)
+
+def caption_words(captions: list[str], sample: Sample, tokenizer: TextTokenizer, length: int) -> np.ndarray:
+    """Ids of one of the captions, framed and cut to the longest length."""
+    if not captions:
+        raise BadSample("empty caption")
+    number = int(sample.generator(Draw.CAPTION).integers(len(captions))) if len(captions) > 1 else 0
+    ids = tokenizer.encode(captions[number])[: length - 2]
+    if not ids:
+        raise BadSample("empty caption")
+    return np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=np.int64)
+
+
+def captions_of(data: bytes, kind: int, field: str) -> list[str]:
+    """Captions of a .txt member, or of `field` of a .json member."""
+    return lines(data) if kind == TXT else json_captions(data, field)
 
 
 def lines(data: bytes) -> list[str]:

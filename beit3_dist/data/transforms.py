@@ -32,7 +32,7 @@ CROP_ATTEMPTS = 10
 """Boxes that are tried before the centre is taken."""
 CONTRAST, SATURATION = 1, 2
 """Numbers of the changes of colour; brightness is 0."""
-ORDERS = tuple(itertools.permutations((0, 1, 2)))
+ORDERS = tuple((a, b, c) for a, b, c in itertools.permutations(range(3)))
 """Orders of the changes."""
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from beit3_dist.checkpoint.files import sha256, write_json
 from beit3_dist.config import RunConfig, Source, require
 from beit3_dist.data.batch import MicroBatch, MixedBatches
+from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.training.inputs import Tokenize, views
 
@@ -48,8 +49,8 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
         "image_tokenizer": sha256(Path(config.image_tokenizer)),
         "view": view,
         "seed": config.seed,
-        "images": sources_digest(batches.images, shards.images),
-        "pairs": sources_digest(batches.pairs, shards.pairs),
+        "images": sources_digest(batches.indexed(Stream.IMAGES), shards.images),
+        "pairs": sources_digest(batches.indexed(Stream.PAIRS), shards.pairs),
         **{f"data.{name}": getattr(config.data, name) for name in DRAWN_BY},
     }
 

@@ -63,6 +63,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
     own = config.model.image_size  # looked up codes need no view for the tokenizer
     train = MixedBatches(config, own if config.image_codes else view, mesh.data_rank, mesh.data)
+    train.restore(state.readers, state.step > 0)
     train_codes = open_codes(config, view, False, train)
     held_out = held_out_codes = None
     if config.eval.every:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
+import torch.distributed as dist
+
 from beit3_dist.config import RunConfig
-from beit3_dist.data.batch import loader, requests_from
+from beit3_dist.data.batch import requests_from
 from beit3_dist.data.faults import Fault
+from beit3_dist.data.joining import micro_batches
+from beit3_dist.data.streaming import furthest
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel.engine import Engine, StepResult
@@ -71,8 +75,10 @@ class Pretraining:
         self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
         self._feed = Feed(config, groups)
         requests, data, pin = requests_from(self.state.consumed, config.batch), config.data, mesh.device.type == "cuda"
+        ready.train.restore(self.state.readers, self.state.step > 0)
+        self._data_ranks = groups.data
         self._batches = iter(
-            loader(ready.train, requests, data.workers, data.prefetch, pin) if self._feed.reads else ()
+            micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if self._feed.reads else ()
         )
         return self._engine
 
@@ -80,7 +86,13 @@ class Pretraining:
         return self._ready.train.faults()
 
     def next_batch(self) -> StepBatch:
-        return self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)))
+        batch = self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)))
+        if self._ready.train.sequential:
+            everyones: list[list[list[int]]] = [[] for _ in range(self.mesh.data)]
+            mine = [row for b in batch.micro_batches for row in b.readers.tolist()]
+            dist.all_gather_object(everyones, mine, group=self._data_ranks)
+            self.state.readers = furthest([*self.state.readers, *chain(*everyones)])
+        return batch
 
     def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
         codes = self._ready.train_codes

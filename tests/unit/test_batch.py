@@ -266,7 +266,7 @@ def test_batches_move_as_a_whole(reference: list[list[MicroBatch]]) -> None:
     [batch] = reference[0]
     moved = batch.to("meta")
     tensors = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), torch.Tensor)]
-    assert len(tensors) == 15 and all(getattr(moved, name).is_meta for name in tensors)
+    assert len(tensors) == 16 and all(getattr(moved, name).is_meta for name in tensors)
     assert moved.faults == batch.faults
     assert replace(batch, tokenizer_images=None).to("cpu").tokenizer_images is None
 

@@ -1,0 +1,394 @@
+"""Streams without random access: shards that come out of a command or an object store, from front to back.
+
+A fixed number V of virtual readers, whatever the ranks and loader processes, reads the shards: sample k of reader v is
+at position k * V + v of the stream. In each epoch the shards of a source are put in keyed order, and reader v takes
+those at places v, v + V, ... of it. Within a shard the stored order stays, so shards should be shuffled when they are
+written. What a reader has to remember is (epoch, shard, samples of it); going on costs reading one shard up to there.
+
+A bad sample is replaced by the reader's next good one. Members of a sample must be neighbours, as webdataset writes
+them: what they are joined with is known at once, and halves that lie apart are refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import numpy as np
+from braceexpand import braceexpand
+
+from beit3_dist.config import DataConfig, Source, require
+from beit3_dist.data import transforms
+from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.index import IMAGE, JSON, JSONL, KIND_NAMES, TXT, DamagedTar, headers, is_sequential, key_and_kind
+from beit3_dist.data.order import Interleave, Stream, mix, permute
+from beit3_dist.data.streams import ATTEMPTS, SOURCE_SHIFT, Sample, caption_words, captions_of
+from beit3_dist.data.text import TextTokenizer, documents
+
+CURL = ("curl", "--fail", "--silent", "--show-error", "--location")
+COMMANDS = {
+    "http": (*CURL, "{}"),
+    "https": (*CURL, "{}"),
+    "s3": ("aws", "s3", "cp", "{}", "-"),
+    "gs": ("gsutil", "cat", "{}"),
+}
+"""What writes a shard to its standard output, by the scheme of its address, as in webdataset."""
+OPENINGS = 3
+"""Times that a command which fails is started for the same shard."""
+CHUNK = 1 << 20
+"""Bytes that are skipped at a time."""
+MESSAGE = 200
+"""Characters that are told of a command's last words."""
+
+Row = Sequence[int]
+"""Where a virtual reader stands: stream, reader, source, epoch, number of the shard in the reader's epoch, samples of
+the shard that are behind it, good and bad."""
+
+
+class Interrupted(Exception):
+    """A command failed before its shard was complete; another try may succeed."""
+
+
+def sequential(shards: str | list[Source], field: str) -> bool:
+    """Whether a stream's shards are no files. Raises ValueError where some are and some are not."""
+    patterns = [shards] if isinstance(shards, str) else [source.shards for source in shards]
+    kinds = {is_sequential(pattern) for pattern in patterns}
+    if len(kinds) == 2:
+        raise ValueError(f"{field}: files and others ({', '.join(patterns)}) cannot be mixed in one stream")
+    return kinds == {True}
+
+
+def command_of(address: str) -> list[str]:
+    """The command that writes a shard, started without a shell: `pipe:bash -c '...'` where one is wanted."""
+    scheme, _, rest = address.partition(":")
+    if scheme == "pipe":
+        return shlex.split(rest)
+    return [part.format(address) for part in COMMANDS[scheme]]
+
+
+def addresses(pattern: str, field: str) -> list[str]:
+    """The shards that a brace pattern names. Raises ValueError naming `field` where nothing can read them."""
+    scheme = pattern.partition(":")[0]
+    if scheme != "pipe" and scheme not in COMMANDS:
+        raise ValueError(f"{field}: {pattern!r} is neither a file nor pipe:COMMAND nor {':, '.join(COMMANDS)}:")
+    found = list(dict.fromkeys(braceexpand(pattern)))
+    try:
+        command = command_of(found[0])
+    except ValueError as error:
+        raise ValueError(f"{field}: {found[0]!r} is no command: {error}") from None
+    if not command or shutil.which(command[0]) is None:
+        raise ValueError(f"{field}: {found[0]!r} needs the command {' '.join(command[:1])!r}, which is not there")
+    return found
+
+
+def furthest(rows: Iterable[Row]) -> list[list[int]]:
+    """The last of the rows of each reader and source; readers only ever go on."""
+    last: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for row in rows:
+        reader = tuple(row[:3])
+        last[reader] = max(last.get(reader, ()), tuple(row[3:]))
+    return [[*reader, *place] for reader, place in sorted(last.items())]
+
+
+# ------------------------------------------------------------------------------------------------------- one shard
+
+
+class Pipe:
+    """The output of a command, read forwards only."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.command = command
+        self.words = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.words)
+        assert self.process.stdout is not None
+        self.output = self.process.stdout
+        self.at = 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes at an offset that lies ahead, fewer at the end; Interrupted if the command has failed."""
+        while self.at < offset:
+            wanted = min(CHUNK, offset - self.at)
+            if len(self._count(self.output.read(wanted), wanted)) < wanted:
+                return b""
+        return self._count(self.output.read(size), size)
+
+    def member(self, offset: int, size: int) -> bytes:
+        """A whole member; DamagedTar if the tar ends before."""
+        data = self.read(offset, size)
+        if len(data) < size:
+            raise DamagedTar(f"cut at byte {self.at}: the member at byte {offset} is not whole")
+        return data
+
+    def lines(self, offset: int, size: int) -> Iterator[bytes]:
+        """The lines of a member, which is never held as a whole; DamagedTar before a line that is not whole."""
+        self.read(offset, 0)
+        while self.at < offset + size:
+            left = offset + size - self.at
+            line = self.output.readline(left)
+            if not line.endswith(b"\n") and len(line) < left:
+                self._count(line, left)
+                raise DamagedTar(f"cut at byte {self.at}: the member at byte {offset} is not whole")
+            self.at += len(line)
+            yield line
+
+    def _count(self, data: bytes, expected: int) -> bytes:
+        self.at += len(data)
+        if len(data) < expected and self.process.wait():
+            self.words.seek(0)
+            said = self.words.read().decode("utf-8", "replace").strip().rpartition("\n")[2][:MESSAGE]
+            raise Interrupted(f"{self.command[0]} failed with exit code {self.process.returncode}: {said}")
+        return data
+
+    def close(self) -> None:
+        """Ends the command."""
+        self.process.kill()
+        self.process.wait()
+        self.output.close()
+        self.words.close()
+
+
+@dataclass
+class Members:
+    """Neighbouring members of one key: a sample before it is decoded."""
+
+    key: str
+    content: dict[int, bytes] = field(default_factory=dict)
+    """Kind of member -> its bytes."""
+    problem: str = ""
+    """Why it cannot be used."""
+
+    def add(self, kind: int, data: bytes) -> None:
+        """Takes one more member."""
+        if kind in self.content:
+            self.problem = f"a second {KIND_NAMES[kind]} member"
+        self.content[kind] = data
+
+
+Item = Members | np.ndarray | Fault
+"""What a shard consists of: samples' members, or windows of tokens; and what is wrong between them."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the shards of one stream are read."""
+
+    stream: Stream
+    tokenizer: TextTokenizer
+    width: int
+    """Tokens of a text's window, <s> and </s> not counted."""
+
+    def items(self, address: str) -> Iterator[Item]:
+        """All of a shard, in stored order. A command that fails is started again and goes on where it failed; what is
+        lost after some tries, and what a cut tar lacks, is one fault."""
+        name, done, problem = self.stream.name.lower(), 0, ""
+        for _ in range(OPENINGS):
+            with closing(Pipe(command_of(address))) as pipe:
+                try:
+                    for number, item in enumerate(self._once(pipe, address)):
+                        if number == done:
+                            done += 1
+                            yield item
+                except Interrupted as error:
+                    problem = f"{error}; what follows is left out after {OPENINGS} tries"
+                    continue
+            problem = "" if done else "no sample in this shard"
+            break
+        if problem:
+            yield Fault(name, address, "", problem)
+
+    def _once(self, pipe: Pipe, address: str) -> Iterator[Item]:
+        """The items up to the end, to damage, which is the last item, or to an interruption, which is raised."""
+        try:
+            yield from self._windows(pipe, address) if self.stream is Stream.TEXTS else self._samples(pipe, address)
+        except (DamagedTar, ValueError) as damage:
+            yield Fault(self.stream.name.lower(), address, "", f"{damage}; what lies before is used")
+
+    def _samples(self, pipe: Pipe, address: str) -> Iterator[Item]:
+        """Pictures, or pictures with captions. The last ones before a cut are left out: more may have followed."""
+        kinds = (IMAGE,) if self.stream is Stream.IMAGES else (IMAGE, TXT, JSON)
+        current: Members | None = None
+        for name, offset, size in headers(pipe.read, math.inf, address):
+            key, kind = key_and_kind(name)
+            if kind is None or kind not in kinds:
+                continue
+            data, text = pipe.member(offset, size), key.decode("utf-8", "replace")
+            if current is None or current.key != text:
+                if current is not None:
+                    yield current
+                current = Members(text)
+            current.add(kind, data)
+        if current is not None:
+            yield current
+
+    def _windows(self, pipe: Pipe, address: str) -> Iterator[Item]:
+        """Windows of the shard's tokens as an index has them: documents separated by </s>, a shorter last window."""
+        tokens: list[int] = []
+        started, frame = False, ([self.tokenizer.bos], [self.tokenizer.eos])
+
+        def window(words: list[int]) -> np.ndarray:
+            return np.array([*frame[0], *words, *frame[1]], dtype=np.int64)
+
+        try:
+            for name, offset, size in headers(pipe.read, math.inf, address):
+                key, kind = key_and_kind(name)
+                if kind not in (TXT, JSONL):
+                    continue
+                for line, text in documents(pipe.lines(offset, size), kind == JSONL):
+                    if isinstance(text, BadSample):
+                        yield Fault("texts", address, f"{key.decode('utf-8', 'replace')}:{line}", str(text))
+                        continue
+                    ids = self.tokenizer.encode(text)
+                    tokens += frame[1] * (started and bool(ids)) + ids
+                    started |= bool(ids)
+                    while len(tokens) >= self.width:
+                        yield window(tokens[: self.width])
+                        del tokens[: self.width]
+        except (DamagedTar, ValueError):
+            if tokens:
+                yield window(tokens)
+            raise
+        if tokens:
+            yield window(tokens)
+
+
+# --------------------------------------------------------------------------------------------------------- a stream
+
+
+class SequentialStream:
+    """Images, texts or pairs of shards without random access: `read(position)`, for each reader's positions in turn."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        shards: str | list[Source],
+        data: DataConfig,
+        seed: int,
+        tokenizer: TextTokenizer,
+        batch: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        """`batch`: samples of a step over all ranks. Raises ValueError naming the field that does not fit."""
+        name, readers = stream.name.lower(), data.virtual_readers
+        sources = [Source(shards=shards)] if isinstance(shards, str) else shards
+        self.stream, self.data, self.seed, self.tokenizer = stream, data, seed, tokenizer
+        self.shards = [addresses(source.shards, f"data.{name}") for source in sources]
+        for source in self.shards:
+            require(
+                len(source) >= readers,
+                f"data.virtual_readers={readers}: {source[0]!r} and its fellows are {len(source)} shard(s) of "
+                f"data.{name}; each reader needs one, so set it to {len(source)} or less",
+            )
+        require(batch % readers == 0, f"data.virtual_readers={readers} does not divide batch.{name}={batch}")
+        require(readers % world == 0, f"data.virtual_readers={readers} is not divisible by {world} data-parallel ranks")
+        try:
+            self.interleave = Interleave([source.weight for source in sources])
+        except ValueError as error:
+            raise ValueError(f"data.{name}: {error}") from None
+        share = readers // world
+        self.readers = own = range(rank * share, (rank + 1) * share)
+        """This rank's virtual readers."""
+        self.own = [place for place in range(batch) if place % readers in own]
+        """This rank's places in a step's global batch: those of its readers."""
+        self.faults: list[Fault] = []
+        self.restore([], started=False)
+
+    def places(self, first: int, count: int, part: int, parts: int) -> list[int]:
+        """Of `count` of this rank's places in a step, from its `first` on, those of one of `parts` loader processes:
+        each process owns its readers for good."""
+        readers = self.data.virtual_readers
+        return [place for place in self.own[first : first + count] if place % readers % parts == part]
+
+    def restore(self, rows: Iterable[Row], started: bool) -> None:
+        """Goes on from the rows of all readers; from the beginning where there is none.
+
+        Raises ValueError for those of another number of readers, or for none although the run has `started`.
+        """
+        self.rows = {(row[1], row[2]): tuple(row[3:]) for row in rows if row[0] == self.stream}
+        self.open: dict[tuple[int, int], Iterator[tuple[int, int, int, int, Item]]] = {}
+        self.taken: dict[int, int] = {}
+        known, readers = {reader for reader, _ in self.rows}, self.data.virtual_readers
+        name = self.stream.name.lower()
+        require(
+            bool(known) or not started,
+            f"data.{name}: the checkpoint comes from files; a stream cannot lose its random access within a run",
+        )
+        require(
+            not known or known.issuperset(self.readers) and max(known) < readers,
+            f"data.virtual_readers={readers}: the checkpoint holds {len(known)} readers of {name}; keep their number",
+        )
+
+    def positions(self) -> list[list[int]]:
+        """The rows of the readers that were read here."""
+        return [[self.stream, reader, source, *self.rows[reader, source]] for reader, source in self.open]
+
+    def read(self, position: int) -> Sample:
+        """The sample at the next position of its reader; RuntimeError for another, or after 100 bad ones in a row."""
+        reader, number = position % self.data.virtual_readers, position // self.data.virtual_readers
+        if self.taken.setdefault(reader, number) != number or (number and not self.rows):
+            raise RuntimeError(
+                f"sample {number} of virtual reader {reader} of {self.stream.name.lower()} was asked for out of turn"
+            )
+        self.taken[reader] += 1
+        source, _ = self.interleave.locate(number)
+        items = self.open.setdefault((reader, source), self._items(reader, source))
+        faults: list[Fault] = []
+        for _ in range(ATTEMPTS):
+            epoch, turn, shard, place, item = next(items)
+            self.rows[reader, source] = (epoch, turn, place + 1)
+            if isinstance(item, Fault):
+                faults.append(item)
+                continue
+            index = mix(source, shard, place)
+            sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
+            try:
+                self._load(item, sample)
+                return sample
+            except BadSample as bad:
+                key = item.key if isinstance(item, Members) else f"window {place}"
+                faults.append(Fault(self.stream.name.lower(), self.shards[source][shard], key, str(bad)))
+        raise RuntimeError(
+            f"{ATTEMPTS} bad samples in a row in the stream of {self.stream.name.lower()}; "
+            f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
+        )
+
+    def _items(self, reader: int, source: int) -> Iterator[tuple[int, int, int, int, Item]]:
+        """Epoch, turn of the shard, its number, place in it and item, without end, from where the reader stands."""
+        names, readers = self.shards[source], self.data.virtual_readers
+        shards = Shards(self.stream, self.tokenizer, self.data.text_length - 2)
+        epoch, turn, behind = self.rows.get((reader, source), (0, 0, 0))
+        while True:
+            while (at := reader + turn * readers) < len(names):
+                key = mix(self.seed, self.stream + (source << SOURCE_SHIFT), epoch)
+                shard = permute(at, len(names), key)
+                for place, item in enumerate(shards.items(names[shard])):
+                    if place >= behind:
+                        yield epoch, turn, shard, place, item
+                turn, behind = turn + 1, 0
+            epoch, turn = epoch + 1, 0
+
+    def _load(self, item: Members | np.ndarray, sample: Sample) -> None:
+        """Gives the sample its content; raises BadSample where it cannot be used."""
+        if isinstance(item, np.ndarray):
+            sample.words = item
+            return
+        if item.problem:
+            raise BadSample(item.problem)
+        if IMAGE not in item.content:
+            raise BadSample("half a sample: no image member beside it")
+        if self.stream is Stream.PAIRS:
+            kind = TXT if TXT in item.content else JSON
+            if kind not in item.content:
+                raise BadSample("half a sample: no .txt or .json member beside it")
+            captions = captions_of(item.content[kind], kind, self.data.caption_key)
+            sample.words = caption_words(captions, sample, self.tokenizer, self.data.caption_length)
+        sample.picture = transforms.decode(item.content[IMAGE], self.data.max_pixels)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "open": {}, "taken": {}}
