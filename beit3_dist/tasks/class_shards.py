@@ -1,0 +1,109 @@
+"""Classes of pictures in tars, as webdataset has them: a picture and a .cls member with the class's number per key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from beit3_dist.data.cache import cache_folder
+from beit3_dist.data.index import IMAGE, KINDS, SCANNERS, DamagedTar, expand, members
+from beit3_dist.data.unpack import plain_tar
+from beit3_dist.tasks.examples import PROBLEMS_SHOWN, Example, TarMember
+
+
+@dataclass
+class ClassShards(Sequence[Example]):
+    """The examples of some tars, in their order."""
+
+    tars: list[str]
+    """The plain tars."""
+    places: np.ndarray
+    """int64 [N, 4]: number of the tar, offset and size of the picture, class."""
+    names: np.ndarray
+    """bytes [N]: names of the pictures."""
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(f"there is no example {place} of {len(self)}")
+        tar, offset, size, label = self.places[place].tolist()
+        name = self.names[place].decode("utf-8", "replace")
+        return Example(int(place), (TarMember(self.tars[tar], offset, size),), None, label, name)
+
+
+def read_class_shards(pattern: str, field: str, cache: str, classes: int) -> ClassShards:
+    """All examples of the tars that a brace and glob pattern names, every class checked to be in range(classes).
+
+    `cache`: folder for the unpacked copies of compressed tars. Raises ValueError naming `field`, or with one line that
+    counts all faults and names the first by tar and key: an evaluation must not lose an example without a word.
+    """
+    paths = expand(pattern, field)
+    folder = cache_folder(cache)
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        tars = list(pool.map(lambda path: plain_tar(path, folder), paths))
+        scans = list(pool.map(lambda number: _scan(tars[number], paths[number], number, classes), range(len(tars))))
+    faults = [fault for scan in scans for fault in scan.faults]
+    if faults:
+        more = f"; and {len(faults) - PROBLEMS_SHOWN} more" if len(faults) > PROBLEMS_SHOWN else ""
+        raise ValueError(f"{field}: {len(faults)} faults: {'; '.join(faults[:PROBLEMS_SHOWN])}{more}")
+    rows = [row for scan in scans for row in scan.rows]
+    if not rows:
+        raise ValueError(f"{field}: no picture with a .cls member in {len(paths)} tars of {pattern!r}")
+    return ClassShards(tars, np.array(rows, dtype=np.int64), np.array([name for scan in scans for name in scan.names]))
+
+
+@dataclass
+class _Scan:
+    """What one tar holds."""
+
+    rows: list[tuple[int, int, int, int]]
+    names: list[bytes]
+    faults: list[str]
+
+
+def _scan(tar: str, path: str, number: int, classes: int) -> _Scan:
+    """Reads the headers of a tar, and its .cls members."""
+    pictures: dict[bytes, tuple[int, int, bytes]] = {}
+    labels: dict[bytes, bytes] = {}
+    faults = []
+    file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for name, offset, size in members(file, path):
+            key, _, extension = name.rpartition(b".")
+            kind = extension.lower()
+            base = name.rpartition(b"/")[2]
+            if base.startswith(b"._"):  # a Mac's file attributes
+                continue
+            if (kind == b"cls" and key in labels) or (KINDS.get(kind) == IMAGE and key in pictures):
+                faults.append(f"{path}, key {key.decode('utf-8', 'replace')}: a second .{kind.decode()} member")
+            elif kind == b"cls":
+                labels[key] = os.pread(file, size, offset)
+            elif KINDS.get(kind) == IMAGE:
+                pictures[key] = (offset, size, base)
+    except DamagedTar as damage:
+        faults.append(f"{path}: {damage}")
+    finally:
+        os.close(file)
+    rows, names = [], []
+    for key in pictures | labels:  # in the order of the tar
+        label = labels.get(key, b"").strip()
+        if key not in pictures:
+            reason = "a .cls member without a picture"
+        elif key not in labels:
+            reason = "a picture without a .cls member"
+        elif not (label.isdigit() and int(label) < classes):
+            reason = f"the class {label.decode('utf-8', 'replace')[:20]!r} is not in range({classes})"
+        else:
+            offset, size, base = pictures[key]
+            rows.append((number, offset, size, int(label)))
+            names.append(base)
+            continue
+        faults.append(f"{path}, key {key.decode('utf-8', 'replace')}: {reason}")
+    return _Scan(rows, names, faults)
