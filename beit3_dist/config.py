@@ -15,6 +15,9 @@ SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the SentencePiece pieces: 64,000 pieces give the released 64,010 rows
 (pieces are shifted by one, <mask> follows them, eight rows are spare)."""
 
+Recompute = Literal["none", "attention", "selective", "full"]
+"""What activation checkpointing recomputes in a block."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raises ValueError(message) unless the condition holds."""
@@ -387,8 +390,11 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 parameters and activations, fp32 masters and gradient accumulation. fp32: everything in fp32."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What is recomputed in the backward pass. selective: the experts' FFNs; full: whole blocks."""
+    activation_checkpointing: Recompute | list[Recompute] = "none"
+    """What is recomputed in the backward pass. attention: softmax(q k') v; selective: that and the experts' FFNs; full:
+    whole blocks. A list has one entry per pipeline rank: rank r of p holds the activations of p - r micro-batches."""
+    activation_checkpointing_every: int = 1
+    """Recompute in every so many-th block only, counted over the whole model from block 0."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""
@@ -417,6 +423,23 @@ class TrainingConfig:
             "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "
             "use parallel.zero_stage=1 or precision=fp32",
         )
+        modes, ranks = self.activation_checkpointing, self.parallel.pipeline
+        require(
+            isinstance(modes, str) or len(modes) == ranks,
+            f"activation_checkpointing has {len(modes)} entries but parallel.pipeline={ranks}: "
+            "give one per pipeline rank, or one value for all",
+        )
+        every = self.activation_checkpointing_every
+        require(every > 0, f"activation_checkpointing_every must be positive, not {every}")
+        require(
+            every == 1 or any(self.recompute(rank) != "none" for rank in range(ranks)),
+            f"activation_checkpointing_every={every}, but activation_checkpointing=none recomputes nothing: set it to 1",
+        )
+
+    def recompute(self, pipeline_rank: int) -> Recompute:
+        """What the blocks of a pipeline rank recompute."""
+        modes = self.activation_checkpointing
+        return modes if isinstance(modes, str) else modes[pipeline_rank]
 
     @property
     def accumulation(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
@@ -93,14 +94,20 @@ class Attention(nn.Module):
             attend  # decoding.py puts a cache here
         )
 
-    def forward(self, x_TD: Tensor, layout: Layout, selection: Selection | None = None) -> Tensor:
-        """[T, D], or [M, D] for the tokens of `selection`."""
+    def forward(
+        self, x_TD: Tensor, layout: Layout, selection: Selection | None = None, recompute_core: bool = False
+    ) -> Tensor:
+        """[T, D], or [M, D] for the tokens of `selection`. `recompute_core`: `attend` keeps nothing but q, k and v."""
         slices = self.q.slices(x_TD, layout)
         q, k, v = (
             [part.unflatten(-1, (-1, self.head_dim)) for part in project.each(slices)]
             for project in (self.q, self.k, self.v)
         )
-        mixed = [part.flatten(-2) for part in self.attend(q, k, v, layout)]
+        if recompute_core:
+            mixed = checkpoint(self.attend, q, k, v, layout, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed = self.attend(q, k, v, layout)
+        mixed = [part.flatten(-2) for part in mixed]
         if selection is not None:
             mixed = _select(mixed, layout, selection)
         if self.inner_norm is not None:

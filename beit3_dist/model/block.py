@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.layout import Layout, Selection
 from beit3_dist.model.multiway import FeedForward, Multiway
-
-Recompute = Literal["none", "selective", "full"]
 
 
 class Block(nn.Module):
@@ -34,19 +30,20 @@ class Block(nn.Module):
         layout: Layout,
         keep_2T: Tensor | None,
         selection: Selection | None = None,
-        recompute_ffn: bool = False,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """[T, D], or [M, D] for the tokens of `selection`: the others then serve as keys and values alone.
 
         `keep_2T`: factor of each branch for each token (0 where dropped); None keeps all.
         """
-        branch = self.attention(self.attention_norm(x_TD, layout), layout, selection)
+        recompute_core = recompute in ("attention", "selective")
+        branch = self.attention(self.attention_norm(x_TD, layout), layout, selection, recompute_core=recompute_core)
         if selection is not None:
             assert selection.rows is not None
             x_TD, layout = x_TD.index_select(0, selection.rows), selection
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, selection.rows)
         x_TD = _add(x_TD, branch, None if keep_2T is None else keep_2T[0])
-        if recompute_ffn:
+        if recompute == "selective":
             branch = checkpoint(self.ffn, x_TD, layout, use_reentrant=False, preserve_rng_state=False)
         else:
             branch = self.ffn(x_TD, layout)
@@ -68,6 +65,7 @@ class Encoder(nn.ModuleDict):
         first_vl = config.layers - config.vl_expert_layers
         super().__init__({str(layer): Block(config, layer >= first_vl) for layer in range(config.layers)})
         self.recompute: Recompute = "none"
+        self.recompute_every = 1
         self.last = str(config.layers - 1)
 
     def forward(
@@ -89,9 +87,10 @@ class Encoder(nn.ModuleDict):
                 continue
             keep_2T = None if keep_L2S is None else keep_L2S[int(layer)][:, token_samples].to(x_TD.dtype)
             wanted = selection if layer == self.last else None
-            if self.recompute == "full" and self.training:
+            recompute = self.recompute if self.training and int(layer) % self.recompute_every == 0 else "none"
+            if recompute == "full":
                 # Nothing in a block draws from a generator, so there is no state to restore on recompute.
                 x_TD = checkpoint(block, x_TD, layout, keep_2T, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD = block(x_TD, layout, keep_2T, wanted, self.recompute == "selective" and self.training)
+                x_TD = block(x_TD, layout, keep_2T, wanted, recompute)
         return x_TD

@@ -73,7 +73,8 @@ class Engine:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
         self.model, self.whole_shapes = _build_model(config, build(), groups, settings, values, plan)
-        self.model.blocks.recompute = config.activation_checkpointing
+        self.model.blocks.recompute = config.recompute(self.mesh.pipeline_rank)
+        self.model.blocks.recompute_every = config.activation_checkpointing_every
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
         zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, sum(_numel(p) for p in self.model.parameters())))
