@@ -433,7 +433,7 @@ class TrainingConfig:
         require(every > 0, f"activation_checkpointing_every must be positive, not {every}")
         require(
             every == 1 or any(self.recompute(rank) != "none" for rank in range(ranks)),
-            f"activation_checkpointing_every={every}, but activation_checkpointing=none recomputes nothing: set it to 1",
+            f"activation_checkpointing_every={every}, but activation_checkpointing=none recomputes nothing: use 1",
         )
 
     def recompute(self, pipeline_rank: int) -> Recompute:
