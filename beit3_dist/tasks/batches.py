@@ -37,6 +37,7 @@ class Draw(IntEnum):
     VIEW = 1
     MIXING = 2
     REPLACEMENT = 3
+    MASK = 4
 
 
 class Places(NamedTuple):
