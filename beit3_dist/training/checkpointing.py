@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.find import read_state, verified
@@ -21,9 +22,12 @@ from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """Saves a run beside its training. Every method is collective, and ends the run where a checkpoint cannot be
     written: with RunStopped, on all ranks at the same step.
+
+    At the end of the context the last checkpoint is whole, also where the run stops itself, which all ranks do; after
+    any other error the other ranks may have gone, and what is on its way is left undone.
 
     pieces: what this rank contributes at that moment.
     """
@@ -46,10 +50,12 @@ class Checkpoints:
         with _ending_the_run():
             self._store.check()
 
-    def wait(self) -> None:
-        """Before a process ends: returns when the last checkpoint is whole."""
-        with _ending_the_run():
-            self._store.wait()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, RunStopped):
+            with _ending_the_run():
+                self._store.wait()
 
 
 @contextmanager

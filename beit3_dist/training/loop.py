@@ -74,32 +74,31 @@ def train(job: Job) -> None:
     if job.checkpoint is not None:
         load_checkpoint(job.checkpoint, engine, state)
         log.info("going on after step %d from %s", state.step, job.checkpoint)
-    checkpoints = Checkpoints(config, mesh, lambda: contribution(engine))
 
-    for step in range(state.step, config.steps):
-        guards.begin(step + 1)
-        started = time.perf_counter()
-        batch = job.next_batch()
-        data_wait = time.perf_counter() - started
-        lr = learning_rate(step, config.steps, config.optim)
-        result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
+    with Checkpoints(config, mesh, lambda: contribution(engine)) as checkpoints:
+        for step in range(state.step, config.steps):
+            guards.begin(step + 1)
+            started = time.perf_counter()
+            batch = job.next_batch()
+            data_wait = time.perf_counter() - started
+            lr = learning_rate(step, config.steps, config.optim)
+            result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
 
-        state.advance(job.samples, batch.replaced, result.skipped)
-        if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
-            run.quarantine(state.step, [fault for b in batch.micro_batches for fault in b.faults])
-        record = job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started))
-        run.step(record | {"skipped": int(result.skipped)})
-        must_go = guards.check(state.step, batch, record["loss"], result.skipped)
-        if (losses := job.evaluate()) is not None:
-            run.evaluation({"step": state.step} | losses)
-        if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:
-            checkpoints.save(state)
-        else:
-            checkpoints.check()
-        job.check()
-        if must_go:
-            break
-    checkpoints.wait()
+            state.advance(job.samples, batch.replaced, result.skipped)
+            if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
+                run.quarantine(state.step, [fault for b in batch.micro_batches for fault in b.faults])
+            record = job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started))
+            run.step(record | {"skipped": int(result.skipped)})
+            must_go = guards.check(state.step, batch, record["loss"], result.skipped)
+            if (losses := job.evaluate()) is not None:
+                run.evaluation({"step": state.step} | losses)
+            if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:
+                checkpoints.save(state)
+            else:
+                checkpoints.check()
+            job.check()
+            if must_go:
+                break
     guards.close()
     run.close()
     if state.step < config.steps:

@@ -44,45 +44,44 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
         log.info("going on after step %d from %s", state.step, checkpoint)
     elif mesh.is_first:
         run.quarantine(0, ready.train.stream.faults)  # what the shards' indexes had to leave out
-    checkpoints = Checkpoints(config, mesh, lambda: engine.pieces() if mesh.is_first else ())
     cuda = mesh.device.type == "cuda"
     steps = range(state.step, config.steps)
     batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
 
-    for step in steps:
-        started = time.perf_counter()
-        pictures, ids, faults = next(batches)
-        data_wait = time.perf_counter() - started
-        pictures = pictures.to(mesh.device, non_blocking=True)
-        if step == 0:
-            engine.start_codebook(pictures)
-        lr = learning_rate(step, config.steps, config.optim)
-        result = engine.train_step(pictures, step, lr)
-        replaced, hash_terms = totals(len(faults), ids, mesh)
+    with Checkpoints(config, mesh, lambda: engine.pieces() if mesh.is_first else ()) as checkpoints:
+        for step in steps:
+            started = time.perf_counter()
+            pictures, ids, faults = next(batches)
+            data_wait = time.perf_counter() - started
+            pictures = pictures.to(mesh.device, non_blocking=True)
+            if step == 0:
+                engine.start_codebook(pictures)
+            lr = learning_rate(step, config.steps, config.optim)
+            result = engine.train_step(pictures, step, lr)
+            replaced, hash_terms = totals(len(faults), ids, mesh)
 
-        state.step += 1
-        state.consumed = (state.step * config.batch, 0, 0)
-        state.bad_samples += replaced
-        run.quarantine(state.step, faults)
-        seconds = time.perf_counter() - started
-        run.step(
-            record(state.step, result)
-            | {"lr": lr, "images": config.batch, "samples_per_s": config.batch / seconds}
-            | {"data_wait_s": data_wait, "step_s": seconds, "memory_gb": peak_memory_gb(mesh.device)}
-            | {"replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
-        )
-        is_last = state.step == config.steps
-        if mesh.is_first and config.pictures_every and (state.step % config.pictures_every == 0 or is_last):
-            patches = nearest_patches(engine.tokenizer, [pictures])
-            run.picture(state.step, "codes", sheet([pictures[:SHOWN], mosaic(result.codes[:SHOWN], patches)]))
-        if state.step % config.checkpoint.every == 0 or is_last:
-            if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
-                save_vqkd(engine.tokenizer, out / "image_tokenizer.pth")
-            checkpoints.save(state)
-        else:
-            checkpoints.check()
-        check_bad_samples(config, state)
-    checkpoints.wait()
+            state.step += 1
+            state.consumed = (state.step * config.batch, 0, 0)
+            state.bad_samples += replaced
+            run.quarantine(state.step, faults)
+            seconds = time.perf_counter() - started
+            run.step(
+                record(state.step, result)
+                | {"lr": lr, "images": config.batch, "samples_per_s": config.batch / seconds}
+                | {"data_wait_s": data_wait, "step_s": seconds, "memory_gb": peak_memory_gb(mesh.device)}
+                | {"replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
+            )
+            is_last = state.step == config.steps
+            if mesh.is_first and config.pictures_every and (state.step % config.pictures_every == 0 or is_last):
+                patches = nearest_patches(engine.tokenizer, [pictures])
+                run.picture(state.step, "codes", sheet([pictures[:SHOWN], mosaic(result.codes[:SHOWN], patches)]))
+            if state.step % config.checkpoint.every == 0 or is_last:
+                if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
+                    save_vqkd(engine.tokenizer, out / "image_tokenizer.pth")
+                checkpoints.save(state)
+            else:
+                checkpoints.check()
+            check_bad_samples(config, state)
     run.close()
 
 

@@ -9,13 +9,18 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from beit3_dist.checkpoint.find import read_manifest
+from beit3_dist.checkpoint import snapshot
+from beit3_dist.checkpoint.find import find, read_manifest
 from beit3_dist.checkpoint.read import read_weights
-from beit3_dist.config import CheckpointConfig, ParallelConfig
+from beit3_dist.config import CheckpointConfig, ParallelConfig, RunConfig
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.training.pretraining import Pretraining
+from beit3_dist.training.resilience import RunStopped
 from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
 from tests.parallel.workers import free_port, run_workers
 
@@ -102,3 +107,25 @@ def test_resumed_at_half_time_is_bitwise_the_uninterrupted_run(layout: str, tmp_
     ours, expected = (shard_digests(Path(run.out, "checkpoints", "step_0000006")) for run in (second, whole))
     assert len(ours) == world and ours == expected
     assert ours != shard_digests(half)
+
+
+def stop_itself(groups: Groups, config: RunConfig) -> str:
+    """`train`, which ends itself as soon as it has begun to save, while a slow disk writes."""
+    write = snapshot.write_hashed
+
+    def slowly(path: Path, parts: Any) -> dict[str, Any]:
+        time.sleep(0.3)
+        return write(path, parts)
+
+    def check(job: Pretraining) -> None:
+        if job.state.step == 2:
+            raise RunStopped("enough")
+
+    snapshot.write_hashed, Pretraining.check = slowly, check  # type: ignore[method-assign]
+    return train(groups, config)
+
+
+def test_a_run_that_stops_itself_keeps_what_it_was_saving(tmp_path: Path) -> None:
+    config = run_config(tmp_path, checkpoint=CheckpointConfig(every=2))
+    assert run_workers(2, stop_itself, config) == ["enough", "enough"]
+    assert find("auto", Path(config.out, "checkpoints")) == Path(config.out, "checkpoints", "step_0000002")
