@@ -30,6 +30,9 @@ WAIT_S = 5.0
 ending = threading.Event()
 """Set once this process ends because of its own failure."""
 
+_one_thread = threading.Lock()
+"""Held from then on: while one thread ends the process, the end of the others may break what another thread is in."""
+
 
 class FailureBoard:
     """The mark in the store. A connection of its own, so that no other use of the store holds it up.
@@ -78,6 +81,7 @@ def failure_board() -> FailureBoard:
 
 def end_after_failure(message: str) -> NoReturn:
     """Ends this process at once, in whatever state it is; prints the message if no other process failed before it."""
+    _one_thread.acquire()  # for ever: a second thread waits here until the process is gone
     ending.set()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends us when it sees another one end
