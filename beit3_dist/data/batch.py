@@ -428,8 +428,9 @@ def hash_terms(batch: MicroBatch) -> int:
 
 
 def _start_worker(_: int) -> None:
-    """A loader process leaves Ctrl-C to the trainer, which stops it in order, and uses one core."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A loader process leaves signals to the trainer, which stops it in order, and uses one core."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # torch has just given the worker a handler of SIGTERM
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
