@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -23,13 +23,11 @@ def micro_batches(
     turn, and a reader that is asked out of turn says so.
     """
     if not batches.sequential or workers <= 1:
-        yield from loader(batches, requests, workers, prefetch, pin)
-        return
+        return iter(loader(batches, requests, workers, prefetch, pin))
     parts = (request._replace(part=part, parts=workers) for request in requests for part in range(workers))
     made = iter(loader(batches, parts, workers, prefetch, pin=False))
-    while True:
-        batch = joined(list(islice(made, workers)), batches.tokenizer.pad)
-        yield batch.pin_memory() if pin else batch
+    whole = (joined(list(islice(made, workers)), batches.tokenizer.pad) for _ in count())
+    return (batch.pin_memory() for batch in whole) if pin else whole
 
 
 def joined(parts: list[MicroBatch], padding: int) -> MicroBatch:

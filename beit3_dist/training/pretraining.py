@@ -77,9 +77,8 @@ class Pretraining:
         requests, data, pin = requests_from(self.state.consumed, config.batch), config.data, mesh.device.type == "cuda"
         ready.train.restore(self.state.readers, self.state.step > 0)
         self._data_ranks = groups.data
-        self._batches = iter(
-            micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if self._feed.reads else ()
-        )
+        reads = self._feed.reads
+        self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
         return self._engine
 
     def first_faults(self) -> list[Fault]:
