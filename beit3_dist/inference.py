@@ -86,18 +86,18 @@ class Model:
 
     def embed_images(self, images: Sequence[Picture]) -> Tensor:
         """Unit vectors of pictures, fp32 [N, D] on the CPU. Their products with texts' vectors are similarities."""
-        self._require("retrieval", "embeddings")
+        self._require(("retrieval", "itc"), "embeddings")
         return self._run(lambda some: self.network.embed_images(self._pixels(some)), images, IMAGES_AT_ONCE)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, fp32 [N, D] on the CPU. What is longer than the model's texts is cut."""
-        self._require("retrieval", "embeddings")
+        self._require(("retrieval", "itc"), "embeddings")
         return self._run(lambda some: self.network.embed_texts(*self._words(some)), texts, TEXTS_AT_ONCE)
 
     @torch.inference_mode()
     def answer(self, images: Sequence[Picture], questions: Sequence[str]) -> list[str]:
         """The likeliest of the model's answers to each question about the picture in the same place."""
-        self._require("vqa", "answers")
+        self._require(("vqa",), "answers")
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} pictures and {len(questions)} questions: each question needs its picture")
         answers: list[str] = []
@@ -111,7 +111,7 @@ class Model:
         self, images: Sequence[Picture], *, beams: int = 3, length_penalty: float = 0.6, max_words: int = 31
     ) -> list[str]:
         """What the model says of each picture; see `tasks.generation.generate` for the search's settings."""
-        self._require("captioning", "captions")
+        self._require(("captioning",), "captions")
         tokenizer, captions = self._tokenizer(), []
         for some in _batches(images, IMAGES_AT_ONCE):
             captions += generate(
@@ -124,9 +124,11 @@ class Model:
             )
         return [tokenizer.decode(words) for words in captions]
 
-    def _require(self, task: str, use: str) -> None:
-        if self.task["name"] != task:
-            raise ValueError(f"{self.name} was fine-tuned for {self.task['name']}; {use} need a model of task {task}")
+    def _require(self, tasks: tuple[str, ...], use: str) -> None:
+        if self.task["name"] not in tasks:
+            raise ValueError(
+                f"{self.name} was fine-tuned for {self.task['name']}; {use} need a model of task {' or '.join(tasks)}"
+            )
 
     def _tokenizer(self) -> TextTokenizer:
         if self.tokenizer is None:
@@ -146,7 +148,7 @@ class Model:
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
-        tokenizer, longest = self._tokenizer(), self.network.config.max_text_length
+        tokenizer, longest = self._tokenizer(), self.task.get("text_length", self.network.config.max_text_length)
         rows = [[tokenizer.bos, *tokenizer.encode(text)[: longest - 2], tokenizer.eos] for text in texts]
         length = max(map(len, rows))
         words = torch.tensor([row + [tokenizer.pad] * (length - len(row)) for row in rows])

@@ -136,7 +136,8 @@ def build_demo(options: Namespace) -> None:
     for name, content in files.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(content)
-    tasks = (demo.vqa(easy), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings)
+    asked = demo.vqa(easy)
+    tasks = (asked, demo.questions(asked), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings)
     for indexes in (*tasks, demo.text(options.held_out)):
         write_indexes(partial, indexes, tokenizer)
     write_answers(partial / ANSWERS, demo.answers())
@@ -223,8 +224,8 @@ def parse(arguments: list[str] | None) -> Namespace:
     sub = command(
         "demo",
         build_demo,
-        "Six small tasks from data sets that pip brings, with their pictures. vqa, shapes (task imagenet), captioning "
-        "and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: the part of "
+        "Six small tasks from data sets that pip brings, with their pictures. vqa (and questions, the same as sentences "
+        "without pictures: task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: the part of "
         "speech of the GCIDE dictionary's definitions (GPL). data.images is OUT. Returns at once if OUT is complete.",
         "",
         words=True,

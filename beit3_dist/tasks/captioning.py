@@ -45,7 +45,7 @@ class Captioning(Task):
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Cross-entropy with label smoothing of the masked words, [2, M]."""
         assert inputs.targets is not None
-        mask = caption_mask(1 + model.config.patches, inputs.words.shape[1]).to(inputs.images.device)
+        mask = caption_mask(1 + model.config.patches, inputs.words.shape[1])  # on the host, as the padding is
         hidden = model.encode(
             inputs.images[:, 0], inputs.words, inputs.padding, attention_mask=mask, keep=inputs.keep(inputs.keys)
         )
@@ -77,8 +77,9 @@ class Captioning(Task):
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
         references: dict[int, list[str]] = {}
         for example in examples:
-            if example.words:
-                references.setdefault(int(example.label), []).append(self.tokenizer.decode(list(example.words)))
+            own = example.references or ((self.tokenizer.decode(list(example.words)),) if example.words else ())
+            references.setdefault(int(example.label), []).extend(own)
+        references = {picture: texts for picture, texts in references.items() if texts}
         written = {picture: text for picture, (_, text) in self._written(predictions, examples).items()}
         return caption_scores({p: written[p] for p in references}, references, self.config.eval.caption_metrics)
 

@@ -15,9 +15,10 @@ class TaskDataConfig:
     """Examples of a downstream task, as unilm's jsonl indexes; tools/build_index.py makes them."""
 
     train: str
-    """Index of the training examples (.jsonl). itc also takes a pattern of pair shards (.tar), as in pretraining."""
+    """Index of the training examples (.jsonl), or a pattern of tars: itc takes pair shards, as in pretraining, imagenet
+    shards with a .cls member for each picture."""
     validation: str = ""
-    """Index of the validation examples; empty: no validation."""
+    """Index (or tars) of the validation examples; empty: no validation."""
     images: str = "."
     """Folder that the image paths of the indexes start from."""
     answers: str = ""

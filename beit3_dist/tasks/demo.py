@@ -124,6 +124,15 @@ def vqa(easy: dict[str, EasySide]) -> Indexes:
     }
 
 
+def questions(asked: Indexes) -> Indexes:
+    """The questions of `vqa` without their pictures, as sentences whose class is the answer: what a model gets right
+    here, it does not see."""
+    return {
+        name.replace("vqa", "questions"): [{"text": line["text"], "label": line["labels"][0]} for line in lines]
+        for name, lines in asked.items()
+    }
+
+
 def shape_classes() -> list[str]:
     """The 24 classes of the task `shapes`."""
     return [str(Shape(color, kind)) for color in COLORS for kind in SHAPES]

@@ -68,7 +68,12 @@ class Task(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What a model folder remembers of the head."""
-        return {"name": self.config.task, "classes": len(self.classes), "answers": self.classes}
+        return {
+            "name": self.config.task,
+            "classes": len(self.classes),
+            "answers": self.classes,
+            "text_length": self.config.data.text_length,
+        }
 
     @abstractmethod
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:

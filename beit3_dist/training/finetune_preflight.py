@@ -20,6 +20,7 @@ from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.tasks.all import TASKS
+from beit3_dist.tasks.class_shards import read_class_shards
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.examples import Example, read_index
 from beit3_dist.tasks.heads import task_value
@@ -107,6 +108,8 @@ def _examples(config: FinetuneConfig, index: str, classes: list[str], train: boo
     if config.task == "itc" and not index.endswith(".jsonl"):
         data = config.data
         return PairShards(index, data.cache, TextTokenizer(config.text_tokenizer), data.caption_key)
+    if config.task == "imagenet" and not index.endswith(".jsonl"):
+        return read_class_shards(index, "data.train" if train else "data.validation", config.data.cache, len(classes))
     task = "retrieval" if config.task == "itc" else config.task
     limit = len(classes) if classes else None
     return read_index(

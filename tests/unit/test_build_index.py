@@ -315,6 +315,10 @@ def test_captions_classes_and_answers_agree(easy: dict[str, demo.EasySide]) -> N
     assert {path: f"a {names[label]}" for path, label in classes.items()} == captions
     assert len(set(classes.values())) == len(names) == 24
     questions = demo.vqa(easy)
+    blind = demo.questions(questions)["questions.test.jsonl"]
+    assert [(line["text"], [line["label"]]) for line in blind] == [
+        (line["text"], line["labels"]) for line in questions["vqa.test.jsonl"]
+    ]
     assert len(questions["vqa.train.jsonl"]) == 38_575 and len(questions["vqa.test.jsonl"]) == 9_673
     for line in questions["vqa.test.jsonl"][:500]:
         caption = captions.get(line["image_path"])

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Fine-tunes the demo's model on six small tasks, on two CPU cores: bash launchers/demo_tasks.sh [TASK ...]
+#
+# Needs what launchers/demo.sh leaves in demo/. Each task runs twice with the same steps: from the demo's pretraining and
+# from random weights; a question-only model shows what vqa is worth without pictures. The table at the end compares
+# them. Everything lies in demo/tasks/; what is already there is not made again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launchers/environment.sh
+
+tasks=demo/tasks
+all=(shapes vqa questions nlvr2 captioning retrieval text)
+chosen=("${@:-${all[@]}}")
+checkpoint=$(echo demo/run/checkpoints/"$(cat demo/run/checkpoints/latest)")
+[[ -e $tasks/demo.json ]] || python tools/build_index.py demo "$tasks" --text_tokenizer demo/text_tokenizer.spm
+
+finetune() { # TASK INDEX OUT [--field VALUE ...]
+    local task=$1 index=$2 out=$tasks/runs/$3
+    shift 3
+    [[ -e $out/model ]] && return
+    OMP_NUM_THREADS=1 deepspeed --quiet --num_accelerators 2 --master_port "${BEIT3_PORT:-29512}" launchers/finetune.py \
+        --config launchers/recipes/finetune/demo.yaml --task "$task" --out "$out" --checkpoint.resume auto \
+        --data.train "$tasks/$index.train.jsonl" --data.validation "$tasks/$index.test.jsonl" "$@"
+}
+
+for name in "${chosen[@]}"; do
+    case $name in
+    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" --data.min_crop_scale 0.8) ;;
+    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1000) ;;
+    questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 1000) ;;
+    nlvr2) settings=(nlvr2 nlvr2 --steps 800) ;;
+    captioning) settings=(captioning captioning --data.text_length 12) ;;
+    retrieval) settings=(retrieval retrieval --data.min_crop_scale 0.8) ;;
+    text) settings=(text text --data.answers "$tasks/text.classes.txt") ;;
+    *) echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2 ;;
+    esac
+    for start in pretrained random; do
+        printf '\n\033[1m== %s, from %s weights\033[0m\n' "$name" "$start"
+        init=()
+        [[ $start == pretrained ]] && init=(--init_from "$checkpoint")
+        finetune "${settings[0]}" "${settings[1]}" "$name-$start" "${settings[@]:2}" "${init[@]}"
+    done
+done
+python tools/compare_tasks.py "$tasks/runs"
