@@ -32,6 +32,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
     try:
         train(ready)
     except Damaged as damage:  # which it takes all processes to find
+        dist.destroy_process_group()  # before its threads have done anything else, Python's end may abort in them
         refuse(program, damage)
     except RunStopped as stop:
         ending.set()  # the processes end by themselves, each a little later or earlier

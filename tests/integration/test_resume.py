@@ -129,3 +129,32 @@ def test_a_run_that_stops_itself_keeps_what_it_was_saving(tmp_path: Path) -> Non
     config = run_config(tmp_path, checkpoint=CheckpointConfig(every=2))
     assert run_workers(2, stop_itself, config) == ["enough", "enough"]
     assert find("auto", Path(config.out, "checkpoints")) == Path(config.out, "checkpoints", "step_0000002")
+
+
+def resume_alone(recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """The README's command, in one process."""
+    command = [sys.executable, "launchers/pretrain.py", "--config", str(recipe), *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_on_the_command_line(tmp_path: Path) -> None:
+    """By path: one line that names the file, exit code 2. With auto: it goes on from the one before."""
+    config = run_config(tmp_path, steps=6, checkpoint=CheckpointConfig(every=2, keep=0))
+    assert run_workers(2, train, config) == ["", ""]
+    before, damaged = (Path(config.out, "checkpoints", f"step_{step:07d}") for step in (4, 6))
+    shard = damaged / "shard_00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+
+    recipe = write_recipe(replace(config, steps=8), tmp_path / "recipe.yaml")
+    refused = resume_alone(recipe, "--checkpoint.resume", str(damaged), "--out", str(tmp_path / "other"))
+    assert refused.returncode == 2, refused.stderr
+    (line,) = [line for line in refused.stderr.splitlines() if "error" in line]
+    assert line.startswith(f"pretrain.py: error: checkpoint.resume: {shard}: the SHA-256") and "Trace" not in line
+    went_on = resume_alone(recipe, "--checkpoint.resume", "auto")
+    assert went_on.returncode == 0, went_on.stderr
+    assert f"{shard}: the SHA-256" in went_on.stderr and f"going on after step 4 from {before}" in went_on.stderr
+    assert [record["step"] for record in metrics(config.out)] == list(range(1, 9))
