@@ -35,19 +35,29 @@ def _boundary_of_each_chunk(self: Any) -> bool:
 
 
 MISTAKES = {  # what is left out -> (a layout of the table, where to put what instead)
-    "order checked over the world": ("pp4-zero3-clip", engine, "check_order_within", lambda group: None),
-    "backward flag not cleared": ("pp4-zero3-clip", pipeline, "allow_another_backward", lambda engine: None),
-    "every backward a boundary": ("pp4-zero2-full", pipeline.Pipeline, "count_backward", lambda self: True),
-    "backward from a tensor": ("pp2-zero0-clip", pipeline._ZeroStage, "backward_maybe_with_nosync", _direct_backward),
+    "order checked over the world": ("pp4-zero3-by-rank", engine, "check_order_within", lambda group: None),
+    "backward flag not cleared": ("pp4-zero3-by-rank", pipeline, "allow_another_backward", lambda engine: None),
+    "every backward a boundary": ("pp4-zero2-interleaved-clip", pipeline.Pipeline, "count_backward", lambda self: True),
+    "backward from a tensor": (
+        "pp2-zero0-by-rank",
+        pipeline._ZeroStage,
+        "backward_maybe_with_nosync",
+        _direct_backward,
+    ),
     "norm over the tensor ranks only": (
         "dp2tp2pp2-zero3-selective",
         Groups,
         "get_model_parallel_group",
         lambda self: self.tensor,
     ),
-    "parameters not marked": ("tp2pp2-zero3-sequence", engine, "mark_model_parallel", lambda model, rank: None),
+    "parameters not marked": (
+        "tp2pp2-zero3-sequence-every-second",
+        engine,
+        "mark_model_parallel",
+        lambda model, rank: None,
+    ),
     "boundary of each chunk": (
-        "dp2tp2pp2-zero1-sequence-interleaved",
+        "dp2tp2pp2-zero1-sequence-interleaved-clip",
         pipeline.Pipeline,
         "count_backward",
         _boundary_of_each_chunk,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from beit3_dist.config import (
     ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
+    Recompute,
     RunConfig,
 )
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
-from beit3_dist.model.initialization import initial_value
+from beit3_dist.model.initialization import generator, initial_value, materialize
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments, optimizer_state
@@ -50,6 +52,10 @@ MODELS = {
 SAMPLES = 16
 """Images, texts and pairs of a global batch."""
 SEED = 11
+SMALL_PIECES = Path(__file__).with_name("small_pieces.json")
+"""DeepSpeed's buffers in the proportion to these models that the defaults have to large ones: several reduce buckets a
+step, and under ZeRO-3 matrices are gathered and released again. With the defaults all of a model this small stays
+gathered, and nothing of that would run."""
 
 
 def run_config(
@@ -60,7 +66,8 @@ def run_config(
     data_parallel: int,
     precision: str = "fp32",
     clip_norm: float = 3.0,
-    activation_checkpointing: str = "none",
+    activation_checkpointing: Recompute | list[Recompute] = "none",
+    activation_checkpointing_every: int = 1,
     tensor: int = 1,
     sequence: bool = False,
     pipeline: int = 1,
@@ -79,6 +86,8 @@ def run_config(
         data=DataConfig(images="unused", texts="unused", pairs="unused", text_length=20, caption_length=20),
         model=MODELS[model],
         activation_checkpointing=activation_checkpointing,
+        activation_checkpointing_every=activation_checkpointing_every,
+        deepspeed_config=str(SMALL_PIECES),
         objective=ObjectiveConfig(pair_image_weight=0.5),
         batch=BatchConfig(images=SAMPLES, texts=SAMPLES, pairs=SAMPLES, accumulation=accumulation),
         parallel=ParallelConfig(
@@ -92,6 +101,19 @@ def micro_batches(model: ModelConfig, step: int, parts: int, of: range) -> list[
     """Some of the `parts` micro-batches of a step's global batch. Numbers of masked words differ among them."""
     count = SAMPLES // parts
     return [random_micro_batch(model, images=count, texts=count, pairs=count, seed=1000 * step + part) for part in of]
+
+
+def starting_value(name: str, shape: torch.Size, config: RunConfig) -> torch.Tensor:
+    """A parameter before the first step: the initial value, but biases, gains of norms and tokens spread around theirs.
+
+    Zero biases hide mistakes (one that is added twice), and have no size that an error could be relative to: after a
+    few steps they are what AdamW made of gradients, and AdamW makes up to lr / eps = 1000 of rounding where a gradient
+    is nearly zero. In one process, a change of all weights by 6e-8 then strays up to 1.4e-5 from the bound's measure.
+    """
+    value = initial_value(name, shape, config.model, config.seed)
+    if value.min() == value.max():
+        value += 0.05 * torch.randn(shape, generator=generator(config.seed, f"spread of {name}"))
+    return value
 
 
 def build(model: BEiT3, offload: bool, config: RunConfig, sgd: bool) -> torch.optim.Optimizer:
@@ -124,7 +146,7 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
         config,
         groups,
         lambda: BEiT3(config.model, device="meta"),
-        lambda name, shape: initial_value(name, shape, config.model, config.seed),
+        lambda name, shape: starting_value(name, shape, config),
         plan=plan_stages(config, mesh.data, 0.0),
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd),
@@ -202,7 +224,8 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
 
 def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     """The definition: one process, fp32, plain torch, the whole global batch of `parts` micro-batches."""
-    model = BEiT3(config.model, seed=config.seed)
+    model = BEiT3(config.model, device="meta")
+    materialize(model, lambda name, shape: starting_value(name, shape, config), "cpu")
     objective = MaskedDataModeling(model, config.objective, config.seed).train()
     optim = config.optim
     if sgd:
