@@ -6,11 +6,13 @@ loader processes hold no state: resuming is asking for the next request.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, parent_process
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -431,7 +433,17 @@ def _start_worker(_: int) -> None:
     """A loader process leaves signals to the trainer, which stops it in order, and uses one core."""
     for number in (signal.SIGINT, signal.SIGTERM):  # torch has just given the worker a handler of SIGTERM
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_the_trainer() -> None:
+    """A trainer that is killed stops nobody. Torch's workers watch their parent, which is the fork server, and that
+    lives as long as they do."""
+    trainer = parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)
 
 
 def _unchanged(item: object) -> object:
