@@ -65,6 +65,10 @@ CONF
     ;;
 stop)
     scancel --user="$(id -un)" 2>/dev/null || true
+    for _ in $(seq 40); do
+        [[ -z $(squeue -h 2>/dev/null) ]] && break
+        sleep 1
+    done
     for pid in "$dir"/{127.0.0.1,127.0.0.2,slurmctld}.pid "$dir/munge/pid"; do
         [[ -f $pid ]] && kill "$(cat "$pid")" 2>/dev/null || true
     done
