@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
 """Measures this project against others, in one process and interleaved, after showing that both compute the same.
 
-    python tools/benchmark.py model [--json] [--layers 12 ...]
+    python tools/benchmark.py model [--json] [--profile] [--layers 12 ...]
+    python tools/benchmark.py attention [--json]
+    python tools/benchmark.py kernels [--json]
+    python tools/benchmark.py growth [--json]
     python tools/benchmark.py data [--json] [--workers 1 2 ...]
     python tools/benchmark.py checkpoint [--json] [--recipe RECIPE.yaml]
 
 `model`: a whole training step (forward, backward, AdamW) of the masked data modelling of images, texts and pairs by
-our one pass over the mixed batch, by our model in three passes, and by torchscale's BEiT3 in three passes.
+our one pass over the mixed batch, by our model in three passes, and by torchscale's BEiT3 in three passes. Ours has
+torch's fused AdamW, as in training; torchscale has torch's AdamW as it comes, and in a second row the fused one too.
+`attention`, `kernels`: our operations against their definitions in plain torch.
+`growth`: the step's time against its FLOPs, as depth, width, batch and sequence length grow.
 `checkpoint`: the pause of a training that saves, and how soon what it saved is on the disk.
 `data`: pictures per second and core of bare decoding and cropping, of our loader, and of webdataset beneath our
 transforms.
@@ -17,7 +23,6 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-import time
 import types
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -31,8 +36,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from beit3_dist.checkpoint.formats import to_released
 from beit3_dist.config import SPECIAL_ROWS, ModelConfig, ObjectiveConfig
@@ -40,11 +44,15 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling, three_passes
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
-from beit3_dist.training.inputs import layout_of, masked_counts, normalize, prepare
+from beit3_dist.training.flops import peak_flops
+from beit3_dist.training.inputs import host_totals, layout_of, masked_counts, normalize, prepare
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tests, which import this file by its path
 import benchmark_checkpoint  # noqa: E402
 import benchmark_data  # noqa: E402
+import benchmark_growth  # noqa: E402
+import benchmark_kernels  # noqa: E402
+from benchmark_measure import MatrixProducts, in_turns, peak_bytes, profile_table, threads  # noqa: E402
 
 PADDING = 1
 """Id of <pad>."""
@@ -118,11 +126,24 @@ def torchscale_beit3(config: ModelConfig) -> nn.Module:
     return model
 
 
-def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor) -> Tensor:
+def fused_attention(self: Any, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> tuple[Tensor, None]:
+    """torchscale's MultiheadAttention with torch's fused attention."""
+    q, k, v = (
+        project(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+    )
+    padding = given.get("key_padding_mask")
+    mask = None if padding is None else ~padding[:, None, None, :].bool()
+    mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    return self.out_proj(mixed if self.inner_attn_ln is None else self.inner_attn_ln(mixed)), None
+
+
+def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor, beit3: Any = None) -> Tensor:
     """The four losses [4], in the order of `STREAMS`, by three forward passes and heads at masked positions only.
 
-    `batch` lies on the model's device. `codes`: int64 [I + P, patches].
+    `batch` lies on the model's device. `codes`: int64 [I + P, patches]. `beit3`: what runs in place of `model.beit3`.
     """
+    beit3 = model.beit3 if beit3 is None else beit3
     images, num_images, mask = normalize(batch.images), batch.num_images, batch.image_mask
     patches = 1 + mask.shape[1]
 
@@ -133,7 +154,7 @@ def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor) -> Tensor:
         return cross_entropy(model.mlm_head(hidden[mask]), words[mask])
 
     def encode(**inputs: Tensor) -> Tensor:
-        return model.beit3(**inputs)["encoder_out"]
+        return beit3(**inputs)["encoder_out"]
 
     image = encode(visual_tokens=images[:num_images], vision_masked_position=mask[:num_images])
     text = encode(textual_tokens=batch.texts)  # texts are full: no padding
@@ -164,7 +185,7 @@ class Contender:
     model: nn.Module
     forward: Callable[[], tuple[Tensor, Tensor]]
     """-> the loss to go backward from, and the losses [n] that it is the sum of."""
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | MasterAdamW
 
     def step(self) -> None:
         """Forward, one backward from the sum of the losses, AdamW."""
@@ -173,9 +194,30 @@ class Contender:
         self.optimizer.zero_grad()
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW of the paper; torch's multi-tensor implementation for everyone."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, foreach=True)
+def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    """AdamW of the paper; options: which of torch's implementations."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, **options)
+
+
+class MasterAdamW:
+    """Fused AdamW of fp32 masters of a bf16 model, as training in bf16 has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        self.masters = nn.ParameterList([p.detach().float() for p in self.parameters])
+        self.adamw = adamw(self.masters, fused=True)
+
+    def step(self) -> None:
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            assert parameter.grad is not None
+            master.grad = parameter.grad.float()
+        self.adamw.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, list(self.masters))
+
+    def zero_grad(self) -> None:
+        for parameter in (*self.parameters, *self.masters):
+            parameter.grad = None
 
 
 def assert_equal_losses(contenders: list[Contender]) -> list[float]:
@@ -189,48 +231,13 @@ def assert_equal_losses(contenders: list[Contender]) -> list[float]:
     return losses[0].tolist()
 
 
-def times(contenders: list[Contender], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each contender's steps, in turns, after one warm-up each."""
-    seconds: list[list[float]] = [[] for _ in contenders]
-    for repeat in range(repeats + 1):
-        for contender, taken in zip(contenders, seconds, strict=True):
-            start = time.perf_counter()
-            contender.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:
-                taken.append(time.perf_counter() - start)
-    return seconds
-
-
 def activation_bytes(contender: Contender, device: torch.device) -> int:
-    """Peak memory of forward and backward above parameters, gradients and moments.
-
-    On CUDA the allocator's peak, with the gradients already there. The CPU has no such count: what the graph of the
-    whole step saves for the backward pass stands for it, each storage once, parameters left out.
-    """
-    if device.type == "cuda":
-        for parameter in contender.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        contender.forward()[0].backward()
-        peak = torch.cuda.max_memory_allocated(device) - before
-        contender.optimizer.zero_grad()
-        return peak
-    parameters = {p.untyped_storage().data_ptr() for p in contender.model.parameters()}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = contender.forward()  # holds the graph, so that no counted storage is freed and its address used again
-    assert loss.requires_grad
-    return sum(saved.values())
+    """Peak memory of forward and backward above parameters, gradients and moments, which all are there before."""
+    for parameter in contender.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    peak = peak_bytes(lambda: contender.forward()[0].backward(), device)
+    contender.optimizer.zero_grad()
+    return peak
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -286,36 +293,80 @@ def random_micro_batch(
     )
 
 
-def model_contenders(config: ModelConfig, batch: MicroBatch, device: torch.device) -> list[Contender]:
-    """Ours in one pass and in three, and torchscale with ours' weights. Codes are drawn: no image tokenizer runs."""
-    try:
-        theirs = torchscale_beit3(config)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"torchscale cannot be imported ({error}); launchers/environment.sh installs it") from error
-    ours = BEiT3(config)
-    theirs.load_state_dict(to_released(ours), strict=True)
-    ours, theirs = ours.to(device), theirs.to(device)
+def model_contenders(
+    config: ModelConfig,
+    batch: MicroBatch,
+    device: torch.device,
+    bf16: bool = False,
+    compiled: bool = False,
+    alone: bool = False,
+) -> list[Contender]:
+    """Ours in one pass; unless `alone`, also ours in three and torchscale's (`torchscale_contenders`).
+
+    The losses of all are compared, in fp32. `bf16`: then ours has bf16 weights with fp32 masters, torchscale autocast.
+    Codes are drawn: no image tokenizer runs.
+    """
+    ours = BEiT3(config).to(device)
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(config.visual_vocab_size, batch.image_mask.shape, generator=draw).to(device)
     objective = MaskedDataModeling(ours, ObjectiveConfig(), seed=0)
     counts = torch.tensor(masked_counts(batch), device=device)
     step = (*prepare(batch, device, lambda _: codes), counts, 0)
-    on_device = batch.to(device)
 
     def by_us(compute: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor]:
         loss, statistics = compute(*arguments)
         return loss, statistics[0] / counts
 
-    def by_torchscale() -> tuple[Tensor, Tensor]:
-        losses = torchscale_losses(theirs, on_device, codes)
+    optimizer: Any = adamw(ours, fused=True)
+    contenders = [Contender("ours, one pass", ours, lambda: by_us(objective, *step), optimizer)]
+    if not alone:
+        three = Contender("ours, three passes", ours, lambda: by_us(three_passes, objective, *step), optimizer)
+        contenders += [three, *torchscale_contenders(ours, batch.to(device), codes, bf16, compiled)]
+        assert_equal_losses(contenders)
+    if bf16:
+        ours.bfloat16()
+        optimizer = MasterAdamW(ours)
+        for contender in contenders:
+            if contender.model is ours:
+                contender.optimizer = optimizer
+    return contenders
+
+
+def torchscale_contenders(ours: BEiT3, batch: MicroBatch, codes: Tensor, bf16: bool, compiled: bool) -> list[Contender]:
+    """torchscale in three passes, with ours' weights: with torch's AdamW as it comes, with the fused AdamW, and where
+    `compiled` also compiled, with fused attention and the fused AdamW. `bf16`: training steps in autocast."""
+    try:
+        theirs = torchscale_beit3(ours.config)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"torchscale cannot be imported ({error}); launchers/environment.sh installs it") from error
+    theirs.load_state_dict(to_released(ours), strict=True)
+    theirs = theirs.to(codes.device)
+
+    def forward(beit3: Any = None) -> tuple[Tensor, Tensor]:
+        # Losses are compared without gradients, and in fp32.
+        with torch.autocast(codes.device.type, torch.bfloat16, enabled=bf16 and torch.is_grad_enabled()):
+            losses = torchscale_losses(theirs, batch, codes, beit3)
         return losses.sum(), losses.detach()
 
-    optimizer = adamw(ours)
-    return [
-        Contender("ours, one pass", ours, lambda: by_us(objective, *step), optimizer),
-        Contender("ours, three passes", ours, lambda: by_us(three_passes, objective, *step), optimizer),
-        Contender("torchscale, three passes", theirs, by_torchscale, adamw(theirs)),
+    fused = adamw(theirs, fused=True)
+    contenders = [
+        Contender(THEIRS, theirs, forward, adamw(theirs)),
+        Contender(THEIRS_FUSED, theirs, forward, fused),
     ]
+    if compiled:
+        attention = importlib.import_module("torchscale.component.multihead_attention").MultiheadAttention
+        beit3 = torch.compile(theirs.beit3)
+
+        def forward_compiled() -> tuple[Tensor, Tensor]:
+            with mock.patch.object(attention, "forward", fused_attention):
+                return forward(beit3)
+
+        contenders.append(Contender(THEIRS_COMPILED, theirs, forward_compiled, fused))
+    return contenders
+
+
+THEIRS, THEIRS_FUSED = "torchscale, three passes", "torchscale, fused AdamW"
+THEIRS_COMPILED = "torchscale, compiled, SDPA"
 
 
 def benchmark_model(options: Namespace) -> dict[str, Any]:
@@ -326,36 +377,83 @@ def benchmark_model(options: Namespace) -> dict[str, Any]:
     batch = random_micro_batch(
         config, options.images, options.texts, options.pairs, options.text_length, tuple(options.caption_lengths)
     )
-    contenders = model_contenders(config, batch, device)
-    losses = assert_equal_losses(contenders)
-    seconds = times(contenders, options.repeats, device)
-    memory = [activation_bytes(contender, device) for contender in contenders]
-    ours, three, theirs = map(median, seconds)
-    return {
-        "ratio_vs_torchscale": theirs / ours,
-        "ratio_vs_three_passes": three / ours,
-        "activation_memory_ratio_vs_torchscale": memory[0] / memory[2],
+    with threads(options.threads):
+        return _measure(options, config, batch, device)
+
+
+def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device: torch.device) -> dict[str, Any]:
+    contenders = model_contenders(
+        config, batch, device, options.precision == "bf16", options.compile, alone=options.alone
+    )
+    with torch.no_grad():
+        losses = contenders[0].forward()[1].tolist()
+    names = [contender.name for contender in contenders]
+    with MatrixProducts() as products:
+        contenders[0].forward()[0].backward()
+        contenders[0].optimizer.zero_grad()
+    seconds = in_turns([contender.step for contender in contenders], options.repeats, device)
+    alone = products.seconds(device, options.repeats)
+    memory = {c.name: activation_bytes(c, device) / 1e9 for c in contenders if c.name != THEIRS_FUSED}
+    wall = {name: median(taken.wall) for name, taken in zip(names, seconds, strict=True)}
+    process = {name: median(taken.process) for name, taken in zip(names, seconds, strict=True)}
+    ours = names[0]
+    ratio = lambda of, name: of[name] / of[ours] if name in of else None  # noqa: E731
+    flops = int(host_totals([batch], config)[5])
+    peak = peak_flops(device) if options.precision == "bf16" else None
+    record = {
+        "ratio_vs_torchscale": ratio(wall, THEIRS),
+        "ratio_vs_torchscale_fused_adamw": ratio(wall, THEIRS_FUSED),
+        "ratio_vs_torchscale_compiled": ratio(wall, THEIRS_COMPILED),
+        "ratio_vs_three_passes": ratio(wall, "ours, three passes"),
+        "cpu_ratio_vs_torchscale": ratio(process, THEIRS),
+        "cpu_ratio_vs_torchscale_fused_adamw": ratio(process, THEIRS_FUSED),
+        "activation_memory_ratio_vs_torchscale": memory[ours] / memory[THEIRS] if THEIRS in memory else None,
+        "matmul_share": median(alone.wall) / wall[ours],
+        "cpu_matmul_share": median(alone.process) / process[ours],
+        "matmul_tflops": products.flops() / median(alone.wall) / 1e12,
+        "model_tflops": flops / wall[ours] / 1e12,
+        "mfu": None if peak is None else flops / wall[ours] / peak,
         "losses": dict(zip(STREAMS, losses, strict=True)),
         "contenders": [
-            {
-                "name": contender.name,
-                "step_s": median(taken),
-                "fastest_s": min(taken),
-                "slowest_s": max(taken),
-                "activation_gb": kept / 1e9,
-            }
-            for contender, taken, kept in zip(contenders, seconds, memory, strict=True)
+            {"name": name, **taken.record(), "step_s": median(taken.wall), "activation_gb": memory.get(name)}
+            for name, taken in zip(names, seconds, strict=True)
         ],
         "tokens": sum(layout_of(batch).segments),
         "options": {name: value for name, value in vars(options).items() if name not in ("measure", "table", "json")},
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
-            "precision": "fp32",
+            "precision": options.precision,
             "torch": torch.__version__,
             "torchscale": version("torchscale"),
         },
     }
+    if options.profile:
+        record["profile"] = profile_table(contenders[0].step, device)
+    return record
+
+
+def growing_step(
+    layers: int, width: int, batch: int, text_length: int, device: torch.device
+) -> tuple[Callable[[], Any], int]:
+    """A training step of ours in the paper's architecture, `batch` samples of each stream, and its FLOPs."""
+    config = ModelConfig(
+        layers=layers,
+        width=width,
+        heads=width // 64,
+        ffn_width=4 * width,
+        patch_size=16,
+        vl_expert_layers=0,
+        drop_path=0.0,
+        vocab_size=8010,
+    )
+    micro_batch = random_micro_batch(config, batch, batch, batch, text_length, (8, 64))
+    objective = MaskedDataModeling(BEiT3(config).to(device), ObjectiveConfig(), seed=0)
+    codes = torch.zeros(micro_batch.image_mask.shape, dtype=torch.int64, device=device)
+    counts = torch.tensor(masked_counts(micro_batch), device=device)
+    step = (*prepare(micro_batch, device, lambda _: codes), counts, 0)
+    ours = Contender("ours", objective.model, lambda: objective(*step), adamw(objective, fused=True))
+    return ours.step, int(host_totals([micro_batch], config)[5])
 
 
 def model_table(record: dict[str, Any]) -> str:
@@ -370,16 +468,25 @@ def model_table(record: dict[str, Any]) -> str:
         f"torchscale {machine['torchscale']}, {options['repeats']} repeats",
         "equal losses: " + ", ".join(f"{name} {loss:.5f}" for name, loss in record["losses"].items()),
         "",
-        f"{'':26}{'s/step':>8}{'fastest':>9}{'slowest':>9}{'its time / ours':>17}{'activations':>14}{'ours / its':>12}",
+        f"{'':27}{'s/step':>8}{'fastest':>9}{'slowest':>9}{'CPU s':>8}{'its time / ours':>17}{'CPU':>7}"
+        f"{'activations':>14}{'ours / its':>12}",
     ]
     ours = contenders[0]
     for it in contenders:
+        kept = it["activation_gb"]
         lines.append(
-            f"{it['name']:26}{it['step_s']:8.3f}{it['fastest_s']:9.3f}{it['slowest_s']:9.3f}"
-            f"{it['step_s'] / ours['step_s']:17.3f}{it['activation_gb']:11.3f} GB"
-            f"{ours['activation_gb'] / it['activation_gb']:12.3f}"
+            f"{it['name']:27}{it['step_s']:8.3f}{it['fastest_s']:9.3f}{it['slowest_s']:9.3f}{it['cpu_s']:8.3f}"
+            f"{it['step_s'] / ours['step_s']:17.3f}{it['cpu_s'] / ours['cpu_s']:7.3f}"
+            + (f"{kept:11.3f} GB{ours['activation_gb'] / kept:12.3f}" if kept else "")
         )
-    return "\n".join(lines)
+    mfu = "unknown peak" if record["mfu"] is None else f"{record['mfu']:.1%} of the device's peak"
+    lines += [
+        "",
+        f"our matrix products alone take {record['matmul_share']:.1%} of our step ({record['cpu_matmul_share']:.1%} in "
+        f"CPU time): {record['matmul_tflops']:.3f} TFLOP/s",
+        f"our step: {record['model_tflops']:.3f} TFLOP/s of the model; {mfu}",
+    ]
+    return "\n".join(lines + (["", record["profile"]] if "profile" in record else []))
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -401,11 +508,21 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument(
         "--caption_lengths", type=int, nargs=2, default=(8, 64), metavar="N", help="fewest and most words of a caption"
     )
-    model.add_argument("--repeats", type=int, default=5, help="timed steps of each, in turns, after one to warm up")
+    model.add_argument("--repeats", type=int, default=7, help="timed steps of each, in turns, after one to warm up")
+    model.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
+    model.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: torchscale in autocast")
+    model.add_argument("--compile", action="store_true", help="also torchscale compiled and with fused attention")
+    model.add_argument("--alone", action="store_true", help="only ours: for sizes at which torchscale does not fit")
+    model.add_argument("--profile", action="store_true", help="also the operations that our step spends its time in")
     model.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     benchmark_data.add_command(commands)
     benchmark_checkpoint.add_command(commands)
+    benchmark_kernels.add_commands(commands)
+    benchmark_growth.add_command(commands, growing_step)
     options = parser.parse_args(arguments)
+    if options.measure in (benchmark_kernels.benchmark_pairs, benchmark_growth.benchmark_growth):
+        options.check(options)
+        return options
     if options.measure is benchmark_checkpoint.benchmark_checkpoint:
         benchmark_checkpoint.check(options)
         return options

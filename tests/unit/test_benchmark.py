@@ -10,6 +10,8 @@ from torch import nn
 
 from beit3_dist.config import ModelConfig
 from tools import benchmark
+from tools.benchmark import benchmark_growth, benchmark_kernels
+from tools.benchmark_measure import MatrixProducts, kept_bytes, peak_bytes
 
 TINY = [
     *("--layers", 2, "--width", 16, "--heads", 2, "--ffn_width", 24, "--patch_size", 8, "--image_size", 32),
@@ -27,8 +29,12 @@ def run(*arguments: object) -> int:
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("model", "--json", *TINY) == 0
     record = json.loads(capsys.readouterr().out)
-    ours, three, theirs = record["contenders"]
+    ours, three, theirs, fused = record["contenders"]
     assert record["ratio_vs_torchscale"] == theirs["step_s"] / ours["step_s"] > 0
+    assert record["ratio_vs_torchscale_fused_adamw"] == fused["step_s"] / ours["step_s"]
+    assert record["cpu_ratio_vs_torchscale"] == theirs["cpu_s"] / ours["cpu_s"]
+    assert record["ratio_vs_torchscale_compiled"] is None and record["mfu"] is None and "profile" not in record
+    assert 0 < record["matmul_share"] and 0 < record["model_tflops"]
     assert record["ratio_vs_three_passes"] == three["step_s"] / ours["step_s"]
     ratio = ours["activation_gb"] / theirs["activation_gb"]
     assert record["activation_memory_ratio_vs_torchscale"] == pytest.approx(ratio) and ratio > 0
@@ -41,7 +47,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("model", *TINY) == 0
     printed = capsys.readouterr().out
-    assert printed.count("\n") == 8
+    assert printed.count("\n") == 12
     assert "equal losses: image" in printed and "ours, one pass" in printed and "torchscale, three passes" in printed
 
 
@@ -53,17 +59,17 @@ def contenders() -> list[benchmark.Contender]:
 
 
 def test_nothing_is_timed_unless_losses_are_equal() -> None:
-    three = contenders()
-    assert len(benchmark.assert_equal_losses(three)) == 4
+    all_of_them = contenders()
+    assert len(benchmark.assert_equal_losses(all_of_them)) == 4
     with torch.no_grad():
-        three[2].model.beit3.encoder.layers[1].ffn.B.fc1.bias[0] += 1e-2
+        all_of_them[2].model.beit3.encoder.layers[1].ffn.B.fc1.bias[0] += 1e-2
     with pytest.raises(AssertionError, match="losses of torchscale, three passes differ"):
-        benchmark.assert_equal_losses(three)
+        benchmark.assert_equal_losses(all_of_them)
 
 
 def test_a_step_of_each_learns_the_same() -> None:
     """The timed steps are the whole and the same work: after three of them all losses have fallen alike."""
-    ours, three, theirs = contenders()
+    ours, three, theirs, _ = contenders()
     before = sum(benchmark.assert_equal_losses([ours, theirs]))
     for _ in range(3):
         ours.step()
@@ -73,17 +79,114 @@ def test_a_step_of_each_learns_the_same() -> None:
     assert three.model is ours.model and three.optimizer is ours.optimizer
 
 
-def test_saved_bytes_of_a_known_graph() -> None:
-    """x [5, 3] -> linear [4] -> exp: saved are x, the weight, which is a parameter, and exp's result, once for exp and
-    once for its square."""
-    model, x = nn.Linear(3, 4), torch.ones(5, 3, requires_grad=True)
+def test_ours_alone_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("model", "--json", *TINY, "--alone", "--precision", "bf16", "--profile", "--threads", 1) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [it["name"] for it in record["contenders"]] == ["ours, one pass"]
+    assert record["ratio_vs_torchscale"] is record["activation_memory_ratio_vs_torchscale"] is None
+    assert record["machine"]["threads"] == 1 and "AdamW" in record["profile"]
 
-    def forward() -> tuple[torch.Tensor, torch.Tensor]:
-        y = model(x).exp()
-        return (y * y).sum(), y.detach()
 
+@pytest.mark.slow
+def test_compiled_with_fused_attention_computes_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal losses are asserted inside."""
+    assert run("model", "--json", *TINY, "--compile") == 0
+    record = json.loads(capsys.readouterr().out)
+    compiled = record["contenders"][4]
+    assert record["ratio_vs_torchscale_compiled"] == compiled["step_s"] / record["contenders"][0]["step_s"]
+
+
+def test_bf16_learns_from_fp32_masters() -> None:
+    """A change that bf16 rounds away adds up in the masters: twenty steps of 1e-4 from 1 are 0.998, not 1."""
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.ones_(model.weight)
+    optimizer = benchmark.MasterAdamW(model)
+    for _ in range(20):
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.masters[0].item() == pytest.approx(1 - 20e-4 - 20 * 1e-4 * 0.05, rel=1e-5)
+    assert model.weight.grad is None and model.weight.item() == torch.tensor(0.9979).bfloat16().item() < 1
+
+
+def test_peak_bytes_of_a_known_graph() -> None:
+    """x [5, 3] -> linear [4] -> exp -> square: the linear's result is freed once exp has its own. At the peak, the
+    backward pass, exp's result lives with gradients of its own size."""
+    model, x = nn.Linear(3, 4), torch.ones(5, 3)
+    forward = lambda: model(x).exp()  # noqa: E731
+    assert kept_bytes(forward, CPU) == 4 * 20
+    assert peak_bytes(forward, CPU) == 4 * 2 * 20
+    with torch.no_grad():
+        assert kept_bytes(forward, CPU) == 0
+    assert peak_bytes(lambda: x.t().view(3, 5)[1:], CPU) == 0, "views of what was there before need no memory"
+
+
+def test_gradients_that_exist_do_not_count() -> None:
+    model = nn.Linear(300, 400)
+    forward = lambda: (model(torch.ones(1, 300)).sum(), torch.ones(1))  # noqa: E731
     contender = benchmark.Contender("known", model, forward, benchmark.adamw(model))
-    assert benchmark.activation_bytes(contender, CPU) == 4 * (5 * 3 + 5 * 4)
+    peak = benchmark.activation_bytes(contender, CPU)
+    gradient = 4 * 300 * 400
+    assert gradient <= peak < 1.1 * gradient, "the new gradient lives until it is added to the old one"
+    assert model.weight.grad is None
+
+
+def test_matrix_products_of_a_known_step() -> None:
+    """A linear layer without input gradient: one product forward, one backward. Attention of N = 5, d = 4 in 2 heads:
+    two products forward, four backward."""
+    model, x = nn.Linear(3, 4), torch.ones(5, 3)
+    with MatrixProducts() as products:
+        model(x).sum().backward()
+    assert sum(products.counts.values()) == 2 and products.flops() == 2 * (2 * 5 * 3 * 4)
+    q = torch.ones(1, 2, 5, 4, requires_grad=True)
+    with MatrixProducts() as products:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert sum(products.counts.values()) == 6 and products.flops() == 6 * (2 * 2 * 5 * 5 * 4)
+    assert len(products.seconds(CPU, 2).wall) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- other parts
+
+
+SMALL = {
+    "attention": ["--samples", 2, "--patches", 4, "--text_length", 3, "--heads", 2],
+    "kernels": ["--tokens", 8, "--ffn_width", 16, "--masked", 4, "--classes", 20],
+}
+
+
+@pytest.mark.parametrize("command", SMALL)
+def test_operations(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, *SMALL[command], "--repeats", 2, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["ratio"] == row["plain"]["median_s"] / row["ours"]["median_s"]
+        assert row["kept_ratio"] == pytest.approx(row["ours"]["kept_mb"] / row["plain"]["kept_mb"])
+    assert run(command, *SMALL[command], "--repeats", 2) == 0
+    assert rows[0]["name"] in capsys.readouterr().out
+
+
+def test_operations_are_not_timed_unless_equal() -> None:
+    pair = benchmark_kernels.Pair("this", [torch.ones(3, requires_grad=True)], lambda x: x * 1.001, lambda x: x * 1)
+    with pytest.raises(AssertionError, match="this differs from its definition by 1.0e-03"):
+        benchmark_kernels.assert_equal(pair)
+
+
+def test_growth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(benchmark_growth, "SERIES", {"layers": (1, 2)})
+    monkeypatch.setattr(benchmark_growth, "BASE", {"layers": 1, "width": 64, "batch": 1, "text_length": 9})
+    assert run("growth", "--axes", "layers", "--repeats", 1, "--json") == 0
+    series = json.loads(capsys.readouterr().out)["series"]["layers"]
+    assert [point["layers"] for point in series["points"]] == [1, 2]
+    assert series["points"][0]["flops"] < series["points"][1]["flops"]
+    assert run("growth", "--axes", "layers", "--repeats", 1) == 0
+    assert "time = c * FLOPs^" in capsys.readouterr().out
+
+
+def test_exponents() -> None:
+    flops = [1e9, 3e9, 1e10]
+    assert benchmark_growth.exponent(flops, [5 * x for x in flops]) == pytest.approx(1)
+    assert benchmark_growth.exponent(flops, [x**0.5 for x in flops]) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

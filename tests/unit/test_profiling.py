@@ -1,0 +1,34 @@
+"""The profile of a run's steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit3_dist.training.profiling import SKIPPED, StepProfiler
+
+CPU = torch.device("cpu")
+
+
+def train(profiler: StepProfiler, steps: int) -> None:
+    with profiler:
+        for step in range(steps):
+            torch.ones(step + 1, 3) @ torch.ones(3, 2)  # the number of rows tells the step
+            profiler.step()
+
+
+@pytest.mark.parametrize(("steps", "run"), [(2, 8), (5, SKIPPED + 1)], ids=["some", "until the run ends"])
+def test_trace_and_table(steps: int, run: int, tmp_path: Path) -> None:
+    train(StepProfiler(steps, tmp_path / "profile", CPU), run)
+    trace = json.loads((tmp_path / "profile" / "trace.json").read_text())
+    products = [event for event in trace["traceEvents"] if event.get("name") == "aten::mm"]
+    assert len(products) == min(steps, run - SKIPPED), "the first steps are left out, and all after the last"
+    assert "aten::mm" in (tmp_path / "profile" / "kernels.txt").read_text()
+
+
+def test_nothing_is_profiled_unless_asked_for(tmp_path: Path) -> None:
+    train(StepProfiler(0, tmp_path / "profile", CPU), 4)
+    assert not (tmp_path / "profile").exists()

@@ -1,0 +1,91 @@
+"""The `growth` part of tools/benchmark.py: step time against FLOPs, as one size of the model or batch grows at a time.
+
+A step that is bound by its matrix products takes a time proportional to its FLOPs. Every series is fitted by
+time = c * FLOPs^p; p = 1 is proportional. Seconds per FLOP are also given relative to the series' largest step.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from collections.abc import Callable
+from statistics import linear_regression, median
+from typing import Any
+
+import torch
+from benchmark_measure import in_turns, threads
+
+BASE = {"layers": 4, "width": 512, "batch": 2, "text_length": 128}
+"""What the other sizes are while one grows."""
+SERIES = {
+    "layers": (2, 4, 8, 16),
+    "width": (256, 512, 768, 1024),
+    "batch": (1, 2, 4, 8),
+    "text_length": (128, 256, 512, 1020),
+}
+
+StepOf = Callable[..., tuple[Callable[[], Any], int]]
+"""(layers, width, batch, text_length, device) -> one training step, and its FLOPs."""
+
+
+def benchmark_growth(options: Namespace) -> dict[str, Any]:
+    """Times every series."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    series = {}
+    with threads(options.threads):
+        for axis in options.axes:
+            points = []
+            for value in SERIES[axis]:
+                step, flops = options.step_of(**(BASE | {axis: value}), device=device)
+                taken = in_turns([step], options.repeats, device)[0]
+                points.append(
+                    {axis: value, "flops": flops, "step_s": median(taken.wall), "cpu_s": median(taken.process)}
+                )
+            series[axis] = {"points": points} | {
+                f"exponent_{clock}": exponent([p["flops"] for p in points], [p[clock] for p in points])
+                for clock in ("step_s", "cpu_s")
+            }
+    return {"device": str(device), "threads": options.threads or torch.get_num_threads(), "series": series}
+
+
+def exponent(flops: list[float], seconds: list[float]) -> float:
+    """p of time = c * FLOPs^p, by least squares of the logarithms."""
+    return linear_regression([math.log(x) for x in flops], [math.log(x) for x in seconds]).slope
+
+
+def table(record: dict[str, Any]) -> str:
+    """`benchmark_growth`'s record for people."""
+    lines = [
+        f"{record['device']}, {record['threads']} threads; time per FLOP relative to the largest step of a series",
+        f"{'':>20}{'TFLOP':>9}{'s/step':>9}{'per FLOP':>10}{'CPU s':>9}{'per FLOP':>10}",
+    ]
+    for axis, series in record["series"].items():
+        largest = max(series["points"], key=lambda point: point["flops"])
+        for point in series["points"]:
+            cells = f"{axis + ' ' + str(point[axis]):>20}{point['flops'] / 1e12:9.3f}"
+            for clock in ("step_s", "cpu_s"):
+                relative = point[clock] / point["flops"] / (largest[clock] / largest["flops"])
+                cells += f"{point[clock]:9.3f}{relative:10.3f}"
+            lines.append(cells)
+        lines.append(
+            f"{'':>20}time = c * FLOPs^{series['exponent_step_s']:.3f}; CPU time {series['exponent_cpu_s']:.3f}"
+        )
+    return "\n".join(lines)
+
+
+def check(options: Namespace) -> None:
+    """Raises ValueError for what cannot be measured."""
+    if options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats} is less than 1")
+
+
+def add_command(commands: Any, step_of: StepOf) -> None:
+    """`growth`."""
+    command = commands.add_parser(
+        "growth", help="step time against FLOPs", formatter_class=ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(measure=benchmark_growth, table=table, check=check, step_of=step_of)
+    command.add_argument("--axes", nargs="+", choices=tuple(SERIES), default=tuple(SERIES), help="what grows")
+    command.add_argument("--repeats", type=int, default=3, help="timed steps of each size, after one that warms up")
+    command.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -1,0 +1,203 @@
+"""What the benchmarks measure with: clocks, memory, and the time of matrix products alone."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Medians and spread of one contender's turns."""
+
+    wall: list[float]
+    """Seconds that passed."""
+    process: list[float]
+    """Seconds of processors that this process used, all threads together; of use where others use the machine."""
+
+    def record(self) -> dict[str, float]:
+        """For --json."""
+        return {
+            "median_s": median(self.wall),
+            "fastest_s": min(self.wall),
+            "slowest_s": max(self.wall),
+            "cpu_s": median(self.process),
+        }
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(actions: Sequence[Callable[[], Any]], repeats: int, device: torch.device) -> list[Seconds]:
+    """Times the actions one after the other, `repeats` rounds after one that warms up."""
+    taken = [Seconds([], []) for _ in actions]
+    for repeat in range(repeats + 1):
+        for action, seconds in zip(actions, taken, strict=True):
+            synchronize(device)
+            wall, process = time.perf_counter(), time.process_time()
+            action()
+            synchronize(device)
+            if repeat:
+                seconds.wall.append(time.perf_counter() - wall)
+                seconds.process.append(time.process_time() - process)
+    return taken
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+class Allocations(TorchDispatchMode):
+    """Follows the bytes of all tensors that operations make while it is active: the CPU allocator keeps no peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs)):  # what was there before does not count
+            self._known.setdefault(tensor.untyped_storage(), None)
+        out = operation(*args, **(kwargs or {}))
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            if storage not in self._known:
+                self._known[storage] = None
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes()).atexit = False
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:
+    """Largest sum of what exists at once of the tensors that `action` makes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return torch.cuda.max_memory_allocated(device) - before
+    with Allocations() as allocations:
+        action()
+    return allocations.peak
+
+
+def kept_bytes(action: Callable[[], Tensor], device: torch.device) -> int:
+    """What still exists of the tensors that `action` makes while its result is held: a forward pass's graph."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        held = action()
+        torch.cuda.synchronize(device)
+        kept = torch.cuda.memory_allocated(device) - before
+        return kept if held.requires_grad else 0
+    with Allocations() as allocations:
+        held = action()
+        return allocations.now if held.requires_grad else 0
+
+
+# -------------------------------------------------------------------------------------------------- matrix products
+
+Product = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]], torch.dtype]
+"""(shape, strides) of both factors, and their type."""
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Counts the matrix products of the operations that run while it is active.
+
+    A fused attention counts as the two products of batches that it stands for, its backward pass as four.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Product] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self._add(args[0], args[1])
+        elif name in ("addmm", "baddbmm"):
+            self._add(args[1], args[2])
+        elif "scaled_dot_product" in name:
+            q, k, v = args[1:4] if name.endswith("backward") else args[:3]
+            for _ in range(2 if name.endswith("backward") else 1):
+                self._add(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+                self._add(q.new_empty(q.shape[0] * q.shape[1], q.shape[2], k.shape[2]), v.flatten(0, 1))
+        return operation(*args, **(kwargs or {}))
+
+    def _add(self, left: Tensor, right: Tensor) -> None:
+        describe = lambda t: (tuple(t.shape), t.stride())  # noqa: E731
+        self.counts[(describe(left), describe(right), left.dtype)] += 1
+
+    def flops(self) -> int:
+        """Of all of them together."""
+        return sum(
+            2 * count * torch.Size(left[0]).numel() * right[0][-1] for (left, right, _), count in self.counts.items()
+        )
+
+    def seconds(self, device: torch.device, repeats: int) -> Seconds:
+        """What they take alone: each distinct one is timed by itself, into a result that is there already."""
+        total = Seconds([0.0] * repeats, [0.0] * repeats)
+        for (left, right, dtype), count in self.counts.items():
+            if 0 in (*left[0], *right[0]):
+                continue
+            a, b = (torch.empty_strided(*factor, dtype=dtype, device=device).normal_() for factor in (left, right))
+            out = torch.matmul(a, b)
+            product = torch.bmm if a.ndim == 3 else torch.mm
+            taken = in_turns([lambda product=product, a=a, b=b, out=out: product(a, b, out=out)], repeats, device)[0]
+            for sums, one in ((total.wall, sorted(taken.wall)), (total.process, sorted(taken.process))):
+                for rank, seconds in enumerate(one):
+                    sums[rank] += count * seconds
+        return total
+
+
+# ---------------------------------------------------------------------------------------------------------- profile
+
+
+def profile_table(action: Callable[[], Any], device: torch.device, rows: int = 25) -> str:
+    """The operations of one call that take longest by themselves: time, share, calls."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        action()
+        synchronize(device)
+    time_of = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total  # noqa: E731
+    events = sorted(profiler.key_averages(), key=time_of, reverse=True)
+    total = sum(map(time_of, events))
+    lines = [f"{'operation':60}{'ms':>10}{'share':>8}{'calls':>8}"]
+    lines += [
+        f"{event.key[:58]:60}{time_of(event) / 1e3:10.2f}{time_of(event) / total:8.1%}{event.count:8}"
+        for event in events[:rows]
+    ]
+    return "\n".join(lines)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, operations use so many threads; None: as many as torch likes."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count or usual)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
