@@ -115,9 +115,9 @@ def test_preempted_and_requeued_is_the_undisturbed_run(
     assert done < STEPS and (disturbed / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}"
 
     def restarted() -> bool:
-        """Asks Slurm not to wait for two minutes; it listens once all of the first attempt is cleared away."""
-        if state(cluster, job) == "PENDING":
-            slurm(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Asks Slurm not to wait for two minutes; it refuses until all of the first attempt is cleared away."""
+        now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+        subprocess.run(now, env=cluster, capture_output=True, timeout=60)
         return state(cluster, job) == "RUNNING"
 
     wait("second attempt", restarted, log)
