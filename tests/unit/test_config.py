@@ -80,6 +80,8 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("optim", {"beta2": 1.0}, "optim.beta1 and optim.beta2 must lie in [0, 1)"),
     ("checkpoint", {"every": 0}, "checkpoint.every must be positive, not 0"),
     ("checkpoint", {"keep": -1}, "checkpoint.keep=-1 is negative"),
+    ("checkpoint", {"keep_every": -1}, "checkpoint.keep_every=-1 is negative"),
+    ("checkpoint", {"every": 4, "keep_every": 6}, "checkpoint.keep_every=6 is not divisible by checkpoint.every=4"),
     ("eval", {"every": -1}, "eval.every=-1 is negative"),
     ("eval", {"batches": 0}, "eval.batches must be positive, not 0"),
     ("eval", {"every": 5, "images": "i", "pairs": "p"}, "eval.texts is empty but eval.every=5"),
