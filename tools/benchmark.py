@@ -93,6 +93,8 @@ _STUBS = {
     "fairscale": _module("fairscale"),
     "fairscale.nn": _module("fairscale.nn", checkpoint_wrapper=_identity, wrap=_identity),
 }
+_torchscale: dict[str, types.ModuleType] = {}
+"""torchscale's modules and the stubs, which are there only while it is imported."""
 
 
 def torchscale_beit3(config: ModelConfig) -> nn.Module:
@@ -101,6 +103,8 @@ def torchscale_beit3(config: ModelConfig) -> nn.Module:
     with mock.patch.dict(sys.modules, _STUBS):
         encoder_config = importlib.import_module("torchscale.architecture.config").EncoderConfig
         beit3 = importlib.import_module("torchscale.model.BEiT3").BEiT3
+        _torchscale.clear()
+        _torchscale.update({name: it for name, it in sys.modules.items() if name in _STUBS or "torchscale" in name})
     arguments = encoder_config(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -354,11 +358,12 @@ def torchscale_contenders(ours: BEiT3, batch: MicroBatch, codes: Tensor, bf16: b
         Contender(THEIRS_FUSED, theirs, forward, fused),
     ]
     if compiled:
-        attention = importlib.import_module("torchscale.component.multihead_attention").MultiheadAttention
+        attention = next(type(module) for module in theirs.modules() if type(module).__name__ == "MultiheadAttention")
         beit3 = torch.compile(theirs.beit3)
 
         def forward_compiled() -> tuple[Tensor, Tensor]:
-            with mock.patch.object(attention, "forward", fused_attention):
+            # The compiler looks modules up by their names, so torchscale's have to be there again.
+            with mock.patch.dict(sys.modules, _torchscale), mock.patch.object(attention, "forward", fused_attention):
                 return forward(beit3)
 
         contenders.append(Contender(THEIRS_COMPILED, theirs, forward_compiled, fused))
