@@ -226,7 +226,7 @@ def parse(arguments: list[str] | None) -> Namespace:
         build_demo,
         "Six small tasks from data sets that pip brings, with their pictures. vqa (and questions: the same without "
         "pictures, for task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's "
-        "drawings and their names (CC-BY-SA-4.0); text: the part of speech of the GCIDE dictionary's definitions (GPL). "
+        "drawings and their names (CC-BY-SA-4.0); text: parts of speech of the GCIDE dictionary's definitions (GPL). "
         "data.images is OUT. Returns at once if OUT is complete.",
         "",
         words=True,
