@@ -6,6 +6,7 @@ loader processes hold no state: resuming is asking for the next request.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -28,6 +29,9 @@ from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, Sampl
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
 
+LIBC = ctypes.CDLL(None)
+MADV_POPULATE_WRITE = 23
+"""Number of the advice in Linux's asm-generic/mman-common.h."""
 MAX_DESCRIPTORS = 65536
 """Upper bound of what `loader` raises the limit of open files to."""
 
@@ -403,6 +407,8 @@ def pixels(count: int, size: int) -> torch.Tensor:
     if get_worker_info() is None:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
     shared = torch.UntypedStorage._new_shared(count * size * size * 3)  # what torch's own collation does
+    # All pages at once, in half the time of touching them one by one; a kernel before 5.14 knows no such advice.
+    LIBC.madvise(ctypes.c_void_p(shared.data_ptr()), ctypes.c_size_t(shared.nbytes()), MADV_POPULATE_WRITE)
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(count, size, size, 3)
 
 
