@@ -35,6 +35,7 @@ def _work(rank: int, world: int, tensor: int, pipeline: int, port: int, tasks: C
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(world),
+        LOCAL_SIZE=str(world),  # or DeepSpeed starts a program to count devices, at every reduction
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
