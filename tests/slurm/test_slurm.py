@@ -93,7 +93,7 @@ def wait(what: str, happened: Callable[[], bool], log: Path, seconds: float = 20
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"no {what} in {seconds} s:\n{log.read_text() if log.exists() else ''}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def trained(out: Path, steps: int) -> bool:
@@ -115,9 +115,10 @@ def test_preempted_and_requeued_is_the_undisturbed_run(
     assert done < STEPS and (disturbed / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}"
 
     def restarted() -> bool:
-        """Asks Slurm not to wait for two minutes; it refuses until all of the first attempt is cleared away."""
-        now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-        subprocess.run(now, env=cluster, capture_output=True, timeout=60)
+        """Asks Slurm not to wait for two minutes, once it says that this is all it waits for."""
+        if "Reason=BeginTime" in slurm(cluster, "scontrol", "show", "job", job):
+            now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+            subprocess.run(now, env=cluster, capture_output=True, timeout=60)  # it may just have begun by itself
         return state(cluster, job) == "RUNNING"
 
     wait("second attempt", restarted, log)
