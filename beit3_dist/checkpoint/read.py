@@ -35,15 +35,17 @@ def load(path: Path, pieces: Iterable[Piece]) -> None:
             shards.fill(target, piece, suffix)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path, suffix: str = "") -> dict[str, Tensor]:
     """The whole model of a checkpoint, name -> float32 tensor on the CPU, in one process and without DeepSpeed.
+
+    `suffix`: "" for the weights, "/ema" for their moving average.
 
     Raises Damaged where a file is not what was saved.
     """
     if wrong := wrong_digests(path, read_manifest(path)):
         raise Damaged("; ".join(wrong))
     shards = Shards(path)
-    return {name: shards.whole(name, "") for name in shards.names}
+    return {name: shards.whole(name, suffix) for name in shards.names}
 
 
 @dataclass(frozen=True)
@@ -120,18 +122,23 @@ class Shards:
         begin, stop = piece.start, piece.start + target.numel()
         at_a_time = max(1, BUFFER // columns)
         for row in range(begin // len(mine), -(-stop // len(mine)), at_a_time):
-            count = min(at_a_time, rows - row)
-            block = torch.zeros(count, len(mine))
-            for cut in dict.fromkeys(other.cut for other in stored):
-                strip = _strip(cut, piece.shape, rows)
-                shared = range(max(mine.start, strip.start), min(mine.stop, strip.stop, columns))
-                if shared:
-                    flat = torch.empty(count * len(strip))
-                    self._copy(flat, row * len(strip), [other for other in stored if other.cut == cut], key)
-                    values = flat.view(count, -1)[:, shared.start - strip.start : shared.stop - strip.start]
-                    block[:, shared.start - mine.start : shared.stop - mine.start] = values
-            first, last = max(begin, row * len(mine)), min(stop, (row + count) * len(mine))
-            target[first - begin : last - begin] = block.view(-1)[first - row * len(mine) : last - row * len(mine)]
+            block = range(row, min(row + at_a_time, rows))
+            first, last = max(begin, block.start * len(mine)), min(stop, block.stop * len(mine))
+            inside = slice(first - block.start * len(mine), last - block.start * len(mine))
+            target[first - begin : last - begin] = self._block(block, mine, columns, stored, key)[inside]
+
+    def _block(self, rows: range, mine: range, columns: int, stored: list[_Stored], key: str) -> Tensor:
+        """The columns `mine`, of which those from `columns` on are padding, of some rows; flattened."""
+        block = torch.zeros(len(rows), len(mine))
+        for cut in dict.fromkeys(other.cut for other in stored):
+            strip = _strip(cut, stored[0].shape, math.prod(stored[0].shape) // columns)
+            shared = range(max(mine.start, strip.start), min(mine.stop, strip.stop, columns))
+            if shared:
+                flat = torch.empty(len(rows) * len(strip))
+                self._copy(flat, rows.start * len(strip), [other for other in stored if other.cut == cut], key)
+                values = flat.view(len(rows), -1)[:, shared.start - strip.start : shared.stop - strip.start]
+                block[:, shared.start - mine.start : shared.stop - mine.start] = values
+        return block.view(-1)
 
     def _copy(self, target: Tensor, start: int, stored: list[_Stored], key: str) -> None:
         """Copies elements [start, start + numel) of what the pieces, which do not overlap, hold together."""
