@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,9 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
                 for f in fragments(engine.model, engine.optimizer)
             }
     record["weights"] = _weights(engine)
+    if config.parallel.zero_stage == 3:
+        parameters: Iterable[Any] = engine.model.parameters()
+        assert all(p.numel() == 0 for p in parameters if p.ds_numel > 1000), "ZeRO-3 keeps matrices gathered"
     return record
 
 
