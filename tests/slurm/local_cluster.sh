@@ -38,6 +38,8 @@ SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+# The nodes have more CPUs than this machine, so that three small jobs run side by side.
+SlurmdParameters=config_overrides
 MpiDefault=none
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,sched_min_interval=0
@@ -46,8 +48,8 @@ SelectTypeParameters=CR_CPU
 JobRequeue=1
 KillWait=30
 ReturnToService=2
-NodeName=127.0.0.1 NodeAddr=127.0.0.1 NodeHostname=$(hostname) Port=$(free_port) CPUs=2 State=UNKNOWN
-NodeName=127.0.0.2 NodeAddr=127.0.0.1 NodeHostname=$(hostname) Port=$(free_port) CPUs=2 State=UNKNOWN
+NodeName=127.0.0.1 NodeAddr=127.0.0.1 NodeHostname=$(hostname) Port=$(free_port) CPUs=4 State=UNKNOWN
+NodeName=127.0.0.2 NodeAddr=127.0.0.1 NodeHostname=$(hostname) Port=$(free_port) CPUs=4 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=YES
 CONF
     setsid slurmctld -D >"$dir/slurmctld.out" 2>&1 &
