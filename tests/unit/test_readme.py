@@ -12,6 +12,7 @@ import yaml
 
 from beit3_dist.config import ModelConfig, RunConfig
 from beit3_dist.model import BEiT3, parameter_counts
+from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -59,7 +60,12 @@ def test_layout_of_the_code_is_the_folders() -> None:
 
 
 def test_options_that_it_names_are_fields() -> None:
-    known = field_names(RunConfig) | field_names(TokenizerConfig) | {"config", "help", "print_config"}
+    known = (
+        field_names(RunConfig)
+        | field_names(TokenizerConfig)
+        | field_names(FinetuneConfig)
+        | {"config", "help", "print_config"}
+    )
     dotted = set(re.findall(r"--([a-z_]+\.[a-z_.]+[a-z])", README))
     assert dotted and not dotted - known
 

@@ -1,0 +1,149 @@
+"""What is wrong with a fine-tuning run is one line before anything starts; recipes say what the released ones say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beit3_dist.command_line import parse
+from beit3_dist.config import ModelConfig, ParallelConfig
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model import BEiT3
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig
+from beit3_dist.training.finetune_preflight import prepare_finetuning, read_classes, resolve_epochs
+from beit3_dist.training.optimizer import layered_groups
+from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
+
+MESH = Mesh(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
+RECIPES = sorted((Path(__file__).parents[2] / "launchers/recipes/finetune").glob("*.yaml"))
+MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=32, vocab_size=310,
+                    visual_vocab_size=8, vl_expert_layers=1, max_text_length=16)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preflight")
+    train_tokenizer(folder / "text.spm")
+    (folder / "0.png").write_bytes(picture(0))
+    words = TextTokenizer(str(folder / "text.spm")).encode("what is this")
+    line = {"image_path": "0.png", "text_segment": words, "labels": [1], "scores": [1.0], "qid": 3}
+    (folder / "vqa.jsonl").write_text((json.dumps(line) + "\n") * 8)
+    (folder / "answers.txt").write_text("no\nyes\n")
+    return folder
+
+
+def run(folder: Path, **changes: Any) -> FinetuneConfig:
+    data = TaskDataConfig(train=str(folder / "vqa.jsonl"), images=str(folder), answers=str(folder / "answers.txt"),
+                          text_length=10, workers=0)  # fmt: skip
+    settings: dict[str, Any] = {
+        "task": "vqa", "out": str(folder / "run"), "text_tokenizer": str(folder / "text.spm"), "steps": 3,
+        "precision": "fp32", "model": MODEL, "data": data, "batch": TaskBatchConfig(size=4),
+    }  # fmt: skip
+    return FinetuneConfig(**(settings | changes))
+
+
+def test_a_run_is_ready(folder: Path) -> None:
+    config, ready = prepare_finetuning(run(folder, epochs=2.5, warmup_epochs=0.5), MESH)
+    assert (config.steps, config.optim.warmup_steps) == (5, 1)  # 2 steps an epoch
+    assert ready.task.classes == ["no", "yes"] and len(ready.train) == 8 and not ready.validation
+    assert ready.values("task_head.head.3.weight", torch.Size([2, 64])).shape == (2, 64)
+
+
+def test_epochs_become_steps(folder: Path) -> None:
+    config = run(folder)
+    assert resolve_epochs(config, 1000) is config
+    resolved = resolve_epochs(replace(config, epochs=3, warmup_epochs=1), 1001)
+    assert (resolved.steps, resolved.optim.warmup_steps) == (751, 250)
+
+
+def test_answers_of_unilm_come_in_the_order_of_their_labels(folder: Path) -> None:
+    file = folder / "answer2label.txt"
+    file.write_text('{"answer": "yes", "label": 1}\n{"answer": "no", "label": 0}\n')
+    config = run(folder)
+    assert read_classes(replace(config, data=replace(config.data, answers=str(file)))) == ["no", "yes"]
+
+
+def test_classes_from_tars(folder: Path) -> None:
+    samples = [{"__key__": f"{n}", "png": picture(n), "cls": str(n % 2).encode()} for n in range(4)]
+    tar = write_tar(folder / "classes.tar", samples)
+    config = run(folder, task="imagenet")
+    _, ready = prepare_finetuning(replace(config, data=replace(config.data, train=str(tar))), MESH)
+    assert [example.label for example in ready.train] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.answers": "missing.txt"}, "data.answers='missing.txt': task=vqa needs a file"),
+        ({"data.train": "missing.jsonl"}, "missing.jsonl: cannot be read as an index"),
+        ({"batch": TaskBatchConfig(size=5, accumulation=2)}, "batch.size=5 is not divisible"),
+        ({"model": replace(MODEL, vocab_size=400)}, "needs model.vocab_size=310"),
+        ({"init_from": "missing.pth"}, "init_from: there is no file missing.pth"),
+        ({"parallel": ParallelConfig(tensor=4)}, "model.heads=2 is not divisible by parallel.tensor=4"),
+    ],
+)
+def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
+    config = run(folder)
+    for name, value in changes.items():
+        section, _, field = name.partition(".")
+        value = replace(getattr(config, section), **{field: value}) if field else value
+        config = replace(config, **{section: value})
+    mesh = replace(MESH, tensor=config.parallel.tensor, world=config.parallel.tensor)
+    with pytest.raises((ValueError, OSError)) as error:
+        prepare_finetuning(config, mesh)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "retrieval", "batch": TaskBatchConfig(size=4, accumulation=2)}, "use accumulation 1"),
+        ({"task": "nlvr2"}, "data.answers belongs to vqa"),
+        ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
+        ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0 must be positive"),
+    ],
+)
+def test_what_cannot_go_together_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    config = run(folder)
+    data = config.data if changes.get("task") == "nlvr2" else replace(config.data, answers="")
+    with pytest.raises(ValueError, match=message):
+        run(folder, data=data, **changes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_whole(recipe: Path) -> None:
+    """With what their first lines ask for, they are configs."""
+    asked = ["--out", "o", "--text_tokenizer", "t", "--data.train", "x"]
+    task = ["--task", "vqa"] if recipe.stem == "demo" else []
+    config = parse(FinetuneConfig, "finetune.py", "", ["--config", str(recipe), *asked, *task])
+    assert config.task == (recipe.stem.rpartition("_")[0] or "vqa")
+    if recipe.stem != "demo":
+        assert config.model.width == {"base": 768, "large": 1024}[recipe.stem.rpartition("_")[2]]
+        assert config.epochs > 0 and "Needs --out" in recipe.read_text()
+
+
+def test_layers_learn_at_their_own_rates() -> None:
+    """Embeddings slowest, heads at the full rate (times their own factor); every parameter in one group, and decayed
+    as in pretraining."""
+    model = BEiT3(MODEL, device="meta")
+    model.task_head = torch.nn.Linear(2, 2, device="meta")
+    groups = layered_groups(model, 0.05, layers=2, decay=0.5, head=10.0)
+    scale = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    assert len(scale) == len(parameters) == sum(len(group["params"]) for group in groups)
+    expected = {
+        "vision_embedding.cls_token": (0.125, 0.0),
+        "language_embedding.words.weight": (0.125, 0.05),
+        "blocks.0.attention.q.shared.weight": (0.25, 0.05),
+        "blocks.1.ffn.vl.fc1.bias": (0.5, 0.0),
+        "norm.shared.weight": (1.0, 0.0),
+        "task_head.weight": (10.0, 0.05),
+    }
+    assert {name: scale[id(parameters[name])] for name in expected} == expected
