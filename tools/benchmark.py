@@ -43,7 +43,7 @@ from beit3_dist.config import SPECIAL_ROWS, ModelConfig, ObjectiveConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling, three_passes
-from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
+from beit3_dist.objectives.masking import Numbers, block_masks, mask_count, mask_words
 from beit3_dist.training.flops import peak_flops
 from beit3_dist.training.inputs import host_totals, layout_of, masked_counts, normalize, prepare
 
@@ -255,33 +255,35 @@ def random_micro_batch(
     grid = model.image_size // model.patch_size
     last_word = model.vocab_size - SPECIAL_ROWS
 
+    def numbers(samples: int) -> Numbers:
+        return lambda first, count: rng.random((samples, count))
+
     def words(lengths: np.ndarray, ratio: float) -> list[Tensor]:
-        shape = len(lengths), int(lengths.max())
-        inputs, targets = np.full(shape, PADDING), np.full(shape, PADDING)
-        predict = np.zeros(shape, dtype=bool)
+        targets = np.full((len(lengths), int(lengths.max())), PADDING)
         for row, length in enumerate(lengths):
             targets[row, :length] = 0, *rng.integers(4, last_word + 1, length - 2), 2
-            inputs[row, :length], predict[row, :length] = mask_words(
-                targets[row, :length],
-                rng,
-                ratio=ratio,
-                specials=(0, PADDING, 2),
-                mask_id=last_word + 1,
-                words=range(4, last_word + 1),
-                mask_token_share=objective.mask_token_share,
-                random_token_share=objective.random_token_share,
-            )
+        inputs, predict = mask_words(
+            targets,
+            numbers(len(lengths)),
+            ratio=ratio,
+            specials=(0, PADDING, 2),
+            mask_id=last_word + 1,
+            words=range(4, last_word + 1),
+            mask_token_share=objective.mask_token_share,
+            random_token_share=objective.random_token_share,
+        )
         return [torch.from_numpy(array) for array in (inputs, targets, predict, lengths)]
 
     captions = words(rng.integers(caption_lengths[0], caption_lengths[1] + 1, pairs), objective.caption_mask_ratio)
     full = words(np.full(texts, text_length), objective.text_mask_ratio)
-    masks = [block_mask(grid, mask_count(objective.image_mask_ratio, grid**2), rng) for _ in range(images + pairs)]
+    counts = np.full(images + pairs, mask_count(objective.image_mask_ratio, grid**2))
+    masks = block_masks(grid, counts, numbers(images + pairs))
     pixels = rng.integers(0, 256, (images + pairs, 3, model.image_size, model.image_size), dtype=np.uint8)
     samples = images + pairs + texts
     return MicroBatch(
         images=torch.from_numpy(pixels),
         tokenizer_images=None,
-        image_mask=torch.from_numpy(np.stack(masks)),
+        image_mask=torch.from_numpy(masks),
         captions=captions[0],
         caption_targets=captions[1],
         caption_mask=captions[2],

@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
-from beit3_dist.data.order import Blocks, Stream, mix_arrays
+from beit3_dist.data.order import Blocks, Numbers, Stream, mix_arrays
 from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.objectives.masking import block_mask, mask_count, mask_words
+from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
 
 LIBC = ctypes.CDLL(None)
 MADV_POPULATE_WRITE = 23
@@ -284,7 +284,7 @@ class MixedBatches(Dataset):
         """Whether the picture, and whether the caption, of each pair is masked."""
         if self.config.objective.mask_pairs == "both":
             return [True] * len(pairs), [True] * len(pairs)
-        coins = [bool(pair.generator(Draw.MASKED_SIDE).random() < 0.5) for pair in pairs]
+        coins = (_numbers(pairs, Draw.MASKED_SIDE)(0, 1)[:, 0] < 0.5).tolist()
         return coins, [not coin for coin in coins]
 
     def _views(self, sample: Sample) -> transforms.Views:
@@ -297,33 +297,35 @@ class MixedBatches(Dataset):
         model = self.config.model
         grid = model.image_size // model.patch_size
         count = mask_count(self.config.objective.image_mask_ratio, model.patches)
-        masks = [
-            block_mask(grid, count if hide else 0, sample.generator(Draw.IMAGE_MASK))
-            for sample, hide in zip(samples, masked, strict=True)
-        ]
-        return torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, model.patches))
+        counts = np.where(np.array(masked, dtype=bool), count, 0)
+        return torch.from_numpy(block_masks(grid, counts, _numbers(samples, Draw.IMAGE_MASK)))
 
     def _words(self, samples: list[Sample], ratio: float, masked: list[bool]) -> tuple[torch.Tensor, ...]:
         """Inputs, targets, words to predict and lengths of the samples' words, padded to the longest."""
         objective, tokenizer = self.config.objective, self.tokenizer
         lengths = [len(sample.words) for sample in samples]
-        inputs = np.full((len(samples), max(lengths, default=0)), tokenizer.pad, dtype=np.int64)
-        targets, predict = inputs.copy(), np.zeros(inputs.shape, dtype=bool)
-        for row, (sample, length, hide) in enumerate(zip(samples, lengths, masked, strict=True)):
-            inputs[row, :length] = targets[row, :length] = sample.words
-            if hide:
-                inputs[row, :length], predict[row, :length] = mask_words(
-                    sample.words,
-                    sample.generator(Draw.WORD_MASK),
-                    ratio=ratio,
-                    specials=tokenizer.specials,
-                    mask_id=tokenizer.mask,
-                    words=tokenizer.words,
-                    mask_token_share=objective.mask_token_share,
-                    random_token_share=objective.random_token_share,
-                )
+        targets = np.full((len(samples), max(lengths, default=0)), tokenizer.pad, dtype=np.int64)
+        for row, sample in zip(targets, samples, strict=True):
+            row[: len(sample.words)] = sample.words
+        inputs, predict = mask_words(
+            targets,
+            _numbers(samples, Draw.WORD_MASK),
+            ratio=ratio,
+            specials=tokenizer.specials,
+            mask_id=tokenizer.mask,
+            words=tokenizer.words,
+            mask_token_share=objective.mask_token_share,
+            random_token_share=objective.random_token_share,
+        )
+        shown = ~np.array(masked, dtype=bool)
+        inputs[shown], predict[shown] = targets[shown], False
         sizes = torch.tensor(lengths, dtype=torch.int64)
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(predict), sizes
+
+
+def _numbers(samples: list[Sample], use: Draw) -> Numbers:
+    """The samples' random numbers for one use."""
+    return Numbers((sample.key for sample in samples), use)
 
 
 class ImageBatches(Dataset):

@@ -7,6 +7,7 @@ the number of samples consumed, and any number of ranks, workers or micro-batche
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -48,15 +49,35 @@ def mix(*values: int) -> int:
     return state
 
 
+def _scramble_array(values: np.ndarray) -> np.ndarray:
+    """`_scramble` of each element of a uint64 array."""
+    values = values + np.uint64(GAMMA)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 def mix_arrays(*values: np.ndarray) -> np.ndarray:
     """`mix` for int64 arrays of one shape, element by element -> uint64."""
     state = np.zeros(values[0].shape, dtype=np.uint64)
     for value in values:
-        state = (state ^ value.astype(np.int64).view(np.uint64)) + np.uint64(GAMMA)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
+        state = _scramble_array(state ^ value.astype(np.int64).view(np.uint64))
     return state
+
+
+class Numbers:
+    """Random numbers of many samples at once: number n of a sample is a hash of (the sample's key, use, n).
+
+    A generator for each sample would take longer than all that is done with its numbers.
+    """
+
+    def __init__(self, keys: Iterable[int], use: int) -> None:
+        self.states = np.array([mix(key, use) for key in keys], dtype=np.uint64)
+
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """Numbers first, first + 1, ... of each sample, uniform in [0, 1): float64 [samples, count]."""
+        words = _scramble_array(self.states[:, None] ^ np.arange(first, first + count, dtype=np.uint64))
+        return (words >> np.uint64(11)) * 2.0**-53
 
 
 def signed(word: int) -> int:

@@ -1,13 +1,14 @@
 """Which patches and words are hidden: block-wise masks for pictures, BERT's 80/10/10 for words.
 
-All counts are exact, so that the work of a step and the weight of a sample do not fluctuate. All draws come from the
-generator that is passed in.
+All counts are exact, so that the work of a step and the weight of a sample do not fluctuate. The masks of a micro-batch
+are drawn together: one at a time, each would take as long as reading its sample. `Numbers` are passed in; the mask of a
+sample depends on its own numbers alone, and not on the samples beside it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,8 +18,11 @@ MIN_ASPECT = 0.3
 """A block's height over its width lies in [0.3, 1 / 0.3]."""
 ATTEMPTS = 10
 """Blocks that are tried before the rest is filled with single patches."""
-DRAWN_AT_ONCE = 48
-"""Random numbers of one call: enough for most pictures."""
+SINGLE = 1 << 32
+"""First of the numbers for single patches, far behind those for blocks."""
+
+Numbers = Callable[[int, int], np.ndarray]
+"""(first, count) -> float64 [N, count]: numbers first, first + 1, ... of each of N samples, uniform in [0, 1)."""
 
 
 def mask_count(ratio: float, n: int) -> int:
@@ -31,50 +35,62 @@ def min_block(grid: int, count: int) -> int:
     return max(1, min(16, round(MIN_BLOCK_SHARE * grid * grid), count))
 
 
-def block_mask(grid: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Exactly `count` masked patches in rectangular blocks (BEiT, algorithm 1) -> bool [grid * grid], True = masked.
+def block_masks(grid: int, counts: np.ndarray, numbers: Numbers) -> np.ndarray:
+    """Exactly `counts` [N] masked patches in rectangular blocks (BEiT, algorithm 1) -> bool [N, grid * grid].
 
-    Blocks are drawn until none of ten fits into what is left to mask; single patches then fill up to the count.
+    Each picture gets blocks until none of ten fits into what is left to mask; single patches then fill up to the count.
     """
-    if not 0 <= count <= grid * grid:
-        raise ValueError(f"cannot mask {count} of {grid * grid} patches")
-    # Python's numbers throughout: arrays of this size take ten times as long. The mask has a bit per patch, row by row.
-    draws = _uniform(rng)
-    smallest, mask, left = min_block(grid, count), 0, count
-    while left and (block := _new_block(mask, grid, smallest, left, draws)):
-        mask |= block
-        left = count - mask.bit_count()
-    while mask.bit_count() < count:
-        mask |= 1 << int(next(draws) * grid * grid)
-    bits = np.frombuffer(mask.to_bytes(-(-grid * grid // 8), "little"), dtype=np.uint8)
-    return np.unpackbits(bits, count=grid * grid, bitorder="little").view(bool)
+    if len(wrong := counts[(counts < 0) | (counts > grid * grid)]):
+        raise ValueError(f"cannot mask {wrong[0]} of {grid * grid} patches")
+    masks, left = np.zeros((len(counts), grid, grid), dtype=bool), counts.copy()
+    smallest = np.array([min_block(grid, count) for count in counts])
+    growing = np.flatnonzero(left)
+    for block in itertools.count():
+        if not len(growing):
+            break
+        drawn = numbers(block * 4 * ATTEMPTS, 4 * ATTEMPTS)[growing]
+        rows, columns = _blocks(grid, smallest[growing], left[growing], drawn)
+        free = ~masks[growing]
+        new = ((rows.astype(np.float32) @ free) * columns).sum(2)  # [growing, attempts] patches not masked before
+        fits = (0 < new) & (new <= left[growing, None])
+        found = np.flatnonzero(fits.any(1))
+        attempt, growing = fits[found].argmax(1), growing[found]
+        masks[growing] |= rows[found, attempt, :, None] & columns[found, attempt, None, :]
+        left[growing] -= new[found, attempt].astype(left.dtype)
+        growing = growing[left[growing] > 0]
+    flat = masks.reshape(len(counts), grid * grid)
+    return flat | _least(numbers(SINGLE, grid * grid) + flat, left)
 
 
-def _uniform(rng: np.random.Generator) -> Iterator[float]:
-    """Numbers in [0, 1), drawn many at a time."""
-    while True:
-        yield from rng.random(DRAWN_AT_ONCE).tolist()
+def _blocks(grid: int, smallest: np.ndarray, left: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of N x ATTEMPTS random blocks, bool [N, ATTEMPTS, grid] each.
+
+    `smallest`, `left`: limits of a block's area, [N]; `drawn`: four numbers an attempt, [N, 4 * ATTEMPTS]. A block that
+    does not fit into the grid has no patch.
+    """
+    area, aspect, down, right = np.moveaxis(drawn.reshape(-1, ATTEMPTS, 4), 2, 0)
+    side = np.sqrt(smallest[:, None] + area * np.maximum(0, left - smallest)[:, None])
+    stretch = MIN_ASPECT ** (0.5 - aspect)  # root of height over width
+    height, width = np.rint(side * stretch), np.rint(side / stretch)
+    height[(height > grid) | (width > grid)] = 0
+
+    def cells(length: np.ndarray, place: np.ndarray) -> np.ndarray:
+        start = np.floor(place * (grid - length + 1))[:, :, None]
+        return (start <= np.arange(grid)) & (np.arange(grid) < start + length[:, :, None])
+
+    return cells(height, down), cells(width, right)
 
 
-def _new_block(mask: int, grid: int, smallest: int, left: int, draws: Iterator[float]) -> int:
-    """One more block that masks at most `left` new patches; 0 if none was found."""
-    for _ in range(ATTEMPTS):
-        area = smallest + next(draws) * max(0, left - smallest)
-        aspect = MIN_ASPECT ** (1 - 2 * next(draws))
-        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if not (0 < height <= grid and 0 < width <= grid):
-            continue
-        top, start = int(next(draws) * (grid - height + 1)), int(next(draws) * (grid - width + 1))
-        rows = ((1 << grid * height) - 1) // ((1 << grid) - 1)  # the first bit of each row
-        block = ((1 << width) - 1) * rows << top * grid + start
-        if 0 < (block & ~mask).bit_count() <= left:
-            return block
-    return 0
+def _least(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The places of each row's `counts` least scores, bool like `scores` [N, L]."""
+    chosen = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(chosen, scores.argsort(1), np.arange(scores.shape[1]) < counts[:, None], 1)
+    return chosen
 
 
 def mask_words(
     ids: np.ndarray,
-    rng: np.random.Generator,
+    numbers: Numbers,
     *,
     ratio: float,
     specials: tuple[int, ...],
@@ -83,24 +99,19 @@ def mask_words(
     mask_token_share: float,
     random_token_share: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the words to predict and hides them -> (inputs int64 [L], predict bool [L]).
+    """Chooses the words to predict in each text and hides them -> (inputs int64 [N, L], predict bool [N, L]).
 
-    `mask_count(ratio, words of the text)` words are chosen; `specials` (<s>, </s>, <pad>) are neither counted nor
-    chosen. Each chosen word becomes `mask_id` with probability `mask_token_share`, one of `words` with probability
-    `random_token_share`, and else stays. A text without words has nothing to predict.
+    Of each text in `ids` [N, L], `mask_count(ratio, words of the text)` words are chosen; `specials` (<s>, </s>, <pad>)
+    are neither counted nor chosen. Each chosen word becomes `mask_id` with probability `mask_token_share`, one of
+    `words` with probability `random_token_share`, and else stays. A text without words has nothing to predict.
     """
-    inputs = np.array(ids, dtype=np.int64)
-    predict = np.zeros(len(inputs), dtype=bool)
-    ordinary = np.ones(len(inputs), dtype=bool)
+    ordinary = np.ones(ids.shape, dtype=bool)
     for special in specials:
-        ordinary &= inputs != special
-    candidates = np.flatnonzero(ordinary)
-    if len(candidates) == 0:
-        return inputs, predict
-    chosen = rng.permutation(candidates)[: mask_count(ratio, len(candidates))]
-    fate = rng.random(len(chosen))
-    substitutes = rng.integers(words.start, words.stop, size=len(chosen))
-    swapped = np.where(fate < mask_token_share + random_token_share, substitutes, inputs[chosen])
-    inputs[chosen] = np.where(fate < mask_token_share, mask_id, swapped)
-    predict[chosen] = True
-    return inputs, predict
+        ordinary &= ids != special
+    score, fate, substitute = np.moveaxis(numbers(0, 3 * ids.shape[1]).reshape(*ids.shape, 3), 2, 0)
+    counts = np.array([mask_count(ratio, count) if count else 0 for count in ordinary.sum(1).tolist()], dtype=np.int64)
+    predict = _least(score + ~ordinary, counts)
+    substitutes = words.start + (substitute * len(words)).astype(np.int64)
+    swapped = np.where(fate < mask_token_share + random_token_share, substitutes, ids)
+    hidden = np.where(fate < mask_token_share, mask_id, swapped)
+    return np.where(predict, hidden, ids), predict

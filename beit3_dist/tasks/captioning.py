@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from beit3_dist.data.order import generator
+from beit3_dist.data.order import Numbers
 from beit3_dist.model.decoding import caption_mask
 from beit3_dist.objectives.masking import mask_words
 from beit3_dist.tasks.examples import Example
@@ -26,21 +26,18 @@ class Captioning(Task):
 
     def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
         """Masks words and </s>, never <s>; of the masked ones 80 % become <mask> and 10 % a random word."""
-        tokenizer, inputs, targets = self.tokenizer, words.clone(), torch.full_like(words, -1)
-        for row, (length, key) in enumerate(zip((~padding).sum(1).tolist(), keys, strict=True)):
-            masked, predict = mask_words(
-                words[row, :length].numpy(),
-                generator(key),
-                ratio=self.config.caption_mask_ratio,
-                specials=(tokenizer.bos, tokenizer.pad),
-                mask_id=tokenizer.mask,
-                words=tokenizer.words,
-                mask_token_share=0.8,
-                random_token_share=0.1,
-            )
-            inputs[row, :length] = torch.from_numpy(masked)
-            targets[row, :length][torch.from_numpy(predict)] = words[row, :length][torch.from_numpy(predict)]
-        return inputs, targets
+        tokenizer = self.tokenizer
+        inputs, predict = mask_words(
+            words.numpy(),
+            Numbers(keys, 0),
+            ratio=self.config.caption_mask_ratio,
+            specials=(tokenizer.bos, tokenizer.pad),
+            mask_id=tokenizer.mask,
+            words=tokenizer.words,
+            mask_token_share=0.8,
+            random_token_share=0.1,
+        )
+        return torch.from_numpy(inputs), words.where(torch.from_numpy(predict), -1)
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Cross-entropy with label smoothing of the masked words, [2, M]."""

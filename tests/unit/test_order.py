@@ -14,6 +14,7 @@ from beit3_dist.data.order import (
     SLOTS,
     Blocks,
     Interleave,
+    Numbers,
     Stream,
     generator,
     mix,
@@ -30,6 +31,23 @@ def test_mix_is_splitmix64() -> None:
     """The first outputs of splitmix64 for seeds 0 and 1234567, from its published reference."""
     assert mix(0) == 0xE220A8397B1DCDAF
     assert mix(1234567) == 6457827717110365317
+
+
+@given(keys=st.lists(INT64, max_size=5), use=st.integers(0, 9), first=st.integers(0, 1 << 40))
+@settings(deadline=None)
+def test_numbers_are_hashes(keys: list[int], use: int, first: int) -> None:
+    """The upper 53 bits of a hash over 2^53, whichever numbers and samples are asked for beside it."""
+    found = Numbers(keys, use)(first, 3)
+    assert found.shape == (len(keys), 3) and found.dtype == np.float64
+    assert found.tolist() == [[(mix(key, use, first + n) >> 11) / (1 << 53) for n in range(3)] for key in keys]
+
+
+def test_numbers_are_uniform() -> None:
+    """In 100 bins, among the numbers of one sample and among the samples: chi-squared has 99 degrees of freedom, so a
+    mean of 99 and a deviation of 14."""
+    for numbers in (Numbers([5], 1)(0, 100_000), Numbers(range(100_000), 1)(7, 1)):
+        counts = np.bincount((numbers.ravel() * 100).astype(int), minlength=100)
+        assert 99 - 5 * 14 < ((counts - 1000) ** 2 / 1000).sum() < 99 + 5 * 14
 
 
 def test_mix_depends_on_order_and_number() -> None:
