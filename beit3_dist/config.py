@@ -398,6 +398,9 @@ class TrainingConfig:
     deepspeed_config: str = ""
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""
+    profile: int = 0
+    """Steps that the first process profiles, after two others: OUT/profile/trace.json opens in Perfetto, kernels.txt
+    lists what took longest. 0: none."""
     init_from: str = ""
     """Weights to start from: a file in the released form (or torchscale's), a model folder, or a checkpoint of a run. A
     head that is not in it starts from random values, which is logged. Empty: random values by (seed, name)."""
@@ -413,6 +416,7 @@ class TrainingConfig:
     """Bad steps, loss spikes, hanging steps."""
 
     def __post_init__(self) -> None:
+        require(self.profile >= 0, f"profile={self.profile} is negative")
         require(self.steps > 0, f"steps must be positive, not {self.steps}")
         require(
             self.optim.warmup_steps <= self.steps,

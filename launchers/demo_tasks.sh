@@ -25,12 +25,12 @@ finetune() { # TASK INDEX OUT [--field VALUE ...]
 
 for name in "${chosen[@]}"; do
     case $name in
-    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" --data.min_crop_scale 0.8) ;;
-    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1000) ;;
-    questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 1000) ;;
-    nlvr2) settings=(nlvr2 nlvr2 --steps 800) ;;
-    captioning) settings=(captioning captioning --data.text_length 12) ;;
-    retrieval) settings=(retrieval retrieval --data.min_crop_scale 0.8) ;;
+    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" --steps 600) ;;
+    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 800) ;;
+    questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 800) ;;
+    nlvr2) settings=(nlvr2 nlvr2 --steps 600) ;;
+    captioning) settings=(captioning captioning --data.text_length 12 --steps 600) ;;
+    retrieval) settings=(retrieval retrieval --steps 600) ;;
     text) settings=(text text --data.answers "$tasks/text.classes.txt") ;;
     *) echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2 ;;
     esac

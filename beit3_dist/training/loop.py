@@ -18,6 +18,7 @@ from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.guards import Guards
 from beit3_dist.training.metrics import Timing
 from beit3_dist.training.preemption import Preempted
+from beit3_dist.training.profiling import StepProfiler
 from beit3_dist.training.run_folder import RunFolder
 from beit3_dist.training.schedule import learning_rate
 
@@ -75,7 +76,8 @@ def train(job: Job) -> None:
         load_checkpoint(job.checkpoint, engine, state)
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
-    with Checkpoints(config, mesh, lambda: contribution(engine)) as checkpoints:
+    profiler = StepProfiler(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
+    with profiler, Checkpoints(config, mesh, lambda: contribution(engine)) as checkpoints:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
             started = time.perf_counter()
@@ -97,6 +99,7 @@ def train(job: Job) -> None:
             else:
                 checkpoints.check()
             job.check()
+            profiler.step()
             if must_go:
                 break
     guards.close()

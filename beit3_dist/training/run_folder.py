@@ -29,6 +29,8 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, config: TrainingConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
+        self.folder = out
+        """OUT."""
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self.log_file = out / "logs" / f"rank{mesh.rank:05d}.log"
         handler = logging.FileHandler(self.log_file)
