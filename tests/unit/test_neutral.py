@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from beit3_dist.checkpoint import neutral, read
-from beit3_dist.checkpoint.files import entry, write_json
+from beit3_dist.checkpoint.files import sha256, write_json
 from beit3_dist.checkpoint.find import damaged, find, read_state
 from beit3_dist.checkpoint.layout import Cut, Piece
 from beit3_dist.checkpoint.neutral import write_neutral
@@ -73,7 +73,8 @@ def write_checkpoint(
     state = {"format": 1, "step": 7, "consumed": [1, 2, 3], "bad_samples": 0, "model": vars(model), "versions": {}}
     write_json(folder / "state.json", state)
     (folder / "config.yaml").write_text(recipe)
-    write_json(folder / "manifest.json", {path.name: entry(path) for path in folder.iterdir()})
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in folder.iterdir()}
+    write_json(folder / "manifest.json", entries)
     return folder
 
 
