@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from beit3_dist.config import BatchConfig, RunConfig
@@ -272,7 +273,7 @@ class MixedBatches(Dataset):
             sample = self._sample(stream, request.consumed[stream.stream] + place)
             samples.append(sample)
             if pictures is not None:
-                pictures.add(self._views(sample))
+                pictures.add(sample.picture, sample.generator(Draw.VIEW))
                 del sample.picture
         return samples
 
@@ -286,11 +287,6 @@ class MixedBatches(Dataset):
             return [True] * len(pairs), [True] * len(pairs)
         coins = (_numbers(pairs, Draw.MASKED_SIDE)(0, 1)[:, 0] < 0.5).tolist()
         return coins, [not coin for coin in coins]
-
-    def _views(self, sample: Sample) -> transforms.Views:
-        """The model's and the image tokenizer's views of a picture."""
-        size, other = self.config.model.image_size, self.tokenizer_image_size
-        return transforms.two_views(sample.picture, sample.generator(Draw.VIEW), size, other, self.config.data)
 
     def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:
         """bool [samples, patches]."""
@@ -389,17 +385,17 @@ class Pictures:
         """uint8 [count, S, S, 3]."""
         self.tokenizer = None if tokenizer_size == size else pixels(count, tokenizer_size)
         """uint8 [count, S2, S2, 3]; None: the tokenizer sees the same."""
-        self.arrays = [None if part is None else part.numpy() for part in (self.model, self.tokenizer)]
+        self.rooms = self.model.numpy(), None if self.tokenizer is None else self.tokenizer.numpy()
         self.jitter = np.empty((count, 3), dtype=np.float32)
         """`transforms.Jitter.weights`."""
         self.filled = 0
+        self.config = config.data
 
-    def add(self, views: transforms.Views) -> None:
-        """Takes the next picture's views."""
-        for room, view in zip(self.arrays, views[:2], strict=True):
-            if room is not None:
-                room[self.filled] = view
-        self.jitter[self.filled] = views.jitter
+    def add(self, picture: Image.Image, rng: np.random.Generator) -> None:
+        """Takes the views of the next picture."""
+        model, tokenizer = self.rooms
+        own, other = model[self.filled], None if tokenizer is None else tokenizer[self.filled]
+        self.jitter[self.filled] = transforms.two_views(picture, rng, own, other, self.config)
         self.filled += 1
 
 

@@ -13,7 +13,6 @@ import itertools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -105,6 +104,15 @@ def resized(
     return cv2.flip(view, 1) if flip else view
 
 
+def resize_into(room: np.ndarray, image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> None:
+    """`resized`, written to `room`, uint8 [size, size, 3]: mirroring then costs no pass of its own."""
+    view = resized(image, len(room), box)
+    if flip:
+        cv2.flip(view, 1, dst=room)
+    else:
+        room[:] = view
+
+
 @dataclass(frozen=True)
 class Jitter:
     """Changes of brightness, contrast and saturation, in the order of `order` (0, 1, 2); factor 1 changes nothing.
@@ -137,26 +145,21 @@ class Jitter:
         return own, mixed, mean
 
 
-class Views(NamedTuple):
-    """What a picture is seen as, before the jitter."""
-
-    model: np.ndarray
-    """uint8 [S, S, 3]."""
-    tokenizer: np.ndarray | None
-    """uint8 [S2, S2, 3] of the same crop; None where both sizes are equal: the views would be identical."""
-    jitter: tuple[float, float, float]
-    """`Jitter.weights` for both views."""
-
-
 def two_views(
-    image: Image.Image, rng: np.random.Generator, size: int, tokenizer_size: int, config: DataConfig
-) -> Views:
-    """The model's view and the image tokenizer's, of one crop, with the same mirroring and jitter."""
+    image: Image.Image, rng: np.random.Generator, model: np.ndarray, tokenizer: np.ndarray | None, config: DataConfig
+) -> tuple[float, float, float]:
+    """Fills `model`, uint8 [S, S, 3], and `tokenizer`, uint8 [S2, S2, 3], with views of one crop, mirrored alike.
+
+    They are the views before the jitter; its `Jitter.weights`, for both, are returned. `tokenizer` is None where both
+    sizes are equal: the views would be identical.
+    """
     box = crop_box(*image.size, config.min_crop_scale, rng)
     flip = rng.random() < config.horizontal_flip
     jitter = Jitter.draw(config.color_jitter, rng)
-    other = None if tokenizer_size == size else resized(image, tokenizer_size, box, flip)
-    return Views(resized(image, size, box, flip), other, jitter.weights)
+    resize_into(model, image, box, flip)
+    if tokenizer is not None:
+        resize_into(tokenizer, image, box, flip)
+    return jitter.weights
 
 
 def cropped_view(image: Image.Image, rng: np.random.Generator, size: int, min_scale: float, flip: float) -> np.ndarray:
