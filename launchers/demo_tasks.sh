@@ -9,7 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launchers/environment.sh
 
 tasks=demo/tasks
-all=(shapes vqa questions nlvr2 captioning retrieval text)
+all=(shapes captioning retrieval text vqa questions nlvr2)
+large=(--batch.size 64 --optim.lr 2e-3)
 chosen=("${@:-${all[@]}}")
 checkpoint=$(echo demo/run/checkpoints/"$(cat demo/run/checkpoints/latest)")
 [[ -e $tasks/demo.json ]] || python tools/build_index.py demo "$tasks" --text_tokenizer demo/text_tokenizer.spm
@@ -25,13 +26,13 @@ finetune() { # TASK INDEX OUT [--field VALUE ...]
 
 for name in "${chosen[@]}"; do
     case $name in
-    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" --steps 600) ;;
-    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 800) ;;
-    questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 800) ;;
-    nlvr2) settings=(nlvr2 nlvr2 --steps 600) ;;
-    captioning) settings=(captioning captioning --data.text_length 12 --steps 600) ;;
-    retrieval) settings=(retrieval retrieval --steps 600) ;;
-    text) settings=(text text --data.answers "$tasks/text.classes.txt") ;;
+    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" "${large[@]}" --steps 600) ;;
+    captioning) settings=(captioning captioning --data.text_length 12 "${large[@]}" --steps 500) ;;
+    retrieval) settings=(retrieval retrieval "${large[@]}" --steps 300) ;;
+    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1200) ;;
+    questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 1200) ;;
+    text) settings=(text text --data.answers "$tasks/text.classes.txt" --steps 600) ;;
+    nlvr2) settings=(nlvr2 nlvr2 --steps 800) ;;
     *) echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2 ;;
     esac
     for start in pretrained random; do
