@@ -1,9 +1,13 @@
 """The `data` part of tools/benchmark.py: what the loader costs beside the bare decoding and cropping of its pictures.
 
-Every contender runs in the loader's own worker processes and reads the same JPEGs of 500 x 375 pixels from the same
-tars. A core's rate is pictures per second of the workers' CPU time, which other programs on the machine disturb least;
-the wall-clock rate stands beside it. The contenders take turns, and the least time that each micro-batch took in any
-round counts: whatever else the machine does only ever adds time. Colour jitter belongs to the device and is in none.
+Every contender reads the same JPEGs of 500 x 375 pixels, from the same tars, in the loader's own worker processes. They
+take turns there, a micro-batch each: the speed of a machine that is shared changes within seconds by more than they
+differ. A worker gets its next request when its last micro-batch has arrived in the main process. So the time from one
+request to the next is what a micro-batch costs its worker, handing over included. The least time that each micro-batch
+took in any round counts: whatever else the machine does only ever adds time.
+
+A core's rate is pictures per second of the workers' CPU time, which other programs on the machine disturb least; the
+wall-clock rate stands beside it. Colour jitter belongs to the device and is in none.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from beit3_dist.config import SPECIAL_ROWS, BatchConfig, DataConfig, ModelConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.batch import MixedBatches, Request, loader, requests_from
 from beit3_dist.data.order import Stream, generator, mix
-from beit3_dist.data.streams import Sample, SampleStream
+from beit3_dist.data.streaming import SequentialStream
+from beit3_dist.data.streams import Draw, Sample, SampleStream
 
 WIDTH, HEIGHT = 500, 375
 """Pixels of a picture: the usual size in ImageNet."""
@@ -101,22 +106,28 @@ def run_config(folder: Path, batch: int) -> RunConfig:
 
 
 class Bare(Dataset):
-    """The limit: the pictures of a micro-batch decoded and cropped from bytes in memory, and nothing else."""
+    """The limit: our micro-batches' pictures, decoded from bytes in memory, the same boxes drawn and cropped, and
+    nothing else."""
 
-    def __init__(self, batches: MixedBatches) -> None:
+    def __init__(self, batches: MixedBatches, requests: list[Request]) -> None:
+        """Looks the pictures of `requests` up, which are all that can be asked for."""
         self.config = batches.config
-        self.data: list[bytes] = [
-            stream.readers[0].read(int(row["shard"]), *map(int, row["image"]))
-            for stream in (batches.images, batches.pairs)
-            for row in stream.tables[0].rows
-        ]
+        self.pictures: dict[Request, list[tuple[bytes, int]]] = {request: [] for request in requests}
+        """Bytes and key of each picture."""
+        files: dict[tuple[Stream, int], bytes] = {}
+        for stream in (batches.indexed(Stream.IMAGES), batches.indexed(Stream.PAIRS)):
+            for request, pictures in self.pictures.items():
+                first = request.consumed[stream.stream]
+                for sample in stream.read_all(range(first, first + batches.micro_batch[stream.stream])):
+                    row, name = stream.tables[0].rows[sample.index], (stream.stream, sample.index)
+                    files.setdefault(name, stream.readers[0].read(int(row["shard"]), *map(int, row["image"])))
+                    pictures.append((files[name], sample.key))
 
     def __getitem__(self, request: Request) -> None:
         size, scale = self.config.model.image_size, self.config.data.min_crop_scale
-        for number in range(self.config.batch.images + self.config.batch.pairs):
-            place = request.consumed[0] * 2 + number
-            picture = transforms.decode(self.data[place % len(self.data)], self.config.data.max_pixels)
-            transforms.cropped_view(picture, generator(place), size, scale, flip=0)
+        for data, key in self.pictures[request]:
+            picture = transforms.decode(data, self.config.data.max_pixels)
+            transforms.cropped_view(picture, generator(key, Draw.VIEW), size, scale, flip=0)
 
 
 class ByWebdataset(MixedBatches):
@@ -132,50 +143,58 @@ class ByWebdataset(MixedBatches):
             ).shuffle(100)
         )
 
-    def _sample(self, stream: SampleStream, position: int) -> Sample:
+    def _samples(self, stream: SampleStream | SequentialStream, positions: list[int]) -> Iterator[Sample]:
         if not hasattr(self, "pipelines"):
             data = self.config.data
             self.pipelines = [self._pipeline(str(getattr(data, name))) for name in ("images", "texts", "pairs")]
-        members = next(self.pipelines[stream.stream])
-        sample = Sample(stream.stream, 0, position, mix(0, stream.stream, 0, position), [])
-        if stream.stream is not Stream.TEXTS:
+        return (self._sample(stream.stream, position) for position in positions)
+
+    def _sample(self, stream: Stream, position: int) -> Sample:
+        members = next(self.pipelines[stream])
+        sample = Sample(stream, 0, position, mix(0, stream, 0, position), [])
+        if stream is not Stream.TEXTS:
             sample.picture = transforms.decode(members["jpg"], self.config.data.max_pixels)
-        if stream.stream is not Stream.IMAGES:
+        if stream is not Stream.IMAGES:
             data, tokenizer = self.config.data, self.tokenizer
-            length = data.text_length if stream.stream is Stream.TEXTS else data.caption_length
+            length = data.text_length if stream is Stream.TEXTS else data.caption_length
             ids = tokenizer.encode(members["txt"].decode())[: length - 2]
             sample.words = np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=np.int64)
         return sample
 
 
-class Metered(Dataset):
-    """A dataset's items with the worker that made them and its CPU time so far."""
+class TakingTurns(Dataset):
+    """The contenders' micro-batches, each with the worker that is asked for it and its clocks at that moment."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, contenders: list[Dataset]) -> None:
+        self.contenders = contenders
 
-    def __getitem__(self, request: Request) -> tuple[Any, int, float]:
-        item, worker = self.dataset[request], get_worker_info()
+    def __getitem__(self, turn: tuple[int, Request]) -> tuple[int, float, float, Any]:
+        contender, request = turn
+        worker = get_worker_info()
         assert worker is not None, "a core's rate is that of a worker"
-        return item, worker.id, time.process_time()
+        return worker.id, time.process_time(), time.perf_counter(), self.contenders[contender][request]
 
 
 # ------------------------------------------------------------------------------------------------------ measurement
 
 
-def measure(dataset: Dataset, config: RunConfig, workers: int, micro_batches: int) -> tuple[np.ndarray, float]:
-    """CPU seconds of each of the workers' `micro_batches`, after WARM_UP others, and seconds of all by the clock."""
-    total = workers * (micro_batches + WARM_UP)
-    requests = itertools.islice(requests_from((0, 0, 0), config.batch), total)
-    before: dict[int, float] = {}
-    spent, started = [], 0.0
-    for number, (_, worker, cpu) in enumerate(loader(Metered(dataset), requests, workers, 2, pin=False)):
-        if number < workers * WARM_UP:
-            started = time.perf_counter()
-        else:
-            spent.append(cpu - before[worker])
-        before[worker] = cpu
-    return np.array(spent), time.perf_counter() - started
+def measure(contenders: list[Dataset], requests: list[Request], workers: int, rounds: int) -> np.ndarray:
+    """Seconds of CPU and by the clock, [2, contenders, rounds, requests], of the micro-batches that the workers are
+    asked for in each round, after WARM_UP others of each worker."""
+    shares = [requests[start : start + workers] for start in range(0, len(requests), workers)]
+    asked = shares[:1] * WARM_UP + shares * rounds
+    turns = [
+        (contender, request) for share in asked for contender in range(len(contenders)) for request in share
+    ]  # Workers are asked in turn: each gets the contenders one after the other.
+    last = [(0, request) for request in shares[0]]  # Whose start is the end of the others.
+    starts = np.empty((len(turns) + workers, 2))
+    for number, item in enumerate(loader(TakingTurns(contenders), turns + last, workers, 1, pin=False)):
+        worker, *starts[number], _ = item
+        assert worker == number % workers
+        del item, _  # The main process holds no pictures while the next ones are made.
+    spent = (starts[workers:] - starts[:-workers]).reshape(len(asked), len(contenders), workers, 2)
+    timed = spent[WARM_UP:].reshape(rounds, len(shares), len(contenders), workers, 2)
+    return timed.transpose(4, 2, 0, 1, 3).reshape(2, len(contenders), rounds, len(requests))
 
 
 def benchmark_data(options: Namespace) -> dict[str, Any]:
@@ -186,19 +205,15 @@ def benchmark_data(options: Namespace) -> dict[str, Any]:
         config = run_config(folder, options.batch)
         ours = MixedBatches(config, config.model.image_size, 0, 1)
         theirs = ByWebdataset(config, config.model.image_size, 0, 1)
-        contenders = {"limit": Bare(ours), "ours": ours, "webdataset": theirs}
         record: dict[str, Any] = {"workers": {}}
         for workers in options.workers:
-            rounds: dict[str, list[tuple[np.ndarray, float]]] = {contender: [] for contender in contenders}
-            for _ in range(options.rounds):
-                for contender, dataset in contenders.items():
-                    rounds[contender].append(measure(dataset, config, workers, options.micro_batches))
-            pictures = workers * options.micro_batches * (config.batch.images + config.batch.pairs)
-            per_core, wall = {}, {}
-            for contender, found in rounds.items():
-                spent, clock = zip(*found, strict=True)
-                per_core[contender] = pictures / float(np.min(spent, axis=0).sum())
-                wall[contender] = pictures / min(clock)
+            requests = list(itertools.islice(requests_from((0, 0, 0), config.batch), workers * options.micro_batches))
+            contenders = {"limit": Bare(ours, requests), "ours": ours, "webdataset": theirs}
+            spent = measure(list(contenders.values()), requests, workers, options.rounds)
+            cpu, clock = spent.min(axis=2).mean(axis=2)  # each [contenders], of a micro-batch
+            pictures = config.batch.images + config.batch.pairs
+            per_core = dict(zip(contenders, (pictures / cpu).tolist(), strict=True))
+            wall = dict(zip(contenders, (workers * pictures / clock).tolist(), strict=True))
             record["workers"][str(workers)] = {
                 "fraction_of_decode_limit": per_core["ours"] / per_core["limit"],
                 "ratio_vs_webdataset": per_core["ours"] / per_core["webdataset"],
@@ -237,7 +252,7 @@ def add_command(commands: Any) -> None:
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of loader processes")
     data.add_argument("--batch", type=int, default=32, help="images, texts and pairs of a micro-batch, each")
     data.add_argument("--micro_batches", type=int, default=6, help="timed micro-batches per worker and round")
-    data.add_argument("--rounds", type=int, default=5, help="rounds in which the contenders take turns")
+    data.add_argument("--rounds", type=int, default=10, help="times that each micro-batch is read")
     data.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 

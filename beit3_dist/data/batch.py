@@ -85,7 +85,7 @@ class MicroBatch:
     faults: list[Fault]
     """Samples that had to be replaced."""
     jitter: torch.Tensor | None = None
-    """float32 [I + P, 3]: `transforms.Jitter.weights` of each picture, for both its views; None: no jitter."""
+    """float32 [I + P, 3]: `transforms.jitter_weights` of each picture, for both its views; None: no jitter."""
     readers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 6, dtype=torch.int64))
     """int64 [R, 6]: `streaming.Row` of each virtual reader that is read in this process, after this micro-batch."""
 
@@ -235,7 +235,7 @@ class MixedBatches(Dataset):
         return MicroBatch(
             images=channels_first(pictures.model),
             tokenizer_images=None if pictures.tokenizer is None else channels_first(pictures.tokenizer),
-            jitter=torch.from_numpy(pictures.jitter) if self.config.data.color_jitter else None,
+            jitter=self._jitter(images + pairs) if self.config.data.color_jitter else None,
             image_mask=self._image_masks(images + pairs, [True] * len(images) + picture_masked),
             captions=captions,
             caption_targets=caption_targets,
@@ -269,17 +269,16 @@ class MixedBatches(Dataset):
         while thirty pictures at a time would each be written to fresh pages.
         """
         samples = []
-        for place in places:
-            sample = self._sample(stream, request.consumed[stream.stream] + place)
+        for sample in self._samples(stream, [request.consumed[stream.stream] + place for place in places]):
             samples.append(sample)
             if pictures is not None:
                 pictures.add(sample.picture, sample.generator(Draw.VIEW))
                 del sample.picture
         return samples
 
-    def _sample(self, stream: SampleStream | SequentialStream, position: int) -> Sample:
-        """The sample at a position of a stream."""
-        return stream.read(position)
+    def _samples(self, stream: SampleStream | SequentialStream, positions: list[int]) -> Iterator[Sample]:
+        """The samples at these positions of a stream."""
+        return stream.read_all(positions)
 
     def _masked_sides(self, pairs: list[Sample]) -> tuple[list[bool], list[bool]]:
         """Whether the picture, and whether the caption, of each pair is masked."""
@@ -287,6 +286,13 @@ class MixedBatches(Dataset):
             return [True] * len(pairs), [True] * len(pairs)
         coins = (_numbers(pairs, Draw.MASKED_SIDE)(0, 1)[:, 0] < 0.5).tolist()
         return coins, [not coin for coin in coins]
+
+    def _jitter(self, samples: list[Sample]) -> torch.Tensor:
+        """float32 [samples, 3]."""
+        numbers = _numbers(samples, Draw.JITTER)(0, 4)
+        return torch.from_numpy(
+            transforms.jitter_weights(*transforms.draw_jitter(self.config.data.color_jitter, numbers))
+        )
 
     def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:
         """bool [samples, patches]."""
@@ -386,8 +392,6 @@ class Pictures:
         self.tokenizer = None if tokenizer_size == size else pixels(count, tokenizer_size)
         """uint8 [count, S2, S2, 3]; None: the tokenizer sees the same."""
         self.rooms = self.model.numpy(), None if self.tokenizer is None else self.tokenizer.numpy()
-        self.jitter = np.empty((count, 3), dtype=np.float32)
-        """`transforms.Jitter.weights`."""
         self.filled = 0
         self.config = config.data
 
@@ -395,7 +399,7 @@ class Pictures:
         """Takes the views of the next picture."""
         model, tokenizer = self.rooms
         own, other = model[self.filled], None if tokenizer is None else tokenizer[self.filled]
-        self.jitter[self.filled] = transforms.two_views(picture, rng, own, other, self.config)
+        transforms.two_views(picture, rng, own, other, self.config)
         self.filled += 1
 
 

@@ -358,6 +358,10 @@ class SequentialStream:
             f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
         )
 
+    def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
+        """The samples at these positions, each read when it is asked for."""
+        return map(self.read, positions)
+
     def _items(self, reader: int, source: int) -> Iterator[tuple[int, int, int, int, Item]]:
         """Epoch, turn of the shard, its number, place in it and item, without end, from where the reader stands."""
         names, readers = self.shards[source], self.data.virtual_readers

@@ -43,6 +43,7 @@ class Draw(IntEnum):
     WORD_MASK = 2
     CAPTION = 3
     MASKED_SIDE = 4
+    JITTER = 5
 
 
 @dataclass
@@ -128,18 +129,43 @@ class SampleStream(ABC):
 
     def read(self, position: int) -> Sample:
         """The sample at a position of the endless stream; raises RuntimeError after 100 bad ones in a row."""
+        return next(self.read_all([position]))
+
+    def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
+        """The samples at these positions, each picture read when its sample is asked for.
+
+        All are looked up, and their words read, before the first picture: between pictures, whose pixels drive all
+        else out of the caches, that takes four times as long.
+        """
+        readings = [self._reading(position) for position in positions]
+        for reading in readings:
+            next(reading)
+        for reading in readings:
+            sample = next(reading)
+            assert sample is not None
+            yield sample
+
+    def _reading(self, position: int) -> Iterator[Sample | None]:
+        """Stops before the first picture; then comes the sample of the position."""
         faults: list[Fault] = []
         if self.blocks and self.shuffled:
             self._read_ahead(position, self.blocks)
+        begun = False
         for source, epoch, chosen in self.candidates(position):
             index = self.starts[source] + chosen
             sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
             try:
-                self._load(source, chosen, sample)
-                return sample
+                self._load_words(source, chosen, sample)
+                if not begun:
+                    begun = True
+                    yield None
+                self._load_picture(source, chosen, sample)
             except BadSample as bad:
                 table = self.tables[source]
                 faults.append(Fault(self.stream.name.lower(), table.shard(chosen), table.key(chosen), str(bad)))
+                continue
+            yield sample
+            return
         raise RuntimeError(
             f"{ATTEMPTS} bad samples in a row in the stream of {self.stream.name.lower()}; "
             f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
@@ -181,11 +207,26 @@ class SampleStream(ABC):
             yield source, epoch, mix(self.seed, order, epoch, first, attempt) % length
 
     @abstractmethod
-    def _load(self, source: int, index: int, sample: Sample) -> None:
-        """Gives the sample its content, number `index` of the source; raises BadSample where it cannot be used."""
+    def _load_words(self, source: int, index: int, sample: Sample) -> None:
+        """Gives the sample the words, if any, of number `index` of the source; BadSample where they cannot be used."""
+
+    @abstractmethod
+    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
+        """Gives the sample its picture, if any; BadSample where it cannot be used."""
 
 
-class ImageStream(SampleStream):
+class PictureStream(SampleStream):
+    """What the streams with pictures have in common."""
+
+    max_pixels: int
+
+    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
+        row = self.tables[source].rows[index]
+        data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
+        sample.picture = transforms.decode(data, self.max_pixels)
+
+
+class ImageStream(PictureStream):
     """Pictures without text."""
 
     stream = Stream.IMAGES
@@ -204,10 +245,8 @@ class ImageStream(SampleStream):
         self.max_pixels = max_pixels
         self._set_lengths([len(table) for table in self.tables])
 
-    def _load(self, source: int, index: int, sample: Sample) -> None:
-        row = self.tables[source].rows[index]
-        data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
-        sample.picture = transforms.decode(data, self.max_pixels)
+    def _load_words(self, source: int, index: int, sample: Sample) -> None:
+        """There are none."""
 
 
 class TextStream(SampleStream):
@@ -251,14 +290,17 @@ class TextStream(SampleStream):
                     )
                 self.faults.extend(faults)
 
-    def _load(self, source: int, index: int, sample: Sample) -> None:
+    def _load_words(self, source: int, index: int, sample: Sample) -> None:
         sample.words = self.windows[source].read(index)
+
+    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
+        """There is none."""
 
     def _expect(self, source: int, first: int, end: int) -> None:
         """Token files are mapped, small, and read ahead by the system."""
 
 
-class PairStream(SampleStream):
+class PairStream(PictureStream):
     """Pictures with captions."""
 
     stream = Stream.PAIRS
@@ -283,13 +325,11 @@ class PairStream(SampleStream):
         self.caption_key = caption_key
         self._set_lengths([len(table) for table in self.tables])
 
-    def _load(self, source: int, index: int, sample: Sample) -> None:
-        row, reader = self.tables[source].rows[index], self.readers[source]
-        shard = int(row["shard"])
-        written = reader.read(shard, *map(int, row["text"]))
+    def _load_words(self, source: int, index: int, sample: Sample) -> None:
+        row = self.tables[source].rows[index]
+        written = self.readers[source].read(int(row["shard"]), *map(int, row["text"]))
         captions = captions_of(written, int(row["kind"]), self.caption_key)
         sample.words = caption_words(captions, sample, self.tokenizer, self.caption_length)
-        sample.picture = transforms.decode(reader.read(shard, *map(int, row["image"])), self.max_pixels)
 
 
 def caption_words(captions: list[str], sample: Sample, tokenizer: TextTokenizer, length: int) -> np.ndarray:

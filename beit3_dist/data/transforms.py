@@ -12,7 +12,6 @@ import io
 import itertools
 import math
 import warnings
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -31,7 +30,7 @@ CROP_ATTEMPTS = 10
 """Boxes that are tried before the centre is taken."""
 CONTRAST, SATURATION = 1, 2
 """Numbers of the changes of colour; brightness is 0."""
-ORDERS = tuple((a, b, c) for a, b, c in itertools.permutations(range(3)))
+ORDERS = np.array(list(itertools.permutations(range(3))))
 """Orders of the changes."""
 
 
@@ -113,53 +112,43 @@ def resize_into(room: np.ndarray, image: Image.Image, box: tuple[int, int, int, 
         room[:] = view
 
 
-@dataclass(frozen=True)
-class Jitter:
-    """Changes of brightness, contrast and saturation, in the order of `order` (0, 1, 2); factor 1 changes nothing.
+def draw_jitter(strength: float, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Changes of N pictures, from numbers in [0, 1), [N, 4] -> factors and orders, [N, 3] each.
+
+    The factors of brightness, contrast and saturation lie in [1 - strength, 1 + strength]; an order is one of 0, 1, 2.
+    """
+    return 1 + strength * (2 * numbers[:, :3] - 1), ORDERS[(numbers[:, 3] * len(ORDERS)).astype(np.int64)]
+
+
+def jitter_weights(factors: np.ndarray, orders: np.ndarray) -> np.ndarray:
+    """Weights of a pixel's colour, of its grey, and of the view's mean grey in the new colour, float32 [N, 3].
 
     Brightness scales a pixel's colour, contrast its distance from the picture's mean grey, saturation its distance
     from the pixel's own grey. Each is a linear map of (colour, its grey, mean grey of the view), so the three are one.
     """
-
-    factors: tuple[float, float, float]
-    order: tuple[int, int, int]
-
-    @classmethod
-    def draw(cls, strength: float, rng: np.random.Generator) -> Jitter:
-        """Factors in [1 - strength, 1 + strength], in random order."""
-        *factors, order = rng.random(4).tolist()
-        a, b, c = (1 + strength * (2 * factor - 1) for factor in factors)
-        return cls((a, b, c), ORDERS[int(order * len(ORDERS))])
-
-    @property
-    def weights(self) -> tuple[float, float, float]:
-        """Weights of a pixel's colour, of its grey, and of the view's mean grey in the new colour."""
-        own, mixed, mean = 1.0, 0.0, 0.0  # after whatever changes came before
-        for change in self.order:
-            factor = self.factors[change]
-            if change == SATURATION:
-                own, mixed = factor * own, mixed + (1 - factor) * own
-                continue
-            kept = (1 - factor) * (own + mixed + mean) if change == CONTRAST else 0.0
-            own, mixed, mean = factor * own, factor * mixed, factor * mean + kept
-        return own, mixed, mean
+    own, mixed, mean = np.ones(len(orders)), np.zeros(len(orders)), np.zeros(len(orders))
+    for change in orders.T:  # after whatever changes came before
+        factor = factors[np.arange(len(orders)), change]
+        greyed = np.where(change == CONTRAST, (1 - factor) * (own + mixed + mean), 0)
+        saturated = change == SATURATION
+        mixed = np.where(saturated, mixed + (1 - factor) * own, factor * mixed)
+        mean = np.where(saturated, mean, factor * mean + greyed)
+        own = factor * own
+    return np.stack([own, mixed, mean], axis=1).astype(np.float32)
 
 
 def two_views(
     image: Image.Image, rng: np.random.Generator, model: np.ndarray, tokenizer: np.ndarray | None, config: DataConfig
-) -> tuple[float, float, float]:
+) -> None:
     """Fills `model`, uint8 [S, S, 3], and `tokenizer`, uint8 [S2, S2, 3], with views of one crop, mirrored alike.
 
-    They are the views before the jitter; its `Jitter.weights`, for both, are returned. `tokenizer` is None where both
-    sizes are equal: the views would be identical.
+    `tokenizer` is None where both sizes are equal: the views would be identical.
     """
     box = crop_box(*image.size, config.min_crop_scale, rng)
     flip = rng.random() < config.horizontal_flip
-    jitter = Jitter.draw(config.color_jitter, rng)
     resize_into(model, image, box, flip)
     if tokenizer is not None:
         resize_into(tokenizer, image, box, flip)
-    return jitter.weights
 
 
 def cropped_view(image: Image.Image, rng: np.random.Generator, size: int, min_scale: float, flip: float) -> np.ndarray:

@@ -23,7 +23,7 @@ GREY = (0.299, 0.587, 0.114)
 
 
 def jittered(pictures: Tensor, weights: Tensor) -> Tensor:
-    """Pictures uint8 [B, 3, S, S] after the changes of colour that `transforms.Jitter.weights` [B, 3] stand for.
+    """Pictures uint8 [B, 3, S, S] after the changes of colour that `transforms.jitter_weights` [B, 3] stand for.
 
     Levels are rounded and clipped once, at the end.
     """

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from beit3_dist.data.batch import MixedBatches, Request
+from beit3_dist.data import transforms
+from beit3_dist.data.batch import MixedBatches, Request, requests_from
 from tools import benchmark, benchmark_data
+
+
+class Idle(torch.utils.data.Dataset):
+    """A contender without work."""
+
+    def __getitem__(self, request: Request) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +41,39 @@ def test_contenders_make_equal_batches(folder: Path) -> None:
     assert not torch.equal(theirs.images[0], theirs.images[1]) and theirs.faults == []
 
 
-def test_the_limit_decodes_every_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_crops_our_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes are decoded, and the same boxes resized, in the same order."""
     config = benchmark_data.run_config(folder, 3)
-    bare = benchmark_data.Bare(MixedBatches(config, 224, 0, 1))
-    assert len(bare.data) == 2 * benchmark_data.SHARDS * benchmark_data.PER_SHARD
-    seen: list[bytes] = []
-    decode = benchmark_data.transforms.decode
-    monkeypatch.setattr(
-        benchmark_data.transforms, "decode", lambda data, limit: seen.append(data) or decode(data, limit)
-    )
-    bare[Request((0, 0, 0), 0)]
-    bare[Request((3, 3, 3), 0)]
-    assert seen == bare.data[:12]
+    ours = MixedBatches(config, 224, 0, 1)
+    requests = list(itertools.islice(requests_from((0, 0, 0), config.batch), 2))
+    bare = benchmark_data.Bare(ours, requests)
+    seen: list[object] = []
+    decode, resized = transforms.decode, transforms.resized
+
+    def spied(image: Image.Image, size: int, box: tuple[int, ...], flip: bool = False) -> np.ndarray:
+        seen.append((size, box))
+        return resized(image, size, box, flip)
+
+    monkeypatch.setattr(transforms, "decode", lambda data, limit: seen.append(data) or decode(data, limit))
+    monkeypatch.setattr(transforms, "resized", spied)
+    found = []
+    for dataset in (bare, ours):
+        seen.clear()
+        for request in requests:
+            dataset[request]
+        found.append(list(seen))
+    assert found[0] == found[1] and len(found[0]) == 2 * 2 * 6
+
+
+def test_each_micro_batch_is_timed_in_each_round(folder: Path) -> None:
+    """Two workers, a contender that works and one that does nothing: no time is taken for another's."""
+    config = benchmark_data.run_config(folder, 3)
+    requests = list(itertools.islice(requests_from((0, 0, 0), config.batch), 4))
+    bare = benchmark_data.Bare(MixedBatches(config, 224, 0, 1), requests)
+    spent = benchmark_data.measure([bare, Idle()], requests, 2, 3)
+    assert spent.shape == (2, 2, 3, 4) and (spent > 0).all()
+    cpu = spent[0].min(axis=1)
+    assert (cpu[0] > 3 * cpu[1]).all()  # six pictures of two milliseconds each; handing nothing over takes one
 
 
 @pytest.mark.slow

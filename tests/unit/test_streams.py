@@ -16,7 +16,7 @@ from PIL import Image
 from beit3_dist.config import Source
 from beit3_dist.data.order import Blocks, Stream, mix, permute, sample_id
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.streams import ImageStream, PairStream, TextStream
+from beit3_dist.data.streams import ImageStream, PairStream, Sample, TextStream
 from beit3_dist.data.text import TextTokenizer
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, text_tar, train_tokenizer, write_tar
 
@@ -65,6 +65,23 @@ def test_reading_depends_on_nothing_read_before(tmp_path: Path) -> None:
     ahead = [pixels(forward, position) for position in range(20)]
     assert [pixels(backward, position) for position in reversed(range(20))] == ahead[::-1]
     assert ahead != [pixels(images(tmp_path, seed=1), position) for position in range(20)]
+
+
+def test_reading_many_is_reading_each(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """Also where the words or the picture cannot be used."""
+    samples = [{"__key__": str(number), "jpg": picture(number), "txt": b"a caption"} for number in range(6)]
+    samples[1]["txt"], samples[2]["jpg"], samples[3]["txt"], samples[3]["jpg"] = b"\xff", b"junk", b" ", b"junk"
+    write_tar(tmp_path / "a.tar", samples)
+    one, many = pairs(tmp_path, tokenizer), pairs(tmp_path, tokenizer)
+
+    def content(sample: Sample) -> tuple:
+        return sample.id, sample.key, sample.words.tolist(), sample.picture.tobytes(), sample.faults
+
+    places = [*range(12), 3]
+    found = [content(sample) for sample in many.read_all(places)]
+    assert found == [content(one.read(place)) for place in places]
+    assert {fault.key for row in found for fault in row[4]} == {"1", "2", "3"}
+    assert list(many.read_all([])) == []
 
 
 def test_unshuffled_is_the_stored_order_in_one_epoch(tmp_path: Path) -> None:

@@ -171,10 +171,11 @@ def test_very_wide_pictures_are_cropped_in_the_centre() -> None:
 PILLOWS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
-def applied(jitter: transforms.Jitter, view: np.ndarray) -> np.ndarray:
+def applied(factors: tuple[float, ...], order: tuple[int, ...], view: np.ndarray) -> np.ndarray:
     """The view [S, S, 3] after the jitter, as the device applies it."""
+    weights = transforms.jitter_weights(np.array([factors]), np.array([order]))
     pictures = torch.from_numpy(view.copy()).permute(2, 0, 1)[None]
-    return jittered(pictures, torch.tensor([jitter.weights]))[0].permute(1, 2, 0).numpy()
+    return jittered(pictures, torch.from_numpy(weights))[0].permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("change", range(3))
@@ -183,7 +184,7 @@ def test_jitter_agrees_with_pillow(change: int, factor: float) -> None:
     """Pillow cuts fractions off where we round, and takes whole numbers for greys: two levels."""
     view = np.asarray(Image.open(io.BytesIO(picture(3, 64, 64))))
     factors = tuple(factor if number == change else 1.0 for number in range(3))
-    ours = applied(transforms.Jitter(factors, (0, 1, 2)), view)
+    ours = applied(factors, (0, 1, 2), view)
     assert ours.dtype == np.uint8 and ours.shape == view.shape
     difference = ours.astype(int) - np.asarray(PILLOWS[change](Image.fromarray(view)).enhance(factor)).astype(int)
     assert np.abs(difference).max() <= 2
@@ -198,20 +199,21 @@ def test_jitter_in_any_order_agrees_with_pillow(order: tuple[int, int, int]) -> 
     theirs = Image.fromarray(view)
     for change in order:
         theirs = PILLOWS[change](theirs).enhance(factors[change])
-    ours = applied(transforms.Jitter(factors, order), view)
+    ours = applied(factors, order, view)
     assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= 6
     assert np.abs(ours.astype(int) - view).max() > 20
 
 
 def test_jitter_is_drawn_in_range_and_order() -> None:
-    rng = np.random.default_rng(0)
-    drawn = [transforms.Jitter.draw(0.4, rng) for _ in range(300)]
-    factors = np.array([jitter.factors for jitter in drawn])
+    factors, orders = transforms.draw_jitter(0.4, np.random.default_rng(0).random((300, 4)))
     assert 0.6 <= factors.min() < 0.62 and 1.38 < factors.max() <= 1.4
-    assert len({jitter.order for jitter in drawn}) == 6
+    assert set(map(tuple, orders.tolist())) == set(itertools.permutations(range(3)))
+    together = transforms.jitter_weights(factors, orders)
+    alone = [transforms.jitter_weights(*pair)[0] for pair in zip(factors[:, None], orders[:, None], strict=True)]
+    assert together.dtype == np.float32 and (together == alone).all()
     view = np.asarray(Image.open(io.BytesIO(picture(3, 64, 64))))
-    assert not applied(transforms.Jitter((0.0, 1.0, 1.0), (2, 0, 1)), view).any()
-    assert len(np.unique(applied(transforms.Jitter((1.0, 0.0, 1.0), (0, 1, 2)), view))) == 1
+    assert not applied((0.0, 1.0, 1.0), (2, 0, 1), view).any()
+    assert len(np.unique(applied((1.0, 0.0, 1.0), (0, 1, 2), view))) == 1
 
 
 def two_views(
