@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes the demo's model on six small tasks, on two CPU cores: bash launchers/demo_tasks.sh [TASK ...]
 #
-# Needs what launchers/demo.sh leaves in demo/. Each task runs twice with the same steps: from the demo's pretraining and
+# Needs what launchers/demo.sh leaves in demo/, and an hour. Each task runs twice with the same steps: from the demo's pretraining and
 # from random weights; a question-only model shows what vqa is worth without pictures. The table at the end compares
 # them. Everything lies in demo/tasks/; what is already there is not made again.
 set -euo pipefail
@@ -10,9 +10,8 @@ source launchers/environment.sh
 
 tasks=demo/tasks
 all=(shapes captioning retrieval text vqa questions nlvr2)
-large=(--batch.size 64 --optim.lr 2e-3)
 chosen=("${@:-${all[@]}}")
-checkpoint=$(echo demo/run/checkpoints/"$(cat demo/run/checkpoints/latest)")
+checkpoint=demo/run/checkpoints/$(<demo/run/checkpoints/latest)
 [[ -e $tasks/demo.json ]] || python tools/build_index.py demo "$tasks" --text_tokenizer demo/text_tokenizer.spm
 
 finetune() { # TASK INDEX OUT [--field VALUE ...]
@@ -26,12 +25,12 @@ finetune() { # TASK INDEX OUT [--field VALUE ...]
 
 for name in "${chosen[@]}"; do
     case $name in
-    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" "${large[@]}" --steps 600) ;;
-    captioning) settings=(captioning captioning --data.text_length 12 "${large[@]}" --steps 500) ;;
-    retrieval) settings=(retrieval retrieval "${large[@]}" --steps 300) ;;
-    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1200) ;;
-    questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 1200) ;;
-    text) settings=(text text --data.answers "$tasks/text.classes.txt" --steps 600) ;;
+    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" --steps 600) ;;
+    captioning) settings=(captioning captioning --data.text_length 12 --steps 500) ;;
+    retrieval) settings=(retrieval retrieval --steps 300) ;;
+    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1500) ;;
+    questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 600) ;;
+    text) settings=(text text --data.answers "$tasks/text.classes.txt" --steps 300) ;;
     nlvr2) settings=(nlvr2 nlvr2 --steps 800) ;;
     *) echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2 ;;
     esac
