@@ -1,4 +1,4 @@
-"""The loader's benchmark measures what it says, and its contenders do equal work. No time is asserted here."""
+"""The loader's benchmark measures what it says, and its contenders do equal work. No rate is asserted here."""
 
 from __future__ import annotations
 
