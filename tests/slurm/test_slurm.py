@@ -21,6 +21,8 @@ from tests.unit.tar_fixtures import small_run
 REPOSITORY = Path(__file__).parents[2]
 CLUSTER = Path(__file__).parent / "local_cluster.sh"
 STEPS = 16
+SAID = (["scontrol", "show", "jobs"], ["scontrol", "show", "nodes"])
+"""What Slurm says of itself, for the message of a wait that failed."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
 missing = [program for program in PROGRAMS if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None]
@@ -89,10 +91,12 @@ def state(cluster: dict[str, str], job: str) -> str:
     return slurm(cluster, "scontrol", "show", "job", job).partition("JobState=")[2].split()[0]
 
 
-def wait(what: str, happened: Callable[[], bool], log: Path, seconds: float = 200) -> None:
+def wait(what: str, happened: Callable[[], bool], log: Path, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
-        assert time.monotonic() < deadline, f"no {what} in {seconds} s:\n{log.read_text() if log.exists() else ''}"
+        if time.monotonic() > deadline:
+            jobs = [subprocess.run(said, capture_output=True, text=True).stdout for said in SAID]
+            pytest.fail("\n".join([f"no {what} in {seconds} s:", log.read_text() if log.exists() else "", *jobs]))
         time.sleep(0.5)
 
 
@@ -101,7 +105,7 @@ def trained(out: Path, steps: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1200)
 def test_preempted_and_requeued_is_the_undisturbed_run(
     cluster: dict[str, str], recipe: list[str], tmp_path: Path
 ) -> None:
@@ -141,7 +145,7 @@ def test_preempted_and_requeued_is_the_undisturbed_run(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_cancelled_saves_and_stays_cancelled(cluster: dict[str, str], recipe: list[str], tmp_path: Path) -> None:
     """scancel: Slurm sends SIGTERM to every process of the job at once."""
     out, log = tmp_path / "cancelled", tmp_path / "cancelled.txt"
