@@ -91,11 +91,11 @@ def state(cluster: dict[str, str], job: str) -> str:
     return slurm(cluster, "scontrol", "show", "job", job).partition("JobState=")[2].split()[0]
 
 
-def wait(what: str, happened: Callable[[], bool], log: Path, seconds: float = 400) -> None:
+def wait(cluster: dict[str, str], what: str, happened: Callable[[], bool], log: Path, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > deadline:
-            jobs = [subprocess.run(said, capture_output=True, text=True).stdout for said in SAID]
+            jobs = [subprocess.run(said, env=cluster, capture_output=True, text=True).stdout for said in SAID]
             pytest.fail("\n".join([f"no {what} in {seconds} s:", log.read_text() if log.exists() else "", *jobs]))
         time.sleep(0.5)
 
@@ -112,9 +112,9 @@ def test_preempted_and_requeued_is_the_undisturbed_run(
     disturbed, undisturbed, plain = (tmp_path / name for name in ("disturbed", "undisturbed", "plain"))
     log = Path(f"{disturbed}.txt")
     job = submit(cluster, recipe, disturbed)
-    wait("fifth step", lambda: trained(disturbed, 5), log)
+    wait(cluster, "fifth step", lambda: trained(disturbed, 5), log)
     slurm(cluster, "scancel", "--signal=USR1", "--batch", job)  # as --signal does before the time limit
-    wait("requeued job", lambda: state(cluster, job) == "PENDING", log)
+    wait(cluster, "requeued job", lambda: state(cluster, job) == "PENDING", log)
     done = len(metrics(disturbed))
     assert done < STEPS and (disturbed / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}"
 
@@ -123,16 +123,24 @@ def test_preempted_and_requeued_is_the_undisturbed_run(
         if "Reason=BeginTime" in slurm(cluster, "scontrol", "show", "job", job):
             now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
             subprocess.run(now, env=cluster, capture_output=True, timeout=60)  # it may just have begun by itself
+        # A node whose processes took too long to end on a busy machine is set aside; nobody else would bring it back.
+        resume = ["scontrol", "update", "NodeName=ALL", "State=RESUME"]
+        subprocess.run(resume, env=cluster, capture_output=True, timeout=60)
         return state(cluster, job) == "RUNNING"
 
-    wait("second attempt", restarted, log)
+    wait(cluster, "second attempt", restarted, log)
     reference = submit(cluster, recipe, undisturbed)
     # Without the batch script: what srun tells its tasks is enough.
     srun = ["srun", "--nodes=2", "--ntasks=2", "--overcommit", sys.executable, "launchers/pretrain.py", *recipe]
     by_srun = slurm(cluster, *srun, "--out", str(plain), timeout_s=200)
     assert f"step {STEPS}/{STEPS}" in by_srun, by_srun
-    wait("end of the undisturbed job", lambda: state(cluster, reference) == "COMPLETED", Path(f"{undisturbed}.txt"))
-    wait("end of the requeued job", lambda: state(cluster, job) == "COMPLETED", log)
+    wait(
+        cluster,
+        "end of the undisturbed job",
+        lambda: state(cluster, reference) == "COMPLETED",
+        Path(f"{undisturbed}.txt"),
+    )
+    wait(cluster, "end of the requeued job", lambda: state(cluster, job) == "COMPLETED", log)
 
     output = log.read_text()
     assert "attempt 1:" in output and "attempt 2:" in output, "the second attempt must append to the first one's output"
@@ -150,9 +158,11 @@ def test_cancelled_saves_and_stays_cancelled(cluster: dict[str, str], recipe: li
     """scancel: Slurm sends SIGTERM to every process of the job at once."""
     out, log = tmp_path / "cancelled", tmp_path / "cancelled.txt"
     job = submit(cluster, [*recipe, "--steps", "1000"], out)
-    wait("third step", lambda: trained(out, 3), log)
+    wait(cluster, "third step", lambda: trained(out, 3), log)
     slurm(cluster, "scancel", job)
-    wait("end of the job", lambda: job not in slurm(cluster, "squeue", "--noheader", "--format=%i").split(), log)
+    wait(
+        cluster, "end of the job", lambda: job not in slurm(cluster, "squeue", "--noheader", "--format=%i").split(), log
+    )
     assert state(cluster, job) == "CANCELLED", log.read_text()
     done = len(metrics(out))
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}", log.read_text()
