@@ -45,7 +45,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The full product of layouts takes half an hour: it runs only under `-m product`."""
+    """The full product of layouts takes long: it runs only under `-m product`."""
     if "product" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("product")]

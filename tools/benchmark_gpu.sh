@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prints the README's table of training speed on one GPU, in under ten minutes on an H200: base, large and the giant's
 # geometry in bf16 without recomputation, at several micro-batches, beside torchscale's three forward passes, eager in
-# bf16 autocast, and compiled with fused attention. Then our operations against plain torch, and growth.
+# bf16 autocast, and compiled with fused attention. Then our operations against plain torch.
 #
 #   tools/benchmark_gpu.sh OUT      writes each record to OUT/*.json and the tables to OUT/table.txt
 #   TINY=1 tools/benchmark_gpu.sh OUT   the same with toy sizes, on any machine: shows that it runs

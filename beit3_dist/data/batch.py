@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from multiprocessing import forkserver, parent_process
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -51,7 +51,25 @@ class Request(NamedTuple):
 
 
 @dataclass
-class MicroBatch:
+class Tensors:
+    """A batch whose fields are tensors and other things."""
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The same batch with its tensors on the device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+
+@dataclass
+class MicroBatch(Tensors):
     """One rank's micro-batch of I images, P pairs and T texts; S is the picture's side, L the longest text."""
 
     images: torch.Tensor
@@ -108,11 +126,6 @@ class MicroBatch:
         """Ids of the samples by the name of their stream."""
         return {stream.name.lower(): self.sample_ids[self.streams == stream].tolist() for stream in Stream}
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
-        return replace(self, **changed)
-
     def __getstate__(self) -> dict[str, Any]:
         """Pictures stay tensors, which loader processes pass on in shared memory; the rest goes by value, as arrays: a
         file in shared memory for each of the small tensors would take longer than making them."""
@@ -124,14 +137,6 @@ class MicroBatch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> MicroBatch:
-        """The same batch with its tensors on the device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> MicroBatch:
-        """The same batch in page-locked memory."""
-        return self._map(torch.Tensor.pin_memory)
 
 
 class MixedBatches(Dataset):

@@ -218,19 +218,6 @@ class SampleStream(ABC):
 class PictureStream(SampleStream):
     """What the streams with pictures have in common."""
 
-    max_pixels: int
-
-    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
-        row = self.tables[source].rows[index]
-        data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
-        sample.picture = transforms.decode(data, self.max_pixels)
-
-
-class ImageStream(PictureStream):
-    """Pictures without text."""
-
-    stream = Stream.IMAGES
-
     def __init__(
         self,
         shards: str | list[Source],
@@ -244,6 +231,17 @@ class ImageStream(PictureStream):
         super().__init__(shards, field, seed, cache, shuffled, blocks)
         self.max_pixels = max_pixels
         self._set_lengths([len(table) for table in self.tables])
+
+    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
+        row = self.tables[source].rows[index]
+        data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
+        sample.picture = transforms.decode(data, self.max_pixels)
+
+
+class ImageStream(PictureStream):
+    """Pictures without text."""
+
+    stream = Stream.IMAGES
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
         """There are none."""
@@ -318,12 +316,10 @@ class PairStream(PictureStream):
         shuffled: bool = True,
         blocks: Blocks | None = None,
     ) -> None:
-        super().__init__(shards, field, seed, cache, shuffled, blocks)
-        self.max_pixels = max_pixels
+        super().__init__(shards, field, seed, cache, max_pixels, shuffled, blocks)
         self.tokenizer = tokenizer
         self.caption_length = caption_length
         self.caption_key = caption_key
-        self._set_lengths([len(table) for table in self.tables])
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
         row = self.tables[source].rows[index]

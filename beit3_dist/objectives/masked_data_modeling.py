@@ -40,9 +40,7 @@ class Targets:
     def selection(self) -> Selection:
         """The tokens whose last hidden states the heads read: the masked ones, patches before words."""
         image, text, pair_image, pair_text = self.counts
-        return Selection(
-            rows=torch.cat([self.image_rows, self.text_rows]), counts=(image, pair_image, pair_text, text)
-        )
+        return Selection(rows=torch.cat([self.image_rows, self.text_rows]), counts=(image, pair_image, pair_text, text))
 
 
 class MaskedDataModeling(nn.Module):

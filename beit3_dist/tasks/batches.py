@@ -7,11 +7,11 @@ through the stored order once: every rank gets as many batches as the others, an
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from beit3_dist.config import DataConfig
+from beit3_dist.data.batch import Tensors
 from beit3_dist.data.faults import BadSample, Fault
 from beit3_dist.data.order import generator, mix, permute
 from beit3_dist.data.text import TextTokenizer
@@ -80,7 +81,7 @@ def validation_places(length: int, count: int, rank: int, world: int) -> Iterato
 
 
 @dataclass
-class TaskBatch:
+class TaskBatch(Tensors):
     """B samples of k pictures of side S and at most L words each; k and L may be 0."""
 
     images: torch.Tensor
@@ -99,19 +100,6 @@ class TaskBatch:
     """bool [B]; False: the sample repeats another one and must not count."""
     faults: list[Fault]
     """Examples of training that had to be replaced."""
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TaskBatch:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
-        return replace(self, **changed)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> TaskBatch:
-        """The same batch with its tensors on the device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> TaskBatch:
-        """The same batch in page-locked memory."""
-        return self._map(torch.Tensor.pin_memory)
 
 
 class Examples(Dataset):

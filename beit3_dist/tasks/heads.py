@@ -8,7 +8,7 @@ final norm where the task's head begins with one of its own.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.model.layout import Layout
-
-TASKS = ("imagenet", "vqa", "nlvr2", "captioning", "retrieval", "itc", "text")
-"""Every downstream use."""
+from beit3_dist.tasks.config import TaskName
 
 FIRST_TEMPERATURE = 0.07
 """Temperature that contrastive training starts from (CLIP, Radford et al. 2021)."""
@@ -142,7 +140,7 @@ class FineTuned(BEiT3):
                 case "captioning":
                     pass  # the words' own head
                 case _:
-                    raise ValueError(f"task={task!r} is not one of {', '.join(TASKS)}")
+                    raise ValueError(f"task={task!r} is not one of {', '.join(get_args(TaskName))}")
         if task in ("imagenet", "vqa", "text"):
             self.norm: nn.Module = NoNorm()  # type: ignore[assignment]
         if torch.device(device).type != "meta":

@@ -9,12 +9,14 @@ import contextlib
 import importlib
 import io
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
 
 RECALL_AT = (1, 5, 10)
 """Places of a ranking that recall looks at."""
@@ -30,6 +32,14 @@ def top_k(predictions: Tensor, labels: Sequence[int]) -> dict[str, float]:
     """top1, and top5 where there are five: share of the labels among the first of int64 [N, k], best class first."""
     hits = predictions == torch.tensor(labels)[:, None]
     return {f"top{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5) if k <= predictions.shape[1]}
+
+
+def first_rows(keys: Iterable[Key]) -> dict[Key, int]:
+    """The row in which each key comes first, in the order of these rows."""
+    first: dict[Key, int] = {}
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    return first
 
 
 def recall(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, float]:

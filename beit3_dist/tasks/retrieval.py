@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from beit3_dist.parallel.collectives import Gather
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.heads import FineTuned
-from beit3_dist.tasks.metrics import recall
+from beit3_dist.tasks.metrics import first_rows, recall
 from beit3_dist.tasks.submissions import write_retrieval
 from beit3_dist.tasks.task import Task, TaskInputs, shares
 
@@ -44,9 +44,7 @@ class Retrieval(Task):
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
         """Recall at 1, 5 and 10 both ways, each picture counted once however many texts it has, and their mean."""
         of_text = [int(example.label) for example in examples]
-        first: dict[int, int] = {}
-        for row, picture in enumerate(of_text):
-            first.setdefault(picture, row)
+        first = first_rows(of_text)
         numbers = {picture: number for number, picture in enumerate(first)}
         scores = recall(
             predictions[list(first.values()), 0], predictions[:, 1], torch.tensor([numbers[p] for p in of_text])

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit3_dist.tasks.metrics import first_rows
+
 BEST = 10
 """Candidates that `write_retrieval` keeps of each ranking."""
 ROWS_AT_ONCE = 1024
@@ -58,9 +60,7 @@ def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, 
     Row i is text i, vectors [N, D], and the picture that it belongs to; a picture that comes several times is taken
     from its first row. A text is called by its row, a picture by its name.
     """
-    first: dict[str, int] = {}
-    for row, name in enumerate(image_of_text):
-        first.setdefault(name, row)
+    first = first_rows(image_of_text)
     names, pictures = list(first), images[list(first.values())]
     path = folder / "retrieval.jsonl"
     with open(path, "w", encoding="utf-8") as file:

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import TracebackType
 
 from beit3_dist.checkpoint import read
-from beit3_dist.checkpoint.find import read_state, verified
+from beit3_dist.checkpoint.find import find, read_state, verified
 from beit3_dist.checkpoint.layout import Cut, Piece
 from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import TrainingConfig
+from beit3_dist.config import TrainingConfig, require
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import create_optimizer_state, fragments, optimizer_state, refresh_parameters
 from beit3_dist.parallel.mesh import Mesh
@@ -64,6 +64,22 @@ def _ending_the_run() -> Iterator[None]:
         yield
     except SavingFailed as failure:
         raise RunStopped(str(failure)) from failure
+
+
+def starting_point(config: TrainingConfig | TokenizerConfig) -> tuple[Path | None, TrainState]:
+    """The checkpoint that `checkpoint.resume` means, None for a new run, and the state to go on from.
+
+    Raises ValueError where a new run would go into the folder of another one, or nothing is left to train.
+    """
+    out = Path(config.out)
+    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
+    require(
+        config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
+        f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
+    )
+    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
+    require(state.step < config.steps, f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    return checkpoint, state
 
 
 def whole_checkpoint(

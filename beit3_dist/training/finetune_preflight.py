@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.formats import read_initial_weights
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require
@@ -27,6 +26,7 @@ from beit3_dist.tasks.heads import task_value
 from beit3_dist.tasks.metrics import check_caption_metrics
 from beit3_dist.tasks.pair_shards import PairShards
 from beit3_dist.tasks.task import Task
+from beit3_dist.training.checkpointing import starting_point
 
 NEEDS_CLASSES = ("imagenet", "vqa", "text")
 
@@ -69,17 +69,10 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     classes = read_classes(config)
     if config.task == "captioning":
         check_caption_metrics(config.eval.caption_metrics)
-    train = _examples(config, config.data.train, classes, True)
-    validation = _examples(config, config.data.validation, classes, False) if config.data.validation else ()
+    train = _examples(config, config.data.train, classes, tokenizer, True)
+    validation = _examples(config, config.data.validation, classes, tokenizer, False) if config.data.validation else ()
     config = resolve_epochs(config, len(train))
-    out = Path(config.out)
-    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
-    require(
-        config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
-        f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
-    )
-    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
-    require(state.step < config.steps, f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    checkpoint, state = starting_point(config)
     task = TASKS[config.task](config, tokenizer, classes)
     return config, FinetuneReady(state, checkpoint, _values(config, task, checkpoint), task, train, validation)
 
@@ -104,10 +97,12 @@ def read_classes(config: FinetuneConfig) -> list[str]:
         raise ValueError(f"data.answers: {path} lacks an answer or a label on some line: {error!r}") from error
 
 
-def _examples(config: FinetuneConfig, index: str, classes: list[str], train: bool) -> Sequence[Example]:
+def _examples(
+    config: FinetuneConfig, index: str, classes: list[str], tokenizer: TextTokenizer, train: bool
+) -> Sequence[Example]:
     if config.task == "itc" and not index.endswith(".jsonl"):
         data = config.data
-        return PairShards(index, data.cache, TextTokenizer(config.text_tokenizer), data.caption_key)
+        return PairShards(index, data.cache, tokenizer, data.caption_key)
     if config.task == "imagenet" and not index.endswith(".jsonl"):
         return read_class_shards(index, "data.train" if train else "data.validation", config.data.cache, len(classes))
     task = "retrieval" if config.task == "itc" else config.task

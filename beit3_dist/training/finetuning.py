@@ -79,6 +79,7 @@ class FineTuning:
         config, mesh, layers = self.config, self.mesh, self.config.model.layers
         self.task.connect(groups.data)
         self._groups = groups
+        self._statistics = [torch.tensor(v, device=mesh.device).view(3, 1, 1) for v in self.task.statistics]
         self._engine = Engine(
             config,
             groups,
@@ -144,8 +145,7 @@ class FineTuning:
         return ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)
 
     def _inputs(self, batch: TaskBatch, words: Tensor, targets: Tensor | None = None) -> TaskInputs:
-        device = self.mesh.device
-        mean, deviation = (torch.tensor(v, device=device).view(3, 1, 1) for v in self.task.statistics)
+        device, (mean, deviation) = self.mesh.device, self._statistics
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         return TaskInputs(
             images=(move(batch.images).float() / 255 - mean) / deviation,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.formats import read_initial_weights
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig
@@ -18,6 +17,7 @@ from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.pipeline import check_pipeline
 from beit3_dist.parallel.tensor import check_tensor
+from beit3_dist.training.checkpointing import starting_point
 from beit3_dist.training.image_codes import PrecomputedCodes, open_codes
 from beit3_dist.training.image_targets import tokenizer_view_size
 
@@ -50,15 +50,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
     check_pipeline(config)
-    out = Path(config.out)
-    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
-    if config.checkpoint.resume == "none" and (out / "metrics.jsonl").exists():
-        raise ValueError(
-            f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder"
-        )
-    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
-    if state.step >= config.steps:
-        raise ValueError(f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    checkpoint, state = starting_point(config)
     image_tokenizer = load_vqkd(config.image_tokenizer)
     view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
     own = config.model.image_size  # looked up codes need no view for the tokenizer

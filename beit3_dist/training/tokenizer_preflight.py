@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require, require_divides
 from beit3_dist.data.batch import ImageBatches
 from beit3_dist.objectives.distillation import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.checkpointing import starting_point
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 
@@ -31,14 +31,7 @@ class TokenizerReady:
 def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady:
     """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
     require_divides("the number of ranks", mesh.world, "batch", config.batch)
-    out = Path(config.out)
-    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
-    require(
-        config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
-        f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
-    )
-    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
-    require(state.step < config.steps, f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    checkpoint, state = starting_point(config)
     require(
         state.consumed[0] == state.step * config.batch,
         f"batch={config.batch}: {checkpoint} has taken {state.consumed[0]} pictures in {state.step} steps; "

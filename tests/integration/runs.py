@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from beit3_dist.training.pretraining import pretrain
 from tests.unit.tar_fixtures import small_run
 
 CODES = 40
+REPOSITORY = Path(__file__).parents[2]
 
 
 def save_random_tokenizer(path: Path, **changes: int) -> Path:
@@ -57,6 +63,27 @@ def train(groups: Groups, config: RunConfig) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def start(*command: str) -> subprocess.Popen:
+    """A Python command in the repository's root, with all its processes in a process group of their own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment, start_new_session=True,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+def wait_for_steps(process: subprocess.Popen, out: str | Path, steps: int) -> None:
+    """Returns when the run in `out` has recorded so many steps; fails with the process's output if it ends before."""
+    log, deadline = Path(out, "metrics.jsonl"), time.monotonic() + 240
+    while not log.exists() or len(log.read_bytes().splitlines()) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to all processes of `start`."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
 
 
 def metrics(out: str | Path) -> list[dict[str, Any]]:

@@ -13,10 +13,9 @@ import psutil
 import pytest
 
 from beit3_dist.config import CheckpointConfig, DataConfig
-from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
+from tests.integration.runs import REPOSITORY, metrics, reproducible, run_config, train, write_recipe
 from tests.parallel.workers import free_port, run_workers
 
-REPOSITORY = Path(__file__).parents[2]
 FAULTY = str(Path(__file__).parent / "faulty_pretrain.py")
 SECONDS = 15
 """The most that the end of all processes may take on a busy machine; idle it is three to four."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,19 +20,24 @@ from beit3_dist.config import CheckpointConfig, ParallelConfig, RunConfig
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.pretraining import Pretraining
 from beit3_dist.training.resilience import RunStopped
-from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
+from tests.integration.runs import (
+    REPOSITORY,
+    kill,
+    metrics,
+    reproducible,
+    run_config,
+    start,
+    train,
+    wait_for_steps,
+    write_recipe,
+)
 from tests.parallel.workers import free_port, run_workers
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def launch(recipe: Path, *overrides: str) -> subprocess.Popen:
-    """The README's command, with two processes, in a process group of its own."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2", "--master_port",
-               str(free_port()), "launchers/pretrain.py", "--config", str(recipe), *overrides]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    """The README's command, with two processes."""
+    return start("-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2", "--master_port",
+                 str(free_port()), "launchers/pretrain.py", "--config", str(recipe), *overrides)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -50,12 +54,8 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
 
     process = launch(recipe, "--out", disturbed)
     log = Path(disturbed, "metrics.jsonl")
-    deadline = time.monotonic() + 240
-    while not log.exists() or len(log.read_bytes().splitlines()) < 6:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    wait_for_steps(process, disturbed, 6)
+    kill(process)
     done = len(log.read_bytes().splitlines())
     assert done < config.steps, "the run ended before it was killed"
     with open(log, "a") as file:

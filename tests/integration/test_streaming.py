@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from beit3_dist.config import BatchConfig, CheckpointConfig, ParallelConfig, RunConfig
-from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
+from tests.integration.runs import kill, metrics, reproducible, run_config, start, train, wait_for_steps, write_recipe
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import image_tar, pair_tar, sentences, text_tar
 
-REPOSITORY = Path(__file__).parents[2]
 SHARDS = 3
 
 
@@ -35,12 +30,9 @@ def streamed(folder: Path) -> RunConfig:
     return replace(config, data=data, steps=10, batch=batch, checkpoint=CheckpointConfig(every=3))
 
 
-def start(recipe: Path, *overrides: str) -> subprocess.Popen:
-    """A run of one process and its loader processes, in a process group of its own."""
-    command = [sys.executable, "launchers/pretrain.py", "--config", str(recipe), *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+def launch(recipe: Path, *overrides: str) -> subprocess.Popen:
+    """A run of one process and its loader processes."""
+    return start("launchers/pretrain.py", "--config", str(recipe), *overrides)
 
 
 @pytest.mark.slow
@@ -48,21 +40,18 @@ def test_killed_resumed_and_in_other_layouts(tmp_path: Path) -> None:
     config = streamed(tmp_path)
     undisturbed, disturbed = str(tmp_path / "undisturbed"), str(tmp_path / "disturbed")
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
-    process = start(recipe, "--out", undisturbed)
+    process = launch(recipe, "--out", undisturbed)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
 
-    process = start(recipe, "--out", disturbed)
-    log = Path(disturbed, "metrics.jsonl")
-    deadline = time.monotonic() + 240
-    while not log.exists() or len(log.read_bytes().splitlines()) < 5:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert len(log.read_bytes().splitlines()) < config.steps, "the run ended before it was killed"
+    process = launch(recipe, "--out", disturbed)
+    wait_for_steps(process, disturbed, 5)
+    kill(process)
+    assert len(Path(disturbed, "metrics.jsonl").read_bytes().splitlines()) < config.steps, (
+        "the run ended before it was killed"
+    )
     # Another number of loader processes: their parts are put together in the same order, so that no bit differs.
-    process = start(recipe, "--out", disturbed, "--checkpoint.resume", "auto", "--data.workers", "0")
+    process = launch(recipe, "--out", disturbed, "--checkpoint.resume", "auto", "--data.workers", "0")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0 and "going on after step 3" in output, output
     assert [record["step"] for record in metrics(disturbed)] == list(range(1, config.steps + 1))
@@ -97,7 +86,7 @@ def test_what_needs_random_access_is_refused(tmp_path: Path) -> None:
         (("--data.virtual_readers", "3"), "data.virtual_readers=3"),
     ]
     for overrides, named in cases:
-        process = start(recipe, *overrides)
+        process = launch(recipe, *overrides)
         output, _ = process.communicate(timeout=120)
         [line] = [line for line in output.splitlines() if "error" in line]
         assert process.returncode == 2 and named in line, output

@@ -18,24 +18,11 @@ from beit3_dist.model import BEiT3
 from beit3_dist.model.beit3 import MixedInputs
 from beit3_dist.model.layout import Layout, group
 from tests.equality import assert_close
+from tests.parity import test_torchscale
 from tests.parity.oracle import torchscale_beit3
 from tools.convert_checkpoint import main
 
-TINY = ModelConfig(
-    layers=3,
-    width=32,
-    heads=4,
-    ffn_width=64,
-    patch_size=8,
-    image_size=32,
-    attention="per_modality",
-    sub_layernorm=True,
-    vl_expert_layers=0,
-    vocab_size=100,
-    visual_vocab_size=50,
-    max_text_length=40,
-    drop_path=0.0,
-)
+TINY = ModelConfig(**test_torchscale.TINY, **test_torchscale.RELEASED)
 BASE = replace(
     TINY, layers=12, width=768, heads=12, ffn_width=3072, patch_size=16, image_size=224, vocab_size=1000
 )  # fmt: skip
