@@ -31,11 +31,12 @@ from PIL import Image
 from webdataset import ShardWriter
 
 from beit3_dist.config import DataConfig
-from beit3_dist.data.demo_sources import demo_package, dictionary_documents, emoji_pictures
+from beit3_dist.data.demo_sources import dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import IMAGE, KINDS
 from beit3_dist.data.sides import side
 from beit3_dist.data.transforms import decode
+from beit3_dist.tasks.demo import caption, easy_vqa
 
 EXTENSIONS = tuple(extension.decode() for extension, kind in KINDS.items() if kind == IMAGE)
 """Extensions of pictures that the loader knows."""
@@ -251,10 +252,14 @@ def emoji_samples(options: Namespace) -> Iterator[Sample]:
 
 
 def easy_vqa_pictures() -> list[Picture]:
-    """easy-VQA's pictures of one coloured shape each."""
-    easy_vqa = demo_package("easy_vqa")
-    folders = easy_vqa.get_train_image_paths(), easy_vqa.get_test_image_paths()
-    return [Picture(path) for folder in folders for path in folder.values()]
+    """easy-VQA's pictures of one coloured shape each. Its test side is left to the tasks."""
+    return [Picture(path) for path in easy_vqa()["train"].paths.values()]
+
+
+def easy_vqa_pairs() -> list[Picture]:
+    """Those pictures whose questions tell what they show, with captions such as 'a red circle'."""
+    train = easy_vqa()["train"]
+    return [Picture(train.paths[number], caption(shape)) for number, shape in train.shapes().items()]
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -362,7 +367,10 @@ def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
 def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """The three streams of the demo, from installed packages."""
     pictures = picture_samples(easy_vqa_pictures()[: options.limit], options, skipped)
-    pairs = itertools.islice(emoji_samples(options), options.limit)
+    pairs = itertools.chain(
+        itertools.islice(emoji_samples(options), options.limit),
+        picture_samples(easy_vqa_pairs()[: options.limit], options, skipped),
+    )
     texts = itertools.islice(dictionary_documents(), options.limit)
     members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
     return [

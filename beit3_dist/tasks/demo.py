@@ -1,7 +1,8 @@
 """Small tasks from data sets that pip brings: records of indexes, as in `benchmarks`, and their pictures.
 
-easy-VQA keeps its own split into train and test pictures: one coloured shape each, and questions. The drawings and
-dictionary entries of the test sides are those that the demo's shards hold out, so that pretraining has not seen them.
+easy-VQA keeps its own split into train and test pictures: one coloured shape each, and questions. The demo's shards hold
+its train side only, and the drawings and dictionary entries of the test sides are those that the shards hold out:
+pretraining has seen nothing of a test side.
 """
 
 from __future__ import annotations
@@ -150,14 +151,19 @@ def shapes(easy: dict[str, EasySide]) -> Indexes:
     }
 
 
+def caption(shape: Shape) -> str:
+    """What a picture of the shape is called, in the demo's pairs and in the task `captioning`."""
+    return f"a {shape}"
+
+
 def captioning(easy: dict[str, EasySide]) -> Indexes:
     """A caption such as 'a red circle' for each picture."""
     return {
         f"captioning.{split}.jsonl": [
             {
                 "image_path": source.picture(picture, split),
-                "text": f"a {shape}",
-                "captions": [f"a {shape}"],
+                "text": caption(shape),
+                "captions": [caption(shape)],
                 "image_id": picture,
             }
             for picture, shape in source.shapes().items()

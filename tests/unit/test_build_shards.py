@@ -231,12 +231,14 @@ def test_demo_feeds_all_three_streams(tmp_path: Path, cache: Path, capsys: pytes
         name = stream.name.lower()
         for side in ("train", "held_out"):
             open_table(str(tmp_path / "demo" / name / side / "*.tar"), f"data.{name}", stream, str(cache))
-        assert sum(shard["samples"] for shard in shards if shard["file"].startswith(name)) == 60
+        samples = sum(shard["samples"] for shard in shards if shard["file"].startswith(name))
+        assert samples == (120 if stream == Stream.PAIRS else 60)  # Pairs: as many emoji as pictures of shapes.
     pairs = contents(tmp_path / "demo" / "pairs" / "train") + contents(tmp_path / "demo" / "pairs" / "held_out")
     captions = {data.decode() for name, data in pairs if name.endswith(".txt")}
-    assert "1st place medal" in captions
+    assert "1st place medal" in captions and "a red circle" in captions
     drawings = [np.asarray(Image.open(io.BytesIO(data))) for name, data in pairs if name.endswith(".png")]
-    assert all(drawing.shape == (128, 128, 3) and drawing.std() > 5 for drawing in drawings)
+    assert {drawing.shape for drawing in drawings} == {(128, 128, 3), (64, 64, 3)}
+    assert all(drawing.std() > 5 for drawing in drawings)
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*")}
     capsys.readouterr()
