@@ -1,8 +1,8 @@
 """Small tasks from data sets that pip brings: records of indexes, as in `benchmarks`, and their pictures.
 
-easy-VQA keeps its own split into train and test pictures: one coloured shape each, and questions. The demo's shards hold
-its train side only, and the drawings and dictionary entries of the test sides are those that the shards hold out:
-pretraining has seen nothing of a test side.
+easy-VQA keeps its own split into train and test pictures: one coloured shape each, and questions. The demo's shards
+hold its train side only, and the drawings and dictionary entries of the test sides are those that the shards hold
+out: pretraining has seen nothing of a test side.
 """
 
 from __future__ import annotations
