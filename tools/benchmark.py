@@ -442,8 +442,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
 
 def growing_step(
     layers: int, width: int, batch: int, text_length: int, device: torch.device
-) -> tuple[Callable[[], Any], int]:
-    """A training step of ours in the paper's architecture, `batch` samples of each stream, and its FLOPs."""
+) -> tuple[Contender, int]:
+    """Ours in the paper's architecture, `batch` samples of each stream, and the FLOPs of a training step."""
     config = ModelConfig(
         layers=layers,
         width=width,
@@ -460,7 +460,7 @@ def growing_step(
     counts = torch.tensor(masked_counts(micro_batch), device=device)
     step = (*prepare(micro_batch, device, lambda _: codes), counts, 0)
     ours = Contender("ours", objective.model, lambda: objective(*step), adamw(objective, fused=True))
-    return ours.step, int(host_totals([micro_batch], config)[5])
+    return ours, int(host_totals([micro_batch], config)[5])
 
 
 def model_table(record: dict[str, Any]) -> str:

@@ -191,6 +191,7 @@ def test_growth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     series = json.loads(capsys.readouterr().out)["series"]["layers"]
     assert [point["layers"] for point in series["points"]] == [1, 2]
     assert series["points"][0]["flops"] < series["points"][1]["flops"]
+    assert all(0 < point["products_cpu_s"] and 0 < point["optimizer_cpu_s"] for point in series["points"])
     assert run("growth", "--axes", "layers", "--repeats", 1) == 0
     assert "time = c * FLOPs^" in capsys.readouterr().out
 
