@@ -172,25 +172,29 @@ class Examples(Dataset):
     def _sample(self, place: int, faults: list[Fault]) -> tuple[Example, list[np.ndarray]]:
         """The example of a place, and its views.
 
-        In training a picture that cannot be decoded is added to `faults`, and a keyed probe of the same epoch takes its
-        place. Raises ValueError for such a picture in evaluation, where nothing can take its place, and RuntimeError
-        after 100 bad ones in a row.
+        In training an example that cannot be read, or whose picture cannot be decoded, is added to `faults`, and a keyed
+        probe of the same epoch takes its place. Raises ValueError for such an example in evaluation, where nothing can
+        take its place, and RuntimeError after 100 bad ones in a row.
         """
         if not self.train:
-            example = self.examples[place]
+            name = f"number {place}"
             try:
+                example = self.examples[place]
+                name = example.name
                 return example, [self.views.evaluate(picture, self.image_size) for picture in self._pictures(example)]
             except BadSample as bad:
-                raise ValueError(f"example {example.name} cannot be evaluated: {bad}") from None
+                raise ValueError(f"example {name} cannot be evaluated: {bad}") from None
         length = len(self.examples)
         epoch, first = divmod(place, length)
         index = permute(first, length, mix(self.seed, Draw.ORDER, epoch))
         for attempt in range(1, ATTEMPTS + 1):
-            example = self.examples[index]
+            shard, key = "", f"number {index}"
             try:
+                example = self.examples[index]
+                shard, key = str(next(iter(example.images), "")), example.name
                 pictures = self._pictures(example)
             except BadSample as bad:
-                faults.append(Fault("examples", str(example.images[0]), example.name, str(bad)))
+                faults.append(Fault("examples", shard, key, str(bad)))
                 index = mix(self.seed, Draw.REPLACEMENT, place, attempt) % length
                 continue
             keys = (generator(mix(self.seed, Draw.VIEW, epoch, index, number)) for number in range(len(pictures)))

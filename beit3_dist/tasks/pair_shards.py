@@ -27,13 +27,20 @@ class PairShards(Sequence[Example]):
         return len(self.table)
 
     def __getitem__(self, place: Any) -> Any:
-        """Raises BadSample for a pair without a usable caption."""
-        row = self.table.rows[int(place)]
-        shard = int(row["shard"])
-        written = self.reader.read(shard, *map(int, row["text"]))
+        """Raises BadSample for a pair whose caption is empty or cannot be read, naming its tar and key."""
+        row, key = self.table.rows[int(place)], self.table.key(int(place))
+        tar = self.table.files[int(row["shard"])]
+        try:
+            words = self._words(row)
+        except BadSample as bad:
+            raise BadSample(f"{tar}, {key}: {bad}") from None
+        return Example(int(place), (TarMember(tar, *map(int, row["image"])),), words, int(place), key)
+
+    def _words(self, row: Any) -> tuple[int, ...]:
+        """The caption's token ids, at least one. Raises BadSample."""
+        written = self.reader.read(int(row["shard"]), *map(int, row["text"]))
         captions = lines(written) if row["kind"] == TXT else json_captions(written, self.caption_key)
         words = self.tokenizer.encode(captions[0]) if captions else []
         if not words:
             raise BadSample("empty caption")
-        picture = TarMember(self.table.files[shard], *map(int, row["image"]))
-        return Example(int(place), (picture,), tuple(words), int(place), self.table.key(int(place)))
+        return tuple(words)
