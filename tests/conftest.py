@@ -14,8 +14,10 @@ REPOSITORY = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
 
 # DeepSpeed decides at its import, from the packages that it finds, so this comes before.
+# Triton decides when a kernel is defined whether its interpreter will run it.
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def define_torchvision_operators() -> torch.library.Library | None:

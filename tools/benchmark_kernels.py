@@ -6,6 +6,7 @@ timed in turns, and the bytes are counted that the forward pass keeps for the ba
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from benchmark_measure import in_turns, kept_bytes, peak_bytes, threads
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
+from beit3_dist.kernels.apex import apex_function
 from beit3_dist.kernels.cross_entropy import cross_entropy_in_place, plain_cross_entropy
 from beit3_dist.kernels.gelu_layer_norm import gelu_layer_norm, plain_gelu_layer_norm
 from beit3_dist.model.attention import attend
@@ -94,25 +97,54 @@ def attention_pairs(options: Namespace, device: torch.device) -> list[Pair]:
 
 
 def kernel_pairs(options: Namespace, device: torch.device) -> list[Pair]:
-    """Our kernels at the shapes of base."""
+    """Our kernels at the shapes of base; on a GPU also those in Triton and, where it is installed, Apex's LayerNorm."""
+    on_gpu = device.type == "cuda"
+    if not on_gpu:
+        print("benchmark.py: no CUDA device, so the Triton kernels are left out", file=sys.stderr)
+    return norms_and_losses(options, device, on_gpu)
+
+
+def norms_and_losses(options: Namespace, device: torch.device, on_gpu: bool) -> list[Pair]:
+    """Each operation by each contender, all against plain torch and from the same leaves."""
     draw, dtype = torch.Generator().manual_seed(0), DTYPES[options.precision]
     normal = lambda *shape: torch.randn(shape, generator=draw).to(device, dtype).requires_grad_()  # noqa: E731
+    affine = lambda width: [normal(options.tokens, width), normal(width), normal(width)]  # noqa: E731
     targets = torch.randint(options.classes, (options.masked,), generator=draw).to(device)
-    return [
-        Pair(
-            "GELU + LayerNorm",
-            [normal(options.tokens, options.ffn_width), normal(options.ffn_width), normal(options.ffn_width)],
-            lambda *tensors: gelu_layer_norm(*tensors, 1e-5),
-            lambda *tensors: plain_gelu_layer_norm(*tensors, 1e-5),
-        ),
-        Pair(
-            "cross-entropy",
-            [normal(options.masked, options.classes)],
-            # The copy that keeps the leaf is made for both.
-            lambda logits: cross_entropy_in_place(logits * 1, targets)[0],
-            lambda logits: plain_cross_entropy(logits * 1, targets)[0],
-        ),
+    wide, logits = affine(options.ffn_width), [normal(options.masked, options.classes)]
+
+    def norm(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], leaves: list[Tensor]) -> Pair:
+        return Pair(name, leaves, lambda *tensors: ours(*tensors, 1e-5), lambda *tensors: plain(*tensors, 1e-5))
+
+    def entropy(name: str, ours: Callable[..., Tensor]) -> Pair:
+        # The copy that keeps the leaf is made for both.
+        either = lambda compute: lambda logits: compute(logits * 1, targets)[0]  # noqa: E731
+        return Pair(name, logits, either(ours), either(plain_cross_entropy))
+
+    pairs = [
+        norm("GELU + LayerNorm", gelu_layer_norm, plain_gelu_layer_norm, wide),
+        entropy("cross-entropy", cross_entropy_in_place),
     ]
+    if on_gpu:
+        from beit3_dist.kernels.triton import cross_entropy as triton_cross_entropy
+        from beit3_dist.kernels.triton import gelu_layer_norm as triton_gelu_layer_norm
+        from beit3_dist.kernels.triton import layer_norm as triton_layer_norm
+
+        narrow = affine(options.width)
+        pairs += [
+            norm("GELU + LayerNorm, Triton", triton_gelu_layer_norm.gelu_layer_norm, plain_gelu_layer_norm, wide),
+            entropy("cross-entropy, Triton", triton_cross_entropy.cross_entropy_in_place),
+            norm("LayerNorm, Triton", triton_layer_norm.layer_norm, plain_layer_norm, narrow),
+        ]
+        fused = apex_function("apex.normalization.fused_layer_norm", "fused_layer_norm_affine")
+        if fused is not None:
+            by_apex = lambda x, weight, bias, eps: fused(x, weight, bias, weight.shape, eps)  # noqa: E731
+            pairs.append(norm("LayerNorm, Apex", by_apex, plain_layer_norm, narrow))
+    return pairs
+
+
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """torch's."""
+    return layer_norm(x, weight.shape, weight, bias, eps)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -167,7 +199,7 @@ def add_commands(commands: Any) -> None:
     """`attention` and `kernels`."""
     sizes = {
         "attention": {"samples": 4, "patches": 197, "text_length": 128, "heads": 12},
-        "kernels": {"tokens": 1536, "ffn_width": 3072, "masked": 152, "classes": 64010},
+        "kernels": {"tokens": 1536, "width": 768, "ffn_width": 3072, "masked": 152, "classes": 64010},
     }
     for name, pairs in (("attention", attention_pairs), ("kernels", kernel_pairs)):
         command = commands.add_parser(

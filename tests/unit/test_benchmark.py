@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 
 import pytest
@@ -170,12 +171,30 @@ SMALL = {
 def test_operations(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, *SMALL[command], "--repeats", 2, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows) == 2
+    assert len(rows) == 2 or torch.cuda.is_available()  # then others are compared too
     for row in rows:
         assert row["ratio"] == row["plain"]["median_s"] / row["ours"]["median_s"]
         assert row["kept_ratio"] == pytest.approx(row["ours"]["kept_mb"] / row["plain"]["kept_mb"])
     assert run(command, *SMALL[command], "--repeats", 2) == 0
     assert rows[0]["name"] in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_contenders_of_a_gpu(precision: str) -> None:
+    """In Triton's interpreter, where there is none."""
+    options = benchmark.parse(["kernels", *map(str, SMALL["kernels"]), "--width", "12", "--precision", precision])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = benchmark_kernels.norms_and_losses(options, device, on_gpu=True)
+    assert sum("Triton" in pair.name for pair in pairs) == 3
+    for pair in pairs:
+        benchmark_kernels.assert_equal(pair)
+
+
+def test_without_a_gpu_it_says_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    options = benchmark.parse(["kernels", *map(str, SMALL["kernels"])])
+    assert len(benchmark_kernels.kernel_pairs(options, CPU)) == 2
+    assert capsys.readouterr().err == "benchmark.py: no CUDA device, so the Triton kernels are left out\n"
 
 
 def test_operations_are_not_timed_unless_equal() -> None:

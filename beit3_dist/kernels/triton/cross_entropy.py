@@ -1,0 +1,117 @@
+"""Cross-entropy that turns the logits [rows, classes] into their gradient in place, with one reading from memory.
+
+A program goes over its row twice, block by block. First the largest logit m and s = sum of exp(logit - m) are gathered
+together (Milakov and Gimelshein 2018): where a block raises m, what was summed before shrinks by exp(old m - new m).
+Then the logits, which are still in the cache, become the loss's gradient softmax - [class == target]. The backward
+pass only multiplies each row by its factor. All of it is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from beit3_dist.kernels.triton.launch import require_narrow
+
+BLOCK = 4096
+"""Classes at a time; fewer if there are fewer."""
+WARPS = 8
+"""For a block: 16 elements a thread."""
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr: tl.tensor,
+    targets_ptr: tl.tensor,
+    losses_ptr: tl.tensor,
+    correct_ptr: tl.tensor,
+    CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)  # rows x classes may pass 2^31
+    row_ptr = logits_ptr + row * CLASSES
+    column = tl.arange(0, BLOCK)
+    target = tl.load(targets_ptr + row)
+    # A target that is no class makes the loss NaN.
+    known = (target >= 0) & (target < CLASSES)
+    picked = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+
+    top = -3.4028234663852886e38  # not -inf: a block may be all -inf, and their difference is NaN
+    total = 0.0
+    for start in range(0, CLASSES, BLOCK):
+        inside = start + column < CLASSES
+        logits = tl.load(row_ptr + start + column, mask=inside, other=-float("inf")).to(tl.float32)
+        before = top
+        top = tl.maximum(before, tl.max(logits, 0))
+        total = total * tl.exp(before - top) + tl.sum(tl.exp(logits - top), 0)
+
+    share = 1.0 / total
+    earlier = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, CLASSES, BLOCK):
+        inside = start + column < CLASSES
+        logits = tl.load(row_ptr + start + column, mask=inside, other=-float("inf")).to(tl.float32)
+        # The prediction is the first of the largest: the target's if none before it is as large.
+        earlier |= ((logits == top) & (start + column < target)).to(tl.int32)
+        gradient = tl.exp(logits - top) * share - tl.where(start + column == target, 1.0, 0.0)
+        tl.store(row_ptr + start + column, gradient, mask=inside)
+
+    tl.store(losses_ptr + row, tl.log(total) + (top - picked))
+    first = tl.max(earlier, 0) == 0
+    tl.store(correct_ptr + row, ((picked == top) & first).to(tl.float32))
+
+
+@triton.jit
+def _scale_kernel(gradient_ptr: tl.tensor, factor_ptr: tl.tensor, CLASSES: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """One block of a row a program: the row is multiplied by its factor."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < CLASSES
+    factor = tl.load(factor_ptr + row)
+    here = gradient_ptr + row * CLASSES + column
+    tl.store(here, tl.load(here, mask=inside).to(tl.float32) * factor, mask=inside)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        require_narrow("logits", logits)
+        rows, classes = logits.shape
+        if targets.shape != (rows,):
+            raise ValueError(f"logits have {rows} rows, but targets have shape {[*targets.shape]}")
+        gradient, targets = logits.detach().contiguous(), targets.contiguous()
+        out = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+        block = min(BLOCK, triton.next_power_of_2(classes))
+        if rows:  # no device starts nothing
+            with torch.cuda.device_of(logits):
+                _forward_kernel[(rows,)](
+                    gradient, targets, out[0], out[1], CLASSES=classes, BLOCK=block, num_warps=WARPS
+                )
+        ctx.gradient, ctx.block = gradient, block
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor, None]:
+        if ctx.gradient is None:
+            raise RuntimeError("this cross-entropy has gone backward before: its logits are overwritten")
+        gradient, ctx.gradient = ctx.gradient, None
+        rows, classes = gradient.shape
+        if rows:
+            with torch.cuda.device_of(gradient):
+                _scale_kernel[(rows, triton.cdiv(classes, ctx.block))](
+                    gradient, gradient_2M[0].contiguous(), CLASSES=classes, BLOCK=ctx.block, num_warps=WARPS
+                )
+        return gradient, None
+
+
+def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """[2, M] in fp32: cross-entropies, and 1 where the largest logit (of equal ones the first) is the target's.
+
+    logits: [M, classes], which nobody else reads: they are overwritten. targets: int64 [M]. Goes backward once.
+    """
+    return _CrossEntropy.apply(logits, targets)

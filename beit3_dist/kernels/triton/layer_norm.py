@@ -1,0 +1,160 @@
+"""LayerNorm (Ba et al. 2016) over the last dimension, of x or of GELU(x): one kernel forward, one backward.
+
+With n = (v - mean(v)) s, s = 1 / sqrt(var(v) + eps) and y = w n + b, where v is x or GELU(x), the gradients are
+
+    dv = s (w dy - mean(w dy) - n mean(w dy n)),   dw = sum over rows of dy n,   db = sum over rows of dy,
+
+and dx = dv or dv GELU'(x). GELU (Hendrycks and Gimpel 2016, the exact form) is x P(x) with P the normal distribution's
+cumulative function; its slope is P(x) + x p(x) with p its density. All of it is computed in fp32. A row of v is never
+written to memory: what lives between the passes is x, and the mean and s of each row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from beit3_dist.kernels.triton.launch import REGISTERS, WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
+
+
+@triton.jit
+def _normal_cumulative(x: tl.tensor) -> tl.tensor:
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    eps: float,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
+) -> None:
+    """One row a program."""
+    row = tl.program_id(0).to(tl.int64)  # rows x width may pass 2^31
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    value = tl.load(x_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        value *= _normal_cumulative(value)
+    mean = tl.sum(value, 0) / WIDTH
+    centred = tl.where(inside, value - mean, 0.0)
+    scale = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * WIDTH + column, centred * scale * weight + bias, mask=inside)
+    tl.store(mean_ptr + row, mean)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit(do_not_specialize=["rows"])  # the rows of an expert differ from step to step: one compilation for all
+def _backward_kernel(
+    gradient_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    of_x_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    rows: int,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
+) -> None:
+    """Every so-many-th row a program, which adds up the gradients of weight and bias over its rows."""
+    first = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    of_weight = tl.zeros([BLOCK], tl.float32)
+    of_bias = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, rows, tl.num_programs(0)):
+        row = first + start
+        here = inside & (row < rows)
+        x = tl.load(x_ptr + row * WIDTH + column, mask=here, other=0.0).to(tl.float32)
+        gradient = tl.load(gradient_ptr + row * WIDTH + column, mask=here, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)
+        if GELU:
+            cumulative = _normal_cumulative(x)
+            normal = (x * cumulative - mean) * scale
+        else:
+            normal = (x - mean) * scale
+        of_weight += gradient * normal
+        of_bias += gradient
+        weighted = gradient * weight
+        of_x = scale * (weighted - tl.sum(weighted, 0) / WIDTH - normal * (tl.sum(weighted * normal, 0) / WIDTH))
+        if GELU:
+            of_x *= cumulative + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        tl.store(of_x_ptr + row * WIDTH + column, of_x, mask=here)
+    sums_ptr = partial_ptr + first * 2 * WIDTH + column
+    tl.store(sums_ptr, of_weight, mask=inside)
+    tl.store(sums_ptr + WIDTH, of_bias, mask=inside)
+
+
+class Normalize(torch.autograd.Function):
+    """LayerNorm of x, or of GELU(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, of_gelu: bool) -> Tensor:
+        require_narrow("x", x)
+        width = x.shape[-1]
+        if not weight.shape == bias.shape == (width,):
+            raise ValueError(f"x is {width} wide, but weight has shape {[*weight.shape]} and bias {[*bias.shape]}")
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+        rows = x.numel() // width
+        y = torch.empty_like(x)
+        mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+        block, warps = block_and_warps(width)
+        if rows:  # no device starts nothing
+            with torch.cuda.device_of(x):
+                _forward_kernel[(rows,)](
+                    x, weight, bias, y, mean, scale, eps, WIDTH=width, BLOCK=block, GELU=of_gelu, num_warps=warps
+                )
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.of_gelu = of_gelu
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, weight, mean, scale = ctx.saved_tensors
+        (width,), (rows,) = weight.shape, mean.shape
+        block, warps = block_and_warps(width)
+        # As many as run at the same time.
+        programs = min(rows, processors(x.device) * (WARPS_A_PROCESSOR // warps))
+        of_x = torch.empty_like(x)
+        partial = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
+        if rows:
+            with torch.cuda.device_of(x):
+                _backward_kernel[(programs,)](
+                    gradient.contiguous(),
+                    x,
+                    weight,
+                    mean,
+                    scale,
+                    of_x,
+                    partial,
+                    rows,
+                    WIDTH=width,
+                    BLOCK=block,
+                    GELU=ctx.of_gelu,
+                    num_warps=warps,
+                    maxnreg=REGISTERS,
+                )
+        of_weight, of_bias = partial.sum(0).to(weight.dtype)
+        return of_x, of_weight, of_bias, None, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x). x: [..., D]; weight, bias: [D]."""
+    return Normalize.apply(x, weight, bias, eps, False)
