@@ -37,8 +37,9 @@ BEIT3_OPERATIONS = (
     "Rotate",
 )
 """What `RandAugment(2, 7)` of the released vision-language recipes draws from; its tenth is to do nothing."""
-BEIT3_RAND_AUGMENT = "rand-m7-n2-p0.9"
-"""The same two draws of strength 7: each of the nine has a tenth, and nothing is done in the last tenth."""
+BEIT3_RAND_AUGMENT = "rand-m7-n2-p0.45"
+"""The same two draws of strength 7. There a draw is one of the ten and made with probability 1/2; here it is one of the
+nine and made with probability 0.45 = 1/2 x 9/10."""
 BEIT3_TRANSLATION = 10
 """Pixels of a translation at strength 10."""
 ERASED_AREA, ERASED_RATIO, ERASE_ATTEMPTS = (0.02, 1 / 3), 0.3, 10
@@ -54,8 +55,8 @@ class Views:
     horizontal_flip: float = 0.5
     """Probability of mirroring in training."""
     rand_augment: str = ""
-    """A policy of timm's RandAugment, such as rand-m9-mstd0.5-inc1, or beit3: two of nine changes at strength 7, as in
-    the released vision-language recipes; empty: none."""
+    """A policy of timm's RandAugment, such as rand-m9-mstd0.5-inc1, or beit3: two draws of nine changes at strength 7,
+    each made with probability 0.45, as in the released vision-language recipes; empty: none."""
     erase: float = 0.0
     """Probability that a box of the training view is replaced by noise."""
     evaluation: Literal["squash", "centre"] = "squash"
