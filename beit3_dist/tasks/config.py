@@ -30,10 +30,10 @@ class TaskDataConfig:
     min_crop_scale: float = 0.5
     """Smallest area of the random crop as a share of the picture (imagenet: 0.08)."""
     horizontal_flip: float = 0.5
-    """Probability of mirroring a picture; 0 where left and right matter."""
+    """Probability of mirroring a picture, each by itself (unilm: 0.5 for all tasks, whatever a text says of left)."""
     rand_augment: str = ""
     """Random changes of a training picture: a policy of timm's RandAugment such as rand-m9-mstd0.5-inc1 (imagenet), or
-    beit3, unilm's for vqa, captioning and retrieval: two at strength 7. Empty: none."""
+    beit3, unilm's for vqa and captioning: two draws of strength 7. Empty: none."""
     random_erasing: float = 0.0
     """imagenet: probability of erasing a rectangle (unilm: 0.25)."""
     workers: int = 8
@@ -115,7 +115,8 @@ class FinetuneConfig(TrainingConfig):
     layer_decay: float = 1.0
     """Factor of the learning rate from each block to the one below; embeddings come last (BEiT)."""
     head_lr_scale: float = 1.0
-    """Factor of the task head's learning rate (unilm: 20 for vqa)."""
+    """imagenet, vqa, nlvr2 and text: factor of the learning rate of the head, the pooler or norm before it left out
+    (unilm: 20 for vqa)."""
     ema_decay: float = 0.0
     """Decay per step of a moving average of the weights, which validation and the saved model then use; 0: none
     (unilm's 0.9999 suits long runs)."""
@@ -126,7 +127,7 @@ class FinetuneConfig(TrainingConfig):
     cutmix: float = 0.0
     """imagenet: alpha of CutMix (unilm: 1.0)."""
     caption_mask_ratio: float = 0.7
-    """captioning: share of a caption's words, </s> included, that are masked and recovered (unilm: 0.7)."""
+    """captioning: share of a caption's words, <s> and </s> counted, that are masked and recovered (unilm: 0.7)."""
     batch: TaskBatchConfig = field(default_factory=TaskBatchConfig)
     """Examples per step."""
     optim: OptimConfig = field(default_factory=_fine_tuning_optimizer)
@@ -141,6 +142,10 @@ class FinetuneConfig(TrainingConfig):
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
         for name in ("layer_decay", "head_lr_scale"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        require(
+            self.head_lr_scale == 1 or self.task in ("imagenet", "vqa", "nlvr2", "text"),
+            f"head_lr_scale={self.head_lr_scale}: task={self.task} has no head of its own classes: leave it at 1",
+        )
         for name in ("ema_decay", "label_smoothing"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
         require(0 < self.caption_mask_ratio <= 1, f"caption_mask_ratio={self.caption_mask_ratio} is not in (0, 1]")

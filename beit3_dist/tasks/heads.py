@@ -24,8 +24,11 @@ from beit3_dist.tasks.config import TaskName
 FIRST_TEMPERATURE = 0.07
 """Temperature that contrastive training starts from (CLIP, Radford et al. 2021)."""
 
-LAST_LAYER_SCALE = 1e-3
-"""Factor of a classifier's last matrix, so that fine-tuning starts from even predictions (BEiT)."""
+CLASSIFIERS = ("task_head.head.weight", "task_head.head.dense1.weight", "task_head.head.dense2.weight")
+"""The matrices of ImageNet's and NLVR2's classifiers."""
+
+CLASSIFIER_SCALE = 1e-3
+"""Factor of these matrices, so that fine-tuning starts from even predictions (BEiT; unilm)."""
 
 
 class ClassHead(nn.Module):
@@ -202,4 +205,4 @@ def task_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> 
     if len(shape) == 1 and name.endswith("weight"):
         return torch.ones(shape)  # of a LayerNorm
     value = initial_value(name, shape, config, seed)
-    return value * LAST_LAYER_SCALE if name in ("task_head.head.weight", "task_head.head.dense2.weight") else value
+    return value * CLASSIFIER_SCALE if name in CLASSIFIERS else value

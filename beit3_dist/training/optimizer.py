@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,12 +18,20 @@ def decays(name: str, shape: torch.Size) -> bool:
     return len(shape) > 1 and not name.endswith("positions")
 
 
+def decays_in_fine_tuning(name: str, shape: torch.Size) -> bool:
+    """As `decays`, and the positions of words too: unilm's fine-tuning spares the pictures' positions only. (It lets
+    the mask token decay as well, which no task shows to the model.)"""
+    return decays(name, shape) or name == "language_embedding.positions"
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The decayed and the undecayed parameters, in the model's order."""
-    return _decayed_and_not(model.named_parameters(), weight_decay)
+    return _decayed_and_not(model.named_parameters(), weight_decay, decays)
 
 
-def _decayed_and_not(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+def _decayed_and_not(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, decays: Callable[[str, torch.Size], bool]
+) -> list[dict[str, Any]]:
     # Under ZeRO-3 a parameter is empty here; `ds_shape` is its whole shape.
     shape = lambda p: getattr(p, "ds_shape", p.shape)  # noqa: E731
     named = [(n, p) for n, p in named if p.requires_grad]
@@ -36,19 +44,21 @@ def _decayed_and_not(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 def layered_groups(
     model: nn.Module, weight_decay: float, layers: int, decay: float, head: float
 ) -> list[dict[str, Any]]:
-    """`parameter_groups` per layer, each with an `lr_scale`: decay^(layers above it), times `head` in the task head.
+    """Decayed and undecayed parameters per layer with an `lr_scale`: decay^(layers above it), times `head` in a head.
 
     Embeddings are layer 0, block i is layer i + 1, the final norm and the heads are the last (BEiT; Bao et al. 2022).
+    `head` is for what unilm calls head; what comes before it, VQA's pooler or ImageNet's norm, learns as the body.
     """
     by_layer: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         block = re.match(r"blocks\.(\d+)\.", name)
         layer = 0 if "embedding" in name else int(block[1]) + 1 if block else layers + 1
-        by_layer.setdefault((layer, name.startswith("task_head.")), []).append((name, parameter))
+        by_layer.setdefault((layer, name.startswith("task_head.head.")), []).append((name, parameter))
     groups: list[dict[str, Any]] = []
     for (layer, is_head), named in sorted(by_layer.items(), key=lambda item: item[0]):
         scale = decay ** (layers + 1 - layer) * (head if is_head else 1.0)
-        groups += [group | {"lr_scale": scale} for group in _decayed_and_not(named, weight_decay) if group["params"]]
+        both = _decayed_and_not(named, weight_decay, decays_in_fine_tuning)
+        groups += [group | {"lr_scale": scale} for group in both if group["params"]]
     return groups
 
 

@@ -13,15 +13,18 @@ import torch
 from beit3_dist.command_line import parse
 from beit3_dist.config import ModelConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig
+from beit3_dist.tasks.heads import FineTuned
 from beit3_dist.training.finetune_preflight import prepare_finetuning, read_classes, resolve_epochs
 from beit3_dist.training.optimizer import layered_groups
 from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
 
 MESH = Mesh(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 RECIPES = sorted((Path(__file__).parents[2] / "launchers/recipes/finetune").glob("*.yaml"))
+RECOMPUTED = ("captioning_base", "captioning_large", "retrieval_base", "retrieval_large", "vqa_large", "nlvr2_large",
+              "imagenet_large")  # fmt: skip
+"""Whose released commands have --checkpoint_activations."""
 MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=32, vocab_size=310,
                     visual_vocab_size=8, vl_expert_layers=1, max_text_length=16)  # fmt: skip
 
@@ -108,6 +111,10 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
         ({"layer_decay": 0.0}, "layer_decay=0.0 must be positive"),
+        (
+            {"task": "retrieval", "head_lr_scale": 2.0},
+            "head_lr_scale=2.0: task=retrieval has no head of its own classes",
+        ),
     ],
 )
 def test_what_cannot_go_together_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -129,11 +136,24 @@ def test_recipes_are_whole(recipe: Path) -> None:
         assert config.epochs > 0 and "Needs --out" in recipe.read_text()
 
 
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
+def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path) -> None:
+    config = parse(
+        FinetuneConfig, "", "", ["--config", str(recipe), "--out", "", "--text_tokenizer", "", "--data.train", ""]
+    )
+    recomputed = recipe.stem in RECOMPUTED
+    assert config.activation_checkpointing == ("full" if recomputed else "none")
+    assert config.data.horizontal_flip == 0.5
+    changes = {"vqa": "beit3", "captioning": "beit3", "imagenet": "rand-m9-mstd0.5-inc1"}
+    assert config.data.rand_augment == changes.get(config.task, "")
+    if config.task == "captioning":
+        assert config.eval.caption_metrics == ["bleu4", "cider"]
+
+
 def test_layers_learn_at_their_own_rates() -> None:
-    """Embeddings slowest, heads at the full rate (times their own factor); every parameter in one group, and decayed
-    as in pretraining."""
-    model = BEiT3(MODEL, device="meta")
-    model.task_head = torch.nn.Linear(2, 2, device="meta")
+    """Embeddings slowest, heads at the full rate (times their own factor, which is not the pooler's); every parameter
+    in one group; matrices decay, and of the positions those of words, as in the released code."""
+    model = FineTuned(MODEL, "vqa", 2, device="meta")
     groups = layered_groups(model, 0.05, layers=2, decay=0.5, head=10.0)
     scale = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     parameters = dict(model.named_parameters())
@@ -143,7 +163,11 @@ def test_layers_learn_at_their_own_rates() -> None:
         "language_embedding.words.weight": (0.125, 0.05),
         "blocks.0.attention.q.shared.weight": (0.25, 0.05),
         "blocks.1.ffn.vl.fc1.bias": (0.5, 0.0),
-        "norm.shared.weight": (1.0, 0.0),
-        "task_head.weight": (10.0, 0.05),
+        "language_embedding.positions": (0.125, 0.05),
+        "vision_embedding.positions": (0.125, 0.0),
+        "task_head.pooler.norm.weight": (1.0, 0.0),
+        "task_head.pooler.dense.weight": (1.0, 0.05),
+        "task_head.head.0.weight": (10.0, 0.05),
+        "task_head.head.3.bias": (10.0, 0.0),
     }
     assert {name: scale[id(parameters[name])] for name in expected} == expected
