@@ -98,10 +98,11 @@ def mask_words(
     words: range,
     mask_token_share: float,
     random_token_share: float,
+    count: Callable[[float, int], int] = mask_count,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the words to predict in each text and hides them -> (inputs int64 [N, L], predict bool [N, L]).
 
-    Of each text in `ids` [N, L], `mask_count(ratio, words of the text)` words are chosen; `specials` (<s>, </s>, <pad>)
+    Of each text in `ids` [N, L], `count(ratio, words of the text)` words are chosen; `specials` (<s>, </s>, <pad>)
     are neither counted nor chosen. Each chosen word becomes `mask_id` with probability `mask_token_share`, one of
     `words` with probability `random_token_share`, and else stays. A text without words has nothing to predict.
     """
@@ -109,7 +110,7 @@ def mask_words(
     for special in specials:
         ordinary &= ids != special
     score, fate, substitute = np.moveaxis(numbers(0, 3 * ids.shape[1]).reshape(*ids.shape, 3), 2, 0)
-    counts = np.array([mask_count(ratio, count) if count else 0 for count in ordinary.sum(1).tolist()], dtype=np.int64)
+    counts = np.array([count(ratio, length) if length else 0 for length in ordinary.sum(1).tolist()], dtype=np.int64)
     predict = _least(score + ~ordinary, counts)
     substitutes = words.start + (substitute * len(words)).astype(np.int64)
     swapped = np.where(fate < mask_token_share + random_token_share, substitutes, ids)

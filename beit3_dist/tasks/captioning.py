@@ -19,6 +19,12 @@ from beit3_dist.tasks.submissions import write_captions
 from beit3_dist.tasks.task import Task, TaskInputs, cross_entropies
 
 
+def masked_words(ratio: float, words: int) -> int:
+    """How many of a caption's words, </s> included, are masked: unilm's count, a share of the caption with <s> too,
+    although <s> itself is never masked."""
+    return max(1, min(int(ratio * (words + 1) + 0.5), words))
+
+
 class Captioning(Task):
     """Labels: number of the picture, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
 
@@ -36,6 +42,7 @@ class Captioning(Task):
             words=tokenizer.words,
             mask_token_share=0.8,
             random_token_share=0.1,
+            count=masked_words,
         )
         return torch.from_numpy(inputs), words.where(torch.from_numpy(predict), -1)
 
