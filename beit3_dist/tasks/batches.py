@@ -172,9 +172,9 @@ class Examples(Dataset):
     def _sample(self, place: int, faults: list[Fault]) -> tuple[Example, list[np.ndarray]]:
         """The example of a place, and its views.
 
-        In training an example that cannot be read, or whose picture cannot be decoded, is added to `faults`, and a keyed
-        probe of the same epoch takes its place. Raises ValueError for such an example in evaluation, where nothing can
-        take its place, and RuntimeError after 100 bad ones in a row.
+        In training an example that cannot be read, or whose picture cannot be decoded, is added to `faults`, and a
+        keyed probe of the same epoch takes its place. Raises ValueError for such an example in evaluation, where
+        nothing can take its place, and RuntimeError after 100 bad ones in a row.
         """
         if not self.train:
             name = f"number {place}"
