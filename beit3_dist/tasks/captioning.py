@@ -84,6 +84,8 @@ class Captioning(Task):
             own = example.references or ((self.tokenizer.decode(list(example.words)),) if example.words else ())
             references.setdefault(int(example.label), []).extend(own)
         references = {picture: texts for picture, texts in references.items() if texts}
+        if not references:
+            return {}
         written = {picture: text for picture, (_, text) in self._written(predictions, examples).items()}
         return caption_scores({p: written[p] for p in references}, references, self.config.eval.caption_metrics)
 

@@ -86,7 +86,8 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
-        """The metrics of all predictions [N, ...], on the CPU, in the examples' order."""
+        """The metrics of all predictions [N, ...], on the CPU, in the examples' order. Examples without a truth (an
+        index for a test server) do not count; none where no example has one."""
 
     @abstractmethod
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:

@@ -35,14 +35,16 @@ class VQA(Task):
         return model.answer_logits(inputs.images[:, 0], inputs.words, inputs.padding).argmax(1)
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
-        """Accuracy by the official rule where the index has what ten people answered, else the labels' scores."""
+        """Accuracy by the official rule where the index has what ten people answered, else the labels' scores; over
+        the questions that somebody has answered."""
         scores = [
             accuracy(self.classes[answer], example.references)
             if len(example.references) == PEOPLE
             else example.label.get(answer, 0.0)
             for answer, example in zip(predictions.tolist(), examples, strict=True)
+            if example.references or example.label
         ]
-        return {"vqa_accuracy": sum(scores) / len(scores)}
+        return {"vqa_accuracy": sum(scores) / len(scores)} if scores else {}
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
         write_vqa(folder, [e.name for e in examples], [self.classes[p] for p in predictions.tolist()])
