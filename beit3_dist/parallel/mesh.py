@@ -10,10 +10,15 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(days=1)
+"""How long a collective waits for the ranks that it lacks: more than a step may take, whose end is the watchdog's
+(guards.step_timeout_s). NCCL's and DeepSpeed's own ten minutes are too short for the scores of some validations."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +103,13 @@ class Groups:
 
     def _mine(self, lists: Tensor) -> dist.ProcessGroup:
         """Of the groups [groups, members] the one that this process is in. All processes create all groups."""
-        groups = [(members, dist.new_group(members)) for members in lists.tolist()]
+        groups = [(members, dist.new_group(members, timeout=PATIENCE)) for members in lists.tolist()]
         return next(group for members, group in groups if self.mesh.rank in members)
+
+    def wait_for_all(self) -> None:
+        """Returns when every process has come here, with the patience of these groups."""
+        for group in (self.data, self.tensor, self.pipeline):
+            dist.barrier(group)
 
     def sum_over_data(self, values: Tensor) -> None:
         """Sums `values` in place over the replicas."""

@@ -50,12 +50,16 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         with _ending_the_run():
             self._store.check()
 
+    def wait(self) -> None:
+        """Returns when no checkpoint is on its way any more."""
+        with _ending_the_run():
+            self._store.wait()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None or isinstance(error, RunStopped):
-            with _ending_the_run():
-                self._store.wait()
+            self.wait()
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +35,8 @@ from beit3_dist.training.flops import training_flops
 from beit3_dist.training.loop import train
 from beit3_dist.training.metrics import Timing, speed
 from beit3_dist.training.optimizer import build_optimizer, layered_groups
+
+log = logging.getLogger(__name__)
 
 
 def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
@@ -168,21 +172,29 @@ class FineTuning:
             **speed(self.config, self.mesh, self.config.batch.size, batch, timing),
         }
 
-    def evaluate(self) -> dict[str, float] | None:
-        config, is_last = self.config, self.state.step == self.config.steps
-        due = is_last or (config.eval.every and self.state.step % config.eval.every == 0)
-        if not len(self._validation) or not due:
-            return None
-        if self._engine.average is None:
+    def evaluation_due(self) -> bool:
+        step, every = self.state.step, self.config.eval.every
+        return len(self._validation) > 0 and (step == self.config.steps or bool(every and step % every == 0))
+
+    def evaluate(self) -> dict[str, float]:
+        """The scores, on the first rank alone, as some metrics start programs; the others wait for it."""
+        average = self._engine.average
+        with nullcontext() if average is None else average.applied():
             predictions = self._predictions()
-        else:
-            with self._engine.average.applied():
-                predictions = self._predictions()
-        if is_last and self.mesh.is_first:
-            folder = Path(config.out) / "predictions"
+        scores = self._scores(predictions) if self.mesh.is_first else {}
+        self._groups.wait_for_all()
+        return scores
+
+    def _scores(self, predictions: Tensor) -> dict[str, float]:
+        """Of all predictions, which are written after the last step."""
+        if self.state.step == self.config.steps:
+            folder = Path(self.config.out) / "predictions"
             folder.mkdir(exist_ok=True)
             self.task.write_predictions(folder, predictions, self._validation)
-        return self.task.score(predictions, self._validation)
+        scores = self.task.score(predictions, self._validation)
+        if not scores:
+            log.warning("data.validation: %s holds no truths, so that there is no score", self.config.data.validation)
+        return scores
 
     def _predictions(self) -> Tensor:
         """The task's predictions of all validation examples in their order, on the CPU of every rank. Collective."""

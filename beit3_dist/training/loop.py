@@ -54,8 +54,11 @@ class Job(Protocol):
     def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
 
-    def evaluate(self) -> dict[str, float] | None:
-        """Held-out validation where one is due after `state.step`, else None. Collective."""
+    def evaluation_due(self) -> bool:
+        """Whether there is a held-out validation after `state.step`; the same on all ranks."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out validation; the first rank's scores are recorded, where there are any. Collective."""
 
     def check(self) -> None:
         """Raises RunStopped where the run should not go on."""
@@ -92,12 +95,14 @@ def train(job: Job) -> None:
             record = job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started))
             run.step(record | {"skipped": int(result.skipped)})
             must_go = guards.check(state.step, batch, record["loss"], result.skipped)
-            if (losses := job.evaluate()) is not None:
-                run.evaluation({"step": state.step} | losses)
             if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:
                 checkpoints.save(state)
             else:
                 checkpoints.check()
+            if job.evaluation_due():
+                checkpoints.wait()  # whatever becomes of a long validation, the steps are saved
+                if scores := job.evaluate():
+                    run.evaluation({"step": state.step} | scores)
             job.check()
             profiler.step()
             if must_go:

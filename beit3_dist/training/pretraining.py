@@ -100,12 +100,13 @@ class Pretraining:
     def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
         return step_record(self.config, self.mesh, self.state.step, batch, result, lr, timing)
 
-    def evaluate(self) -> dict[str, float] | None:
-        ready, every = self._ready, self.config.eval.every
-        if ready.held_out is None or self.state.step % every:
-            return None
-        codes = ready.held_out_codes
-        return evaluate(self.config, self._engine, self._feed, ready.held_out, codes, self._tokenize)
+    def evaluation_due(self) -> bool:
+        return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0
+
+    def evaluate(self) -> dict[str, float]:
+        ready = self._ready
+        assert ready.held_out is not None
+        return evaluate(self.config, self._engine, self._feed, ready.held_out, ready.held_out_codes, self._tokenize)
 
     def check(self) -> None:
         check_bad_samples(self.config, self.state)

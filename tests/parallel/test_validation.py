@@ -1,0 +1,92 @@
+"""What a fine-tuning run does around its validations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from beit3_dist.checkpoint.store import checkpoints
+from beit3_dist.config import CheckpointConfig
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.tasks.config import FinetuneConfig, TaskEvalConfig
+from beit3_dist.tasks.task import Task
+from beit3_dist.training.finetuning import FineTuning
+from tests.parallel import test_finetuning
+from tests.parallel.test_finetuning import CLASSES, records
+from tests.parallel.workers import run_workers
+from tests.unit.tar_fixtures import picture, train_tokenizer
+
+TASK = "captioning"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with captions to learn from, and pictures whose captions are to be written."""
+    folder = tmp_path_factory.mktemp("validation")
+    train_tokenizer(folder / "text.spm")
+    for number in range(test_finetuning.PICTURES):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    lines = records(TASK, TextTokenizer(str(folder / "text.spm")))
+    (folder / f"{TASK}.train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = lines[:5]
+    (folder / f"{TASK}.validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for line in lines:
+        line["text_segment"] = None
+    (folder / "to_write.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def run_config(folder: Path, out: str, **changes: Any) -> FinetuneConfig:
+    """Three steps; the last two are followed by a validation, the first two and the last saved."""
+    config = test_finetuning.run_config(folder, TASK, "dp2", out)
+    settings = {"steps": 3, "checkpoint": CheckpointConfig(every=1), "eval": TaskEvalConfig(beams=1, every=2, batch=2)}
+    return replace(config, **(settings | changes))
+
+
+def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]], int]:
+    """For `run_workers`: the steps that are saved when each validation begins, and how often scores are computed."""
+    saved: list[list[int]] = []
+    scored = 0
+    predictions, task = FineTuning._predictions, test_finetuning.prepare_finetuning(config, groups.mesh)[1].task
+    score = type(task).score
+
+    def watched_predictions(self: FineTuning) -> Tensor:
+        saved.append(list(checkpoints(Path(config.out, "checkpoints"))))
+        return predictions(self)
+
+    def watched_score(self: Task, *arguments: Any) -> dict[str, float]:
+        nonlocal scored
+        scored += 1
+        return score(self, *arguments)
+
+    FineTuning._predictions = watched_predictions  # type: ignore[method-assign]
+    type(task).score = watched_score  # type: ignore[method-assign]
+    test_finetuning.run(groups, [config])
+    return saved, scored
+
+
+def test_steps_are_saved_before_a_validation_and_scored_by_the_first_rank(folder: Path) -> None:
+    config = run_config(folder, "order")
+    (first, scored), (_, scored_by_the_other) = run_workers(2, watched_run, config)
+    assert first == [[1, 2], [1, 2, 3]]
+    assert (scored, scored_by_the_other) == (2, 0)
+    lines = [json.loads(line) for line in Path(config.out, "eval.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3] and all("exact_match" in line for line in lines)
+
+
+def test_captions_without_a_truth_are_written_and_not_scored(folder: Path) -> None:
+    config = run_config(folder, "to_write")
+    config = replace(config, data=replace(config.data, validation=str(folder / "to_write.jsonl")))
+    run_workers(2, test_finetuning.run, [config])
+    assert Path(config.out, "eval.jsonl").read_text() == ""
+    written = json.loads(Path(config.out, "predictions", "captions_results.json").read_text())
+    assert len(written) == 5
+    log = Path(config.out, "logs", "rank00000.log").read_text()
+    assert log.count("to_write.jsonl holds no truths, so that there is no score") == 2
