@@ -18,7 +18,7 @@ from beit3_dist.kernels.triton.launch import REGISTERS, block_and_warps
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {"eps": "fp32", "rows": "i32", "targets_ptr": "*i64"}
 """Of arguments that are not matrices in bf16."""
-FP32 = ("mean_ptr", "scale_ptr", "partial_ptr", "losses_ptr", "correct_ptr", "factor_ptr")
+FP32 = ("mean_ptr", "scale_ptr", "partial_ptr", "out_ptr", "factor_ptr")
 
 
 def compile_kernel(kernel: Any, options: dict[str, int], **constants: Any) -> None:

@@ -27,8 +27,7 @@ WARPS = 8
 def _forward_kernel(
     logits_ptr: tl.tensor,
     targets_ptr: tl.tensor,
-    losses_ptr: tl.tensor,
-    correct_ptr: tl.tensor,
+    out_ptr: tl.tensor,
     CLASSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -60,9 +59,9 @@ def _forward_kernel(
         gradient = tl.exp(logits - top) * share - tl.where(start + column == target, 1.0, 0.0)
         tl.store(row_ptr + start + column, gradient, mask=inside)
 
-    tl.store(losses_ptr + row, tl.log(total) + (top - picked))
+    tl.store(out_ptr + row, tl.log(total) + (top - picked))
     first = tl.max(earlier, 0) == 0
-    tl.store(correct_ptr + row, ((picked == top) & first).to(tl.float32))
+    tl.store(out_ptr + tl.num_programs(0) + row, ((picked == top) & first).to(tl.float32))
 
 
 @triton.jit
@@ -88,9 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
         block = min(BLOCK, triton.next_power_of_2(classes))
         if rows:  # no device starts nothing
             with torch.cuda.device_of(logits):
-                _forward_kernel[(rows,)](
-                    gradient, targets, out[0], out[1], CLASSES=classes, BLOCK=block, num_warps=WARPS
-                )
+                _forward_kernel[(rows,)](gradient, targets, out, CLASSES=classes, BLOCK=block, num_warps=WARPS)
         ctx.gradient, ctx.block = gradient, block
         return out
 
