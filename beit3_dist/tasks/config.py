@@ -14,11 +14,12 @@ TaskName = Literal["imagenet", "vqa", "nlvr2", "captioning", "retrieval", "itc",
 class TaskDataConfig:
     """Examples of a downstream task, as unilm's jsonl indexes; tools/build_index.py makes them."""
 
-    train: str
-    """Index of the training examples (.jsonl), or a pattern of tars: itc takes pair shards, as in pretraining, imagenet
-    shards with a .cls member for each picture."""
-    validation: str = ""
-    """Index (or tars) of the validation examples; empty: no validation."""
+    train: str | list[str]
+    """Index of the training examples (.jsonl), or a list of them (unilm's vqa: [vqa.train.jsonl,
+    vqa.trainable_val.jsonl]), or a pattern of tars: itc takes pair shards, as in pretraining, imagenet shards with a
+    .cls member for each picture."""
+    validation: str | list[str] = ""
+    """Index (or indexes, or tars) of the validation examples; empty: no validation."""
     images: str = "."
     """Folder that the image paths of the indexes start from."""
     answers: str = ""
@@ -46,6 +47,7 @@ class TaskDataConfig:
     """Pictures with more pixels than this are refused as image bombs."""
 
     def __post_init__(self) -> None:
+        require(bool(self.train), "data.train names no index of training examples")
         require(
             self.text_length >= 3, f"data.text_length={self.text_length}: a text needs at least <s>, a word and </s>"
         )

@@ -67,7 +67,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     tokenizer = TextTokenizer(config.text_tokenizer)
     tokenizer.check_vocab(config.model.vocab_size)
     classes = read_classes(config)
-    if config.task == "captioning":
+    if config.task == "captioning" and config.data.validation:
         check_caption_metrics(config.eval.caption_metrics)
     train = _examples(config, config.data.train, classes, tokenizer, True)
     validation = _examples(config, config.data.validation, classes, tokenizer, False) if config.data.validation else ()
@@ -98,17 +98,23 @@ def read_classes(config: FinetuneConfig) -> list[str]:
 
 
 def _examples(
-    config: FinetuneConfig, index: str, classes: list[str], tokenizer: TextTokenizer, train: bool
+    config: FinetuneConfig, given: str | list[str], classes: list[str], tokenizer: TextTokenizer, train: bool
 ) -> Sequence[Example]:
-    if config.task == "itc" and not index.endswith(".jsonl"):
-        data = config.data
-        return PairShards(index, data.cache, tokenizer, data.caption_key)
-    if config.task == "imagenet" and not index.endswith(".jsonl"):
-        return read_class_shards(index, "data.train" if train else "data.validation", config.data.cache, len(classes))
+    files, field = [given] if isinstance(given, str) else given, "data.train" if train else "data.validation"
+    if config.task in ("itc", "imagenet") and not all(file.endswith(".jsonl") for file in files):
+        require(len(files) == 1, f"{field}={files}: tars are named by one pattern, such as '{{a,b}}/*.tar'")
+        if config.task == "itc":
+            return PairShards(files[0], config.data.cache, tokenizer, config.data.caption_key)
+        return read_class_shards(files[0], field, config.data.cache, len(classes))
     task = "retrieval" if config.task == "itc" else config.task
     limit = len(classes) if classes else None
     return read_index(
-        Path(index), task, Path(config.data.images), train=train, vocab_size=config.model.vocab_size, classes=limit
+        list(map(Path, files)),
+        task,
+        Path(config.data.images),
+        train=train,
+        vocab_size=config.model.vocab_size,
+        classes=limit,
     )
 
 

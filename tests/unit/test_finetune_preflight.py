@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from beit3_dist.command_line import parse
+from beit3_dist.command_line import parse, to_yaml
 from beit3_dist.config import ModelConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig
+from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
 from beit3_dist.tasks.heads import FineTuned
 from beit3_dist.training.finetune_preflight import prepare_finetuning, read_classes, resolve_epochs
 from beit3_dist.training.optimizer import layered_groups
@@ -58,6 +59,37 @@ def test_a_run_is_ready(folder: Path) -> None:
     assert ready.values("task_head.head.3.weight", torch.Size([2, 64])).shape == (2, 64)
 
 
+def test_several_indexes_are_one_after_the_other(folder: Path) -> None:
+    """As unilm trains VQA on train and trainable_val."""
+    lines = (folder / "vqa.jsonl").read_text().splitlines()
+    parts = [folder / "train.jsonl", folder / "trainable_val.jsonl"]
+    for part, some in zip(parts, (lines[:3], lines[3:5]), strict=True):
+        part.write_text("\n".join(some) + "\n")
+    written = folder / "recipe.yaml"
+    config = run(folder)
+    config = replace(config, data=replace(config.data, train=list(map(str, parts)), validation=[str(parts[1])]))
+    written.write_text(to_yaml(config))
+    config, ready = prepare_finetuning(parse(FinetuneConfig, "", "", ["--config", str(written)]), MESH)
+    assert [len(ready.train), len(ready.validation)] == [5, 2]
+    assert [ready.train[place].id for place in range(5)] == list(range(5))
+    asked = ["--config", str(written), "--data.train", f"[{parts[1]}, {parts[0]}]"]
+    assert parse(FinetuneConfig, "", "", asked).data.train == [str(parts[1]), str(parts[0])]
+
+
+def test_caption_metrics_need_their_package_only_where_captions_are_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    index = folder / "captions.jsonl"
+    index.write_text('{"image_path": "0.png", "text_segment": [5, 6], "image_id": 0}\n')
+    data = TaskDataConfig(train=str(index), images=str(folder), text_length=10, workers=0)
+    config = run(folder, task="captioning", data=data, eval=TaskEvalConfig(caption_metrics=["bleu4", "cider"]))
+    prepare_finetuning(config, MESH)
+    with pytest.raises(ValueError, match="pip install --no-deps pycocoevalcap") as error:
+        prepare_finetuning(replace(config, data=replace(data, validation=str(index))), MESH)
+    assert "\n" not in str(error.value)
+
+
 def test_epochs_become_steps(folder: Path) -> None:
     config = run(folder)
     assert resolve_epochs(config, 1000) is config
@@ -85,6 +117,8 @@ def test_classes_from_tars(folder: Path) -> None:
     [
         ({"data.answers": "missing.txt"}, "data.answers='missing.txt': task=vqa needs a file"),
         ({"data.train": "missing.jsonl"}, "missing.jsonl: cannot be read as an index"),
+        ({"data.train": []}, "data.train names no index"),
+        ({"data.train": ["a.tar", "b.tar"], "task": "itc", "data.answers": ""}, "tars are named by one pattern"),
         ({"batch": TaskBatchConfig(size=5, accumulation=2)}, "batch.size=5 is not divisible"),
         ({"model": replace(MODEL, vocab_size=400)}, "needs model.vocab_size=310"),
         ({"init_from": "missing.pth"}, "init_from: there is no file missing.pth"),
@@ -93,13 +127,12 @@ def test_classes_from_tars(folder: Path) -> None:
 )
 def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str) -> None:
     config = run(folder)
-    for name, value in changes.items():
-        section, _, field = name.partition(".")
-        value = replace(getattr(config, section), **{field: value}) if field else value
-        config = replace(config, **{section: value})
-    mesh = replace(MESH, tensor=config.parallel.tensor, world=config.parallel.tensor)
+    data = {name.removeprefix("data."): value for name, value in changes.items() if name.startswith("data.")}
+    others = {name: value for name, value in changes.items() if not name.startswith("data.")}
     with pytest.raises((ValueError, OSError)) as error:
-        prepare_finetuning(config, mesh)
+        config = replace(config, data=replace(config.data, **data), **others)
+        tensor = config.parallel.tensor
+        prepare_finetuning(config, replace(MESH, tensor=tensor, world=tensor))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -139,7 +172,7 @@ def test_recipes_are_whole(recipe: Path) -> None:
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
 def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path) -> None:
     config = parse(
-        FinetuneConfig, "", "", ["--config", str(recipe), "--out", "", "--text_tokenizer", "", "--data.train", ""]
+        FinetuneConfig, "", "", ["--config", str(recipe), "--out", "", "--text_tokenizer", "", "--data.train", "x"]
     )
     recomputed = recipe.stem in RECOMPUTED
     assert config.activation_checkpointing == ("full" if recomputed else "none")
