@@ -395,6 +395,9 @@ class TrainingConfig:
     whole blocks. A list has one entry per pipeline rank: rank r of p holds the activations of p - r micro-batches."""
     activation_checkpointing_every: int = 1
     """Recompute in every so many-th block only, counted over the whole model from block 0."""
+    kernels: Literal["torch", "compiled"] = "torch"
+    """Who computes the blocks. torch: torch's own operations, one by one. compiled: torch.compile joins them, which
+    takes some minutes before the first step and needs a C++ compiler."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""

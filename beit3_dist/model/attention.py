@@ -98,15 +98,26 @@ class Attention(nn.Module):
         self, x_TD: Tensor, layout: Layout, selection: Selection | None = None, recompute_core: bool = False
     ) -> Tensor:
         """[T, D], or [M, D] for the tokens of `selection`. `recompute_core`: `attend` keeps nothing but q, k and v."""
+        mixed = self.mix(self.project(x_TD, layout), layout, recompute_core)
+        return self.output(mixed, layout, selection)
+
+    def project(self, x_TD: Tensor, layout: Layout) -> list[list[Tensor]]:
+        """q, k and v: each expert's slice [T, H, d]."""
         slices = self.q.slices(x_TD, layout)
-        q, k, v = (
+        return [
             [part.unflatten(-1, (-1, self.head_dim)) for part in project.each(slices)]
             for project in (self.q, self.k, self.v)
-        )
-        if recompute_core:
-            mixed = checkpoint(self.attend, q, k, v, layout, use_reentrant=False, preserve_rng_state=False)
-        else:
-            mixed = self.attend(q, k, v, layout)
+        ]
+
+    def mix(self, projected: list[list[Tensor]], layout: Layout, recompute: bool) -> list[Tensor]:
+        """What `attend` makes of q, k and v. `recompute`: it keeps nothing else."""
+        q, k, v = projected
+        if recompute:
+            return checkpoint(self.attend, q, k, v, layout, use_reentrant=False, preserve_rng_state=False)
+        return self.attend(q, k, v, layout)
+
+    def output(self, mixed: list[Tensor], layout: Layout, selection: Selection | None) -> Tensor:
+        """The output projection of what was mixed, [T, D] or [M, D]."""
         mixed = [part.flatten(-2) for part in mixed]
         if selection is not None:
             mixed = _select(mixed, layout, selection)

@@ -34,10 +34,23 @@ class Block(nn.Module):
     ) -> Tensor:
         """[T, D], or [M, D] for the tokens of `selection`: the others then serve as keys and values alone.
 
-        `keep_2T`: factor of each branch for each token (0 where dropped); None keeps all.
+        `keep_2T`: factor of each branch for each token (0 where dropped); None keeps all. `recompute`: full is the
+        caller's doing.
         """
         recompute_core = recompute in ("attention", "selective")
         branch = self.attention(self.attention_norm(x_TD, layout), layout, selection, recompute_core=recompute_core)
+        return self.after_attention(x_TD, branch, layout, keep_2T, selection, recompute)
+
+    def after_attention(
+        self,
+        x_TD: Tensor,
+        branch: Tensor,
+        layout: Layout,
+        keep_2T: Tensor | None,
+        selection: Selection | None,
+        recompute: Recompute,
+    ) -> Tensor:
+        """The rest of a block whose attention gave `branch`, [T, D] or [M, D]."""
         if selection is not None:
             assert selection.rows is not None
             x_TD, layout = x_TD.index_select(0, selection.rows), selection
@@ -90,7 +103,9 @@ class Encoder(nn.ModuleDict):
             recompute = self.recompute if self.training and int(layer) % self.recompute_every == 0 else "none"
             if recompute == "full":
                 # Nothing in a block draws from a generator, so there is no state to restore on recompute.
-                x_TD = checkpoint(block, x_TD, layout, keep_2T, wanted, use_reentrant=False, preserve_rng_state=False)
+                x_TD = checkpoint(
+                    block, x_TD, layout, keep_2T, wanted, recompute, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x_TD = block(x_TD, layout, keep_2T, wanted, recompute)
         return x_TD

@@ -16,6 +16,7 @@ from beit3_dist.config import require
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.initialization import Values
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.tasks.all import TASKS
@@ -64,6 +65,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     config.micro_batch(mesh.data)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
+    check_kernels(config)
     tokenizer = TextTokenizer(config.text_tokenizer)
     tokenizer.check_vocab(config.model.vocab_size)
     classes = read_classes(config)

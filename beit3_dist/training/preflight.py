@@ -14,6 +14,7 @@ from beit3_dist.data.batch import MixedBatches
 from beit3_dist.model.initialization import Values, initial_value
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.pipeline import check_pipeline
 from beit3_dist.parallel.tensor import check_tensor
@@ -49,6 +50,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     config.micro_batch(mesh.data)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
+    check_kernels(config)
     check_pipeline(config)
     checkpoint, state = starting_point(config)
     image_tokenizer = load_vqkd(config.image_tokenizer)

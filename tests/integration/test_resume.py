@@ -73,11 +73,12 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
     assert list(Path(disturbed).glob("metrics.tail-*.jsonl")), "the tail of the killed run is kept aside"
 
 
-LAYOUTS = {  # name -> processes and layout
-    "dp2-zero1": (2, ParallelConfig(zero_stage=1)),
-    "dp2-zero3": (2, ParallelConfig(zero_stage=3)),
-    "dp2tp2pp2-zero1": (8, ParallelConfig(zero_stage=1, tensor=2, pipeline=2, sequence=True)),
-    "dp2tp2pp2-zero3": (8, ParallelConfig(zero_stage=3, tensor=2, pipeline=2)),
+LAYOUTS = {  # name -> processes, layout, kernels
+    "dp2-zero1": (2, ParallelConfig(zero_stage=1), "torch"),
+    "dp2-zero3": (2, ParallelConfig(zero_stage=3), "torch"),
+    "dp2-zero3-compiled": (2, ParallelConfig(zero_stage=3), "compiled"),
+    "dp2tp2pp2-zero1": (8, ParallelConfig(zero_stage=1, tensor=2, pipeline=2, sequence=True), "torch"),
+    "dp2tp2pp2-zero3": (8, ParallelConfig(zero_stage=3, tensor=2, pipeline=2), "torch"),
 }
 
 
@@ -90,8 +91,8 @@ def shard_digests(checkpoint: Path) -> dict[str, str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resumed_at_half_time_is_bitwise_the_uninterrupted_run(layout: str, tmp_path: Path) -> None:
     """Losses, gradient norms, sample hashes as they were written, every bit of them; all weights and moments."""
-    world, parallel = LAYOUTS[layout]
-    whole = run_config(tmp_path, out=str(tmp_path / "whole"), steps=6, parallel=parallel,
+    world, parallel, kernels = LAYOUTS[layout]
+    whole = run_config(tmp_path, out=str(tmp_path / "whole"), steps=6, parallel=parallel, kernels=kernels,
                        checkpoint=CheckpointConfig(every=3, keep=0))  # fmt: skip
     mesh = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
     assert set(run_workers(world, train, whole, **mesh)) == {""}

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ class Layout:
     every: int = 1
     sgd: bool = False
     steps: int = 5
+    kernels: Literal["torch", "compiled"] = "torch"
 
     def config(self, precision: str = "fp32") -> RunConfig:
         """The run of this layout."""
@@ -54,6 +55,7 @@ class Layout:
             steps=self.steps,
             sgd=self.sgd,
             precision=precision,
+            kernels=self.kernels,
         )
 
     @property
@@ -99,6 +101,17 @@ LAYOUTS = {
         1, "released", data=2, tensor=2, sequence=True, pipeline=2, chunks=2, clip_norm=0.5
     ),
     "dp2tp2pp2-zero3-selective": Layout(3, "paper", data=2, tensor=2, pipeline=2, recompute="selective"),
+}
+
+COMPILED = {
+    "one-zero1-compiled": Layout(1, "shallow", accumulation=2, steps=3, kernels="compiled"),
+    "dp2-zero3-compiled": Layout(3, "shallow", data=2, accumulation=2, steps=3, kernels="compiled"),
+    "tp2-zero3-sequence-compiled": Layout(
+        3, "shallow", tensor=2, sequence=True, accumulation=2, steps=3, kernels="compiled"
+    ),
+    "pp2-zero3-full-compiled": Layout(
+        3, "shallow", pipeline=2, accumulation=2, recompute="full", steps=3, kernels="compiled"
+    ),
 }
 
 
@@ -183,6 +196,12 @@ def workers() -> Iterator[KeptWorkers]:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layout_equals_one_process(layout: Layout, workers: KeptWorkers) -> None:
+    compare(layout.run(workers), layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COMPILED.values(), ids=COMPILED.keys())
+def test_compiled_blocks_equal_one_plain_process(layout: Layout, workers: KeptWorkers) -> None:
     compare(layout.run(workers), layout)
 
 

@@ -49,6 +49,8 @@ SMALL = dict(
 MODELS = {
     "paper": ModelConfig(**SMALL, attention="shared", sub_layernorm=False, vl_expert_layers=2),
     "released": ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
+    # Of the shapes of tests/integration/runs.py, so that both find the same compiled code in torch's cache.
+    "shallow": ModelConfig(**SMALL | {"layers": 2, "width": 32, "heads": 2, "ffn_width": 64}, vl_expert_layers=1),
 }
 SAMPLES = 16
 """Images, texts and pairs of a global batch."""
@@ -75,6 +77,7 @@ def run_config(
     chunks: int = 1,
     steps: int = 5,
     sgd: bool = False,
+    kernels: str = "torch",
 ) -> RunConfig:
     """A run on a global batch of SAMPLES images, texts and pairs. `sgd`: with the rate of plain gradient descent."""
     return RunConfig(
@@ -84,6 +87,7 @@ def run_config(
         seed=SEED,
         steps=steps,
         precision=precision,
+        kernels=kernels,
         data=DataConfig(images="unused", texts="unused", pairs="unused", text_length=20, caption_length=20),
         model=MODELS[model],
         activation_checkpointing=activation_checkpointing,

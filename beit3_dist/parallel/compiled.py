@@ -1,0 +1,159 @@
+"""Blocks whose arithmetic torch.compile fuses: all of a block but its attention's core, in two pieces.
+
+    before attention:   norm, projections to q, k and v
+    after attention:    output projection, residual, experts, residual, with drop path and sub-LayerNorms
+
+The core stays as it is: it is one fused kernel of torch between copies, and knows the samples' lengths. The pieces know
+nothing but how many tokens each segment has, and these numbers they take as unknown: one code serves all micro-batches,
+slices of zero tokens included, and none is compiled anew. It does not depend on which micro-batch came first either, so
+that a run that is resumed computes with the same code, bit for bit. For that the compiler is told one typical number
+where it wants one to choose a kernel by, and never times kernels to choose one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.decorators import mark_unbacked
+
+from beit3_dist.config import Recompute
+from beit3_dist.model.block import Block
+from beit3_dist.model.layout import NO_SAMPLES, Layout, Selection
+from beit3_dist.parallel.tensor import GatheredLayout, SharedLayout
+
+TYPICAL_TOKENS = 16_384
+"""Number of tokens that kernels are chosen for."""
+
+
+def _any_length(tensor: Tensor, dimension: int = 0) -> Tensor:
+    """The tensor, of whose dimension the compiler knows nothing."""
+    mark_unbacked(tensor, dimension, hint_override=TYPICAL_TOKENS)
+    return tensor
+
+
+def _sizes(layout: Layout) -> list[Tensor]:
+    """The tokens of the segments as lengths of empty tensors: a plain number would be compiled into the code."""
+    return [_any_length(torch.empty(tokens, 0)) for tokens in layout.segments]
+
+
+def _layout(sizes: list[Tensor], rows: Tensor | None = None) -> Selection:
+    """The segments of `_sizes` again, all that is read of a layout outside attention's core."""
+    a, b, c, d = (size.shape[0] for size in sizes)
+    return Selection(NO_SAMPLES, NO_SAMPLES, NO_SAMPLES, rows, (a, b, c, d))
+
+
+@dataclass(frozen=True)
+class _Gathered(GatheredLayout):
+    """What is read of a `GatheredLayout` outside attention's core."""
+
+    counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    @property
+    def segments(self) -> tuple[int, int, int, int]:
+        return self.counts
+
+
+class _Inputs(NamedTuple):
+    """What both pieces read of a block's inputs."""
+
+    x_TD: Tensor
+    """[T, D]; with sequence parallelism the rank's share of the tokens."""
+    sizes: list[Tensor]
+    """Its segments."""
+    whole: list[Tensor]
+    """Those of attention: others only with sequence parallelism."""
+    rows: Tensor | None
+    """`GatheredLayout.rows`, with sequence parallelism."""
+
+    def layouts(self) -> tuple[Layout, Layout]:
+        """The layout outside and inside attention."""
+        x_TD, sizes, whole, rows = self
+        outside, inside = _layout(sizes), _layout(whole)
+        torch._check(x_TD.shape[0] == sum(outside.counts))
+        if rows is None:
+            return outside, inside
+        torch._check(rows.shape[0] == sum(inside.counts))
+        gathered = _Gathered(NO_SAMPLES, NO_SAMPLES, NO_SAMPLES, rows, x_TD.shape[0], inside.counts)
+        return SharedLayout(NO_SAMPLES, NO_SAMPLES, NO_SAMPLES, gathered, outside.counts, None, None), gathered
+
+
+def _before_attention(block: Block, inputs: _Inputs) -> list[list[Tensor]]:
+    outside, _ = inputs.layouts()
+    attention = block.attention
+    entering: Any = (block.attention_norm(inputs.x_TD, outside), outside, None)
+    for hook in attention._forward_pre_hooks.values():  # tensor parallelism's
+        entering = hook(attention, entering)
+    return attention.project(*entering[:2])
+
+
+def _after_attention(
+    block: Block,
+    inputs: _Inputs,
+    mixed: list[Tensor],
+    keep_2T: Tensor | None,
+    rows: Tensor | None,
+    selected: list[Tensor] | None,
+    recompute: Recompute,
+) -> Tensor:
+    outside, inside = inputs.layouts()
+    attention = block.attention
+    for part, tokens in zip(mixed, inside.sizes(attention.q.experts), strict=True):
+        torch._check(part.shape[0] == tokens)
+    if keep_2T is not None:
+        torch._check(keep_2T.shape[1] == inputs.x_TD.shape[0])
+    selection = None
+    if rows is not None and selected is not None:
+        selection = _layout(selected, rows)
+        torch._check(rows.shape[0] == sum(selection.counts))
+    branch = attention.output(mixed, inside, selection)
+    for hook in attention._forward_hooks.values():  # tensor parallelism's
+        branch = hook(attention, (inputs.x_TD, inside), branch)
+    return block.after_attention(inputs.x_TD, branch, outside, keep_2T, selection, recompute)
+
+
+def _compile(piece: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(piece, fullgraph=True, dynamic=False, options={"deterministic": True})
+
+
+_before, _after = _compile(_before_attention), _compile(_after_attention)
+
+VARIANTS = 64
+"""How many codes of one piece a process may compile: one for each kind of block (with or without a vision-language
+expert, the last one's selected tokens, recomputation), in training and in evaluation. More than that end the run: it
+would mean that something else is compiled into the code. torch's own limit of 8 is for one kind of block."""
+
+
+class CompiledForward:
+    """`Block.forward` of one block."""
+
+    def __init__(self, block: Block) -> None:
+        torch._dynamo.config.recompile_limit = VARIANTS
+        self._block = block
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        keep_2T: Tensor | None,
+        selection: Selection | None = None,
+        recompute: Recompute = "none",
+    ) -> Tensor:
+        block = self._block
+        inside = layout.whole if isinstance(layout, SharedLayout) else layout
+        assert inside is not None
+        rows = inside.rows if isinstance(inside, GatheredLayout) else None
+        inputs = _Inputs(_any_length(x_TD), _sizes(layout), _sizes(inside), None if rows is None else _any_length(rows))
+        mixed = block.attention.mix(_before(block, inputs), inside, recompute in ("attention", "selective"))
+        return _after(
+            block,
+            inputs,
+            [_any_length(part) for part in mixed],
+            None if keep_2T is None else _any_length(keep_2T, 1),
+            None if selection is None or selection.rows is None else _any_length(selection.rows),
+            None if selection is None else _sizes(selection),
+            recompute,
+        )

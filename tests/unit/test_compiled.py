@@ -1,0 +1,91 @@
+"""Compiled blocks compute what plain ones do, with code that knows no micro-batch's lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.parallel.kernels import check_kernels, use_kernels
+from beit3_dist.training.inputs import masked_counts, prepare
+from tests.equality import assert_close, assert_tensors_close
+from tests.micro_batches import precomputed_codes, random_micro_batch
+from tests.unit.tar_fixtures import small_run
+
+CONFIG = ModelConfig(
+    layers=3, width=32, heads=2, ffn_width=64, patch_size=8, image_size=32, vocab_size=150, visual_vocab_size=40,
+    max_text_length=20, drop_path=0.2, vl_expert_layers=1,
+)  # fmt: skip
+BATCHES: list[dict[str, int]] = [  # other lengths each time; then no pairs, and one text
+    {"seed": 0}, {"seed": 1}, {"seed": 2, "images": 5}, {"seed": 3, "pairs": 0}, {"seed": 4, "texts": 1},
+]  # fmt: skip
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(usual)
+
+
+def objective(kernels: str) -> MaskedDataModeling:
+    model = BEiT3(CONFIG, seed=3)
+    use_kernels(model, kernels)
+    return MaskedDataModeling(model, ObjectiveConfig(), seed=5)
+
+
+def step(module: MaskedDataModeling, batch: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses [4] of a micro-batch, and its gradients in training."""
+    micro_batch = random_micro_batch(CONFIG, **batch)
+    inputs = prepare(micro_batch, torch.device("cpu"), precomputed_codes(CONFIG))
+    loss, statistics = module(*inputs, torch.tensor(masked_counts(micro_batch)), 7)
+    if module.training:
+        loss.backward()
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
+    module.zero_grad()
+    return statistics[0], gradients
+
+
+@pytest.mark.slow
+def test_one_code_for_all_lengths(one_thread: None) -> None:
+    """Losses and gradients of plain blocks. Three codes in training: of all blocks before attention, and after it of a
+    block without and with a vision-language expert, the latter for selected tokens. Bit for bit the same results where
+    the micro-batches come in another order: what is compiled first does not matter to a run that goes on."""
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = objective("torch").train(), objective("compiled").train()
+    results = []
+    for batch in BATCHES:
+        expected, gradients = step(plain, batch)
+        results.append(step(compiled, batch))
+        assert_close(results[-1][0], expected, "losses")
+        assert_tensors_close(results[-1][1], gradients)
+    assert counters["stats"]["unique_graphs"] == 3
+    with torch.no_grad():
+        assert_close(step(compiled.eval(), BATCHES[0])[0], step(plain.eval(), BATCHES[0])[0], "losses in evaluation")
+
+    torch._dynamo.reset()
+    again = objective("compiled").train()
+    for batch, (losses, gradients) in reversed(list(zip(BATCHES, results, strict=True))):
+        other_losses, other = step(again, batch)
+        assert torch.equal(other_losses, losses)
+        assert all(torch.equal(other[name], gradient) for name, gradient in gradients.items())
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_run(tmp_path)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_kernels(config)
+    config.kernels = "compiled"
+    with pytest.raises(
+        ValueError, match="kernels=compiled needs a C[+][+] compiler, and no-such-compiler is not found"
+    ):
+        check_kernels(config)
