@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.data.order import Numbers
 from beit3_dist.model.decoding import caption_mask
 from beit3_dist.objectives.masking import mask_words
+from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.generation import generate
 from beit3_dist.tasks.heads import FineTuned
@@ -25,10 +27,30 @@ def masked_words(ratio: float, words: int) -> int:
     return max(1, min(int(ratio * (words + 1) + 0.5), words))
 
 
+def weights_of_the_better(losses: Tensor, worst: float, room: int, group: dist.ProcessGroup | None = None) -> Tensor:
+    """What the losses [M] of this rank's words in a micro-batch weigh: 0 where they are among the greatest `worst` of
+    all ranks' words; the others share the weight of all, so that the mean over all words is the mean over the kept.
+
+    unilm sorts the words of each process for itself; over all ranks of `group` the words that are dropped do not depend
+    on their number. `room`: the most words that a rank can have. Words as bad as the last kept one are kept too.
+    """
+    everyones = losses.new_full((room,), torch.inf)  # of one length on all ranks
+    everyones[: len(losses)] = losses
+    if group is not None and group.size() > 1:
+        everyones = all_gather(everyones, group)
+    best_first = everyones[everyones != torch.inf].sort().values
+    limit = best_first[max(1, int(len(best_first) * (1 - worst))) - 1]
+    return (losses <= limit) * (len(best_first) / (best_first <= limit).sum())
+
+
 class Captioning(Task):
     """Labels: number of the picture, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
 
     metric = "exact_match"
+    _group: dist.ProcessGroup | None = None
+
+    def connect(self, data_group: dist.ProcessGroup) -> None:
+        self._group = data_group
 
     def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
         """Masks words and </s>, never <s>; of the masked ones 80 % become <mask> and 10 % a random word."""
@@ -47,7 +69,7 @@ class Captioning(Task):
         return torch.from_numpy(inputs), words.where(torch.from_numpy(predict), -1)
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """Cross-entropy with label smoothing of the masked words, [2, M]."""
+        """Cross-entropy with label smoothing of the masked words, [2, M]; late in training without the worst ones."""
         assert inputs.targets is not None
         mask = caption_mask(1 + model.config.patches, inputs.words.shape[1])  # on the host, as the padding is
         hidden = model.encode(
@@ -56,7 +78,11 @@ class Captioning(Task):
         words_BLD = hidden[:, 1 + model.config.patches :]
         masked = inputs.targets >= 0
         logits = model.text_head.logits(words_BLD[masked])
-        return cross_entropies(logits, inputs.targets[masked], self.config.label_smoothing)
+        losses, right = cross_entropies(logits, inputs.targets[masked], self.config.label_smoothing)
+        if self.config.drop_worst_ratio > 0 and inputs.step > self.config.drop_worst_after:
+            room = len(inputs.targets) * self.config.data.text_length
+            losses = losses * weights_of_the_better(losses.detach(), self.config.drop_worst_ratio, room, self._group)
+        return torch.stack([losses, right])
 
     def predict(self, model: FineTuned, inputs: TaskInputs, agree: Callable[[bool], bool]) -> Tensor:
         """int64 [B, text_length]: captions, padded."""

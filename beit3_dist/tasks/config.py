@@ -130,6 +130,11 @@ class FinetuneConfig(TrainingConfig):
     """imagenet: alpha of CutMix (unilm: 1.0)."""
     caption_mask_ratio: float = 0.7
     """captioning: share of a caption's words, <s> and </s> counted, that are masked and recovered (unilm: 0.7)."""
+    drop_worst_ratio: float = 0.2
+    """captioning: share of a micro-batch's masked words, those with the greatest losses over all ranks, that do not
+    count (unilm: 0.2, of each rank's words for themselves)."""
+    drop_worst_after: int = 12_000
+    """captioning: steps in which all words count; then the worst are dropped."""
     batch: TaskBatchConfig = field(default_factory=TaskBatchConfig)
     """Examples per step."""
     optim: OptimConfig = field(default_factory=_fine_tuning_optimizer)
@@ -148,7 +153,8 @@ class FinetuneConfig(TrainingConfig):
             self.head_lr_scale == 1 or self.task in ("imagenet", "vqa", "nlvr2", "text"),
             f"head_lr_scale={self.head_lr_scale}: task={self.task} has no head of its own classes: leave it at 1",
         )
-        for name in ("ema_decay", "label_smoothing"):
+        require(self.drop_worst_after >= 0, f"drop_worst_after={self.drop_worst_after} is negative")
+        for name in ("ema_decay", "label_smoothing", "drop_worst_ratio"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
         require(0 < self.caption_mask_ratio <= 1, f"caption_mask_ratio={self.caption_mask_ratio} is not in (0, 1]")
         require(

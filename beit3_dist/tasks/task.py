@@ -38,6 +38,8 @@ class TaskInputs:
     """int64 [B]: what each sample draws its drop path by."""
     targets: Tensor | None = None
     """captioning: int64 [B, L], the words to recover, -1 elsewhere."""
+    step: int = 0
+    """Steps of training before this one."""
     keep: Callable[[Tensor], Tensor | None] = lambda keys: None
     """keys int64 [S] -> drop-path factors [layers, 2, S]; None in evaluation."""
 
@@ -114,6 +116,7 @@ class TaskObjective(nn.Module):
             return self._task.predict(self.model, inputs, predict)
         assert step_counts is not None
         config = self.model.config
+        inputs = replace(inputs, step=step)
         if self.training and config.drop_path > 0:
 
             def factors(ids: Tensor) -> Tensor:

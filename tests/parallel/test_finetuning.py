@@ -35,7 +35,7 @@ TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the comm
     "imagenet": {"mixup": 0.8, "cutmix": 1.0, "layer_decay": 0.7},
     "vqa": {"head_lr_scale": 5.0, "ema_decay": 0.5},
     "nlvr2": {},
-    "captioning": {"eval": TaskEvalConfig(beams=2)},
+    "captioning": {"eval": TaskEvalConfig(beams=2), "drop_worst_after": 1},
     "retrieval": {"batch": TaskBatchConfig(size=8)},
     "itc": {"batch": TaskBatchConfig(size=8)},
     "text": {"ema_decay": 0.9, "layer_decay": 0.5},
