@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -213,8 +214,8 @@ class Lines(Sequence[bytes]):
 
     def _open(self) -> None:
         with open(self.path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            self.mark = (stat.st_size, stat.st_mtime_ns)
+            status = os.fstat(file.fileno())
+            self.mark = (status.st_size, status.st_mtime_ns)
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:
@@ -272,7 +273,8 @@ def read_index(
     vocab_size: int | None = None,
     classes: int | None = None,
 ) -> Index:
-    """The examples of one or several jsonl files, in unilm/beit3's fields, every line and picture checked.
+    """The examples of one or several jsonl files, in unilm/beit3's fields. Every line is checked, and that every
+    picture is a file with something in it.
 
     `image_root`: folder that the pictures' paths are relative to. `train`: every example needs what it is trained on (a
     caption, an answer). `vocab_size`, `classes`: ends of the token ids and of the classes or answers.
@@ -296,8 +298,7 @@ def read_index(
         for image in images:
             folder, name = os.path.split(image)
             needed[folder].add(name)
-    missing = _missing(needed)
-    problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, missing)]
+    problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, _faults(needed))]
     if problems:
         more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         raise ValueError(
@@ -307,27 +308,40 @@ def read_index(
     return index
 
 
-def _missing(needed: Mapping[str, set[str]]) -> set[str]:
-    """Which of the needed names of each folder it lacks, as paths. A folder is listed once, whatever it holds."""
+def _faults(needed: Mapping[str, set[str]]) -> dict[str, str]:
+    """Path -> what is wrong with it, of the needed names of each folder. A folder is listed once, whatever it holds."""
 
-    def missing(folder: str) -> list[str]:
+    def faults(folder: str) -> dict[str, str]:
+        wanted = needed[folder]
         try:
             with os.scandir(folder or ".") as entries:
-                names = {entry.name for entry in entries}
+                found = {entry.name: _fault(entry) for entry in entries if entry.name in wanted}
         except OSError:
-            names = set()
-        return [os.path.join(folder, name) for name in needed[folder] - names]
+            found = {}
+        reasons = {os.path.join(folder, name): found.get(name, "there is no file") for name in wanted}
+        return {path: reason for path, reason in reasons.items() if reason}
 
     with ThreadPoolExecutor(FOLDER_READERS) as pool:
-        return {path for paths in pool.map(missing, needed) for path in paths}
+        return {path: reason for some in pool.map(faults, needed) for path, reason in some.items()}
 
 
-def _in_order(index: Index, malformed: Mapping[int, str], missing: set[str]) -> Iterator[tuple[int, str]]:
-    """All faults by the number of their line in the index: one per malformed line or missing picture."""
-    if not malformed and not missing:
+def _fault(entry: os.DirEntry[str]) -> str:
+    """Why an entry of a folder can be no picture; empty if it may be one, which its content is not asked for."""
+    try:
+        status = entry.stat()
+    except OSError:  # a link to nowhere
+        return "there is no file"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a file:"
+    return "" if status.st_size else "an empty file:"
+
+
+def _in_order(index: Index, malformed: Mapping[int, str], faults: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    """All faults by the number of their line in the index: one per malformed line or picture that cannot be one."""
+    if not malformed and not faults:
         return
     for id in range(len(index)):
         if id in malformed:
             yield id, malformed[id]
             continue
-        yield from ((id, f"there is no file {image}") for image in index[id].images if str(image) in missing)
+        yield from ((id, f"{faults[str(image)]} {image}") for image in index[id].images if str(image) in faults)

@@ -47,12 +47,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 
 def touch(root: Path, *indexes: Path) -> None:
-    """Makes empty pictures where indexes say that they lie."""
+    """Makes files where indexes say that they lie."""
     for record in itertools.chain.from_iterable(map(read, indexes)):
         for name in ("image_path", "image2_path"):
             if name in record:
                 (root / record[name]).parent.mkdir(parents=True, exist_ok=True)
-                (root / record[name]).touch()
+                (root / record[name]).write_bytes(b"a picture")
 
 
 def karpathy(path: Path, **more: Any) -> Path:
@@ -220,7 +220,7 @@ def test_nlvr2(tmp_path: Path, spm: Path) -> None:
 def test_imagenet(tmp_path: Path) -> None:
     for name in ("train/n02/b.JPEG", "train/n02/a.JPEG", "train/n01/c.JPEG", "val/n02/d.JPEG", "train/n01/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"a picture")
     run("imagenet", tmp_path, tmp_path / "out")
     assert read(tmp_path / "out" / "imagenet.train.index.jsonl") == [
         {"image_path": "train/n01/c.JPEG", "label": 0},

@@ -30,10 +30,14 @@ RECORDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder with the pictures that RECORDS name."""
+    """A folder with the pictures that RECORDS name, and with some things that are none."""
     for name in ("a/x.JPEG", "a/y.jpg", "b/z.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+        (tmp_path / name).write_bytes(b"a picture")
+    (tmp_path / "a" / "empty.jpg").touch()
+    (tmp_path / "a" / "folder.jpg").mkdir()
+    (tmp_path / "a" / "nowhere.jpg").symlink_to("missing.jpg")
+    (tmp_path / "a" / "link.jpg").symlink_to("x.JPEG")
     return tmp_path
 
 
@@ -99,6 +103,9 @@ FAULTS = [
     ("imagenet", {"image_path": None}, "no string in the field 'image_path'"),
     ("imagenet", {"image_path": "a/missing.jpg"}, "there is no file .*a/missing.jpg"),
     ("imagenet", {"image_path": "nowhere/x.JPEG"}, "there is no file .*nowhere/x.JPEG"),
+    ("imagenet", {"image_path": "a/nowhere.jpg"}, "there is no file .*a/nowhere.jpg"),
+    ("imagenet", {"image_path": "a/empty.jpg"}, "an empty file: .*a/empty.jpg"),
+    ("imagenet", {"image_path": "a/folder.jpg"}, "not a file: .*a/folder.jpg"),
     ("nlvr2", {"image2_path": "a/z.png"}, "there is no file .*a/z.png"),
     ("nlvr2", {"label": 2}, "label 2"),
     ("vqa", {"scores": [1.0]}, "two lists of one length"),
@@ -118,6 +125,10 @@ def test_a_faulty_line_is_named(root: Path, task: str, change: Any, reason: str)
         read(root, task, RECORDS[task], RECORDS[task], bad, vocab_size=10, classes=8)
     assert "\n" not in str(error.value)
     assert "1 faults in the 3 lines" in str(error.value)
+
+
+def test_a_picture_may_be_a_link(root: Path) -> None:
+    assert len(read(root, "imagenet", RECORDS["imagenet"] | {"image_path": "a/link.jpg"})) == 1
 
 
 def test_all_faults_are_counted_and_the_first_named_in_order(root: Path) -> None:
