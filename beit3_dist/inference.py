@@ -70,10 +70,12 @@ class Model:
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Model:
         """The model of a folder, in fp32. `device`: the first GPU where there is one, unless said otherwise.
 
-        Raises FileNotFoundError or ValueError with one line where the folder holds no fine-tuned model.
+        Raises FileNotFoundError or ValueError with one line where the folder holds no fine-tuned model, and ValueError
+        where there is no such device.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        _check_device(device)
         content = read_model_folder(Path(folder))
         if content.task is None:
             raise ValueError(f"{folder} holds a pretrained model without a task; launchers/finetune.py teaches it one")
@@ -154,6 +156,14 @@ class Model:
         words = torch.tensor([row + [tokenizer.pad] * (length - len(row)) for row in rows])
         padding = torch.arange(length) >= torch.tensor([len(row) for row in rows])[:, None]
         return words.to(self.device), padding
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Raises ValueError where nothing can be computed on it here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"the device {device} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def _network(folder: str | os.PathLike[str], content: ModelFolder) -> FineTuned:

@@ -203,6 +203,8 @@ def test_mistakes_are_one_line(tmp_path: Path, folder: Path, model: Path, tokeni
         ((folder, WORDS, "--model", model, "--out", folder / "page.html"), "nothing is written among the pictures"),
         ((folder, WORDS, "--model", model, "--out", tmp_path / "page.pdf"), "page.pdf"),
         ((empty, WORDS, "--model", model), "no readable picture"),
+        ((folder, WORDS, "--model", model, "--device", "cuda:99"), "the device cuda:99 cannot be used here: "),
+        ((folder, WORDS, "--model", model, "--device", "gpu"), "the device gpu cannot be used here: "),
     ):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
             errors = io.StringIO()
