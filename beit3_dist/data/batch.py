@@ -482,6 +482,12 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
             pin_memory=pin,
             generator=torch.Generator(),
         )
+    # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows. The
+    # server and its workers, which open shards, inherit the limit.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # The trainer turns these two into a checkpoint. A scheduler sends them to every process of a job: the server and
@@ -490,11 +496,6 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     forkserver.ensure_running()
     for number, handler in former:
         signal.signal(number, handler)
-    # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     # Its own generator: without one, DataLoader would draw a seed from torch's global one.
     return DataLoader(
         dataset,

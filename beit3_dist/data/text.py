@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from beit3_dist.config import SPECIAL_ROWS
 from beit3_dist.data.cache import digest, locked, write_whole
 from beit3_dist.data.faults import BadSample, Fault
 from beit3_dist.data.index import JSONL, PROGRESS_SECONDS, Table
+from beit3_dist.data.reader import OPEN_FILES
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +205,8 @@ class TokenWindows:
         }
         self.shards = [made[number] for number in range(shards)]
         self.ends = np.cumsum([-(-len(shard.tokens) // self.width) for shard in self.shards])
-        self.open: dict[int, np.ndarray] = {}
+        self.open: OrderedDict[int, np.ndarray] = OrderedDict()
+        """Tokens of the shards that were read last; each mapping holds a file descriptor."""
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -218,9 +221,12 @@ class TokenWindows:
         shard, window = self.place(index)
         if shard not in self.open:
             self.open[shard] = self.shards[shard].tokens
+            if len(self.open) > OPEN_FILES:
+                self.open.popitem(last=False)
+        self.open.move_to_end(shard)
         tokens = self.open[shard][window * self.width : (window + 1) * self.width]
         bos, eos = self.frame
         return np.concatenate(([bos], tokens, [eos])).astype(np.int64)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "open": {}}
+        return {**self.__dict__, "open": OrderedDict()}

@@ -330,8 +330,11 @@ def test_limit_of_open_files_is_raised(run: RunConfig, monkeypatch: pytest.Monke
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(batch_module.resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(batch_module.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    before: list[bool] = []
+    monkeypatch.setattr(batch_module.forkserver, "ensure_running", lambda: before.append(bool(asked)))
     loader(Probe(), range(1), 1, 1, False)
     assert asked == [(4096, 4096)]
+    assert before == [True], "the workers' server keeps the limit that it was started with"
 
 
 def test_faults_of_the_index_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -140,6 +140,21 @@ def test_tokens_are_made_once_per_shard_and_tokenizer(
     assert len(built) == 7
 
 
+def test_few_token_files_are_open_at_a_time(
+    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be more shards than a process may open files."""
+    monkeypatch.setattr(text, "OPEN_FILES", 2)
+    for number in range(5):
+        text_tar(tmp_path / f"{number}.tar", sentences()[5 * number : 5 * number + 5])
+    windows = windows_of(tmp_path, tokenizer, 20)
+    expected = [windows.read(number).tolist() for number in range(len(windows))]
+    for number in (*range(len(windows)), *reversed(range(len(windows)))):
+        assert windows.read(number).tolist() == expected[number]
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/cache/" in line}
+        assert sum(path.startswith(str(tmp_path)) and path.endswith(".npy") for path in mapped) <= 3  # and the table
+
+
 def test_small_vocabularies_are_kept_in_two_bytes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     text_tar(tmp_path / "a.tar", sentences()[:4])
     assert windows_of(tmp_path, tokenizer, 20).shards[0].tokens.dtype == np.uint16
