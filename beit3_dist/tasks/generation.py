@@ -1,9 +1,9 @@
 """Captions by beam search.
 
-The score of a caption is sum(log p of its words, </s> included) / length^penalty (Wu et al. 2016, without the constant
-of their length term, as most captioning code has it). At every step the K best extensions of a picture's open captions
-are looked at; those that end in </s> are finished. A picture is done when K of its captions have finished, or when no
-open one can overtake the best finished one any more.
+The score of a caption is sum(log p of its words, </s> included) / length^penalty, where the length counts <s> and </s>
+(Wu et al. 2016, without the constant of their length term). At every step the best extensions of a picture's open
+captions are looked at, best first, until K go on; those before that end in </s> are finished. A picture is done when no
+open caption can overtake the best finished one any more. Lengths and the end of the search are those of unilm's BEiT-3.
 """
 
 from __future__ import annotations
@@ -93,7 +93,6 @@ class _Beams:
         # All captions begin alike: only the first counts, or they would stay alike.
         self.sums = torch.full((pictures, search.beams), -torch.inf, device=device)
         self.sums[:, 0] = 0.0
-        self.finished = torch.zeros(pictures, dtype=torch.int64, device=device)
         self.done = torch.zeros(pictures, dtype=torch.bool, device=device)
         self.best_score = torch.full((pictures,), -torch.inf, device=device)
         self.best_words = self.words[:, 0].clone()
@@ -111,10 +110,8 @@ class _Beams:
         origins, words = index // logits.shape[2], index % logits.shape[2]
         ends = words == self.eos
 
-        complete = ends & torch.isfinite(sums)
-        complete[:, self.search.beams :] = False  # K = 1 is greedy search
-        self._finish(sums, origins, complete)
-        self.finished += complete.sum(1)
+        before_the_last_that_goes_on = (~ends).cumsum(1) < self.search.beams
+        self._finish(sums, origins, ends & before_the_last_that_goes_on & torch.isfinite(sums))
 
         self.sums, chosen = sums.masked_fill(ends, -torch.inf).topk(self.search.beams)
         origins, words = origins.gather(1, chosen), words.gather(1, chosen)
@@ -123,8 +120,8 @@ class _Beams:
         follow(origins)
 
         # Sums only fall, so no open caption can end with a better score than its sum over the greatest length gives.
-        reachable = self.sums.amax(1) / self.search.max_words**self.search.length_penalty
-        self.done |= (self.finished >= self.search.beams) | (self.best_score >= reachable)
+        reachable = self.sums.amax(1) / (self.search.max_words + 1) ** self.search.length_penalty
+        self.done |= self.best_score >= reachable
 
         if self.step == self.search.max_words:  # the cut ones
             here = torch.arange(self.search.beams, device=origins.device).expand_as(origins)
@@ -133,7 +130,7 @@ class _Beams:
 
     def _finish(self, sums: Tensor, origins: Tensor, complete: Tensor) -> None:
         """Keeps the best of the complete captions [B, n] where it beats the best so far, in pictures not yet done."""
-        scores = sums.masked_fill(~complete, -torch.inf) / self.step**self.search.length_penalty
+        scores = sums.masked_fill(~complete, -torch.inf) / (self.step + 1) ** self.search.length_penalty
         score, place = scores.max(1)
         better = (score > self.best_score) & ~self.done
         origin = origins.gather(1, place[:, None])[:, :, None].expand(-1, -1, self.search.max_words)
