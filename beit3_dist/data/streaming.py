@@ -11,6 +11,7 @@ them: what they are joined with is known at once, and halves that lie apart are 
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import shutil
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from time import sleep
 
 import numpy as np
 from braceexpand import braceexpand
@@ -31,7 +33,11 @@ from beit3_dist.data.order import Interleave, Stream, mix, permute
 from beit3_dist.data.streams import ATTEMPTS, SOURCE_SHIFT, Sample, caption_words, captions_of
 from beit3_dist.data.text import TextTokenizer, documents
 
-CURL = ("curl", "--fail", "--silent", "--show-error", "--location")
+log = logging.getLogger(__name__)
+
+STALLED = ("--connect-timeout", "30", "--speed-limit", "1", "--speed-time", "60")
+"""A server that is silent for a minute has failed: without these options curl waits for ever."""
+CURL = ("curl", "--fail", "--silent", "--show-error", "--location", *STALLED)
 COMMANDS = {
     "http": (*CURL, "{}"),
     "https": (*CURL, "{}"),
@@ -39,8 +45,9 @@ COMMANDS = {
     "gs": ("gsutil", "cat", "{}"),
 }
 """What writes a shard to its standard output, by the scheme of its address, as in webdataset."""
-OPENINGS = 3
-"""Times that a command which fails is started for the same shard."""
+PAUSES = (1.0, 10.0, 60.0)
+"""Seconds after which a command that failed is started again, until it has got further: an outage of a minute costs
+nothing but time."""
 CHUNK = 1 << 20
 """Bytes that are skipped at a time."""
 MESSAGE = 200
@@ -184,10 +191,11 @@ class Shards:
     """Tokens of a text's window, <s> and </s> not counted."""
 
     def items(self, address: str) -> Iterator[Item]:
-        """All of a shard, in stored order. A command that fails is started again and goes on where it failed; what is
-        lost after some tries, and what a cut tar lacks, is one fault."""
-        name, done, problem = self.stream.name.lower(), 0, ""
-        for _ in range(OPENINGS):
+        """All of a shard, in stored order. A command that fails is started again after a pause and goes on where it
+        failed; what is lost after some tries, and what a cut tar lacks, is one fault."""
+        done, pauses = 0, iter(PAUSES)
+        while True:
+            before, problem = done, ""
             with closing(Pipe(command_of(address))) as pipe:
                 try:
                     for number, item in enumerate(self._once(pipe, address)):
@@ -195,12 +203,20 @@ class Shards:
                             done += 1
                             yield item
                 except Interrupted as error:
-                    problem = f"{error}; what follows is left out after {OPENINGS} tries"
+                    problem = str(error)
+            if problem:
+                if done > before:
+                    pauses = iter(PAUSES)
+                if seconds := next(pauses, 0.0):
+                    log.warning("%s: %s; another try in %g s", address, problem, seconds)
+                    sleep(seconds)
                     continue
-            problem = "" if done else "no sample in this shard"
-            break
-        if problem:
-            yield Fault(name, address, "", problem)
+                problem += f"; what follows is left out after {len(PAUSES)} more tries"
+            elif not done:
+                problem = "no sample in this shard"
+            if problem:
+                yield Fault(self.stream.name.lower(), address, "", problem)
+            return
 
     def _once(self, pipe: Pipe, address: str) -> Iterator[Item]:
         """The items up to the end, to damage, which is the last item, or to an interruption, which is raised."""

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from beit3_dist.config import BatchConfig, RunConfig, Source
+from beit3_dist.data import streaming
 from beit3_dist.data.batch import MicroBatch, MixedBatches, hash_terms, requests_from
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.index import IMAGE, TXT, open_table
@@ -29,6 +30,14 @@ from beit3_dist.data.text import TextTokenizer, TokenWindows
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, small_run, text_tar, write_tar
 
 READERS, STEPS, SHARDS = 4, 7, 6
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that were to be made before commands were started again."""
+    made: list[float] = []
+    monkeypatch.setattr(streaming, "sleep", made.append)
+    return made
 
 
 def tokenizer_of(run: RunConfig) -> TextTokenizer:
@@ -224,11 +233,25 @@ def test_a_command_that_fails_is_tried_again(run: RunConfig, tmp_path: Path) -> 
         assert len(times.read_text()) == 3
 
 
-def test_what_fails_for_good_is_one_fault(run: RunConfig, tmp_path: Path) -> None:
+def test_pauses_grow_until_the_command_gets_further(run: RunConfig, tmp_path: Path, pauses: list[float]) -> None:
+    """Three openings without a byte, a fourth that gets half of the shard, two without one, and a whole one."""
+    path = pair_tar(tmp_path / "p.tar", 4)
+    expected = [item.content for item in pairs_of(run, f"pipe:cat {path}")]
+    times, half = tmp_path / "times", len(path.read_bytes()) // 2
+    script = f"""echo >> {times}; case $(wc -l < {times}) in
+        1|2|3|5|6) exit 7;; 4) head -c {half} {path}; exit 7;; *) cat {path};; esac"""
+    assert [item.content for item in pairs_of(run, f"pipe:sh -c {shlex.quote(script)}")] == expected
+    assert pauses == [1, 10, 60, 1, 10, 60]
+
+
+def test_what_fails_for_good_is_one_fault(run: RunConfig, tmp_path: Path, pauses: list[float]) -> None:
     path = pair_tar(tmp_path / "p.tar", 4)
     script = shlex.quote(f"head -c 3000 {path}; echo no luck >&2; exit 7")
     *items, fault = pairs_of(run, f"pipe:sh -c {script}")
-    assert isinstance(fault, Fault) and "exit code 7: no luck; what follows is left out after 3 tries" in fault.reason
+    assert (
+        isinstance(fault, Fault) and "exit code 7: no luck; what follows is left out after 3 more tries" in fault.reason
+    )
+    assert pauses == [1, 10, 60]
     assert all(isinstance(item, Members) and {IMAGE, TXT} == item.content.keys() for item in items)
     [missing] = pairs_of(run, f"pipe:cat {tmp_path}/missing.tar")
     assert isinstance(missing, Fault) and "No such file" in missing.reason
@@ -284,6 +307,7 @@ def test_commands_end_with_their_reader(run: RunConfig, tmp_path: Path) -> None:
 def test_addresses_become_commands_without_a_shell() -> None:
     assert command_of("pipe:cat 'a b' $HOME") == ["cat", "a b", "$HOME"]
     assert command_of("https://host/a b;rm.tar")[-1] == "https://host/a b;rm.tar"
+    assert {"--connect-timeout", "--speed-limit", "--speed-time"} <= set(command_of("http://host/a.tar"))
     assert command_of("s3://bucket/0.tar") == ["aws", "s3", "cp", "s3://bucket/0.tar", "-"]
     assert sequential("gs://x/{0..3}.tar", "") and not sequential("/data/{0..3}.tar", "")
 
