@@ -44,6 +44,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling, three_passes
 from beit3_dist.objectives.masking import Numbers, block_masks, mask_count, mask_words
+from beit3_dist.parallel.kernels import use_kernels
 from beit3_dist.training.flops import peak_flops
 from beit3_dist.training.inputs import host_totals, layout_of, masked_counts, normalize, prepare
 
@@ -306,10 +307,12 @@ def model_contenders(
     bf16: bool = False,
     compiled: bool = False,
     alone: bool = False,
+    kernels: str = "torch",
 ) -> list[Contender]:
     """Ours in one pass; unless `alone`, also ours in three and torchscale's (`torchscale_contenders`).
 
-    The losses of all are compared, in fp32. `bf16`: then ours has bf16 weights with fp32 masters, torchscale autocast.
+    `kernels`: who computes our blocks, as in a run's config. The losses of all are compared, in fp32, those of our
+    compiled blocks with our plain ones too. `bf16`: then ours has bf16 weights with fp32 masters, torchscale autocast.
     Codes are drawn: no image tokenizer runs.
     """
     ours = BEiT3(config).to(device)
@@ -324,7 +327,13 @@ def model_contenders(
         return loss, statistics[0] / counts
 
     optimizer: Any = adamw(ours, fused=True)
-    contenders = [Contender("ours, one pass", ours, lambda: by_us(objective, *step), optimizer)]
+    name = "ours, one pass" if kernels == "torch" else f"ours, one pass, {kernels}"
+    contenders = [Contender(name, ours, lambda: by_us(objective, *step), optimizer)]
+    if kernels != "torch":
+        with torch.no_grad():
+            of_plain = contenders[0].forward()
+        use_kernels(ours, kernels)
+        assert_equal_losses([contenders[0], Contender("our plain blocks", ours, lambda: of_plain, optimizer)])
     if not alone:
         three = Contender("ours, three passes", ours, lambda: by_us(three_passes, objective, *step), optimizer)
         contenders += [three, *torchscale_contenders(ours, batch.to(device), codes, bf16, compiled)]
@@ -390,17 +399,21 @@ def benchmark_model(options: Namespace) -> dict[str, Any]:
 
 def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device: torch.device) -> dict[str, Any]:
     contenders = model_contenders(
-        config, batch, device, options.precision == "bf16", options.compile, alone=options.alone
+        config, batch, device, options.precision == "bf16", options.compile, options.alone, options.kernels
     )
     with torch.no_grad():
         losses = contenders[0].forward()[1].tolist()
     names = [contender.name for contender in contenders]
-    with MatrixProducts() as products:
+    # A dispatch mode sees nothing of compiled code, which has the same products.
+    with torch.compiler.set_stance("force_eager"), MatrixProducts() as products:
         contenders[0].forward()[0].backward()
         contenders[0].optimizer.zero_grad()
     seconds = in_turns([contender.step for contender in contenders], options.repeats, device)
     alone = products.seconds(device, options.repeats)
-    memory = {c.name: activation_bytes(c, device) / 1e9 for c in contenders if c.name != THEIRS_FUSED}
+    unseen = [THEIRS_FUSED]
+    if device.type == "cpu" and options.kernels == "compiled":  # the CPU's peak is that of a dispatch mode
+        unseen += [contender.name for contender in contenders if contender.model is contenders[0].model]
+    memory = {c.name: activation_bytes(c, device) / 1e9 for c in contenders if c.name not in unseen}
     wall = {name: median(taken.wall) for name, taken in zip(names, seconds, strict=True)}
     process = {name: median(taken.process) for name, taken in zip(names, seconds, strict=True)}
     ours = names[0]
@@ -414,7 +427,9 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
         "ratio_vs_three_passes": ratio(wall, "ours, three passes"),
         "cpu_ratio_vs_torchscale": ratio(process, THEIRS),
         "cpu_ratio_vs_torchscale_fused_adamw": ratio(process, THEIRS_FUSED),
-        "activation_memory_ratio_vs_torchscale": memory[ours] / memory[THEIRS] if THEIRS in memory else None,
+        "activation_memory_ratio_vs_torchscale": (
+            memory[ours] / memory[THEIRS] if {ours, THEIRS} <= memory.keys() else None
+        ),
         "matmul_share": median(alone.wall) / wall[ours],
         "cpu_matmul_share": median(alone.process) / process[ours],
         "matmul_tflops": products.flops() / median(alone.wall) / 1e12,
@@ -440,9 +455,7 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     return record
 
 
-def growing_step(
-    layers: int, width: int, batch: int, text_length: int, device: torch.device
-) -> tuple[Contender, int]:
+def growing_step(layers: int, width: int, batch: int, text_length: int, device: torch.device) -> tuple[Contender, int]:
     """Ours in the paper's architecture, `batch` samples of each stream, and the FLOPs of a training step."""
     config = ModelConfig(
         layers=layers,
@@ -484,7 +497,8 @@ def model_table(record: dict[str, Any]) -> str:
         lines.append(
             f"{it['name']:27}{it['step_s']:8.3f}{it['fastest_s']:9.3f}{it['slowest_s']:9.3f}{it['cpu_s']:8.3f}"
             f"{it['step_s'] / ours['step_s']:17.3f}{it['cpu_s'] / ours['cpu_s']:7.3f}"
-            + (f"{kept:11.3f} GB{ours['activation_gb'] / kept:12.3f}" if kept else "")
+            + (f"{kept:11.3f} GB" if kept else "")
+            + (f"{ours['activation_gb'] / kept:12.3f}" if kept and ours["activation_gb"] else "")
         )
     mfu = "unknown peak" if record["mfu"] is None else f"{record['mfu']:.1%} of the device's peak"
     lines += [
@@ -518,6 +532,12 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument("--repeats", type=int, default=7, help="timed steps of each, in turns, after one to warm up")
     model.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
     model.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: torchscale in autocast")
+    model.add_argument(
+        "--kernels",
+        choices=("torch", "compiled"),
+        default="torch",
+        help="who computes our blocks, as in a run's config",
+    )
     model.add_argument("--compile", action="store_true", help="also torchscale compiled and with fused attention")
     model.add_argument("--alone", action="store_true", help="only ours: for sizes at which torchscale does not fit")
     model.add_argument("--profile", action="store_true", help="also the operations that our step spends its time in")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prints the README's table of training speed on one GPU, in under ten minutes on an H200: base, large and the giant's
 # geometry in bf16 without recomputation, at several micro-batches, beside torchscale's three forward passes, eager in
-# bf16 autocast, and compiled with fused attention. Then our operations against plain torch.
+# bf16 autocast, and compiled with fused attention; then ours with compiled blocks at the largest micro-batch, and our
+# operations against plain torch.
 #
 #   tools/benchmark_gpu.sh OUT      writes each record to OUT/*.json and the tables to OUT/table.txt
 #   TINY=1 tools/benchmark_gpu.sh OUT   the same with toy sizes, on any machine: shows that it runs
@@ -21,6 +22,7 @@ if [[ -n ${TINY:-} ]]; then
     tiny+=" --visual_vocab_size 20 --text_length 9 --caption_lengths 4 7 --repeats 1 --threads 1"
     batches_of() { echo 1; }
     alone_of() { echo 2; }
+    compiled_of() { echo 2; }
     geometry_of() { echo "$tiny"; }
     precision=fp32 peers=() repeats=1
     kernels="--tokens 8 --ffn_width 16 --masked 4 --classes 20" attention="--samples 1 --patches 4 --text_length 3 --heads 2"
@@ -28,6 +30,8 @@ else
     # Samples of each of the three streams: what fits beside torchscale, and for ours alone up to what fills 139 GiB.
     batches_of() { case $1 in base) echo 64 ;; large) echo 32 ;; giant) echo 8 ;; esac; }
     alone_of() { case $1 in base) echo 128 256 ;; large) echo 64 128 ;; giant) echo 16 24 32 ;; esac; }
+    # With compiled blocks, at one of them: making the code takes a minute or more.
+    compiled_of() { case $1 in base) echo 256 ;; large) echo 128 ;; giant) echo 24 ;; esac; }
     geometry_of() {
         case $1 in
         base) echo "--layers 12 --width 768 --heads 12 --ffn_width 3072 --patch_size 16" ;;
@@ -63,6 +67,11 @@ for model in giant base large; do
         run "$model-$batch" model $(geometry_of $model) --images "$batch" --texts "$batch" --pairs "$batch" \
             --precision $precision --profile --alone
     done
+    for batch in $(compiled_of $model); do
+        # shellcheck disable=SC2046
+        run "$model-$batch-compiled" model $(geometry_of $model) --images "$batch" --texts "$batch" --pairs "$batch" \
+            --precision $precision --profile --alone --kernels compiled
+    done
 done
 # shellcheck disable=SC2086
 {
@@ -84,7 +93,7 @@ for path in sorted(Path(sys.argv[1]).glob("*-*.json")):
     print(
         f"| {path.stem} | {ours['step_s']:.4f} | {record['tokens'] / ours['step_s']:,.0f} | {percent(record['mfu'])} "
         f"| {percent(record['model_tflops'] / record['matmul_tflops'])} | {percent(record['matmul_share'])} "
-        f"| {ours['activation_gb']:.1f} | {times(record['ratio_vs_torchscale'])} "
+        f"| {'-' if ours['activation_gb'] is None else format(ours['activation_gb'], '.1f')} | {times(record['ratio_vs_torchscale'])} "
         f"| {times(record['ratio_vs_torchscale_compiled'])} |"
     )
 for name in ("kernels", "attention"):

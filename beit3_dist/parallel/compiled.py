@@ -155,5 +155,5 @@ class CompiledForward:
             None if keep_2T is None else _any_length(keep_2T, 1),
             None if selection is None or selection.rows is None else _any_length(selection.rows),
             None if selection is None else _sizes(selection),
-            recompute,
+            "selective" if recompute == "selective" else "none",
         )
