@@ -6,6 +6,7 @@ loader processes hold no state: resuming is asking for the next request.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import resource
@@ -13,7 +14,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from multiprocessing import forkserver, parent_process
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -442,21 +445,22 @@ def hash_terms(batch: MicroBatch) -> int:
     return int(terms.sum(dtype=np.uint64).astype(np.int64))
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(ending: Connection, _: int) -> None:
     """A loader process leaves signals to the trainer, which stops it in order, and uses one core."""
     for number in (signal.SIGINT, signal.SIGTERM):  # torch has just given the worker a handler of SIGTERM
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+    threading.Thread(target=_end_with_the_trainer, args=(ending,), daemon=True).start()
     torch.set_num_threads(1)
 
 
-def _end_with_the_trainer() -> None:
-    """A trainer that is killed stops nobody. Torch's workers watch their parent, which is the fork server, and that
-    lives as long as they do."""
+def _end_with_the_trainer(ending: Connection) -> None:
+    """Ends a loader process, whatever it waits for, when the trainer ends, which closes its side of `ending`, or is
+    gone. Torch's workers watch their parent, which is the fork server, and that lives as long as they do; and the
+    trainer's end would wait for a worker that waits for a server."""
     trainer = parent_process()
     assert trainer is not None
-    trainer.join()
-    os._exit(1)
+    wait([trainer.sentinel, ending])
+    os._exit(0)
 
 
 def _unchanged(item: object) -> object:
@@ -496,6 +500,8 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     forkserver.ensure_running()
     for number, handler in former:
         signal.signal(number, handler)
+    ending, trainers_side = context.Pipe(duplex=False)
+    atexit.register(trainers_side.close)
     # Its own generator: without one, DataLoader would draw a seed from torch's global one.
     return DataLoader(
         dataset,
@@ -505,7 +511,7 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         num_workers=workers,
         prefetch_factor=prefetch,
         pin_memory=pin,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, ending),
         multiprocessing_context=context,
         generator=torch.Generator(),
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -304,6 +307,23 @@ def test_errors_of_workers_arrive() -> None:
     with pytest.raises(RuntimeError, match="100 bad samples in a row") as error:
         list(loader(Broken(), range(1), 1, 1, False))
     traceback.clear_frames(error.tb)  # They hold the loader; the garbage collector would wait five seconds for it.
+
+
+def test_a_worker_that_waits_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    """As one that waits for a server. The trainer's own end takes seconds; the worker sleeps for ten minutes."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time, torch\n"
+        "from beit3_dist.data.batch import loader\n"
+        "class Sleeper(torch.utils.data.Dataset):\n"
+        "    def __getitem__(self, number):\n"
+        "        time.sleep(600 * number)\n"
+        "        return number\n"
+        "if __name__ == '__main__':\n"
+        "    batches = iter(loader(Sleeper(), range(2), 1, 2, False))\n"
+        "    assert next(batches) == 0\n"
+    )
+    subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True, timeout=120)
 
 
 def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
