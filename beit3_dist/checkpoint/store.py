@@ -24,8 +24,9 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,7 @@ class Store:
         self._saving: _Saving | None = None
         if self._is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            for unfinished in folder.glob("step_*.partial"):  # of a run that was killed
-                shutil.rmtree(unfinished)
+            self._remove_partial()  # what a run that was killed has left
         dist.barrier()
 
     def save(
@@ -234,10 +234,28 @@ class Store:
         present = checkpoints(self._folder)
         for step in list(present)[: -self._keep] if self._keep else []:
             if not self._keep_every or step % self._keep_every:
-                shutil.rmtree(present[step].rename(self._partial(step)))
+                with _tried_again(present[step]):
+                    present[step].rename(self._partial(step))
+        self._remove_partial()
+
+    def _remove_partial(self) -> None:
+        """Removes all `*.partial`, none of which is being written now."""
+        for path in self._folder.glob("step_*.partial"):
+            with _tried_again(path):
+                shutil.rmtree(path)
 
     def _partial(self, step: int) -> Path:
         return self._folder / f"{step_name(step)}.partial"
+
+
+@contextmanager
+def _tried_again(path: Path) -> Iterator[None]:
+    """What the disk refuses to remove costs room, not the run: the new checkpoint is whole already. NFS, for one, keeps
+    a folder until the last process has closed the last file in it."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s could not be removed (%s); tried again with the next checkpoint", path, error)
 
 
 def _in_words(error: BaseException | None, path: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,18 @@ from beit3_dist.checkpoint.snapshot import Snapshot
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.parallel.mesh import Groups
 from tests.parallel.workers import run_workers
-from tests.unit.small_checkpoints import MODEL, SHAPES, STATE, SUFFIXES, load, pieces, save, whole
+from tests.unit.small_checkpoints import (
+    MODEL,
+    SHAPES,
+    STATE,
+    SUFFIXES,
+    begin,
+    load,
+    open_store,
+    pieces,
+    save,
+    whole,
+)
 from tests.unit.small_checkpoints import one_process as one_process
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -186,6 +199,29 @@ def test_multiples_of_keep_every_are_kept_for_ever(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10, 12, 14):
         save(tmp_path, step=step, keep=2, keep_every=6)
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir() if p.is_dir()) == [6, 12, 14]
+
+
+def test_a_checkpoint_that_cannot_be_removed_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """NFS: rmdir finds a .nfs file, which is there until a process somewhere has closed it."""
+    save(tmp_path, step=1)
+    rmtree = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    for step in (2, 3):  # each run meets what the one before could not remove
+        path = save(tmp_path, step=step, keep=1)
+        assert damaged(path) == "" and find("auto", tmp_path) == path
+    assert sorted(p.name for p in tmp_path.glob("*.partial")) == ["step_0000001.partial", "step_0000002.partial"]
+    assert "step_0000001.partial could not be removed" in caplog.text and "Directory not empty" in caplog.text
+    to = open_store(tmp_path, keep=1)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    begin(to, step=4)
+    to.wait()
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_0000004"], "the next checkpoint tries again"
 
 
 def test_a_new_checkpoint_survives_those_of_an_abandoned_future(tmp_path: Path) -> None:
