@@ -28,6 +28,7 @@ from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.transforms import decode, resized, to_rgb
+from beit3_dist.tasks.config import CONTRASTIVE
 from beit3_dist.tasks.generation import generate
 from beit3_dist.tasks.heads import FineTuned, build
 from beit3_dist.training.inputs import normalize
@@ -88,12 +89,12 @@ class Model:
 
     def embed_images(self, images: Sequence[Picture]) -> Tensor:
         """Unit vectors of pictures, fp32 [N, D] on the CPU. Their products with texts' vectors are similarities."""
-        self._require(("retrieval", "itc"), "embeddings")
+        self._require(CONTRASTIVE, "embeddings")
         return self._run(lambda some: self.network.embed_images(self._pixels(some)), images, IMAGES_AT_ONCE)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, fp32 [N, D] on the CPU. What is longer than the model's texts is cut."""
-        self._require(("retrieval", "itc"), "embeddings")
+        self._require(CONTRASTIVE, "embeddings")
         return self._run(lambda some: self.network.embed_texts(*self._words(some)), texts, TEXTS_AT_ONCE)
 
     @torch.inference_mode()

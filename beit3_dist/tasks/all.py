@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from beit3_dist.tasks.captioning import Captioning
+from beit3_dist.tasks.class_names import ImageNetRetrieval
 from beit3_dist.tasks.imagenet import ImageNet
 from beit3_dist.tasks.nlvr2 import NLVR2
 from beit3_dist.tasks.retrieval import Retrieval
@@ -12,6 +13,7 @@ from beit3_dist.tasks.vqa import VQA
 
 TASKS: dict[str, type[Task]] = {
     "imagenet": ImageNet,
+    "imagenet_retrieval": ImageNetRetrieval,
     "vqa": VQA,
     "nlvr2": NLVR2,
     "captioning": Captioning,

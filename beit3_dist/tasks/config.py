@@ -7,7 +7,13 @@ from typing import Literal
 
 from beit3_dist.config import OptimConfig, TrainingConfig, require
 
-TaskName = Literal["imagenet", "vqa", "nlvr2", "captioning", "retrieval", "itc", "text"]
+TaskName = Literal["imagenet", "imagenet_retrieval", "vqa", "nlvr2", "captioning", "retrieval", "itc", "text"]
+OF_PICTURES = ("imagenet", "imagenet_retrieval")
+"""Tasks of pictures with a class each."""
+NEED_CLASSES = (*OF_PICTURES, "vqa", "text")
+"""Tasks whose `data.answers` names what is to be told apart."""
+CONTRASTIVE = ("retrieval", "itc", "imagenet_retrieval")
+"""Tasks that tell each example from all others of its step."""
 
 
 @dataclass(kw_only=True)
@@ -16,14 +22,15 @@ class TaskDataConfig:
 
     train: str | list[str]
     """Index of the training examples (.jsonl), or a list of them (unilm's vqa: [vqa.train.jsonl,
-    vqa.trainable_val.jsonl]), or a pattern of tars: itc takes pair shards, as in pretraining, imagenet shards with a
-    .cls member for each picture."""
+    vqa.trainable_val.jsonl]), or a pattern of tars: itc takes pair shards, as in pretraining, imagenet and
+    imagenet_retrieval shards with a .cls member for each picture."""
     validation: str | list[str] = ""
     """Index (or indexes, or tars) of the validation examples; empty: no validation."""
     images: str = "."
     """Folder that the image paths of the indexes start from."""
     answers: str = ""
-    """vqa: file with one answer a line, in the order of the labels; imagenet and text: names of the classes."""
+    """vqa: file with one answer a line, in the order of the labels; imagenet and text: names of the classes;
+    imagenet_retrieval: their names in words, which are the texts."""
     text_length: int = 64
     """Longest text in tokens, <s> and </s> included; longer ones are cut (unilm: 64, captioning 32)."""
     caption_key: str = "caption"
@@ -36,7 +43,7 @@ class TaskDataConfig:
     """Random changes of a training picture: a policy of timm's RandAugment such as rand-m9-mstd0.5-inc1 (imagenet), or
     beit3, unilm's for vqa and captioning: two draws of strength 7. Empty: none."""
     random_erasing: float = 0.0
-    """imagenet: probability of erasing a rectangle (unilm: 0.25)."""
+    """Probability of erasing a rectangle (unilm: 0.25)."""
     workers: int = 8
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = 4
@@ -105,9 +112,10 @@ class FinetuneConfig(TrainingConfig):
     """A fine-tuning run."""
 
     task: TaskName
-    """imagenet: classes of pictures. vqa: answers to questions. nlvr2: whether a sentence is true of two pictures.
-    captioning: words for a picture. retrieval: pictures for texts and texts for pictures. itc: the same loss on many
-    pairs, between pretraining and retrieval. text: classes of sentences."""
+    """imagenet: classes of pictures. imagenet_retrieval: the same by the names of the classes, as in the paper. vqa:
+    answers to questions. nlvr2: whether a sentence is true of two pictures. captioning: words for a picture. retrieval:
+    pictures for texts and texts for pictures. itc: the same loss on many pairs, between pretraining and retrieval.
+    text: classes of sentences."""
     data: TaskDataConfig
     """Examples."""
     epochs: float = 0.0
@@ -158,11 +166,11 @@ class FinetuneConfig(TrainingConfig):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
         require(0 < self.caption_mask_ratio <= 1, f"caption_mask_ratio={self.caption_mask_ratio} is not in (0, 1]")
         require(
-            self.task in ("vqa", "imagenet", "text") or not self.data.answers,
-            f"data.answers belongs to vqa, imagenet and text, not to task={self.task}",
+            self.task in NEED_CLASSES or not self.data.answers,
+            f"data.answers belongs to {', '.join(NEED_CLASSES)}, not to task={self.task}",
         )
         require(
-            self.task not in ("retrieval", "itc") or self.batch.accumulation == 1,
+            self.task not in CONTRASTIVE or self.batch.accumulation == 1,
             f"batch.accumulation={self.batch.accumulation}: task={self.task} tells each example from all others of its "
             "step, which have to be in one micro-batch: use accumulation 1 and more ranks or activation_checkpointing",
         )

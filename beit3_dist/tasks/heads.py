@@ -138,7 +138,7 @@ class FineTuned(BEiT3):
                     self.task_head = PooledHead(config.width, classes)
                 case "nlvr2":
                     self.task_head = PairOfPicturesHead(config.width)
-                case "retrieval" | "itc":
+                case "retrieval" | "itc" | "imagenet_retrieval":
                     self.task_head = ContrastiveHead(config.width)
                 case "captioning":
                     pass  # the words' own head

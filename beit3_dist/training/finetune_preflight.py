@@ -20,16 +20,15 @@ from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.tasks.all import TASKS
+from beit3_dist.tasks.class_names import NamedPictures, names_as_words
 from beit3_dist.tasks.class_shards import read_class_shards
-from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig
 from beit3_dist.tasks.examples import Example, read_index
 from beit3_dist.tasks.heads import task_value
 from beit3_dist.tasks.metrics import check_caption_metrics
 from beit3_dist.tasks.pair_shards import PairShards
 from beit3_dist.tasks.task import Task
 from beit3_dist.training.checkpointing import starting_point
-
-NEEDS_CLASSES = ("imagenet", "vqa", "text")
 
 
 @dataclass
@@ -73,6 +72,8 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
         check_caption_metrics(config.eval.caption_metrics)
     train = _examples(config, config.data.train, classes, tokenizer, True)
     validation = _examples(config, config.data.validation, classes, tokenizer, False) if config.data.validation else ()
+    if config.task == "imagenet_retrieval":
+        train = NamedPictures(train, names_as_words(classes, tokenizer))
     config = resolve_epochs(config, len(train))
     checkpoint, state = starting_point(config)
     task = TASKS[config.task](config, tokenizer, classes)
@@ -81,7 +82,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
 
 def read_classes(config: FinetuneConfig) -> list[str]:
     """Names of the answers or classes: one a line, or unilm's answer2label.txt of JSON lines."""
-    if config.task not in NEEDS_CLASSES:
+    if config.task not in NEED_CLASSES:
         return []
     path = Path(config.data.answers)
     require(
@@ -103,12 +104,12 @@ def _examples(
     config: FinetuneConfig, given: str | list[str], classes: list[str], tokenizer: TextTokenizer, train: bool
 ) -> Sequence[Example]:
     files, field = [given] if isinstance(given, str) else given, "data.train" if train else "data.validation"
-    if config.task in ("itc", "imagenet") and not all(file.endswith(".jsonl") for file in files):
+    if config.task in ("itc", *OF_PICTURES) and not all(file.endswith(".jsonl") for file in files):
         require(len(files) == 1, f"{field}={files}: tars are named by one pattern, such as '{{a,b}}/*.tar'")
         if config.task == "itc":
             return PairShards(files[0], config.data.cache, tokenizer, config.data.caption_key)
         return read_class_shards(files[0], field, config.data.cache, len(classes))
-    task = "retrieval" if config.task == "itc" else config.task
+    task = {"itc": "retrieval", "imagenet_retrieval": "imagenet"}.get(config.task, config.task)
     limit = len(classes) if classes else None
     return read_index(
         list(map(Path, files)),

@@ -26,7 +26,7 @@ from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.tasks.augmentation import Mixing, Views
 from beit3_dist.tasks.batches import Draw, Examples, TaskBatch, training_places, validation_places
-from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.config import CONTRASTIVE, OF_PICTURES, FinetuneConfig
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.task import TaskInputs, TaskObjective
 from beit3_dist.training.feed import StepBatch
@@ -69,7 +69,7 @@ class FineTuning:
                 horizontal_flip=data.horizontal_flip,
                 rand_augment=data.rand_augment,
                 erase=data.random_erasing,
-                evaluation="centre" if config.task == "imagenet" else "squash",
+                evaluation="centre" if config.task in OF_PICTURES else "squash",
             ),
             image_size=config.model.image_size,
             max_words=data.text_length,
@@ -134,7 +134,7 @@ class FineTuning:
             flops = training_flops(model, 0, none, lengths, 0, 0)
         elif lengths.sum() == 0:
             flops = training_flops(model, len(lengths) * pictures, none, none, 0, 0)
-        elif self.config.task in ("retrieval", "itc"):
+        elif self.config.task in CONTRASTIVE:
             flops = training_flops(model, len(lengths), none, lengths, 0, 0)
         else:
             masked = count if batch.targets is not None else 0

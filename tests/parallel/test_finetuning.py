@@ -17,7 +17,7 @@ from beit3_dist.checkpoint.model_folder import read_model_folder
 from beit3_dist.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
+from beit3_dist.tasks.config import NEED_CLASSES, FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
 from beit3_dist.training.finetune_preflight import prepare_finetuning
 from beit3_dist.training.finetuning import FineTuning, finetune
 from tests.conftest import define_torchvision_operators
@@ -33,6 +33,7 @@ MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=64, patch_size=8, ima
 
 TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the common settings
     "imagenet": {"mixup": 0.8, "cutmix": 1.0, "layer_decay": 0.7},
+    "imagenet_retrieval": {"batch": TaskBatchConfig(size=8), "ema_decay": 0.5},
     "vqa": {"head_lr_scale": 5.0, "ema_decay": 0.5},
     "nlvr2": {},
     "captioning": {"eval": TaskEvalConfig(beams=2), "drop_worst_after": 1},
@@ -53,6 +54,7 @@ def records(task: str, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
         made.append(
             {
                 "imagenet": {"image_path": path, "label": n % 5},
+                "imagenet_retrieval": {"image_path": path, "label": n % 5},
                 "vqa": {"image_path": path, "text_segment": words[n], "labels": [n % 5, (n + 1) % 5],
                         "scores": [1.0, 0.3], "qid": n},
                 "nlvr2": {"image_path": path, "image2_path": other, "text_segment": words[n], "label": n % 2,
@@ -90,7 +92,7 @@ def run_config(folder: Path, task: str, layout: str, out: str) -> FinetuneConfig
         "precision": "fp32", "model": MODEL, "parallel": LAYOUTS[layout], "checkpoint": CheckpointConfig(every=SAVED),
         "data": TaskDataConfig(train=str(train), validation=str(folder / f"{task}.validation.jsonl"),
                                images=str(folder), text_length=12, workers=0, cache=str(folder / "cache"),
-                               answers=str(folder / "classes.txt") if task in ("imagenet", "vqa", "text") else ""),
+                               answers=str(folder / "classes.txt") if task in NEED_CLASSES else ""),
         "batch": TaskBatchConfig(size=8, accumulation=2), "eval": TaskEvalConfig(batch=2),
         "optim": OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-6, clip_norm=1.0),
     }  # fmt: skip

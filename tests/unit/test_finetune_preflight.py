@@ -59,6 +59,25 @@ def test_a_run_is_ready(folder: Path) -> None:
     assert ready.values("task_head.head.3.weight", torch.Size([2, 64])).shape == (2, 64)
 
 
+def test_pictures_of_classes_come_with_the_names_of_these(folder: Path) -> None:
+    index = folder / "imagenet.jsonl"
+    index.write_text("".join(f'{{"image_path": "0.png", "label": {label}}}\n' for label in (1, 0)))
+    (folder / "names.txt").write_text("a cat\nred circle\n")
+    data = TaskDataConfig(train=str(index), validation=str(index), images=str(folder), workers=0, text_length=10,
+                          answers=str(folder / "names.txt"))  # fmt: skip
+    config = run(folder, task="imagenet_retrieval", data=data)
+    _, ready = prepare_finetuning(config, MESH)
+    tokenizer = TextTokenizer(str(folder / "text.spm"))
+    expected = [(1, tuple(tokenizer.encode("red circle"))), (0, tuple(tokenizer.encode("a cat")))]
+    assert [(example.label, example.words) for example in ready.train] == expected
+    (folder / "names.txt").write_text("a cat\na cat\n")
+    with pytest.raises(ValueError, match="classes 0 and 1 are both called 'a cat'"):
+        prepare_finetuning(config, MESH)
+    (folder / "names.txt").write_text("a cat\n\n")
+    with pytest.raises(ValueError, match="class 1 has no name"):
+        prepare_finetuning(config, MESH)
+
+
 def test_several_indexes_are_one_after_the_other(folder: Path) -> None:
     """As unilm trains VQA on train and trainable_val."""
     lines = (folder / "vqa.jsonl").read_text().splitlines()
@@ -140,7 +159,7 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
     ("changes", "message"),
     [
         ({"task": "retrieval", "batch": TaskBatchConfig(size=4, accumulation=2)}, "use accumulation 1"),
-        ({"task": "nlvr2"}, "data.answers belongs to vqa"),
+        ({"task": "nlvr2"}, "data.answers belongs to imagenet, imagenet_retrieval, vqa, text, not to task=nlvr2"),
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
         ({"layer_decay": 0.0}, "layer_decay=0.0 must be positive"),
@@ -177,7 +196,8 @@ def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path
     recomputed = recipe.stem in RECOMPUTED
     assert config.activation_checkpointing == ("full" if recomputed else "none")
     assert config.data.horizontal_flip == 0.5
-    changes = {"vqa": "beit3", "captioning": "beit3", "imagenet": "rand-m9-mstd0.5-inc1"}
+    imagenets = "rand-m9-mstd0.5-inc1"
+    changes = {"vqa": "beit3", "captioning": "beit3", "imagenet": imagenets, "imagenet_retrieval": imagenets}
     assert config.data.rand_augment == changes.get(config.task, "")
     if config.task == "captioning":
         assert config.eval.caption_metrics == ["bleu4", "cider"]

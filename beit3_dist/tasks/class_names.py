@@ -1,0 +1,106 @@
+"""Classes of pictures by their names, the paper's way for ImageNet: a picture's text is the name of its class, and a
+picture's class is the name whose vector lies closest to its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.parallel.collectives import Gather, all_gather
+from beit3_dist.tasks.examples import Example
+from beit3_dist.tasks.heads import FineTuned
+from beit3_dist.tasks.imagenet import ImageNet
+from beit3_dist.tasks.task import HALF, TaskInputs
+
+NAMES_AT_ONCE = 256
+"""Names of a forward pass in evaluation."""
+
+
+class NamedPictures(Sequence[Example]):
+    """Examples with a class, whose text is the name of the class."""
+
+    def __init__(self, examples: Sequence[Example], names: Sequence[tuple[int, ...]]) -> None:
+        """`names`: each class's name as token ids."""
+        self.examples, self.names = examples, names
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: Any) -> Any:
+        example = self.examples[place]
+        return replace(example, words=self.names[example.label])
+
+
+def names_as_words(names: Sequence[str], tokenizer: TextTokenizer) -> list[tuple[int, ...]]:
+    """The names as token ids. Raises ValueError where two are the same, or one is empty: no text tells these apart."""
+    words = [tuple(tokenizer.encode(name)) for name in names]
+    first: dict[tuple[int, ...], int] = {}
+    for number, name in enumerate(words):
+        if not name:
+            raise ValueError(f"data.answers: class {number} has no name; give each a line of words")
+        if first.setdefault(name, number) != number:
+            raise ValueError(
+                f"data.answers: classes {first[name]} and {number} are both called {names[number]!r}; add a word to one"
+            )
+    return words
+
+
+class ImageNetRetrieval(ImageNet):
+    """Image-text contrast over the examples of all ranks. Labels: classes int64 [B]."""
+
+    statistics = HALF  # both sides as in pretraining, and as in the contrastive step before
+    _group: dist.ProcessGroup | None = None
+    _names: Tensor | None = None
+
+    def connect(self, data_group: dist.ProcessGroup) -> None:
+        self._group = data_group
+
+    def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """Mean of the two cross-entropies of telling an example's name from all names and its picture from all."""
+        self._names = None  # the weights are about to change
+        keep = inputs.keep(inputs.keys), inputs.keep(~inputs.keys)  # either side draws for itself
+        images, texts, scale = model.embeddings(inputs.images[:, 0], inputs.words, inputs.padding, keep)
+        assert images is not None and texts is not None
+        return losses_by_class(images.float(), texts.float(), scale.float(), inputs.labels, self._group)
+
+    def predict(self, model: FineTuned, inputs: TaskInputs, agree: Callable[[bool], bool]) -> Tensor:
+        """int64 [B, 5]: the classes with the closest names, closest first."""
+        images = model.embed_images(inputs.images[:, 0]).float()
+        if self._names is None:
+            self._names = self._embedded_names(model, images.device)
+        return (images @ self._names.T).topk(min(5, len(self._names))).indices
+
+    def _embedded_names(self, model: FineTuned, device: torch.device) -> Tensor:
+        """fp32 [classes, D]."""
+        tokenizer, longest = self.tokenizer, self.config.data.text_length - 2
+        names = names_as_words(self.classes, tokenizer)
+        rows = [torch.tensor([tokenizer.bos, *name[:longest], tokenizer.eos]) for name in names]
+        words = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad)
+        parts = [model.embed_texts(some.to(device), some == tokenizer.pad) for some in words.split(NAMES_AT_ONCE)]
+        return torch.cat(parts).float()
+
+
+def losses_by_class(
+    images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """[2, b]: each local example's loss, and the mean of its two hits, as `retrieval.contrastive_losses`, but all
+    examples of one class are right for each other, with equal shares: a batch holds some classes many times over, and
+    the paper does not say what becomes of them, so that this is UniCL's way (Yang et al. 2022)."""
+    alone = group is None or group.size() == 1
+    everyones = lambda x: x if alone else Gather.apply(x, group)  # noqa: E731
+    others = labels if alone or group is None else all_gather(labels, group)
+    same = labels[:, None] == others
+    shares = same / same.sum(1, keepdim=True)
+    losses, hits = torch.zeros_like(images[:, 0]), torch.zeros_like(images[:, 0])
+    for mine, theirs in ((images, texts), (texts, images)):
+        logits = scale * mine @ everyones(theirs).T
+        losses = losses + cross_entropy(logits, shares, reduction="none") / 2
+        hits = hits + same.gather(1, logits.argmax(1, keepdim=True))[:, 0] / 2
+    return torch.stack([losses, hits])
