@@ -4,7 +4,7 @@
 - torchscale: the state dict of torchscale's BEiT3, the same keys without `beit3.`
 - timm: the state dict of timm's `beit3_*` vision models
 - a model folder: see model_folder.py
-- a checkpoint of a training run, sharded or neutral: its master weights
+- a checkpoint of a training run, sharded or neutral: its master weights, or their moving average where it has one
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _read_checkpoint(path: Path) -> ModelFolder:
         raise ValueError(f"{path / 'state.json'} describes no model of this version: {error}") from error
     recipe = yaml.safe_load((path / "config.yaml").read_text())
     tokenizer = Path(recipe.get("text_tokenizer") or "")
-    weights = read_weights(path)
+    weights = read_weights(path, averaged=True)
     task = task_of(weights, recipe["task"]) if "task" in recipe else None
     return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None)
 

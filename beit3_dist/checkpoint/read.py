@@ -7,6 +7,7 @@ parameter in memory, however the checkpoint was cut.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import struct
 from collections.abc import Iterable
@@ -22,6 +23,10 @@ from beit3_dist.checkpoint.layout import Cut, Piece
 
 BUFFER = 1 << 22
 """Elements (16 MiB) that are read at a time."""
+AVERAGE = "/ema"
+"""What is added to the name of a weight whose moving average is meant."""
+
+log = logging.getLogger(__name__)
 
 
 def load(path: Path, pieces: Iterable[Piece]) -> None:
@@ -35,16 +40,19 @@ def load(path: Path, pieces: Iterable[Piece]) -> None:
             shards.fill(target, piece, suffix)
 
 
-def read_weights(path: Path, suffix: str = "") -> dict[str, Tensor]:
+def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
     """The whole model of a checkpoint, name -> float32 tensor on the CPU, in one process and without DeepSpeed.
 
-    `suffix`: "" for the weights, "/ema" for their moving average.
+    `averaged`: for use; the moving average of the weights where the checkpoint has one, which a log message says.
 
     Raises Damaged where a file is not what was saved.
     """
     if wrong := wrong_digests(path, read_manifest(path)):
         raise Damaged("; ".join(wrong))
-    shards = Shards(path)
+    shards, suffix = Shards(path), ""
+    if averaged and shards.have(AVERAGE):
+        suffix = AVERAGE
+        log.info("%s: the moving average of its weights is taken", path)
     return {name: shards.whole(name, suffix) for name in shards.names}
 
 
@@ -80,6 +88,10 @@ class Shards:
     def names(self) -> list[str]:
         """Names of the parameters."""
         return list(self._stored)
+
+    def have(self, suffix: str) -> bool:
+        """Whether anything is stored under the parameters' names with this suffix."""
+        return any(name + suffix in pieces[0].places for name, pieces in self._stored.items())
 
     def whole(self, name: str, suffix: str) -> Tensor:
         """A whole parameter (or moment), float32 on the CPU."""

@@ -221,11 +221,10 @@ class FineTuning:
         out = Path(self.config.out)
         checkpoint = find("auto", out / "checkpoints")
         assert checkpoint is not None, "the last step is always saved"
-        suffix = "" if self._engine.average is None else "/ema"
         shutil.rmtree(out / "model", ignore_errors=True)
         save_model_folder(
             out / "model",
-            read_weights(checkpoint, suffix),
+            read_weights(checkpoint, averaged=True),
             self.config.model,
             task=self.task.describe(),
             text_tokenizer=Path(self.task.tokenizer.path),

@@ -19,6 +19,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value
 from beit3_dist.tasks.heads import FineTuned, build
+from tests.unit import test_neutral
 from tests.unit.test_neutral import refusal, write_checkpoint
 from tools.convert_checkpoint import main
 
@@ -312,6 +313,23 @@ def test_a_runs_checkpoint_becomes_a_model_folder(tmp_path: Path, caplog: pytest
     second = read_model_folder(tmp_path / "second")
     assert second.text_tokenizer is not None and second.text_tokenizer.read_bytes() == b"own"
     assert second.task == {"name": "text"}
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 2)])
+def test_the_average_of_a_runs_weights_is_what_is_used(
+    tensor: int, data: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(test_neutral, "SUFFIXES", (*test_neutral.SUFFIXES, "/ema"))
+    weights = BEiT3(TINY).state_dict()
+    checkpoint = write_checkpoint(tmp_path / "step_0000007", tensor, data, values=weights, model=TINY)
+    main([str(checkpoint), str(tmp_path / "ours"), "--to", "safetensors"])
+    average = {name: test_neutral.stored(weight, "/ema") for name, weight in weights.items()}
+    assert_identical(read_model_folder(tmp_path / "ours").weights, average)
+    assert notes(caplog).count("step_0000007: the moving average of its weights is taken") == 1
+    assert_identical(read_initial_weights(checkpoint, TINY), average)
+    main([str(checkpoint), str(tmp_path / "neutral"), "--to", "neutral"])
+    assert_identical(read_initial_weights(tmp_path / "neutral", TINY), average)
 
 
 def test_notes_say_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
