@@ -25,8 +25,12 @@ from beit3_dist.model.block import Block
 from beit3_dist.model.layout import NO_SAMPLES, Layout, Selection
 from beit3_dist.parallel.tensor import GatheredLayout, SharedLayout
 
-TYPICAL_TOKENS = 16_384
-"""Number of tokens that kernels are chosen for."""
+TYPICAL_TOKENS = 8_192
+"""Tokens of each segment that kernels are chosen for."""
+OPTIONS = {
+    "deterministic": True,  # chooses no kernel by its time
+    "assume_32bit_indexing": True,  # else lengths that are unknown make all indexes twice as long; it is checked
+}
 
 
 def _any_length(tensor: Tensor, dimension: int = 0) -> Tensor:
@@ -116,7 +120,7 @@ def _after_attention(
 
 
 def _compile(piece: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(piece, fullgraph=True, dynamic=False, options={"deterministic": True})
+    return torch.compile(piece, fullgraph=True, dynamic=False, options=OPTIONS)
 
 
 _before, _after = _compile(_before_attention), _compile(_after_attention)

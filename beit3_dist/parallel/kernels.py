@@ -11,7 +11,6 @@ from beit3_dist.config import TrainingConfig, require
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
 
-
 OLDEST_TORCH = (2, 13)
 """That compiled blocks were tested with; older ones lack what they are asked for."""
 
