@@ -53,6 +53,12 @@ def main(arguments: Sequence[str]) -> None:
         "--attention_heads", type=int, help="of a file whose width is not a released model's: weights do not tell"
     )
     parser.add_argument(
+        "--answers",
+        type=Path,
+        help="file of a VQA model's answers (or of a classifier's class names) for the model folder: one a line in the "
+        "order of the labels, or unilm's answer2label.txt (default: the run's data.answers)",
+    )
+    parser.add_argument(
         "--text_tokenizer", type=Path, help="SentencePiece file for the model folder (default: the run's, if it exists)"
     )
     options = parser.parse_args(list(arguments))
@@ -68,10 +74,12 @@ def convert(options: Namespace) -> None:
     source, destination = options.source, options.destination
     if destination.exists():
         raise ValueError(f"{destination} already exists: remove it or choose another name")
-    if options.text_tokenizer and options.to != "safetensors":
-        raise ValueError(f"--text_tokenizer: only --to safetensors has a place for it, not --to {options.to}")
-    if options.text_tokenizer and not options.text_tokenizer.is_file():
-        raise ValueError(f"--text_tokenizer: there is no file {options.text_tokenizer}")
+    for name in ("text_tokenizer", "answers"):
+        file = getattr(options, name)
+        if file and options.to != "safetensors":
+            raise ValueError(f"--{name}: only --to safetensors has a place for it, not --to {options.to}")
+        if file and not file.is_file():
+            raise ValueError(f"--{name}: there is no file {file}")
     if options.to == "neutral":
         _convert_to_neutral(options)
         return
@@ -92,15 +100,45 @@ def convert(options: Namespace) -> None:
     for group in absent_groups(weights, shapes_of(config)):
         log.info("the result has no weights for %s", group)
     if options.to == "safetensors":
+        task = _with_answers(model.task, source, options.answers)
         tokenizer = options.text_tokenizer or model.text_tokenizer
         log.info("text tokenizer: %s", tokenizer or "none; --text_tokenizer FILE adds one")
-        save_model_folder(destination, weights, config, task=model.task, text_tokenizer=tokenizer)
+        save_model_folder(destination, weights, config, task=task, text_tokenizer=tokenizer)
     elif options.to == "released":
         _write(destination, {"model": weights_to_released(weights)})
     elif options.to == "torchscale":
         _write(destination, weights_to_torchscale(weights))
     else:
         _write(destination, weights_to_timm(weights, config))
+
+
+def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) -> dict[str, Any] | None:
+    """What a model folder remembers of the task, with the names of its answers or classes: of the given file, else of
+    the source, else of the file that the source's run read. A VQA model is of no use without: ValueError."""
+    import yaml
+
+    from beit3_dist.tasks.vqa_answers import read_answers
+
+    if task is None or "classes" not in task:
+        if file is not None:
+            raise ValueError(f"--answers: {source} has no head, or none is kept, that tells answers or classes apart")
+        return task
+    remedy = f"give --answers FILE with its {task['classes']} answers, one a line in the order of the labels"
+    if file is None and task.get("answers"):
+        return task
+    if file is None and (source / "manifest.json").is_file():
+        recipe = yaml.safe_load((source / "config.yaml").read_text())
+        file = Path(recipe["data"]["answers"])
+        if not file.is_file():
+            raise ValueError(f"the run of {source} read data.answers={file}, which is not there any more: {remedy}")
+    if file is None and task["name"] == "vqa":
+        raise ValueError(f"{source} does not name its answers: {remedy}, or unilm's answer2label.txt")
+    if file is None:
+        return task
+    answers = read_answers(file)
+    if len(answers) != task["classes"]:
+        raise ValueError(f"{file} names {len(answers)} answers, {source} tells {task['classes']} apart")
+    return task | {"answers": answers}
 
 
 def _convert_to_neutral(options: Namespace) -> None:

@@ -81,6 +81,8 @@ def _read_checkpoint(path: Path) -> ModelFolder:
     tokenizer = Path(recipe.get("text_tokenizer") or "")
     weights = read_weights(path, averaged=True)
     task = task_of(weights, recipe["task"]) if "task" in recipe else None
+    if task is not None:
+        task["text_length"] = recipe["data"]["text_length"]
     return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None)
 
 

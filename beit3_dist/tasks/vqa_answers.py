@@ -1,4 +1,4 @@
-"""Answers of VQA v2: when two are the same, how right one is, and the scores that a model is trained on.
+"""Answers of VQA v2: their file, when two are the same, how right one is, and the scores that a model is trained on.
 
 The rule is the benchmark's. Ten people answer a question. An answer is as right as the mean, over the ten, of
 min(1, n / 3), where n is how many of the other nine gave it.
@@ -6,9 +6,11 @@ min(1, n / 3), where n is how many of the other nine gave it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 """What is removed, or becomes a space; apostrophe and colon stay."""
@@ -36,6 +38,19 @@ APOSTROPHES = {
     form[:place] + form[place + 1 :]: form for form in SHORT_FORMS for place, letter in enumerate(form) if letter == "'"
 } | {"somebody'd": "somebodyd"}
 """How they are written then. The last entry is the benchmark's own slip, and counts."""
+
+
+def read_answers(path: Path) -> list[str]:
+    """The answers (or names of classes) in the order of their labels: one a line, or unilm's answer2label.txt of JSON
+    lines. Raises ValueError with one line that names the file."""
+    lines = path.read_text().splitlines()
+    if not lines or not lines[0].startswith("{"):
+        return lines
+    try:
+        labels = {record["label"]: record["answer"] for record in map(json.loads, lines)}
+        return [labels[number] for number in range(len(lines))]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} lacks an answer or a label on some line: {error!r}") from error
 
 
 def normalised(answer: str) -> str:

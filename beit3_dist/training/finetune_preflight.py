@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from beit3_dist.tasks.heads import task_value
 from beit3_dist.tasks.metrics import check_caption_metrics
 from beit3_dist.tasks.pair_shards import PairShards
 from beit3_dist.tasks.task import Task
+from beit3_dist.tasks.vqa_answers import read_answers
 from beit3_dist.training.checkpointing import starting_point
 
 
@@ -90,14 +90,10 @@ def read_classes(config: FinetuneConfig) -> list[str]:
         f"data.answers={config.data.answers!r}: task={config.task} needs a file with the name of each answer or class "
         "a line; tools/build_index.py writes it",
     )
-    lines = path.read_text().splitlines()
-    if not lines or not lines[0].startswith("{"):
-        return lines
     try:
-        labels = {record["label"]: record["answer"] for record in map(json.loads, lines)}
-        return [labels[number] for number in range(len(lines))]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data.answers: {path} lacks an answer or a label on some line: {error!r}") from error
+        return read_answers(path)
+    except ValueError as error:
+        raise ValueError(f"data.answers: {error}") from error
 
 
 def _examples(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,10 +17,12 @@ from beit3_dist.checkpoint.formats import load_released, read_initial_weights, r
 from beit3_dist.checkpoint.model_folder import read_model_folder, save_model_folder
 from beit3_dist.checkpoint.released import canonical_name, released_name
 from beit3_dist.config import ModelConfig
+from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value
 from beit3_dist.tasks.heads import FineTuned, build
 from tests.unit import test_neutral
+from tests.unit.tar_fixtures import train_tokenizer
 from tests.unit.test_neutral import refusal, write_checkpoint
 from tools.convert_checkpoint import main
 
@@ -64,6 +67,7 @@ TASK_HEADS: dict[str, dict[str, tuple[int, ...]]] = {  # of unilm's fine-tuned m
     },
 }  # fmt: skip
 CLASSES = {"vqa": 9, "imagenet": 5}
+ANSWERS = [f"answer {number}" for number in range(9)]
 
 
 def released(task: str | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -84,6 +88,12 @@ def save(state: dict[str, Tensor], path: Path) -> str:
     return str(path)
 
 
+def write_answers(folder: Path) -> Path:
+    """A file of the VQA model's answers."""
+    (folder / "answers.txt").write_text("\n".join(ANSWERS) + "\n")
+    return folder / "answers.txt"
+
+
 def assert_identical(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -102,11 +112,13 @@ def notes(caplog: pytest.LogCaptureFixture) -> str:
 def test_a_fine_tuned_file_keeps_its_head(task: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Released -> folder -> released is identical, and the folder is what our own fine-tuned model has."""
     state = released(task, dtype)
-    main([save(state, tmp_path / "task.pth"), str(tmp_path / "ours"), "--to", "safetensors", *HEADS])
+    answers = ["--answers", str(write_answers(tmp_path))] if task == "vqa" else []
+    main([save(state, tmp_path / "task.pth"), str(tmp_path / "ours"), "--to", "safetensors", *HEADS, *answers])
     main([str(tmp_path / "ours"), str(tmp_path / "back.pth"), "--to", "released"])
     assert_identical(torch.load(tmp_path / "back.pth", weights_only=True)["model"], state)
     folder = read_model_folder(tmp_path / "ours")
-    assert folder.task == {"name": task} | ({"classes": CLASSES[task]} if task in CLASSES else {})
+    named = {"answers": ANSWERS} if answers else {}
+    assert folder.task == {"name": task} | ({"classes": CLASSES[task]} if task in CLASSES else {}) | named
     model = build(folder.config, folder.task, "meta")
     model.load_state_dict(
         {name: value for name, value in folder.weights.items() if "mask_token" not in name}, strict=False, assign=True
@@ -307,12 +319,41 @@ def test_a_runs_checkpoint_becomes_a_model_folder(tmp_path: Path, caplog: pytest
     assert_identical(folder.weights, weights)
     assert folder.config == TINY and folder.task is None
     assert folder.text_tokenizer is not None and folder.text_tokenizer.read_bytes() == b"pieces"
-    other = write_checkpoint(tmp_path / "other", values=weights, model=TINY, recipe="task: text\n")
+    recipe = "task: text\ndata: {text_length: 12}\n"
+    other = write_checkpoint(tmp_path / "other", values=weights, model=TINY, recipe=recipe)
     (tmp_path / "own.spm").write_bytes(b"own")
     main([str(other), str(tmp_path / "second"), "--to", "safetensors", "--text_tokenizer", str(tmp_path / "own.spm")])
     second = read_model_folder(tmp_path / "second")
     assert second.text_tokenizer is not None and second.text_tokenizer.read_bytes() == b"own"
-    assert second.task == {"name": "text"}
+    assert second.task == {"name": "text", "text_length": 12}
+
+
+def test_a_vqa_model_answers_after_its_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From a released file with --answers, and from a run with the list that it read."""
+    train_tokenizer(tmp_path / "text.spm")
+    config = replace(TINY, vocab_size=310)
+    network = FineTuned(config, "vqa", len(ANSWERS))
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    data = f"data: {{text_length: 12, answers: {write_answers(tmp_path)}}}"
+    recipe = f"text_tokenizer: {tmp_path / 'text.spm'}\ntask: vqa\n{data}\n"
+    run = write_checkpoint(tmp_path / "step_0000007", values=weights, model=config, recipe=recipe)
+    main([str(run), str(tmp_path / "from_run"), "--to", "safetensors"])
+    assert read_model_folder(tmp_path / "from_run").task == {
+        "name": "vqa", "classes": 9, "answers": ANSWERS, "text_length": 12,
+    }  # fmt: skip
+    main([str(run), str(tmp_path / "released.pth"), "--to", "released"])
+    released = [str(tmp_path / "released.pth"), str(tmp_path / "from_file"), "--to", "safetensors", *HEADS]
+    assert "does not name its answers: give --answers FILE with its 9 answers" in refusal(released, capsys)
+    main([*released, "--text_tokenizer", str(tmp_path / "text.spm"), "--answers", str(tmp_path / "answers.txt")])
+    picture = Image.new("RGB", (20, 20), "red")
+    for folder in ("from_run", "from_file"):
+        (answer,) = Model.load(tmp_path / folder, "cpu").answer([picture], ["what is this?"])
+        assert answer in ANSWERS
+    (tmp_path / "answers.txt").write_text("yes\nno\n")
+    assert "answers.txt names 2 answers" in refusal([str(run), str(tmp_path / "x"), "--to", "safetensors"], capsys)
+    (tmp_path / "answers.txt").unlink()
+    error = refusal([str(run), str(tmp_path / "x"), "--to", "safetensors"], capsys)
+    assert "answers.txt, which is not there any more: give --answers" in error
 
 
 @pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 2)])
@@ -372,6 +413,12 @@ MISTAKES = {
     "tokenizer": (
         "{folder}/good.pth {folder}/x.pth --to released --attention_heads 2 --text_tokenizer t.spm",
         ["--text_tokenizer: only --to safetensors"]),
+    "answers": (
+        "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --answers {folder}/text.pth",
+        ["--answers: ", "good.pth has no head"]),
+    "no answers": (
+        "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --answers {folder}/a.txt",
+        ["--answers: there is no file", "a.txt"]),
     "no tokenizer": (
         "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --text_tokenizer {folder}/t.spm",
         ["--text_tokenizer: there is no file", "t.spm"]),
