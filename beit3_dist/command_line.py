@@ -27,10 +27,15 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def one_line(error: BaseException | str) -> str:
+    """The error's words in one line."""
+    return " ".join(str(error).split())
+
+
 def refuse(program: str, error: BaseException | str, exit_code: int = MISTAKE) -> NoReturn:
     """Ends the process with an exit code; the first process prints the error as one line."""
     if is_first_process():
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.find import Damaged
-from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, refuse
+from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, one_line, refuse
 from beit3_dist.training.failure import end_after_failure, end_now, ending
 from beit3_dist.training.preemption import PREEMPTED, Preempted
 from beit3_dist.training.resilience import RunStopped
 
 Ready = TypeVar("Ready")
 
+INTERRUPTED = 130
+"""Exit code of a run that Ctrl-C has ended, as a shell gives it (128 + SIGINT)."""
+WAIT_S = 5.0
+"""How long another process waits with its mistake for the first one's."""
+
 
 def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], None]) -> None:
     """Runs `train(prepare())`. A mistake that `prepare` finds ends the process with exit code 2 before any process
-    group starts; a run that stops itself ends with exit code 1; one that was asked to go, and has saved, with 75. An
-    error in one process ends all of them, the first error last."""
+    group starts; a run that stops itself ends with exit code 1; one that was asked to go, and has saved, with 75; one
+    that Ctrl-C interrupts with 130. An error in one process ends all of them, the first error last."""
     log_to_console()
     try:
         ready = prepare()
     except (ValueError, OSError) as error:
-        refuse(program, error)
+        _refuse_for_one(program, error)
+    except KeyboardInterrupt:
+        _end_interrupted(program)
     try:
         train(ready)
     except Damaged as damage:  # which it takes all processes to find
@@ -41,11 +50,33 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         if is_first_process():
             print(f"{program}: {stop}", file=sys.stderr, flush=True)
         end_now(PREEMPTED)  # there is little time
-    except Exception:
-        logging.exception("this process failed")  # into its own log as well
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            raise
-        where = (
-            f"{program}: rank {dist.get_rank()} on {socket.gethostname()} is the first to fail, with the error above"
-        )
-        end_after_failure(f"{traceback.format_exc()}{where}")
+    except KeyboardInterrupt:
+        _end_interrupted(program)
+    except Exception:  # not raised any further: Python's end would wait for what the traceback keeps alive
+        message = traceback.format_exc()
+        if logging.root.handlers:
+            logging.exception("this process failed")  # into its own log as well
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            message += f"{program}: {_where(dist.get_rank())} is the first to fail, with the error above"
+        end_after_failure(message)
+
+
+def _refuse_for_one(program: str, error: Exception) -> NoReturn:
+    """`refuse`, for a mistake that perhaps not all processes meet: data that one node has not mounted, a broken tar of
+    which only the process knows that reads it. Where the first process fails too, its launcher ends the others while
+    they wait for its line; else each says what it has met."""
+    if not is_first_process():
+        time.sleep(WAIT_S)
+        print(f"{program}: {_where(os.environ['RANK'])}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    refuse(program, error)
+
+
+def _end_interrupted(program: str) -> NoReturn:
+    """Ends the process at once after Ctrl-C, which all processes of a terminal get."""
+    if is_first_process():
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+    end_now(INTERRUPTED)
+
+
+def _where(rank: object) -> str:
+    return f"rank {rank} on {socket.gethostname()}"

@@ -1,0 +1,83 @@
+"""How launchers end: a mistake of one process, an error, Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import pytest
+from torch.utils.data import Dataset
+
+from beit3_dist.data.batch import loader
+from beit3_dist.training import launch as module
+from beit3_dist.training.launch import launch
+
+
+@pytest.fixture(autouse=True)
+def same_logging() -> Iterator[None]:
+    """`launch` gives the package's log a handler, as programs want it."""
+    log = logging.getLogger("beit3_dist")
+    level, handlers = log.level, log.handlers[:]
+    yield
+    log.setLevel(level)
+    log.handlers[:] = handlers
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_mistake_is_told_by_whoever_meets_it(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first process tells it at once; another one when the first has had time to meet it as well."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def prepare() -> NoReturn:
+        raise FileNotFoundError("data.images: /data is\nnot there")
+
+    with pytest.raises(SystemExit) as exit_:
+        launch("program", prepare, lambda _: pytest.fail("the run was started"))
+    where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
+    assert exit_.value.code == 2
+    assert capfd.readouterr().err == f"program: {where}error: data.images: /data is not there\n"
+    assert waited == ([module.WAIT_S] if rank else [])
+
+
+class Numbers(Dataset):
+    def __getitem__(self, number: int) -> int:
+        return number
+
+
+def failing_run(kind: str) -> None:
+    """One process with a loader process, which the traceback's frames keep alive."""
+
+    def train(_: None) -> None:
+        batches = iter(loader(Numbers(), range(1_000_000), workers=1, prefetch=2, pin=False))
+        next(batches)
+        if kind == "error":
+            raise RuntimeError("an error that nobody expects")
+        os.kill(os.getpid(), signal.SIGINT)
+        next(batches)
+
+    launch("program", lambda: None, train)
+
+
+@pytest.mark.parametrize(("kind", "code"), [("error", 1), ("interrupt", module.INTERRUPTED)])
+def test_a_run_of_one_process_ends_after_an_error_and_after_an_interrupt(kind: str, code: int) -> None:
+    result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=120)
+    assert result.returncode == code, result.stderr
+    said, _, _ = result.stderr.partition("/multiprocessing/resource_tracker.py")  # of semaphores, which it clears away
+    if kind == "error":
+        assert said.count("Traceback") == 1 and "\nRuntimeError: an error that nobody expects\n" in said
+    else:
+        assert said.startswith("program: interrupted\n") and "Traceback" not in said
+
+
+if __name__ == "__main__":
+    failing_run(sys.argv[1])
