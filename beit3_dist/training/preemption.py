@@ -23,11 +23,12 @@ class Preempted(Exception):
 
 
 class StopRequest:
-    """Whether the run was asked to go. Listens from its making until `close`."""
+    """Whether the run was asked to go. Listens from its making on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._asked = device, False
-        self._former = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers/slurm/shield.py has held them back
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -40,6 +41,7 @@ class StopRequest:
         return bool(asked)
 
     def close(self) -> None:
-        """The signals mean again what they meant before."""
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
+        """The run has saved and ends: from here on a signal can only spoil its end. A scheduler repeats its own, and a
+        launcher sends SIGTERM to the processes that are left as soon as one has ended with a code other than 0."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
