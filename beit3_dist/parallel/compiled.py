@@ -27,7 +27,7 @@ from beit3_dist.parallel.tensor import GatheredLayout, SharedLayout
 
 TYPICAL_TOKENS = 8_192
 """Tokens of each segment that kernels are chosen for."""
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "deterministic": True,  # chooses no kernel by its time
     "assume_32bit_indexing": True,  # else lengths that are unknown make all indexes twice as long; it is checked
 }
