@@ -36,8 +36,8 @@ TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the comm
     "imagenet_retrieval": {"batch": TaskBatchConfig(size=8), "ema_decay": 0.5},
     "vqa": {"head_lr_scale": 5.0, "ema_decay": 0.5},
     "nlvr2": {},
-    "captioning": {"eval": TaskEvalConfig(beams=2), "drop_worst_after": 1},
-    "retrieval": {"batch": TaskBatchConfig(size=8)},
+    "captioning": {"eval": TaskEvalConfig(beams=2), "drop_worst_after": 1, "activation_checkpointing": "full"},
+    "retrieval": {"batch": TaskBatchConfig(size=8), "activation_checkpointing": "full"},
     "itc": {"batch": TaskBatchConfig(size=8)},
     "text": {"ema_decay": 0.9, "layer_decay": 0.5},
 }
