@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
+from itertools import islice
 from pathlib import Path
 
 from beit3_dist.checkpoint.store import checkpoints
 from beit3_dist.config import TrainingConfig
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.metrics import from_the_end
 from beit3_dist.training.preemption import StopRequest
 from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.run_folder import RunFolder
@@ -84,6 +85,6 @@ def last_losses(metrics: Path, count: int) -> list[float]:
     """The losses of the last `count` steps in metrics.jsonl that were not skipped."""
     if not metrics.exists():
         return []
-    with open(metrics) as lines:
-        records = map(json.loads, lines)
-        return list(deque((record["loss"] for record in records if not record["skipped"]), maxlen=count))
+    records = map(json.loads, from_the_end(metrics))
+    losses = list(islice((record["loss"] for record in records if not record["skipped"]), count))
+    return losses[::-1]

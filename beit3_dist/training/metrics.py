@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +23,11 @@ from beit3_dist.training.flops import peak_flops
 
 LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
 ACCURACIES = ("acc_image", "acc_text", "acc_pair_image", "acc_pair_text")
+BLOCK = 1 << 20
+"""Bytes of a file that are read at a time from its end."""
+IN_ORDER = 1000
+"""So many records in a row that stay: none before them goes. Steps ascend, but the processes of former versions wrote
+their faults into one file, each a little later or earlier."""
 
 
 def losses_and_accuracies(
@@ -77,28 +82,59 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line, each written in one piece."""
+    """An append-only file of one JSON object a line, written by one process."""
 
     def __init__(self, path: Path, last_step: int | None) -> None:
         """Keeps the records up to `last_step` (None: all); a later tail, of a run that was killed, is moved aside."""
         if last_step is not None and path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            keep = [line for line in lines if _step_of(line) <= last_step]
-            if len(keep) < len(lines):
-                aside = path.with_name(f"{path.stem}.tail-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{path.suffix}")
-                aside.write_bytes(b"".join(line for line in lines if _step_of(line) > last_step))
-                temporary = path.with_name(f".{path.name}.new")
-                temporary.write_bytes(b"".join(keep))
-                os.replace(temporary, path)
+            _cut_back(path, last_step)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record."""
-        os.write(self._file, (json.dumps(finite(record)) + "\n").encode())
+        """Appends a record. Raises OSError where the disk is full."""
+        line = (json.dumps(finite(record)) + "\n").encode()
+        while line:  # what is left of the space takes a part of it, and then comes the error
+            line = line[os.write(self._file, line) :]
 
     def close(self) -> None:
         """Closes the file."""
         os.close(self._file)
+
+
+def from_the_end(path: Path) -> Iterator[bytes]:
+    """The lines of a file, with their ends, from the last one to the first; read in blocks as they are asked for."""
+    with open(path, "rb") as file:
+        start, first = file.seek(0, os.SEEK_END), b""
+        while start > 0:
+            size = min(BLOCK, start)
+            start -= size
+            file.seek(start)
+            first, *lines = (file.read(size) + first).splitlines(keepends=True)
+            yield from reversed(lines)
+    if first:
+        yield first
+
+
+def _cut_back(path: Path, last_step: int) -> None:
+    """Moves the records after `last_step`, and lines that are not whole, out of the end of a file."""
+    tail: list[bytes] = []
+    in_order = 0
+    for line in from_the_end(path):
+        tail.append(line)
+        in_order = in_order + 1 if _step_of(line) <= last_step else 0
+        if in_order == IN_ORDER:
+            break
+    tail.reverse()
+    later = [_step_of(line) > last_step for line in tail]
+    if not any(later):
+        return
+    aside = path.with_name(f"{path.stem}.tail-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{path.suffix}")
+    aside.write_bytes(b"".join(line for line, moves in zip(tail, later, strict=True) if moves))
+    first = later.index(True)
+    with open(path, "r+b") as file:
+        file.seek(-sum(map(len, tail[first:])), os.SEEK_END)
+        file.write(b"".join(line for line, moves in zip(tail[first:], later[first:], strict=True) if not moves))
+        file.truncate()
 
 
 def _step_of(line: bytes) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +144,48 @@ def test_records_of_one_step_stay_together(tmp_path: Path) -> None:
     file.close()
     JsonLines(path, 1).close()
     assert [record["what"] for record in lines(path)] == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 50, 1 << 20])
+@pytest.mark.parametrize("content", [b"", b"a", b"a\n", b"\n", b"a\n\nbcd\n" + b"x" * 100 + b"\nend", b"ab\n" * 50])
+def test_lines_from_the_end(block: int, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    (tmp_path / "file").write_bytes(content)
+    assert list(metrics.from_the_end(tmp_path / "file"))[::-1] == content.splitlines(keepends=True)
+
+
+@pytest.mark.parametrize("last_step", [0, 150, 2995, 3000])
+def test_a_long_file_is_read_only_as_far_as_it_is_cut(
+    last_step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 3001)))
+    before, seen = path.read_bytes(), []
+    step_of = metrics._step_of
+    monkeypatch.setattr(metrics, "_step_of", lambda line: seen.append(line) or step_of(line))
+    JsonLines(path, last_step).close()
+    assert [record["step"] for record in lines(path)] == list(range(1, last_step + 1))
+    assert len(set(seen)) <= 3000 - last_step + metrics.IN_ORDER
+    asides = list(tmp_path.glob("metrics.tail-*.jsonl"))
+    assert len(asides) == (last_step < 3000)
+    assert path.read_bytes() + b"".join(aside.read_bytes() for aside in asides) == before
+
+
+def test_a_line_is_written_to_its_end_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, write = JsonLines(tmp_path / "some.jsonl", None), os.write
+    monkeypatch.setattr(metrics.os, "write", lambda file, data: write(file, data[:5]))
+    file.write({"step": 1, "loss": 2.0})
+    assert lines(tmp_path / "some.jsonl") == [{"step": 1, "loss": 2.0}]
+
+    def full(file: int, data: bytes) -> int:
+        if not data.startswith(b"{"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data[:5])
+
+    monkeypatch.setattr(metrics.os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.write({"step": 2})
+    file.close()
 
 
 def record_of(step: int) -> dict:
