@@ -9,12 +9,12 @@ from pathlib import Path
 
 from beit3_dist.checkpoint.store import checkpoints
 from beit3_dist.config import TrainingConfig
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.metrics import from_the_end
 from beit3_dist.training.preemption import StopRequest
 from beit3_dist.training.resilience import RunStopped
-from beit3_dist.training.run_folder import RunFolder
+from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.spikes import SpikeMonitor
 from beit3_dist.training.watchdog import Watchdog
 
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 class Guards:
     """Every process has one, from before its model is built until its last step."""
 
-    def __init__(self, config: TrainingConfig, mesh: Mesh, run: RunFolder) -> None:
-        settings, self._out = config.guards, Path(config.out)
-        self._mesh, self._run, self._most = mesh, run, settings.max_skipped_steps
+    def __init__(self, config: TrainingConfig, groups: Groups, run: RunFolder) -> None:
+        settings, self._out, mesh = config.guards, Path(config.out), groups.mesh
+        self._groups, self._run, self._most = groups, run, settings.max_skipped_steps
         self._watchdog = Watchdog(settings.step_timeout_s, mesh, run.log_file)
         self._request = StopRequest(mesh.device)
         self._in_a_row = 0
@@ -59,8 +59,9 @@ class Guards:
 
     def _count(self, step: int, batch: StepBatch) -> None:
         self._in_a_row += 1
-        if self._mesh.tensor_rank == self._mesh.pipeline_rank == 0:  # others have the same samples
-            self._run.skipped(step, sample_ids(batch))
+        mesh = self._groups.mesh
+        if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have the same samples
+            self._run.skipped(step, of_all([sample_ids(batch)], self._groups.data))
         report = self._out / "skipped.jsonl"
         log.warning("step %d was skipped: its loss or gradient is not finite; %s names its samples", step, report)
         if self._in_a_row == self._most:

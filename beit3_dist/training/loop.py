@@ -19,8 +19,9 @@ from beit3_dist.training.guards import Guards
 from beit3_dist.training.metrics import Timing
 from beit3_dist.training.preemption import Preempted
 from beit3_dist.training.profiling import StepProfiler
-from beit3_dist.training.run_folder import RunFolder
+from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.schedule import learning_rate
+from beit3_dist.training.watchdog import patience
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,11 @@ class Job(Protocol):
 def train(job: Job) -> None:
     """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved."""
     config, mesh = job.config, job.mesh
-    groups = connect(mesh)
+    groups = connect(mesh, patience(config.guards.step_timeout_s))
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     state = job.state
     run = RunFolder(Path(config.out), config, mesh, state.step)
-    guards = Guards(config, mesh, run)
+    guards = Guards(config, groups, run)
     engine = job.start(groups)
     if mesh.is_first and state.step == 0:
         run.quarantine(0, job.first_faults())
@@ -90,8 +91,9 @@ def train(job: Job) -> None:
             result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
 
             state.advance(job.samples, batch.replaced, result.skipped)
-            if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
-                run.quarantine(state.step, [fault for b in batch.micro_batches for fault in b.faults])
+            if batch.replaced and mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
+                faults = [fault for b in batch.micro_batches for fault in b.faults]
+                run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started))
             run.step(record | {"skipped": int(result.skipped)})
             must_go = guards.check(state.step, batch, record["loss"], result.skipped)

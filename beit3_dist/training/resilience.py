@@ -33,9 +33,20 @@ def check_bad_samples(config: RunConfig | TokenizerConfig, state: TrainState) ->
 
 def _most_frequent(quarantine: Path) -> str:
     """The shards and reasons that quarantine.jsonl names most often."""
-    faults = [json.loads(line) for line in quarantine.read_text().splitlines()]
-    shards = Counter(fault["shard"] for fault in faults).most_common(SHOWN)
-    # What follows a colon is about one file: sizes, offsets, the decoder's words.
-    reasons = Counter(fault["reason"].partition(":")[0] for fault in faults).most_common(SHOWN)
-    shard_list, reason_list = (", ".join(f"{name} ({count:,})" for name, count in most) for most in (shards, reasons))
-    return f"most of them in {shard_list}; reasons: {reason_list}; {quarantine} names every one"
+    shards: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    broken = 0
+    for line in quarantine.read_text(errors="replace").splitlines():
+        try:
+            fault = json.loads(line)
+            shard, reason = str(fault["shard"]), str(fault["reason"])
+        except (ValueError, KeyError, TypeError):  # a crash or a full disk cut it off
+            broken += 1
+            continue
+        shards[shard] += 1
+        reasons[reason.partition(":")[0]] += 1  # what follows a colon is about one file: sizes, offsets
+    shard_list, reason_list = (
+        ", ".join(f"{name} ({count:,})" for name, count in found.most_common(SHOWN)) for found in (shards, reasons)
+    )
+    whole = f"names them, but {broken:,} of its lines cannot be read" if broken else "names every one"
+    return f"most of them in {shard_list}; reasons: {reason_list}; {quarantine} {whole}"

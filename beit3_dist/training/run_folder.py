@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -19,13 +19,16 @@ from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.metrics import JsonLines, Reporter
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
+Item = TypeVar("Item")
+
 log = logging.getLogger(__name__)
 
 
 class RunFolder:
     """OUT: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl, skipped.jsonl, logs/rank*.log.
 
-    Records after `step` (of a run that was killed and resumes at `step`) are moved aside. Collective.
+    Records after `step` (of a run that was killed and resumes at `step`) are moved aside. The first process writes all
+    but the logs.
     """
 
     def __init__(self, out: Path, config: TrainingConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
@@ -42,11 +45,9 @@ class RunFolder:
         if mesh.is_first:
             write_text(out / "config.yaml", to_yaml(config))
             self._reporter = Reporter(out, step, config.steps)
-            for name in ("quarantine.jsonl", "skipped.jsonl"):
-                JsonLines(out / name, step).close()
-        dist.barrier()  # the first process has cut the files back
-        self._quarantine = JsonLines(out / "quarantine.jsonl", None)
-        self._skipped = JsonLines(out / "skipped.jsonl", None)
+            self._quarantine, self._skipped = (
+                JsonLines(out / name, step) for name in ("quarantine.jsonl", "skipped.jsonl")
+            )
 
     def step(self, record: Mapping[str, Any]) -> None:
         """The record of a training step."""
@@ -64,15 +65,28 @@ class RunFolder:
             self._reporter.picture(step, name, picture)
 
     def quarantine(self, step: int, faults: list[Fault]) -> None:
-        """One line for each sample that this process had to replace."""
-        for fault in faults:
-            self._quarantine.write({"step": step, **asdict(fault)})
+        """One line for each sample that was replaced."""
+        if self._reporter:
+            for fault in faults:
+                self._quarantine.write({"step": step, **asdict(fault)})
 
-    def skipped(self, step: int, sample_ids: Mapping[str, list[int]]) -> None:
-        """One line for a step that was skipped: this process's samples by stream."""
-        self._skipped.write({"step": step, **sample_ids})
+    def skipped(self, step: int, sample_ids: list[Mapping[str, list[int]]]) -> None:
+        """Lines for a step that was skipped: each replica's samples by stream."""
+        if self._reporter:
+            for ids in sample_ids:
+                self._skipped.write({"step": step, **ids})
 
     def close(self) -> None:
         """Flushes everything."""
         if self._reporter:
             self._reporter.close()
+
+
+def of_all(mine: list[Item], group: dist.ProcessGroup | None) -> list[Item]:
+    """The items of all processes of a group (None: of the run), one process after the other. Collective.
+
+    Files are written by the first process alone: not every file system appends the lines of several in one piece.
+    """
+    everyones: list[list[Item]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyones, mine, group=group)
+    return [item for some in everyones for item in some]

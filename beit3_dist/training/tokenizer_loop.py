@@ -19,7 +19,7 @@ from beit3_dist.training.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
 from beit3_dist.training.metrics import peak_memory_gb
 from beit3_dist.training.resilience import check_bad_samples
-from beit3_dist.training.run_folder import RunFolder
+from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.schedule import learning_rate
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 from beit3_dist.training.tokenizer_engine import TokenizerEngine, TokenizerStep
@@ -63,7 +63,8 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
             state.step += 1
             state.consumed = (state.step * config.batch, 0, 0)
             state.bad_samples += replaced
-            run.quarantine(state.step, faults)
+            if replaced:
+                run.quarantine(state.step, of_all(faults, None))
             seconds = time.perf_counter() - started
             run.step(
                 record(state.step, result)

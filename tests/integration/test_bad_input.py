@@ -109,6 +109,7 @@ def test_bad_samples_are_replaced_counted_and_listed(tmp_path: Path) -> None:
     records = metrics(config.out)
     faults = [json.loads(line) for line in Path(config.out, "quarantine.jsonl").read_text().splitlines()]
     assert len(faults) == sum(r["replaced_samples"] for r in records) > 0
+    assert [f["step"] for f in faults] == sorted(f["step"] for f in faults), "one process writes them, step by step"
     assert {f["stream"] for f in faults} == {"images", "pairs"}
     assert {f["key"] for f in faults if f["stream"] == "images"} == {"0", "3"}
     assert all(f["shard"].endswith(".tar") and f["reason"] and 1 <= f["step"] <= 6 for f in faults)

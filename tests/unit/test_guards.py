@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3_dist.config import GuardConfig
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import DataConfig, GuardConfig, RunConfig
 from beit3_dist.training.guards import last_losses
 from beit3_dist.training.preemption import SIGNALS, StopRequest
+from beit3_dist.training.resilience import RunStopped, check_bad_samples
 from beit3_dist.training.spikes import SpikeMonitor
 
 
@@ -69,6 +71,18 @@ def same_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_the_report_of_bad_samples_does_without_lines_that_are_not_whole(tmp_path: Path) -> None:
+    data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar", max_bad_fraction=0.5)
+    config = RunConfig(out=str(tmp_path), data=data, image_tokenizer="i", text_tokenizer="t")
+    whole = [json.dumps({"shard": "a.tar", "key": "k", "reason": f"undecodable picture: {n} bytes"}) for n in range(3)]
+    (tmp_path / "quarantine.jsonl").write_text("\n".join([*whole, whole[0][:30], "", "null", "{}"]) + "\n")
+    check_bad_samples(config, TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_000))
+    with pytest.raises(RunStopped) as stop:
+        check_bad_samples(config, TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_001))
+    for part in ("10,001 of 20,000 samples", "a.tar (3)", "undecodable picture (3)", "4 of its lines cannot be read"):
+        assert part in str(stop.value)
 
 
 @pytest.mark.usefixtures("same_signals")
