@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(days=1)
-"""How long a collective waits for the ranks that it lacks: more than a step may take, whose end is the watchdog's
-(guards.step_timeout_s). NCCL's and DeepSpeed's own ten minutes are too short for the scores of some validations."""
+PATIENCE = timedelta(minutes=10)
+"""How long a collective waits for the ranks that it lacks where nobody says how long it shall, as in torch."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,11 @@ def read_mesh(tensor: int = 1, pipeline: int = 1) -> Mesh:
 class Groups:
     """The process groups of a mesh, and the interface by which DeepSpeed asks for them ("mpu")."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, patience: timedelta) -> None:
+        """After torch's process group of all; `patience`: how long a collective waits for the ranks that it lacks."""
+        self.mesh, self._patience = mesh, patience
+        assert dist.group.WORLD is not None
+        self._made = {tuple(range(mesh.world)): dist.group.WORLD}
         ranks = torch.arange(mesh.world).view(mesh.pipeline, mesh.data, mesh.tensor)
         self.tensor = self._mine(ranks.flatten(0, 1))
         self.data = self._mine(ranks.transpose(1, 2).flatten(0, 1))
@@ -102,14 +104,21 @@ class Groups:
         self.model = self._mine(ranks.transpose(0, 1).flatten(1))
 
     def _mine(self, lists: Tensor) -> dist.ProcessGroup:
-        """Of the groups [groups, members] the one that this process is in. All processes create all groups."""
-        groups = [(members, dist.new_group(members, timeout=PATIENCE)) for members in lists.tolist()]
-        return next(group for members, group in groups if self.mesh.rank in members)
+        """Of the groups [groups, members], which all processes share out among them, the one that this process is in.
+
+        All processes make their own groups at the same time. For NCCL, whose processes are bound to their devices, that
+        is one ncclCommSplit of the world's communicator for all groups together. (Where every process makes every
+        group, as new_group wants it by default, each of them is one: 769 at the start of 256 processes that are
+        replicas, since tensor and pipeline groups have one member each.) Equal groups are one.
+        """
+        members = next(tuple(group) for group in lists.tolist() if self.mesh.rank in group)
+        if members not in self._made:
+            self._made[members] = dist.new_group(list(members), timeout=self._patience, use_local_synchronization=True)
+        return self._made[members]
 
     def wait_for_all(self) -> None:
-        """Returns when every process has come here, with the patience of these groups."""
-        for group in (self.data, self.tensor, self.pipeline):
-            dist.barrier(group)
+        """Returns when every process has come here."""
+        dist.barrier()
 
     def sum_over_data(self, values: Tensor) -> None:
         """Sums `values` in place over the replicas."""
@@ -155,8 +164,11 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def connect(mesh: Mesh) -> Groups:
-    """Starts the process groups (nccl on CUDA, gloo on the CPU) and claims the device."""
+def connect(mesh: Mesh, patience: timedelta = PATIENCE) -> Groups:
+    """Starts the process groups (nccl on CUDA, gloo on the CPU) and claims the device.
+
+    `patience`: how long a collective waits for the ranks that it lacks. The processes find one another in ten minutes.
+    """
     defaults: dict[str, object] = {"RANK": mesh.rank, "WORLD_SIZE": mesh.world, "LOCAL_RANK": mesh.local_rank}
     if mesh.world == 1:
         defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
@@ -164,6 +176,7 @@ def connect(mesh: Mesh) -> Groups:
         os.environ.setdefault(name, str(value))
     if mesh.device.type == "cuda":
         torch.cuda.set_device(mesh.device)
+        os.environ["LOCAL_RANK"] = str(mesh.device.index)  # DeepSpeed takes it for the device's number
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.local_world))
     import deepspeed
@@ -175,4 +188,6 @@ def connect(mesh: Mesh) -> Groups:
         # (The attribute deepspeed.comm.torch is torch itself; the module is found by its name only.)
         setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
-    return Groups(mesh)
+    # Not as init_distributed's timeout, with which the processes would wait as long for one that never starts.
+    dist.distributed_c10d._set_pg_timeout(patience)
+    return Groups(mesh, patience)

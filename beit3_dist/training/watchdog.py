@@ -8,9 +8,10 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import PATIENCE, Mesh
 from beit3_dist.training.failure import end_after_failure, end_now, ending, failure_board, leave_after_another
 
 FIRST_STEP = 3
@@ -25,6 +26,13 @@ a moment before the others, or its end becomes an error in the collective that t
 
 BACKSTOP_S = 60.0
 """After so many seconds more the process is ended even where a hanging call in C keeps every Python thread waiting."""
+
+
+def patience(limit_s: float) -> timedelta:
+    """How long a collective waits for the ranks that it lacks, where a step may take `limit_s` seconds (0: any time):
+    longer than the watchdog, whose words say more than a collective's; not shorter than torch's own time, since nobody
+    watches what comes before the first step."""
+    return max(PATIENCE, timedelta(seconds=2 * FIRST_STEP * limit_s)) if limit_s else timedelta(days=7)
 
 
 class Watchdog:
