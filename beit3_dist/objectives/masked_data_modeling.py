@@ -80,8 +80,9 @@ class MaskedDataModeling(nn.Module):
         image_sums = _sums(self.model.image_losses(patches, targets.codes), [image, pair_image])
         text_sums = _sums(self.model.text_losses(words, targets.words), [pair_text, text])
         statistics = torch.stack([image_sums[0], text_sums[1], image_sums[1], text_sums[0]], dim=1)
-        weights = torch.tensor(self.weights, device=statistics.device)
-        return (weights * statistics[0] / step_counts.clamp(min=1)).sum(), statistics.detach()
+        # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
+        weighted = torch.stack([weight * loss for weight, loss in zip(self.weights, statistics[0], strict=True)])
+        return (weighted / step_counts.clamp(min=1)).sum(), statistics.detach()
 
 
 def _sums(losses_2M: Tensor, splits: list[int]) -> list[Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from beit3_dist.model.drop_path import drop_path_factors, hash64
 
@@ -89,6 +92,28 @@ def test_a_sample_keeps_its_factors_wherever_it_stands() -> None:
     whole = factors(samples)
     assert torch.equal(factors(samples[order]), whole[..., order])
     assert torch.equal(torch.cat([factors(samples[:77]), factors(samples[77:])], dim=-1), whole)
+
+
+class Devices(TorchDispatchMode):
+    """Notes the devices of all tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        self.seen |= {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        return result
+
+
+def test_the_host_does_not_wait_for_the_device() -> None:
+    """After the first step nothing is copied to the device, here one without content: all is made there."""
+    samples = torch.zeros(3, dtype=torch.int64, device="meta")
+    factors(samples)
+    with Devices() as devices:
+        assert factors(samples, step=7).device.type == "meta"
+    assert devices.seen == {"meta"}
 
 
 def test_every_part_of_the_key_counts() -> None:
