@@ -5,8 +5,9 @@
 
 Recipes are in launchers/recipes/finetune/; --task names what to train, --init_from the weights to start from. The
 indexes of the data come from tools/build_index.py. At the end OUT/model holds what beit3_dist.inference loads, and
-OUT/predictions the validation's in the benchmark's submission format. --print_config prints the resolved config and
---help every field. A mistake in the config or the data is one line and exit code 2, before any process group starts.
+OUT/predictions the validation's in the benchmark's submission format. --evaluate_only true does no more than the
+validation, of --init_from MODEL or of OUT's newest checkpoint. --print_config prints the resolved config and --help
+every field. A mistake in the config or the data is one line and exit code 2, before any process group starts.
 """
 
 from __future__ import annotations

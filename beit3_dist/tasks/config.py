@@ -20,7 +20,7 @@ CONTRASTIVE = ("retrieval", "itc", "imagenet_retrieval")
 class TaskDataConfig:
     """Examples of a downstream task, as unilm's jsonl indexes; tools/build_index.py makes them."""
 
-    train: str | list[str]
+    train: str | list[str] = ""
     """Index of the training examples (.jsonl), or a list of them (unilm's vqa: [vqa.train.jsonl,
     vqa.trainable_val.jsonl]), or a pattern of tars: itc takes pair shards, as in pretraining, imagenet and
     imagenet_retrieval shards with a .cls member for each picture."""
@@ -54,7 +54,6 @@ class TaskDataConfig:
     """Pictures with more pixels than this are refused as image bombs."""
 
     def __post_init__(self) -> None:
-        require(bool(self.train), "data.train names no index of training examples")
         require(
             self.text_length >= 3, f"data.text_length={self.text_length}: a text needs at least <s>, a word and </s>"
         )
@@ -143,6 +142,9 @@ class FinetuneConfig(TrainingConfig):
     count (unilm: 0.2, of each rank's words for themselves)."""
     drop_worst_after: int = 12_000
     """captioning: steps in which all words count; then the worst are dropped."""
+    evaluate_only: bool = False
+    """Only the validation of what the run would start from, a fine-tuned model: `init_from`, or OUT's newest checkpoint
+    with checkpoint.resume=auto. Its predictions go to OUT/predictions, its scores to OUT/eval.jsonl."""
     batch: TaskBatchConfig = field(default_factory=TaskBatchConfig)
     """Examples per step."""
     optim: OptimConfig = field(default_factory=_fine_tuning_optimizer)
@@ -152,6 +154,11 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(bool(self.data.train) or self.evaluate_only, "data.train names no index of training examples")
+        require(
+            not self.evaluate_only or bool(self.data.validation),
+            "evaluate_only: data.validation names no index of examples to evaluate on",
+        )
         for name in ("epochs", "warmup_epochs", "mixup", "cutmix"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")

@@ -70,10 +70,11 @@ def _ending_the_run() -> Iterator[None]:
         raise RunStopped(str(failure)) from failure
 
 
-def starting_point(config: TrainingConfig | TokenizerConfig) -> tuple[Path | None, TrainState]:
+def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
     """The checkpoint that `checkpoint.resume` means, None for a new run, and the state to go on from.
 
-    Raises ValueError where a new run would go into the folder of another one, or nothing is left to train.
+    Raises ValueError where a new run would go into the folder of another one, or where a run that `trains` has nothing
+    left to train.
     """
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
@@ -82,7 +83,10 @@ def starting_point(config: TrainingConfig | TokenizerConfig) -> tuple[Path | Non
         f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
     )
     state = read_state(checkpoint, config.model) if checkpoint else TrainState()
-    require(state.step < config.steps, f"steps={config.steps}: {checkpoint} has already taken {state.step} steps")
+    require(
+        state.step < config.steps or not trains,
+        f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
+    )
     return checkpoint, state
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from beit3_dist.checkpoint.formats import read_initial_weights
+from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require
 from beit3_dist.data.text import TextTokenizer
@@ -44,7 +45,7 @@ class FinetuneReady:
     task: Task
     """Head, loss and metric."""
     train: Sequence[Example]
-    """Training examples."""
+    """Training examples; none with `evaluate_only`."""
     validation: Sequence[Example]
     """Validation examples; none without validation."""
 
@@ -70,12 +71,17 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     classes = read_classes(config)
     if config.task == "captioning" and config.data.validation:
         check_caption_metrics(config.eval.caption_metrics)
-    train = _examples(config, config.data.train, classes, tokenizer, True)
+    train = () if config.evaluate_only else _examples(config, config.data.train, classes, tokenizer, True)
     validation = _examples(config, config.data.validation, classes, tokenizer, False) if config.data.validation else ()
     if config.task == "imagenet_retrieval":
         train = NamedPictures(train, names_as_words(classes, tokenizer))
     config = resolve_epochs(config, len(train))
-    checkpoint, state = starting_point(config)
+    checkpoint, state = starting_point(config, trains=not config.evaluate_only)
+    require(
+        not config.evaluate_only or checkpoint is not None or bool(config.init_from),
+        f"evaluate_only: there is no model to evaluate: name one by init_from, or by checkpoint.resume=auto an `out` "
+        f"that has a checkpoint, which {config.out} has not",
+    )
     task = TASKS[config.task](config, tokenizer, classes)
     return config, FinetuneReady(state, checkpoint, _values(config, task, checkpoint), task, train, validation)
 
@@ -123,4 +129,10 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
     if config.init_from and checkpoint is None:
         shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
         weights = read_initial_weights(Path(config.init_from), config.model, shapes)
+        lacking = [name for name in shapes if name.startswith((TASK_HEAD, "text_head.")) and name not in weights]
+        require(
+            not config.evaluate_only or not lacking,
+            f"init_from: {config.init_from} has no head of task={config.task}, and evaluate_only teaches it none: name "
+            "a fine-tuned model",
+        )
     return lambda name, shape: weights[name] if name in weights else task_value(name, shape, config.model, config.seed)

@@ -23,29 +23,49 @@ from beit3_dist.data.faults import Fault
 from beit3_dist.data.order import mix, mix_arrays
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
-from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.tasks.augmentation import Mixing, Views
 from beit3_dist.tasks.batches import Draw, Examples, TaskBatch, training_places, validation_places
 from beit3_dist.tasks.config import CONTRASTIVE, OF_PICTURES, FinetuneConfig
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.task import TaskInputs, TaskObjective
+from beit3_dist.training.checkpointing import load_checkpoint, whole_checkpoint
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.finetune_preflight import FinetuneReady
 from beit3_dist.training.flops import training_flops
 from beit3_dist.training.loop import train
-from beit3_dist.training.metrics import Timing, speed
+from beit3_dist.training.metrics import JsonLines, Timing, speed
 from beit3_dist.training.optimizer import build_optimizer, layered_groups
 
 log = logging.getLogger(__name__)
 
 
 def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
-    """A fine-tuning run. `ready`: what was checked and opened before any process group. Leaves the model for use in
-    OUT/model."""
+    """A fine-tuning run, or its validation alone. `ready`: what was checked and opened before any process group. A run
+    leaves the model for use in OUT/model."""
     job = FineTuning(config, mesh, ready)
+    if config.evaluate_only:
+        evaluate(job)
+        return
     train(job)
     if mesh.is_first:
         job.save_model()
+
+
+def evaluate(job: FineTuning) -> None:
+    """The validation of what the job starts from. Of a run in OUT only predictions and eval.jsonl change."""
+    config, groups = job.config, connect(job.mesh)
+    job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
+    engine = job.start_engine(groups)
+    if job.checkpoint is not None:
+        load_checkpoint(job.checkpoint, engine, job.state)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    scores = job.evaluate()
+    if scores:
+        records = JsonLines(Path(config.out, "eval.jsonl"), None)
+        records.write({"step": job.state.step} | scores)
+        records.close()
+        log.info("%s: %s", job.checkpoint or config.init_from, scores)
 
 
 class FineTuning:
@@ -80,6 +100,16 @@ class FineTuning:
         )
 
     def start(self, groups: Groups) -> Engine:
+        engine, batch = self.start_engine(groups), self.config.batch
+        places = training_places(
+            self.state.consumed[0], batch.size, batch.accumulation, self.mesh.data_rank, self.mesh.data
+        )
+        # Tensor ranks read the same examples, each for itself: fine-tuning data are small beside pretraining's.
+        self._batches = iter(self._loader(self._train_data, places))
+        return engine
+
+    def start_engine(self, groups: Groups) -> Engine:
+        """The model in this rank's layout. Collective."""
         config, mesh, layers = self.config, self.mesh, self.config.model.layers
         self.task.connect(groups.data)
         self._groups = groups
@@ -100,10 +130,6 @@ class FineTuning:
             columns=1,
             average_decay=config.ema_decay,
         )
-        batch, consumed = config.batch, self.state.consumed[0]
-        places = training_places(consumed, batch.size, batch.accumulation, mesh.data_rank, mesh.data)
-        # Tensor ranks read the same examples, each for itself: fine-tuning data are small beside pretraining's.
-        self._batches = iter(self._loader(self._train_data, places))
         return self._engine
 
     def _loader(self, data: Examples, places: Iterator[Any]) -> Any:
@@ -186,8 +212,8 @@ class FineTuning:
         return scores
 
     def _scores(self, predictions: Tensor) -> dict[str, float]:
-        """Of all predictions, which are written after the last step."""
-        if self.state.step == self.config.steps:
+        """Of all predictions, which are written where no other step follows."""
+        if self.state.step == self.config.steps or self.config.evaluate_only:
             folder = Path(self.config.out) / "predictions"
             folder.mkdir(exist_ok=True)
             self.task.write_predictions(folder, predictions, self._validation)

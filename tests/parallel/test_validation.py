@@ -81,6 +81,29 @@ def test_steps_are_saved_before_a_validation_and_scored_by_the_first_rank(folder
     assert [line["step"] for line in lines] == [2, 3] and all("exact_match" in line for line in lines)
 
 
+def test_a_validation_alone_is_the_runs_last_one(folder: Path) -> None:
+    """Of the run's newest checkpoint, on two ranks, and of its model, on one; neither reads training examples."""
+    config = run_config(folder, "alone")
+    run_workers(2, test_finetuning.run, [config])
+    out = Path(config.out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (written,), records = (out / "predictions").iterdir(), out / "eval.jsonl"
+    captions = written.read_text()
+    written.unlink()
+    alone = replace(config, evaluate_only=True, data=replace(config.data, train=""))
+    resumed = replace(alone, checkpoint=replace(alone.checkpoint, resume="auto"))
+    other = replace(alone, out=str(folder / "other"), init_from=str(out / "model"))
+    run_workers(2, test_finetuning.run, [resumed])
+    last = json.loads(records.read_text().splitlines()[-1])
+    assert [json.loads(line) for line in records.read_text().splitlines()[2:]] == [last] and last["step"] == 3
+    run_workers(1, test_finetuning.run, [other])
+    for place in (out, Path(other.out)):
+        assert (place / "predictions" / written.name).read_text() == captions
+    assert json.loads((Path(other.out) / "eval.jsonl").read_text()) == last | {"step": 0}
+    after = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {path for path in before | after if before.get(path) != after.get(path)} == {records}
+
+
 def test_captions_without_a_truth_are_written_and_not_scored(folder: Path) -> None:
     config = run_config(folder, "to_write")
     config = replace(config, data=replace(config.data, validation=str(folder / "to_write.jsonl")))

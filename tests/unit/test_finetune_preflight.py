@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.command_line import parse, to_yaml
 from beit3_dist.config import ModelConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
 from beit3_dist.tasks.heads import FineTuned
@@ -131,12 +133,29 @@ def test_classes_from_tars(folder: Path) -> None:
     assert [example.label for example in ready.train] == [0, 1, 0, 1]
 
 
+def test_an_evaluation_alone_needs_a_fine_tuned_model_and_no_training_examples(folder: Path, tmp_path: Path) -> None:
+    data = replace(run(folder).data, train="", validation=str(folder / "vqa.jsonl"))
+    config = run(folder, evaluate_only=True, data=data)
+    with pytest.raises(ValueError, match="evaluate_only: there is no model to evaluate"):
+        prepare_finetuning(config, MESH)
+    save_model_folder(tmp_path / "pretrained", BEiT3(MODEL).state_dict(), MODEL)
+    with pytest.raises(ValueError, match="pretrained has no head of task=vqa"):
+        prepare_finetuning(replace(config, init_from=str(tmp_path / "pretrained")), MESH)
+    weights = FineTuned(MODEL, "vqa", 2).state_dict()
+    save_model_folder(tmp_path / "tuned", weights, MODEL)
+    _, ready = prepare_finetuning(replace(config, init_from=str(tmp_path / "tuned")), MESH)
+    assert not ready.train and len(ready.validation) == 8
+    name = "task_head.head.3.weight"
+    assert torch.equal(ready.values(name, weights[name].shape), weights[name])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"data.answers": "missing.txt"}, "data.answers='missing.txt': task=vqa needs a file"),
         ({"data.train": "missing.jsonl"}, "missing.jsonl: cannot be read as an index"),
         ({"data.train": []}, "data.train names no index"),
+        ({"evaluate_only": True}, "evaluate_only: data.validation names no index"),
         ({"data.train": ["a.tar", "b.tar"], "task": "itc", "data.answers": ""}, "tars are named by one pattern"),
         ({"batch": TaskBatchConfig(size=5, accumulation=2)}, "batch.size=5 is not divisible"),
         ({"model": replace(MODEL, vocab_size=400)}, "needs model.vocab_size=310"),
