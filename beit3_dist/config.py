@@ -318,6 +318,9 @@ class CheckpointConfig:
     resume: str = "none"
     """none: start anew. auto: go on from the newest whole checkpoint of OUT, or start anew if there is none.
     PATH: go on from that checkpoint folder."""
+    other_data: bool = False
+    """Go on although shards, weights, seed or text tokenizer are not those of the checkpoint, as where data have been
+    added: the order begins anew at the same position, so that in this epoch samples come twice or not at all."""
 
     def __post_init__(self) -> None:
         require(self.every > 0, f"checkpoint.every must be positive, not {self.every}")
@@ -396,8 +399,8 @@ class TrainingConfig:
     activation_checkpointing_every: int = 1
     """Recompute in every so many-th block only, counted over the whole model from block 0."""
     kernels: Literal["torch", "compiled"] = "torch"
-    """Who computes the blocks. torch: torch's own operations, one by one. compiled: torch.compile joins them, which
-    takes some minutes before the first step and needs a C++ compiler."""
+    """Who computes the blocks. torch: torch's own operations, one by one. compiled: torch.compile joins them; the first
+    step then takes minutes. It needs torch 2.13 and a C++ compiler, and is no faster on a CPU."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""
