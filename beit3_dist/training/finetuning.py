@@ -36,6 +36,7 @@ from beit3_dist.training.flops import training_flops
 from beit3_dist.training.loop import train
 from beit3_dist.training.metrics import JsonLines, Timing, speed
 from beit3_dist.training.optimizer import build_optimizer, layered_groups
+from beit3_dist.training.watchdog import patience
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
 
 def evaluate(job: FineTuning) -> None:
     """The validation of what the job starts from. Of a run in OUT only predictions and eval.jsonl change."""
-    config, groups = job.config, connect(job.mesh)
+    config = job.config
+    groups = connect(job.mesh, patience(config.guards.step_timeout_s))
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     engine = job.start_engine(groups)
     if job.checkpoint is not None:
