@@ -55,6 +55,12 @@ Values = Callable[[str, torch.Size], Tensor]
 """(canonical name, shape) -> the value of a parameter, float32 on the CPU."""
 
 
+def zeros(name: str, shape: torch.Size) -> Tensor:
+    """For a model that a checkpoint fills, which holds every element of it or is refused: drawing the giant's values
+    takes minutes on every rank."""
+    return torch.zeros(shape)
+
+
 @torch.no_grad()
 def materialize(
     module: nn.Module, values: Values, device: torch.device | str, dtype: torch.dtype = torch.float32, prefix: str = ""

@@ -14,7 +14,7 @@ from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.model.initialization import Values
+from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
@@ -41,7 +41,7 @@ class FinetuneReady:
     checkpoint: Path | None
     """The checkpoint that holds its weights; None: a new run."""
     values: Values
-    """Initial values of a new run."""
+    """Initial values of a new run; zeros for one that goes on."""
     task: Task
     """Head, loss and metric."""
     train: Sequence[Example]
@@ -124,9 +124,12 @@ def _examples(
 
 
 def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Values:
-    """Initial values: of `init_from` where a new run names it and it has them, else a function of (seed, name)."""
+    """Initial values of a new run: of `init_from` where that has them, else a function of (seed, name). Zeros for one
+    that goes on."""
+    if checkpoint is not None:
+        return zeros
     weights: dict[str, torch.Tensor] = {}
-    if config.init_from and checkpoint is None:
+    if config.init_from:
         shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
         weights = read_initial_weights(Path(config.init_from), config.model, shapes)
         lacking = [name for name in shapes if name.startswith((TASK_HEAD, "text_head.")) and name not in weights]

@@ -11,7 +11,7 @@ from beit3_dist.checkpoint.formats import read_initial_weights
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches
-from beit3_dist.model.initialization import Values, initial_value
+from beit3_dist.model.initialization import Values, initial_value, zeros
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.kernels import check_kernels
@@ -32,7 +32,7 @@ class Ready:
     checkpoint: Path | None
     """The checkpoint that holds its weights; None: a new run."""
     values: Values
-    """Initial values of a new run."""
+    """Initial values of a new run; zeros for one that goes on."""
     image_tokenizer: VQKD
     """The tokenizer of the image targets, on the CPU."""
     train: MixedBatches
@@ -69,9 +69,12 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
 
 
 def _values(config: RunConfig, checkpoint: Path | None) -> Values:
-    """Initial values: of `init_from` where a new run names it and it has them, else a function of (seed, name)."""
+    """Initial values of a new run: of `init_from` where that has them, else a function of (seed, name). Zeros for one
+    that goes on."""
+    if checkpoint is not None:
+        return zeros
     weights: dict[str, Tensor] = {}
-    if config.init_from and checkpoint is None:
+    if config.init_from:
         weights = read_initial_weights(Path(config.init_from), config.model)
     return lambda name, shape: (
         weights[name] if name in weights else initial_value(name, shape, config.model, config.seed)

@@ -1,0 +1,37 @@
+"""Values of a model that a checkpoint fills are not drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
+from beit3_dist.tasks.task import Task
+from beit3_dist.training import finetune_preflight, preflight
+from tests.parallel.training import run_config
+
+SHAPE = torch.Size([3, 2])
+
+
+def not_to_be_called(*_: Any) -> None:
+    pytest.fail("a value was drawn")
+
+
+def test_only_a_new_run_draws_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the checkpoint fills every element: tests/integration/test_resume.py, bit by bit."""
+    pretraining = run_config("paper", zero_stage=3, accumulation=1, data_parallel=1)
+    task = TaskDataConfig(train="unused", images="unused", text_length=20)
+    tuning = FinetuneConfig(task="nlvr2", out="unused", text_tokenizer="unused", model=pretraining.model, data=task)
+
+    def values(checkpoint: Path | None) -> list[torch.Tensor]:
+        of_pretraining = preflight._values(pretraining, checkpoint)
+        of_tuning = finetune_preflight._values(tuning, cast(Task, None), checkpoint)
+        return [of("blocks.0.ffn.vision.fc1.weight", SHAPE) for of in (of_pretraining, of_tuning)]
+
+    assert all(value.any() for value in values(None))
+    monkeypatch.setattr(preflight, "initial_value", not_to_be_called)
+    monkeypatch.setattr(finetune_preflight, "task_value", not_to_be_called)
+    assert all(value.shape == SHAPE and not value.any() for value in values(Path("checkpoint")))
