@@ -60,6 +60,8 @@ class TrainState:
     """Steps that changed nothing, because their loss or gradient was not finite: the optimizer has not counted them."""
     readers: list[list[int]] = field(default_factory=list)
     """Where the virtual readers of streams without random access stand: `streaming.Row` of each."""
+    sources: dict[str, Any] = field(default_factory=dict)
+    """What the order of the samples depends on, by field of the config; empty in checkpoints of former versions."""
 
     def advance(self, samples: tuple[int, int, int], replaced: int, skipped: bool = False) -> None:
         """Counts one more step of so many samples of each kind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -98,7 +99,7 @@ def whole_checkpoint(
     whole = verified(checkpoint, config.checkpoint.resume, Path(config.out) / "checkpoints")
     if whole is None or whole == checkpoint:
         return whole, state
-    return whole, read_state(whole, config.model)
+    return whole, replace(read_state(whole, config.model), sources=state.sources)  # as checked at the beginning
 
 
 def _pieces(engine: Engine) -> Iterator[Piece]:

@@ -30,6 +30,7 @@ from beit3_dist.tasks.pair_shards import PairShards
 from beit3_dist.tasks.task import Task
 from beit3_dist.tasks.vqa_answers import read_answers
 from beit3_dist.training.checkpointing import starting_point
+from beit3_dist.training.sources import finetuning_sources, same_sources
 
 
 @dataclass
@@ -82,6 +83,8 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
         f"evaluate_only: there is no model to evaluate: name one by init_from, or by checkpoint.resume=auto an `out` "
         f"that has a checkpoint, which {config.out} has not",
     )
+    if not config.evaluate_only:
+        state.sources = same_sources(config, checkpoint, state.sources, finetuning_sources(config, len(train)))
     task = TASKS[config.task](config, tokenizer, classes)
     return config, FinetuneReady(state, checkpoint, _values(config, task, checkpoint), task, train, validation)
 

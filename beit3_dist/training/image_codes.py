@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +29,7 @@ from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.training.inputs import Tokenize, views
+from beit3_dist.training.sources import names_and_sizes
 
 FORMAT = 1
 MOST_CODES = 65_535
@@ -58,11 +58,7 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
 def sources_digest(stream: SampleStream, shards: str | list[Source]) -> str:
     """Digest of the weights of a stream's sources and of their shards' names and sizes, wherever they lie."""
     weights = [1.0] if isinstance(shards, str) else [source.weight for source in shards]
-    files = [
-        [(os.path.basename(path), size) for path, (size, _) in zip(table.paths, table.marks, strict=True)]
-        for table in stream.tables
-    ]
-    return hashlib.sha256(json.dumps([weights, files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([weights, names_and_sizes(stream)]).encode()).hexdigest()
 
 
 def pictures_of(config: RunConfig, held_out: bool) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from beit3_dist.data.batch import ImageBatches
 from beit3_dist.objectives.distillation import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.checkpointing import starting_point
+from beit3_dist.training.sources import same_sources, stream_source
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 
@@ -38,19 +39,17 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
         "a resumed run keeps its batch",
     )
     teacher = asdict(config.teacher)
-    return TokenizerReady(
-        state,
-        checkpoint,
-        build_teacher(teacher.pop("kind"), config.model.grid, **teacher),
-        ImageBatches(
-            config.data.images,
-            config.model.image_size,
-            config.seed,
-            config.batch,
-            mesh.rank,
-            mesh.world,
-            config.data.cache,
-            min_crop_scale=config.data.min_crop_scale,
-            max_pixels=config.data.max_pixels,
-        ),
+    train = ImageBatches(
+        config.data.images,
+        config.model.image_size,
+        config.seed,
+        config.batch,
+        mesh.rank,
+        mesh.world,
+        config.data.cache,
+        min_crop_scale=config.data.min_crop_scale,
+        max_pixels=config.data.max_pixels,
     )
+    sources = {"seed": config.seed, "data.images": stream_source(train.stream, config.data.images)}
+    state.sources = same_sources(config, checkpoint, state.sources, sources)
+    return TokenizerReady(state, checkpoint, build_teacher(teacher.pop("kind"), config.model.grid, **teacher), train)

@@ -65,6 +65,12 @@ CASES = {  # name -> (arguments, what the line must say)
         "--checkpoint.resume {folder}/run/checkpoints/step_0000002 --model.width 64 --steps 9",
         ["checkpoint.resume", "model.width=32", "64"]),
     "nothing left to do": ("--out {folder}/run --checkpoint.resume auto", ["steps=2"]),
+    "another seed on resume": (
+        "--out {folder}/run --checkpoint.resume auto --steps 4 --seed 1",
+        ["seed=0", "seed=1", "checkpoint.other_data"]),
+    "other data on resume": (
+        "--out {folder}/run --checkpoint.resume auto --steps 4 --data.images {folder}/images-0.tar",
+        ["data.images", "shards=2, samples=11", "shards=1, samples=6", "--init_from", "checkpoint.other_data"]),
     "no initial weights": ("--init_from {folder}/nowhere.pth --model.attention per_modality --model.vl_expert_layers 0",
                            ["init_from", "nowhere.pth"]),
     "initial weights of something else": (

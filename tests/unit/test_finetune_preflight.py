@@ -21,6 +21,7 @@ from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataCon
 from beit3_dist.tasks.heads import FineTuned
 from beit3_dist.training.finetune_preflight import prepare_finetuning, read_classes, resolve_epochs
 from beit3_dist.training.optimizer import layered_groups
+from beit3_dist.training.sources import finetuning_sources, same_sources
 from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
 
 MESH = Mesh(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
@@ -59,6 +60,22 @@ def test_a_run_is_ready(folder: Path) -> None:
     assert (config.steps, config.optim.warmup_steps) == (5, 1)  # 2 steps an epoch
     assert ready.task.classes == ["no", "yes"] and len(ready.train) == 8 and not ready.validation
     assert ready.values("task_head.head.3.weight", torch.Size([2, 64])).shape == (2, 64)
+
+
+def test_a_resume_notices_another_index(folder: Path) -> None:
+    """Examples are put in an order that depends on the seed and their number."""
+    config = run(folder)
+    _, ready = prepare_finetuning(config, MESH)
+    assert (
+        same_sources(config, Path("step_1"), ready.state.sources, finetuning_sources(config, 8)) == ready.state.sources
+    )
+    index = folder / "longer.jsonl"
+    index.write_text((folder / "vqa.jsonl").read_text() * 2)
+    longer = replace(config, data=replace(config.data, train=str(index)))
+    with pytest.raises(
+        ValueError, match="data.train: step_1 was trained with examples=8, .* this run has examples=16,"
+    ):
+        same_sources(longer, Path("step_1"), ready.state.sources, finetuning_sources(longer, 16))
 
 
 def test_pictures_of_classes_come_with_the_names_of_these(folder: Path) -> None:

@@ -1,0 +1,104 @@
+"""What the order of a run's samples depends on, kept in its checkpoints, so that a resume notices other data.
+
+A position is mapped to a sample by a permutation of (seed, number of samples). One shard more under a glob, another
+seed or weight is another permutation: from there on samples of the epoch come twice or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from beit3_dist.config import RunConfig, Source, TrainingConfig
+from beit3_dist.data.batch import MixedBatches
+from beit3_dist.data.index import expand
+from beit3_dist.data.order import Stream
+from beit3_dist.data.streaming import SequentialStream
+from beit3_dist.data.streams import SampleStream
+from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.training.tokenizer_config import TokenizerConfig
+
+log = logging.getLogger(__name__)
+
+Sources = dict[str, Any]
+"""Field of the config -> what is compared, as JSON has it."""
+
+
+def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
+    """Of the training streams."""
+    data, streams = config.data, (batches.images, batches.texts, batches.pairs)
+    blocks = f"blocks of {data.shuffle_block} in windows of {data.shuffle_window}"
+    return {
+        "seed": config.seed,
+        "data.shuffle": blocks if data.shuffle == "blocks" else data.shuffle,
+        "data.text_length": data.text_length,
+        "text_tokenizer": batches.tokenizer.fingerprint[:16],
+        **{f"data.{s.name.lower()}": stream_source(streams[s], getattr(data, s.name.lower())) for s in Stream},
+    }
+
+
+def stream_source(stream: SampleStream | SequentialStream, shards: str | list[Source]) -> dict[str, Any]:
+    """Of one stream: files by name and size, wherever they lie; commands and addresses as they are named."""
+    weights = [1.0] if isinstance(shards, str) else [source.weight for source in shards]
+    if isinstance(stream, SequentialStream):
+        return {"shards": sum(map(len, stream.shards)), "weights": weights, "names": _digest(stream.shards)}
+    files = names_and_sizes(stream)
+    shards_found = sum(map(len, files))
+    return {"shards": shards_found, "samples": len(stream), "weights": weights, "names and sizes": _digest(files)}
+
+
+def names_and_sizes(stream: SampleStream) -> list[list[tuple[str, int]]]:
+    """Of the shards of each source of a stream, wherever they lie."""
+    return [
+        [(os.path.basename(path), size) for path, (size, _) in zip(table.paths, table.marks, strict=True)]
+        for table in stream.tables
+    ]
+
+
+def finetuning_sources(config: FinetuneConfig, examples: int) -> Sources:
+    """Of the training examples, which index files name or tars hold."""
+    given = [config.data.train] if isinstance(config.data.train, str) else config.data.train
+    paths = [path for name in given for path in ([name] if name.endswith(".jsonl") else expand(name, "data.train"))]
+    files = [(os.path.basename(path), os.stat(path).st_size) for path in paths]
+    train = {"files": len(files), "examples": examples, "names and sizes": _digest(files)}
+    return {"seed": config.seed, "data.train": train}
+
+
+def _digest(names: Any) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def same_sources(
+    config: TrainingConfig | TokenizerConfig, checkpoint: Path | None, kept: Sources, found: Sources
+) -> Sources:
+    """`found`, which the run's checkpoints keep from here on.
+
+    Raises ValueError naming the field where `kept`, that of `checkpoint`, differs, unless `checkpoint.other_data`
+    allows it. A checkpoint of a former version has kept nothing.
+    """
+    for name in found if checkpoint else ():
+        before, now = _changes(name, kept.get(name, found[name]), found[name])
+        if before == now:
+            continue
+        change = f"{name}: {checkpoint} was trained with {before}, this run has {now}"
+        if not config.checkpoint.other_data:
+            weights = f" with --init_from {checkpoint}" if isinstance(config, TrainingConfig) else ""
+            raise ValueError(
+                f"{change}, so that samples would come twice or not at all: bring the former back, or start a new run"
+                f"{weights}, or go on all the same by --checkpoint.other_data true"
+            )
+        log.warning("%s; checkpoint.other_data lets the run go on", change)
+    return found
+
+
+def _changes(name: str, kept: Any, found: Any) -> tuple[str, str]:
+    """What differs, before and now, in words; two equal ones where nothing does."""
+    if not isinstance(kept, dict) or not isinstance(found, dict):
+        return f"{name}={kept}", f"{name}={found}"
+    names = [key for key in found if kept.get(key) != found[key]]
+    before, now = (", ".join(f"{key}={part.get(key)}" for key in names) for part in (kept, found))
+    return before, now
