@@ -102,7 +102,8 @@ def train(job: Job) -> None:
             else:
                 checkpoints.check()
             if job.evaluation_due():
-                checkpoints.wait()  # whatever becomes of a long validation, the steps are saved
+                if state.step == config.steps:
+                    checkpoints.wait()  # whatever becomes of the validation, the training is saved
                 if scores := job.evaluate():
                     run.evaluation({"step": state.step} | scores)
             job.check()
