@@ -9,6 +9,7 @@ paper is silent the docstring says so and names the practice that was followed. 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os.path import expanduser
 from typing import Literal
 
 SPECIAL_ROWS = 10
@@ -23,6 +24,13 @@ def require(condition: bool, message: str) -> None:
     """Raises ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
+
+
+def expand_home(config: object, *names: str) -> None:
+    """Writes out a leading ~ of these fields, each a path or a list of paths: in a recipe no shell does it."""
+    for name in names:
+        value = getattr(config, name)
+        setattr(config, name, list(map(expanduser, value)) if isinstance(value, list) else expanduser(value))
 
 
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -323,6 +331,7 @@ class CheckpointConfig:
     added: the order begins anew at the same position, so that in this epoch samples come twice or not at all."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "resume")
         require(self.every > 0, f"checkpoint.every must be positive, not {self.every}")
         require(self.keep >= 0, f"checkpoint.keep={self.keep} is negative")
         require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every} is negative")
@@ -347,6 +356,7 @@ class EvalConfig:
     """Folder of the held-out views' visual codes; empty: the image tokenizer computes them at every validation."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "image_codes")
         require(self.every >= 0, f"eval.every={self.every} is negative")
         require(self.batches > 0, f"eval.batches must be positive, not {self.batches}")
         for name in ("images", "texts", "pairs"):
@@ -422,6 +432,7 @@ class TrainingConfig:
     """Bad steps, loss spikes, hanging steps."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "out", "deepspeed_config", "init_from")
         require(self.profile >= 0, f"profile={self.profile} is negative")
         require(self.steps > 0, f"steps must be positive, not {self.steps}")
         require(
@@ -481,6 +492,7 @@ class RunConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        expand_home(self, "image_tokenizer", "image_codes")
         for name in ("text_length", "caption_length"):
             require(
                 getattr(self.data, name) <= self.model.max_text_length,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from beit3_dist.config import OptimConfig, TrainingConfig, require
+from beit3_dist.config import OptimConfig, TrainingConfig, expand_home, require
 
 TaskName = Literal["imagenet", "imagenet_retrieval", "vqa", "nlvr2", "captioning", "retrieval", "itc", "text"]
 OF_PICTURES = ("imagenet", "imagenet_retrieval")
@@ -54,6 +54,7 @@ class TaskDataConfig:
     """Pictures with more pixels than this are refused as image bombs."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "train", "validation", "images", "answers")
         require(
             self.text_length >= 3, f"data.text_length={self.text_length}: a text needs at least <s>, a word and </s>"
         )

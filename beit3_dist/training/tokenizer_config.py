@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from beit3_dist.config import CheckpointConfig, OptimConfig, require, require_divides
+from beit3_dist.config import CheckpointConfig, OptimConfig, expand_home, require, require_divides
 
 
 @dataclass(kw_only=True)
@@ -70,6 +70,7 @@ class TeacherConfig:
     """clip: width of an attention head (64; 80 in ViT-H-14, 88 in ViT-g-14, 104 in ViT-bigG-14)."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "weights")
         require(self.head_dim > 0, f"teacher.head_dim must be positive, not {self.head_dim}")
         require(
             bool(self.weights) == (self.kind != "efficientnet_lite0"),
@@ -152,6 +153,7 @@ class TokenizerConfig:
     """Saving and resuming."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "out")
         for name in ("steps", "batch"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         require(self.pictures_every >= 0, f"pictures_every={self.pictures_every} is negative")

@@ -19,6 +19,8 @@ from beit3_dist.config import (
     RunConfig,
     Source,
 )
+from beit3_dist.tasks.config import TaskDataConfig
+from beit3_dist.training.tokenizer_config import TeacherConfig, TokenizerConfig, TokenizerDataConfig
 
 STREAMS = {"images": "i.tar", "texts": "t.tar", "pairs": "p.tar"}
 
@@ -173,3 +175,23 @@ def test_sections_are_keyword_only() -> None:
         if dataclasses.is_dataclass(section):
             with pytest.raises(TypeError, match="positional"):
                 section(1)
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell reads a recipe: `out: ~/runs` made a folder of the name `~`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    pretraining = RunConfig(
+        out="~/runs", text_tokenizer="t", image_tokenizer="~/vqkd", image_codes="~/codes", init_from="~/weights",
+        deepspeed_config="~/zero.json", checkpoint=CheckpointConfig(resume="~/step_0000001"),
+        data=DataConfig(images="i", texts="t", pairs="p"), eval=EvalConfig(image_codes="~/held-out"),
+    )  # fmt: skip
+    found = [pretraining.out, pretraining.image_tokenizer, pretraining.image_codes, pretraining.init_from,
+             pretraining.deepspeed_config, pretraining.checkpoint.resume, pretraining.eval.image_codes]  # fmt: skip
+    names = ["runs", "vqkd", "codes", "weights", "zero.json", "step_0000001", "held-out"]
+    assert found == [f"/home/me/{name}" for name in names]
+    data = TaskDataConfig(train=["~/a.jsonl", "/b.jsonl"], validation="~/c.jsonl", images="~/coco")
+    assert (data.train, data.validation) == (["/home/me/a.jsonl", "/b.jsonl"], "/home/me/c.jsonl")
+    assert (data.images, data.answers) == ("/home/me/coco", "")
+    teacher = TeacherConfig(kind="clip", weights="~/clip.pt")
+    tokenizer = TokenizerConfig(out="~/runs", data=TokenizerDataConfig(images="i"), teacher=teacher)
+    assert (tokenizer.out, tokenizer.teacher.weights) == ("/home/me/runs", "/home/me/clip.pt")
