@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import count
 from multiprocessing import forkserver, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Self
@@ -277,12 +278,24 @@ class MixedBatches(Dataset):
         while thirty pictures at a time would each be written to fresh pages.
         """
         samples = []
+        if places and isinstance(stream, SampleStream):
+            stream.read_ahead(self._upcoming(stream, request))
         for sample in self._samples(stream, [request.consumed[stream.stream] + place for place in places]):
             samples.append(sample)
             if pictures is not None:
                 pictures.add(sample.picture, sample.generator(Draw.VIEW))
                 del sample.picture
         return samples
+
+    def _upcoming(self, stream: SampleStream, request: Request) -> Iterator[int]:
+        """The positions of a stream that this process reads from this request on, without end. Loader processes take
+        requests in turn, or parts of each."""
+        worker, batches = get_worker_info(), self.config.batch
+        stride = 1 if worker is None or request.parts > 1 else worker.num_workers
+        for micro in count(request.micro, stride):
+            step, number = divmod(micro, batches.accumulation)
+            begin = request.consumed[stream.stream] + step * getattr(batches, stream.stream.name.lower())
+            yield from (begin + place for place in self._places(stream, request._replace(micro=number)))
 
     def _samples(self, stream: SampleStream | SequentialStream, positions: list[int]) -> Iterator[Sample]:
         """The samples at these positions of a stream."""

@@ -143,18 +143,6 @@ class Blocks:
         place = start + permute(place, min(self.window, length - start), mix(key, number))
         return self._in_block_order(place, length, key)
 
-    def ranges(self, number: int, length: int, key: int) -> list[tuple[int, int]]:
-        """First index and end of the runs of neighbours that window `number` of an epoch consists of."""
-        start, end = number * self.window, min((number + 1) * self.window, length)
-        order = (self._in_block_order(place, length, key) for place in range(start, end))
-        runs: list[tuple[int, int]] = []
-        for index in order:
-            if runs and runs[-1][1] == index:
-                runs[-1] = (runs[-1][0], index + 1)
-            else:
-                runs.append((index, index + 1))
-        return runs
-
     def _in_block_order(self, place: int, length: int, key: int) -> int:
         """The index at a place where only the blocks are shuffled; the short last block comes at a keyed place."""
         blocks, rest = divmod(length, self.block)

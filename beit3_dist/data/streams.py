@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from itertools import accumulate
+from itertools import accumulate, chain, takewhile
 from typing import ClassVar
 
 import numpy as np
@@ -33,6 +33,10 @@ ATTEMPTS = 100
 """Samples that are tried for one position before the run stops."""
 SOURCE_SHIFT = 8
 """Each source of a stream has its own order: the stream's number with the source's number above these bits."""
+
+
+NEAR = 1 << 16
+"""Bytes between two members that are rather read than skipped."""
 
 
 class Draw(IntEnum):
@@ -100,7 +104,8 @@ class SampleStream(ABC):
         self.seed = seed
         self.shuffled = shuffled
         self.blocks = blocks
-        self.expected: dict[int, tuple[int, int]] = {}
+        self.window: int | None = None
+        """The window of the stream that was begun last."""
         self.tables = [open_table(source.shards, field, self.stream, cache) for source in sources]
         self.readers = [ShardReader(table) for table in self.tables]
         self.faults = [fault for table in self.tables for fault in self._report(table)]
@@ -148,8 +153,6 @@ class SampleStream(ABC):
     def _reading(self, position: int) -> Iterator[Sample | None]:
         """Stops before the first picture; then comes the sample of the position."""
         faults: list[Fault] = []
-        if self.blocks and self.shuffled:
-            self._read_ahead(position, self.blocks)
         begun = False
         for source, epoch, chosen in self.candidates(position):
             index = self.starts[source] + chosen
@@ -171,28 +174,40 @@ class SampleStream(ABC):
             f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
         )
 
-    def _read_ahead(self, position: int, blocks: Blocks) -> None:
-        """Asks for a source's next window when the first sample of a window is read, and for the first one, too."""
-        source, place = self.interleave.locate(position) if len(self.tables) > 1 else (0, position)
-        length = self.lengths[source]
-        epoch, inside = divmod(place, length)
-        current = (epoch, inside // blocks.window)
-        if self.expected.get(source) == current:
-            return
-        coming = (epoch, current[1] + 1) if (current[1] + 1) * blocks.window < length else (epoch + 1, 0)
-        for number, window in (coming,) if source in self.expected else (current, coming):
-            key = mix(self.seed, self.stream + (source << SOURCE_SHIFT), number)
-            for first, end in blocks.ranges(window, length, key):
-                self._expect(source, first, end)
-        self.expected[source] = current
+    def read_ahead(self, upcoming: Iterator[int]) -> None:
+        """Where the stream is shuffled by blocks: asks the system, when a window of it begins, for the samples of the
+        next one, and of the first one, too.
 
-    def _expect(self, source: int, first: int, end: int) -> None:
-        """Announces the reading of neighbouring samples of a source."""
-        rows = self.tables[source].rows[first:end]
-        for shard in np.unique(rows["shard"]):
-            places = np.concatenate([rows[name][rows["shard"] == shard] for name in ("image", "text")])
-            places = places[places[:, 1] > 0]
-            self.readers[source].expect(int(shard), int(places[:, 0].min()), int(places.sum(axis=1).max()))
+        `upcoming`: the positions that this process reads, ascending and without end, the next one first. Other ranks
+        and loader processes ask for theirs, so that each sample is fetched once.
+        """
+        if not self.blocks or not self.shuffled:
+            return
+        first, length = next(upcoming), self.blocks.window
+        window = first // length
+        if window == self.window:
+            return
+        begin = first if self.window is None else (window + 1) * length
+        self.window = window
+        wanted: dict[int, list[int]] = {}
+        for position in takewhile(lambda position: position < (window + 2) * length, chain([first], upcoming)):
+            if position >= begin:
+                source, _, chosen = next(self.candidates(position))
+                wanted.setdefault(source, []).append(chosen)
+        for source, samples in wanted.items():
+            self._expect(source, sorted(samples))
+
+    def _expect(self, source: int, samples: list[int]) -> None:
+        """Announces the reading of samples of a source, of neighbours in one piece."""
+        rows = self.tables[source].rows[samples]
+        places = np.stack([rows["image"], rows["text"]], axis=1)
+        starts = np.where(places[..., 1] > 0, places[..., 0], np.iinfo(np.int64).max).min(axis=1)
+        ends = np.where(places[..., 1] > 0, places.sum(axis=2), 0).max(axis=1)
+        near = (rows["shard"][1:] == rows["shard"][:-1]) & (starts[1:] - ends[:-1] <= NEAR)
+        pieces = np.flatnonzero(np.concatenate([[True], ~near]))
+        begins, ends = np.minimum.reduceat(starts, pieces), np.maximum.reduceat(ends, pieces)
+        for shard, begin, end in zip(rows["shard"][pieces], begins, ends, strict=True):
+            self.readers[source].expect(int(shard), int(begin), int(end))
 
     def candidates(self, position: int) -> Iterator[tuple[int, int, int]]:
         """Source, epoch and number in the source of the scheduled sample of a position, then of those that replace it.
@@ -294,7 +309,7 @@ class TextStream(SampleStream):
     def _load_picture(self, source: int, index: int, sample: Sample) -> None:
         """There is none."""
 
-    def _expect(self, source: int, first: int, end: int) -> None:
+    def read_ahead(self, upcoming: Iterator[int]) -> None:
         """Token files are mapped, small, and read ahead by the system."""
 
 

@@ -303,6 +303,27 @@ class Broken(torch.utils.data.Dataset):
         raise RuntimeError("100 bad samples in a row")
 
 
+class Announced(torch.utils.data.Dataset):
+    """The next positions that a process of a run announces at a request."""
+
+    def __init__(self, run: RunConfig, rank: int) -> None:
+        self.batches = MixedBatches(run, 32, rank, 2)
+
+    def __getitem__(self, request: Request) -> list[int]:
+        return list(itertools.islice(self.batches._upcoming(self.batches.images, request), 6))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_announced_is_what_is_read(run: RunConfig, workers: int) -> None:
+    """Eight images a step, two micro-batches, two ranks of two images each, from image 80 on."""
+    run = replace(run, batch=replace(run.batch, accumulation=2))
+    requests = list(itertools.islice(requests_from((80, 0, 0), run.batch), 3))
+    found = list(loader(Announced(run, 1), requests, workers, 2, pin=False))
+    micro_batches = [[82 + 4 * number, 83 + 4 * number] for number in range(12)]
+    stride = max(workers, 1)
+    assert found == [sum(micro_batches[number::stride][:3], []) for number in range(3)]
+
+
 def test_errors_of_workers_arrive() -> None:
     with pytest.raises(RuntimeError, match="100 bad samples in a row") as error:
         list(loader(Broken(), range(1), 1, 1, False))

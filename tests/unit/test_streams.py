@@ -8,12 +8,14 @@ import logging
 import pickle
 import tarfile
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from beit3_dist.config import Source
+from beit3_dist.data import streams
 from beit3_dist.data.order import Blocks, Stream, mix, permute, sample_id
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.streams import ImageStream, PairStream, Sample, TextStream
@@ -175,7 +177,10 @@ def test_block_shuffle_reads_ahead_and_each_sample_once(tmp_path: Path, monkeypa
     told: list[tuple[int, int, int]] = []
     monkeypatch.setattr(ShardReader, "expect", lambda self, *place: told.append(place))
     for epoch in range(2):
-        samples = [stream.read(19 * epoch + place) for place in range(19)]
+        samples = []
+        for position in range(19 * epoch, 19 * epoch + 19):
+            stream.read_ahead(count(position))
+            samples.append(stream.read(position))
         assert sorted(sample.index for sample in samples) == list(range(19))
         for sample in samples:
             assert sample.picture.tobytes() == stored[sample.index]
@@ -184,6 +189,24 @@ def test_block_shuffle_reads_ahead_and_each_sample_once(tmp_path: Path, monkeypa
             assert any(shard == row["shard"] and start <= offset and offset + size <= end for shard, start, end in told)
     other = ImageStream(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(2, 6))
     assert other.read(30).id == stream.read(30).id
+
+
+def test_each_rank_asks_for_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks take three samples each in turn. Far neighbours are not joined; all together ask for all, once."""
+    image_tar(tmp_path / "a.tar", 24)
+    monkeypatch.setattr(streams, "NEAR", 0)
+    told: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(ShardReader, "expect", lambda self, *place: told.append(place))
+    for rank in range(2):
+        stream = ImageStream(str(tmp_path / "a.tar"), "", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(4, 8))
+        own = [position for position in range(72) if position // 3 % 2 == rank]
+        before = len(told)
+        for place in range(0, 15, 3):  # up to position 26 or 29, so that the window up to 39 is announced
+            stream.read_ahead(iter(own[place:]))
+        rows = [stream.tables[0].rows[next(stream.candidates(position))[2]]["image"] for position in own]
+        expected = [(0, int(offset), int(offset + size)) for offset, size in rows]
+        ends = [place for place, position in enumerate(own) if position < 40]
+        assert sorted(told[before:]) == sorted(expected[place] for place in ends)
 
 
 def test_damaged_shard_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
