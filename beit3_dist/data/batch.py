@@ -14,9 +14,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
-from multiprocessing import forkserver, parent_process
+from multiprocessing import Pipe, forkserver, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Self
 
@@ -476,6 +476,14 @@ def _end_with_the_trainer(ending: Connection) -> None:
     os._exit(0)
 
 
+@cache
+def _trainers_end() -> Connection:
+    """What tells the loader processes that this process ends: the other side of it is closed then."""
+    ending, trainers_side = Pipe(duplex=False)
+    atexit.register(trainers_side.close)
+    return ending
+
+
 def _unchanged(item: object) -> object:
     """Collation: the items are batches already."""
     return item
@@ -513,8 +521,6 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     forkserver.ensure_running()
     for number, handler in former:
         signal.signal(number, handler)
-    ending, trainers_side = context.Pipe(duplex=False)
-    atexit.register(trainers_side.close)
     # Its own generator: without one, DataLoader would draw a seed from torch's global one.
     return DataLoader(
         dataset,
@@ -524,7 +530,7 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         num_workers=workers,
         prefetch_factor=prefetch,
         pin_memory=pin,
-        worker_init_fn=partial(_start_worker, ending),
+        worker_init_fn=partial(_start_worker, _trainers_end()),
         multiprocessing_context=context,
         generator=torch.Generator(),
     )

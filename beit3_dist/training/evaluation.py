@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 
 from beit3_dist.config import RunConfig
-from beit3_dist.data.batch import MixedBatches, requests_from
+from beit3_dist.data.batch import MixedBatches, loader, requests_from
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.training.feed import Feed
 from beit3_dist.training.image_codes import PrecomputedCodes, targets_of
@@ -25,14 +25,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Losses and accuracies over the first `eval.batches` batches of the held-out streams. Collective.
 
-    The samples, crops and masks are the same every time; a stream with fewer samples starts over.
+    The samples, crops and masks are the same every time; a stream with fewer samples starts over. They are read as the
+    training's are, by `data.workers` processes, which live as long as the validation.
     `codes`: precomputed image targets; None: `tokenize` makes them.
     """
-    requests = requests_from((0, 0, 0), config.batch)
+    requests = list(islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.accumulation))
+    workers, pin = min(config.data.workers, len(requests)), engine.mesh.device.type == "cuda"
+    micro_batches = iter(loader(held_out, requests, workers, config.data.prefetch, pin) if feed.reads else ())
     counts = torch.zeros(4, dtype=torch.int64, device=engine.mesh.device)
     cross_entropy, correct = [0.0] * 4, [0.0] * 4
     for _ in range(config.eval.batches):
-        batch = feed.step(lambda: [held_out[request] for request in islice(requests, config.accumulation)])
+        batch = feed.step(lambda: list(islice(micro_batches, config.accumulation)))
         counts += batch.step_counts
         result = engine.evaluate(
             prepare(b, engine.mesh.device, targets_of(b, codes, tokenize)) for b in batch.micro_batches

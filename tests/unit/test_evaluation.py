@@ -1,0 +1,69 @@
+"""Validation reads the same samples by loader processes as in the training process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request
+from beit3_dist.data.faults import Fault
+from beit3_dist.training import evaluation
+from beit3_dist.training.feed import StepBatch
+from tests.unit.tar_fixtures import small_run
+
+
+class Signed(MixedBatches):
+    """Micro-batches that tell the process that read them."""
+
+    def __getitem__(self, request: Request) -> MicroBatch:
+        return replace(super().__getitem__(request), faults=[Fault("", "", str(os.getpid()), "")])
+
+
+class Watching:
+    """Stands for the engine and the feed; keeps what it was given."""
+
+    def __init__(self, reads: bool = True) -> None:
+        self.mesh = SimpleNamespace(device=torch.device("cpu"))
+        self.reads = reads
+        self.steps: list[list[MicroBatch]] = []
+
+    def step(self, read: Callable[[], list[MicroBatch]]) -> StepBatch:
+        self.steps.append(read() if self.reads else [])
+        return StepBatch(self.steps[-1], torch.ones(8, dtype=torch.int64))
+
+    def evaluate(self, micro_batches: Iterable[Any]) -> SimpleNamespace:
+        return SimpleNamespace(cross_entropy=[float(len(list(micro_batches)))] * 4, correct=[0.0] * 4)
+
+
+def validated(config: RunConfig, watching: Watching) -> list[list[MicroBatch]]:
+    held_out = Signed(config, 32, 0, 1, held_out=True)
+    engine: Any = watching
+    scores = evaluation.evaluate(config, engine, engine, held_out, None, None)
+    assert scores["loss_text"] == sum(map(len, watching.steps)) / config.eval.batches
+    return watching.steps
+
+
+def test_loader_processes_read_what_the_trainer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "prepare", lambda batch, *_: batch)
+    run = small_run(tmp_path, batch=BatchConfig(images=4, texts=4, pairs=4, accumulation=2))
+    shards = {name: getattr(run.data, name) for name in ("images", "texts", "pairs")}
+    run = replace(run, eval=EvalConfig(every=1, batches=3, **shards))
+    steps = {
+        workers: validated(replace(run, data=replace(run.data, workers=workers)), Watching()) for workers in (0, 2)
+    }
+    for alone, loaded in zip(*steps.values(), strict=True):
+        assert len(alone) == len(loaded) == 2
+        for ours, theirs in zip(alone, loaded, strict=True):
+            assert torch.equal(ours.images, theirs.images) and torch.equal(ours.texts, theirs.texts)
+            assert torch.equal(ours.sample_ids, theirs.sample_ids)
+    readers = {workers: {b.faults[0].key for step in found for b in step} for workers, found in steps.items()}
+    assert readers[0] == {str(os.getpid())} and len(readers[2]) == 2 and not readers[2] & readers[0]
+    assert validated(run, Watching(reads=False)) == [[]] * 3
