@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,16 +140,21 @@ class Stages(nn.Module):
         self.objective = objective
         self._stages, self._layers, self.tokens = stages, layers, tokens
         self._micro_batches: list[tuple[MixedInputs, Any, Tensor]] = []
+        self._coming: Iterator[tuple[MixedInputs, Any, Tensor]] = iter(())
         self._step_counts, self._step = torch.ones(4), 0
         self.statistics = torch.zeros(2, 4)
 
-    def begin(self, micro_batches: list[Any], step_counts: Tensor, step: int) -> None:
-        """Takes the micro-batches of a step, which the schedule names by their numbers."""
-        self._micro_batches, self._step_counts, self._step = micro_batches, step_counts, step
+    def begin(self, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> None:
+        """Takes the micro-batches of a step, which the schedule names by their numbers. Each is prepared when it is
+        first asked for: the last stage tokenises its pictures while the former stages compute."""
+        self._micro_batches, self._coming = [], iter(micro_batches)
+        self._step_counts, self._step = step_counts, step
         self.statistics = torch.zeros(2, 4, dtype=torch.float64, device=step_counts.device)
 
     def forward(self, x: Tensor, number: int, chunk: int) -> Tensor:
         """x: the previous stage's padded activations [capacity, D]. Returns the same, or the loss [1] on the last."""
+        while len(self._micro_batches) <= number:
+            self._micro_batches.append(next(self._coming))
         inputs, targets, sample_ids = self._micro_batches[number]
         inputs = self.objective.with_drop_path(inputs, sample_ids, self._step)
         layers, model = self._stages[chunk], self.objective.model
@@ -254,7 +259,7 @@ class Pipeline:
 
     def _run(self, run: Any, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> Tensor:
         mesh = self._groups.mesh
-        self._module.begin(list(micro_batches), step_counts, step)
+        self._module.begin(micro_batches, step_counts, step)
         arguments = (self._nothing,) if mesh.pipeline_rank == 0 else ()
         keywords: dict[str, Any] = {"number": torch.arange(self.micro_batches)}
         if mesh.is_last_stage:
