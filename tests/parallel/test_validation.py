@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from beit3_dist.checkpoint.store import checkpoints
+from beit3_dist.checkpoint.store import TrainState, checkpoints
 from beit3_dist.config import CheckpointConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.tasks.config import FinetuneConfig, TaskEvalConfig
 from beit3_dist.tasks.task import Task
+from beit3_dist.training.checkpointing import Checkpoints
 from beit3_dist.training.finetuning import FineTuning
 from tests.parallel import test_finetuning
 from tests.parallel.test_finetuning import CLASSES, records
@@ -50,15 +51,24 @@ def run_config(folder: Path, out: str, **changes: Any) -> FinetuneConfig:
     return replace(config, **(settings | changes))
 
 
-def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]], int]:
-    """For `run_workers`: the steps that are saved when each validation begins, and how often scores are computed."""
-    saved: list[list[int]] = []
+def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]], list[int], int]:
+    """For `run_workers`: the steps whose saving had begun when each validation began, those that were saved at the last
+    one, and how often scores are computed."""
+    begun: list[int] = []
+    at_validations: list[list[int]] = []
+    saved: list[int] = []
     scored = 0
+    save = Checkpoints.save
     predictions, task = FineTuning._predictions, test_finetuning.prepare_finetuning(config, groups.mesh)[1].task
     score = type(task).score
 
+    def watched_save(self: Checkpoints, state: TrainState) -> None:
+        begun.append(state.step)
+        save(self, state)
+
     def watched_predictions(self: FineTuning) -> Tensor:
-        saved.append(list(checkpoints(Path(config.out, "checkpoints"))))
+        at_validations.append(list(begun))
+        saved[:] = checkpoints(Path(config.out, "checkpoints"))
         return predictions(self)
 
     def watched_score(self: Task, *arguments: Any) -> dict[str, float]:
@@ -66,16 +76,18 @@ def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]]
         scored += 1
         return score(self, *arguments)
 
+    Checkpoints.save = watched_save  # type: ignore[method-assign]
     FineTuning._predictions = watched_predictions  # type: ignore[method-assign]
     type(task).score = watched_score  # type: ignore[method-assign]
     test_finetuning.run(groups, [config])
-    return saved, scored
+    return at_validations, saved, scored
 
 
 def test_steps_are_saved_before_a_validation_and_scored_by_the_first_rank(folder: Path) -> None:
     config = run_config(folder, "order")
-    (first, scored), (_, scored_by_the_other) = run_workers(2, watched_run, config)
-    assert first == [[1, 2], [1, 2, 3]]
+    (begun, saved, scored), (_, _, scored_by_the_other) = run_workers(2, watched_run, config)
+    assert begun == [[1, 2], [1, 2, 3]]
+    assert saved == [1, 2, 3]
     assert (scored, scored_by_the_other) == (2, 0)
     lines = [json.loads(line) for line in Path(config.out, "eval.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3] and all("exact_match" in line for line in lines)
