@@ -84,8 +84,8 @@ def expand(pattern: str, field: str) -> list[str]:
         raise ValueError(f"{field}: {pattern!r} has no random access, which is needed here: name files")
     paths: set[str] = set()
     for part in braceexpand(os.path.expanduser(pattern)):
-        named = [part] if os.path.exists(part) else glob.glob(part, recursive=True)
-        found = [path for path in named if os.path.isfile(path)]
+        # One look at a file that is named: there may be as many as shards times ranks.
+        found = [part] if os.path.isfile(part) else [p for p in glob.glob(part, recursive=True) if os.path.isfile(p)]
         if not found:
             raise ValueError(f"{field}: no file matches {part!r}")
         paths.update(map(os.path.abspath, found))

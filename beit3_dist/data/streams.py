@@ -291,16 +291,14 @@ class TextStream(SampleStream):
                 "shards hold not one word"
             )
         for windows in self.windows:
-            for shard in windows.shards:
-                faults = shard.faults
-                if faults:
-                    log.warning(
-                        "texts: %s: %d documents are left out; the first is %s (%s)",
-                        shard.path,
-                        len(faults),
-                        faults[0].key,
-                        faults[0].reason,
-                    )
+            for shard, faults in windows.faults.items():
+                log.warning(
+                    "texts: %s: %d documents are left out; the first is %s (%s)",
+                    shard,
+                    len(faults),
+                    faults[0].key,
+                    faults[0].reason,
+                )
                 self.faults.extend(faults)
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:

@@ -137,26 +137,32 @@ class TokenShard:
     """The tokens of one shard's documents, separated by </s>, and the documents that had to be left out."""
 
     def __init__(self, table: Table, number: int, tokenizer: TextTokenizer) -> None:
-        """Tokenises shard `number` of the table unless the cache holds the tokens of this very shard and tokenizer."""
-        self.path = table.paths[number]
-        mark = table.marks[number]
-        self.file = table.file.with_name(f"{digest(TOKENS_FORMAT, self.path, *mark, tokenizer.fingerprint)}.npy")
+        """Of shard `number` of the table."""
+        self.path, self.table, self.number, self.tokenizer = table.paths[number], table, number, tokenizer
+        name = digest(TOKENS_FORMAT, self.path, *table.marks[number], tokenizer.fingerprint)
+        self.file = table.file.with_name(f"{name}.npy")
+
+    def make(self) -> None:
+        """Tokenises the shard unless the cache holds the tokens of this very shard and tokenizer."""
         if not self.file.exists():
             with locked(self.file):
                 if not self.file.exists():
-                    self._build(table, number, tokenizer)
+                    self._build()
 
     @property
     def tokens(self) -> np.ndarray:
         """uint16 or uint32 [tokens], memory-mapped."""
+        self.make()
         return np.load(self.file, mmap_mode="r", allow_pickle=False)
 
     @property
     def faults(self) -> list[Fault]:
         """Documents that were left out."""
+        self.make()
         return [Fault("texts", self.path, *fault) for fault in json.loads(self.file.with_suffix(".json").read_text())]
 
-    def _build(self, table: Table, number: int, tokenizer: TextTokenizer) -> None:
+    def _build(self) -> None:
+        table, number, tokenizer = self.table, self.number, self.tokenizer
         kind = np.uint16 if tokenizer.rows <= 1 << 16 else np.uint32
         first, last = np.searchsorted(table.rows["shard"], [number, number + 1])
         faults: list[tuple[str, str]] = []
@@ -195,18 +201,39 @@ class TokenWindows:
     """The text samples of one source: windows of `width` tokens, the last window of a shard being shorter."""
 
     def __init__(self, table: Table, tokenizer: TextTokenizer, text_length: int, first_shard: int = 0) -> None:
-        """`first_shard` is where the tokenising starts: ranks that begin at different shards share the work."""
+        """Tokenises what the cache lacks, from `first_shard` on, so that ranks which begin elsewhere share the work."""
         self.width = text_length - 2
         self.frame = (tokenizer.bos, tokenizer.eos)
-        shards = len(table.paths)
-        made = {
-            number % shards: TokenShard(table, number % shards, tokenizer)
-            for number in range(first_shard, first_shard + shards)
+        self.shards = [TokenShard(table, number, tokenizer) for number in range(len(table.paths))]
+        contents = self._contents(table, tokenizer, first_shard)
+        self.ends = np.cumsum([-(-length // self.width) for length in contents["lengths"]])
+        self.faults = {
+            self.shards[number].path: [Fault("texts", self.shards[number].path, *fault) for fault in faults]
+            for number, faults in contents["faults"]
         }
-        self.shards = [made[number] for number in range(shards)]
-        self.ends = np.cumsum([-(-len(shard.tokens) // self.width) for shard in self.shards])
+        """Documents that were left out, by the shard's path."""
         self.open: OrderedDict[int, np.ndarray] = OrderedDict()
         """Tokens of the shards that were read last; each mapping holds a file descriptor."""
+
+    def _contents(self, table: Table, tokenizer: TextTokenizer, first_shard: int) -> dict[str, list]:
+        """lengths: tokens of each shard. faults: pairs of a shard's number and its documents' keys and reasons.
+
+        One file for all shards, made when all are tokenised: at 10,000 shards and hundreds of ranks a look at each
+        shard's files would keep a file system busy.
+        """
+        file = table.file.with_name(f"{digest(TOKENS_FORMAT, table.file.name, tokenizer.fingerprint)}.json")
+        if not file.exists():
+            for shard in (*self.shards[first_shard:], *self.shards[:first_shard]):
+                shard.make()
+            with locked(file):
+                if not file.exists():
+                    faults = [(n, [(f.key, f.reason) for f in s.faults]) for n, s in enumerate(self.shards)]
+                    contents = {
+                        "lengths": [len(shard.tokens) for shard in self.shards],
+                        "faults": [(number, some) for number, some in faults if some],
+                    }
+                    write_whole(file, lambda target: target.write(json.dumps(contents).encode()))
+        return json.loads(file.read_text())
 
     def __len__(self) -> int:
         return int(self.ends[-1])

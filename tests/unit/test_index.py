@@ -58,6 +58,15 @@ def test_expand_braces_and_globs_sorted_once(tmp_path: Path) -> None:
     assert names == ["a-00.tar", "a-01.tar", "a-02.tar", "b-01.tar"]
 
 
+def test_a_named_file_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank looks at every shard: each look is one more request to the file system."""
+    paths = [str(image_tar(tmp_path / f"a-{number}.tar", 1)) for number in range(3)]
+    looks, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *rest, **more: looks.append(path) or stat(path, *rest, **more))
+    assert expand(str(tmp_path / "a-{0..2}.tar"), "data.images") == paths
+    assert looks == paths
+
+
 def test_expand_names_the_field_and_the_missing_shard(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^data.images: no file matches '.*x/\*.tar'$"):

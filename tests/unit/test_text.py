@@ -155,6 +155,26 @@ def test_few_token_files_are_open_at_a_time(
         assert sum(path.startswith(str(tmp_path)) and path.endswith(".npy") for path in mapped) <= 3  # and the table
 
 
+def test_a_ready_cache_is_one_file_to_look_at(
+    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a cleaned cache lacks is made when it is read."""
+    for number in range(3):
+        text_tar(tmp_path / f"{number}.tar", sentences()[5 * number : 5 * number + 5])
+    write_tar(tmp_path / "bad.tar", [{"__key__": "r", "jsonl": b"not json"}, {"__key__": "t", "txt": b"a line"}])
+    first = windows_of(tmp_path, tokenizer, 20)
+    expected = [first.read(number).tolist() for number in range(len(first))]
+    with monkeypatch.context() as patched:
+        patched.setattr(text.TokenShard, "make", lambda self: pytest.fail("a shard's own files were looked at"))
+        again = windows_of(tmp_path, tokenizer, 20)
+    assert len(again) == len(expected) and again.faults == first.faults
+    [(path, [fault])] = again.faults.items()
+    assert (Path(path).name, fault.key, fault.reason) == ("bad.tar", "r:1", "malformed JSON")
+    for shard in again.shards:
+        shard.file.unlink()
+    assert [again.read(number).tolist() for number in range(len(again))] == expected
+
+
 def test_small_vocabularies_are_kept_in_two_bytes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     text_tar(tmp_path / "a.tar", sentences()[:4])
     assert windows_of(tmp_path, tokenizer, 20).shards[0].tokens.dtype == np.uint16
