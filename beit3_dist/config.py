@@ -408,9 +408,11 @@ class TrainingConfig:
     whole blocks. A list has one entry per pipeline rank: rank r of p holds the activations of p - r micro-batches."""
     activation_checkpointing_every: int = 1
     """Recompute in every so many-th block only, counted over the whole model from block 0."""
-    kernels: Literal["torch", "compiled"] = "torch"
-    """Who computes the blocks. torch: torch's own operations, one by one. compiled: torch.compile joins them; the first
-    step then takes minutes. It needs torch 2.13 and a C++ compiler, and is no faster on a CPU."""
+    kernels: Literal["torch", "triton", "compiled"] = "torch"
+    """Who computes what is no matrix product. torch: torch's own operations, and Apex's LayerNorm where installed.
+    triton: our kernels for LayerNorm, GELU with sub-LayerNorm, and cross-entropy; they need CUDA (what tensor
+    parallelism cuts, torch computes). compiled: torch.compile joins the operations of each block; the first step then
+    takes minutes. It needs torch 2.13 and a C++ compiler, and is no faster on a CPU."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""

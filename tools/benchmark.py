@@ -534,7 +534,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: torchscale in autocast")
     model.add_argument(
         "--kernels",
-        choices=("torch", "compiled"),
+        choices=("torch", "triton", "compiled"),
         default="torch",
         help="who computes our blocks, as in a run's config",
     )

@@ -22,7 +22,7 @@ if [[ -n ${TINY:-} ]]; then
     tiny+=" --visual_vocab_size 20 --text_length 9 --caption_lengths 4 7 --repeats 1 --threads 1"
     batches_of() { echo 1; }
     alone_of() { echo 2; }
-    compiled_of() { echo 2; }
+    kernels_of() { echo 2; }
     geometry_of() { echo "$tiny"; }
     precision=fp32 peers=() repeats=1
     kernels="--tokens 8 --ffn_width 16 --masked 4 --classes 20" attention="--samples 1 --patches 4 --text_length 3 --heads 2"
@@ -30,8 +30,8 @@ else
     # Samples of each of the three streams: what fits beside torchscale, and for ours alone up to what fills 139 GiB.
     batches_of() { case $1 in base) echo 64 ;; large) echo 32 ;; giant) echo 8 ;; esac; }
     alone_of() { case $1 in base) echo 128 256 ;; large) echo 64 128 ;; giant) echo 16 24 32 ;; esac; }
-    # With compiled blocks, at one of them: making the code takes a minute or more.
-    compiled_of() { case $1 in base) echo 256 ;; large) echo 128 ;; giant) echo 24 ;; esac; }
+    # With our Triton kernels and with compiled blocks, at one of them: making the code takes a minute or more.
+    kernels_of() { case $1 in base) echo 256 ;; large) echo 128 ;; giant) echo 24 ;; esac; }
     geometry_of() {
         case $1 in
         base) echo "--layers 12 --width 768 --heads 12 --ffn_width 3072 --patch_size 16" ;;
@@ -67,10 +67,12 @@ for model in giant base large; do
         run "$model-$batch" model $(geometry_of $model) --images "$batch" --texts "$batch" --pairs "$batch" \
             --precision $precision --profile --alone
     done
-    for batch in $(compiled_of $model); do
-        # shellcheck disable=SC2046
-        run "$model-$batch-compiled" model $(geometry_of $model) --images "$batch" --texts "$batch" --pairs "$batch" \
-            --precision $precision --profile --alone --kernels compiled
+    for batch in $(kernels_of $model); do
+        for kind in triton compiled; do
+            # shellcheck disable=SC2046
+            run "$model-$batch-$kind" model $(geometry_of $model) --images "$batch" --texts "$batch" \
+                --pairs "$batch" --precision $precision --profile --alone --kernels $kind
+        done
     done
 done
 # shellcheck disable=SC2086

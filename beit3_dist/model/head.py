@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -12,8 +14,11 @@ from beit3_dist.kernels.cross_entropy import cross_entropy_in_place
 class Head(nn.Module):
     """Hidden states [M, D] and target classes [M] -> [2, M]: cross-entropies, and 1 where the prediction is right.
 
-    `weight` [classes, D] and `bias` [classes], untied from any embedding. The softmax is computed in fp32.
+    `weight` [classes, D] and `bias` [classes], untied from any embedding. The softmax is computed in fp32. `loss` may
+    be replaced by another kernel of the same contract.
     """
+
+    loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy_in_place)
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -22,7 +27,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.empty(classes))
 
     def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy_in_place(self.logits(hidden_MD), targets)
+        return self.loss(self.logits(hidden_MD), targets)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits [M, classes]."""

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import embedding, gelu, layer_norm, linear
+from torch.nn.functional import embedding, gelu, linear
 
 from beit3_dist.config import ModelConfig, require_divides
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
@@ -125,7 +125,7 @@ class TokenParallelLayerNorm(LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = Copy.apply(self.weight, self.group), Copy.apply(self.bias, self.group)
-        return layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return self.compute(x, weight, bias, self.eps)
 
 
 class ShardedLayerNorm(nn.Module):

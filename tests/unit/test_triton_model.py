@@ -1,0 +1,60 @@
+"""`kernels: triton` in a whole model, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.parallel.kernels import check_kernels, use_kernels
+from beit3_dist.training.inputs import masked_counts, prepare
+from tests.equality import assert_close, assert_tensors_close
+from tests.micro_batches import precomputed_codes, random_micro_batch
+from tests.unit.tar_fixtures import small_run
+
+CONFIG = ModelConfig(
+    layers=1, width=32, heads=2, ffn_width=48, patch_size=16, image_size=32, vocab_size=150, visual_vocab_size=40,
+    max_text_length=20, drop_path=0.0, attention="per_modality", sub_layernorm=True, vl_expert_layers=0,
+)  # fmt: skip
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def losses_and_gradients(kernels: str) -> tuple[Tensor, dict[str, Tensor]]:
+    model = BEiT3(CONFIG, seed=3).to(DEVICE)
+    use_kernels(model, kernels)
+    assert all((m.compute.__module__.split(".")[2] == "triton") == (kernels == "triton") for m in norms(model))
+    objective = MaskedDataModeling(model, ObjectiveConfig(), seed=5).train()
+    micro_batch = random_micro_batch(CONFIG, images=1, texts=1, pairs=1)
+    inputs = prepare(micro_batch, DEVICE, precomputed_codes(CONFIG))
+    loss, statistics = objective(*inputs, torch.tensor(masked_counts(micro_batch), device=DEVICE), 7)
+    loss.backward()
+    return statistics[0], {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+
+
+def norms(model: BEiT3) -> list[LayerNorm]:
+    found = [module for module in model.modules() if isinstance(module, LayerNorm)]
+    assert len(found) == 10  # before and after attention, before and inside the FFN, at the end; of two experts each
+    return found
+
+
+def test_a_model_computes_the_same_with_triton() -> None:
+    losses, gradients = losses_and_gradients("triton")
+    expected, of_torch = losses_and_gradients("torch")
+    assert_close(losses, expected, "losses")
+    assert_tensors_close(gradients, of_torch)
+
+
+def test_triton_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_run(tmp_path)
+    config.kernels = "triton"
+    check_kernels(config)  # in the interpreter
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="kernels=triton needs a CUDA device: use kernels=torch"):
+        check_kernels(config)
