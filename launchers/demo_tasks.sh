@@ -25,12 +25,12 @@ finetune() { # TASK INDEX OUT [--field VALUE ...]
 
 for name in "${chosen[@]}"; do
     case $name in
-    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" --steps 600) ;;
-    captioning) settings=(captioning captioning --data.text_length 12 --steps 500) ;;
+    shapes) settings=(imagenet shapes --data.answers "$tasks/shapes.classes.txt" --steps 400) ;;
+    captioning) settings=(captioning captioning --data.text_length 12 --steps 200) ;;
     retrieval) settings=(retrieval retrieval --steps 300) ;;
-    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1500) ;;
+    vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1000) ;;
     questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 600) ;;
-    text) settings=(text text --data.answers "$tasks/text.classes.txt" --steps 300) ;;
+    text) settings=(text text --data.answers "$tasks/text.classes.txt" --optim.warmup_steps 10 --steps 30) ;;
     nlvr2) settings=(nlvr2 nlvr2 --steps 800) ;;
     *) echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2 ;;
     esac
