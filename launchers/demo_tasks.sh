@@ -31,7 +31,7 @@ for name in "${chosen[@]}"; do
     vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1000) ;;
     questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 600) ;;
     text) settings=(text text --data.answers "$tasks/text.classes.txt" --optim.warmup_steps 10 --steps 30) ;;
-    nlvr2) settings=(nlvr2 nlvr2 --steps 800) ;;
+    nlvr2) settings=(nlvr2 nlvr2 --optim.lr 1e-3 --steps 600) ;;
     *) echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2 ;;
     esac
     for start in pretrained random; do

@@ -210,15 +210,13 @@ def _one_side(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str |
     return f"the {('left', 'right')[place]} picture shows a {told}"
 
 
-def _one_and_other(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
-    told = [pair[place] for place in rng.permutation(2)]
-    if not truth:
-        place = int(rng.integers(2))
-        told[place] = _changed(told[place], rng)
-    return f"one picture shows a {told[0]} and the other a {told[1]}"
+def _color_of_side(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
+    place = int(rng.integers(2))
+    color = pair[place].color
+    return f"the {('left', 'right')[place]} shape is {color if truth else _another(color, COLORS, rng)}"
 
 
-SAYINGS = (_both_kind, _both_color, _one_side, _one_and_other)
+SAYINGS = (_both_kind, _both_color, _one_side, _color_of_side)
 """Each says something true or false of two shapes; None: these two are not for it. Which two suit does not depend on
 the truth, so that neither the pictures nor the sentence alone gives it away."""
 
