@@ -344,7 +344,7 @@ def test_a_worker_that_waits_does_not_hold_up_the_end(tmp_path: Path) -> None:
         "    batches = iter(loader(Sleeper(), range(2), 1, 2, False))\n"
         "    assert next(batches) == 0\n"
     )
-    subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True, timeout=120)
+    subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": os.getcwd()}, check=True, timeout=300)
 
 
 def test_image_batches(run: RunConfig, tmp_path: Path) -> None:

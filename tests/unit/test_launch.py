@@ -70,7 +70,7 @@ def failing_run(kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "code"), [("error", 1), ("interrupt", module.INTERRUPTED)])
 def test_a_run_of_one_process_ends_after_an_error_and_after_an_interrupt(kind: str, code: int) -> None:
-    result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=120)
+    result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=300)
     assert result.returncode == code, result.stderr
     said, _, _ = result.stderr.partition("/multiprocessing/resource_tracker.py")  # of semaphores, which it clears away
     if kind == "error":
@@ -80,4 +80,5 @@ def test_a_run_of_one_process_ends_after_an_error_and_after_an_interrupt(kind: s
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have background jobs ignore
     failing_run(sys.argv[1])
