@@ -47,10 +47,6 @@ class Captioning(Task):
     """Labels: number of the picture, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
 
     metric = "exact_match"
-    _group: dist.ProcessGroup | None = None
-
-    def connect(self, data_group: dist.ProcessGroup) -> None:
-        self._group = data_group
 
     def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
         """Masks words and </s>, never <s>; of the masked ones 80 % become <mask> and 10 % a random word."""

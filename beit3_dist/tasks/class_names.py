@@ -56,11 +56,7 @@ class ImageNetRetrieval(ImageNet):
     """Image-text contrast over the examples of all ranks. Labels: classes int64 [B]."""
 
     statistics = HALF  # both sides as in pretraining, and as in the contrastive step before
-    _group: dist.ProcessGroup | None = None
     _names: Tensor | None = None
-
-    def connect(self, data_group: dist.ProcessGroup) -> None:
-        self._group = data_group
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Mean of the two cross-entropies of telling an example's name from all names and its picture from all."""

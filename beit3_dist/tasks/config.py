@@ -16,6 +16,11 @@ CONTRASTIVE = ("retrieval", "itc", "imagenet_retrieval")
 """Tasks that tell each example from all others of its step."""
 
 
+def files_of(given: str | list[str]) -> list[str]:
+    """The one or more files that `data.train` or `data.validation` names."""
+    return [given] if isinstance(given, str) else given
+
+
 @dataclass(kw_only=True)
 class TaskDataConfig:
     """Examples of a downstream task, as unilm's jsonl indexes; tools/build_index.py makes them."""

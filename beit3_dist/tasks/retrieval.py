@@ -23,10 +23,6 @@ class Retrieval(Task):
     """Image-text contrast over the examples of all ranks. Labels: number of the picture, int64 [B]."""
 
     metric = "mean_recall"
-    _group: dist.ProcessGroup | None = None
-
-    def connect(self, data_group: dist.ProcessGroup) -> None:
-        self._group = data_group
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Mean of the two cross-entropies of telling an example's text from all texts and its picture from all."""

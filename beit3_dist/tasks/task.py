@@ -55,9 +55,11 @@ class Task(ABC):
     def __init__(self, config: FinetuneConfig, tokenizer: TextTokenizer, classes: Sequence[str] = ()) -> None:
         """`classes`: names of what the head tells apart, where the task has classes."""
         self.config, self.tokenizer, self.classes = config, tokenizer, list(classes)
+        self._group: dist.ProcessGroup | None = None
 
-    def connect(self, data_group: dist.ProcessGroup) -> None:  # noqa: B027  (only contrastive tasks need it)
-        """Learns the group of the replicas, whose examples a contrastive loss compares."""
+    def connect(self, data_group: dist.ProcessGroup) -> None:
+        """Learns the group of the replicas, for losses that look at all their examples."""
+        self._group = data_group
 
     def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
         """What the model reads of a training batch's words [B, L], and what it has to recover. On the host; `keys`: of

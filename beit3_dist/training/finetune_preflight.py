@@ -22,7 +22,7 @@ from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.tasks.all import TASKS
 from beit3_dist.tasks.class_names import NamedPictures, names_as_words
 from beit3_dist.tasks.class_shards import read_class_shards
-from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig
+from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig, files_of
 from beit3_dist.tasks.examples import Example, read_index
 from beit3_dist.tasks.heads import task_value
 from beit3_dist.tasks.metrics import check_caption_metrics
@@ -108,7 +108,7 @@ def read_classes(config: FinetuneConfig) -> list[str]:
 def _examples(
     config: FinetuneConfig, given: str | list[str], classes: list[str], tokenizer: TextTokenizer, train: bool
 ) -> Sequence[Example]:
-    files, field = [given] if isinstance(given, str) else given, "data.train" if train else "data.validation"
+    files, field = files_of(given), "data.train" if train else "data.validation"
     if config.task in ("itc", *OF_PICTURES) and not all(file.endswith(".jsonl") for file in files):
         require(len(files) == 1, f"{field}={files}: tars are named by one pattern, such as '{{a,b}}/*.tar'")
         if config.task == "itc":

@@ -29,7 +29,7 @@ from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.training.inputs import Tokenize, views
-from beit3_dist.training.sources import names_and_sizes
+from beit3_dist.training.sources import names_and_sizes, weights_of
 
 FORMAT = 1
 MOST_CODES = 65_535
@@ -57,8 +57,7 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
 
 def sources_digest(stream: SampleStream, shards: str | list[Source]) -> str:
     """Digest of the weights of a stream's sources and of their shards' names and sizes, wherever they lie."""
-    weights = [1.0] if isinstance(shards, str) else [source.weight for source in shards]
-    return hashlib.sha256(json.dumps([weights, names_and_sizes(stream)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([weights_of(shards), names_and_sizes(stream)]).encode()).hexdigest()
 
 
 def pictures_of(config: RunConfig, held_out: bool) -> tuple[int, int]:

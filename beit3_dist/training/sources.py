@@ -19,7 +19,7 @@ from beit3_dist.data.index import expand
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import SampleStream
-from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.config import FinetuneConfig, files_of
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 log = logging.getLogger(__name__)
@@ -43,12 +43,17 @@ def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
 
 def stream_source(stream: SampleStream | SequentialStream, shards: str | list[Source]) -> dict[str, Any]:
     """Of one stream: files by name and size, wherever they lie; commands and addresses as they are named."""
-    weights = [1.0] if isinstance(shards, str) else [source.weight for source in shards]
+    weights = weights_of(shards)
     if isinstance(stream, SequentialStream):
         return {"shards": sum(map(len, stream.shards)), "weights": weights, "names": _digest(stream.shards)}
     files = names_and_sizes(stream)
     shards_found = sum(map(len, files))
     return {"shards": shards_found, "samples": len(stream), "weights": weights, "names and sizes": _digest(files)}
+
+
+def weights_of(shards: str | list[Source]) -> list[float]:
+    """Of each source that a stream's field names."""
+    return [1.0] if isinstance(shards, str) else [source.weight for source in shards]
 
 
 def names_and_sizes(stream: SampleStream) -> list[list[tuple[str, int]]]:
@@ -61,8 +66,11 @@ def names_and_sizes(stream: SampleStream) -> list[list[tuple[str, int]]]:
 
 def finetuning_sources(config: FinetuneConfig, examples: int) -> Sources:
     """Of the training examples, which index files name or tars hold."""
-    given = [config.data.train] if isinstance(config.data.train, str) else config.data.train
-    paths = [path for name in given for path in ([name] if name.endswith(".jsonl") else expand(name, "data.train"))]
+    paths = [
+        path
+        for name in files_of(config.data.train)
+        for path in ([name] if name.endswith(".jsonl") else expand(name, "data.train"))
+    ]
     files = [(os.path.basename(path), os.stat(path).st_size) for path in paths]
     train = {"files": len(files), "examples": examples, "names and sizes": _digest(files)}
     return {"seed": config.seed, "data.train": train}
