@@ -21,9 +21,9 @@ from benchmark_measure import MatrixProducts, in_turns, threads
 BASE = {"layers": 4, "width": 512, "batch": 2, "text_length": 128}
 """What the other sizes are while one grows."""
 SERIES = {
-    "layers": (2, 4, 8, 16),
-    "width": (256, 512, 768, 1024),
-    "batch": (1, 2, 4, 8),
+    "layers": (2, 4, 8, 16, 24),
+    "width": (256, 512, 768, 1024, 1408, 2048),
+    "batch": (1, 2, 4, 8, 16),
     "text_length": (128, 256, 512, 1020),
 }
 

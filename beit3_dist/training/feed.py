@@ -8,10 +8,11 @@ work on the same samples, one reads and decodes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,22 @@ class StepBatch:
     totals: Tensor
     """What the host knows of the step, summed over the replicas, int64 [K + 4] on the device: the counts that its K
     losses are divided by, tokens without padding, FLOPs, replaced samples, and the terms of the sample hash."""
+    longest_wait: Tensor
+    """Seconds, float64 scalar on the device; see `data_wait_s`."""
+
+    @classmethod
+    def agreed(cls, groups: Groups, micro_batches: list[Any], totals: Tensor, waited_s: float) -> Self:
+        """From what this replica's host knows of its share of the step, and how long it waited for it. Collective."""
+        totals = totals.to(groups.mesh.device)
+        wait = torch.tensor(waited_s, dtype=torch.float64, device=groups.mesh.device)
+        groups.sum_over_data(totals)
+        groups.max_over_data(wait)
+        return cls(micro_batches, totals, wait)
+
+    @property
+    def data_wait_s(self) -> float:
+        """Seconds that the replica which waited longest for its samples did so; all others wait for that one."""
+        return float(self.longest_wait)
 
     @property
     def step_counts(self) -> Tensor:
@@ -75,16 +92,16 @@ class Feed:
 
     def step(self, read: Callable[[], list[MicroBatch]]) -> StepBatch:
         """The micro-batches of a step; `read` is called in the processes that read. Collective."""
-        mesh, batches = self._groups.mesh, read() if self.reads else []
+        mesh, started = self._groups.mesh, time.perf_counter()
+        batches = read() if self.reads else []
+        waited_s = time.perf_counter() - started
         if self._has_samples and mesh.tensor > 1:
             count = self._config.batch.accumulation
             batches = [_broadcast(self._groups, batches[n] if self.reads else None) for n in range(count)]
         totals = host_totals(batches, self._config.model) if batches else torch.zeros(8, dtype=torch.int64)
         if mesh.pipeline > 1:
             batches, totals = self._agree(batches, totals)
-        totals = totals.to(mesh.device)
-        self._groups.sum_over_data(totals)
-        return StepBatch(batches, totals)
+        return StepBatch.agreed(self._groups, batches, totals, waited_s)
 
     def _agree(self, batches: list[MicroBatch], totals: Tensor) -> tuple[list[MicroBatch], Tensor]:
         """The first stage's table on all stages of the pipeline, checked or made into micro-batches without content."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.finetune_preflight import FinetuneReady
 from beit3_dist.training.flops import training_flops
 from beit3_dist.training.loop import train
-from beit3_dist.training.metrics import JsonLines, Timing, speed
+from beit3_dist.training.metrics import JsonLines, speed
 from beit3_dist.training.optimizer import build_optimizer, layered_groups
 from beit3_dist.training.watchdog import patience
 
@@ -49,8 +50,7 @@ def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
         evaluate(job)
         return
     train(job)
-    if mesh.is_first:
-        job.save_model()
+    job.save_model()
 
 
 def evaluate(job: FineTuning) -> None:
@@ -142,11 +142,12 @@ class FineTuning:
         return []
 
     def next_batch(self) -> StepBatch:
-        micro_batches = [self._masked(batch) for batch in islice(self._batches, self.config.accumulation)]
+        started = time.perf_counter()
+        batches = list(islice(self._batches, self.config.accumulation))
+        waited_s = time.perf_counter() - started
+        micro_batches = [self._masked(batch) for batch in batches]
         totals = sum((self._totals(batch) for batch in micro_batches), torch.zeros(5, dtype=torch.int64))
-        totals = totals.to(self.mesh.device)
-        self._groups.sum_over_data(totals)
-        return StepBatch(micro_batches, totals)
+        return StepBatch.agreed(self._groups, micro_batches, totals, waited_s)
 
     def _masked(self, batch: TaskBatch) -> MaskedBatch:
         keys = [mix(self.config.seed, Draw.MASK, place) for place in batch.places.tolist()]
@@ -188,7 +189,7 @@ class FineTuning:
             targets=None if targets is None else move(targets),
         )
 
-    def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
+    def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
         count = int(batch.step_counts[0])
         return {
             "step": self.state.step,
@@ -197,7 +198,7 @@ class FineTuning:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "examples": self.config.batch.size,
-            **speed(self.config, self.mesh, self.config.batch.size, batch, timing),
+            **speed(self.config, self.mesh, self.config.batch.size, batch, step_s),
         }
 
     def evaluation_due(self) -> bool:
@@ -245,7 +246,13 @@ class FineTuning:
         """Nothing stops a fine-tuning run but its own guards."""
 
     def save_model(self) -> None:
-        """The last checkpoint's weights (their average, where there is one) as a folder for inference."""
+        """The last checkpoint's weights (their average, where there is one) as a folder for inference. Collective: the
+        others stay until the first rank has written it, since srun may end what is left soon after the first end."""
+        if self.mesh.is_first:
+            self._write_model()
+        self._groups.wait_for_all()
+
+    def _write_model(self) -> None:
         out = Path(self.config.out)
         checkpoint = find("auto", out / "checkpoints")
         assert checkpoint is not None, "the last step is always saved"

@@ -16,7 +16,6 @@ from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.training.checkpointing import Checkpoints, contribution, load_checkpoint, whole_checkpoint
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.guards import Guards
-from beit3_dist.training.metrics import Timing
 from beit3_dist.training.preemption import Preempted
 from beit3_dist.training.profiling import StepProfiler
 from beit3_dist.training.run_folder import RunFolder, of_all
@@ -52,8 +51,8 @@ class Job(Protocol):
     def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
         """The step's micro-batches as the objective takes them, on the device."""
 
-    def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
-        """The step's line of metrics.jsonl."""
+    def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+        """The step's line of metrics.jsonl; the step took `step_s` seconds."""
 
     def evaluation_due(self) -> bool:
         """Whether there is a held-out validation after `state.step`; the same on all ranks."""
@@ -86,7 +85,6 @@ def train(job: Job) -> None:
             guards.begin(step + 1)
             started = time.perf_counter()
             batch = job.next_batch()
-            data_wait = time.perf_counter() - started
             lr = learning_rate(step, config.steps, config.optim)
             result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
 
@@ -94,7 +92,7 @@ def train(job: Job) -> None:
             if batch.replaced and mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
                 faults = [fault for b in batch.micro_batches for fault in b.faults]
                 run.quarantine(state.step, of_all(faults, groups.data))
-            record = job.record(batch, result, lr, Timing(data_wait, time.perf_counter() - started))
+            record = job.record(batch, result, lr, time.perf_counter() - started)
             run.step(record | {"skipped": int(result.skipped)})
             must_go = guards.check(state.step, batch, record["loss"], result.skipped)
             if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:

@@ -9,7 +9,6 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,27 +39,18 @@ def losses_and_accuracies(
     return {"loss": total, **dict(zip(LOSSES, losses, strict=True)), **dict(zip(ACCURACIES, accuracies, strict=True))}
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How long a step took."""
-
-    data_wait_s: float
-    """Seconds until its samples were there."""
-    step_s: float
-    """Seconds of all of it."""
-
-
-def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, timing: Timing) -> dict[str, Any]:
-    """The fields of a record that tell the speed, the memory and the identity of a step of `samples` samples."""
-    flops_per_device = batch.flops / mesh.world / timing.step_s
+def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:
+    """The fields of a record that tell the speed, the memory and the identity of a step of `samples` samples that took
+    `step_s` seconds."""
+    flops_per_device = batch.flops / mesh.world / step_s
     peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
     return {
-        "tokens_per_s": batch.tokens / timing.step_s,
-        "samples_per_s": samples / timing.step_s,
+        "tokens_per_s": batch.tokens / step_s,
+        "samples_per_s": samples / step_s,
         "tflops_per_device": flops_per_device / 1e12,
         "mfu": flops_per_device / peak if peak else None,
-        "data_wait_s": timing.data_wait_s,
-        "step_s": timing.step_s,
+        "data_wait_s": batch.data_wait_s,
+        "step_s": step_s,
         "memory_gb": peak_memory_gb(mesh.device),
         "replaced_samples": batch.replaced,
         "sample_hash": batch.sample_hash,

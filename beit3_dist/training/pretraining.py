@@ -24,7 +24,7 @@ from beit3_dist.training.image_codes import targets_of
 from beit3_dist.training.image_targets import ImageTargets, target_flops
 from beit3_dist.training.inputs import prepare
 from beit3_dist.training.loop import train
-from beit3_dist.training.metrics import Timing, losses_and_accuracies, speed
+from beit3_dist.training.metrics import losses_and_accuracies, speed
 from beit3_dist.training.optimizer import build_optimizer
 from beit3_dist.training.preflight import Ready
 from beit3_dist.training.resilience import check_bad_samples
@@ -36,9 +36,9 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
 
 
 def step_record(
-    config: RunConfig, mesh: Mesh, step: int, batch: StepBatch, result: StepResult, lr: float, timing: Timing
+    config: RunConfig, mesh: Mesh, step: int, batch: StepBatch, result: StepResult, lr: float, step_s: float
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl."""
+    """The line of metrics.jsonl of a step that took `step_s` seconds."""
     sizes, counts = config.batch, batch.step_counts.tolist()
     return {
         "step": step,
@@ -48,7 +48,7 @@ def step_record(
         "images": sizes.images,
         "texts": sizes.texts,
         "pairs": sizes.pairs,
-        **speed(config, mesh, sizes.images + sizes.texts + sizes.pairs, batch, timing),
+        **speed(config, mesh, sizes.images + sizes.texts + sizes.pairs, batch, step_s),
     }
 
 
@@ -97,8 +97,8 @@ class Pretraining:
         codes = self._ready.train_codes
         return (prepare(b, self.mesh.device, targets_of(b, codes, self._tokenize)) for b in batch.micro_batches)
 
-    def record(self, batch: StepBatch, result: StepResult, lr: float, timing: Timing) -> dict[str, Any]:
-        return step_record(self.config, self.mesh, self.state.step, batch, result, lr, timing)
+    def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+        return step_record(self.config, self.mesh, self.state.step, batch, result, lr, step_s)
 
     def evaluation_due(self) -> bool:
         return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0

@@ -52,13 +52,13 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
         for step in steps:
             started = time.perf_counter()
             pictures, ids, faults = next(batches)
-            data_wait = time.perf_counter() - started
+            waited_s = time.perf_counter() - started
             pictures = pictures.to(mesh.device, non_blocking=True)
             if step == 0:
                 engine.start_codebook(pictures)
             lr = learning_rate(step, config.steps, config.optim)
             result = engine.train_step(pictures, step, lr)
-            replaced, hash_terms = totals(len(faults), ids, mesh)
+            replaced, hash_terms, longest_wait_s = agreed(len(faults), ids, waited_s, mesh)
 
             state.step += 1
             state.consumed = (state.step * config.batch, 0, 0)
@@ -69,7 +69,7 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
             run.step(
                 record(state.step, result)
                 | {"lr": lr, "images": config.batch, "samples_per_s": config.batch / seconds}
-                | {"data_wait_s": data_wait, "step_s": seconds, "memory_gb": peak_memory_gb(mesh.device)}
+                | {"data_wait_s": longest_wait_s, "step_s": seconds, "memory_gb": peak_memory_gb(mesh.device)}
                 | {"replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
             )
             is_last = state.step == config.steps
@@ -86,13 +86,15 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
     run.close()
 
 
-def totals(replaced: int, ids: torch.Tensor, mesh: Mesh) -> tuple[int, int]:
-    """Replaced samples of the step, and the terms of its sample hash, over all ranks."""
+def agreed(replaced: int, ids: torch.Tensor, waited_s: float, mesh: Mesh) -> tuple[int, int, float]:
+    """Replaced samples of the step and the terms of its sample hash over all ranks, and the longest wait of any."""
     places = torch.arange(len(ids)) + mesh.rank * len(ids)
     terms = mix_arrays(torch.full_like(ids, Stream.IMAGES).numpy(), places.numpy(), ids.numpy())
     sums = torch.tensor([replaced, int(terms.sum(dtype="uint64").astype("int64"))], device=mesh.device)
+    wait = torch.tensor(waited_s, dtype=torch.float64, device=mesh.device)
     dist.all_reduce(sums)
-    return int(sums[0]), int(sums[1])
+    dist.all_reduce(wait, dist.ReduceOp.MAX)
+    return int(sums[0]), int(sums[1]), float(wait)
 
 
 def record(step: int, result: TokenizerStep) -> dict[str, Any]:

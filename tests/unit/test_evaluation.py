@@ -37,7 +37,7 @@ class Watching:
 
     def step(self, read: Callable[[], list[MicroBatch]]) -> StepBatch:
         self.steps.append(read() if self.reads else [])
-        return StepBatch(self.steps[-1], torch.ones(8, dtype=torch.int64))
+        return StepBatch(self.steps[-1], torch.ones(8, dtype=torch.int64), torch.zeros(()))
 
     def evaluate(self, micro_batches: Iterable[Any]) -> SimpleNamespace:
         return SimpleNamespace(cross_entropy=[float(len(list(micro_batches)))] * 4, correct=[0.0] * 4)

@@ -18,7 +18,7 @@ from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training import metrics
 from beit3_dist.training.feed import StepBatch
-from beit3_dist.training.metrics import JsonLines, Reporter, Timing, finite, losses_and_accuracies
+from beit3_dist.training.metrics import JsonLines, Reporter, finite, losses_and_accuracies
 from beit3_dist.training.pretraining import step_record
 
 CONTRACT = """
@@ -48,9 +48,9 @@ def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     mesh = Mesh(rank=0, world=2, local_rank=0, local_world=2, device=torch.device("cpu"))
     # four counts, tokens, FLOPs, replaced samples, hash terms (a sum that wrapped below zero)
-    batch = StepBatch([], torch.tensor([10, 2, 5, 4, 1000, 6 * 10**12, 3, -1]))
+    batch = StepBatch([], torch.tensor([10, 2, 5, 4, 1000, 6 * 10**12, 3, -1]), torch.tensor(0.25))
     result = StepResult([20.0, 8.0, 5.0, 6.0], [5.0, 1.0, 0.0, 4.0], grad_norm=1.5)
-    record = step_record(config, mesh, 7, batch, result, 1e-4, Timing(0.25, 2.0))
+    record = step_record(config, mesh, 7, batch, result, 1e-4, 2.0)
     assert set(CONTRACT) <= set(record)
     expected = {
         "step": 7,
@@ -63,13 +63,15 @@ def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         "samples_per_s": 8.0,
         "tflops_per_device": 1.5,  # 6 TFLOP in 2 s on 2 devices
         "mfu": None,
+        "data_wait_s": 0.25,
+        "step_s": 2.0,
         "replaced_samples": 3,
         "sample_hash": "ffffffffffffffff",
     }
     assert {name: record[name] for name in expected} == expected
     assert record["memory_gb"] > 0.01
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 6e12)
-    assert step_record(config, mesh, 7, batch, result, 1e-4, Timing(0.25, 2.0))["mfu"] == 0.25
+    assert step_record(config, mesh, 7, batch, result, 1e-4, 2.0)["mfu"] == 0.25
 
 
 def test_a_number_that_is_not_finite_is_null_and_flagged() -> None:
