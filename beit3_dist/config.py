@@ -291,7 +291,7 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
-    """Learning rate at the last step (the paper is silent; BEiT v1 and v2 use 1e-5)."""
+    """Learning rate that the cosine comes down to in the end (the paper is silent; BEiT v1 and v2 use 1e-5)."""
     warmup_steps: int = 10_000
     """Steps of the linear warm-up from 0."""
     beta1: float = 0.9
@@ -402,7 +402,9 @@ class TrainingConfig:
     steps: int = 1_000_000
     """Optimizer steps of the whole run."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: bf16 parameters and activations, fp32 masters and gradient accumulation. fp32: everything in fp32."""
+    """bf16: bf16 parameters and activations, fp32 masters and gradient accumulation; DeepSpeed sums gradients over the
+    replicas in bf16 (a `deepspeed_config` with "communication_data_type": "fp32" sends twice as much and rounds less).
+    fp32: everything in fp32."""
     activation_checkpointing: Recompute | list[Recompute] = "none"
     """What is recomputed in the backward pass. attention: softmax(q k') v; selective: that and the experts' FFNs; full:
     whole blocks. A list has one entry per pipeline rank: rank r of p holds the activations of p - r micro-batches."""

@@ -58,7 +58,12 @@ def plan(config: RunConfig, model: BEiT3, ranks: int, zero_stage: int, tensor: i
 
 def plans(config: RunConfig, ranks: Sequence[int]) -> list[Plan]:
     """All layouts that divide. Raises ValueError, with the last reason, where none does."""
-    config = replace(config, parallel=replace(config.parallel, tensor=1, sequence=False, pipeline=1, chunks=1))
+    config = replace(
+        config,
+        parallel=replace(config.parallel, tensor=1, sequence=False, pipeline=1, chunks=1),
+        activation_checkpointing="none",  # a list belongs to one number of stages; activations do not count here
+        activation_checkpointing_every=1,
+    )
     model, found, reason = BEiT3(config.model, device="meta"), [], ""
     for world, zero_stage, tensor, pipeline in product(ranks, (1, 3), (1, 2, 4, 8), (1, 2, 4)):
         try:

@@ -1,9 +1,9 @@
 """Pictures: from the bytes of a file to the two uint8 views that the model and the image tokenizer see.
 
 The augmentation is BEiT's: one random crop that both views share, mirroring, and jitter of brightness, contrast and
-saturation. The jitter comes after the crop, not before it as in BEiT: it touches fewer pixels and gives the same
-values, but that contrast takes the mean grey of the crop and not of the whole picture. It is drawn here, as three
-numbers, and applied on the device (`training/inputs.py`).
+saturation. The jitter comes after the crop, not before it as in BEiT, so that it touches fewer pixels: contrast takes
+the mean grey of the crop and not of the whole picture. It is drawn here, as three numbers, and applied on the device
+in one go (`training/inputs.py`): levels are cut to 0 and 255 after all three changes, not after each.
 """
 
 from __future__ import annotations

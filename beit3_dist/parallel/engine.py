@@ -118,7 +118,7 @@ class Engine:
         totals = self._schedule.train(micro_batches, step_counts, step)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
         self._schedule.after_step()
-        if self.average is not None:
+        if self.average is not None and math.isfinite(norm):  # else the step was left out
             self.average.update()
         return self._reduce(totals, norm)
 

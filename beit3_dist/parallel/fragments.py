@@ -81,8 +81,8 @@ def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
 
 
 def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int, average: bool = False) -> None:
-    """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, moments (and average)
-    zero."""
+    """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps: moments zero, and the
+    average, if there is one, the weights as they are."""
     inner = inner_optimizer(optimizer)
     is_new = False
     for piece in pieces:
@@ -90,8 +90,9 @@ def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int, a
         if MOMENTS[0] in state:
             continue
         is_new = True
-        keys = (*MOMENTS, AVERAGE) if average else MOMENTS
-        state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in keys})
+        state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in MOMENTS})
+        if average:
+            state[AVERAGE] = piece.flat.detach().to(torch.float32, copy=True)
         if isinstance(inner, torch.optim.AdamW):
             on_device = inner.defaults.get("fused")
             state["step"] = torch.tensor(float(steps), device=piece.flat.device if on_device else "cpu")

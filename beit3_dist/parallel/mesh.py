@@ -124,9 +124,9 @@ class Groups:
         """Sums `values` in place over the replicas."""
         dist.all_reduce(values, group=self.data)
 
-    def max_over_data(self, values: Tensor) -> None:
-        """The largest of the replicas' `values`, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.data)
+    def max_over_all(self, values: Tensor) -> None:
+        """The largest of all processes' `values`, in place."""
+        dist.all_reduce(values, dist.ReduceOp.MAX)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.data

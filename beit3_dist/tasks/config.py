@@ -201,6 +201,11 @@ class FinetuneConfig(TrainingConfig):
     def accumulation(self) -> int:
         return self.batch.accumulation
 
+    @property
+    def mixes(self) -> bool:
+        """Whether training mixes pictures."""
+        return self.task == "imagenet" and (self.mixup > 0 or self.cutmix > 0)
+
     def micro_batch(self, data_parallel: int) -> tuple[int, ...]:
         parts = data_parallel * self.batch.accumulation
         require(

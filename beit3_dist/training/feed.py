@@ -38,16 +38,16 @@ class StepBatch:
 
     @classmethod
     def agreed(cls, groups: Groups, micro_batches: list[Any], totals: Tensor, waited_s: float) -> Self:
-        """From what this replica's host knows of its share of the step, and how long it waited for it. Collective."""
+        """From what this process knows of its share of the step, and how long it waited for it. Collective."""
         totals = totals.to(groups.mesh.device)
         wait = torch.tensor(waited_s, dtype=torch.float64, device=groups.mesh.device)
         groups.sum_over_data(totals)
-        groups.max_over_data(wait)
+        groups.max_over_all(wait)
         return cls(micro_batches, totals, wait)
 
     @property
     def data_wait_s(self) -> float:
-        """Seconds that the replica which waited longest for its samples did so; all others wait for that one."""
+        """Seconds that the process which waited longest for its samples did so; all others wait for that one."""
         return float(self.longest_wait)
 
     @property

@@ -63,7 +63,7 @@ def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
 def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConfig, FinetuneReady]:
     """Opens and checks everything; the config comes back with its steps. Raises ValueError with one line that names
     the field or the file and the remedy."""
-    config.micro_batch(mesh.data)
+    check_mixing(config, mesh)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
     check_kernels(config)
@@ -87,6 +87,16 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
         state.sources = same_sources(config, checkpoint, state.sources, finetuning_sources(config, len(train)))
     task = TASKS[config.task](config, tokenizer, classes)
     return config, FinetuneReady(state, checkpoint, _values(config, task, checkpoint), task, train, validation)
+
+
+def check_mixing(config: FinetuneConfig, mesh: Mesh) -> None:
+    """Mixup and CutMix take two neighbours of a micro-batch at a time."""
+    size = config.micro_batch(mesh.data)[0]
+    require(
+        size % 2 == 0 or not config.mixes or config.evaluate_only,
+        f"batch.size={config.batch.size} makes micro-batches of {size}, but mixup and cutmix take two pictures at a "
+        "time: make them even by batch.size or batch.accumulation, or set mixup=0 and cutmix=0",
+    )
 
 
 def read_classes(config: FinetuneConfig) -> list[str]:

@@ -82,7 +82,6 @@ class FineTuning:
 
     def _dataset(self, examples: Sequence[Example], train: bool) -> Examples:
         config, data, classes = self.config, self.config.data, len(self.task.classes)
-        mixes = train and config.task == "imagenet" and (config.mixup > 0 or config.cutmix > 0)
         return Examples(
             examples,
             train=train,
@@ -97,7 +96,9 @@ class FineTuning:
             max_words=data.text_length,
             seed=config.seed,
             answers=classes if config.task == "vqa" else 0,
-            mixing=Mixing(classes, config.mixup, config.cutmix, config.label_smoothing) if mixes else None,
+            mixing=Mixing(classes, config.mixup, config.cutmix, config.label_smoothing)
+            if train and config.mixes
+            else None,
             max_pixels=data.max_pixels,
         )
 
@@ -158,16 +159,21 @@ class FineTuning:
         """What the loss is divided by, tokens without padding, FLOPs, replaced examples, terms of the sample hash."""
         examples, model = batch.batch, self.config.model
         count = len(examples.ids) if batch.targets is None else int((batch.targets >= 0).sum())
-        pictures, lengths, none = examples.images.shape[1], (~examples.padding).sum(1), torch.zeros(0)
+        pictures, lengths, none = (
+            examples.images.shape[1],
+            (~examples.padding).sum(1),
+            torch.zeros(0, dtype=torch.int64),
+        )
+        masked = count if batch.targets is not None else 0
         if pictures == 0:
-            flops = training_flops(model, 0, none, lengths, 0, 0)
+            samples = (0, none, lengths)
         elif lengths.sum() == 0:
-            flops = training_flops(model, len(lengths) * pictures, none, none, 0, 0)
+            samples = (len(lengths) * pictures, none, none)
         elif self.config.task in CONTRASTIVE:
-            flops = training_flops(model, len(lengths), none, lengths, 0, 0)
+            samples = (len(lengths), none, lengths)
         else:
-            masked = count if batch.targets is not None else 0
-            flops = training_flops(model, 0, lengths.repeat(pictures), none, 0, masked)
+            samples = (0, lengths.repeat(pictures), none)
+        flops = training_flops(model, *samples, 0, masked, whole_last_block=True)
         tokens = examples.images.shape[0] * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
         first = self.state.consumed[0]
         terms = mix_arrays((examples.places - first).numpy(), examples.ids.numpy())

@@ -1,9 +1,9 @@
 """Model FLOPs of a step, and the peak rates of devices.
 
 A product of [m, k] and [k, n] counts 2 m k n. Counted are the matrix products of the model at real tokens: experts,
-projections, attention scores and mixtures, patch embedding, and heads at masked positions; in the last block the
-experts and the output projection run at masked positions too. Recomputation, norms,
-softmax, padding and the image tokenizer are not. The backward pass costs twice the forward pass.
+projections, attention scores and mixtures, patch embedding, and heads at masked positions; in pretraining the last
+block's experts and output projection run at masked positions too. Recomputation, norms, softmax, padding, the image
+tokenizer and the heads of fine-tuning but captioning's are not. The backward pass costs twice the forward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    if "PCIe" in name and "H100" in name:  # 114 instead of 132 multiprocessors at lower clocks
+    if "PCIe" in name and ("H100" in name or "H800" in name):  # 114 instead of 132 multiprocessors at lower clocks
         return 756e12
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
@@ -41,10 +41,12 @@ def training_flops(
     text_lengths: Tensor,
     masked_patches: int,
     masked_words: int,
+    whole_last_block: bool = False,
 ) -> int:
     """FLOPs of forward and backward of one micro-batch on one rank.
 
-    caption_lengths [P], text_lengths [T]: words of the pairs and texts; `images`: image-only samples.
+    caption_lengths [P], text_lengths [T]: int64, words of the pairs and texts; `images`: image-only samples.
+    `whole_last_block`: all of its tokens are read, as in fine-tuning, not the masked ones alone.
     """
     d, f = config.width, config.ffn_width
     pairs, patches = len(caption_lengths), 1 + config.patches
@@ -53,7 +55,8 @@ def training_flops(
     masked = masked_patches + masked_words
     attention = 4 * d * int(lengths.square().sum())
     block = tokens * (8 * d * d + 4 * d * f) + attention
-    last = tokens * 6 * d * d + attention + masked * (2 * d * d + 4 * d * f)  # only what the heads read goes on
+    read = tokens if whole_last_block else masked  # only this goes on
+    last = tokens * 6 * d * d + attention + read * (2 * d * d + 4 * d * f)
     embedding = 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d
     heads = 2 * d * (masked_patches * config.visual_vocab_size + masked_words * config.vocab_size)
     return 3 * ((config.layers - 1) * block + last + embedding + heads)

@@ -62,7 +62,8 @@ class Pretraining:
 
     def start(self, groups: Groups) -> Engine:
         config, mesh, ready = self.config, self.mesh, self._ready
-        flops = target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))
+        pictures = sum(config.micro_batch(mesh.data)[::2])
+        flops = target_flops(ready.image_tokenizer, pictures) if ready.train_codes is None else 0.0
         self._engine = Engine(
             config,
             groups,

@@ -19,7 +19,7 @@ from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
 from beit3_dist.tasks.heads import FineTuned
-from beit3_dist.training.finetune_preflight import prepare_finetuning, read_classes, resolve_epochs
+from beit3_dist.training.finetune_preflight import check_mixing, prepare_finetuning, read_classes, resolve_epochs
 from beit3_dist.training.optimizer import layered_groups
 from beit3_dist.training.sources import finetuning_sources, same_sources
 from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
@@ -60,6 +60,15 @@ def test_a_run_is_ready(folder: Path) -> None:
     assert (config.steps, config.optim.warmup_steps) == (5, 1)  # 2 steps an epoch
     assert ready.task.classes == ["no", "yes"] and len(ready.train) == 8 and not ready.validation
     assert ready.values("task_head.head.3.weight", torch.Size([2, 64])).shape == (2, 64)
+
+
+def test_mixing_takes_two_pictures_at_a_time(folder: Path) -> None:
+    config = run(folder, task="imagenet", cutmix=1.0, batch=TaskBatchConfig(size=6, accumulation=2))
+    with pytest.raises(ValueError, match="batch.size=6 makes micro-batches of 3, but mixup and cutmix take two"):
+        prepare_finetuning(config, MESH)
+    check_mixing(replace(config, cutmix=0.0), MESH)
+    only = replace(config, evaluate_only=True, data=replace(config.data, validation=config.data.train))
+    check_mixing(only, MESH)
 
 
 def test_a_resume_notices_another_index(folder: Path) -> None:

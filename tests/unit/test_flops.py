@@ -100,12 +100,30 @@ def test_by_hand() -> None:
     assert pair - text - picture == 3 * 2 * 2 * 4 * (5 * 5 - 3 * 3 - 2 * 2)
 
 
+def test_fine_tuning_reads_all_of_the_last_block() -> None:
+    """Its FLOPs are those of torch's counter, on pictures without words and on pairs."""
+    config = CONFIGS["released"]
+    model = BEiT3(config)
+    none, lengths = torch.zeros(0, dtype=torch.int64), torch.tensor([5, 5])
+    images, words = torch.randn(2, 3, 16, 16), torch.full((2, 5), 7)
+    cases = [
+        (training_flops(config, 2, none, none, 0, 0, whole_last_block=True), None, images),
+        (training_flops(config, 0, lengths, none, 0, 0, whole_last_block=True), words, images),
+    ]
+    for ours, text, pictures in cases:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.encode(pictures, text).sum().backward()
+        patches = 2 * 2 * config.patches * 3 * config.patch_size**2 * config.width
+        assert counter.get_total_flops() == ours - patches  # pixels need no gradient
+
+
 def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert peak_flops(torch.device("cpu")) is None
     for name, peak in {
         "NVIDIA H200": 989.4e12,
         "NVIDIA H100 80GB HBM3": 989.4e12,
         "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H800 PCIe": 756e12,
         "NVIDIA A100-SXM4-40GB": 312e12,
         "NVIDIA GeForce RTX 3090": None,
     }.items():

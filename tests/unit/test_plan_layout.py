@@ -38,6 +38,15 @@ def test_table_marks_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> No
     assert marks[8, 1, 1, 1] and not marks[8, 3, 8, 1]
 
 
+def test_recomputation_of_each_stage_does_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", GIANT, "--ranks", "8", "--batch.accumulation", "8"]
+    tables = []
+    for stages in ([], ["--parallel.pipeline", "2", "--activation_checkpointing", "[full, none]"]):
+        plan_layout.main([*options, *stages])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+
+
 def test_no_layout_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         plan_layout.main(["--config", GIANT, "--ranks", "7"])
