@@ -1,0 +1,80 @@
+"""What the batch script makes of a job's end, with small programs in the place of Slurm's and of the trainers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beit3_dist.training.preemption import PREEMPTED
+
+REPOSITORY = Path(__file__).parents[2]
+PROGRAMS = {
+    "deepspeed": "",
+    "scancel": "",
+    "sleep": "",
+    "srun": 'exit "$TRAINERS_EXIT"',
+    # Each fails as often as it is told to.
+    "squeue": '[[ $(grep -c squeue "$CALLS") -gt $SQUEUE_FAILS ]] && echo "$JOB_STATE"',
+    "scontrol": '[[ $1 == requeue ]] || { echo node1; exit; }; [[ $(grep -c requeue "$CALLS") -gt $REQUEUE_FAILS ]]',
+}
+
+
+class Cluster:
+    """Programs that write their calls down."""
+
+    def __init__(self, folder: Path) -> None:
+        self.calls = folder / "calls"
+        self.calls.touch()
+        programs = folder / "programs"
+        programs.mkdir()
+        for name, body in PROGRAMS.items():
+            file = programs / name
+            file.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>"$CALLS"\n{body}\n')
+            file.chmod(0o755)
+        self.environment = os.environ | {
+            "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "CALLS": str(self.calls),
+            "SLURM_SUBMIT_DIR": str(REPOSITORY),
+            "SLURM_JOB_ID": f"{os.getpid()}",
+            "SLURM_JOB_NODELIST": "node1",
+            "BEIT3_PROCESSES_PER_NODE": "1",
+            "JOB_STATE": "RUNNING",
+            "SQUEUE_FAILS": "0",
+            "REQUEUE_FAILS": "0",
+        }
+
+    def job(self, trainers_exit: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The batch script, to its end."""
+        script = ["bash", "launchers/slurm/pretrain.sbatch", *arguments]
+        environment = self.environment | environment | {"TRAINERS_EXIT": str(trainers_exit)}
+        return subprocess.run(script, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=120)
+
+    def count(self, call: str) -> int:
+        """How often a program was called so."""
+        return sum(line.startswith(call) for line in self.calls.read_text().splitlines())
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_a_busy_controller_is_asked_again(cluster: Cluster) -> None:
+    job = cluster.job(PREEMPTED, SQUEUE_FAILS="2", REQUEUE_FAILS="3")
+    assert job.returncode == PREEMPTED and "error" not in job.stderr
+    assert (cluster.count("squeue"), cluster.count("scontrol requeue")) == (6, 4), "the last one was taken"
+
+
+def test_a_controller_that_never_answers_is_given_up(cluster: Cluster) -> None:
+    job = cluster.job(PREEMPTED, REQUEUE_FAILS="1000")
+    assert job.returncode == PREEMPTED and "sbatch it again" in job.stderr.splitlines()[-1]
+    assert cluster.count("scontrol requeue") == 30
+
+
+def test_a_job_that_is_being_cancelled_stays_so(cluster: Cluster) -> None:
+    assert cluster.job(PREEMPTED, JOB_STATE="COMPLETING").returncode == PREEMPTED
+    assert cluster.count("scontrol requeue") == 0
