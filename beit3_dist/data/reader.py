@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 from collections import OrderedDict
+from contextlib import suppress
+from time import sleep
 
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import Table
 
+log = logging.getLogger(__name__)
+
 OPEN_FILES = 64
 """Shards that a process keeps open at a time."""
+PAUSES = (0.1, 1.0, 10.0)
+"""Seconds after which a read that failed is tried again: storage that moves to another server costs no samples."""
+OF_THIS_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say nothing of the shard."""
 
 
 class ShardReader:
@@ -18,13 +28,30 @@ class ShardReader:
     def __init__(self, table: Table) -> None:
         self.table = table
         self.files: OrderedDict[int, int] = OrderedDict()
+        self.lost: set[int] = set()
+        """Shards whose last read failed in spite of all pauses: the next one is tried once."""
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` of the shard with this number; BadSample if it cannot be read."""
-        try:
-            data = os.pread(self._file(shard), size, offset)
-        except OSError as error:  # The shard is gone, or its storage fails.
-            raise BadSample(f"unreadable shard: {error.strerror}") from None
+        """`size` bytes at `offset` of the shard with this number; BadSample if it cannot be read.
+
+        After an error the file is opened anew, since the old descriptor may be void for ever (NFS: ESTALE). Raises
+        RuntimeError where another file lies there now, OSError where this machine lacks descriptors or memory.
+        """
+        pauses = iter(() if shard in self.lost else PAUSES)
+        while True:
+            try:
+                data = os.pread(self._file(shard), size, offset)
+                break
+            except OSError as error:
+                if error.errno in OF_THIS_MACHINE:
+                    raise
+                self._close(shard)
+                if not (pause := next(pauses, 0.0)):
+                    self.lost.add(shard)
+                    raise BadSample(f"unreadable shard: {error.strerror}") from None
+                log.warning("%s: %s; another try in %g s", self.table.files[shard], error.strerror, pause)
+                sleep(pause)
+        self.lost.discard(shard)
         if len(data) < size:
             raise BadSample(f"short read: {len(data)} of {size} bytes at {offset}")
         return data
@@ -51,8 +78,14 @@ class ShardReader:
             os.close(self.files.popitem(last=False)[1])
         return file
 
+    def _close(self, shard: int) -> None:
+        """Closes the shard's file where it is open."""
+        if shard in self.files:
+            with suppress(OSError):  # of a descriptor that is void
+                os.close(self.files.pop(shard))
+
     def __getstate__(self) -> dict:
-        return {"table": self.table, "files": OrderedDict()}
+        return {"table": self.table, "files": OrderedDict(), "lost": set()}
 
     def __del__(self) -> None:
         for file in getattr(self, "files", {}).values():
