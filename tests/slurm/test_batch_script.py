@@ -21,12 +21,17 @@ PROGRAMS = {
     "squeue": '[[ $(grep -c squeue "$CALLS") -gt $SQUEUE_FAILS ]] && echo "$JOB_STATE"',
     "scontrol": '[[ $1 == requeue ]] || { echo node1; exit; }; [[ $(grep -c requeue "$CALLS") -gt $REQUEUE_FAILS ]]',
 }
+RUN = [
+    *("--text_tokenizer", "text.spm", "--image_tokenizer", "vqkd.pth"),
+    *("--data.images", "images.tar", "--data.texts", "texts.tar", "--data.pairs", "pairs.tar"),
+]
 
 
 class Cluster:
     """Programs that write their calls down."""
 
     def __init__(self, folder: Path) -> None:
+        self.out = folder / "run"
         self.calls = folder / "calls"
         self.calls.touch()
         programs = folder / "programs"
@@ -49,7 +54,7 @@ class Cluster:
 
     def job(self, trainers_exit: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """The batch script, to its end."""
-        script = ["bash", "launchers/slurm/pretrain.sbatch", *arguments]
+        script = ["bash", "launchers/slurm/pretrain.sbatch", *RUN, "--out", str(self.out), *arguments]
         environment = self.environment | environment | {"TRAINERS_EXIT": str(trainers_exit)}
         return subprocess.run(script, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=120)
 
@@ -78,3 +83,13 @@ def test_a_controller_that_never_answers_is_given_up(cluster: Cluster) -> None:
 def test_a_job_that_is_being_cancelled_stays_so(cluster: Cluster) -> None:
     assert cluster.job(PREEMPTED, JOB_STATE="COMPLETING").returncode == PREEMPTED
     assert cluster.count("scontrol requeue") == 0
+
+
+def test_a_checkpoint_to_go_back_to_is_refused_not_overridden(cluster: Cluster) -> None:
+    """`--checkpoint.resume auto`, which the script adds, is the last to be heard."""
+    job = cluster.job(0, "--checkpoint.resume", "old/step_0001000")
+    assert job.returncode == 2 and cluster.count("srun") == 0
+    (line,) = job.stderr.splitlines()
+    assert "checkpoint.resume=old/step_0001000" in line
+    assert f"the newest checkpoint in {cluster.out}/checkpoints: leave checkpoint.resume out" in line
+    assert cluster.job(0, "--checkpoint.resume", "auto").returncode == 0 and cluster.count("srun") == 1
