@@ -6,6 +6,7 @@ up, so any number of ranks takes the same step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from beit3_dist.model.vqkd import VQKD, CodeUsage
 from beit3_dist.objectives.distillation import Teacher
 from beit3_dist.parallel.fragments import MOMENTS
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 
@@ -52,7 +54,10 @@ class TokenizerEngine:
         self.tokenizer.quantize.initialize(z, key=self.config.seed)
 
     def train_step(self, pictures: Tensor, step: int, lr: float) -> TokenizerStep:
-        """Step number `step` = 0, 1, ... on this rank's pictures, uint8 [b, 3, S, S] on the device."""
+        """Step number `step` = 0, 1, ... on this rank's pictures, uint8 [b, 3, S, S] on the device.
+
+        Raises RunStopped on all ranks, with nothing changed, where the loss or the gradient of any is not finite.
+        """
         pixels = pictures.float() / 255
         with self._autocast():
             loss, result = self.tokenizer(pixels, self.teacher(pixels))
@@ -60,17 +65,29 @@ class TokenizerEngine:
         loss.backward()
         parameters = list(self.tokenizer.parameters())
         average_gradients(parameters, self.mesh.world)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf"))
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf"))
+        means = torch.stack((loss.detach(), result.reconstruction, result.commitment, norm)) / self.mesh.world
+        dist.all_reduce(means)  # so that all ranks judge the step alike
+        total, reconstruction, commitment, grad_norm = means.tolist()
+        self._check_finite(step, total, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         usage = self.tokenizer.quantize.update(
             result.z, result.codes, key=self.config.seed + 1 + step, decay=self.config.model.codebook_decay
         )
-        means = torch.stack((loss.detach(), result.reconstruction, result.commitment)) / self.mesh.world
-        dist.all_reduce(means)
-        total, reconstruction, commitment = means.tolist()
-        return TokenizerStep(total, reconstruction, commitment, grad_norm.item(), usage, result.codes)
+        return TokenizerStep(total, reconstruction, commitment, grad_norm, usage, result.codes)
+
+    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """One bad step would spoil every weight and, through the running means, the codebook for good."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            optim = self.config.optim
+            raise RunStopped(
+                f"step {step + 1}: loss {loss:g} or gradient norm {grad_norm:g} is not finite; the step was not taken, "
+                f"so that the last checkpoint in {self.config.out} is good: go on from it by checkpoint.resume=auto "
+                f"with a lower optim.lr (now {optim.lr:g}), with clipping (optim.clip_norm={optim.clip_norm:g} now; "
+                "0 clips nothing) or with precision=fp32"
+            )
 
     def create_moments(self, step: int) -> None:
         """Gives AdamW the state that it has after `step` steps, its moments still zero, to be filled from a file."""
