@@ -31,7 +31,7 @@ ANSWERS = "answer2label.txt"
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()), "OUT")
 
 
 def with_token_ids(records: Records, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:

@@ -108,7 +108,7 @@ def write_index(file: Path, index: Index) -> None:
     notes = {"files": index.files, "seen": list(index.vectors), "unreadable": index.unreadable}
     vectors = np.stack(list(index.vectors.values())) if index.vectors else np.zeros((0, 0), dtype=np.float32)
     marks = np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)
-    write_whole(file, lambda out: np.savez(out, notes=marks, vectors=vectors))
+    write_whole(file, lambda out: np.savez(out, notes=marks, vectors=vectors), "--cache")
 
 
 def reason_of(error: OSError | ValueError, path: Path) -> str:
@@ -296,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = Model.load(options.model, options.device)
         words = model.embed_texts([options.words])[0]
         file = index_file(options.folder, options.model, options.cache)
-        with locked(file):
+        with locked(file, "--cache"):
             index = read_index(file)
             before = dict(index.files)
             try:
@@ -311,8 +311,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"every picture of {options.folder} vanished while it was searched")
         picture = options.out.with_suffix(".png")
         content = page(options.words, options.folder, matches, index).encode()
-        write_whole(options.out, lambda out: out.write(content))
-        write_whole(picture, lambda out: sheet(options.words, matches).save(out, "PNG"))
+        write_whole(options.out, lambda out: out.write(content), "--out")
+        write_whole(picture, lambda out: sheet(options.words, matches).save(out, "PNG"), "--out")
     except (ValueError, OSError) as error:
         refuse(PROGRAM, error)
     for name, score, _ in matches:

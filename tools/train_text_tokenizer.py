@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         if first is None:
             raise ValueError(f"--shards {' '.join(options.shards)}: no .txt or .jsonl member or file holds a text")
         model = train(sentences(options.shards), options)
-        write_whole(options.out, lambda file: file.write(model))
+        write_whole(options.out, lambda file: file.write(model), "--out")
         tokenizer = TextTokenizer(str(options.out))
     except (ValueError, OSError) as error:
         print(f"train_text_tokenizer.py: {error}", file=sys.stderr)

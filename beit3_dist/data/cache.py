@@ -5,10 +5,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+ABANDONED_S = 3600.0
+"""A partial file that nobody has written to for so long was left by a process that is gone."""
 
 
 def cache_folder(folder: str, field: str = "data.cache") -> Path:
@@ -29,23 +34,57 @@ def digest(*parts: object) -> str:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Holds the lock of a cache file; other processes wait, and find the file made when their turn comes."""
+def locked(target: Path, field: str = "data.cache") -> Iterator[None]:
+    """Holds the lock of a cache file; other processes wait, and find the file made when their turn comes.
+
+    Raises ValueError naming the field where the file system has no locks.
+    """
     folder = target.parent / "locks"
     folder.mkdir(exist_ok=True)
     with open(folder / target.name, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ValueError(
+                f"{field}: cannot lock {file.name}: {error.strerror}; name a folder on a file system with locks "
+                "(Lustre has them where it is mounted with the option flock)"
+            ) from None
+        _remove_abandoned(target.parent)
         yield
 
 
-def write_whole(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Puts what `write` writes at `target`, which a reader sees either complete or not at all."""
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed processes have left half written.
+
+    That the folder is opened has a use of its own: NFS then asks the server whether it has changed. Else a file that
+    was missing before the lock came is missing for half a minute more, is made again, and takes the place of the one
+    that others have mapped.
+    """
+    now = time.time()
+    for partial in folder.glob("*.partial"):
+        try:
+            if now - partial.stat().st_mtime > ABANDONED_S:
+                partial.unlink()
+        except FileNotFoundError:
+            pass  # It is whole by now, or another process has removed it.
+
+
+def write_whole(target: Path, write: Callable[[BinaryIO], object], field: str = "data.cache") -> None:
+    """Puts what `write` writes at `target`, which a reader sees either complete or not at all.
+
+    Raises ValueError naming the field and the file where the disk does not take it.
+    """
+    partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):  # of a file that `write` reads
+            raise
+        reason = error.strerror or f"the disk is full ({error})"  # numpy has no words but its counts
+        raise ValueError(f"{field}: cannot write {target}: {reason}; make room or name another place") from None
     finally:
         partial.unlink(missing_ok=True)
