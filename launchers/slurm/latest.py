@@ -18,7 +18,7 @@ checkpoints = Path(config.out, "checkpoints")
 if config.checkpoint.resume not in ("none", "auto"):
     refuse(
         PROGRAM,
-        f"checkpoint.resume={config.checkpoint.resume}: a job goes on from the newest checkpoint in {checkpoints}: leave "
-        "checkpoint.resume out, and move the later ones away from there (or copy another run's checkpoint there)",
+        f"checkpoint.resume={config.checkpoint.resume}: a job goes on from the newest checkpoint in {checkpoints}: "
+        "leave checkpoint.resume out, and move the later ones away from there (or copy another run's checkpoint there)",
     )
 print(checkpoints / "latest")
