@@ -136,8 +136,13 @@ class TimmTeacher(FeatureMap):
     """The last feature map, normalised where the model has a final norm, of a model of timm."""
 
     def __init__(self, grid: int, name: str, path: str) -> None:
-        import timm  # takes seconds, and only this teacher needs it
-
+        try:
+            import timm  # takes seconds, and only this teacher needs it
+        except (ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"teacher.kind=timm needs timm, which cannot be imported ({first_words(error)}): install the "
+                "torchvision that belongs to this torch, or use another teacher"
+            ) from None
         try:
             network: Any = timm.create_model(name, pretrained=False, num_classes=0)
         except RuntimeError as error:

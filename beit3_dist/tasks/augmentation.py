@@ -170,6 +170,7 @@ class Mixing:
     def __post_init__(self) -> None:
         if self.mixup < 0 or self.cutmix < 0 or self.mixup + self.cutmix == 0:
             raise ValueError(f"mixup={self.mixup} and cutmix={self.cutmix} must be at least 0, and one of them above 0")
+        _timm("mixup")  # a run that cannot import it should not start
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, generators: list[np.random.Generator]

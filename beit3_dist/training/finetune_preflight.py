@@ -20,6 +20,7 @@ from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.tasks.all import TASKS
+from beit3_dist.tasks.augmentation import Mixing, Views
 from beit3_dist.tasks.class_names import NamedPictures, names_as_words
 from beit3_dist.tasks.class_shards import read_class_shards
 from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig, files_of
@@ -49,6 +50,10 @@ class FinetuneReady:
     """Training examples; none with `evaluate_only`."""
     validation: Sequence[Example]
     """Validation examples; none without validation."""
+    views: Views
+    """How pictures are seen."""
+    mixing: Mixing | None
+    """How training pictures are mixed."""
 
 
 def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
@@ -86,7 +91,8 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     if not config.evaluate_only:
         state.sources = same_sources(config, checkpoint, state.sources, finetuning_sources(config, len(train)))
     task = TASKS[config.task](config, tokenizer, classes)
-    return config, FinetuneReady(state, checkpoint, _values(config, task, checkpoint), task, train, validation)
+    values, views, mixing = _values(config, task, checkpoint), _views(config), _mixing(config, len(classes))
+    return config, FinetuneReady(state, checkpoint, values, task, train, validation, views, mixing)
 
 
 def check_mixing(config: FinetuneConfig, mesh: Mesh) -> None:
@@ -134,6 +140,21 @@ def _examples(
         vocab_size=config.model.vocab_size,
         classes=limit,
     )
+
+
+def _views(config: FinetuneConfig) -> Views:
+    data = config.data
+    return Views(
+        min_crop_scale=data.min_crop_scale,
+        horizontal_flip=data.horizontal_flip,
+        rand_augment=data.rand_augment,
+        erase=data.random_erasing,
+        evaluation="centre" if config.task in OF_PICTURES else "squash",
+    )
+
+
+def _mixing(config: FinetuneConfig, classes: int) -> Mixing | None:
+    return Mixing(classes, config.mixup, config.cutmix, config.label_smoothing) if config.mixes else None
 
 
 def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Values:

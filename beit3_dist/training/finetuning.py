@@ -19,15 +19,14 @@ from torch import Tensor
 from beit3_dist.checkpoint.find import find
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.checkpoint.read import read_weights
-from beit3_dist.data.batch import loader
 from beit3_dist.data.faults import Fault
+from beit3_dist.data.loader import loader
 from beit3_dist.data.order import mix, mix_arrays
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
-from beit3_dist.tasks.augmentation import Mixing, Views
 from beit3_dist.tasks.batches import Draw, Examples, TaskBatch, training_places, validation_places
-from beit3_dist.tasks.config import CONTRASTIVE, OF_PICTURES, FinetuneConfig
+from beit3_dist.tasks.config import CONTRASTIVE, FinetuneConfig
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.task import TaskInputs, TaskObjective
 from beit3_dist.training.checkpointing import load_checkpoint, whole_checkpoint
@@ -78,6 +77,7 @@ class FineTuning:
         self.state, self.checkpoint = ready.state, ready.checkpoint
         self.samples = (config.batch.size, 0, 0)
         self._values, self._validation = ready.values, ready.validation
+        self._views, self._mixing = ready.views, ready.mixing
         self._train_data = self._dataset(ready.train, train=True)
 
     def _dataset(self, examples: Sequence[Example], train: bool) -> Examples:
@@ -85,20 +85,12 @@ class FineTuning:
         return Examples(
             examples,
             train=train,
-            views=Views(
-                min_crop_scale=data.min_crop_scale,
-                horizontal_flip=data.horizontal_flip,
-                rand_augment=data.rand_augment,
-                erase=data.random_erasing,
-                evaluation="centre" if config.task in OF_PICTURES else "squash",
-            ),
+            views=self._views,
             image_size=config.model.image_size,
             max_words=data.text_length,
             seed=config.seed,
             answers=classes if config.task == "vqa" else 0,
-            mixing=Mixing(classes, config.mixup, config.cutmix, config.label_smoothing)
-            if train and config.mixes
-            else None,
+            mixing=self._mixing if train else None,
             max_pixels=data.max_pixels,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,12 @@ def test_a_file_that_does_not_fit_is_one_clear_line(tmp_path: Path) -> None:
         build_teacher("timm", 2, name="resnet18", weights=str(tmp_path / "other.pth"))
     with pytest.raises(ValueError, match="teacher.name=no_such_net is no model of timm"):
         build_teacher("timm", 2, name="no_such_net", weights=str(tmp_path / "other.pth"))
+
+
+def test_a_broken_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match=r"^teacher.kind=timm needs timm, which cannot be imported"):
+        build_teacher("timm", 2, name="resnet18", weights="any.pth")
 
 
 class Intruder:

@@ -71,6 +71,20 @@ def test_mixing_takes_two_pictures_at_a_time(folder: Path) -> None:
     check_mixing(only, MESH)
 
 
+def test_what_changes_pictures_is_checked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run(folder)
+    with pytest.raises(ValueError, match="rand_augment='nonsense' is neither beit3 nor a policy"):
+        prepare_finetuning(replace(config, data=replace(config.data, rand_augment="nonsense")), MESH)
+    index = folder / "pictures.jsonl"
+    index.write_text('{"image_path": "0.png", "label": 1}\n' * 4)
+    mixed = run(folder, task="imagenet", cutmix=1.0, data=replace(config.data, train=str(index)))
+    _, ready = prepare_finetuning(mixed, MESH)
+    assert ready.mixing is not None and ready.mixing.classes == 2 and ready.views.evaluation == "centre"
+    monkeypatch.setitem(sys.modules, "timm.data.mixup", None)
+    with pytest.raises(ValueError, match="mixing need timm, which cannot be imported"):
+        prepare_finetuning(mixed, MESH)
+
+
 def test_a_resume_notices_another_index(folder: Path) -> None:
     """Examples are put in an order that depends on the seed and their number."""
     config = run(folder)
