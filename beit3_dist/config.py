@@ -33,6 +33,11 @@ def expand_home(config: object, *names: str) -> None:
         setattr(config, name, list(map(expanduser, value)) if isinstance(value, list) else expanduser(value))
 
 
+def require_out(out: str) -> None:
+    """Raises ValueError where no run folder is named: the current folder would become one."""
+    require(bool(out), 'out is empty: name the run folder (was it a shell variable that is not set, --out "$OUT"?)')
+
+
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raises ValueError unless `divisor` divides `value`, naming both fields."""
     require(divisor > 0 and value % divisor == 0, f"{name}={value} is not divisible by {divisor_name}={divisor}")
@@ -167,7 +172,8 @@ class DataConfig:
     max_pixels: int = 100_000_000
     """Pictures with more pixels than this are refused as image bombs and replaced."""
     max_bad_fraction: float = 0.01
-    """The run stops with a report when more than this share of all samples had to be replaced."""
+    """The run stops with a report when more than this share of all samples, or of those of 1,000 steps, had to be
+    replaced."""
 
     def __post_init__(self) -> None:
         for name in ("text_length", "caption_length"):
@@ -437,6 +443,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "out", "deepspeed_config", "init_from")
+        require_out(self.out)
         require(self.profile >= 0, f"profile={self.profile} is negative")
         require(self.steps > 0, f"steps must be positive, not {self.steps}")
         require(

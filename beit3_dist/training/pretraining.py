@@ -27,7 +27,7 @@ from beit3_dist.training.loop import train
 from beit3_dist.training.metrics import losses_and_accuracies, speed
 from beit3_dist.training.optimizer import build_optimizer
 from beit3_dist.training.preflight import Ready
-from beit3_dist.training.resilience import check_bad_samples
+from beit3_dist.training.resilience import BadSamples
 
 
 def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
@@ -70,11 +70,11 @@ class Pretraining:
             build=lambda: BEiT3(config.model, device="meta"),
             values=ready.values,
             objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
-            optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
+            optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
             plan=plan_stages(config, mesh.data, flops),
         )
         self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
-        self._feed = Feed(config, groups)
+        self._feed, self._bad_samples = Feed(config, groups), BadSamples(config, mesh, self.state)
         requests, data, pin = requests_from(self.state.consumed, config.batch), config.data, mesh.device.type == "cuda"
         ready.train.restore(self.state.readers, self.state.step > 0)
         self._data_ranks = groups.data
@@ -110,4 +110,4 @@ class Pretraining:
         return evaluate(self.config, self._engine, self._feed, ready.held_out, ready.held_out_codes, self._tokenize)
 
     def check(self) -> None:
-        check_bad_samples(self.config, self.state)
+        self._bad_samples.check(self.state)

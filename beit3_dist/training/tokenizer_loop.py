@@ -18,7 +18,7 @@ from beit3_dist.parallel.mesh import Mesh, connect
 from beit3_dist.training.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
 from beit3_dist.training.metrics import peak_memory_gb
-from beit3_dist.training.resilience import check_bad_samples
+from beit3_dist.training.resilience import BadSamples
 from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.schedule import learning_rate
 from beit3_dist.training.tokenizer_config import TokenizerConfig
@@ -45,7 +45,7 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
     elif mesh.is_first:
         run.quarantine(0, ready.train.stream.faults)  # what the shards' indexes had to leave out
     cuda = mesh.device.type == "cuda"
-    steps = range(state.step, config.steps)
+    steps, bad_samples = range(state.step, config.steps), BadSamples(config, mesh, state)
     batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
 
     with Checkpoints(config, mesh, lambda: engine.pieces() if mesh.is_first else ()) as checkpoints:
@@ -82,7 +82,7 @@ def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) 
                 checkpoints.save(state)
             else:
                 checkpoints.check()
-            check_bad_samples(config, state)
+            bad_samples.check(state)
     run.close()
 
 

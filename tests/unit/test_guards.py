@@ -15,9 +15,10 @@ import torch
 
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import DataConfig, GuardConfig, RunConfig
+from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.guards import last_losses
 from beit3_dist.training.preemption import SIGNALS, StopRequest
-from beit3_dist.training.resilience import RunStopped, check_bad_samples
+from beit3_dist.training.resilience import BadSamples, RunStopped
 from beit3_dist.training.spikes import SpikeMonitor
 
 
@@ -73,16 +74,49 @@ def same_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def watched(folder: Path, share: float, state: TrainState) -> BadSamples:
+    data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar", max_bad_fraction=share)
+    config = RunConfig(out=str(folder), data=data, image_tokenizer="i", text_tokenizer="t")
+    return BadSamples(config, Mesh(0, 1, 0, 1, torch.device("cpu")), state)
+
+
+def fault(step: int, shard: str = "a.tar", reason: str = "undecodable picture: 7 bytes") -> str:
+    return json.dumps({"step": step, "shard": shard, "key": "k", "reason": reason})
+
+
 def test_the_report_of_bad_samples_does_without_lines_that_are_not_whole(tmp_path: Path) -> None:
-    data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar", max_bad_fraction=0.5)
-    config = RunConfig(out=str(tmp_path), data=data, image_tokenizer="i", text_tokenizer="t")
-    whole = [json.dumps({"shard": "a.tar", "key": "k", "reason": f"undecodable picture: {n} bytes"}) for n in range(3)]
-    (tmp_path / "quarantine.jsonl").write_text("\n".join([*whole, whole[0][:30], "", "null", "{}"]) + "\n")
-    check_bad_samples(config, TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_000))
+    (tmp_path / "quarantine.jsonl").write_text("\n".join([*[fault(9)] * 3, fault(9)[:30], "", "null", "{}"]) + "\n")
+    guard = watched(tmp_path, 0.5, TrainState())
+    guard.check(TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_000))
     with pytest.raises(RunStopped) as stop:
-        check_bad_samples(config, TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_001))
+        guard.check(TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_001))
     for part in ("10,001 of 20,000 samples", "a.tar (3)", "undecodable picture (3)", "4 of its lines cannot be read"):
         assert part in str(stop.value)
+
+
+def test_data_that_go_bad_late_in_a_run_stop_it_soon(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Half of the samples from step 500,001 on: 3,072 of 6,144 a step, against 61,440 in a thousand steps."""
+    state = TrainState(step=500_000, consumed=(500_000 * 6_144, 0, 0), bad_samples=500_000)
+    guard = watched(tmp_path, 0.01, state)
+    lines = [*[fault(step, "old.tar", "empty caption") for step in range(9)], fault(500_001), fault(500_020)]
+    (tmp_path / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
+    for _ in range(20):
+        state.advance((6_144, 0, 0), 3_072)
+        guard.check(state)
+    assert len(caplog.messages) == 20 and "step 500001: 3072 bad samples" in caplog.messages[0]
+    state.advance((6_144, 0, 0), 3_072)
+    with pytest.raises(RunStopped, match="64,512 samples .* in steps 500001 to 500021, more than .*6,144,000") as stop:
+        guard.check(state)
+    assert "most of them in a.tar (2); reasons: undecodable picture (2);" in str(stop.value), "of these steps"
+
+
+def test_few_bad_samples_stop_and_warn_at_no_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = TrainState()
+    guard = watched(tmp_path, 0.01, state)
+    for _ in range(2_100):
+        state.advance((200, 0, 0), 2)
+        guard.check(state)
+    assert caplog.messages == []
 
 
 @pytest.mark.usefixtures("same_signals")
