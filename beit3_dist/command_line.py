@@ -16,10 +16,12 @@ from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentPars
 
 Config = TypeVar("Config")
 
+FAILED = 1
+"""Exit code of a run that an error has ended: started again, it may well go on."""
 MISTAKE = 2
 """Exit code of a run that was asked for in a way that cannot work."""
-STOPPED = 1
-"""Exit code of a run that ended itself before its last step."""
+STOPPED = 3
+"""Exit code of a run that ended itself before its last step, where it would end again."""
 
 
 def is_first_process() -> bool:

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from beit3_dist.command_line import STOPPED
+from beit3_dist.command_line import FAILED
 
 WAIT_S = 5.0
 """How long a process waits for the others to be gone, and for an answer of the store."""
@@ -90,7 +90,7 @@ def end_after_failure(message: str) -> NoReturn:
     end_now()
 
 
-def end_now(exit_code: int = STOPPED) -> NoReturn:
+def end_now(exit_code: int = FAILED) -> NoReturn:
     """Ends this process without Python's orderly end, which would wait for threads and collectives, some for ever."""
     logging.shutdown()
     sys.stdout.flush()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from beit3_dist.checkpoint.find import Damaged
 from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, one_line, refuse
 from beit3_dist.training.failure import end_after_failure, end_now, ending
-from beit3_dist.training.preemption import PREEMPTED, Preempted
+from beit3_dist.training.preemption import PREEMPTED, Preempted, nothing_to_save
 from beit3_dist.training.resilience import RunStopped
 
 Ready = TypeVar("Ready")
@@ -29,11 +29,13 @@ WAIT_S = 5.0
 
 def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], None]) -> None:
     """Runs `train(prepare())`. A mistake that `prepare` finds ends the process with exit code 2 before any process
-    group starts; a run that stops itself ends with exit code 1; one that was asked to go, and has saved, with 75; one
-    that Ctrl-C interrupts with 130. An error in one process ends all of them, the first error last."""
+    group starts; a run that stops itself ends with exit code 3; one that was asked to go, and has saved or is in
+    `prepare` still, with 75; one that Ctrl-C interrupts with 130. An error in one process ends all of them with 1, the
+    first error last."""
     log_to_console()
     try:
-        ready = prepare()
+        with nothing_to_save(program):
+            ready = prepare()
     except (ValueError, OSError) as error:
         _refuse_for_one(program, error)
     except KeyboardInterrupt:

@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from beit3_dist.command_line import FAILED, MISTAKE, STOPPED
 from beit3_dist.training.preemption import PREEMPTED
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = {
     "deepspeed": "",
-    "scancel": "",
+    "scancel": 'touch "$CALLS.asked"',
     "sleep": "",
-    "srun": 'exit "$TRAINERS_EXIT"',
+    "srun": """
+        [[ -z $SAVED ]] || { mkdir -p "$OUT/checkpoints"; echo "$SAVED" >"$OUT/checkpoints/latest"; }
+        [[ -z $SIGNAL ]] || { kill -s "$SIGNAL" $PPID; until [[ -e $CALLS.asked ]]; do :; done; }
+        exit "$TRAINERS_EXIT" """,
     # Each fails as often as it is told to.
     "squeue": '[[ $(grep -c squeue "$CALLS") -gt $SQUEUE_FAILS ]] && echo "$JOB_STATE"',
     "scontrol": '[[ $1 == requeue ]] || { echo node1; exit; }; [[ $(grep -c requeue "$CALLS") -gt $REQUEUE_FAILS ]]',
@@ -47,6 +51,9 @@ class Cluster:
             "SLURM_JOB_ID": f"{os.getpid()}",
             "SLURM_JOB_NODELIST": "node1",
             "BEIT3_PROCESSES_PER_NODE": "1",
+            "OUT": str(self.out),
+            "SAVED": "",  # the checkpoint that the trainers save
+            "SIGNAL": "",  # what Slurm sends to the batch script
             "JOB_STATE": "RUNNING",
             "SQUEUE_FAILS": "0",
             "REQUEUE_FAILS": "0",
@@ -93,3 +100,35 @@ def test_a_checkpoint_to_go_back_to_is_refused_not_overridden(cluster: Cluster) 
     assert "checkpoint.resume=old/step_0001000" in line
     assert f"the newest checkpoint in {cluster.out}/checkpoints: leave checkpoint.resume out" in line
     assert cluster.job(0, "--checkpoint.resume", "auto").returncode == 0 and cluster.count("srun") == 1
+
+
+KILLED = 128 + 9
+"""What srun exits with when it had to kill the trainers of a node."""
+
+
+@pytest.mark.parametrize(
+    ("code", "saved", "signal", "requeued"),
+    [
+        (0, "step_0002000", "", False),
+        (PREEMPTED, "", "", True),
+        (MISTAKE, "step_0002000", "", False),
+        (STOPPED, "step_0002000", "", False),
+        (STOPPED, "step_0002000", "USR1", False),
+        (FAILED, "step_0002000", "", True),
+        (KILLED, "step_0002000", "", True),
+        (FAILED, "", "", False),
+        (FAILED, "step_0001000", "", False),  # as before
+        (KILLED, "", "USR1", True),  # some ended before the others knew
+    ],
+)
+def test_who_goes_back_into_the_queue(code: int, saved: str, signal: str, requeued: bool, cluster: Cluster) -> None:
+    """Whoever was asked to go, and who failed after a new checkpoint: so nobody goes round in a circle."""
+    (cluster.out / "checkpoints").mkdir(parents=True)
+    (cluster.out / "checkpoints" / "latest").write_text("step_0001000\n")
+    job = cluster.job(code, SAVED=saved, SIGNAL=signal)
+    assert job.returncode == code and cluster.count("scontrol requeue") == requeued, job.stdout + job.stderr
+
+
+def test_the_first_checkpoint_is_a_new_one(cluster: Cluster) -> None:
+    assert cluster.job(FAILED, SAVED="step_0001000").returncode == FAILED
+    assert cluster.count("scontrol requeue") == 1
