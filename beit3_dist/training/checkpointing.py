@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 
 from beit3_dist.checkpoint import read
@@ -74,8 +75,8 @@ def _ending_the_run() -> Iterator[None]:
 def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
     """The checkpoint that `checkpoint.resume` means, None for a new run, and the state to go on from.
 
-    Raises ValueError where a new run would go into the folder of another one, or where a run that `trains` has nothing
-    left to train.
+    Raises ValueError where a new run would go into the folder of another one or cannot write into its own, or where a
+    run that `trains` has nothing left to train.
     """
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
@@ -88,7 +89,18 @@ def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True
         state.step < config.steps or not trains,
         f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
     )
+    _check_writable(out)
     return checkpoint, state
+
+
+def _check_writable(out: Path) -> None:
+    """Raises ValueError where this process can neither write into a folder nor make it; leaves nothing behind."""
+    try:
+        there = next(folder for folder in (out, *out.parents) if folder.exists())
+        with TemporaryDirectory(prefix=".out-", dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: {out} cannot be written to ({error.strerror}): choose another folder") from None
 
 
 def whole_checkpoint(

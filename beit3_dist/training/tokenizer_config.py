@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from beit3_dist.config import CheckpointConfig, OptimConfig, expand_home, require, require_divides
+from beit3_dist.config import CheckpointConfig, OptimConfig, expand_home, require, require_divides, require_out
 
 
 @dataclass(kw_only=True)
@@ -154,6 +154,7 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "out")
+        require_out(self.out)
         for name in ("steps", "batch"):
             require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
         require(self.pictures_every >= 0, f"pictures_every={self.pictures_every} is negative")

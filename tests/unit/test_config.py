@@ -28,7 +28,7 @@ STREAMS = {"images": "i.tar", "texts": "t.tar", "pairs": "p.tar"}
 def run_config(**changes: Any) -> RunConfig:
     """A valid run, with changes."""
     files = {"out": "out", "text_tokenizer": "text.spm", "image_tokenizer": "vqkd.safetensors"}
-    return RunConfig(**files, **{"data": DataConfig(**STREAMS)} | changes)
+    return RunConfig(**files | {"data": DataConfig(**STREAMS)} | changes)
 
 
 SECTIONS = {
@@ -120,6 +120,13 @@ def test_refusals_of_the_whole(change: dict[str, Any], words: list[str]) -> None
         run_config(**change)
     line = str(refusal.value)
     assert all(word in line for word in words) and "\n" not in line
+
+
+def test_an_unset_variable_is_no_run_folder() -> None:
+    with pytest.raises(ValueError, match="^out is empty: name the run folder"):
+        run_config(out="")
+    with pytest.raises(ValueError, match="^out is empty: name the run folder"):
+        TokenizerConfig(out="", data=TokenizerDataConfig(images="i"))
 
 
 def test_a_source_needs_a_weight() -> None:

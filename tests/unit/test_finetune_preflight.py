@@ -85,6 +85,13 @@ def test_what_changes_pictures_is_checked(folder: Path, monkeypatch: pytest.Monk
         prepare_finetuning(mixed, MESH)
 
 
+def test_the_run_folder_can_be_written_to(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^out: .*text.spm/run cannot be written to .* choose another folder"):
+        prepare_finetuning(run(folder, out=str(folder / "text.spm" / "run")), MESH)
+    prepare_finetuning(run(folder, out=str(folder / "a" / "new")), MESH)
+    assert not (folder / "a").exists() and not list(folder.glob(".out*")), "a check leaves nothing behind"
+
+
 def test_a_resume_notices_another_index(folder: Path) -> None:
     """Examples are put in an order that depends on the seed and their number."""
     config = run(folder)
@@ -250,7 +257,7 @@ def test_recipes_are_whole(recipe: Path) -> None:
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
 def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path) -> None:
     config = parse(
-        FinetuneConfig, "", "", ["--config", str(recipe), "--out", "", "--text_tokenizer", "", "--data.train", "x"]
+        FinetuneConfig, "", "", ["--config", str(recipe), "--out", "x", "--text_tokenizer", "", "--data.train", "x"]
     )
     recomputed = recipe.stem in RECOMPUTED
     assert config.activation_checkpointing == ("full" if recomputed else "none")
