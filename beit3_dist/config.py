@@ -333,8 +333,9 @@ class CheckpointConfig:
     """none: start anew. auto: go on from the newest whole checkpoint of OUT, or start anew if there is none.
     PATH: go on from that checkpoint folder."""
     other_data: bool = False
-    """Go on although shards, weights, seed or text tokenizer are not those of the checkpoint, as where data have been
-    added: the order begins anew at the same position, so that in this epoch samples come twice or not at all."""
+    """Go on although shards, weights, seed or a tokenizer are not those of the checkpoint, as where data have been
+    added: the order begins anew at the same position, so that in this epoch samples come twice or not at all. With
+    another image tokenizer, codes mean something else from there on."""
 
     def __post_init__(self) -> None:
         expand_home(self, "resume")

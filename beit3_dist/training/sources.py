@@ -1,4 +1,4 @@
-"""What the order of a run's samples depends on, kept in its checkpoints, so that a resume notices other data.
+"""What a run's samples and targets depend on, kept in its checkpoints, so that a resume notices other data.
 
 A position is mapped to a sample by a permutation of (seed, number of samples). One shard more under a glob, another
 seed or weight is another permutation: from there on samples of the epoch come twice or not at all.
@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.config import RunConfig, Source, TrainingConfig
+from beit3_dist.checkpoint.files import sha256
+from beit3_dist.config import DataConfig, RunConfig, Source, TrainingConfig
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import expand
 from beit3_dist.data.order import Stream
@@ -26,19 +27,30 @@ log = logging.getLogger(__name__)
 
 Sources = dict[str, Any]
 """Field of the config -> what is compared, as JSON has it."""
+CONSEQUENCES = {"image_tokenizer": "that codes would mean something else from here on"}
+"""What becomes of a run that goes on with another value of a field."""
+OF_THE_ORDER = "that samples would come twice or not at all"
+"""The consequence for all other fields."""
 
 
 def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
-    """Of the training streams."""
+    """Of the training streams, and of the image targets."""
     data, streams = config.data, (batches.images, batches.texts, batches.pairs)
-    blocks = f"blocks of {data.shuffle_block} in windows of {data.shuffle_window}"
     return {
         "seed": config.seed,
-        "data.shuffle": blocks if data.shuffle == "blocks" else data.shuffle,
+        "data.shuffle": shuffle_of(data),
         "data.text_length": data.text_length,
         "text_tokenizer": batches.tokenizer.fingerprint[:16],
+        "image_tokenizer": sha256(Path(config.image_tokenizer))[:16],
         **{f"data.{s.name.lower()}": stream_source(streams[s], getattr(data, s.name.lower())) for s in Stream},
     }
+
+
+def shuffle_of(data: DataConfig) -> str:
+    """How the training streams are shuffled."""
+    if data.shuffle != "blocks":
+        return data.shuffle
+    return f"blocks of {data.shuffle_block} in windows of {data.shuffle_window}"
 
 
 def stream_source(stream: SampleStream | SequentialStream, shards: str | list[Source]) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def same_sources(
         if not config.checkpoint.other_data:
             weights = f" with --init_from {checkpoint}" if isinstance(config, TrainingConfig) else ""
             raise ValueError(
-                f"{change}, so that samples would come twice or not at all: bring the former back, or start a new run"
+                f"{change}, so {CONSEQUENCES.get(name, OF_THE_ORDER)}: bring the former back, or start a new run"
                 f"{weights}, or go on all the same by --checkpoint.other_data true"
             )
         log.warning("%s; checkpoint.other_data lets the run go on", change)

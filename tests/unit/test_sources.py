@@ -20,7 +20,10 @@ CHECKPOINT = Path("run/checkpoints/step_0000004")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    return small_run(tmp_path_factory.mktemp("run"))
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tokenizer.pth").write_bytes(b"weights")
+    (folder / "retrained.pth").write_bytes(b"others")
+    return replace(small_run(folder), image_tokenizer=str(folder / "tokenizer.pth"))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,10 @@ CASES: dict[str, tuple[Callable[[RunConfig], RunConfig], str]] = {
     ),
     "windows": (lambda run: with_data(run, text_length=12), "data.text_length=.*, this run has data.text_length=12"),
     "shuffle": (lambda run: with_data(run, shuffle="blocks"), "data.shuffle=full, this run has data.shuffle=blocks of"),
+    "image tokenizer": (
+        lambda run: replace(run, image_tokenizer=run.image_tokenizer.replace("tokenizer.pth", "retrained.pth")),
+        "^image_tokenizer: .* with image_tokenizer=.*, this run has .*, so that codes would mean something else",
+    ),
     "pipes": (
         lambda run: with_data(run, images=f"pipe:cat {run.data.images}", virtual_readers=1),
         "data.images: .* was trained with .*names=None.*, this run has ",
@@ -91,4 +98,6 @@ def test_other_data_are_refused_by_name(
 
 def test_checkpoints_of_former_versions_go_on(run: RunConfig, kept: Sources) -> None:
     assert same_sources(run, CHECKPOINT, {}, kept) == kept
+    former = {name: value for name, value in kept.items() if name != "image_tokenizer"}
+    assert same_sources(run, CHECKPOINT, former, kept) == kept, "the next resume is compared with this tokenizer"
     assert same_sources(run, None, {}, kept) == kept
