@@ -19,9 +19,9 @@ from benchmark_measure import in_turns, kept_bytes, peak_bytes, threads
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from beit3_dist.kernels.apex import apex_function
 from beit3_dist.kernels.cross_entropy import cross_entropy_in_place, plain_cross_entropy
 from beit3_dist.kernels.gelu_layer_norm import gelu_layer_norm, plain_gelu_layer_norm
+from beit3_dist.kernels.layer_norm import apex_layer_norm
 from beit3_dist.model.attention import attend
 from beit3_dist.model.layout import Group, Layout, group
 
@@ -135,7 +135,7 @@ def norms_and_losses(options: Namespace, device: torch.device, on_gpu: bool) -> 
             entropy("cross-entropy, Triton", triton_cross_entropy.cross_entropy_in_place),
             norm("LayerNorm, Triton", triton_layer_norm.layer_norm, plain_layer_norm, narrow),
         ]
-        fused = apex_function("apex.normalization.fused_layer_norm", "fused_layer_norm_affine")
+        fused = apex_layer_norm()
         if fused is not None:
             by_apex = lambda x, weight, bias, eps: fused(x, weight, bias, weight.shape, eps)  # noqa: E731
             pairs.append(norm("LayerNorm, Apex", by_apex, plain_layer_norm, narrow))

@@ -84,23 +84,18 @@ def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int, a
     """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps: moments zero, and the
     average, if there is one, the weights as they are."""
     inner = inner_optimizer(optimizer)
-    is_new = False
     for piece in pieces:
         state = inner.state[piece.flat]
         if MOMENTS[0] in state:
             continue
-        is_new = True
         state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in MOMENTS})
         if average:
             state[AVERAGE] = piece.flat.detach().to(torch.float32, copy=True)
         if isinstance(inner, torch.optim.AdamW):
             on_device = inner.defaults.get("fused")
             state["step"] = torch.tensor(float(steps), device=piece.flat.device if on_device else "cpu")
-        else:  # DeepSpeed's CPU Adam counts per tensor, Apex per group
+        else:  # DeepSpeed's CPU Adam
             state["step"] = steps
-    if is_new and not isinstance(inner, torch.optim.AdamW):
-        for group in inner.param_groups:
-            group["step"] = steps
 
 
 @torch.no_grad()

@@ -119,7 +119,6 @@ class FineTuning:
                 model,
                 offload,
                 config.optim,
-                mesh.device,
                 layered_groups(model, config.optim.weight_decay, layers, config.layer_decay, config.head_lr_scale),
             ),
             columns=1,

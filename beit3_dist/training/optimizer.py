@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from beit3_dist.config import OptimConfig
-from beit3_dist.kernels.apex import apex_function
 
 
 def decays(name: str, shape: torch.Size) -> bool:
@@ -66,11 +65,10 @@ def build_optimizer(
     model: nn.Module,
     offload: bool,
     config: OptimConfig,
-    device: torch.device,
     groups: list[dict[str, Any]] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW for this device: DeepSpeed's CPU kernel when the state is offloaded, Apex's fused kernel on CUDA if NVIDIA
-    Apex is installed, and torch's fused one otherwise, which reads and writes each number once. `groups`: None for
+    """AdamW: DeepSpeed's CPU kernel where the state is offloaded, else torch's fused one, which reads and writes each
+    number once. (Apex's counts steps per group, and ZeRO-3 steps a large group in several parts.) `groups`: None for
     `parameter_groups`."""
     groups = groups or parameter_groups(model, config.weight_decay)
     common: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
@@ -78,7 +76,4 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
-    apex_adam = apex_function("apex.optimizers", "FusedAdam") if device.type == "cuda" else None
-    if apex_adam is not None:
-        return apex_adam(groups, adam_w_mode=True, **common)
     return torch.optim.AdamW(groups, fused=True, **common)

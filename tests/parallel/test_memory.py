@@ -82,7 +82,7 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
         plan=plan_stages(config, mesh.data, 0.0),
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
-        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim, mesh.device),
+        optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
     )
     most: dict[str, int] = {}
     backward = engine.deepspeed.backward

@@ -125,7 +125,7 @@ def build(model: BEiT3, offload: bool, config: RunConfig, sgd: bool) -> torch.op
     """The run's AdamW, or plain gradient descent, which does not hide a wrong scale of the gradients."""
     if sgd:
         return torch.optim.SGD(parameter_groups(model, 0.0), lr=config.optim.lr)
-    return build_optimizer(model, offload, config.optim, torch.device("cpu"))
+    return build_optimizer(model, offload, config.optim)
 
 
 @dataclass

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from beit3_dist.config import ModelConfig, OptimConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.training import optimizer
 from beit3_dist.training.optimizer import build_optimizer, decays, parameter_groups
 
 SIZE = {"layers": 2, "width": 8, "heads": 2, "ffn_width": 12, "patch_size": 2, "image_size": 4, "vocab_size": 20}
@@ -79,7 +76,7 @@ def test_one_step_by_hand() -> None:
     """AdamW's first step is lr * sign(g) / (1 + eps / |g|), after the decay of the decayed alone."""
     model = nn.Sequential(nn.Linear(3, 2))
     config = OptimConfig(lr=0.1, weight_decay=0.5, eps=1e-8, warmup_steps=0)
-    adamw = build_optimizer(model, False, config, CPU)
+    adamw = build_optimizer(model, False, config)
     assert type(adamw) is torch.optim.AdamW
     weight, bias = model[0].weight, model[0].bias
     before = weight.detach().clone(), bias.detach().clone()
@@ -87,19 +84,3 @@ def test_one_step_by_hand() -> None:
     adamw.step()
     torch.testing.assert_close(weight.detach(), before[0] * (1 - 0.1 * 0.5) - 0.1)
     torch.testing.assert_close(bias.detach(), before[1] + 0.1)
-
-
-@pytest.mark.parametrize(("device", "called"), [("cuda", True), ("cpu", False)])
-def test_apex_adam_is_for_cuda(device: str, called: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[SimpleNamespace] = []
-
-    def fused_adam(groups: list, **settings: object) -> str:
-        asked.append(SimpleNamespace(groups=groups, **settings))
-        return "apex"
-
-    monkeypatch.setattr(optimizer, "apex_function", lambda module, name: fused_adam)
-    built = build_optimizer(BEiT3(CONFIGS["paper"]), False, OptimConfig(), torch.device(device))
-    assert (built == "apex") == called == bool(asked)
-    if called:
-        assert asked[0].adam_w_mode is True
-        assert (asked[0].lr, asked[0].betas, asked[0].eps) == (1e-3, (0.9, 0.98), 1e-6)

@@ -1,4 +1,4 @@
-"""Apex counts as present only where NVIDIA's is: the public index has an unrelated package of that name."""
+"""Apex counts as present only where NVIDIA's is, with its kernels; the public index has another of that name."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ import pytest
 import torch
 
 from beit3_dist.kernels import layer_norm
-from beit3_dist.kernels.apex import apex_function
-from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.kernels.layer_norm import LayerNorm, apex_layer_norm
 
-NORM = ("apex.normalization.fused_layer_norm", "fused_layer_norm_affine")
+KERNELS, MODULE, FUNCTION = "fused_layer_norm_cuda", "apex.normalization.fused_layer_norm", "fused_layer_norm_affine"
 
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    apex_function.cache_clear()
+    apex_layer_norm.cache_clear()
     yield
-    apex_function.cache_clear()
+    apex_layer_norm.cache_clear()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: object) -> None:
@@ -34,25 +33,35 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: object) ->
 
 
 def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, KERNELS)
     monkeypatch.setitem(sys.modules, "apex", None)  # makes the import fail
-    assert apex_function(*NORM) is None
+    assert apex_layer_norm() is None
 
 
 def test_another_package_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, KERNELS)
     install(monkeypatch, "apex", some_web_framework=True)
-    assert apex_function(*NORM) is None
-    assert apex_function("apex.optimizers", "FusedAdam") is None
+    assert apex_layer_norm() is None
 
 
 def test_a_module_without_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, NORM[0])
-    assert apex_function(*NORM) is None
+    install(monkeypatch, KERNELS)
+    install(monkeypatch, MODULE)
+    assert apex_layer_norm() is None
+
+
+def test_apex_built_without_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Python half imports all the same, and fails at the first call."""
+    install(monkeypatch, MODULE, **{FUNCTION: lambda: None})
+    monkeypatch.setitem(sys.modules, KERNELS, None)
+    assert apex_layer_norm() is None
 
 
 def test_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
     function = lambda: None  # noqa: E731
-    install(monkeypatch, NORM[0], **{NORM[1]: function})
-    assert apex_function(*NORM) is function
+    install(monkeypatch, KERNELS)
+    install(monkeypatch, MODULE, **{FUNCTION: function})
+    assert apex_layer_norm() is function
 
 
 def test_the_fused_norm_runs_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,15 +71,15 @@ def test_the_fused_norm_runs_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> No
         calls.append((shape, eps))
         return "fused"
 
-    install(monkeypatch, NORM[0], **{NORM[1]: fused})
+    monkeypatch.setattr(layer_norm, "apex_layer_norm", lambda: fused)
     norm = LayerNorm(4, 1e-5)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(norm(x), torch.nn.functional.layer_norm(x, (4,), norm.weight, norm.bias, 1e-5)) and not calls
-    on_cuda = SimpleNamespace(is_cuda=True)
-    assert norm(on_cuda) == "fused" and calls == [((4,), 1e-5)]
+    assert norm(SimpleNamespace(is_cuda=True, numel=lambda: 12)) == "fused" and calls == [((4,), 1e-5)]
 
 
-def test_without_apex_cuda_gets_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "apex", None)
+def test_cuda_gets_torchs_without_apex_and_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_norm, "plain_layer_norm", lambda *_: "plain")
-    assert LayerNorm(4, 1e-5)(SimpleNamespace(is_cuda=True)) == "plain"
+    for apex, elements in ((None, 12), (lambda *_: "fused", 0)):
+        monkeypatch.setattr(layer_norm, "apex_layer_norm", lambda apex=apex: apex)
+        assert LayerNorm(4, 1e-5)(SimpleNamespace(is_cuda=True, numel=lambda n=elements: n)) == "plain"
