@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from beit3_dist.command_line import parse, refuse
-from beit3_dist.config import RunConfig
+from beit3_dist.config import RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
 from beit3_dist.parallel.memory import state_bytes
 
 UNUSED = ("out", "text_tokenizer", "image_tokenizer", "data.images", "data.texts", "data.pairs")
@@ -57,7 +58,10 @@ def plan(config: RunConfig, model: BEiT3, ranks: int, zero_stage: int, tensor: i
 
 
 def plans(config: RunConfig, ranks: Sequence[int]) -> list[Plan]:
-    """All layouts that divide. Raises ValueError, with the last reason, where none does."""
+    """All layouts that divide. Raises ValueError, with the last reason, where none does, and where something is wrong
+    with the DeepSpeed file."""
+    require(min(ranks) > 0, f"--ranks: {min(ranks)} is no number of ranks")
+    read_deepspeed_file(config.deepspeed_config)  # a stage of its own that is not planned would hide what is wrong
     config = replace(
         config,
         parallel=replace(config.parallel, tensor=1, sequence=False, pipeline=1, chunks=1),
@@ -65,14 +69,17 @@ def plans(config: RunConfig, ranks: Sequence[int]) -> list[Plan]:
         activation_checkpointing_every=1,
     )
     model, found, reason = BEiT3(config.model, device="meta"), [], ""
-    for world, zero_stage, tensor, pipeline in product(ranks, (1, 3), (1, 2, 4, 8), (1, 2, 4)):
+    without_file = replace(config, deepspeed_config="")
+    for world, tensor, pipeline in product(ranks, (1, 2, 4, 8), (1, 2, 4)):
         try:
-            found.append(plan(config, model, world, zero_stage, tensor, pipeline))
+            plan(without_file, model, world, 1, tensor, pipeline)
         except ValueError as error:
             reason = str(error)
+            continue
+        found += [plan(config, model, world, zero_stage, tensor, pipeline) for zero_stage in (1, 3)]
     if not found:
         raise ValueError(f"no layout divides: {reason}")
-    return found
+    return sorted(found, key=lambda p: (p.ranks, p.zero_stage, p.tensor, p.pipeline))
 
 
 def main(arguments: Sequence[str]) -> None:

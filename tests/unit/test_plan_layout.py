@@ -47,6 +47,26 @@ def test_recomputation_of_each_stage_does_not_matter(capsys: pytest.CaptureFixtu
     assert tables[0] == tables[1]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--deepspeed_config", "ds_configs/none.json"], "deepspeed_config: there is no file ds_configs/none.json"),
+        (["--deepspeed_config", "ds_configs/zero3_bf16_offload.json"], "moves states to the CPU, which is not counted"),
+        (["--optim.clip_norm", "1", "--deepspeed_config", "clipping.json"], "clipping.json sets gradient_clipping=2"),
+        (["--ranks", "8", "0"], "--ranks: 0 is no number of ranks"),
+    ],
+)
+def test_a_mistake_is_no_layout_that_does_not_divide(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "clipping.json").write_text('{"gradient_clipping": 2}')
+    options = [str(tmp_path / option) if option == "clipping.json" else option for option in options]
+    with pytest.raises(SystemExit) as stop:
+        plan_layout.main(["--config", GIANT, "--ranks", "8", *options])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and words in captured.err and captured.err.count("\n") == 1 and not captured.out
+
+
 def test_no_layout_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         plan_layout.main(["--config", GIANT, "--ranks", "7"])
