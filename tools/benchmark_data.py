@@ -31,7 +31,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from beit3_dist.config import SPECIAL_ROWS, BatchConfig, DataConfig, ModelConfig, RunConfig
 from beit3_dist.data import transforms
-from beit3_dist.data.batch import MixedBatches, Request, loader, requests_from
+from beit3_dist.data.batch import MixedBatches, Request, requests_from
+from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, generator, mix
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import Draw, Sample, SampleStream

@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> None:
 def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     """Writes the folder. Raises ValueError with one line where something does not fit."""
     # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.data.batch import MixedBatches, loader, requests_from
+    from beit3_dist.data.batch import MixedBatches, requests_from
+    from beit3_dist.data.loader import loader
     from beit3_dist.model.vqkd import load_vqkd
     from beit3_dist.parallel.mesh import read_mesh
     from beit3_dist.training.image_codes import CodesWriter, made_from, pictures_of, write_codes

@@ -27,7 +27,8 @@ from report import Run, examples, open_run
 from torch import Tensor
 
 from beit3_dist.command_line import parse, refuse
-from beit3_dist.data.batch import ImageBatches, requests_from
+from beit3_dist.data.batch import requests_from
+from beit3_dist.data.picture_batches import ImageBatches
 from beit3_dist.model.vqkd import load_vqkd
 from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
 from beit3_dist.training.inputs import views as views_of

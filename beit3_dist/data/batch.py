@@ -6,39 +6,24 @@ loader processes hold no state: resuming is asking for the next request.
 
 from __future__ import annotations
 
-import atexit
-import ctypes
-import os
-import resource
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, partial
 from itertools import count
-from multiprocessing import Pipe, forkserver, parent_process
-from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.order import Blocks, Numbers, Stream, mix_arrays
+from beit3_dist.data.pictures import Pictures, channels_first
 from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
-
-LIBC = ctypes.CDLL(None)
-MADV_POPULATE_WRITE = 23
-"""Number of the advice in Linux's asm-generic/mman-common.h."""
-MAX_DESCRIPTORS = 65536
-"""Upper bound of what `loader` raises the limit of open files to."""
 
 
 class Request(NamedTuple):
@@ -351,95 +336,6 @@ def _numbers(samples: list[Sample], use: Draw) -> Numbers:
     return Numbers((sample.key for sample in samples), use)
 
 
-class ImageBatches(Dataset):
-    """Pictures alone, for the image tokenizer's training.
-
-    `dataset[step]` -> (uint8 [b, 3, S, S], sample ids int64 [b], faults). `batch` is the global number of pictures per
-    step; b = batch / world. Crops and mirroring, no colour jitter.
-    """
-
-    def __init__(
-        self,
-        shards: str,
-        size: int,
-        seed: int,
-        batch: int,
-        rank: int,
-        world: int,
-        cache: str,
-        min_crop_scale: float = 0.08,
-        max_pixels: int = 100_000_000,
-        horizontal_flip: float = 0.5,
-    ) -> None:
-        if batch % world:
-            raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
-        self.stream = ImageStream(shards, "data.images", seed, cache, max_pixels)
-        self.size = size
-        self.batch = batch
-        self.rank = rank
-        self.world = world
-        self.min_crop_scale = min_crop_scale
-        self.horizontal_flip = horizontal_flip
-
-    @property
-    def pictures(self) -> int:
-        """Pictures of one epoch."""
-        return len(self.stream)
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[Fault]]:
-        count = self.batch // self.world
-        first = step * self.batch + self.rank * count
-        samples, views = [], []
-        for position in range(first, first + count):
-            sample = self.stream.read(position)
-            rng, picture = sample.generator(Draw.VIEW), sample.picture
-            views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, self.horizontal_flip))
-            del sample.picture, picture
-            samples.append(sample)
-        return (
-            channels_first(torch.from_numpy(np.stack(views))),
-            torch.tensor([sample.id for sample in samples]),
-            [fault for sample in samples for fault in sample.faults],
-        )
-
-
-class Pictures:
-    """Room for the views of a micro-batch's pictures, filled one after the other."""
-
-    def __init__(self, count: int, config: RunConfig, tokenizer_size: int) -> None:
-        size = config.model.image_size
-        self.model = pixels(count, size)
-        """uint8 [count, S, S, 3]."""
-        self.tokenizer = None if tokenizer_size == size else pixels(count, tokenizer_size)
-        """uint8 [count, S2, S2, 3]; None: the tokenizer sees the same."""
-        self.rooms = self.model.numpy(), None if self.tokenizer is None else self.tokenizer.numpy()
-        self.filled = 0
-        self.config = config.data
-
-    def add(self, picture: Image.Image, rng: np.random.Generator) -> None:
-        """Takes the views of the next picture."""
-        model, tokenizer = self.rooms
-        own, other = model[self.filled], None if tokenizer is None else tokenizer[self.filled]
-        transforms.two_views(picture, rng, own, other, self.config)
-        self.filled += 1
-
-
-def pixels(count: int, size: int) -> torch.Tensor:
-    """Room for `count` pictures, uint8 [count, size, size, 3]; in a loader process in the memory that it shares with
-    the trainer, so that they need not be copied there."""
-    if get_worker_info() is None:
-        return torch.empty(count, size, size, 3, dtype=torch.uint8)
-    shared = torch.UntypedStorage._new_shared(count * size * size * 3)  # what torch's own collation does
-    # All pages at once, in half the time of touching them one by one; a kernel before 5.14 knows no such advice.
-    LIBC.madvise(ctypes.c_void_p(shared.data_ptr()), ctypes.c_size_t(shared.nbytes()), MADV_POPULATE_WRITE)
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(count, size, size, 3)
-
-
-def channels_first(pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, S, S, 3] -> uint8 [N, 3, S, S] that lies in memory as it did: the device reorders it."""
-    return pictures.permute(0, 3, 1, 2)
-
-
 def requests_from(consumed: tuple[int, int, int], batch: BatchConfig) -> Iterator[Request]:
     """All requests of a run that goes on after `consumed` images, texts and pairs, without end."""
     images, texts, pairs = consumed
@@ -456,81 +352,3 @@ def hash_terms(batch: MicroBatch) -> int:
     """
     terms = mix_arrays(*(part.cpu().numpy() for part in (batch.streams, batch.positions, batch.sample_ids)))
     return int(terms.sum(dtype=np.uint64).astype(np.int64))
-
-
-def _start_worker(ending: Connection, _: int) -> None:
-    """A loader process leaves signals to the trainer, which stops it in order, and uses one core."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # torch has just given the worker a handler of SIGTERM
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_trainer, args=(ending,), daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def _end_with_the_trainer(ending: Connection) -> None:
-    """Ends a loader process, whatever it waits for, when the trainer ends, which closes its side of `ending`, or is
-    gone. Torch's workers watch their parent, which is the fork server, and that lives as long as they do; and the
-    trainer's end would wait for a worker that waits for a server."""
-    trainer = parent_process()
-    assert trainer is not None
-    wait([trainer.sentinel, ending])
-    os._exit(0)
-
-
-@cache
-def _trainers_end() -> Connection:
-    """What tells the loader processes that this process ends: the other side of it is closed then."""
-    ending, trainers_side = Pipe(duplex=False)
-    atexit.register(trainers_side.close)
-    return ending
-
-
-def _unchanged(item: object) -> object:
-    """Collation: the items are batches already."""
-    return item
-
-
-def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pin: bool) -> DataLoader:
-    """Reads `requests` in order with `workers` processes, each `prefetch` micro-batches ahead; 0 reads in this process.
-
-    Loader processes come from a fork server, not from the trainer: forking a process in which gloo, NCCL or OpenMP
-    threads run copies their locks in whatever state they are, and the child may hang. The server is started clean,
-    imports torch and this package once, and its children start in milliseconds where `spawn` needs seconds each. They
-    open the tables by path, and get no file descriptors or index copies from the trainer. As always in Python, a
-    script that calls this guards its entry by `if __name__ == "__main__"`.
-    """
-    if workers == 0:
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=requests,
-            collate_fn=_unchanged,
-            pin_memory=pin,
-            generator=torch.Generator(),
-        )
-    # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows. The
-    # server and its workers, which open shards, inherit the limit.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    context = torch.multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    # The trainer turns these two into a checkpoint. A scheduler sends them to every process of a job: the server and
-    # the workers, which inherit what is ignored, must go on until the trainer ends.
-    former = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGTERM, signal.SIGUSR1)]
-    forkserver.ensure_running()
-    for number, handler in former:
-        signal.signal(number, handler)
-    # Its own generator: without one, DataLoader would draw a seed from torch's global one.
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=requests,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        pin_memory=pin,
-        worker_init_fn=partial(_start_worker, _trainers_end()),
-        multiprocessing_context=context,
-        generator=torch.Generator(),
-    )

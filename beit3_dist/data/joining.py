@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, loader
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request
+from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream
 
 

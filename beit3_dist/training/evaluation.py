@@ -7,7 +7,8 @@ from itertools import islice
 import torch
 
 from beit3_dist.config import RunConfig
-from beit3_dist.data.batch import MixedBatches, loader, requests_from
+from beit3_dist.data.batch import MixedBatches, requests_from
+from beit3_dist.data.loader import loader
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.training.feed import Feed
 from beit3_dist.training.image_codes import PrecomputedCodes, targets_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require, require_divides
-from beit3_dist.data.batch import ImageBatches
+from beit3_dist.data.picture_batches import ImageBatches
 from beit3_dist.objectives.distillation import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.checkpointing import starting_point

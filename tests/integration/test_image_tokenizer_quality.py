@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_dist.data.batch import channels_first
+from beit3_dist.data.pictures import channels_first
 from beit3_dist.data.transforms import decode, resized
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from tests.unit.tar_fixtures import write_tar

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import OptimConfig
-from beit3_dist.data.batch import ImageBatches
+from beit3_dist.data.picture_batches import ImageBatches
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig, TokenizerModelConfig

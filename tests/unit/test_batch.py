@@ -20,9 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beit3_dist.config import BatchConfig, EvalConfig, ObjectiveConfig, RunConfig
-from beit3_dist.data import batch as batch_module
-from beit3_dist.data.batch import ImageBatches, MicroBatch, MixedBatches, Request, hash_terms, loader, requests_from
+from beit3_dist.data import loader as loader_module
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, hash_terms, requests_from
+from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, mix, sample_id, signed
+from beit3_dist.data.picture_batches import ImageBatches
 from tests.unit.tar_fixtures import picture, small_run, write_tar
 
 STEPS = 4
@@ -339,7 +341,7 @@ def test_a_worker_that_waits_does_not_hold_up_the_end(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import time, torch\n"
-        "from beit3_dist.data.batch import loader\n"
+        "from beit3_dist.data.loader import loader\n"
         "class Sleeper(torch.utils.data.Dataset):\n"
         "    def __getitem__(self, number):\n"
         "        time.sleep(600 * number)\n"
@@ -373,10 +375,10 @@ def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
 
 def test_limit_of_open_files_is_raised(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(batch_module.resource, "getrlimit", lambda _: (1024, 4096))
-    monkeypatch.setattr(batch_module.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr(loader_module.resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(loader_module.resource, "setrlimit", lambda _, limits: asked.append(limits))
     before: list[bool] = []
-    monkeypatch.setattr(batch_module.forkserver, "ensure_running", lambda: before.append(bool(asked)))
+    monkeypatch.setattr(loader_module.forkserver, "ensure_running", lambda: before.append(bool(asked)))
     loader(Probe(), range(1), 1, 1, False)
     assert asked == [(4096, 4096)]
     assert before == [True], "the workers' server keeps the limit that it was started with"

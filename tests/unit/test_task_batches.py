@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit3_dist.data.batch import loader
+from beit3_dist.data.loader import loader
 from beit3_dist.data.order import generator
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.tasks.augmentation import IMAGENET, Mixing, Views, _rand_augment, erased, globals_from

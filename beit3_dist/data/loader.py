@@ -1,0 +1,99 @@
+"""Loader processes: where they come from, and how they end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterable
+from functools import cache, partial
+from multiprocessing import Pipe, forkserver, parent_process
+from multiprocessing.connection import Connection, wait
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from beit3_dist.data import batch
+
+MAX_DESCRIPTORS = 65536
+"""Upper bound of what `loader` raises the limit of open files to."""
+
+
+def _start_worker(ending: Connection, _: int) -> None:
+    """A loader process leaves signals to the trainer, which stops it in order, and uses one core."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # torch has just given the worker a handler of SIGTERM
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_trainer, args=(ending,), daemon=True).start()
+    torch.set_num_threads(1)
+
+
+def _end_with_the_trainer(ending: Connection) -> None:
+    """Ends a loader process, whatever it waits for, when the trainer ends, which closes its side of `ending`, or is
+    gone. Torch's workers watch their parent, which is the fork server, and that lives as long as they do; and the
+    trainer's end would wait for a worker that waits for a server."""
+    trainer = parent_process()
+    assert trainer is not None
+    wait([trainer.sentinel, ending])
+    os._exit(0)
+
+
+@cache
+def _trainers_end() -> Connection:
+    """What tells the loader processes that this process ends: the other side of it is closed then."""
+    ending, trainers_side = Pipe(duplex=False)
+    atexit.register(trainers_side.close)
+    return ending
+
+
+def _unchanged(item: object) -> object:
+    """Collation: the items are batches already."""
+    return item
+
+
+def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pin: bool) -> DataLoader:
+    """Reads `requests` in order with `workers` processes, each `prefetch` micro-batches ahead; 0 reads in this process.
+
+    Loader processes come from a fork server, not from the trainer: forking a process in which gloo, NCCL or OpenMP
+    threads run copies their locks in whatever state they are, and the child may hang. The server is started clean,
+    imports torch and what makes the batches once, and its children start in milliseconds where `spawn` needs seconds
+    each. They open the tables by path, and get no file descriptors or index copies from the trainer. As always in
+    Python, a script that calls this guards its entry by `if __name__ == "__main__"`.
+    """
+    if workers == 0:
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=requests,
+            collate_fn=_unchanged,
+            pin_memory=pin,
+            generator=torch.Generator(),
+        )
+    # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows. The
+    # server and its workers, which open shards, inherit the limit.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, batch.__name__])
+    # The trainer turns these two into a checkpoint. A scheduler sends them to every process of a job: the server and
+    # the workers, which inherit what is ignored, must go on until the trainer ends.
+    former = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    forkserver.ensure_running()
+    for number, handler in former:
+        signal.signal(number, handler)
+    # Its own generator: without one, DataLoader would draw a seed from torch's global one.
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=requests,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        pin_memory=pin,
+        worker_init_fn=partial(_start_worker, _trainers_end()),
+        multiprocessing_context=context,
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,64 @@
+"""Batches of pictures alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from beit3_dist.data import transforms
+from beit3_dist.data.faults import Fault
+from beit3_dist.data.pictures import channels_first
+from beit3_dist.data.streams import Draw, ImageStream
+
+
+class ImageBatches(Dataset):
+    """For the image tokenizer's training.
+
+    `dataset[step]` -> (uint8 [b, 3, S, S], sample ids int64 [b], faults). `batch` is the global number of pictures per
+    step; b = batch / world. Crops and mirroring, no colour jitter.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        size: int,
+        seed: int,
+        batch: int,
+        rank: int,
+        world: int,
+        cache: str,
+        min_crop_scale: float = 0.08,
+        max_pixels: int = 100_000_000,
+        horizontal_flip: float = 0.5,
+    ) -> None:
+        if batch % world:
+            raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
+        self.stream = ImageStream(shards, "data.images", seed, cache, max_pixels)
+        self.size = size
+        self.batch = batch
+        self.rank = rank
+        self.world = world
+        self.min_crop_scale = min_crop_scale
+        self.horizontal_flip = horizontal_flip
+
+    @property
+    def pictures(self) -> int:
+        """Pictures of one epoch."""
+        return len(self.stream)
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[Fault]]:
+        count = self.batch // self.world
+        first = step * self.batch + self.rank * count
+        samples, views = [], []
+        for position in range(first, first + count):
+            sample = self.stream.read(position)
+            rng, picture = sample.generator(Draw.VIEW), sample.picture
+            views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, self.horizontal_flip))
+            del sample.picture, picture
+            samples.append(sample)
+        return (
+            channels_first(torch.from_numpy(np.stack(views))),
+            torch.tensor([sample.id for sample in samples]),
+            [fault for sample in samples for fault in sample.faults],
+        )
