@@ -29,7 +29,7 @@ from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.training.inputs import Tokenize, views
-from beit3_dist.training.sources import names_and_sizes, weights_of
+from beit3_dist.training.sources import names_and_sizes, shuffle_of, weights_of
 
 FORMAT = 1
 MOST_CODES = 65_535
@@ -52,6 +52,7 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
         "images": sources_digest(batches.indexed(Stream.IMAGES), shards.images),
         "pairs": sources_digest(batches.indexed(Stream.PAIRS), shards.pairs),
         **{f"data.{name}": getattr(config.data, name) for name in DRAWN_BY},
+        **({} if held_out else {"data.shuffle": shuffle_of(config.data)}),  # which pictures come before the last step
     }
 
 

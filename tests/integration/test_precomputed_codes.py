@@ -89,9 +89,11 @@ def test_codes_of_another_run_are_refused(made: tuple[RunConfig, Path], tmp_path
 
     config = replace(with_codes(made), out=str(tmp_path / "run"))
     other = save_random_tokenizer(tmp_path / "other.pth", patch_size=16, width=32)
+    with_blocks = replace(config, data=replace(config.data, shuffle="blocks"))
     mistakes = {
         r"image_codes: .* seed=0, this run has 1": replace(config, seed=1),
         r"image_codes: .* data.color_jitter=0.4": replace(config, data=replace(config.data, color_jitter=0.0)),
+        r"image_codes: .* data.shuffle=full, this run has blocks of": with_blocks,
         r"image_codes: .* image_tokenizer=": replace(config, image_tokenizer=str(other)),
         r"image_codes: .* covers 16 images, this run takes 20": replace(config, steps=5),
         r"image_codes: .* images=": replace(config, data=replace(config.data, images=config.data.pairs)),
