@@ -236,6 +236,7 @@ class ObjectiveConfig:
         )
         for name in ("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"):
             require(getattr(self, name) >= 0, f"objective.{name}={getattr(self, name)} is negative")
+        require(any(self.weights), "objective: all four weights are 0, so that nothing would be learnt")
 
 
 @dataclass(kw_only=True)

@@ -174,6 +174,10 @@ class FinetuneConfig(TrainingConfig):
             self.head_lr_scale == 1 or self.task in ("imagenet", "vqa", "nlvr2", "text"),
             f"head_lr_scale={self.head_lr_scale}: task={self.task} has no head of its own classes: leave it at 1",
         )
+        require(
+            self.task == "imagenet" or self.mixup == self.cutmix == 0,
+            f"mixup={self.mixup} and cutmix={self.cutmix} belong to imagenet, not to task={self.task}: leave them at 0",
+        )
         require(self.drop_worst_after >= 0, f"drop_worst_after={self.drop_worst_after} is negative")
         for name in ("ema_decay", "label_smoothing", "drop_worst_ratio"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
@@ -204,7 +208,7 @@ class FinetuneConfig(TrainingConfig):
     @property
     def mixes(self) -> bool:
         """Whether training mixes pictures."""
-        return self.task == "imagenet" and (self.mixup > 0 or self.cutmix > 0)
+        return self.mixup > 0 or self.cutmix > 0
 
     def micro_batch(self, data_parallel: int) -> tuple[int, ...]:
         parts = data_parallel * self.batch.accumulation

@@ -55,6 +55,11 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("model", {"drop_path": 1.0}, "model.drop_path=1.0 is not in [0, 1)"),
     ("model", {"max_text_length": 2}, "model.max_text_length=2"),
     ("model", {"vocab_size": 10}, "model.vocab_size=10 leaves no room"),
+    (
+        "objective",
+        dict.fromkeys(("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"), 0.0),
+        "all four weights are 0",
+    ),
     ("data", {"text_length": 2}, "data.text_length=2"),
     ("data", {"caption_length": 0}, "data.caption_length=0"),
     ("data", {"horizontal_flip": 1.1}, "data.horizontal_flip=1.1 is not in [0, 1]"),

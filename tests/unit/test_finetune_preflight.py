@@ -230,6 +230,10 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
         ({"layer_decay": 0.0}, "layer_decay=0.0 must be positive"),
         (
+            {"mixup": 0.8},
+            "mixup=0.8 and cutmix=0.0 belong to imagenet, not to task=vqa: leave them at 0",
+        ),
+        (
             {"task": "retrieval", "head_lr_scale": 2.0},
             "head_lr_scale=2.0: task=retrieval has no head of its own classes",
         ),
