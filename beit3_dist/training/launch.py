@@ -18,6 +18,7 @@ from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, o
 from beit3_dist.training.failure import end_after_failure, end_now, ending
 from beit3_dist.training.preemption import PREEMPTED, Preempted, nothing_to_save
 from beit3_dist.training.resilience import RunStopped
+from beit3_dist.training.run_lock import FolderInUse
 
 Ready = TypeVar("Ready")
 
@@ -42,9 +43,9 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         _end_interrupted(program)
     try:
         train(ready)
-    except Damaged as damage:  # which it takes all processes to find
+    except (Damaged, FolderInUse) as mistake:  # which it takes all processes to find
         dist.destroy_process_group()  # before its threads have done anything else, Python's end may abort in them
-        refuse(program, damage)
+        refuse(program, mistake)
     except RunStopped as stop:
         ending.set()  # the processes end by themselves, each a little later or earlier
         refuse(program, stop, exit_code=STOPPED)

@@ -19,6 +19,7 @@ from beit3_dist.training.guards import Guards
 from beit3_dist.training.preemption import Preempted
 from beit3_dist.training.profiling import StepProfiler
 from beit3_dist.training.run_folder import RunFolder, of_all
+from beit3_dist.training.run_lock import RunLock
 from beit3_dist.training.schedule import learning_rate
 from beit3_dist.training.watchdog import patience
 
@@ -65,9 +66,15 @@ class Job(Protocol):
 
 
 def train(job: Job) -> None:
-    """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved."""
+    """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved, FolderInUse
+    where another run has OUT."""
+    groups = connect(job.mesh, patience(job.config.guards.step_timeout_s))
+    with RunLock(job.config, job.checkpoint):
+        _train(job, groups)
+
+
+def _train(job: Job, groups: Groups) -> None:
     config, mesh = job.config, job.mesh
-    groups = connect(mesh, patience(config.guards.step_timeout_s))
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     state = job.state
     run = RunFolder(Path(config.out), config, mesh, state.step)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.read import load
-from beit3_dist.data.loader import loader
+from beit3_dist.data.batch import loader
 from beit3_dist.data.order import Stream, mix_arrays
 from beit3_dist.model.vqkd import save_vqkd
 from beit3_dist.parallel.mesh import Mesh, connect
@@ -20,6 +20,7 @@ from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
 from beit3_dist.training.metrics import peak_memory_gb
 from beit3_dist.training.resilience import BadSamples
 from beit3_dist.training.run_folder import RunFolder, of_all
+from beit3_dist.training.run_lock import RunLock
 from beit3_dist.training.schedule import learning_rate
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 from beit3_dist.training.tokenizer_engine import TokenizerEngine, TokenizerStep
@@ -32,8 +33,14 @@ SHOWN = 8
 
 
 def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
-    """Trains from `ready.state` to `config.steps` and writes OUT/image_tokenizer.pth at every checkpoint."""
+    """Trains from `ready.state` to `config.steps` and writes OUT/image_tokenizer.pth at every checkpoint. Raises
+    FolderInUse where another run has OUT."""
     connect(mesh)
+    with RunLock(config, ready.checkpoint):
+        _train(config, mesh, ready)
+
+
+def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
     checkpoint, state = whole_checkpoint(config, ready.checkpoint, ready.state)
     out = Path(config.out)
     run = RunFolder(out, config, mesh, state.step)

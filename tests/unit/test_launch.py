@@ -16,11 +16,12 @@ import pytest
 from torch.utils.data import Dataset
 
 from beit3_dist.command_line import FAILED, STOPPED
-from beit3_dist.data.loader import loader
+from beit3_dist.data.batch import loader
 from beit3_dist.training import launch as module
 from beit3_dist.training.launch import launch
 from beit3_dist.training.preemption import PREEMPTED, SIGNALS, nothing_to_save
 from beit3_dist.training.resilience import RunStopped
+from beit3_dist.training.run_lock import FolderInUse
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +52,18 @@ def test_a_mistake_is_told_by_whoever_meets_it(
     assert exit_.value.code == 2
     assert capfd.readouterr().err == f"program: {where}error: data.images: /data is not there\n"
     assert waited == ([module.WAIT_S] if rank else [])
+
+
+def test_a_folder_in_use_is_a_mistake(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: None)
+
+    def train(_: None) -> NoReturn:
+        raise FolderInUse("out: /runs/giant is in use by job 4711")
+
+    with pytest.raises(SystemExit) as exit_:
+        launch("program", lambda: None, train)
+    assert exit_.value.code == 2
+    assert capfd.readouterr().err == "program: error: out: /runs/giant is in use by job 4711\n"
 
 
 class Numbers(Dataset):
