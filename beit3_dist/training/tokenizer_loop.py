@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.read import load
-from beit3_dist.data.batch import loader
+from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, mix_arrays
 from beit3_dist.model.vqkd import save_vqkd
 from beit3_dist.parallel.mesh import Mesh, connect

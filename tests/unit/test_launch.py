@@ -16,7 +16,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from beit3_dist.command_line import FAILED, STOPPED
-from beit3_dist.data.batch import loader
+from beit3_dist.data.loader import loader
 from beit3_dist.training import launch as module
 from beit3_dist.training.launch import launch
 from beit3_dist.training.preemption import PREEMPTED, SIGNALS, nothing_to_save
