@@ -1,11 +1,12 @@
-"""Visual codes computed once and kept: shards of codes by sample id, for runs that see the same views again.
+"""Visual codes computed once and kept, by sample id, for runs that see the same views again.
 
 A view is a function of (seed, stream, epoch, index), so the codes of a run's crops can be computed before it, and the
 held-out pictures' anyway. A folder of codes:
 
-    00000.ids.npy     int64 [n], sorted: sample ids, pictures of images and pairs alike
-    00000.codes.npy   uint16 [n, patches]: their codes, in the same order
-    manifest.json     what the codes were made from, how far they reach, and every file's size; written last
+    ids.npy         int64 [n], sorted: sample ids, pictures of images and pairs alike
+    rows.npy        int64 [n]: where in codes.bin the codes of each id lie
+    codes.bin       uint16 [rows, patches]: codes in the order in which a run needs them, which lie near each other then
+    manifest.json   what the codes were made from, how far they reach, and every file's size; written last
 
 tools/precompute_codes.py writes it; `image_codes` and `eval.image_codes` of a run's config name it.
 """
@@ -31,10 +32,10 @@ from beit3_dist.data.streams import SampleStream
 from beit3_dist.training.inputs import Tokenize, views
 from beit3_dist.training.sources import names_and_sizes, shuffle_of, weights_of
 
-FORMAT = 1
+FORMAT = 2
+CODE = np.dtype("<u2")
 MOST_CODES = 65_535
-SHARD_ROWS = 100_000
-"""Pictures of a code shard: 39 MB at 196 patches."""
+FILES = ("ids.npy", "rows.npy", "codes.bin")
 
 
 DRAWN_BY = ("max_pixels", "min_crop_scale", "color_jitter", "horizontal_flip")
@@ -80,7 +81,10 @@ def open_codes(
 
 
 class CodesWriter:
-    """Collects codes by id and writes the folder, which is whole or absent. Raises ValueError if it exists."""
+    """Writes codes as they come, and the folder is whole or absent. Raises ValueError if it exists.
+
+    The ids stay in memory, 8 bytes a picture, until they are sorted at the end.
+    """
 
     def __init__(self, folder: Path) -> None:
         require(not folder.exists(), f"{folder} already exists; remove it or name another folder")
@@ -88,46 +92,45 @@ class CodesWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         self.ids: list[np.ndarray] = []
-        self.codes: list[np.ndarray] = []
-        self.files: list[str] = []
-        self.written = 0
+        self.codes = open(self.partial / "codes.bin", "wb")
+        self.patches = 0
 
     def add(self, ids: Tensor, codes: Tensor) -> None:
         """ids int64 [n] of pictures with codes [n, patches]."""
-        self.ids.append(ids.numpy())
+        self.ids.append(ids.numpy().copy())  # they may lie in a loader process's memory, which is an open file
         require(int(codes.max()) <= MOST_CODES, f"a code above {MOST_CODES} does not fit into two bytes")
-        self.codes.append(codes.cpu().numpy().astype(np.uint16))
-        if sum(map(len, self.ids)) >= SHARD_ROWS:
-            self._flush()
+        self.patches = codes.shape[1]
+        self.codes.write(codes.cpu().numpy().astype(CODE).tobytes())
 
     def close(self, made: dict[str, Any], pictures: tuple[int, int]) -> int:
-        """Writes the rest and the manifest; `pictures`: the positions of images and pairs that are covered."""
-        if self.ids:
-            self._flush()
-        files = {name: (self.partial / name).stat().st_size for name in self.files}
-        write_json(
-            self.partial / "manifest.json", {"format": FORMAT, "made_from": made, "pictures": pictures, "files": files}
-        )
+        """Writes the rest and the manifest; `pictures`: the positions of images and pairs that are covered. Returns
+        the number of ids."""
+        self.codes.close()
+        require(bool(self.ids), "the recipe takes no pictures, so there are no codes")
+        ids, rows = np.unique(np.concatenate(self.ids), return_index=True)  # a short stream starts over
+        np.save(self.partial / "ids.npy", ids, allow_pickle=False)
+        np.save(self.partial / "rows.npy", rows.astype(np.int64), allow_pickle=False)
+        manifest = {
+            "format": FORMAT,
+            "made_from": made,
+            "pictures": pictures,
+            "patches": self.patches,
+            "files": {name: (self.partial / name).stat().st_size for name in FILES},
+        }
+        write_json(self.partial / "manifest.json", manifest)
         self.partial.rename(self.folder)
-        return self.written
-
-    def _flush(self) -> None:
-        ids, first = np.unique(np.concatenate(self.ids), return_index=True)  # a short stream starts over
-        number = len(self.files) // 2
-        for name, values in (("ids", ids), ("codes", np.concatenate(self.codes)[first])):
-            self.files.append(f"{number:05d}.{name}.npy")
-            np.save(self.partial / self.files[-1], values, allow_pickle=False)
-        self.written += len(ids)
-        self.ids, self.codes = [], []
+        return len(ids)
 
 
 class PrecomputedCodes:
-    """Codes by sample id, memory-mapped."""
+    """Codes by sample id, memory-mapped: pages are read when they are needed, and shared by a machine's processes."""
 
     def __init__(self, folder: Path, field: str) -> None:
         """Raises ValueError naming `field` where the folder is not whole."""
         try:
             self.manifest = json.loads((folder / "manifest.json").read_text())
+            found = self.manifest["format"]
+            require(found == FORMAT, f"it has format {found}, not {FORMAT}")
             for name, size in self.manifest["files"].items():
                 found = (folder / name).stat().st_size
                 require(found == size, f"{name} has {found} bytes, its manifest says {size}")
@@ -136,13 +139,12 @@ class PrecomputedCodes:
                 f"{field}: {folder} is no whole folder of codes ({error}); tools/precompute_codes.py makes one"
             ) from error
         self.folder, self.field = folder, field
-        numbers = range(len(self.manifest["files"]) // 2)
-        self.shards = [
-            tuple(
-                np.load(folder / f"{n:05d}.{part}.npy", mmap_mode="r", allow_pickle=False) for part in ("ids", "codes")
-            )
-            for n in numbers
-        ]
+        self.ids, self.rows = (
+            np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            for name in ("ids.npy", "rows.npy")
+        )
+        codes = np.memmap(folder / "codes.bin", CODE, "r").view(np.ndarray)
+        self.codes = codes.reshape(-1, self.manifest["patches"])
 
     def check(self, made: dict[str, Any], pictures: tuple[int, int]) -> None:
         """Raises ValueError unless the codes are of these views and reach so many positions of images and pairs."""
@@ -161,23 +163,11 @@ class PrecomputedCodes:
     def of(self, batch: MicroBatch) -> Tensor:
         """int64 [I + P, patches]: the codes of a micro-batch's pictures. KeyError for an unknown picture."""
         wanted = batch.sample_ids[: len(batch.images)].numpy()
-        found: np.ndarray | None = None
-        missing = np.ones(len(wanted), dtype=bool)
-        for ids, codes in self.shards:
-            places = np.searchsorted(ids, wanted).clip(max=len(ids) - 1)
-            here = missing & (ids[places] == wanted)
-            if found is None:
-                found = np.zeros((len(wanted), codes.shape[1]), dtype=np.int64)
-            found[here] = codes[places[here]]
-            missing &= ~here
-        if found is None or missing.any():
-            raise KeyError(f"{self.folder} has no codes of {missing.sum()} pictures of this batch")
-        return torch.from_numpy(found)
-
-
-def mapped(file: Path) -> np.ndarray:
-    """An array whose pages are read when they are needed, and shared by the processes of a machine."""
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+        places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
+        missing = np.count_nonzero(self.ids[places] != wanted)
+        if missing:
+            raise KeyError(f"{self.folder} has no codes of {missing} pictures of this batch")
+        return torch.from_numpy(self.codes[self.rows[places]].astype(np.int64))
 
 
 def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Tokenize | None) -> Tokenize | None:

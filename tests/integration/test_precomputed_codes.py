@@ -117,6 +117,6 @@ def test_a_damaged_or_existing_folder_is_named(made: tuple[RunConfig, Path], tmp
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in (folder / "train").iterdir():
-        (broken / file.name).write_bytes(file.read_bytes()[: -1 if file.name.endswith("codes.npy") else None])
-    with pytest.raises(ValueError, match="00000.codes.npy has .* bytes, its manifest says"):
+        (broken / file.name).write_bytes(file.read_bytes()[: -1 if file.name.endswith("codes.bin") else None])
+    with pytest.raises(ValueError, match="codes.bin has .* bytes, its manifest says"):
         prepare_run(replace(config, image_codes=str(broken), out=str(tmp_path / "run")), read_mesh())
