@@ -39,24 +39,22 @@ def test_files_that_it_names_exist() -> None:
 
 
 def test_layout_of_the_code_is_the_folders() -> None:
-    """Every module that the picture names exists, and every folder of the package is in the picture."""
-    described = {}
-    for line in CODE_LAYOUT.splitlines():
-        if match := re.match(r"  (\w+)/ +", line):
-            folder = match[1]
-            described[folder] = ""
-        if described:
-            described[folder] = described.get(folder, "") + line
-        if line.startswith("ds_configs"):
-            break
-    folders = {p.name for p in (REPOSITORY / "beit3_dist").iterdir() if p.is_dir() and not p.name.startswith("__")}
-    assert described.keys() == folders
+    """Every folder and module that the picture names exists, and each is named; "..." stands for modules that are not.
+    Remarks stand in parentheses and before a colon."""
+    package, picture = REPOSITORY / "beit3_dist", CODE_LAYOUT.split("ds_configs/")[0]
+    assert {*re.findall(r"^  (\w+)\.py ", picture, re.M), "__init__"} == {path.stem for path in package.glob("*.py")}
+    described = dict(re.findall(r"^  (\w+/) +(.*?)(?=^  \w|\Z)", picture, re.M | re.S))
+    assert described.keys() == folders(package)
     for folder, words in described.items():
-        for module in (REPOSITORY / "beit3_dist" / folder).glob("*.py"):
-            if folder in ("parallel", "checkpoint", "objectives") and module.stem != "__init__":
-                assert module.stem in words or module.stem in ("deepspeed_config", "files"), (
-                    f"{module} is not in the README"
-                )
+        named = {name.strip() for name in re.sub(r"\([^)]*\)", "", words).rpartition(":")[2].split(",")}
+        there = {path.stem for path in (package / folder).glob("*.py")} - {"__init__"} | folders(package / folder)
+        assert not named - there - {"..."}, f"{folder} in the README names what does not exist"
+        assert "..." in named or not there - named, f"{folder} in the README leaves these out"
+
+
+def folders(path: Path) -> set[str]:
+    """Names of the folders with code in a folder."""
+    return {f"{file.parent.name}/" for file in path.glob("*/*.py")}
 
 
 def test_options_that_it_names_are_fields() -> None:
