@@ -47,7 +47,7 @@ from torch import Tensor
 from beit3_dist.checkpoint.files import write_json
 from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.read import read_weights
-from beit3_dist.command_line import parse, refuse
+from beit3_dist.command_line import refuse
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
@@ -57,6 +57,7 @@ from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
 from beit3_dist.training.code_pictures import mosaic, patches_of
 from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
 from beit3_dist.training.inputs import prepare, views
+from beit3_dist.training.recorded_config import pretraining_config
 
 PROGRAM = "report.py"
 SAMPLES = 2048
@@ -95,12 +96,9 @@ class Run:
     """The held-out streams, or the training streams of a run that names no held-out shards; one sample at once."""
 
 
-def open_run(folder: Path) -> Run:
-    """Raises ValueError or OSError with one line where something is missing or does not fit."""
-    recipe = folder / "config.yaml"
-    if not recipe.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
-    config = parse(RunConfig, PROGRAM, "", ["--config", str(recipe)])
+def open_run(folder: Path, program: str) -> Run:
+    """Raises ValueError or OSError with one line where something is missing or does not fit. `program`: who asks."""
+    config = pretraining_config(folder, program)
     metrics = read_records(folder / "metrics.jsonl")
     if not metrics:
         raise ValueError(f"{folder} has no metrics.jsonl with a step in it: the run has not trained yet")
@@ -632,7 +630,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     try:
         options = parse_arguments(arguments)
-        run = open_run(options.run)
+        run = open_run(options.run, PROGRAM)
     except (ValueError, OSError) as error:
         refuse(PROGRAM, error)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -58,7 +58,7 @@ def tokenizer_rows(folder: Path, number: int) -> list[Tensor]:
 
 def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
     """Pictures of the run, their codes, the masked input and the model's prediction."""
-    run = open_run(folder)
+    run = open_run(folder, PROGRAM)
     shown = [example for examples_of in examples(run, torch.device("cpu"), -(-number // 2)) for example in examples_of]
     pictures = torch.stack([example.picture for example in shown])
     hidden = torch.stack([example.hidden for example in shown])

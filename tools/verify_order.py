@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from beit3_dist.command_line import parse as parse_config
-from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Table, shard_scan
 from beit3_dist.data.order import Stream, mix_arrays, sample_id
 from beit3_dist.data.streams import SampleStream
+from beit3_dist.training.recorded_config import pretraining_config
 
 Bad = dict[tuple[int, Stream], set[tuple[int, int]]]
 """(step, stream) -> (source, number in the source) of each sample that was replaced in that step."""
@@ -100,7 +99,7 @@ def verify(out: Path) -> dict[str, Any]:
     if not steps:
         raise ValueError(f"{out / 'metrics.jsonl'} holds no step")
     quarantine = out / "quarantine.jsonl"
-    config = parse_config(RunConfig, "verify_order.py", "", ["--config", str(out / "config.yaml")])
+    config = pretraining_config(out, "verify_order.py")
     batches = MixedBatches(config, config.model.image_size, 0, 1)
     streams = tuple(batches.indexed(stream) for stream in Stream)
     bad = replaced(streams, records(quarantine) if quarantine.exists() else [])

@@ -134,7 +134,7 @@ def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content:
 
 def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content: report.Record) -> None:
     """Right guesses of the examples, drawn one by one, against the training objective's count over the same samples."""
-    run = report.open_run(Path(config.out))
+    run = report.open_run(Path(config.out), "report.py")
     images, pairs = report.examples(run, torch.device("cpu"), PICTURES)
     model = BEiT3(config.model, device="meta")
     checkpoint = find("auto", Path(config.out) / "checkpoints")

@@ -1,0 +1,45 @@
+"""The config of a run folder, and the tools that want a pretraining run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from beit3_dist.command_line import to_yaml
+from beit3_dist.config import DataConfig, RunConfig
+from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
+from beit3_dist.training.recorded_config import pretraining_config
+from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig
+from tools import report, verify_order
+
+PRETRAINING = RunConfig(
+    out="out", text_tokenizer="t", image_tokenizer="v", data=DataConfig(images="i", texts="t", pairs="p")
+)
+OTHERS = {
+    "fine-tuning": FinetuneConfig(task="nlvr2", out="out", text_tokenizer="t", data=TaskDataConfig(train="x")),
+    "tokenizer": TokenizerConfig(out="out", data=TokenizerDataConfig(images="i")),
+}
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(PRETRAINING))
+    assert pretraining_config(tmp_path, "tool.py") == PRETRAINING
+    with pytest.raises(ValueError, match="is not a run folder: it has no config.yaml"):
+        pretraining_config(tmp_path / "none", "tool.py")
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_kind_of_run_is_named(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(OTHERS[kind]))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for use in (lambda: report.open_run(tmp_path, "show_codes.py"), lambda: verify_order.verify(tmp_path)):
+        with pytest.raises(ValueError, match=rf"^{tmp_path} is no pretraining run"):
+            use()
+
+
+def test_a_config_that_is_refused_is_the_callers_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(PRETRAINING) + "older_field: 1\n")
+    with pytest.raises(SystemExit):
+        report.open_run(tmp_path, "show_codes.py")
+    assert capsys.readouterr().err.startswith("show_codes.py: error: ")
