@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.data.cache import cache_folder, digest, locked
+from beit3_dist.data.index import expand
 from beit3_dist.model.vqkd import VQKD, save_vqkd
 from tests.integration.runs import metrics, reproducible
 from tests.unit.tar_fixtures import small_run
@@ -166,3 +169,46 @@ def test_cancelled_saves_and_stays_cancelled(cluster: dict[str, str], recipe: li
     assert state(cluster, job) == "CANCELLED", log.read_text()
     done = len(metrics(out))
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}", log.read_text()
+
+
+def end(cluster: dict[str, str], job: str, log: Path) -> None:
+    """Leaves the next test an idle cluster."""
+    slurm(cluster, "scancel", job)
+    wait(cluster, "end of the job", lambda: not slurm(cluster, "squeue", "--noheader"), log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_asked_while_the_data_are_indexed_it_goes_back_into_the_queue(
+    cluster: dict[str, str], recipe: list[str], tmp_path: Path
+) -> None:
+    out, log, cache = tmp_path / "indexing", tmp_path / "indexing.txt", cache_folder(str(tmp_path / "cache"))
+    images = recipe[recipe.index("--data.images") + 1]
+    with locked(cache / digest(*expand(images, "data.images"))):  # another job builds this index, for hours
+        job = submit(cluster, [*recipe, "--data.cache", str(cache)], out)
+        wait(cluster, "attempt", lambda: log.exists() and "attempt 1:" in log.read_text(), log)
+        slurm(cluster, "scancel", "--signal=USR1", "--batch", job)
+        wait(cluster, "requeued job", lambda: state(cluster, job) == "PENDING", log)
+    assert "pretrain.py: asked to go before the training has begun" in log.read_text()
+    assert not (out / "checkpoints").exists()
+    end(cluster, job, log)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_after_a_checkpoint_it_goes_back_into_the_queue(
+    cluster: dict[str, str], recipe: list[str], tmp_path: Path
+) -> None:
+    out, log = tmp_path / "killed", tmp_path / "killed.txt"
+    job = submit(cluster, [*recipe, "--steps", "1000", "--checkpoint.every", "2"], out)
+    wait(cluster, "checkpoint", (out / "checkpoints" / "latest").exists, log)
+    trainers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(out) in (line := process.info["cmdline"] or []) and "launchers/pretrain.py" in line[:3]
+    ]
+    assert len(trainers) == 2, trainers
+    trainers[1].kill()  # as the kernel does where memory runs out
+    wait(cluster, "requeued job", lambda: state(cluster, job) == "PENDING", log)
+    assert "to go on from the newest checkpoint" in log.read_text()
+    end(cluster, job, log)
