@@ -19,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from braceexpand import braceexpand
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
 from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
 from beit3_dist.data.order import Stream
@@ -347,21 +349,33 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str) -> Table:
 
 
 def _build(table: Table) -> None:
-    """Scans what is not scanned yet and writes the merged table."""
+    """Scans what is not scanned yet and writes the merged table, which is in memory once; no scan is."""
     folder = table.file.parent
     parts, damage, incomplete = [], [], 0
     told = time.monotonic()
+
+    def rows_of(number: int) -> tuple[np.ndarray, int, str]:
+        found = shard_scan(table.files[number], table.marks[number], folder)
+        return *_rows(number, found.places, table.stream), found.damage
+
     with ThreadPoolExecutor(SCANNERS) as pool:
-        scans = pool.map(lambda file, mark: shard_scan(file, mark, folder), table.files, table.marks)
-        for number, (path, result) in enumerate(zip(table.paths, scans, strict=True)):
-            rows, lacking = _rows(number, result.places, table.stream)
+        results = pool.map(rows_of, range(len(table.files)))
+        for number, (path, (rows, lacking, problem)) in enumerate(zip(table.paths, results, strict=True)):
             parts.append(rows)
             incomplete += lacking
-            if result.damage:
-                damage.append((path, result.damage))
+            if problem:
+                damage.append((path, problem))
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 log.info("indexing %s: %d of %d shards", table.stream.name.lower(), number + 1, len(table.paths))
     notes = json.dumps({"damage": damage, "incomplete": incomplete}).encode()
     write_whole(table.file.with_suffix(".json"), lambda file: file.write(notes))
-    write_whole(table.file, lambda file: np.save(file, np.concatenate(parts)))
+    write_whole(table.file, lambda file: _save(file, parts))
+
+
+def _save(file: BinaryIO, parts: list[np.ndarray]) -> None:
+    """np.save of the parts' concatenation, which is never in memory."""
+    header = {"descr": dtype_to_descr(ROW), "fortran_order": False, "shape": (sum(map(len, parts)),)}
+    write_array_header_1_0(file, header)
+    for part in parts:
+        file.write(part.data)

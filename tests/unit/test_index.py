@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import pickle
 import tarfile
+import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +346,31 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplo
         table = table_of(tmp_path, Stream.IMAGES)
     assert "indexing images: 1 of 1 shards" in caplog.text
     assert json.loads(table.file.with_suffix(".json").read_text()) == {"damage": [], "incomplete": 0}
+
+
+def test_one_slow_shard_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first shard's scan ends last: of the others nothing is kept but their rows of the table, and those once."""
+    shards, samples = 100, 3_000
+    for number in range(shards):
+        (tmp_path / f"{number:02d}.tar").touch()
+    places = np.full((samples, 4, 2), -1)
+    places[:, index.IMAGE] = np.arange(2 * samples).reshape(-1, 2)
+    others = threading.Semaphore(0)
+
+    def scan(path: str, *_: object) -> index.Scan:
+        if path.endswith("00.tar"):
+            for _ in range(shards - 1):
+                others.acquire()
+        else:
+            others.release()
+        return index.Scan(places.copy(), np.empty(0, np.uint8), np.empty(0, np.int64), "")
+
+    monkeypatch.setattr(index, "shard_scan", scan)
+    tracemalloc.start()
+    table = table_of(tmp_path, Stream.IMAGES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = shards * samples * index.ROW.itemsize
+    assert peak < 1.5 * size, f"{peak / size:.2f} tables"
+    assert len(table) == shards * samples and table.rows["shard"].tolist() == np.repeat(range(shards), samples).tolist()
+    assert np.array_equal(table.rows["image"], np.tile(places[:, index.IMAGE], (shards, 1)))
