@@ -59,18 +59,6 @@ def test_one_pass_equals_three(config: ModelConfig) -> None:
     assert_tensors_close(ours, gradients(objective))
 
 
-@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
-@pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_activation_checkpointing_changes_nothing(config: ModelConfig, recompute: str) -> None:
-    objective, step = objective_and_step(config)
-    objective(*step)[0].backward()
-    plain = gradients(objective)
-    objective.zero_grad()
-    objective.model.blocks.recompute = recompute
-    objective(*step)[0].backward()
-    assert all(torch.equal(plain[n], g) for n, g in gradients(objective).items())
-
-
 def test_drop_path_is_on_and_depends_on_the_step_and_not_on_the_place_in_the_batch() -> None:
     objective, step = objective_and_step(PAPER)
     losses = [objective(*step[:-1], number)[0].item() for number in (7, 7, 8)]

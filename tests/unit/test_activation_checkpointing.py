@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,12 @@ def test_every_second_block_saves_half(recompute: str) -> None:
     assert none - every > 7 * saved
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_gradient_changes(architecture: str) -> None:
+@pytest.mark.parametrize(("architecture", "vl_expert_layers"), [("paper", 0), ("paper", 1), ("released", 0)])
+def test_no_gradient_changes(architecture: str, vl_expert_layers: int) -> None:
+    config = replace(model_config(architecture, 4), vl_expert_layers=vl_expert_layers)
+
     def gradients(recompute: str, every: int) -> dict[str, torch.Tensor]:
-        objective, step = step_of(model_config(architecture, 4), recompute, every)
+        objective, step = step_of(config, recompute, every)
         objective(*step)[0].backward()
         return {name: parameter.grad for name, parameter in objective.named_parameters()}
 

@@ -81,7 +81,16 @@ def test_attention_mask_and_padding_both_hold() -> None:
                 assert mask[sample, 0, query, key] == (key <= query and key < 2 + length)
 
 
-def test_moving_keeps_everything() -> None:
-    moved = MIXED.to("cpu")
+def test_moving_moves_all_and_keeps_the_rest() -> None:
+    moved = MIXED.to("meta")
     assert moved.segments == MIXED.segments
-    assert moved.pairs.index is not None and torch.equal(moved.pairs.index, MIXED.pairs.index)
+    for ours, theirs in ((moved.images, MIXED.images), (moved.pairs, MIXED.pairs), (moved.texts, MIXED.texts)):
+        assert (ours.samples, ours.patches, ours.words) == (theirs.samples, theirs.patches, theirs.words)
+        for tensor, of in ((ours.index, theirs.index), (ours.mask, theirs.mask)):
+            assert (tensor is None) == (of is None)
+            if tensor is not None and of is not None:
+                assert tensor.is_meta and tensor.shape == of.shape and tensor.dtype == of.dtype
+    again = MIXED.to("cpu")
+    for ours, theirs in ((again.pairs, MIXED.pairs), (again.texts, MIXED.texts)):
+        assert ours.index is not None and ours.mask is not None
+        assert torch.equal(ours.index, theirs.index) and torch.equal(ours.mask, theirs.mask)
