@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.files import as_json, sha256
-from beit3_dist.checkpoint.store import FORMAT, TrainState, checkpoints
+from beit3_dist.checkpoint.store import FORMAT, TrainState, checkpoints, step_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -145,7 +145,7 @@ def verified(path: Path | None, resume: str, folder: Path) -> Path | None:
             raise Damaged(f"checkpoint.resume: {'; '.join(found)}")
         log.warning("%s: falling back to an older checkpoint", "; ".join(found))
         damages += found
-        older = [other for other in checkpoints(folder).values() if other.name < path.name]
+        older = [other for step, other in checkpoints(folder).items() if step < step_of(path)]
         path = _newest(folder, older, damages)
         _assert_seen_by_all(path)
     return None

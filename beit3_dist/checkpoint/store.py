@@ -77,10 +77,15 @@ def step_name(step: int) -> str:
     return f"step_{step:07d}"
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint is called after."""
+    return int(path.name.removeprefix("step_"))
+
+
 def checkpoints(folder: Path) -> dict[int, Path]:
     """Step -> checkpoint of a folder, the oldest first; finished ones only, which may have been damaged since."""
     paths = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return dict(sorted((int(path.name.removeprefix("step_")), path) for path in paths))
+    return dict(sorted((step_of(path), path) for path in paths))
 
 
 class SavingFailed(RuntimeError):
@@ -212,7 +217,7 @@ class Store:
         if self._is_first:
             shutil.rmtree(self._partial(saving.step), ignore_errors=True)
         dist.barrier()
-        last = max(checkpoints(self._folder).values(), default="none")
+        last = next(reversed(checkpoints(self._folder).values()), "none")
         reasons = [f"rank {rank}: {words}" for rank, words in enumerate(everyones) if words]
         raise SavingFailed(
             f"the checkpoint of step {saving.step} could not be written ({'; '.join(reasons[:3])}); "

@@ -112,7 +112,8 @@ def test_an_error_surfaces_at_the_next_step(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_error_of_the_last_files_surfaces_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    former = save(tmp_path, step=2)
+    save(tmp_path, step=9_999_999)
+    former = save(tmp_path, step=10_000_000)
     to = open_store(tmp_path)
 
     def break_down(path: Path, parts: Any) -> dict[str, Any]:
@@ -121,10 +122,10 @@ def test_an_error_of_the_last_files_surfaces_too(tmp_path: Path, monkeypatch: py
         return write_hashed(path, parts)
 
     monkeypatch.setattr("beit3_dist.checkpoint.store.write_hashed", break_down)
-    begin(to)
-    with pytest.raises(SavingFailed, match=r"rank 0: .*step_0000007.partial/.*: Input/output error"):
+    begin(to, step=10_000_001)
+    with pytest.raises(SavingFailed, match=r"rank 0: .*step_10000001.partial/.*: Input/output error") as failure:
         to.wait()
-    assert find("auto", tmp_path) == former
+    assert find("auto", tmp_path) == former and f"the last whole one is {former}:" in str(failure.value)
 
 
 def fail_on_the_second(groups: Groups, folder: str) -> list[str]:

@@ -109,6 +109,14 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
         find(str(tmp_path / "nowhere"), tmp_path)
 
 
+def test_the_checkpoint_before_is_told_by_its_number(tmp_path: Path) -> None:
+    """Names have more digits from step 10,000,000 on."""
+    for step in (9_999_998, 9_999_999, 10_000_000):
+        path = save(tmp_path, step)
+    flip(path / FILES[0], -1)
+    assert resume("auto", tmp_path) == tmp_path / "step_9999999"
+
+
 def test_all_ranks_decide_the_same(folder: Path) -> None:
     """The damage lies in one rank's share of the files. A rank that raised or fell back alone would leave the others in
     a collective for ever."""
