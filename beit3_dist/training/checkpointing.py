@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -37,15 +37,14 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def __init__(
         self, config: TrainingConfig | TokenizerConfig, mesh: Mesh, pieces: Callable[[], Iterable[Piece]]
     ) -> None:
-        self._config, self._pieces = config, pieces
+        self._config, self._pieces, self._versions = config, pieces, _versions()
         settings = config.checkpoint
         self._store = Store(Path(config.out) / "checkpoints", mesh.device, settings.keep, settings.keep_every)
 
     def save(self, state: TrainState) -> None:
         """Begins to save everything that the run needs to go on after `state.step`."""
-        versions = {name: version(name) for name in ("torch", "deepspeed", "beit3-dist")}
         with _ending_the_run():
-            self._store.save(self._pieces(), state, self._config.model, to_yaml(self._config), versions)
+            self._store.save(self._pieces(), state, self._config.model, to_yaml(self._config), self._versions)
 
     def check(self) -> None:
         """For every step that does not save: finishes what is on its way, without waiting for it."""
@@ -72,11 +71,19 @@ def _ending_the_run() -> Iterator[None]:
         raise RunStopped(str(failure)) from failure
 
 
+def _versions() -> dict[str, str]:
+    """What checkpoints say of the programs that wrote them."""
+    try:
+        return {name: version(name) for name in ("torch", "deepspeed", "beit3-dist")}
+    except PackageNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: run `pip install -e .` in the repository") from None
+
+
 def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
     """The checkpoint that `checkpoint.resume` means, None for a new run, and the state to go on from.
 
-    Raises ValueError where a new run would go into the folder of another one or cannot write into its own, or where a
-    run that `trains` has nothing left to train.
+    Raises ValueError where a new run would go into the folder of another one or cannot write into its own, where a run
+    that `trains` has nothing left to train, or where its checkpoints could not name the programs' versions.
     """
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
@@ -90,6 +97,7 @@ def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True
         f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
     )
     _check_writable(out)
+    _versions()
     return checkpoint, state
 
 
