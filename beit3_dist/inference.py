@@ -1,4 +1,4 @@
-"""Using a fine-tuned model: embeddings of pictures and texts, answers to questions, captions.
+"""Using a fine-tuned model: embeddings of pictures and texts, answers to questions, captions, classes.
 
     from beit3_dist.inference import Model
     model = Model.load("FOLDER")                        # config.json, model.safetensors, tokenizer.spm
@@ -6,9 +6,11 @@
     model.embed_texts(["a red circle"])                 # retrieval: unit vectors [1, D]
     model.answer(["a.jpg"], ["what shape is this?"])    # vqa: one answer for each picture and its question
     model.caption(["a.jpg"])                            # captioning
+    model.classify(["a.jpg"])                           # imagenet: pictures; text: sentences
+    model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two pictures
 
-A picture is a path, a PIL image or an array uint8 [height, width, 3]. It is seen whole, squashed to the model's square,
-as the released models were evaluated.
+A picture is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the validation of the model's
+task: whole, squashed to the model's square, and for the classes of pictures its largest centred square.
 """
 
 from __future__ import annotations
@@ -27,16 +29,19 @@ from beit3_dist.checkpoint.model_folder import ModelFolder, read_model_folder
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.data.transforms import decode, resized, to_rgb
-from beit3_dist.tasks.config import CONTRASTIVE
+from beit3_dist.data.transforms import decode, to_rgb
+from beit3_dist.tasks.all import TASKS
+from beit3_dist.tasks.augmentation import Views
+from beit3_dist.tasks.config import CONTRASTIVE, OF_PICTURES
 from beit3_dist.tasks.generation import generate
 from beit3_dist.tasks.heads import FineTuned, build
-from beit3_dist.training.inputs import normalize
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
 """Samples of a forward pass."""
+USUAL_LENGTH = 32
+"""Longest caption, <s> and </s> included, of a folder that does not say what its model was taught (unilm: 32)."""
 
 _T = TypeVar("_T")
 
@@ -66,6 +71,8 @@ class Model:
         self.name, self.network, self.task = name, network.requires_grad_(False).eval(), task
         self.tokenizer = tokenizer
         self.device = next(network.parameters()).device
+        self._views = Views(evaluation="centre" if task["name"] in OF_PICTURES else "squash")
+        self._statistics = [torch.tensor(v, device=self.device).view(3, 1, 1) for v in TASKS[task["name"]].statistics]
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Model:
@@ -110,11 +117,45 @@ class Model:
             answers += [self.task["answers"][best] for best in logits.argmax(-1).tolist()]
         return answers
 
+    @torch.inference_mode()
+    def classify(self, samples: Sequence[Picture]) -> list[str]:
+        """The likeliest class of each picture (imagenet) or sentence (text)."""
+        self._require(("imagenet", "text"), "classes")
+        names = self.task.get("answers", [])
+        if len(names) != self.network.classes:
+            raise ValueError(f"{self.name}/config.json names {len(names)} of {self.network.classes} classes")
+        best: list[int] = []
+        of_pictures = self.task["name"] == "imagenet"
+        for some in _batches(samples, IMAGES_AT_ONCE if of_pictures else TEXTS_AT_ONCE):
+            if of_pictures:
+                logits = self.network.class_logits(self._pixels(some))
+            else:
+                logits = self.network.sentence_logits(*self._words([str(text) for text in some]))
+            best += logits.argmax(-1).tolist()
+        return [names[number] for number in best]
+
+    @torch.inference_mode()
+    def is_true(self, images: Sequence[tuple[Picture, Picture]], sentences: Sequence[str]) -> list[bool]:
+        """Whether each sentence is true of the two pictures in the same place."""
+        self._require(("nlvr2",), "truths of sentences")
+        if len(images) != len(sentences):
+            raise ValueError(f"{len(images)} pairs of pictures and {len(sentences)} sentences: each needs the other")
+        truths: list[bool] = []
+        for some in _batches(list(zip(images, sentences, strict=True)), IMAGES_AT_ONCE):
+            pairs, told = zip(*some, strict=True)
+            pixels = torch.stack([self._pixels(pair) for pair in pairs])
+            truths += self.network.truth_logits(pixels, *self._words(told)).argmax(-1).bool().tolist()
+        return truths
+
     def caption(
-        self, images: Sequence[Picture], *, beams: int = 3, length_penalty: float = 0.6, max_words: int = 31
+        self, images: Sequence[Picture], *, beams: int = 3, length_penalty: float = 0.6, max_words: int | None = None
     ) -> list[str]:
-        """What the model says of each picture; see `tasks.generation.generate` for the search's settings."""
+        """What the model says of each picture; see `tasks.generation.generate` for the search's settings. `max_words`:
+        as many as in the validation of the model's training, unless said otherwise."""
         self._require(("captioning",), "captions")
+        if max_words is None:
+            longest = min(USUAL_LENGTH, self.network.config.max_text_length)
+            max_words = self.task.get("text_length", longest) - 1
         tokenizer, captions = self._tokenizer(), []
         for some in _batches(images, IMAGES_AT_ONCE):
             captions += generate(
@@ -144,10 +185,10 @@ class Model:
         return torch.cat([torch.empty(0, self.network.config.width), *parts])
 
     def _pixels(self, images: Sequence[Picture]) -> Tensor:
-        """[B, 3, S, S] in [-1, 1] on the device."""
-        size = self.network.config.image_size
-        views = np.stack([resized(open_picture(image), size) for image in images])
-        return normalize(torch.from_numpy(views).permute(0, 3, 1, 2).to(self.device))
+        """[B, 3, S, S] on the device, normalised as in training."""
+        size, (mean, deviation) = self.network.config.image_size, self._statistics
+        views = np.stack([self._views.evaluate(open_picture(image), size) for image in images])
+        return (torch.from_numpy(views).permute(0, 3, 1, 2).to(self.device).float() / 255 - mean) / deviation
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""

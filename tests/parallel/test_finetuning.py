@@ -16,6 +16,7 @@ import torch
 from beit3_dist.checkpoint.model_folder import read_model_folder
 from beit3_dist.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.inference import Model
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.tasks.config import NEED_CLASSES, FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
 from beit3_dist.training.finetune_preflight import prepare_finetuning
@@ -127,6 +128,36 @@ def one_process(folder: Path) -> Path:
     """The folder after every task has run in one process."""
     run_workers(1, run, [run_config(folder, task, "one", "one") for task in TASKS])
     return folder
+
+
+@pytest.mark.slow
+def test_the_model_for_use_predicts_what_the_run_predicted(one_process: Path) -> None:
+    """OUT/model, asked from Python, against OUT/predictions of the same weights."""
+    out = one_process / "one"
+    tokenizer = TextTokenizer(str(one_process / "text.spm"))
+    models = {task: Model.load(out / task / "model", "cpu") for task in TASKS}
+    asked = {task: [json.loads(line) for line in (one_process / f"{task}.validation.jsonl").read_text().splitlines()]
+             for task in TASKS}  # fmt: skip
+    written = {task: next((out / task / "predictions").iterdir()).read_text() for task in TASKS}
+
+    def pictures(task: str, field: str = "image_path") -> list[Path]:
+        return [one_process / line[field] for line in asked[task]]
+
+    def texts(task: str) -> list[str]:
+        return [tokenizer.decode(line["text_segment"]) for line in asked[task]]
+
+    captions = {line["image_id"]: line["caption"] for line in json.loads(written["captioning"])}
+    by_picture = dict(zip((line["image_id"] for line in asked["captioning"]),
+                          models["captioning"].caption(pictures("captioning"), beams=2), strict=True))  # fmt: skip
+    assert by_picture == captions
+    answers = [line["answer"] for line in json.loads(written["vqa"])]
+    assert models["vqa"].answer(pictures("vqa"), texts("vqa")) == answers
+    for task, samples in (("imagenet", pictures("imagenet")), ("text", texts("text"))):
+        classes = [CLASSES[int(line.rsplit(",", 1)[1])] for line in written[task].splitlines()[1:]]
+        assert models[task].classify(samples) == classes, task
+    truths = [line.rsplit(",", 1)[1] == "True" for line in written["nlvr2"].splitlines()]
+    two = list(zip(pictures("nlvr2"), pictures("nlvr2", "image2_path"), strict=True))
+    assert models["nlvr2"].is_true(two, texts("nlvr2")) == truths
 
 
 @pytest.mark.slow

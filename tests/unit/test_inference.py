@@ -15,20 +15,23 @@ from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.config import ModelConfig
 from beit3_dist.inference import Model, open_picture
 from beit3_dist.tasks import generation
+from beit3_dist.tasks.augmentation import IMAGENET
+from beit3_dist.tasks.config import NEED_CLASSES
 from beit3_dist.tasks.heads import FineTuned
 
 SENTENCES = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
 ANSWERS = ["yes", "no", "red", "green"]
 PIECES = 40
+TASKS = ("retrieval", "vqa", "captioning", "imagenet", "nlvr2", "text")
 
 
-def save(folder: Path, task: str | None, tokenizer: Path | None, **changes: int) -> Path:
+def save(folder: Path, task: str | None, tokenizer: Path | None, **changes: object) -> Path:
     """A tiny model with random weights of ordinary size."""
     fields = dict(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vl_expert_layers=1)
     config = ModelConfig(**{**fields, "vocab_size": PIECES + 10, "visual_vocab_size": 8, "max_text_length": 12})
     network, draw = FineTuned(config, task or "retrieval", len(ANSWERS)), torch.Generator().manual_seed(0)
     weights = {n: p.detach() + 0.2 * torch.randn(p.shape, generator=draw) for n, p in network.named_parameters()}
-    answers = ANSWERS if task == "vqa" else []
+    answers = ANSWERS if task in NEED_CLASSES else []
     entry = None if task is None else {"name": task, "classes": len(ANSWERS), "answers": answers, **changes}
     save_model_folder(folder, weights, config, task=entry, text_tokenizer=tokenizer)
     return folder
@@ -48,7 +51,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {task: save(root / task, task, tokenizer) for task in ("retrieval", "vqa", "captioning")}
+    return {task: save(root / task, task, tokenizer) for task in TASKS}
 
 
 @pytest.fixture
@@ -113,6 +116,51 @@ def test_captions(folders: dict[str, Path], pictures: list[Path]) -> None:
     assert captions == [model._tokenizer().decode(caption) for caption in words]
 
 
+def test_captions_are_as_long_as_in_training(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
+    draw = np.random.default_rng(2)
+    pictures = [Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(8)]
+    taught = Model.load(save(tmp_path / "taught", "captioning", tokenizer, text_length=5), device="cpu")
+    assert taught.caption(pictures) == taught.caption(pictures, max_words=4) != taught.caption(pictures, max_words=8)
+    silent = Model.load(folders["captioning"], device="cpu")  # its folder does not say, and it has room for 12
+    assert silent.caption(pictures) == silent.caption(pictures, max_words=11)
+
+
+def test_classes_of_pictures(folders: dict[str, Path], pictures: list[Path]) -> None:
+    """Against the definition: the largest centred square, normalised by ImageNet's mean and deviation."""
+    model = Model.load(folders["imagenet"], device="cpu")
+    for file in pictures:
+        picture = open_picture(file)
+        side, (mean, deviation) = min(picture.size), map(np.array, IMAGENET)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        square = picture.resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        pixels = torch.from_numpy(((np.asarray(square) / 255 - mean) / deviation).transpose(2, 0, 1)).float()
+        torch.testing.assert_close(model._pixels([file])[0], pixels, atol=1e-5, rtol=0)
+        assert model.classify([file]) == [ANSWERS[int(model.network.class_logits(model._pixels([file])).argmax())]]
+    many = model.classify(pictures * 20)
+    assert many == model.classify(pictures) * 20 and len(set(many)) > 1
+
+
+def test_classes_of_sentences(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
+    model = Model.load(folders["text"], device="cpu")
+    usual = model.network.sentence_logits(*model._words(SENTENCES)).mean(0)
+    model.network.task_head.head[3].bias -= usual  # or one class is the likeliest of all sentences
+    classes = model.classify(SENTENCES)
+    assert classes == [model.classify([sentence])[0] for sentence in SENTENCES] and len(set(classes)) > 1
+    nameless = Model.load(save(tmp_path / "nameless", "text", tokenizer, answers=[]), device="cpu")
+    with pytest.raises(ValueError, match=r"nameless/config.json names 0 of 4 classes"):
+        nameless.classify(SENTENCES)
+
+
+def test_truths_of_sentences(folders: dict[str, Path], pictures: list[Path]) -> None:
+    model = Model.load(folders["nlvr2"], device="cpu")
+    asked = [((one, other), sentence) for one in pictures for other in pictures for sentence in SENTENCES]
+    truths = model.is_true(*zip(*asked, strict=True))
+    assert truths == [model.is_true([two], [sentence])[0] for two, sentence in asked]
+    assert set(truths) == {True, False}
+    with pytest.raises(ValueError, match="1 pairs of pictures and 2 sentences"):
+        model.is_true([(pictures[0], pictures[1])], SENTENCES[:2])
+
+
 def test_long_texts_are_cut(folders: dict[str, Path]) -> None:
     model = Model.load(folders["retrieval"], device="cpu")
     vectors = model.embed_texts([" ".join(SENTENCES), " ".join(SENTENCES) + " red"])
@@ -126,6 +174,8 @@ def test_what_a_task_does_not_offer(folders: dict[str, Path], pictures: list[Pat
         (retrieval, lambda m: m.caption(pictures)),
         (vqa, lambda m: m.embed_images(pictures)),
         (vqa, lambda m: m.embed_texts(SENTENCES)),
+        (vqa, lambda m: m.classify(pictures)),
+        (retrieval, lambda m: m.is_true([(pictures[0], pictures[1])], ["both are red"])),
     ):
         with pytest.raises(ValueError, match=r"was fine-tuned for (retrieval|vqa); .* need a model of task") as error:
             use(model)
