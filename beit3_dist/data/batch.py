@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
+from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Numbers, Stream, mix_arrays
 from beit3_dist.data.pictures import Pictures, channels_first
 from beit3_dist.data.streaming import SequentialStream, sequential
@@ -148,11 +149,11 @@ class MixedBatches(Dataset):
         self.micro_batch = config.micro_batch(world)
         self.tokenizer = TextTokenizer(config.text_tokenizer)
         self.tokenizer.check_vocab(config.model.vocab_size)
-        data, seed, shuffled = config.data, config.seed, not held_out
+        data, seed, shuffled, share = config.data, config.seed, not held_out, Share(rank, world)
         shards, prefix = (config.eval, "eval") if held_out else (data, "data")
         blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
         self.images = self._sequential(Stream.IMAGES) or ImageStream(
-            shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled, blocks
+            shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled, blocks, share
         )
         self.texts = self._sequential(Stream.TEXTS) or TextStream(
             shards.texts,
@@ -163,7 +164,7 @@ class MixedBatches(Dataset):
             data.text_length,
             shuffled,
             blocks,
-            share=rank / world,
+            share,
         )
         self.pairs = self._sequential(Stream.PAIRS) or PairStream(
             shards.pairs,
@@ -176,6 +177,7 @@ class MixedBatches(Dataset):
             data.caption_key,
             shuffled,
             blocks,
+            share,
         )
 
     def _sequential(self, stream: Stream) -> SequentialStream | None:

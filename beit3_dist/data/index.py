@@ -14,12 +14,12 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
@@ -30,6 +30,8 @@ from beit3_dist.data.order import Stream
 from beit3_dist.data.unpack import plain_tar
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 FORMAT = 1
 """Version of the sidecars and tables; a change makes every cached file stale."""
@@ -64,6 +66,23 @@ SCANNERS = 8
 """Threads that scan shards: they wait for storage most of the time."""
 PROGRESS_SECONDS = 2.0
 """Time between two progress lines."""
+
+
+class Share(NamedTuple):
+    """Which part of the shards this process works on first, where several make what the cache lacks."""
+
+    number: int = 0
+    """Number of the part."""
+    parts: int = 1
+    """Parts in all: processes with other data."""
+
+    def of(self, shards: int) -> range:
+        """Numbers of its shards."""
+        return range(shards * self.number // self.parts, shards * (self.number + 1) // self.parts)
+
+
+ALONE = Share()
+"""All of it."""
 
 
 class DamagedTar(Exception):
@@ -327,8 +346,9 @@ class Table:
         return {name: value for name, value in self.__dict__.items() if name != "rows"}
 
 
-def open_table(pattern: str, field: str, stream: Stream, cache: str) -> Table:
-    """The table of the samples that a pattern of tars holds, built if the cache has none for these very files.
+def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Share = ALONE) -> Table:
+    """The table of the samples that a pattern of tars holds, built if the cache has none for these very files: every
+    process scans its share of the shards, then one of them what is missing yet.
 
     Raises ValueError naming `field` where nothing matches or no shard holds a usable sample.
     """
@@ -340,6 +360,8 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str) -> Table:
     name = digest(FORMAT, stream.name, *zip(paths, marks, strict=True))
     table = Table(paths, files, marks, stream, folder / f"{name}.npy")
     if not table.file.exists():
+        if share != ALONE:
+            _scan_share(table, share)
         with locked(folder / digest(*paths)):
             if not table.file.exists():
                 _build(table)
@@ -348,29 +370,48 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str) -> Table:
     return table
 
 
+def _scan_share(table: Table, share: Share) -> None:
+    """Makes the sidecars of this process's share that are missing."""
+    folder = table.file.parent
+
+    def make(number: int) -> None:
+        shard_scan(table.files[number], table.marks[number], folder)
+
+    own = share.of(len(table.files))
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        for _ in _with_progress(pool.map(make, own), table.stream, len(own)):
+            pass  # Nothing but errors comes back.
+
+
 def _build(table: Table) -> None:
     """Scans what is not scanned yet and writes the merged table, which is in memory once; no scan is."""
     folder = table.file.parent
     parts, damage, incomplete = [], [], 0
-    told = time.monotonic()
 
     def rows_of(number: int) -> tuple[np.ndarray, int, str]:
         found = shard_scan(table.files[number], table.marks[number], folder)
         return *_rows(number, found.places, table.stream), found.damage
 
     with ThreadPoolExecutor(SCANNERS) as pool:
-        results = pool.map(rows_of, range(len(table.files)))
-        for number, (path, (rows, lacking, problem)) in enumerate(zip(table.paths, results, strict=True)):
+        results = _with_progress(pool.map(rows_of, range(len(table.files))), table.stream, len(table.files))
+        for path, (rows, lacking, problem) in zip(table.paths, results, strict=True):
             parts.append(rows)
             incomplete += lacking
             if problem:
                 damage.append((path, problem))
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                log.info("indexing %s: %d of %d shards", table.stream.name.lower(), number + 1, len(table.paths))
     notes = json.dumps({"damage": damage, "incomplete": incomplete}).encode()
     write_whole(table.file.with_suffix(".json"), lambda file: file.write(notes))
     write_whole(table.file, lambda file: _save(file, parts))
+
+
+def _with_progress(results: Iterable[Result], stream: Stream, shards: int) -> Iterator[Result]:
+    """The results of so many shards, and now and then a line that tells how many there are."""
+    told = time.monotonic()
+    for done, result in enumerate(results, start=1):
+        yield result
+        if time.monotonic() - told > PROGRESS_SECONDS:
+            told = time.monotonic()
+            log.info("indexing %s: %d of %d shards", stream.name.lower(), done, shards)
 
 
 def _save(file: BinaryIO, parts: list[np.ndarray]) -> None:

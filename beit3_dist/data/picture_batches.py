@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
+from beit3_dist.data.index import Share
 from beit3_dist.data.pictures import channels_first
 from beit3_dist.data.streams import Draw, ImageStream
 
@@ -34,7 +35,7 @@ class ImageBatches(Dataset):
     ) -> None:
         if batch % world:
             raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
-        self.stream = ImageStream(shards, "data.images", seed, cache, max_pixels)
+        self.stream = ImageStream(shards, "data.images", seed, cache, max_pixels, share=Share(rank, world))
         self.size = size
         self.batch = batch
         self.rank = rank

@@ -22,7 +22,7 @@ from PIL import Image
 from beit3_dist.config import Source
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault
-from beit3_dist.data.index import TXT, Table, open_table
+from beit3_dist.data.index import ALONE, TXT, Share, Table, open_table
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.text import TextTokenizer, TokenWindows
@@ -92,9 +92,10 @@ class SampleStream(ABC):
         cache: str,
         shuffled: bool,
         blocks: Blocks | None,
+        share: Share,
     ) -> None:
         """Opens (or builds) the index of each source. `shuffled=False`: every epoch is the first one, in stored order.
-        `blocks`: shuffles by blocks and windows instead of fully.
+        `blocks`: shuffles by blocks and windows instead of fully. `share`: of the work on shards that are new.
 
         Raises ValueError naming `field` where a source has no file or no usable sample.
         """
@@ -106,7 +107,7 @@ class SampleStream(ABC):
         self.blocks = blocks
         self.window: int | None = None
         """The window of the stream that was begun last."""
-        self.tables = [open_table(source.shards, field, self.stream, cache) for source in sources]
+        self.tables = [open_table(source.shards, field, self.stream, cache, share) for source in sources]
         self.readers = [ShardReader(table) for table in self.tables]
         self.faults = [fault for table in self.tables for fault in self._report(table)]
         """What is wrong with whole shards and, for texts, with documents."""
@@ -242,8 +243,9 @@ class PictureStream(SampleStream):
         max_pixels: int,
         shuffled: bool = True,
         blocks: Blocks | None = None,
+        share: Share = ALONE,
     ) -> None:
-        super().__init__(shards, field, seed, cache, shuffled, blocks)
+        super().__init__(shards, field, seed, cache, shuffled, blocks, share)
         self.max_pixels = max_pixels
         self._set_lengths([len(table) for table in self.tables])
 
@@ -277,12 +279,11 @@ class TextStream(SampleStream):
         text_length: int,
         shuffled: bool = True,
         blocks: Blocks | None = None,
-        share: float = 0.0,
+        share: Share = ALONE,
     ) -> None:
-        """`share` in [0, 1) is where in the list of shards this rank starts to tokenise: ranks divide the work."""
-        super().__init__(shards, field, seed, cache, shuffled, blocks)
+        super().__init__(shards, field, seed, cache, shuffled, blocks, share)
         self.windows = [
-            TokenWindows(table, tokenizer, text_length, int(share * len(table.paths))) for table in self.tables
+            TokenWindows(table, tokenizer, text_length, share.of(len(table.paths)).start) for table in self.tables
         ]
         self._set_lengths([len(windows) for windows in self.windows])
         if 0 in self.lengths:
@@ -328,8 +329,9 @@ class PairStream(PictureStream):
         caption_key: str,
         shuffled: bool = True,
         blocks: Blocks | None = None,
+        share: Share = ALONE,
     ) -> None:
-        super().__init__(shards, field, seed, cache, max_pixels, shuffled, blocks)
+        super().__init__(shards, field, seed, cache, max_pixels, shuffled, blocks, share)
         self.tokenizer = tokenizer
         self.caption_length = caption_length
         self.caption_key = caption_key

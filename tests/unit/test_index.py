@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from beit3_dist.data import index
-from beit3_dist.data.index import Table, expand, open_table
+from beit3_dist.data.index import Share, Table, expand, open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, write_tar
@@ -306,6 +306,29 @@ def test_one_process_of_many_builds(tmp_path: Path) -> None:
     assert [length for length, _ in found] == [12] * 4
     assert sum(scans for _, scans in found) == 4
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_processes_share_the_scanning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before one of them builds the table, each has scanned its part; the builder scans what is missing yet."""
+    for number in range(5):
+        image_tar(tmp_path / f"{number}.tar", 1, seed=number)
+    scanned: list[str] = []
+    scan, locked = index.scan, index.locked
+    monkeypatch.setattr(index, "scan", lambda path: scanned.append(Path(path).stem) or scan(path))
+
+    def wait_for_ever(target: Path) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(index, "locked", wait_for_ever)
+    for number, own in enumerate(({"0"}, {"1", "2"})):
+        scanned.clear()
+        with pytest.raises(TimeoutError):
+            open_table(str(tmp_path / "*.tar"), "", Stream.IMAGES, str(tmp_path / "cache"), Share(number, 3))
+        assert set(scanned) == own and len(scanned) == len(own)
+    monkeypatch.setattr(index, "locked", locked)
+    scanned.clear()
+    assert len(table_of(tmp_path, Stream.IMAGES)) == 5 and sorted(scanned) == ["3", "4"]
+    assert [shard for number in range(3) for shard in Share(number, 3).of(5)] == list(range(5))
 
 
 def test_a_table_travels_without_its_rows(tmp_path: Path) -> None:

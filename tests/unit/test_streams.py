@@ -16,6 +16,7 @@ from PIL import Image
 
 from beit3_dist.config import Source
 from beit3_dist.data import streams
+from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Stream, mix, permute, sample_id
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.streams import ImageStream, PairStream, Sample, TextStream
@@ -333,7 +334,8 @@ def test_bad_source_lists(tmp_path: Path) -> None:
 def test_texts(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     text_tar(tmp_path / "a.tar", sentences()[:10])
     text_tar(tmp_path / "b.tar", sentences()[10:20])
-    stream = TextStream(str(tmp_path / "*.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12, share=0.5)
+    shards, cache = str(tmp_path / "*.tar"), str(tmp_path / "cache")
+    stream = TextStream(shards, "data.texts", 0, cache, tokenizer, 12, share=Share(1, 2))
     samples = [stream.read(position) for position in range(len(stream))]
     assert sorted(sample.index for sample in samples) == list(range(len(stream)))
     assert all(not hasattr(sample, "picture") and len(sample.words) <= 12 for sample in samples)
