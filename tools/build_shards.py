@@ -185,7 +185,10 @@ def table_rows(table: Path, image: str, caption: str) -> Iterator[tuple[str, str
             columns = rows.fieldnames or ()
             for column in (image, caption):
                 if column not in columns:
-                    raise ValueError(f"{table} has no column {column!r}; its columns are {', '.join(columns)}")
+                    raise ValueError(
+                        f"{table} has no column {column!r}; its columns are {', '.join(columns)}: name "
+                        "those of path and caption by --image and --caption"
+                    )
             for row in rows:
                 if row[image] is None or row[caption] is None:
                     raise ValueError(f"{table}, line {rows.line_num}: too few columns")
@@ -265,8 +268,9 @@ def easy_vqa_pairs() -> list[Picture]:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write(folder: Path, samples: Iterable[Sample], per_shard: int, held_out: float) -> Shards:
-    """Writes FOLDER/{train,held_out}/NNNNNN.tar, `per_shard` samples each. ValueError if a side stays empty."""
+def write(folder: Path, source: str, samples: Iterable[Sample], per_shard: int, held_out: float) -> Shards:
+    """Writes FOLDER/{train,held_out}/NNNNNN.tar, `per_shard` samples each. ValueError if there are none, naming their
+    source, and if a side stays empty."""
     writers: dict[str, ShardWriter] = {}
     keys: Counter[str] = Counter()
     counts: Counter[str] = Counter()
@@ -289,6 +293,8 @@ def write(folder: Path, samples: Iterable[Sample], per_shard: int, held_out: flo
         counts[str(writer.fname)] += sample.count
     for writer in writers.values():
         writer.close()
+    if not writers:
+        raise ValueError(f"{source}: there is no usable sample")
     for name in ("train", "held_out") if held_out else ("train",):
         if name not in writers:
             raise ValueError(
@@ -346,22 +352,24 @@ def build(options: Namespace) -> None:
 
 def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """A member per picture below a folder."""
-    pictures = pictures_below(options.folder)[: options.limit]
-    return write(folder, picture_samples(pictures, options, skipped), options.per_shard, options.held_out)
+    pictures = picture_samples(pictures_below(options.folder)[: options.limit], options, skipped)
+    return write(folder, str(options.folder), pictures, options.per_shard, options.held_out)
 
 
 def build_pairs(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """A picture and a .txt member per pair of a table."""
     rows = table_rows(options.table, options.image, options.caption)
-    pictures = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
-    return write(folder, picture_samples(pictures, options, skipped), options.per_shard, options.held_out)
+    pairs = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
+    pictures = picture_samples(pairs, options, skipped)
+    return write(folder, str(options.table), pictures, options.per_shard, options.held_out)
 
 
 def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """Members of many documents each; `per_shard` documents are rounded up to whole members."""
     per_member = min(DOCUMENTS_PER_MEMBER, options.per_shard)
     samples = text_samples(itertools.islice(documents(options.files), options.limit), options.held_out, per_member)
-    return write(folder, samples, math.ceil(options.per_shard / per_member), options.held_out)
+    source = " ".join(map(str, options.files))
+    return write(folder, source, samples, math.ceil(options.per_shard / per_member), options.held_out)
 
 
 def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
@@ -374,9 +382,9 @@ def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     texts = itertools.islice(dictionary_documents(), options.limit)
     members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
     return [
-        *write(folder / "images", pictures, DEMO_PER_SHARD, options.held_out),
-        *write(folder / "pairs", pairs, DEMO_PER_SHARD, options.held_out),
-        *write(folder / "texts", members, DEMO_PER_SHARD, options.held_out),
+        *write(folder / "images", "easy-VQA", pictures, DEMO_PER_SHARD, options.held_out),
+        *write(folder / "pairs", "OpenMoji with easy-VQA", pairs, DEMO_PER_SHARD, options.held_out),
+        *write(folder / "texts", "the dictionary", members, DEMO_PER_SHARD, options.held_out),
     ]
 
 
@@ -462,7 +470,13 @@ def parse(arguments: list[str] | None) -> Namespace:
         "which training draws one each time.",
         pictures,
     )
-    sub.add_argument("table", type=Path, metavar="TABLE", help=".tsv or .csv with a header row, or .jsonl")
+    sub.add_argument(
+        "table",
+        type=Path,
+        metavar="TABLE",
+        help=".tsv or .csv with a header row, or .jsonl; with columns "
+        "(fields) image and caption, or those that --image and --caption name",
+    )
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the picture's path; image")
     sub.add_argument("--caption", default="caption", metavar="COLUMN", help="column of the caption; caption")
@@ -489,8 +503,9 @@ def parse(arguments: list[str] | None) -> Namespace:
         "demo",
         build_demo,
         "All three streams from data sets that pip brings. images: easy-VQA (MIT); "
-        "pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0); texts: the GCIDE dictionary "
-        "(GPL). OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once "
+        "pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0), and easy-VQA's training pictures with "
+        "captions such as 'a red circle'; texts: the GCIDE dictionary (GPL). "
+        "OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once "
         "if OUT is complete.",
         common,
         parallel,

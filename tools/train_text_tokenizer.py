@@ -160,6 +160,8 @@ def parse(arguments: list[str] | None) -> Namespace:
         raise ValueError(f"--coverage {options.coverage:g} is not in [0.98, 1]")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+    if options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a folder: name a file in it, such as {options.out / 'text.spm'}")
     return options
 
 

@@ -287,6 +287,8 @@ def test_bad_input_is_one_line_and_code_2(pictures: Path, tmp_path: Path, capsys
     (tmp_path / "table.tsv").write_text("image\ttext\n")
     (tmp_path / "short.csv").write_text("image,caption\na.png\n")
     (tmp_path / "table.xls").write_text("")
+    (tmp_path / "rows.tsv").write_text("image\tcaption\n")
+    (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
     (tmp_path / "bad.txt").write_bytes(b"good\n\xff\n")
     (tmp_path / "used").mkdir()
@@ -299,7 +301,9 @@ def test_bad_input_is_one_line_and_code_2(pictures: Path, tmp_path: Path, capsys
         ("--held-out 1 is not in", ("images", pictures, out, "--held-out", 1)),
         ("--per-shard 0 is less than 1", ("images", pictures, out, "--per-shard", 0)),
         ("none of its 40 usable samples falls into held_out", ("images", pictures, out, "--held-out", 1e-9)),
-        ("has no column 'caption'; its columns are image, text", ("pairs", tmp_path / "table.tsv", out)),
+        ("rows.tsv: there is no usable sample", ("pairs", tmp_path / "rows.tsv", out)),
+        ("empty.txt: there is no usable sample", ("texts", tmp_path / "empty.txt", out)),
+        ("has no column 'caption'; its columns are image, text: name those of", ("pairs", tmp_path / "table.tsv", out)),
         ("short.csv, line 2: too few columns", ("pairs", tmp_path / "short.csv", out)),
         ("a table ends in", ("pairs", tmp_path / "table.xls", out)),
         ("there is no file", ("pairs", tmp_path / "absent.tsv", out)),

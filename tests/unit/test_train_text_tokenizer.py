@@ -105,6 +105,7 @@ def test_bad_input_is_one_line_and_code_2(text: Path, tmp_path: Path, capsys: py
         ("--pieces 20 is too few: the text's characters alone need", ("--shards", text, "--out", out, "--pieces", 20)),
         ("--pieces 0 is less than 1", ("--shards", text, "--out", out, "--pieces", 0)),
         ("--coverage 2 is not in", ("--shards", text, "--out", out, "--coverage", 2)),
+        ("is a folder: name a file in it, such as", ("--shards", text, "--out", tmp_path)),
         ("there is no folder", ("--shards", text, "--out", tmp_path / "absent" / "text.spm")),
     ]
     for message, arguments in cases:
