@@ -49,7 +49,6 @@ def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
         evaluate(job)
         return
     train(job)
-    job.save_model()
 
 
 def evaluate(job: FineTuning) -> None:
@@ -242,7 +241,7 @@ class FineTuning:
     def check(self) -> None:
         """Nothing stops a fine-tuning run but its own guards."""
 
-    def save_model(self) -> None:
+    def finish(self) -> None:
         """The last checkpoint's weights (their average, where there is one) as a folder for inference. Collective: the
         others stay until the first rank has written it, since srun may end what is left soon after the first end."""
         if self.mesh.is_first:

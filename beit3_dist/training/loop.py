@@ -64,6 +64,9 @@ class Job(Protocol):
     def check(self) -> None:
         """Raises RunStopped where the run should not go on."""
 
+    def finish(self) -> None:
+        """After the last step, its checkpoint whole: writes what else the run leaves. Collective."""
+
 
 def train(job: Job) -> None:
     """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved, FolderInUse
@@ -103,6 +106,7 @@ def _train(job: Job, groups: Groups) -> None:
             run.step(record | {"skipped": int(result.skipped)})
             must_go = guards.check(state.step, batch, record["loss"], result.skipped)
             if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:
+                run.sync()
                 checkpoints.save(state)
             else:
                 checkpoints.check()
@@ -115,6 +119,9 @@ def _train(job: Job, groups: Groups) -> None:
             profiler.step()
             if must_go:
                 break
+    if state.step == config.steps:
+        guards.begin(state.step)  # it may take as long as a step
+        job.finish()
     guards.close()
     run.close()
     if state.step < config.steps:

@@ -86,6 +86,10 @@ class JsonLines:
         while line:  # what is left of the space takes a part of it, and then comes the error
             line = line[os.write(self._file, line) :]
 
+    def sync(self) -> None:
+        """Returns when what has been written is on the disk."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         """Closes the file."""
         os.close(self._file)
@@ -140,7 +144,7 @@ class Reporter:
     def __init__(self, out: Path, first_step: int, steps: int, terminal: TextIO = sys.stdout) -> None:
         self._metrics = JsonLines(out / "metrics.jsonl", first_step)
         self._evaluations = JsonLines(out / "eval.jsonl", first_step)
-        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
+        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)  # inclusive
         self._steps, self._terminal = steps, terminal
         self._started, self._first_step, self._last_line = time.monotonic(), first_step, -math.inf
 
@@ -171,6 +175,11 @@ class Reporter:
         """A line of its own for the person at the terminal."""
         clear = "\r\x1b[K" if self._terminal.isatty() else ""
         print(f"{clear}{message}", file=self._terminal, flush=True)
+
+    def sync(self) -> None:
+        """Returns when the records so far are on the disk."""
+        self._metrics.sync()
+        self._evaluations.sync()
 
     def close(self) -> None:
         """Flushes everything and ends the progress line."""

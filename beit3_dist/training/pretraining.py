@@ -109,5 +109,8 @@ class Pretraining:
         assert ready.held_out is not None
         return evaluate(self.config, self._engine, self._feed, ready.held_out, ready.held_out_codes, self._tokenize)
 
+    def finish(self) -> None:
+        """Its checkpoints are all that pretraining leaves."""
+
     def check(self) -> None:
         self._bad_samples.check(self.state)

@@ -43,11 +43,14 @@ class RunFolder:
         log.info("rank %d of %d on %s, %d steps done", mesh.rank, mesh.world, mesh.device, step)
         self._reporter = None
         if mesh.is_first:
-            write_text(out / "config.yaml", to_yaml(config))
             self._reporter = Reporter(out, step, config.steps)
+            # Before its first step a run writes what the data had to leave out, as step 0, and so it does again when it
+            # starts anew.
+            last = step or -1
             self._quarantine, self._skipped = (
-                JsonLines(out / name, step) for name in ("quarantine.jsonl", "skipped.jsonl")
+                JsonLines(out / name, last) for name in ("quarantine.jsonl", "skipped.jsonl")
             )
+            write_text(out / "config.yaml", to_yaml(config))  # and puts the names of the files above on the disk
 
     def step(self, record: Mapping[str, Any]) -> None:
         """The record of a training step."""
@@ -76,9 +79,17 @@ class RunFolder:
             for ids in sample_ids:
                 self._skipped.write({"step": step, **ids})
 
+    def sync(self) -> None:
+        """Returns when the records so far are on the disk. For a checkpoint: a run goes on behind it, so that what has
+        not survived until then is missing for ever."""
+        if self._reporter:
+            for file in (self._reporter, self._quarantine, self._skipped):
+                file.sync()
+
     def close(self) -> None:
         """Flushes everything."""
         if self._reporter:
+            self.sync()
             self._reporter.close()
 
 

@@ -86,6 +86,7 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
             if state.step % config.checkpoint.every == 0 or is_last:
                 if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
                     save_vqkd(engine.tokenizer, out / "image_tokenizer.pth")
+                run.sync()
                 checkpoints.save(state)
             else:
                 checkpoints.check()

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from beit3_dist.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
 from beit3_dist.parallel.engine import StepResult
@@ -265,6 +266,21 @@ def test_evaluation_goes_to_its_own_file(tmp_path: Path) -> None:
     assert terminal.getvalue() == (
         "held-out after step 2: loss 8.000 (image 2.000  text 2.000  pair_image 2.000  pair_text 2.000)\n"
     )
+
+
+def test_after_a_resume_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
+    """Also the checkpoint's own, with its validation; what came after that before the run was killed is gone."""
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        reporter = Reporter(tmp_path, first, 4, io.StringIO())
+        for step in steps:
+            reporter.step(record_of(step) | {"loss": 10.0 * first + step})
+        reporter.evaluation({"step": steps[1], "loss": 0.5})
+        reporter.close()
+        for path in (tmp_path / "tensorboard").glob("events.*"):  # in the order of their seconds, which are the same
+            path.rename(path.with_name(f"tfevents.{first}"))
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+    assert [event.step for event in shown.Scalars("eval/loss")] == [2, 4]
 
 
 def test_a_step_that_diverged_is_still_reported(tmp_path: Path) -> None:
