@@ -94,7 +94,8 @@ class TokenizerDataConfig:
     max_pixels: int = 100_000_000
     """Pictures with more pixels than this are refused as image bombs and replaced."""
     max_bad_fraction: float = 0.01
-    """The run stops with a report when more than this share of all pictures had to be replaced."""
+    """The run stops with a report when more than this share of all pictures, or of those of 1,000 steps, had to be
+    replaced."""
     workers: int = 8
     """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = 2
