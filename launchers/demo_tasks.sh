@@ -6,11 +6,14 @@
 # at the end compares them. Everything lies in demo/tasks/; what is already there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launchers/environment.sh
 
 tasks=demo/tasks
 all=(shapes captioning retrieval text vqa questions nlvr2)
 chosen=("${@:-${all[@]}}")
+for name in "${chosen[@]}"; do
+    [[ " ${all[*]} " == *" $name "* ]] || { echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2; }
+done
+source launchers/environment.sh
 checkpoint=demo/run/checkpoints/$(<demo/run/checkpoints/latest)
 [[ -e $tasks/demo.json ]] || python tools/build_index.py demo "$tasks" --text_tokenizer demo/text_tokenizer.spm
 
@@ -32,7 +35,6 @@ for name in "${chosen[@]}"; do
     questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 600) ;;
     text) settings=(text text --data.answers "$tasks/text.classes.txt" --optim.warmup_steps 10 --steps 30) ;;
     nlvr2) settings=(nlvr2 nlvr2 --optim.lr 1e-3 --steps 600) ;;
-    *) echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2 ;;
     esac
     for start in pretrained random; do
         printf '\n\033[1m== %s, from %s weights\033[0m\n' "$name" "$start"

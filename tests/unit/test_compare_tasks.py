@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,13 @@ def test_nothing_to_compare_is_one_line(tmp_path: Path, missing: str, capsys: py
     with pytest.raises(SystemExit) as exit_code:
         main([str(tmp_path)])
     assert exit_code.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_mistyped_task_is_found_before_anything_is_made(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "launchers" / "demo_tasks.sh"
+    result = subprocess.run(
+        ["bash", script, "vqa", "vq"], env=os.environ | {"BEIT3_VENV": str(tmp_path / "venv")},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr.startswith("demo_tasks.sh: there is no task vq, only shapes ")
+    assert not result.stdout and not list(tmp_path.iterdir())
