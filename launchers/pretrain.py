@@ -8,8 +8,8 @@
 Recipes are in launchers/recipes/. --print_config prints the resolved config and --help every field.
 A mistake in the config or the data is one line and exit code 2, before any process group starts. SIGTERM or SIGUSR1
 to any process: all save after their step and end with exit code 75, to go on with --checkpoint.resume auto.
-launchers/slurm/pretrain.sbatch does that for jobs that are preempted. Exit code 3: the run stopped itself, and says why;
-1: an error ended it; 130: Ctrl-C.
+launchers/slurm/pretrain.sbatch does that for jobs that are preempted. Exit code 3: the run stopped itself, and says
+why; 1: an error ended it; 130: Ctrl-C.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ PROGRAMS = {
     "sleep": "",
     "srun": """
         [[ -z $SAVED ]] || { mkdir -p "$OUT/checkpoints"; echo "$SAVED" >"$OUT/checkpoints/latest"; }
-        [[ -z $SIGNAL ]] || { kill -s "$SIGNAL" $PPID; until [[ -e $CALLS.asked ]]; do :; done; }
+        if [[ -n $SIGNAL ]]; then
+            kill -s "$SIGNAL" $PPID
+            for ((n = 0; n < 100; n++)); do [[ -e $CALLS.asked ]] && break; command -p sleep 0.1; done
+        fi
         exit "$TRAINERS_EXIT" """,
     # Each fails as often as it is told to.
     "squeue": '[[ $(grep -c squeue "$CALLS") -gt $SQUEUE_FAILS ]] && echo "$JOB_STATE"',
