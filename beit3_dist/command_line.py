@@ -72,6 +72,8 @@ def parse(config_class: Callable[..., Config], program: str, description: str, a
         fields = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
         return config_class(**fields)
     except (ArgumentError, ValueError, TypeError) as error:
+        if "Unexpected config:" in str(error):  # and then all that the file holds
+            refuse(program, "--config: the recipe sets no field: it must hold lines such as `steps: 1000`")
         refuse(program, error)
 
 

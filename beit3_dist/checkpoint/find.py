@@ -40,7 +40,9 @@ def find(resume: str, folder: Path) -> Path | None:
     if resume != "auto":
         path = Path(resume)
         if damage := damaged(path):
-            raise Damaged(f"checkpoint.resume: {damage}")
+            inside = list(checkpoints(path / "checkpoints").values())
+            hint = f": it is a run's folder; name a checkpoint, such as {inside[-1]}" if inside else ""
+            raise Damaged(f"checkpoint.resume: {damage}{hint}")
         return path
     return _newest(folder, list(checkpoints(folder).values()), [])
 

@@ -41,9 +41,11 @@ def _tensors_in(path: Path) -> Mapping[str, Tensor]:
         raise FileNotFoundError(f"there is no file {path}") from error
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # torch raises what its unpickler meets
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(f"{path} is not a file of tensors that torch can read: {reason}") from error
+    except Exception as error:  # torch raises what its unpickler meets, with advice that opens the file to attacks
+        raise ValueError(
+            f"{path} is not a file of tensors that torch can read ({type(error).__name__}): it is damaged, or holds "
+            "other things than weights"
+        ) from error
     return _state_dict(content, str(path))
 
 

@@ -108,7 +108,8 @@ def expand(pattern: str, field: str) -> list[str]:
         # One look at a file that is named: there may be as many as shards times ranks.
         found = [part] if os.path.isfile(part) else [p for p in glob.glob(part, recursive=True) if os.path.isfile(p)]
         if not found:
-            raise ValueError(f"{field}: no file matches {part!r}")
+            hint = f": it is a folder; name its files, as by {part.rstrip('/')}/*.tar" if os.path.isdir(part) else ""
+            raise ValueError(f"{field}: no file matches {part!r}{hint}")
         paths.update(map(os.path.abspath, found))
     return sorted(paths)
 

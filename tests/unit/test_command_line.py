@@ -132,8 +132,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         (RECIPE.replace("out: runs/test\n", ""), ["out"]),
         (RECIPE.replace("  texts: texts.tar\n", ""), ["texts"]),
         ("model: [1, 2\n", ["parsing config", "line 2"]),
+        ("", ["--config: the recipe sets no field"]),
+        ("# steps: 3\n", ["--config: the recipe sets no field"]),
     ],
-    ids=["unknown", "unknown in a section", "type", "weight of a source", "no out", "no texts", "no YAML"],
+    ids=[
+        "unknown",
+        "unknown in a section",
+        "type",
+        "weight of a source",
+        "no out",
+        "no texts",
+        "no YAML",
+        "empty",
+        "comments",
+    ],
 )
 def test_a_mistake_in_the_recipe(text: str, words: list[str], recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text(text)

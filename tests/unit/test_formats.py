@@ -403,7 +403,7 @@ MISTAKES = {
     "released ending": (
         "{folder}/good.pth {folder}/x.safetensors --to released --attention_heads 2", ["released form is a .pth"]),
     "text file": ("{folder}/text.pth {folder}/x --to safetensors", ["text.pth is not a file of tensors"]),
-    "hostile": ("{folder}/hostile.pth {folder}/x --to safetensors", ["hostile.pth is not a file of tensors"]),
+    "hostile": ("{folder}/hostile.pth {folder}/x --to safetensors", ["hostile.pth is not", "holds other things"]),
     "other dict": ("{folder}/numbers.pth {folder}/x --to safetensors", ["numbers.pth is not a state dict"]),
     "other model": ("{folder}/other.pth {folder}/x --to safetensors", ["other.pth has the keys neither of"]),
     "unknown key": ("{folder}/unknown.pth {folder}/x --to safetensors", ["beit3.extra.weight is no key"]),

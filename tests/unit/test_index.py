@@ -73,6 +73,10 @@ def test_expand_names_the_field_and_the_missing_shard(tmp_path: Path) -> None:
     (tmp_path / "0.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^data.images: no file matches '.*x/\*.tar'$"):
         expand(str(tmp_path / "x/*.tar"), "data.images")
+    with pytest.raises(
+        ValueError, match=rf"no file matches '.*': it is a folder; name its files, as by {tmp_path}/\*.tar$"
+    ):
+        expand(f"{tmp_path}/", "data.images")
     with pytest.raises(ValueError, match=r"data.pairs: no file matches '.*/1.tar'"):
         expand(str(tmp_path / "{0..1}.tar"), "data.pairs")
     with pytest.raises(ValueError, match="eval.texts: no pattern"):

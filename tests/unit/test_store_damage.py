@@ -109,6 +109,11 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
         find(str(tmp_path / "nowhere"), tmp_path)
 
 
+def test_a_runs_folder_is_no_checkpoint(folder: Path) -> None:
+    with pytest.raises(Damaged, match=f"it is a run's folder; name a checkpoint, such as .*/checkpoints/{NEWER}$"):
+        find(str(folder.parent), folder)
+
+
 def test_the_checkpoint_before_is_told_by_its_number(tmp_path: Path) -> None:
     """Names have more digits from step 10,000,000 on."""
     for step in (9_999_998, 9_999_999, 10_000_000):
