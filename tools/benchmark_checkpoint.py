@@ -215,7 +215,7 @@ def checkpoint_table(record: dict[str, Any]) -> str:
 def add_command(commands: Any) -> None:
     """Adds `checkpoint` to the benchmark's commands."""
     command = commands.add_parser("checkpoint", help="saving", formatter_class=ArgumentDefaultsHelpFormatter)
-    command.set_defaults(measure=benchmark_checkpoint, table=checkpoint_table)
+    command.set_defaults(measure=benchmark_checkpoint, table=checkpoint_table, check=check)
     command.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", help="whose model is saved")
     command.add_argument("--folder", type=Path, help="where to write; the default is the system's temporary folder")
     command.add_argument("--rounds", type=int, default=15, help="rounds in which the contenders take turns")

@@ -249,7 +249,7 @@ def data_table(record: dict[str, Any]) -> str:
 def add_command(commands: Any) -> None:
     """Adds `data` to the benchmark's commands."""
     data = commands.add_parser("data", help="the loader", formatter_class=ArgumentDefaultsHelpFormatter)
-    data.set_defaults(measure=benchmark_data, table=data_table)
+    data.set_defaults(measure=benchmark_data, table=data_table, check=check)
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of loader processes")
     data.add_argument("--batch", type=int, default=32, help="images, texts and pairs of a micro-batch, each")
     data.add_argument("--micro_batches", type=int, default=6, help="timed micro-batches per worker and round")

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
+
+LAUNCHES = 20
+"""Of an operation whose time on a GPU is taken."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,19 @@ def in_turns(actions: Sequence[Callable[[], Any]], repeats: int, device: torch.d
                 seconds.wall.append(time.perf_counter() - wall)
                 seconds.process.append(time.process_time() - process)
     return taken
+
+
+def on_gpu(action: Callable[[], Any], repeats: int, device: torch.device) -> Seconds:
+    """What one of `LAUNCHES` launches in a row takes on the GPU, `repeats` times after one that warms up."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 2)]
+    with torch.cuda.device(device):
+        for event in events:
+            event.record()
+            for _ in range(LAUNCHES):
+                action()
+        torch.cuda.synchronize()
+    taken = [before.elapsed_time(after) / 1e3 / LAUNCHES for before, after in pairwise(events)][1:]
+    return Seconds(taken, taken)
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -157,7 +175,10 @@ class MatrixProducts(TorchDispatchMode):
         )
 
     def seconds(self, device: torch.device, repeats: int) -> Seconds:
-        """What they take alone: each distinct one is timed by itself, into a result that is there already."""
+        """What they take alone: each distinct one is timed by itself, into a result that is there already.
+
+        On a GPU many launches go between two events: a single one lasts about as long as the host waits for it.
+        """
         total = Seconds([0.0] * repeats, [0.0] * repeats)
         for (left, right, dtype), count in self.counts.items():
             if 0 in (*left[0], *right[0]):
@@ -165,7 +186,8 @@ class MatrixProducts(TorchDispatchMode):
             a, b = (torch.empty_strided(*factor, dtype=dtype, device=device).normal_() for factor in (left, right))
             out = torch.matmul(a, b)
             product = torch.bmm if a.ndim == 3 else torch.mm
-            taken = in_turns([lambda product=product, a=a, b=b, out=out: product(a, b, out=out)], repeats, device)[0]
+            action = partial(product, a, b, out=out)
+            taken = on_gpu(action, repeats, device) if a.is_cuda else in_turns([action], repeats, device)[0]
             for sums, one in ((total.wall, sorted(taken.wall)), (total.process, sorted(taken.process))):
                 for rank, seconds in enumerate(one):
                     sums[rank] += count * seconds

@@ -13,7 +13,7 @@ from torch import nn
 from beit3_dist.config import ModelConfig
 from beit3_dist.parallel import compiled
 from tools import benchmark
-from tools.benchmark import benchmark_growth, benchmark_kernels
+from tools.benchmark import benchmark_growth, benchmark_kernels, benchmark_recipe
 from tools.benchmark_measure import MatrixProducts, kept_bytes, peak_bytes
 
 TINY = [
@@ -114,18 +114,25 @@ def test_ours_compiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def test_compiled_with_fused_attention_computes_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Equal losses are asserted inside."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced; code takes minutes to make
-    calls, fused = [], benchmark.fused_attention
+    """Equal losses are asserted inside. The layers share their graphs: pictures, texts and pairs, each without and with
+    gradients. Only the pairs' attention has a mask."""
+    graphs, masks = [], []
 
-    def spy(self, *arguments, **given):
-        calls.append(self)
-        return fused(self, *arguments, **given)
+    def traced(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        attention = [node for node in graph.graph.nodes if "scaled_dot_product_attention" in str(node.target)]
+        graphs.append(graph)
+        masks.extend(node.kwargs["attn_mask"] is not None for node in attention)
+        return graph  # making code of it would take long
 
-    monkeypatch.setattr(benchmark, "fused_attention", spy)
-    assert run("model", "--json", *TINY, "--compile") == 0
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=traced))
+    before = dict(sys.modules)
+    assert run("model", "--json", *TINY, "--layers", 5, "--compile") == 0
     record = json.loads(capsys.readouterr().out)
-    assert calls
+    assert len(graphs) == len(masks) <= 9 and sum(masks) * 3 == len(masks)
+    assert (
+        before.keys() <= sys.modules.keys()
+        and not {"timm.models.layers", "fairscale"} & sys.modules.keys() - before.keys()
+    )
     theirs = record["contenders"][4]
     assert record["ratio_vs_torchscale_compiled"] == theirs["step_s"] / record["contenders"][0]["step_s"]
 
@@ -236,6 +243,49 @@ def test_growth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     assert "time = c * FLOPs^" in capsys.readouterr().out
 
 
+def test_a_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that do not fit end a kind of kernels, and so do kernels that cannot run."""
+    arguments = ["recipe", "--samples", 1, 2, 3, "--kernels", "torch", "triton", "--precision", "bf16", "--repeats", 1]
+    real = benchmark_recipe.random_micro_batch
+
+    def full(config: ModelConfig, samples: int, *rest: object):
+        if samples == 3:
+            raise torch.OutOfMemoryError
+        return real(config, samples, *rest)
+
+    def broken(step: object, kernels: str, precision: str) -> None:
+        if kernels == "triton":
+            raise RuntimeError("no such\ndevice")
+
+    monkeypatch.setattr(benchmark_recipe, "random_micro_batch", full)
+    monkeypatch.setattr(benchmark_recipe, "switch", broken)
+    assert run(*arguments, "--json") == 0
+    printed = capsys.readouterr()
+    one, two, three, triton = json.loads(printed.out)["rows"]
+    assert (one["samples"], two["samples"], three["left_out"]) == (1, 2, "it does not fit")
+    assert triton == {"kernels": "triton", "samples": 1, "left_out": "no such device"}
+    assert one["tokens"] < two["tokens"] and one["mfu"] is one["memory_gb"] is None
+    assert two["model_tflops"] * two["step_s"] > one["model_tflops"] * one["step_s"] > 0
+    assert printed.err.count("\n") == 4, "each row is there as soon as it is measured"
+    assert run(*arguments, "--profile") == 0
+    table = capsys.readouterr().out
+    assert table.count("left out") == 2 and "of products" in table
+
+
+def test_kernels_of_a_recipe_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(layers=1, width=16, heads=2, ffn_width=24, patch_size=8, image_size=16, vl_expert_layers=0)
+    recipe = {"data": {"caption_length": 9, "text_length": 9}}
+    step = benchmark_recipe.Step(benchmark.BEiT3(config), recipe, 1, CPU)
+
+    def worse(model: benchmark.BEiT3, kernels: str) -> None:
+        with torch.no_grad():
+            model.text_head.bias[::2] += 3.0
+
+    monkeypatch.setattr(benchmark_recipe, "use_kernels", worse)
+    with pytest.raises(AssertionError, match="the losses of torch differ"):
+        benchmark_recipe.switch(step, "compiled", "bf16")
+
+
 def test_exponents() -> None:
     flops = [1e9, 3e9, 1e10]
     assert benchmark_growth.exponent(flops, [5 * x for x in flops]) == pytest.approx(1)
@@ -250,10 +300,12 @@ def test_exponents() -> None:
         (["--text_length", 2], "--text_length"),
         (["--caption_lengths", 9, 5], "--caption_lengths"),
         (["--heads", 5], "model.width=768 is not divisible by model.heads=5"),
+        (["recipe", "--recipe", "none.yaml"], "--recipe none.yaml is no file"),
+        (["recipe", "--samples", 2, 0], "--samples 0 is less than 1"),
     ],
 )
 def test_mistakes(arguments: list[object], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("model", *arguments) == 2
+    assert run(*([] if arguments[0] == "recipe" else ["model"]), *arguments) == 2
     printed = capsys.readouterr().err
     assert words in printed and printed.count("\n") == 1
 
@@ -262,6 +314,6 @@ def test_torchscale_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def missing(config: ModelConfig) -> nn.Module:
         raise ModuleNotFoundError("No module named 'torchscale'")
 
-    monkeypatch.setattr(benchmark, "torchscale_beit3", missing)
+    monkeypatch.setattr(sys.modules["benchmark_torchscale"], "torchscale_beit3", missing)
     assert run("model", *TINY) == 2
     assert "torchscale cannot be imported" in capsys.readouterr().err
