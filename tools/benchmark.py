@@ -152,7 +152,7 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     process = {name: median(taken.process) for name, taken in zip(names, seconds, strict=True)}
     ours = names[0]
     ratio = lambda of, name: of[name] / of[ours] if name in of else None  # noqa: E731
-    flops = int(host_totals([batch], config)[5])
+    flops = host_totals([batch], config).flops
     peak = peak_flops(device) if options.precision == "bf16" else None
     record = {
         "ratio_vs_torchscale": ratio(wall, THEIRS),

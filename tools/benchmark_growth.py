@@ -51,7 +51,7 @@ def growing_step(layers: int, width: int, batch: int, text_length: int, device: 
     counts = torch.tensor(masked_counts(micro_batch), device=device)
     step = (*prepare(micro_batch, device, lambda _: codes), counts, 0)
     ours = Contender("ours", objective.model, lambda: objective(*step), adamw(objective, fused=True))
-    return ours, int(host_totals([micro_batch], config)[5])
+    return ours, host_totals([micro_batch], config).flops
 
 
 def benchmark_growth(options: Namespace) -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Step:
         self._counts = torch.tensor(masked_counts(self.batch), device=device)
         self._arguments = (*prepare(self.batch, device, lambda _: codes), self._counts, 0)
         self.tokens = sum(layout_of(self.batch).segments)
-        self.flops = int(host_totals([self.batch], config)[5])
+        self.flops = host_totals([self.batch], config).flops
 
     def forward(self) -> tuple[Tensor, Tensor]:
         loss, statistics = self._objective(*self._arguments)

@@ -22,6 +22,7 @@ from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.inputs import host_totals
+from beit3_dist.training.totals import Totals
 
 
 @dataclass
@@ -31,19 +32,18 @@ class StepBatch:
     micro_batches: list[Any]
     """Its `accumulation` micro-batches on the host; between the first and the last stage without content."""
     totals: Tensor
-    """What the host knows of the step, summed over the replicas, int64 [K + 4] on the device: the counts that its K
-    losses are divided by, tokens without padding, FLOPs, replaced samples, and the terms of the sample hash."""
+    """Those of the step, summed over the replicas, as `Totals.pack` lays them out: int64 [K + 4] on the device."""
     longest_wait: Tensor
     """Seconds, float64 scalar on the device; see `data_wait_s`."""
 
     @classmethod
-    def agreed(cls, groups: Groups, micro_batches: list[Any], totals: Tensor, waited_s: float) -> Self:
+    def agreed(cls, groups: Groups, micro_batches: list[Any], totals: Totals, waited_s: float) -> Self:
         """From what this process knows of its share of the step, and how long it waited for it. Collective."""
-        totals = totals.to(groups.mesh.device)
+        summed = totals.pack().to(groups.mesh.device)
         wait = torch.tensor(waited_s, dtype=torch.float64, device=groups.mesh.device)
-        groups.sum_over_data(totals)
+        groups.sum_over_data(summed)
         groups.max_over_all(wait)
-        return cls(micro_batches, totals, wait)
+        return cls(micro_batches, summed, wait)
 
     @property
     def data_wait_s(self) -> float:
@@ -53,31 +53,31 @@ class StepBatch:
     @property
     def step_counts(self) -> Tensor:
         """int64 [K]: masked positions (fine-tuning: samples) of each loss."""
-        return self.totals[:-4]
+        return Totals.counts_in(self.totals)
 
     @cached_property
-    def _rest(self) -> list[int]:
-        return self.totals[-4:].tolist()
+    def _known(self) -> Totals:
+        return Totals.unpack(self.totals)
 
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
-        return self._rest[0]
+        return self._known.tokens
 
     @property
     def flops(self) -> int:
         """FLOPs of forward and backward."""
-        return self._rest[1]
+        return self._known.flops
 
     @property
     def replaced(self) -> int:
         """Samples that had to be replaced."""
-        return self._rest[2]
+        return self._known.replaced
 
     @property
     def sample_hash(self) -> str:
         """Hash of the delivered sample ids, in hexadecimal."""
-        return f"{self._rest[3] % (1 << 64):016x}"
+        return f"{self._known.hash_terms % (1 << 64):016x}"
 
 
 class Feed:
@@ -98,14 +98,14 @@ class Feed:
         if self._has_samples and mesh.tensor > 1:
             count = self._config.batch.accumulation
             batches = [_broadcast(self._groups, batches[n] if self.reads else None) for n in range(count)]
-        totals = host_totals(batches, self._config.model) if batches else torch.zeros(8, dtype=torch.int64)
+        totals = host_totals(batches, self._config.model)
         if mesh.pipeline > 1:
             batches, totals = self._agree(batches, totals)
         return StepBatch.agreed(self._groups, batches, totals, waited_s)
 
-    def _agree(self, batches: list[MicroBatch], totals: Tensor) -> tuple[list[MicroBatch], Tensor]:
+    def _agree(self, batches: list[MicroBatch], totals: Totals) -> tuple[list[MicroBatch], Totals]:
         """The first stage's table on all stages of the pipeline, checked or made into micro-batches without content."""
-        mesh = self._groups.mesh
+        mesh, packed = self._groups.mesh, totals.pack()
         images, texts, pairs = self._config.micro_batch(mesh.data)
         sizes = [2, pairs, texts, images + pairs + texts]
         if batches:
@@ -120,9 +120,9 @@ class Feed:
                 )
                 for b in batches
             ]
-            mine = torch.cat([*rows, totals])
+            mine = torch.cat([*rows, packed])
         else:
-            mine = torch.zeros(self._config.batch.accumulation * sum(sizes) + len(totals), dtype=torch.int64)
+            mine = torch.zeros(self._config.batch.accumulation * sum(sizes) + len(packed), dtype=torch.int64)
         table = mine.to(mesh.device, copy=True)
         dist.broadcast(table, src=dist.get_global_rank(self._groups.pipeline, 0), group=self._groups.pipeline)
         table = table.cpu()
@@ -130,10 +130,10 @@ class Feed:
             raise RuntimeError(
                 "the first and the last pipeline stage read different samples: do they see the same files?"
             )
-        content, totals = table[: -len(totals)], table[-len(totals) :]
+        content, packed = table[: -len(packed)], table[-len(packed) :]
         if not batches:
             batches = [_without_content(self._config, *row.split(sizes)) for row in content.view(-1, sum(sizes))]
-        return batches, totals
+        return batches, Totals.unpack(packed)
 
 
 def _without_content(config: RunConfig, widths: Tensor, captions: Tensor, texts: Tensor, ids: Tensor) -> MicroBatch:

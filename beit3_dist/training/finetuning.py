@@ -36,6 +36,7 @@ from beit3_dist.training.flops import training_flops
 from beit3_dist.training.loop import train
 from beit3_dist.training.metrics import JsonLines, speed
 from beit3_dist.training.optimizer import build_optimizer, layered_groups
+from beit3_dist.training.totals import Totals
 from beit3_dist.training.watchdog import patience
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class FineTuning:
         batches = list(islice(self._batches, self.config.accumulation))
         waited_s = time.perf_counter() - started
         micro_batches = [self._masked(batch) for batch in batches]
-        totals = sum((self._totals(batch) for batch in micro_batches), torch.zeros(5, dtype=torch.int64))
+        totals = Totals.summed((self._totals(batch) for batch in micro_batches), losses=1)
         return StepBatch.agreed(self._groups, micro_batches, totals, waited_s)
 
     def _masked(self, batch: TaskBatch) -> MaskedBatch:
@@ -145,8 +146,7 @@ class FineTuning:
         words, targets = self.task.mask(batch.words, batch.padding, keys)
         return MaskedBatch(batch, words, targets)
 
-    def _totals(self, batch: MaskedBatch) -> Tensor:
-        """What the loss is divided by, tokens without padding, FLOPs, replaced examples, terms of the sample hash."""
+    def _totals(self, batch: MaskedBatch) -> Totals:
         examples, model = batch.batch, self.config.model
         count = len(examples.ids) if batch.targets is None else int((batch.targets >= 0).sum())
         pictures, lengths, none = (
@@ -168,7 +168,7 @@ class FineTuning:
         first = self.state.consumed[0]
         terms = mix_arrays((examples.places - first).numpy(), examples.ids.numpy())
         hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
-        return torch.tensor([count, tokens, flops, len(examples.faults), hash_terms])
+        return Totals([count], tokens, flops, len(examples.faults), hash_terms)
 
     def prepare(self, batch: StepBatch) -> Iterator[tuple[TaskInputs]]:
         return ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)

@@ -11,8 +11,9 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch, hash_terms
 from beit3_dist.model.beit3 import MixedInputs
 from beit3_dist.model.layout import Group, Layout, group
-from beit3_dist.objectives.masked_data_modeling import Targets
+from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
 from beit3_dist.training.flops import training_flops
+from beit3_dist.training.totals import Totals
 
 Tokenize = Callable[[Tensor], Tensor]
 """uint8 pictures [B, 3, S, S] on the device -> visual codes int64 [B, patches]."""
@@ -73,24 +74,29 @@ def masked_counts(batch: MicroBatch) -> list[int]:
     return [int(mask.sum()) for mask in (images, batch.text_mask, pairs, batch.caption_mask)]
 
 
-def host_totals(batches: list[MicroBatch], model: ModelConfig) -> Tensor:
-    """What the host knows of a rank's step, int64 [8], to be summed over the ranks: the four counts of masked
-    positions, tokens without padding, FLOPs, replaced samples, and the terms of the sample hash (sums wrap)."""
-    total = torch.zeros(8, dtype=torch.int64)
-    for batch in batches:
-        counts = masked_counts(batch)
-        words = int(batch.caption_lengths.sum() + batch.text_lengths.sum())
-        tokens = (batch.num_images + batch.num_pairs) * (1 + model.patches) + words
-        flops = training_flops(
-            model,
-            batch.num_images,
-            batch.caption_lengths,
-            batch.text_lengths,
-            masked_patches=counts[0] + counts[2],
-            masked_words=counts[1] + counts[3],
-        )
-        total += torch.tensor([*counts, tokens, flops, len(batch.faults), hash_terms(batch)])
-    return total
+def host_totals(batches: list[MicroBatch], model: ModelConfig) -> Totals:
+    """Of a rank's micro-batches; the counts are those of masked positions."""
+    return Totals.summed((_totals(batch, model) for batch in batches), len(STREAMS))
+
+
+def _totals(batch: MicroBatch, model: ModelConfig) -> Totals:
+    counts = masked_counts(batch)
+    words = int(batch.caption_lengths.sum() + batch.text_lengths.sum())
+    flops = training_flops(
+        model,
+        batch.num_images,
+        batch.caption_lengths,
+        batch.text_lengths,
+        masked_patches=counts[0] + counts[2],
+        masked_words=counts[1] + counts[3],
+    )
+    return Totals(
+        counts,
+        tokens=(batch.num_images + batch.num_pairs) * (1 + model.patches) + words,
+        flops=flops,
+        replaced=len(batch.faults),
+        hash_terms=hash_terms(batch),
+    )
 
 
 def prepare(

@@ -27,9 +27,8 @@ def wait_of_a_step(groups: Groups) -> float:
         now[0] += READING_S[groups.mesh.rank]
         return []
 
-    config: Any = SimpleNamespace(
-        batch=SimpleNamespace(accumulation=0)
-    )  # all that is needed where there are no samples
+    # All that is needed where there are no samples.
+    config: Any = SimpleNamespace(batch=SimpleNamespace(accumulation=0), model=None)
     with patch.object(feed, "time", SimpleNamespace(perf_counter=lambda: now[0])):
         return Feed(config, groups).step(read).data_wait_s
 

@@ -81,7 +81,7 @@ def run(groups: Groups, config: RunConfig, steps: list[int], bad: bool) -> dict[
     for step in steps:
         before = state_of(engine) if step in BAD_STEPS else {}
         mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
-        counts = host_totals(mine, config.model)[:4]
+        counts = torch.tensor(host_totals(mine, config.model).counts)
         groups.sum_over_data(counts)
         objective.step, objective.calls = step, 0
         prepared = (prepare(b, mesh.device, precomputed_codes(config.model)) for b in mine)

@@ -162,7 +162,7 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
     for step in range(config.steps):
         # Micro-batch m of replica r is number m * data + r of the step's global batch.
         mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
-        counts = host_totals(mine, config.model)[:4]
+        counts = torch.tensor(host_totals(mine, config.model).counts)
         groups.sum_over_data(counts)
         result = engine.train_step(
             (prepare(b, mesh.device, tokenize) for b in mine),
@@ -246,7 +246,7 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     trace.initial = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(config.steps):
         batches = micro_batches(config.model, step, parts, range(parts))
-        counts = host_totals(batches, config.model)[:4]
+        counts = torch.tensor(host_totals(batches, config.model).counts)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
             contribution, statistics = objective(*prepare(batch, torch.device("cpu"), tokenize), counts, step)

@@ -17,6 +17,7 @@ from beit3_dist.data.batch import MicroBatch, MixedBatches, Request
 from beit3_dist.data.faults import Fault
 from beit3_dist.training import evaluation
 from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.totals import Totals
 from tests.unit.tar_fixtures import small_run
 
 
@@ -37,7 +38,7 @@ class Watching:
 
     def step(self, read: Callable[[], list[MicroBatch]]) -> StepBatch:
         self.steps.append(read() if self.reads else [])
-        return StepBatch(self.steps[-1], torch.ones(8, dtype=torch.int64), torch.zeros(()))
+        return StepBatch(self.steps[-1], Totals([1] * 4, 1, 1, 1, 1).pack(), torch.zeros(()))
 
     def evaluate(self, micro_batches: Iterable[Any]) -> SimpleNamespace:
         return SimpleNamespace(cross_entropy=[float(len(list(micro_batches)))] * 4, correct=[0.0] * 4)

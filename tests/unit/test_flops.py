@@ -54,7 +54,7 @@ def test_equals_torchs_counter(config: ModelConfig) -> None:
     batch = random_micro_batch(config)
     batch.text_lengths[:] = batch.texts.shape[1]  # no padding, which torch would count inside attention
     batch.caption_lengths[:] = batch.captions.shape[1]
-    ours = int(host_totals([batch], config)[5])
+    ours = host_totals([batch], config).flops
     theirs = counted_by_torch(config, batch)
     assert theirs == pytest.approx(ours, rel=0.01)
     # What differs is known: pixels need no gradient, so the patch embedding's backward pass costs once, not twice.
@@ -66,7 +66,7 @@ def test_padding_and_recomputation_do_not_count() -> None:
     config = CONFIGS["paper"]
     batch = random_micro_batch(config)
     assert batch.text_lengths.min() < batch.texts.shape[1]
-    ours = int(host_totals([batch], config)[5]) - patch_embedding(config, batch)
+    ours = host_totals([batch], config).flops - patch_embedding(config, batch)
     plain = counted_by_torch(config, batch)
     assert ours < plain < 1.05 * ours  # padding exists inside attention only
     # All blocks run forward once more: a third of what they cost, and they cost most.

@@ -21,6 +21,7 @@ from beit3_dist.training import metrics
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.metrics import JsonLines, Reporter, finite, losses_and_accuracies
 from beit3_dist.training.pretraining import step_record
+from beit3_dist.training.totals import Totals
 
 CONTRACT = """
 step loss loss_image loss_text loss_pair_image loss_pair_text acc_image acc_text acc_pair_image acc_pair_text lr
@@ -49,7 +50,8 @@ def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     mesh = Mesh(rank=0, world=2, local_rank=0, local_world=2, device=torch.device("cpu"))
     # four counts, tokens, FLOPs, replaced samples, hash terms (a sum that wrapped below zero)
-    batch = StepBatch([], torch.tensor([10, 2, 5, 4, 1000, 6 * 10**12, 3, -1]), torch.tensor(0.25))
+    totals = Totals([10, 2, 5, 4], tokens=1000, flops=6 * 10**12, replaced=3, hash_terms=-1)
+    batch = StepBatch([], totals.pack(), torch.tensor(0.25))
     result = StepResult([20.0, 8.0, 5.0, 6.0], [5.0, 1.0, 0.0, 4.0], grad_norm=1.5)
     record = step_record(config, mesh, 7, batch, result, 1e-4, 2.0)
     assert set(CONTRACT) <= set(record)
