@@ -37,7 +37,8 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig, ObjectiveConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling, three_passes
+from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling
+from beit3_dist.objectives.three_passes import three_passes
 from beit3_dist.parallel.kernels import check_kernels, use_kernels
 from beit3_dist.training.flops import peak_flops
 from beit3_dist.training.inputs import host_totals, layout_of, masked_counts, prepare

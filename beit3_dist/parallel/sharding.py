@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -34,11 +33,3 @@ def shard(name: str, value: Tensor, ranks: int, rank: int) -> Tensor:
     if missing:
         value = pad(value, (0, 0) * (value.ndim - 1 - dimension) + (0, missing))
     return value.chunk(ranks, dim=dimension)[rank].contiguous()
-
-
-def unshard(name: str, slices: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """The whole parameter from its ranks' slices, without padding."""
-    dimension = sharded_dimension(name)
-    if dimension is None:
-        return slices[0]
-    return torch.cat(slices, dim=dimension).narrow(dimension, 0, shape[dimension])

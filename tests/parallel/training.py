@@ -28,7 +28,7 @@ from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.parallel.sharding import shard, sharded_dimension, unshard
+from beit3_dist.parallel.sharding import shard, sharded_dimension
 from beit3_dist.training.inputs import host_totals, prepare
 from beit3_dist.training.optimizer import build_optimizer, parameter_groups
 from beit3_dist.training.schedule import learning_rate
@@ -263,3 +263,11 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
         trace.grad_norms.append(norm.item())
     trace.weights = {n: p.detach() for n, p in model.named_parameters()}
     return trace
+
+
+def unshard(name: str, slices: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """The whole parameter from its ranks' slices, without padding."""
+    dimension = sharded_dimension(name)
+    if dimension is None:
+        return slices[0]
+    return torch.cat(slices, dim=dimension).narrow(dimension, 0, shape[dimension])
