@@ -15,10 +15,8 @@ from typing import Any
 
 import numpy as np
 
-WORD = (1 << 64) - 1
-"""Mask of 64 bits."""
-GAMMA = 0x9E3779B97F4A7C15
-"""Increment of splitmix64: 2^64 divided by the golden ratio."""
+from beit3_dist.hashing import WORD, hash64, hash64_array, signed
+
 ROUNDS = 8
 """Feistel rounds; four suffice for large domains, the others mix lengths of a few samples."""
 SLOTS = 1000
@@ -33,35 +31,19 @@ class Stream(IntEnum):
     PAIRS = 2
 
 
-def _scramble(value: int) -> int:
-    """First output of splitmix64 (Steele, Lea, Flood 2014) for the seed `value`: a bijection of 64-bit integers."""
-    value = (value + GAMMA) & WORD
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD
-    return value ^ (value >> 31)
-
-
 def mix(*values: int) -> int:
     """64-bit hash of integers in their order; a negative one counts as its two's complement."""
     state = 0
     for value in values:
-        state = _scramble((state ^ value) & WORD)
+        state = hash64((state ^ value) & WORD)
     return state
-
-
-def _scramble_array(values: np.ndarray) -> np.ndarray:
-    """`_scramble` of each element of a uint64 array."""
-    values = values + np.uint64(GAMMA)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def mix_arrays(*values: np.ndarray) -> np.ndarray:
     """`mix` for int64 arrays of one shape, element by element -> uint64."""
     state = np.zeros(values[0].shape, dtype=np.uint64)
     for value in values:
-        state = _scramble_array(state ^ value.astype(np.int64).view(np.uint64))
+        state = hash64_array(state ^ value.astype(np.int64).view(np.uint64))
     return state
 
 
@@ -76,13 +58,8 @@ class Numbers:
 
     def __call__(self, first: int, count: int) -> np.ndarray:
         """Numbers first, first + 1, ... of each sample, uniform in [0, 1): float64 [samples, count]."""
-        words = _scramble_array(self.states[:, None] ^ np.arange(first, first + count, dtype=np.uint64))
+        words = hash64_array(self.states[:, None] ^ np.arange(first, first + count, dtype=np.uint64))
         return (words >> np.uint64(11)) * 2.0**-53
-
-
-def signed(word: int) -> int:
-    """The int64 with the same 64 bits."""
-    return word - (1 << 64) if word >> 63 else word
 
 
 class _Key(np.random.bit_generator.ISeedSequence):
@@ -120,7 +97,7 @@ def permute(position: int, length: int, key: int) -> int:
     while True:
         left, right = position >> half, position & low
         for round_key in _round_keys(key):
-            left, right = right, left ^ (_scramble(right ^ round_key) & low)
+            left, right = right, left ^ (hash64(right ^ round_key) & low)
         position = left << half | right
         if position < length:
             return position
