@@ -8,7 +8,7 @@ import shutil
 
 import torch
 
-from beit3_dist.config import TrainingConfig, require
+from beit3_dist.config import require
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.beit3 import BEiT3
@@ -19,9 +19,9 @@ OLDEST_TORCH = (2, 13)
 """That compiled blocks were tested with; older ones lack what they are asked for."""
 
 
-def check_kernels(config: TrainingConfig) -> None:
+def check_kernels(kernels: str) -> None:
     """Raises ValueError where the choice cannot run on this machine."""
-    if config.kernels == "compiled":
+    if kernels == "compiled":
         version = tuple(map(int, torch.__version__.split(".")[:2]))
         require(
             version >= OLDEST_TORCH,
@@ -34,7 +34,7 @@ def check_kernels(config: TrainingConfig) -> None:
             f"kernels=compiled needs a C++ compiler, and {compiler} is not found: install g++, name another in the "
             "environment's CXX, or use kernels=torch",
         )
-    if config.kernels == "triton":
+    if kernels == "triton":
         require(
             importlib.util.find_spec("triton") is not None,
             "kernels=triton needs the package triton, which comes with CUDA builds of torch: use kernels=torch",

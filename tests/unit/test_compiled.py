@@ -18,6 +18,7 @@ from beit3_dist.training.inputs import masked_counts, prepare
 from tests.equality import assert_close, assert_tensors_close
 from tests.micro_batches import precomputed_codes, random_micro_batch
 from tests.unit.tar_fixtures import small_run
+from tools import benchmark
 
 CONFIG = ModelConfig(
     layers=3, width=32, heads=2, ffn_width=64, patch_size=8, image_size=32, vocab_size=150, visual_vocab_size=40,
@@ -83,9 +84,18 @@ def test_one_code_for_all_lengths(one_thread: None) -> None:
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_run(tmp_path)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    check_kernels(config)
+    check_kernels(config.kernels)
     config.kernels = "compiled"
     with pytest.raises(
         ValueError, match="kernels=compiled needs a C[+][+] compiler, and no-such-compiler is not found"
     ):
-        check_kernels(config)
+        check_kernels(config.kernels)
+
+
+def test_the_benchmark_refuses_what_a_run_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert benchmark.main(["model", "--kernels", "compiled"]) == 2
+    error = capsys.readouterr().err
+    assert "kernels=compiled needs a C++ compiler" in error and error.count("\n") == 1

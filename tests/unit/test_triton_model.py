@@ -53,8 +53,8 @@ def test_a_model_computes_the_same_with_triton() -> None:
 def test_triton_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_run(tmp_path)
     config.kernels = "triton"
-    check_kernels(config)  # in the interpreter
+    check_kernels(config.kernels)  # in the interpreter
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="kernels=triton needs a CUDA device: use kernels=torch"):
-        check_kernels(config)
+        check_kernels(config.kernels)
