@@ -104,7 +104,7 @@ class BEiT3(nn.Module):
         length = 0 if text is None else text.shape[1]
         one_group = group(batch, patches, text_padding if text is not None else None, length, attention_mask)
         kind = "texts" if images is None else "images" if text is None else "pairs"
-        layout = Layout(**{kind: one_group}).to(device, non_blocking=True)
+        layout = Layout(**{kind: one_group}).to(device)
         size = self.config.image_size
         images = torch.zeros(0, 3, size, size, device=device) if images is None else images
         words = torch.zeros(0, dtype=torch.int64, device=device) if text is None else text.flatten()

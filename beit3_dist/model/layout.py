@@ -16,6 +16,14 @@ import torch
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. From the host to a GPU by way of page-locked memory: only then the host goes on, and
+    prepares a micro-batch while the one before is computed."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Group:
     """Samples of one kind: their patches (if any) are followed by their words (if any) in one joint attention."""
@@ -46,9 +54,9 @@ class Group:
         rows = torch.arange(self.samples * self.words, device=device) if self.index is None else self.index
         return rows // max(self.words, 1)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Group:
+    def to(self, device: torch.device) -> Group:
         """The same group with its tensors on `device`."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=non_blocking)  # noqa: E731
+        move = lambda t: None if t is None else to_device(t, device)  # noqa: E731
         return Group(self.samples, self.patches, self.words, move(self.index), move(self.mask))
 
 
@@ -119,9 +127,9 @@ class Layout:
             ]
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+    def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
-        return Layout(*(g.to(device, non_blocking) for g in (self.images, self.pairs, self.texts)))
+        return Layout(*(g.to(device) for g in (self.images, self.pairs, self.texts)))
 
 
 @dataclass(frozen=True)

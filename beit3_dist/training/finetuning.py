@@ -22,6 +22,7 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import mix, mix_arrays
+from beit3_dist.model.layout import to_device
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
@@ -175,7 +176,7 @@ class FineTuning:
 
     def _inputs(self, batch: TaskBatch, words: Tensor, targets: Tensor | None = None) -> TaskInputs:
         device, (mean, deviation) = self.mesh.device, self._statistics
-        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        move = lambda t: to_device(t, device)  # noqa: E731
         return TaskInputs(
             images=(move(batch.images).float() / 255 - mean) / deviation,
             words=move(words),

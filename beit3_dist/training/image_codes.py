@@ -29,6 +29,7 @@ from beit3_dist.config import RunConfig, Source, require
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
+from beit3_dist.model.layout import to_device
 from beit3_dist.training.inputs import Tokenize, views
 from beit3_dist.training.sources import names_and_sizes, shuffle_of, weights_of
 
@@ -176,7 +177,7 @@ def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Toke
     if codes is None or tokenize is None:
         return tokenize
     looked_up = codes.of(batch)
-    return lambda pictures: looked_up.to(pictures.device, non_blocking=True)
+    return lambda pictures: to_device(looked_up, pictures.device)
 
 
 def write_codes(writer: CodesWriter, batches: Iterable[MicroBatch], tokenize: Tokenize, device: torch.device) -> None:

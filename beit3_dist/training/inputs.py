@@ -10,7 +10,7 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch, hash_terms
 from beit3_dist.model.beit3 import MixedInputs
-from beit3_dist.model.layout import Group, Layout, group
+from beit3_dist.model.layout import Group, Layout, group, to_device
 from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
 from beit3_dist.training.flops import training_flops
 from beit3_dist.training.totals import Totals
@@ -38,10 +38,10 @@ def jittered(pictures: Tensor, weights: Tensor) -> Tensor:
 
 def views(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """The model's and the image tokenizer's pictures, uint8 [I + P, 3, S, S] and [I + P, 3, S2, S2], on the device."""
-    weights = None if batch.jitter is None else batch.jitter.to(device, non_blocking=True)
+    weights = None if batch.jitter is None else to_device(batch.jitter, device)
 
     def seen(pictures: Tensor) -> Tensor:
-        pictures = pictures.to(device, non_blocking=True)
+        pictures = to_device(pictures, device)
         return pictures if weights is None else jittered(pictures, weights)
 
     images = seen(batch.images)
@@ -108,7 +108,7 @@ def prepare(
     """
 
     def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
+        return to_device(tensor, device)
 
     layout = layout_of(batch)
     real = (layout.pairs.index, layout.texts.index)
@@ -125,7 +125,7 @@ def prepare(
     inputs = MixedInputs(
         images=normalize(images),
         words=move(packed(batch.captions, batch.texts)),
-        layout=layout.to(device, non_blocking=True),
+        layout=layout.to(device),
         image_mask=move(batch.image_mask),
     )
     if tokenize is None:

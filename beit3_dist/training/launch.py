@@ -43,6 +43,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         _end_interrupted(program)
     try:
         train(ready)
+        _part()
     except (Damaged, FolderInUse) as mistake:  # which it takes all processes to find
         dist.destroy_process_group()  # before its threads have done anything else, Python's end may abort in them
         refuse(program, mistake)
@@ -62,6 +63,14 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         if dist.is_initialized() and dist.get_world_size() > 1:
             message += f"{program}: {_where(dist.get_rank())} is the first to fail, with the error above"
         end_after_failure(message)
+
+
+def _part() -> None:
+    """Ends the process groups once all have come here: the store goes with the first process, and whoever still asks
+    it would say that it failed."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _refuse_for_one(program: str, error: Exception) -> NoReturn:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from beit3_dist.model.layout import Group, Layout, group
+from beit3_dist.model.layout import Group, Layout, group, to_device
 
 CPU = torch.device("cpu")
 
@@ -82,7 +84,7 @@ def test_attention_mask_and_padding_both_hold() -> None:
 
 
 def test_moving_moves_all_and_keeps_the_rest() -> None:
-    moved = MIXED.to("meta")
+    moved = MIXED.to(torch.device("meta"))
     assert moved.segments == MIXED.segments
     for ours, theirs in ((moved.images, MIXED.images), (moved.pairs, MIXED.pairs), (moved.texts, MIXED.texts)):
         assert (ours.samples, ours.patches, ours.words) == (theirs.samples, theirs.patches, theirs.words)
@@ -90,7 +92,23 @@ def test_moving_moves_all_and_keeps_the_rest() -> None:
             assert (tensor is None) == (of is None)
             if tensor is not None and of is not None:
                 assert tensor.is_meta and tensor.shape == of.shape and tensor.dtype == of.dtype
-    again = MIXED.to("cpu")
+    again = MIXED.to(CPU)
     for ours, theirs in ((again.pairs, MIXED.pairs), (again.texts, MIXED.texts)):
         assert ours.index is not None and ours.mask is not None
         assert torch.equal(ours.index, theirs.index) and torch.equal(ours.mask, theirs.mask)
+
+
+@pytest.mark.parametrize(("source", "target", "pinned"), [("cpu", "cuda", 1), ("cuda", "cuda", 0), ("cpu", "cpu", 0)])
+def test_only_what_goes_to_a_gpu_is_pinned(source: str, target: str, pinned: int) -> None:
+    calls: list[str] = []
+
+    class Tensor(SimpleNamespace):
+        def pin_memory(self) -> Tensor:
+            calls.append("pinned")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool) -> tuple[torch.device, bool]:
+            return device, non_blocking
+
+    assert to_device(Tensor(device=torch.device(source)), torch.device(target)) == (torch.device(target), True)
+    assert calls == ["pinned"] * pinned
