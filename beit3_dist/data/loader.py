@@ -7,10 +7,14 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from multiprocessing import Pipe, forkserver, parent_process
 from multiprocessing.connection import Connection, wait
+from queue import Empty, Queue
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -52,7 +56,56 @@ def _unchanged(item: object) -> object:
     return item
 
 
-def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pin: bool) -> DataLoader:
+class TakenAhead:
+    """The items of `source`, each taken by a thread while the one before it is in use; the first one at once.
+
+    To take an item from a loader process is to shake hands with it over sockets, milliseconds where both have to wait
+    for a core. Where memory is pinned, DataLoader has such a thread itself.
+    """
+
+    def __init__(self, source: Iterable[Any]) -> None:
+        self._source = source
+
+    def __iter__(self) -> Iterator[Any]:
+        return _Taken(self._source)
+
+
+class _Taken:
+    def __init__(self, source: Iterable[Any]) -> None:
+        self._taken: Queue[tuple[Any, BaseException | None]] = Queue(maxsize=1)
+        given_up = threading.Event()
+        weakref.finalize(self, _give_up, self._taken, given_up).atexit = False
+        threading.Thread(target=_take, args=(source, self._taken, given_up), daemon=True).start()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        item, end = self._taken.get()
+        if end is not None:
+            self._taken.put((None, StopIteration()))  # for whoever asks again
+            raise end
+        return item
+
+
+def _take(source: Iterable[Any], taken: Queue[tuple[Any, BaseException | None]], given_up: threading.Event) -> None:
+    try:
+        for item in source:
+            taken.put((item, None))
+            if given_up.is_set():
+                return
+        taken.put((None, StopIteration()))
+    except BaseException as error:  # for the thread that waits for the item
+        taken.put((None, error))
+
+
+def _give_up(taken: Queue[tuple[Any, BaseException | None]], given_up: threading.Event) -> None:
+    given_up.set()
+    with suppress(Empty):
+        taken.get_nowait()  # makes room for what the thread may be holding
+
+
+def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pin: bool) -> Iterable[Any]:
     """Reads `requests` in order with `workers` processes, each `prefetch` micro-batches ahead; 0 reads in this process.
 
     Loader processes come from a fork server, not from the trainer: forking a process in which gloo, NCCL or OpenMP
@@ -85,7 +138,7 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     for number, handler in former:
         signal.signal(number, handler)
     # Its own generator: without one, DataLoader would draw a seed from torch's global one.
-    return DataLoader(
+    read = DataLoader(
         dataset,
         batch_size=None,
         sampler=requests,
@@ -97,3 +150,4 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         multiprocessing_context=context,
         generator=torch.Generator(),
     )
+    return read if pin else TakenAhead(read)
