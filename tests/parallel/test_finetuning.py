@@ -171,8 +171,10 @@ def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
     for task in TASKS:
         for field in ("loss", "grad_norm"):
             ours, reference = losses(folder, layout, task, field), losses(folder, "one", task, field)
+            # A contrastive gradient shrinks forty times within six steps: what is left is a difference of large ones.
+            noise = 1e-6 * reference.max().item()
             torch.testing.assert_close(
-                ours, reference, rtol=1e-5, atol=0, msg=lambda m, t=task, f=field: f"{t} {f}: {m}"
+                ours, reference, rtol=1e-5, atol=noise, msg=lambda m, t=task, f=field: f"{t} {f}: {m}"
             )
         assert [r["sample_hash"] for r in metrics(folder / layout / task)] == [
             r["sample_hash"] for r in metrics(folder / "one" / task)
