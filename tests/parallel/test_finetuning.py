@@ -171,15 +171,16 @@ def test_the_model_for_use_predicts_what_the_run_predicted(one_process: Path) ->
 @pytest.mark.parametrize("layout", ["dp2", "tp2"])
 def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
     """Losses and gradient norms within fp32 noise (1e-5, see design: what crosses ranks is summed in another order; the
-    norms of contrastive tasks from the second step on within 2e-4); the same samples; the same validation, whose examples no two ranks can share evenly."""
+    norms of contrastive tasks from the second step on within 2e-4); the same samples; the same validation, whose
+    examples no two ranks can share evenly."""
     folder = one_process
     run_workers(2, run, [run_config(folder, task, layout, layout) for task in TASKS],
                 tensor=LAYOUTS[layout].tensor)  # fmt: skip
     for task in TASKS:
         for field in ("loss", "grad_norm"):
             ours, reference = losses(folder, layout, task, field), losses(folder, "one", task, field)
-            # Contrastive gradients are large and hardly defined at the start, where all embeddings are alike: AdamW makes
-            # steps of its noise (see below), and later norms follow them. Over three seeds they were up to 7e-5 apart.
+            # At the start all embeddings are alike and contrastive gradients hardly defined: AdamW makes steps of their
+            # noise (see below), and later norms follow them. Over three seeds they were up to 7e-5 apart.
             wild = field == "grad_norm" and task in CONTRASTIVE
             for steps, rtol in ((slice(0, 1), 1e-5), (slice(1, None), 2e-4 if wild else 1e-5)):
                 torch.testing.assert_close(
