@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,9 @@ from beit3_dist.training.tokenizer_config import TokenizerConfig
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What a file system answers that has no locks, as Lustre does that is mounted without `flock`."""
 
+LEASE_S = 180.0
+"""After so many seconds a file server has given up the locks of a node that has died, and of no other (NFS: 90)."""
+
 log = logging.getLogger(__name__)
 
 
@@ -34,8 +38,9 @@ class RunLock(AbstractContextManager["RunLock"]):
     """The first process's hold on OUT, by a lock on OUT/run.lock, which says who has it.
 
     Two runs in one folder would remove each other's checkpoints and cut back each other's records. The lock is gone
-    with its process, however that ends, so that a run that is started again gets it at once. It is POSIX's: on NFS
-    every lock is one, and forked loader processes, which may outlive the first process for a while, do not hold it.
+    with its process, however that ends, so that a run that is started again gets it at once; where the node itself has
+    died, once the file server notices. It is POSIX's: on NFS every lock is one, and forked loader processes, which may
+    outlive the first process for a while, do not hold it.
 
     At the end of the context it is given back; after an error that nobody expects, only with the end of the process,
     whose threads may be writing until then.
@@ -60,15 +65,18 @@ class RunLock(AbstractContextManager["RunLock"]):
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         self._file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not _locked(self._file):
+                in_use = f"out: {out} is in use by {_holder(self._file)}"
+                if not restarted:
+                    raise ValueError(f"{in_use}: wait for its end, or end it")
+                log.warning("%s; this job was put back into the queue, so that it waits for a while", in_use)
+                time.sleep(LEASE_S)
+                restarted = False
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN, *WITHOUT_LOCKS):
-                raise
             if error.errno not in WITHOUT_LOCKS:
-                raise ValueError(
-                    f"out: {out} is in use by {_holder(self._file)}: wait for its end, or end it"
-                ) from None
+                raise
             log.warning("out: %s is on a file system without locks: nothing keeps a second run out of it", out)
         me = {"job": os.environ.get("SLURM_JOB_ID"), "host": socket.gethostname(), "pid": os.getpid()}
         os.ftruncate(self._file, 0)
@@ -86,6 +94,17 @@ class RunLock(AbstractContextManager["RunLock"]):
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def _locked(file: int) -> bool:
+    """Takes the lock; False where another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
 
 
 def _holder(file: int) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from beit3_dist.config import CheckpointConfig, DataConfig, RunConfig
-from beit3_dist.training import loop, tokenizer_loop
+from beit3_dist.training import loop, run_lock, tokenizer_loop
 from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.run_lock import FolderInUse, RunLock
 from tests.unit.small_checkpoints import MODEL, save
@@ -69,6 +69,26 @@ def test_a_second_run_is_refused_until_the_first_is_dead(config: RunConfig, hold
         first.wait()
         with RunLock(config, None):
             assert f'"pid": {os.getpid()}' in Path(config.out, "run.lock").read_text()
+
+
+def test_a_requeued_job_waits_for_the_locks_of_a_node_that_has_died(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with other_run(config.out, "") as first:
+        slept: list[float] = []
+        monkeypatch.setattr(run_lock.time, "sleep", slept.append)
+        with pytest.raises(FolderInUse, match="wait for its end"):
+            RunLock(config, None)
+        assert slept == [run_lock.LEASE_S] and "this job was put back into the queue" in caplog.text
+
+        def server_notices(seconds: float) -> None:
+            first.kill()
+            first.wait()
+
+        monkeypatch.setattr(run_lock.time, "sleep", server_notices)
+        with RunLock(config, None):
+            assert not is_free(config.out)
 
 
 def test_a_forked_process_does_not_keep_the_folder(config: RunConfig) -> None:
