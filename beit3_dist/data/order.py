@@ -39,6 +39,17 @@ def mix(*values: int) -> int:
     return state
 
 
+@lru_cache(maxsize=256)
+def mix_of_many(*values: int) -> int:
+    """`mix`, of values that many samples share."""
+    return mix(*values)
+
+
+def mix_on(state: int, value: int) -> int:
+    """`mix` of the integers that `state` is the hash of and one more."""
+    return hash64((state ^ value) & WORD)
+
+
 def mix_arrays(*values: np.ndarray) -> np.ndarray:
     """`mix` for int64 arrays of one shape, element by element -> uint64."""
     state = np.zeros(values[0].shape, dtype=np.uint64)
@@ -54,7 +65,8 @@ class Numbers:
     """
 
     def __init__(self, keys: Iterable[int], use: int) -> None:
-        self.states = np.array([mix(key, use) for key in keys], dtype=np.uint64)
+        known = np.fromiter((key & WORD for key in keys), dtype=np.uint64)
+        self.states = hash64_array(hash64_array(known) ^ np.uint64(use))  # `mix` of key and use
 
     def __call__(self, first: int, count: int) -> np.ndarray:
         """Numbers first, first + 1, ... of each sample, uniform in [0, 1): float64 [samples, count]."""
@@ -133,13 +145,13 @@ class Blocks:
 def scheduled(position: int, length: int, seed: int, stream: int, blocks: Blocks | None = None) -> tuple[int, int]:
     """Epoch and sample index at a position of an endless stream: every epoch holds each index once."""
     epoch, place = divmod(position, length)
-    key = mix(seed, stream, epoch)
+    key = mix_of_many(seed, stream, epoch)
     return epoch, blocks.permute(place, length, key) if blocks else permute(place, length, key)
 
 
 def sample_id(stream: int, epoch: int, index: int) -> int:
     """64-bit name of a delivered sample, as a signed integer that fits a torch int64."""
-    return signed(mix(stream, epoch, index))
+    return signed(mix_on(mix_of_many(stream, epoch), index))
 
 
 class Interleave:

@@ -23,7 +23,7 @@ from beit3_dist.config import Source
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault
 from beit3_dist.data.index import ALONE, TXT, Share, Table, open_table
-from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, sample_id, scheduled
+from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.text import TextTokenizer, TokenWindows
 
@@ -157,7 +157,8 @@ class SampleStream(ABC):
         begun = False
         for source, epoch, chosen in self.candidates(position):
             index = self.starts[source] + chosen
-            sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
+            key = mix_on(mix_of_many(self.seed, self.stream, epoch), index)
+            sample = Sample(self.stream, epoch, index, key, faults)
             try:
                 self._load_words(source, chosen, sample)
                 if not begun:

@@ -19,6 +19,8 @@ from beit3_dist.data.order import (
     generator,
     mix,
     mix_arrays,
+    mix_of_many,
+    mix_on,
     permute,
     sample_id,
     scheduled,
@@ -186,3 +188,15 @@ def test_interleave_is_exact_and_even(weights: list[float]) -> None:
 def test_too_small_a_weight_is_an_error() -> None:
     with pytest.raises(ValueError, match="weight 0.001 is less than 1/1000"):
         Interleave([0.001, 9.0])
+
+
+def test_a_hash_goes_on_where_it_stands() -> None:
+    for values in ((3, 1, 2**63), (0, 5, -7)):
+        assert mix_on(mix_of_many(*values), 11) == mix(*values, 11) == mix_of_many(*values, 11)
+        assert mix_on(mix(*values), -4) == mix(*values, -4)
+
+
+def test_numbers_begin_with_the_hash_of_key_and_use() -> None:
+    keys = [0, 9, -2, (1 << 64) - 1]
+    assert Numbers(keys, 6).states.tolist() == [mix(key, 6) for key in keys]
+    assert Numbers([], 6)(0, 3).shape == (0, 3)
