@@ -49,6 +49,7 @@ import benchmark_data  # noqa: E402
 import benchmark_growth  # noqa: E402
 import benchmark_kernels  # noqa: E402
 import benchmark_recipe  # noqa: E402
+import benchmark_torchscale  # noqa: E402
 from benchmark_measure import MatrixProducts, in_turns, profile_table, threads  # noqa: E402
 from benchmark_step import (  # noqa: E402
     Contender,
@@ -58,7 +59,7 @@ from benchmark_step import (  # noqa: E402
     assert_equal_losses,
     random_micro_batch,
 )
-from benchmark_torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED, torchscale_contenders  # noqa: E402
+from benchmark_torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED  # noqa: E402
 
 GEOMETRY = {
     "layers": 6,
@@ -109,7 +110,10 @@ def model_contenders(
         assert_equal_losses([contenders[0], Contender("our plain blocks", ours, lambda: of_plain, optimizer)])
     if not alone:
         three = Contender("ours, three passes", ours, lambda: by_us(three_passes, objective, *step), optimizer)
-        contenders += [three, *torchscale_contenders(ours, batch.to(device), codes, bf16, compiled)]
+        contenders += [
+            three,
+            *benchmark_torchscale.torchscale_contenders(ours, batch.to(device), codes, bf16, compiled),
+        ]
         assert_equal_losses(contenders)
     if bf16:
         ours.bfloat16()
@@ -145,7 +149,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
         contenders[0].optimizer.zero_grad()
     seconds = in_turns([contender.step for contender in contenders], options.repeats, device)
     alone = products.seconds(device, options.repeats)
-    unseen = [THEIRS_FUSED]
+    theirs = THEIRS if THEIRS in names else THEIRS_FUSED  # as it comes; not there on a GPU
+    unseen = [name for name in (THEIRS_FUSED,) if name != theirs]  # the same model
     if device.type == "cpu" and options.kernels == "compiled":  # the CPU's peak is that of a dispatch mode
         unseen += [contender.name for contender in contenders if contender.model is contenders[0].model]
     memory = {c.name: activation_bytes(c, device) / 1e9 for c in contenders if c.name not in unseen}
@@ -163,7 +168,7 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
         "cpu_ratio_vs_torchscale": ratio(process, THEIRS),
         "cpu_ratio_vs_torchscale_fused_adamw": ratio(process, THEIRS_FUSED),
         "activation_memory_ratio_vs_torchscale": (
-            memory[ours] / memory[THEIRS] if {ours, THEIRS} <= memory.keys() else None
+            memory[ours] / memory[theirs] if {ours, theirs} <= memory.keys() else None
         ),
         "matmul_share": median(alone.wall) / wall[ours],
         "cpu_matmul_share": median(alone.process) / process[ours],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from tools.benchmark import torchscale_beit3
+from tools.benchmark import benchmark_torchscale
+
+torchscale_beit3 = benchmark_torchscale.torchscale_beit3
 
 __all__ = ["torchscale_beit3"]
