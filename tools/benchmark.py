@@ -150,7 +150,7 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     seconds = in_turns([contender.step for contender in contenders], options.repeats, device)
     alone = products.seconds(device, options.repeats)
     theirs = THEIRS if THEIRS in names else THEIRS_FUSED  # as it comes; not there on a GPU
-    unseen = [name for name in (THEIRS_FUSED,) if name != theirs]  # the same model
+    unseen = [] if theirs == THEIRS_FUSED else [THEIRS_FUSED]  # the same model
     if device.type == "cpu" and options.kernels == "compiled":  # the CPU's peak is that of a dispatch mode
         unseen += [contender.name for contender in contenders if contender.model is contenders[0].model]
     memory = {c.name: activation_bytes(c, device) / 1e9 for c in contenders if c.name not in unseen}
