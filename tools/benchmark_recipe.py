@@ -65,7 +65,7 @@ def _rows(
         except torch.OutOfMemoryError:
             yield name | {"left_out": "it does not fit"}
             return
-        except (RuntimeError, AttributeError, ImportError, TypeError) as error:  # of a compiler, or kernels that this torch lacks
+        except (RuntimeError, AttributeError, ImportError, TypeError) as error:  # what this torch lacks
             yield name | {"left_out": " ".join(str(error).split())[:200]}
             return
         if samples == options.samples[-1] and options.profile:
