@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,14 @@ class Stream(IntEnum):
     PAIRS = 2
 
 
+def mix_on(state: int, value: int) -> int:
+    """`mix` of the integers that `state` is the hash of and one more."""
+    return hash64((state ^ value) & WORD)
+
+
 def mix(*values: int) -> int:
     """64-bit hash of integers in their order; a negative one counts as its two's complement."""
-    state = 0
-    for value in values:
-        state = hash64((state ^ value) & WORD)
-    return state
+    return reduce(mix_on, values, 0)
 
 
 @lru_cache(maxsize=256)
@@ -45,13 +47,8 @@ def mix_of_many(*values: int) -> int:
     return mix(*values)
 
 
-def mix_on(state: int, value: int) -> int:
-    """`mix` of the integers that `state` is the hash of and one more."""
-    return hash64((state ^ value) & WORD)
-
-
 def mix_arrays(*values: np.ndarray) -> np.ndarray:
-    """`mix` for int64 arrays of one shape, element by element -> uint64."""
+    """`mix` for 64-bit integer arrays of one shape, element by element -> uint64."""
     state = np.zeros(values[0].shape, dtype=np.uint64)
     for value in values:
         state = hash64_array(state ^ value.astype(np.int64).view(np.uint64))
@@ -66,7 +63,7 @@ class Numbers:
 
     def __init__(self, keys: Iterable[int], use: int) -> None:
         known = np.fromiter((key & WORD for key in keys), dtype=np.uint64)
-        self.states = hash64_array(hash64_array(known) ^ np.uint64(use))  # `mix` of key and use
+        self.states = mix_arrays(known, np.full_like(known, use))
 
     def __call__(self, first: int, count: int) -> np.ndarray:
         """Numbers first, first + 1, ... of each sample, uniform in [0, 1): float64 [samples, count]."""
