@@ -25,23 +25,20 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling
-from beit3_dist.objectives.three_passes import three_passes
-from beit3_dist.parallel.kernels import check_kernels, use_kernels
+from beit3_dist.objectives.masked_data_modeling import STREAMS
+from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.training.flops import peak_flops
-from beit3_dist.training.inputs import host_totals, layout_of, masked_counts, prepare
+from beit3_dist.training.inputs import host_totals, layout_of
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tests, which import this file by its path
 import benchmark_checkpoint  # noqa: E402
@@ -50,14 +47,17 @@ import benchmark_growth  # noqa: E402
 import benchmark_kernels  # noqa: E402
 import benchmark_recipe  # noqa: E402
 import benchmark_torchscale  # noqa: E402
-from benchmark_measure import MatrixProducts, in_turns, profile_table, threads  # noqa: E402
+from benchmark_measure import in_turns, profile_table, threads  # noqa: E402
 from benchmark_step import (  # noqa: E402
     Contender,
     MasterAdamW,
+    OurStep,
     activation_bytes,
     adamw,
     assert_equal_losses,
+    products_of,
     random_micro_batch,
+    switch,
 )
 from benchmark_torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED  # noqa: E402
 
@@ -90,37 +90,20 @@ def model_contenders(
     Codes are drawn: no image tokenizer runs.
     """
     ours = BEiT3(config).to(device)
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(config.visual_vocab_size, batch.image_mask.shape, generator=draw).to(device)
-    objective = MaskedDataModeling(ours, ObjectiveConfig(), seed=0)
-    counts = torch.tensor(masked_counts(batch), device=device)
-    step = (*prepare(batch, device, lambda _: codes), counts, 0)
-
-    def by_us(compute: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, statistics = compute(*arguments)
-        return loss, statistics[0] / counts
-
-    optimizer: Any = adamw(ours, fused=True)
+    step, optimizer = OurStep(ours, batch, device), adamw(ours, fused=True)
     name = "ours, one pass" if kernels == "torch" else f"ours, one pass, {kernels}"
-    contenders = [Contender(name, ours, lambda: by_us(objective, *step), optimizer)]
-    if kernels != "torch":
-        with torch.no_grad():
-            of_plain = contenders[0].forward()
-        use_kernels(ours, kernels)
-        assert_equal_losses([contenders[0], Contender("our plain blocks", ours, lambda: of_plain, optimizer)])
+    contenders = [Contender(name, ours, step.forward, optimizer)]
+    switch(step, kernels)
     if not alone:
-        three = Contender("ours, three passes", ours, lambda: by_us(three_passes, objective, *step), optimizer)
-        contenders += [
-            three,
-            *benchmark_torchscale.torchscale_contenders(ours, batch.to(device), codes, bf16, compiled),
-        ]
+        contenders.append(Contender("ours, three passes", ours, step.three_passes, optimizer))
+        contenders += benchmark_torchscale.torchscale_contenders(ours, batch.to(device), step.codes, bf16, compiled)
         assert_equal_losses(contenders)
     if bf16:
         ours.bfloat16()
-        optimizer = MasterAdamW(ours)
+        of_masters = MasterAdamW(ours)
         for contender in contenders:
             if contender.model is ours:
-                contender.optimizer = optimizer
+                contender.optimizer = of_masters
     return contenders
 
 
@@ -143,10 +126,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     with torch.no_grad():
         losses = contenders[0].forward()[1].tolist()
     names = [contender.name for contender in contenders]
-    # A dispatch mode sees nothing of compiled code, which has the same products.
-    with torch.compiler.set_stance("force_eager"), MatrixProducts() as products:
-        contenders[0].forward()[0].backward()
-        contenders[0].optimizer.zero_grad()
+    products = products_of(contenders[0])
+    contenders[0].optimizer.zero_grad()
     seconds = in_turns([contender.step for contender in contenders], options.repeats, device)
     alone = products.seconds(device, options.repeats)
     theirs = THEIRS if THEIRS in names else THEIRS_FUSED  # as it comes; not there on a GPU

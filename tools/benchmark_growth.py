@@ -15,13 +15,11 @@ from statistics import linear_regression, median
 from typing import Any
 
 import torch
-from benchmark_measure import MatrixProducts, in_turns, threads
-from benchmark_step import Contender, adamw, random_micro_batch
+from benchmark_measure import in_turns, threads
+from benchmark_step import Contender, OurStep, adamw, products_of, random_micro_batch
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.training.inputs import host_totals, masked_counts, prepare
 
 BASE = {"layers": 4, "width": 512, "batch": 2, "text_length": 128}
 """What the other sizes are while one grows."""
@@ -46,12 +44,8 @@ def growing_step(layers: int, width: int, batch: int, text_length: int, device: 
         vocab_size=8010,
     )
     micro_batch = random_micro_batch(config, batch, batch, batch, text_length, (8, 64))
-    objective = MaskedDataModeling(BEiT3(config).to(device), ObjectiveConfig(), seed=0)
-    codes = torch.zeros(micro_batch.image_mask.shape, dtype=torch.int64, device=device)
-    counts = torch.tensor(masked_counts(micro_batch), device=device)
-    step = (*prepare(micro_batch, device, lambda _: codes), counts, 0)
-    ours = Contender("ours", objective.model, lambda: objective(*step), adamw(objective, fused=True))
-    return ours, host_totals([micro_batch], config).flops
+    step = OurStep(BEiT3(config).to(device), micro_batch, device)
+    return Contender("ours", step.model, step.forward, adamw(step.model, fused=True)), step.flops
 
 
 def benchmark_growth(options: Namespace) -> dict[str, Any]:
@@ -75,8 +69,7 @@ def measure(contender: Contender, repeats: int, device: torch.device) -> dict[st
     """Seconds of a step, on the clock and of processors, and of processors for its matrix products and AdamW alone.
     Where a GPU computes, its time stands for the processors'."""
     spent = lambda taken: median(taken.wall if device.type == "cuda" else taken.process)  # noqa: E731
-    with MatrixProducts() as products:
-        contender.forward()[0].backward()
+    products = products_of(contender)
     optimizer = in_turns([contender.optimizer.step], repeats, device)[0]
     contender.optimizer.zero_grad()
     taken = in_turns([contender.step], repeats, device)[0]

@@ -17,16 +17,14 @@ from typing import Any
 
 import torch
 import yaml
-from benchmark_measure import MatrixProducts, in_turns, profile_table, synchronize, threads
-from benchmark_step import Contender, MasterAdamW, assert_equal_losses, random_micro_batch
-from torch import Tensor
+from benchmark_measure import in_turns, profile_table, synchronize, threads
+from benchmark_step import Contender, MasterAdamW, OurStep, products_of, random_micro_batch, switch
 
-from beit3_dist.config import DataConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from beit3_dist.config import DataConfig, ModelConfig, OptimConfig
+from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.parallel.kernels import use_kernels
 from beit3_dist.training.flops import peak_flops
-from beit3_dist.training.inputs import host_totals, layout_of, masked_counts, prepare
+from beit3_dist.training.inputs import layout_of
 
 SHORTEST_CAPTION = 8
 KERNELS = ("torch", "triton", "compiled")
@@ -57,11 +55,13 @@ def _rows(
     for samples in options.samples:
         name = {"kernels": kernels, "samples": samples}
         try:
-            step = Step(model, recipe, samples, device)
+            batch = micro_batch(model.config, recipe["data"], samples)
+            step, tokens = OurStep(model, batch, device), sum(layout_of(batch).segments)
             if optimizer is None:
                 switch(step, kernels, options.precision)
                 optimizer = MasterAdamW(model, OptimConfig(**recipe["optim"]).clip_norm)
-            row = name | _measure(Contender(kernels, model, step.forward, optimizer), step, options, device)
+            contender = Contender(kernels, model, step.forward, optimizer)
+            row = name | {"tokens": tokens} | _measure(contender, tokens, step.flops, options, device)
         except torch.OutOfMemoryError:
             yield name | {"left_out": "it does not fit"}
             return
@@ -69,51 +69,22 @@ def _rows(
             yield name | {"left_out": " ".join(str(error).split())[:200]}
             return
         if samples == options.samples[-1] and options.profile:
-            row["profile"] = profile_table(Contender(kernels, model, step.forward, optimizer).step, device)
+            row["profile"] = profile_table(contender.step, device)
         yield row
 
 
-class Step:
-    """A micro-batch of so many images, texts and pairs each, ready on the device."""
-
-    def __init__(self, model: BEiT3, recipe: dict[str, Any], samples: int, device: torch.device) -> None:
-        config, data = model.config, recipe["data"]
-        text = data.get("text_length", DataConfig.text_length)
-        captions = (SHORTEST_CAPTION, data.get("caption_length", DataConfig.caption_length))
-        self.batch = random_micro_batch(config, samples, samples, samples, text, captions)
-        draw = torch.Generator().manual_seed(0)
-        codes = torch.randint(config.visual_vocab_size, self.batch.image_mask.shape, generator=draw).to(device)
-        self.model, self._objective = model, MaskedDataModeling(model, ObjectiveConfig(), seed=0)
-        self._counts = torch.tensor(masked_counts(self.batch), device=device)
-        self._arguments = (*prepare(self.batch, device, lambda _: codes), self._counts, 0)
-        self.tokens = sum(layout_of(self.batch).segments)
-        self.flops = host_totals([self.batch], config).flops
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        loss, statistics = self._objective(*self._arguments)
-        return loss, statistics[0] / self._counts
+def micro_batch(config: ModelConfig, data: dict[str, Any], samples: int) -> MicroBatch:
+    """Of so many images, texts and pairs each, as long as the recipe's section `data` allows."""
+    captions = (SHORTEST_CAPTION, data.get("caption_length", DataConfig.caption_length))
+    text_length = data.get("text_length", DataConfig.text_length)
+    return random_micro_batch(config, samples, samples, samples, text_length, captions)
 
 
-def switch(step: Step, kernels: str, precision: str) -> None:
-    """Makes the model compute by `kernels`. Raises AssertionError where the losses are others then."""
-    if kernels == "torch":
-        return
-    model = step.model
-    with torch.no_grad():
-        of_plain = step.forward()
-    use_kernels(model, kernels)
-    pair = [
-        Contender(name, model, forward, None)
-        for name, forward in ((kernels, step.forward), ("torch", lambda: of_plain))
-    ]
-    assert_equal_losses(pair, precision)
-
-
-def _measure(contender: Contender, step: Step, options: Namespace, device: torch.device) -> dict[str, Any]:
-    # A dispatch mode sees nothing of compiled code, which has the same products.
-    with torch.compiler.set_stance("force_eager"), MatrixProducts() as products:
-        contender.forward()[0].backward()
-        contender.optimizer.zero_grad()
+def _measure(
+    contender: Contender, tokens: int, flops: int, options: Namespace, device: torch.device
+) -> dict[str, float | None]:
+    products = products_of(contender)
+    contender.optimizer.zero_grad()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -122,11 +93,10 @@ def _measure(contender: Contender, step: Step, options: Namespace, device: torch
     products_s = median(products.seconds(device, options.repeats).wall)
     peak = peak_flops(device) if options.precision == "bf16" else None
     return {
-        "tokens": step.tokens,
         "step_s": step_s,
-        "tokens_per_s": step.tokens / step_s,
-        "model_tflops": step.flops / step_s / 1e12,
-        "mfu": step.flops / step_s / peak if peak else None,
+        "tokens_per_s": tokens / step_s,
+        "model_tflops": flops / step_s / 1e12,
+        "mfu": flops / step_s / peak if peak else None,
         "products_tflops": products.flops() / products_s / 1e12,
         "products_share": products_s / step_s,
         "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from benchmark_measure import peak_bytes
+from benchmark_measure import MatrixProducts, peak_bytes
 from torch import Tensor, nn
 
 from beit3_dist.config import SPECIAL_ROWS, ModelConfig, ObjectiveConfig
 from beit3_dist.data.batch import MicroBatch
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.masking import Numbers, block_masks, mask_count, mask_words
+from beit3_dist.objectives.three_passes import three_passes
+from beit3_dist.parallel.kernels import use_kernels
+from beit3_dist.training.inputs import host_totals, masked_counts, prepare
 
 PADDING = 1
 """Id of <pad>."""
@@ -74,6 +80,32 @@ def random_micro_batch(
     )
 
 
+class OurStep:
+    """A micro-batch on the device and how our model computes its losses. Codes are drawn: no image tokenizer runs."""
+
+    def __init__(self, model: BEiT3, batch: MicroBatch, device: torch.device) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.codes = torch.randint(model.config.visual_vocab_size, batch.image_mask.shape, generator=draw).to(device)
+        self.model, self.objective = model, MaskedDataModeling(model, ObjectiveConfig(), seed=0)
+        self.counts = torch.tensor(masked_counts(batch), device=device)
+        self.arguments = (*prepare(batch, device, lambda _: self.codes), self.counts, 0)
+        self.flops = host_totals([batch], model.config).flops
+        """Of forward and backward."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """One pass: the loss, and the losses [4] that it is the sum of."""
+        return self.by(self.objective)
+
+    def three_passes(self) -> tuple[Tensor, Tensor]:
+        """As `forward`, stream by stream."""
+        return self.by(partial(three_passes, self.objective))
+
+    def by(self, compute: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What `compute` makes of the micro-batch."""
+        loss, statistics = compute(*self.arguments)
+        return loss, statistics[0] / self.counts
+
+
 @dataclass
 class Contender:
     """One way to take the same training step."""
@@ -82,7 +114,8 @@ class Contender:
     model: nn.Module
     forward: Callable[[], tuple[Tensor, Tensor]]
     """-> the loss to go backward from, and the losses [n] that it is the sum of."""
-    optimizer: torch.optim.Optimizer | MasterAdamW
+    optimizer: Any
+    """What takes the steps; None where there are none."""
 
     def step(self) -> None:
         """Forward, one backward from the sum of the losses, AdamW."""
@@ -138,3 +171,22 @@ def activation_bytes(contender: Contender, device: torch.device) -> int:
     peak = peak_bytes(lambda: contender.forward()[0].backward(), device)
     contender.optimizer.zero_grad()
     return peak
+
+
+def switch(step: OurStep, kernels: str, precision: str = "fp32") -> None:
+    """Makes the model compute by `kernels`. Raises AssertionError where the losses are others then."""
+    if kernels == "torch":
+        return
+    with torch.no_grad():
+        of_plain = step.forward()
+    use_kernels(step.model, kernels)
+    pair = [(kernels, step.forward), ("torch", lambda: of_plain)]
+    assert_equal_losses([Contender(name, step.model, forward, None) for name, forward in pair], precision)
+
+
+def products_of(contender: Contender) -> MatrixProducts:
+    """The matrix products of a forward and a backward pass, whose gradients stay."""
+    # A dispatch mode sees nothing of compiled code, which has the same products.
+    with torch.compiler.set_stance("force_eager"), MatrixProducts() as products:
+        contender.forward()[0].backward()
+    return products

@@ -274,16 +274,16 @@ def test_a_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 
 def test_kernels_of_a_recipe_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(layers=1, width=16, heads=2, ffn_width=24, patch_size=8, image_size=16, vl_expert_layers=0)
-    recipe = {"data": {"caption_length": 9, "text_length": 9}}
-    step = benchmark_recipe.Step(benchmark.BEiT3(config), recipe, 1, CPU)
+    batch = benchmark_recipe.micro_batch(config, {"caption_length": 9, "text_length": 9}, 1)
+    step = benchmark.OurStep(benchmark.BEiT3(config), batch, CPU)
 
     def worse(model: benchmark.BEiT3, kernels: str) -> None:
         with torch.no_grad():
             model.text_head.bias[::2] += 3.0
 
-    monkeypatch.setattr(benchmark_recipe, "use_kernels", worse)
+    monkeypatch.setattr(sys.modules["benchmark_step"], "use_kernels", worse)
     with pytest.raises(AssertionError, match="the losses of torch differ"):
-        benchmark_recipe.switch(step, "compiled", "bf16")
+        benchmark.switch(step, "compiled", "bf16")
 
 
 def test_exponents() -> None:
