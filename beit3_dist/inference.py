@@ -32,9 +32,10 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.transforms import decode, to_rgb
 from beit3_dist.tasks.all import TASKS
 from beit3_dist.tasks.augmentation import Views
-from beit3_dist.tasks.config import CONTRASTIVE, OF_PICTURES
+from beit3_dist.tasks.config import CONTRASTIVE, seen_in_validation
 from beit3_dist.tasks.generation import generate
 from beit3_dist.tasks.heads import FineTuned, build
+from beit3_dist.tasks.task import Normalization
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -71,8 +72,8 @@ class Model:
         self.name, self.network, self.task = name, network.requires_grad_(False).eval(), task
         self.tokenizer = tokenizer
         self.device = next(network.parameters()).device
-        self._views = Views(evaluation="centre" if task["name"] in OF_PICTURES else "squash")
-        self._statistics = [torch.tensor(v, device=self.device).view(3, 1, 1) for v in TASKS[task["name"]].statistics]
+        self._views = Views(evaluation=seen_in_validation(task["name"]))
+        self._normalize = Normalization(TASKS[task["name"]].statistics, self.device)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Model:
@@ -186,9 +187,9 @@ class Model:
 
     def _pixels(self, images: Sequence[Picture]) -> Tensor:
         """[B, 3, S, S] on the device, normalised as in training."""
-        size, (mean, deviation) = self.network.config.image_size, self._statistics
+        size = self.network.config.image_size
         views = np.stack([self._views.evaluate(open_picture(image), size) for image in images])
-        return (torch.from_numpy(views).permute(0, 3, 1, 2).to(self.device).float() / 255 - mean) / deviation
+        return self._normalize(torch.from_numpy(views).permute(0, 3, 1, 2).to(self.device))
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""

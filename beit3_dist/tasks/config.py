@@ -16,6 +16,11 @@ CONTRASTIVE = ("retrieval", "itc", "imagenet_retrieval")
 """Tasks that tell each example from all others of its step."""
 
 
+def seen_in_validation(task: str) -> Literal["centre", "squash"]:
+    """Which view of a picture a task is validated on: `Views.evaluation`."""
+    return "centre" if task in OF_PICTURES else "squash"
+
+
 def files_of(given: str | list[str]) -> list[str]:
     """The one or more files that `data.train` or `data.validation` names."""
     return [given] if isinstance(given, str) else given

@@ -22,6 +22,16 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and deviation of the channels that pretraining normalises by."""
 
 
+class Normalization:
+    """Pictures uint8 [..., 3, S, S] on a device -> fp32: (x / 255 - mean) / deviation, channel by channel."""
+
+    def __init__(self, statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device) -> None:
+        self._mean, self._deviation = (torch.tensor(v, device=device).view(3, 1, 1) for v in statistics)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self._mean) / self._deviation
+
+
 @dataclass(frozen=True)
 class TaskInputs:
     """A micro-batch of B examples on the device."""

@@ -23,7 +23,7 @@ from beit3_dist.tasks.all import TASKS
 from beit3_dist.tasks.augmentation import Mixing, Views
 from beit3_dist.tasks.class_names import NamedPictures, names_as_words
 from beit3_dist.tasks.class_shards import read_class_shards
-from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig, files_of
+from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig, files_of, seen_in_validation
 from beit3_dist.tasks.examples import Example, read_index
 from beit3_dist.tasks.heads import task_value
 from beit3_dist.tasks.metrics import check_caption_metrics
@@ -149,7 +149,7 @@ def _views(config: FinetuneConfig) -> Views:
         horizontal_flip=data.horizontal_flip,
         rand_augment=data.rand_augment,
         erase=data.random_erasing,
-        evaluation="centre" if config.task in OF_PICTURES else "squash",
+        evaluation=seen_in_validation(config.task),
     )
 
 

@@ -29,7 +29,7 @@ from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.tasks.batches import Draw, Examples, TaskBatch, training_places, validation_places
 from beit3_dist.tasks.config import CONTRASTIVE, FinetuneConfig
 from beit3_dist.tasks.examples import Example
-from beit3_dist.tasks.task import TaskInputs, TaskObjective
+from beit3_dist.tasks.task import Normalization, TaskInputs, TaskObjective
 from beit3_dist.training.checkpointing import load_checkpoint, whole_checkpoint
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.finetune_preflight import FinetuneReady
@@ -109,7 +109,7 @@ class FineTuning:
         config, mesh, layers = self.config, self.mesh, self.config.model.layers
         self.task.connect(groups.data)
         self._groups = groups
-        self._statistics = [torch.tensor(v, device=mesh.device).view(3, 1, 1) for v in self.task.statistics]
+        self._normalize = Normalization(self.task.statistics, mesh.device)
         self._engine = Engine(
             config,
             groups,
@@ -175,10 +175,9 @@ class FineTuning:
         return ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)
 
     def _inputs(self, batch: TaskBatch, words: Tensor, targets: Tensor | None = None) -> TaskInputs:
-        device, (mean, deviation) = self.mesh.device, self._statistics
-        move = lambda t: to_device(t, device)  # noqa: E731
+        move = lambda t: to_device(t, self.mesh.device)  # noqa: E731
         return TaskInputs(
-            images=(move(batch.images).float() / 255 - mean) / deviation,
+            images=self._normalize(move(batch.images)),
             words=move(words),
             padding=batch.padding,
             labels=move(batch.labels),
