@@ -36,6 +36,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import STREAMS
+from beit3_dist.parallel.host_memory import keep_freed_memory
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.training.flops import peak_flops
 from beit3_dist.training.inputs import host_totals, layout_of
@@ -128,8 +129,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     names = [contender.name for contender in contenders]
     products = products_of(contenders[0])
     contenders[0].optimizer.zero_grad()
-    seconds = in_turns([contender.step for contender in contenders], options.repeats, device)
-    alone = products.seconds(device, options.repeats)
+    actions = [*(contender.step for contender in contenders), products.alone(device)]
+    *seconds, alone = in_turns(actions, options.repeats, device)
     theirs = THEIRS if THEIRS in names else THEIRS_FUSED  # as it comes; not there on a GPU
     unseen = [] if theirs == THEIRS_FUSED else [THEIRS_FUSED]  # the same model
     if device.type == "cpu" and options.kernels == "compiled":  # the CPU's peak is that of a dispatch mode
@@ -280,6 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures and prints; returns the exit code."""
     try:
         options = parse(arguments)
+        if not torch.cuda.is_available():
+            keep_freed_memory()  # as training does
         record = options.measure(options)
     except ValueError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -19,9 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
-
-LAUNCHES = 20
-"""Of an operation whose time on a GPU is taken."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +57,6 @@ def in_turns(actions: Sequence[Callable[[], Any]], repeats: int, device: torch.d
                 seconds.wall.append(time.perf_counter() - wall)
                 seconds.process.append(time.process_time() - process)
     return taken
-
-
-def on_gpu(action: Callable[[], Any], repeats: int, device: torch.device) -> Seconds:
-    """What one of `LAUNCHES` launches in a row takes on the GPU, `repeats` times after one that warms up."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 2)]
-    with torch.cuda.device(device):
-        for event in events:
-            event.record()
-            for _ in range(LAUNCHES):
-                action()
-        torch.cuda.synchronize()
-    taken = [before.elapsed_time(after) / 1e3 / LAUNCHES for before, after in pairwise(events)][1:]
-    return Seconds(taken, taken)
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
@@ -142,14 +124,14 @@ Product = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], 
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Counts the matrix products of the operations that run while it is active.
+    """Records the matrix products of the operations that run while it is active.
 
     A fused attention counts as the two products of batches that it stands for, its backward pass as four.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[Product] = Counter()
+        self.calls: list[Product] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation.overloadpacket.__name__
@@ -165,33 +147,30 @@ class MatrixProducts(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
     def _add(self, left: Tensor, right: Tensor) -> None:
-        describe = lambda t: (tuple(t.shape), t.stride())  # noqa: E731
-        self.counts[(describe(left), describe(right), left.dtype)] += 1
+        if left.numel() and right.numel():
+            describe = lambda t: (tuple(t.shape), t.stride())  # noqa: E731
+            self.calls.append((describe(left), describe(right), left.dtype))
 
     def flops(self) -> int:
         """Of all of them together."""
-        return sum(
-            2 * count * torch.Size(left[0]).numel() * right[0][-1] for (left, right, _), count in self.counts.items()
-        )
+        return sum(2 * torch.Size(left[0]).numel() * right[0][-1] for left, right, _ in self.calls)
 
-    def seconds(self, device: torch.device, repeats: int) -> Seconds:
-        """What they take alone: each distinct one is timed by itself, into a result that is there already.
+    def alone(self, device: torch.device) -> Callable[[], None]:
+        """Takes them all again, in their order and with nothing between. Factors and results are there already, one
+        for all products of a shape."""
+        factor = cache(lambda *form, dtype: torch.empty_strided(*form, dtype=dtype, device=device).normal_())
+        result = cache(lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=device))
+        actions = []
+        for left, right, dtype in self.calls:
+            a, b = factor(*left, dtype=dtype), factor(*right, dtype=dtype)
+            out = result(*a.shape[:-1], b.shape[-1], dtype=dtype)
+            actions.append(partial(torch.bmm if a.ndim == 3 else torch.mm, a, b, out=out))
 
-        On a GPU many launches go between two events: a single one lasts about as long as the host waits for it.
-        """
-        total = Seconds([0.0] * repeats, [0.0] * repeats)
-        for (left, right, dtype), count in self.counts.items():
-            if 0 in (*left[0], *right[0]):
-                continue
-            a, b = (torch.empty_strided(*factor, dtype=dtype, device=device).normal_() for factor in (left, right))
-            out = torch.matmul(a, b)
-            product = torch.bmm if a.ndim == 3 else torch.mm
-            action = partial(product, a, b, out=out)
-            taken = on_gpu(action, repeats, device) if a.is_cuda else in_turns([action], repeats, device)[0]
-            for sums, one in ((total.wall, sorted(taken.wall)), (total.process, sorted(taken.process))):
-                for rank, seconds in enumerate(one):
-                    sums[rank] += count * seconds
-        return total
+        def take() -> None:
+            for action in actions:
+                action()
+
+        return take
 
 
 # ---------------------------------------------------------------------------------------------------------- profile

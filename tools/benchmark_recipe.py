@@ -90,7 +90,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
     step_s = median(in_turns([contender.step], options.repeats, device)[0].wall)
     synchronize(device)
-    products_s = median(products.seconds(device, options.repeats).wall)
+    products_s = median(in_turns([products.alone(device)], options.repeats, device)[0].wall)
     peak = peak_flops(device) if options.precision == "bf16" else None
     return {
         "step_s": step_s,

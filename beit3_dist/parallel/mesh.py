@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit3_dist.parallel.host_memory import keep_freed_memory
+
 PATIENCE = timedelta(minutes=10)
 """How long a collective waits for the ranks that it lacks where nobody says how long it shall, as in torch."""
 
@@ -181,8 +183,10 @@ def connect(mesh: Mesh, patience: timedelta = PATIENCE) -> Groups:
     if mesh.device.type == "cuda":
         torch.cuda.set_device(mesh.device)
         os.environ["LOCAL_RANK"] = str(mesh.device.index)  # DeepSpeed takes it for the device's number
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.local_world))
+    else:
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.local_world))
     import deepspeed
 
     # DeepSpeed still calls collectives by names that torch renamed: a warning for every single call.
