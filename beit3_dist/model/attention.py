@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.layout import Group, Layout, Selection
-from beit3_dist.model.multiway import Multiway, join
+from beit3_dist.model.multiway import Multiway
 
 
 def _join(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
@@ -95,15 +95,15 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x_TD: Tensor, layout: Layout, selection: Selection | None = None, recompute_core: bool = False
-    ) -> Tensor:
-        """[T, D], or [M, D] for the tokens of `selection`. `recompute_core`: `attend` keeps nothing but q, k and v."""
-        mixed = self.mix(self.project(x_TD, layout), layout, recompute_core)
+        self, slices: list[Tensor], layout: Layout, selection: Selection | None = None, recompute_core: bool = False
+    ) -> list[Tensor]:
+        """Each expert's slice of [T, D] -> the same, or of [M, D] for the tokens of `selection`. `recompute_core`:
+        `attend` keeps nothing but q, k and v."""
+        mixed = self.mix(self.project(slices), layout, recompute_core)
         return self.output(mixed, layout, selection)
 
-    def project(self, x_TD: Tensor, layout: Layout) -> list[list[Tensor]]:
+    def project(self, slices: list[Tensor]) -> list[list[Tensor]]:
         """q, k and v: each expert's slice [T, H, d]."""
-        slices = self.q.slices(x_TD, layout)
         return [
             [part.unflatten(-1, (-1, self.head_dim)) for part in project.each(slices)]
             for project in (self.q, self.k, self.v)
@@ -116,11 +116,11 @@ class Attention(nn.Module):
             return checkpoint(self.attend, q, k, v, layout, use_reentrant=False, preserve_rng_state=False)
         return self.attend(q, k, v, layout)
 
-    def output(self, mixed: list[Tensor], layout: Layout, selection: Selection | None) -> Tensor:
-        """The output projection of what was mixed, [T, D] or [M, D]."""
+    def output(self, mixed: list[Tensor], layout: Layout, selection: Selection | None) -> list[Tensor]:
+        """The output projection of what was mixed: each expert's slice of [T, D] or [M, D]."""
         mixed = [part.flatten(-2) for part in mixed]
         if selection is not None:
             mixed = _select(mixed, layout, selection)
         if self.inner_norm is not None:
             mixed = self.inner_norm.each(mixed)
-        return join(self.out.each(mixed))
+        return self.out.each(mixed)

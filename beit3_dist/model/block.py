@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -10,7 +9,7 @@ from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.layout import Layout, Selection
-from beit3_dist.model.multiway import FeedForward, Multiway
+from beit3_dist.model.multiway import FeedForward, Multiway, fork, merge
 
 
 class Block(nn.Module):
@@ -38,34 +37,31 @@ class Block(nn.Module):
         caller's doing.
         """
         recompute_core = recompute in ("attention", "selective")
-        branch = self.attention(self.attention_norm(x_TD, layout), layout, selection, recompute_core=recompute_core)
+        x_TD, slices = fork(x_TD, layout.sizes(self.attention_norm.experts))
+        branch = self.attention(self.attention_norm.each(slices), layout, selection, recompute_core=recompute_core)
         return self.after_attention(x_TD, branch, layout, keep_2T, selection, recompute)
 
     def after_attention(
         self,
         x_TD: Tensor,
-        branch: Tensor,
+        branch: list[Tensor],
         layout: Layout,
         keep_2T: Tensor | None,
         selection: Selection | None,
         recompute: Recompute,
     ) -> Tensor:
-        """The rest of a block whose attention gave `branch`, [T, D] or [M, D]."""
+        """The rest of a block whose attention gave `branch`: slices of [T, D] or [M, D]."""
         if selection is not None:
             assert selection.rows is not None
             x_TD, layout = x_TD.index_select(0, selection.rows), selection
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, selection.rows)
-        x_TD = _add(x_TD, branch, None if keep_2T is None else keep_2T[0])
+        x_TD = merge(x_TD, branch, None if keep_2T is None else keep_2T[0])
+        x_TD, slices = fork(x_TD, layout.sizes(self.ffn.experts))
         if recompute == "selective":
-            branch = checkpoint(self.ffn, x_TD, layout, use_reentrant=False, preserve_rng_state=False)
+            branch = checkpoint(self.ffn.each, slices, use_reentrant=False, preserve_rng_state=False)
         else:
-            branch = self.ffn(x_TD, layout)
-        return _add(x_TD, branch, None if keep_2T is None else keep_2T[1])
-
-
-def _add(x_TD: Tensor, branch_TD: Tensor, keep_T: Tensor | None) -> Tensor:
-    """The residual connection with its branch's drop-path factors."""
-    return x_TD + branch_TD if keep_T is None else torch.addcmul(x_TD, branch_TD, keep_T[:, None])
+            branch = self.ffn.each(slices)
+        return merge(x_TD, branch, None if keep_2T is None else keep_2T[1])
 
 
 class Encoder(nn.ModuleDict):

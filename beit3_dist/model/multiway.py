@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
 from beit3_dist.config import ModelConfig
@@ -40,6 +42,64 @@ class Multiway(nn.ModuleDict):
 def join(slices: list[Tensor]) -> Tensor:
     """One matrix of all tokens again."""
     return slices[0] if len(slices) == 1 else torch.cat(slices)
+
+
+def fork(x_TD: Tensor, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """The matrix for the residual connection, and its slices for the experts of a branch.
+
+    Backward the slices' gradients are added to the residual's where they belong; torch would join them first.
+    """
+    if torch.compiler.is_compiling():  # which avoids the join by itself
+        return x_TD, list(x_TD.split(sizes))
+    x_TD, *slices = _Fork.apply(x_TD, sizes)
+    return x_TD, slices
+
+
+def merge(x_TD: Tensor, slices: list[Tensor], keep_T: Tensor | None) -> Tensor:
+    """x + branch: the residual connection where a branch's slices come back, with drop path's factors `keep_T`.
+
+    Each is added to its rows of x; joined first, they would be written and read once more.
+    """
+    if torch.compiler.is_compiling():
+        branch_TD = join(slices)
+        return x_TD + branch_TD if keep_T is None else torch.addcmul(x_TD, branch_TD, keep_T[:, None])
+    return _Merge.apply(x_TD, keep_T, *slices)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        return x_TD.view_as(x_TD), *x_TD.split(sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TD: Tensor, *of_slices: Tensor) -> tuple[Tensor, None]:
+        total = torch.empty_like(gradient_TD)
+        sizes = [len(part) for part in of_slices]
+        for out, of_residual, of_slice in zip(total.split(sizes), gradient_TD.split(sizes), of_slices, strict=True):
+            torch.add(of_residual, of_slice, out=out)
+        return total, None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, keep_T: Tensor | None, *slices: Tensor) -> Tensor:
+        ctx.save_for_backward(keep_T)
+        ctx.sizes = [len(part) for part in slices]
+        total, factors = torch.empty_like(x_TD), () if keep_T is None else keep_T[:, None].split(ctx.sizes)
+        for n, (out, x, part) in enumerate(zip(total.split(ctx.sizes), x_TD.split(ctx.sizes), slices, strict=True)):
+            if keep_T is None:
+                torch.add(x, part, out=out)
+            else:
+                torch.addcmul(x, part, factors[n], out=out)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor | None, ...]:
+        (keep_T,) = ctx.saved_tensors
+        of_branch = gradient_TD if keep_T is None else gradient_TD * keep_T[:, None]
+        return gradient_TD, None, *of_branch.split(ctx.sizes)
 
 
 class FeedForward(nn.Module):

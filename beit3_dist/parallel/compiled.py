@@ -23,6 +23,7 @@ from torch._dynamo.decorators import mark_unbacked
 from beit3_dist.config import Recompute
 from beit3_dist.model.block import Block
 from beit3_dist.model.layout import NO_SAMPLES, Layout, Selection
+from beit3_dist.model.multiway import fork
 from beit3_dist.parallel.tensor import GatheredLayout, SharedLayout
 
 TYPICAL_TOKENS = 8_192
@@ -88,10 +89,11 @@ class _Inputs(NamedTuple):
 def _before_attention(block: Block, inputs: _Inputs) -> list[list[Tensor]]:
     outside, _ = inputs.layouts()
     attention = block.attention
-    entering: Any = (block.attention_norm(inputs.x_TD, outside), outside, None)
+    _, slices = fork(inputs.x_TD, outside.sizes(block.attention_norm.experts))
+    entering: Any = (block.attention_norm.each(slices), outside, None)
     for hook in attention._forward_pre_hooks.values():  # tensor parallelism's
         entering = hook(attention, entering)
-    return attention.project(*entering[:2])
+    return attention.project(entering[0])
 
 
 def _after_attention(
@@ -115,7 +117,7 @@ def _after_attention(
         torch._check(rows.shape[0] == sum(selection.counts))
     branch = attention.output(mixed, inside, selection)
     for hook in attention._forward_hooks.values():  # tensor parallelism's
-        branch = hook(attention, (inputs.x_TD, inside), branch)
+        branch = hook(attention, ([], inside), branch)
     return block.after_attention(inputs.x_TD, branch, outside, keep_2T, selection, recompute)
 
 

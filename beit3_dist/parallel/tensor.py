@@ -29,7 +29,7 @@ from beit3_dist.model.attention import Attention
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.head import Head
 from beit3_dist.model.layout import Layout
-from beit3_dist.model.multiway import FeedForward, Multiway
+from beit3_dist.model.multiway import FeedForward, Multiway, join
 from beit3_dist.parallel.collectives import (
     Copy,
     Gather,
@@ -69,7 +69,7 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
                 setattr(module, name, TokenParallelLayerNorm(child, group))
     for module in model.blocks.modules():
         if isinstance(module, Attention):
-            _around(_SequenceAttention(group) if sequence else _Whole(group), module, module)
+            _around(_SequenceAttention(group) if sequence else _WholeAttention(group), module, module)
         elif isinstance(module, FeedForward):
             _around(_Sequence(group) if sequence else _Whole(group), module.fc1, module.fc2)
     if sequence:
@@ -291,21 +291,21 @@ def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) ->
 class _Hooks(Protocol):
     """What happens to a module's inputs and to its output."""
 
-    def enter(self, module: nn.Module, inputs: Any) -> Any: ...
+    def enter(self, module: Any, inputs: Any) -> Any: ...
 
-    def leave(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor: ...
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> Any: ...
 
 
 class _Whole:
-    """Hooks without sequence parallelism: every rank has all tokens."""
+    """Hooks around an expert, all of whose tokens every rank has."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return Copy.apply(inputs[0], self.group), *inputs[1:]
+    def enter(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (Copy.apply(inputs[0], self.group),)
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def leave(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return Reduce.apply(output, self.group)
 
 
@@ -322,22 +322,42 @@ class _Sequence:
         return ReduceScatter.apply(output, self.group)
 
 
+class _WholeAttention:
+    """Hooks around attention, all of whose tokens every rank has; the experts' slices cross the ranks together."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        slices: list[Tensor] = inputs[0]
+        x_TD = Copy.apply(join(slices), self.group)
+        return list(x_TD.split([len(part) for part in slices])), *inputs[1:]
+
+    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: list[Tensor]) -> list[Tensor]:
+        return [Reduce.apply(join(output), self.group)]
+
+
 class _SequenceAttention:
     """Hooks around attention, which needs the tokens in the layout's order and without the shares' padding."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def enter(self, module: nn.Module, inputs: tuple[Tensor, SharedLayout, None]) -> tuple[Tensor, GatheredLayout]:
-        share, layout, _ = inputs  # no selection: see _TokenShares
+    def enter(
+        self, module: Any, inputs: tuple[list[Tensor], SharedLayout, None]
+    ) -> tuple[list[Tensor], GatheredLayout]:
+        slices, layout, _ = inputs  # no selection: see _TokenShares
         assert layout.whole is not None and layout.whole.rows is not None
-        return Gather.apply(share, self.group).index_select(0, layout.whole.rows), layout.whole
+        x_TD = Gather.apply(join(slices), self.group).index_select(0, layout.whole.rows)
+        return module.q.slices(x_TD, layout.whole), layout.whole
 
-    def leave(self, module: nn.Module, inputs: tuple[Tensor, GatheredLayout], output: Tensor) -> Tensor:
-        layout = inputs[1]
+    def leave(
+        self, module: nn.Module, inputs: tuple[list[Tensor], GatheredLayout], output: list[Tensor]
+    ) -> list[Tensor]:
+        layout, x_TD = inputs[1], join(output)
         assert layout.rows is not None
-        gathered = output.new_zeros(self.group.size() * layout.share, output.shape[1])
-        return ReduceScatter.apply(gathered.index_copy(0, layout.rows, output), self.group)
+        gathered = x_TD.new_zeros(self.group.size() * layout.share, x_TD.shape[1])
+        return [ReduceScatter.apply(gathered.index_copy(0, layout.rows, x_TD), self.group)]
 
 
 class _TokenShares:
