@@ -49,7 +49,7 @@ def fork(x_TD: Tensor, sizes: list[int]) -> tuple[Tensor, list[Tensor]]:
 
     Backward the slices' gradients are added to the residual's where they belong; torch would join them first.
     """
-    if torch.compiler.is_compiling():  # which avoids the join by itself
+    if torch.compiler.is_compiling():  # a compiler fuses plain operations
         return x_TD, list(x_TD.split(sizes))
     x_TD, *slices = _Fork.apply(x_TD, sizes)
     return x_TD, slices
@@ -86,12 +86,14 @@ class _Merge(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, keep_T: Tensor | None, *slices: Tensor) -> Tensor:
         ctx.save_for_backward(keep_T)
         ctx.sizes = [len(part) for part in slices]
-        total, factors = torch.empty_like(x_TD), () if keep_T is None else keep_T[:, None].split(ctx.sizes)
-        for n, (out, x, part) in enumerate(zip(total.split(ctx.sizes), x_TD.split(ctx.sizes), slices, strict=True)):
-            if keep_T is None:
+        total = torch.empty_like(x_TD)
+        parts = zip(total.split(ctx.sizes), x_TD.split(ctx.sizes), slices, strict=True)
+        if keep_T is None:
+            for out, x, part in parts:
                 torch.add(x, part, out=out)
-            else:
-                torch.addcmul(x, part, factors[n], out=out)
+        else:
+            for (out, x, part), keep in zip(parts, keep_T.split(ctx.sizes), strict=True):
+                torch.addcmul(x, part, keep[:, None], out=out)
         return total
 
     @staticmethod
