@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Freed memory stays with the process, as CUDA's allocator keeps it, where the C library is glibc.
 
     By default glibc gives it back and gets it again, zeroed page by page, for the gradients and activations of every
-    step: 6 to 8 % of the time of a base-sized one.
+    step: 5 to 8 % of the time of a base-sized one.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
