@@ -34,7 +34,7 @@ for name in "${chosen[@]}"; do
     vqa) settings=(vqa vqa --data.answers "$tasks/answer2label.txt" --steps 1000) ;;
     questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 600) ;;
     text) settings=(text text --data.answers "$tasks/text.classes.txt" --optim.warmup_steps 10 --steps 30) ;;
-    nlvr2) settings=(nlvr2 nlvr2 --optim.lr 1e-3 --steps 600) ;;
+    nlvr2) settings=(nlvr2 nlvr2 --optim.lr 1e-3 --steps 1400) ;;
     esac
     for start in pretrained random; do
         printf '\n\033[1m== %s, from %s weights\033[0m\n' "$name" "$start"
