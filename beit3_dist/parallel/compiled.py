@@ -23,7 +23,6 @@ from torch._dynamo.decorators import mark_unbacked
 from beit3_dist.config import Recompute
 from beit3_dist.model.block import Block
 from beit3_dist.model.layout import NO_SAMPLES, Layout, Selection
-from beit3_dist.model.multiway import fork
 from beit3_dist.parallel.tensor import GatheredLayout, SharedLayout
 
 TYPICAL_TOKENS = 8_192
@@ -89,8 +88,8 @@ class _Inputs(NamedTuple):
 def _before_attention(block: Block, inputs: _Inputs) -> list[list[Tensor]]:
     outside, _ = inputs.layouts()
     attention = block.attention
-    _, slices = fork(inputs.x_TD, outside.sizes(block.attention_norm.experts))
-    entering: Any = (block.attention_norm.each(slices), outside, None)
+    norm = block.attention_norm
+    entering: Any = (norm.each(norm.slices(inputs.x_TD, outside)), outside, None)
     for hook in attention._forward_pre_hooks.values():  # tensor parallelism's
         entering = hook(attention, entering)
     return attention.project(entering[0])

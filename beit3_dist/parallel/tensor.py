@@ -13,9 +13,10 @@ width reduce their moments.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -288,19 +289,21 @@ def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) ->
     return SharedLayout(**groups, whole=whole, parts=parts, samples_of_tokens=mine)
 
 
-class _Hooks(Protocol):
+class _Hooks(ABC):
     """What happens to a module's inputs and to its output."""
-
-    def enter(self, module: Any, inputs: Any) -> Any: ...
-
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> Any: ...
-
-
-class _Whole:
-    """Hooks around an expert, all of whose tokens every rank has."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+
+    @abstractmethod
+    def enter(self, module: Any, inputs: Any) -> Any: ...
+
+    @abstractmethod
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> Any: ...
+
+
+class _Whole(_Hooks):
+    """Hooks around an expert, all of whose tokens every rank has."""
 
     def enter(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (Copy.apply(inputs[0], self.group),)
@@ -309,11 +312,8 @@ class _Whole:
         return Reduce.apply(output, self.group)
 
 
-class _Sequence:
+class _Sequence(_Hooks):
     """Hooks around an expert: its order of tokens does not matter, so shares are gathered rank by rank."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
 
     def enter(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         return (Gather.apply(inputs[0], self.group),)
@@ -322,11 +322,8 @@ class _Sequence:
         return ReduceScatter.apply(output, self.group)
 
 
-class _WholeAttention:
+class _WholeAttention(_Hooks):
     """Hooks around attention, all of whose tokens every rank has; the experts' slices cross the ranks together."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         slices: list[Tensor] = inputs[0]
@@ -337,11 +334,8 @@ class _WholeAttention:
         return [Reduce.apply(join(output), self.group)]
 
 
-class _SequenceAttention:
+class _SequenceAttention(_Hooks):
     """Hooks around attention, which needs the tokens in the layout's order and without the shares' padding."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
 
     def enter(
         self, module: Any, inputs: tuple[list[Tensor], SharedLayout, None]
@@ -360,11 +354,8 @@ class _SequenceAttention:
         return [ReduceScatter.apply(gathered.index_copy(0, layout.rows, x_TD), self.group)]
 
 
-class _TokenShares:
+class _TokenShares(_Hooks):
     """Hooks around the stack of blocks: all tokens -> this rank's share, and back."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
 
     def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x_TD, layout, keep, layers, selection = (*inputs, None, None)[:5]
