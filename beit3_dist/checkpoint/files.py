@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from beit3_dist.opening import open_regular
+
 
 def sync(path: Path) -> None:
     """fsync of a file or folder."""
@@ -42,8 +44,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open(path, "rb") as file:
+    """Hex digest of a regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

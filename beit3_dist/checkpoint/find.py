@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from beit3_dist.checkpoint.files import as_json, sha256
 from beit3_dist.checkpoint.store import FORMAT, TrainState, checkpoints, step_of
+from beit3_dist.opening import parse_json, read_json, read_text, regular_size
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -78,7 +80,7 @@ def damaged(path: Path) -> str:
             return f"{source} does not name {shard}"
     for name, (size, _) in manifest.items():
         try:
-            found = (path / name).stat().st_size
+            found = regular_size(path / name)
         except OSError as error:
             return f"{path} is no whole checkpoint, it lacks a file of its manifest.json: {error}"
         if found != size:
@@ -87,15 +89,24 @@ def damaged(path: Path) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """File name -> size in bytes and SHA-256 of a checkpoint. Raises OSError or ValueError where it cannot be read."""
-    text = (path / "manifest.json").read_text()
-    content = json.loads(text)
-    if text != as_json(content):  # a name twice, a byte less at the end
+    """File name -> size in bytes and SHA-256 of a checkpoint. Raises OSError or ValueError where it cannot be read, or
+    names a file that no checkpoint has: it may come from elsewhere, and its names lead to what is read and copied."""
+    text = read_text(path / "manifest.json")
+    content = parse_json(text)
+    if text != as_json(content):  # a space more, a byte less at the end
         raise ValueError("it is not as it was written")
     try:
-        return {name: (entry["bytes"], entry["sha256"]) for name, entry in content.items()}
+        manifest = {name: (entry["bytes"], entry["sha256"]) for name, entry in content.items()}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it lacks sizes or digests ({error!r})") from None
+    for name, (size, digest) in manifest.items():
+        if name not in SMALL_FILES and not re.fullmatch(r"shard_[0-9]+\.safetensors", name):
+            raise ValueError(f"it names {name!r}, which is no file of a checkpoint")
+        if type(size) is not int or size < 0:
+            raise ValueError(f"the size of {name} is {size!r}")
+        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+            raise ValueError(f"the SHA-256 of {name} is {digest!r}")
+    return manifest
 
 
 def wrong_digests(path: Path, names: Iterable[str]) -> list[str]:
@@ -115,17 +126,34 @@ def wrong_digests(path: Path, names: Iterable[str]) -> list[str]:
 
 def read_state(path: Path, model: DataclassInstance) -> TrainState:
     """The state in a checkpoint. Raises ValueError where its model differs from `model`, naming the field."""
-    content = json.loads((path / "state.json").read_text())
-    if content["format"] != FORMAT:
-        raise ValueError(f"checkpoint.resume: {path} has format {content['format']}, this version reads {FORMAT}")
+    content = read_json(path / "state.json")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"checkpoint.resume: {path} has format {content.get('format')}, this version reads {FORMAT}")
+    theirs = content.get("model")
     for name, value in asdict(model).items():
-        if content["model"].get(name) != value:
+        written = theirs.get(name) if isinstance(theirs, dict) else None
+        if written != value:
             raise ValueError(
-                f"checkpoint.resume: {path} was trained with model.{name}={content['model'].get(name)}, "
+                f"checkpoint.resume: {path} was trained with model.{name}={written}, "
                 f"this run has {value}: use its config, or another `out` to start anew"
             )
+    try:
+        return _train_state(content)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"checkpoint.resume: {path / 'state.json'} is no state of a run: {error!r}") from None
+
+
+def _train_state(content: dict[str, Any]) -> TrainState:
+    """Raises ValueError, TypeError or KeyError where it is none."""
     values = {field.name: content[field.name] for field in fields(TrainState) if field.name in content}
-    return TrainState(**values | {"consumed": tuple(content["consumed"])})
+    images, texts, pairs = content["consumed"]
+    state = TrainState(**values | {"step": content["step"], "consumed": (images, texts, pairs)})
+    counts = (state.step, images, texts, pairs, state.bad_samples, state.skipped_steps)
+    if not all(type(count) is int for count in (*counts, *chain(*state.readers))) or min(counts) < 0:
+        raise ValueError("its counts are not all whole numbers")
+    if not isinstance(state.sources, dict):
+        raise ValueError("its sources are not told by field")
+    return state
 
 
 # --------------------------------------------------------------------------------------- with all ranks of the run

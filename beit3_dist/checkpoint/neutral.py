@@ -15,11 +15,9 @@ a few buffers however large the model.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,27 +64,11 @@ def write_neutral(checkpoint: Path, folder: Path) -> None:
         raise
 
 
-def _parameters(checkpoint: Path) -> dict[str, tuple[tuple[int, ...], list[str]]]:
-    """Name -> shape of the whole parameter and the suffixes of what is stored of it, in the order of the names."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    suffixes: dict[str, set[str]] = {}
-    for path in checkpoint.glob("shard_*.safetensors"):
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        places = json.loads(header.pop("__metadata__")["fragments"])
-        shapes |= {name: tuple(place["shape"]) for name, place in places.items()}
-        for key in header:
-            name, slash, moment = key.partition("/")
-            suffixes.setdefault(name, set()).add(slash + moment)
-    return {name: (shapes[name], sorted(suffixes[name])) for name in sorted(shapes)}
-
-
 def _write_shard(path: Path, checkpoint: Path) -> dict[str, Any]:
     """Streams a checkpoint's parameters into one safetensors file. Returns its entry of the manifest."""
-    parameters, shards = _parameters(checkpoint), Shards(checkpoint)
-    pieces = [Piece(name, shape, 0, {}) for name, (shape, _) in parameters.items()]
-    stored = [(name, suffix, shape) for name, (shape, suffixes) in parameters.items() for suffix in suffixes]
+    shards = Shards(checkpoint)
+    pieces = [Piece(name, shards.shape(name), 0, {}) for name in sorted(shards.names)]
+    stored = [(piece.name, suffix, piece.shape) for piece in pieces for suffix in sorted(shards.suffixes(piece.name))]
     digest = hashlib.sha256()
     with open(path, "wb") as file:
 

@@ -6,13 +6,13 @@ parameter in memory, however the checkpoint was cut.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import struct
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.find import Damaged, read_manifest, wrong_digests
 from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.opening import open_regular, parse_json
 
 BUFFER = 1 << 22
 """Elements (16 MiB) that are read at a time."""
+MOST_HEADER = 100_000_000
+"""Bytes of the longest header of a shard, as in the safetensors library."""
 AVERAGE = "/ema"
 """What is added to the name of a weight whose moving average is meant."""
 
@@ -65,7 +68,7 @@ class _Stored:
     shape: tuple[int, ...]
     cut: Cut | None
     places: dict[str, int]
-    """Stored name -> where its values begin in the file, in bytes; of all tensors of the file."""
+    """Stored name of the piece's values -> where they begin in the file, in bytes."""
     numel: int
 
     def read(self, key: str, begin: int, end: int) -> Tensor:
@@ -81,7 +84,7 @@ class Shards:
         self._path = path
         self._stored: dict[str, list[_Stored]] = {}
         for file in sorted(path.glob("shard_*.safetensors")):
-            for name, piece in _pieces_in(file):
+            for name, piece in _pieces_in(file).items():
                 self._stored.setdefault(name, []).append(piece)
 
     @property
@@ -91,11 +94,23 @@ class Shards:
 
     def have(self, suffix: str) -> bool:
         """Whether anything is stored under the parameters' names with this suffix."""
-        return any(name + suffix in pieces[0].places for name, pieces in self._stored.items())
+        return any(suffix in self.suffixes(name) for name in self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole parameter. Raises ValueError where its elements are fewer, so that nobody makes room for
+        what a header only claims."""
+        shape, held = self._stored[name][0].shape, sum(piece.numel for piece in self._stored[name])
+        if held < math.prod(shape):
+            raise ValueError(f"{self._path} holds {held} of {math.prod(shape)} elements of {name}")
+        return shape
+
+    def suffixes(self, name: str) -> set[str]:
+        """What is stored of a parameter: "" for its weights, and those of its moments."""
+        return {key.removeprefix(name) for piece in self._stored[name] for key in piece.places}
 
     def whole(self, name: str, suffix: str) -> Tensor:
         """A whole parameter (or moment), float32 on the CPU."""
-        shape = self._stored[name][0].shape
+        shape = self.shape(name)
         flat = torch.empty(math.prod(shape))
         self.fill(flat, Piece(name, shape, 0, {suffix: flat}), suffix)
         return flat.view(shape)
@@ -156,7 +171,7 @@ class Shards:
         """Copies elements [start, start + numel) of what the pieces, which do not overlap, hold together."""
         found, stop = 0, start + target.numel()
         for piece in stored:
-            end = min(stop, piece.start + piece.numel)
+            end = min(stop, piece.start + piece.numel) if key in piece.places else start
             for begin in range(max(start, piece.start), end, BUFFER):
                 values = piece.read(key, begin, min(end, begin + BUFFER))
                 target[begin - start : begin - start + len(values)].copy_(values)
@@ -165,19 +180,55 @@ class Shards:
             raise ValueError(f"{self._path} holds {found} of {target.numel()} elements of {key}")
 
 
-def _pieces_in(file: Path) -> list[tuple[str, _Stored]]:
-    """The pieces that the header of a shard names."""
-    with open(file, "rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
-    pieces = json.loads(header.pop("__metadata__")["fragments"])
-    places = {key: 8 + length + tensor["data_offsets"][0] for key, tensor in header.items()}
-    stored = []
-    for name, place in pieces.items():
-        cut = Cut(**place["cut"]) if place["cut"] else None
-        numel = header[name]["shape"][0]
-        stored.append((name, _Stored(file, place["start"], tuple(place["shape"]), cut, places, numel)))
-    return stored
+def _pieces_in(file: Path) -> dict[str, _Stored]:
+    """The pieces that the header of a shard names, each by its parameter. Raises ValueError where the header and the
+    file do not fit: the right digest in a manifest says only that the file is what its writer meant."""
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        length = int.from_bytes(opened.read(8), "little")
+        if 8 + length > min(size, MOST_HEADER):
+            raise ValueError(f"{file} is no shard: its header would have {length} bytes")
+        text = opened.read(length)
+    try:
+        header = parse_json(text.decode())
+        fragments = parse_json(header.pop("__metadata__")["fragments"])
+        places: dict[str, dict[str, tuple[int, int]]] = {}
+        for key, tensor in header.items():
+            places.setdefault(key.partition("/")[0], {})[key] = _place(tensor, 8 + length, size)
+        pieces = {name: _piece(file, name, fragment, places.pop(name)) for name, fragment in fragments.items()}
+        if places:
+            raise ValueError(f"{next(iter(places))!r} is no fragment of a parameter")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{file} is no shard: its header does not tell what it holds ({reason})") from None
+    return pieces
+
+
+def _place(tensor: dict[str, Any], begin: int, size: int) -> tuple[int, int]:
+    """Where the values of a tensor begin in a file of `size` bytes, and how many they are. `begin`: of all tensors."""
+    (numel,), (first, end) = tensor["shape"], tensor["data_offsets"]
+    if tensor["dtype"] != "F32" or not _are_counts(numel, first, end):
+        raise ValueError("its tensors are not all rows of float32 numbers")
+    if end - first != 4 * numel or begin + end > size:
+        raise ValueError(f"bytes {first} to {end} are not {numel} numbers of the file")
+    return begin + first, numel
+
+
+def _piece(file: Path, name: str, fragment: dict[str, Any], places: dict[str, tuple[int, int]]) -> _Stored:
+    """A fragment as the header describes it. `places`: of its values, by their stored names."""
+    start, shape, numel = fragment["start"], tuple(fragment["shape"]), places[name][1]
+    cut = Cut(**fragment["cut"]) if fragment["cut"] else None
+    if not _are_counts(start, *shape) or 0 in shape:
+        raise ValueError(f"{name} starts at {start!r} of a parameter of shape {list(shape)}")
+    if cut and not (_are_counts(*astuple(cut)) and cut.dimension < len(shape) and cut.part < cut.parts):
+        raise ValueError(f"{name} is cut in a way that cannot be: {cut}")
+    if start + numel > math.prod(cut.shape(shape) if cut else shape) or any(n != numel for _, n in places.values()):
+        raise ValueError(f"{name} has {numel} elements from {start} on, or a moment others, of shape {list(shape)}")
+    return _Stored(file, start, shape, cut, {key: begin for key, (begin, _) in places.items()}, numel)
+
+
+def _are_counts(*values: Any) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _offset(cut: Cut | None, shape: tuple[int, ...]) -> int:

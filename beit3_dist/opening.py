@@ -1,0 +1,141 @@
+"""Opening files that come from elsewhere: nothing that they say of themselves is believed before it is checked.
+
+Regular files alone are opened: a FIFO would be waited for, a device read for ever. Small files are read under a limit,
+and the names that a file gives stay in its folder. Every refusal is one line that names the file: OSError where there
+is no such file, ValueError where its content is not to be used.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MOST_TEXT = 1 << 24
+"""Bytes (16 MiB) of the largest manifest, state or config: that of 100,000 ranks."""
+MOST_YAML, MOST_LEVELS = 1 << 18, 50
+"""Bytes (256 KiB) and nested brackets of the largest YAML file: its reader takes the square of either."""
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """A regular file, or the one that a link leads to, for reading; never waits. Raises OSError for anything else."""
+    _require_regular(path, os.stat(path).st_mode)  # to open a device may already do something
+    # Without O_NONBLOCK the opening of a FIFO itself waits for a writer; regular files do not know the difference.
+    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+    try:
+        _require_regular(path, os.fstat(file.fileno()).st_mode)  # it may have become another one meanwhile
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def regular_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of a regular file, which is not opened. Raises OSError for anything else."""
+    status = os.stat(path)
+    _require_regular(path, status.st_mode)
+    return status.st_size
+
+
+def _require_regular(path: str | os.PathLike[str], mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"not a regular file but {kind}", os.fspath(path))
+
+
+def read_text(path: str | os.PathLike[str], most: int = MOST_TEXT) -> str:
+    """A small file of text in UTF-8. Raises ValueError for one of more than `most` bytes, or not in UTF-8."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(f"{os.fspath(path)} has {size} bytes; no such file has more than {most}")
+        data = file.read(size)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{os.fspath(path)} is no text in UTF-8 (byte {error.start})") from None
+
+
+def parse_json(text: str) -> Any:
+    """JSON as it is defined: no field twice, no NaN. Raises ValueError, also where it is nested too deeply."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(fields)
+    if len(content) < len(fields):
+        names = [name for name, _ in fields]
+        raise ValueError(f"it has the field {next(name for name in names if names.count(name) > 1)!r} twice")
+    return content
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no number in JSON")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a small JSON file. Raises ValueError for anything else."""
+    text = read_text(path)
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} is not JSON as it should be: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{os.fspath(path)} holds no JSON object")
+    return content
+
+
+class _PlainYaml(yaml.SafeLoader):
+    """YAML of moderate depth and without aliases, by which a few lines grow without end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias")
+        return super().compose_node(parent, index)
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        if self.flow_level == MOST_LEVELS:
+            raise yaml.YAMLError("it is nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a small YAML file that a program has written. Raises ValueError for anything else."""
+    text = read_text(path, MOST_YAML)
+    try:
+        content = yaml.load(text, _PlainYaml)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{os.fspath(path)} is not YAML as it should be: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{os.fspath(path)} holds no YAML mapping")
+    return content
+
+
+def inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """The path below a folder that a name in a file means. Raises ValueError for one that leads out of the folder.
+
+    By the names alone: links are the owner's, who may keep the files of a folder elsewhere.
+    """
+    root = os.path.abspath(folder)
+    path = os.path.normpath(os.path.join(root, name))
+    if "\0" in name or not path.startswith(os.path.join(root, "")):
+        raise ValueError(f"the name {name!r} leads out of {os.fspath(folder)}")
+    return Path(folder, name)
