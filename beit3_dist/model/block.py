@@ -90,11 +90,11 @@ class Encoder(nn.ModuleDict):
         `keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation. `layers`: a
         pipeline stage's; None: all.
         """
-        token_samples = None if keep_L2S is None else layout.token_samples(x_TD.device)
+        keep_L2T = None if keep_L2S is None else keep_L2S[:, :, layout.token_samples(x_TD.device)].to(x_TD.dtype)
         for layer, block in self.items():
             if layers is not None and int(layer) not in layers:
                 continue
-            keep_2T = None if keep_L2S is None else keep_L2S[int(layer)][:, token_samples].to(x_TD.dtype)
+            keep_2T = None if keep_L2T is None else keep_L2T[int(layer)]
             wanted = selection if layer == self.last else None
             recompute = self.recompute if self.training and int(layer) % self.recompute_every == 0 else "none"
             if recompute == "full":

@@ -11,6 +11,7 @@ Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Group:
     """int64 [real words]: rows of the padded words [B * words] that are real, ascending; None: no padding."""
     mask: Tensor | None = None
     """bool, broadcastable to [B, H, N, N], True where a query may attend to a key; None: everywhere."""
+    whole: bool = True
+    """Whether every token may attend to every other one of its sample; else `mask` says more than what is padding."""
 
     @property
     def real_words(self) -> int:
@@ -57,7 +60,7 @@ class Group:
     def to(self, device: torch.device) -> Group:
         """The same group with its tensors on `device`."""
         move = lambda t: None if t is None else to_device(t, device)  # noqa: E731
-        return Group(self.samples, self.patches, self.words, move(self.index), move(self.mask))
+        return Group(self.samples, self.patches, self.words, move(self.index), move(self.mask), self.whole)
 
 
 def group(
@@ -68,14 +71,32 @@ def group(
     `padding`: bool [B, words], True where the text is padding; None where nothing is. `attention_mask`: bool [N, N] or
     [B, N, N], True where a query may attend to a key. Looks at the values of `padding`, so call it on the host.
     """
-    mask = None
+    mask, whole = None, attention_mask is None
     if attention_mask is not None:
         mask = attention_mask.bool().reshape(-1, 1, *attention_mask.shape[-2:])
     if padding is None or not bool(padding.any()):
-        return Group(samples, patches, words, None, mask)
+        return Group(samples, patches, words, None, mask, whole)
     real = ~padding.bool()
     keys = torch.cat([real.new_ones(samples, patches), real], dim=1)[:, None, None, :]
-    return Group(samples, patches, words, real.flatten().nonzero().squeeze(1), keys if mask is None else mask & keys)
+    index = real.flatten().nonzero().squeeze(1)
+    return Group(samples, patches, words, index, keys if mask is None else mask & keys, whole)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The tokens of a micro-batch sample by sample, as attention over samples of different lengths takes them:
+
+        [ images one by one | pairs one by one: CLS + patches, then words | texts one by one ]
+    """
+
+    place: Tensor
+    """int64 [T]: row in this order of each token of the layout's order."""
+    order: Tensor
+    """int64 [T]: the reverse, the layout's row of each token of this order."""
+    cumulative: Tensor
+    """int32 [S + 1]: first token of each sample, and T."""
+    longest: int
+    """Tokens of the longest sample, or more: padding counts."""
 
 
 NO_SAMPLES = Group(0, 0, 0)
@@ -127,9 +148,49 @@ class Layout:
             ]
         )
 
+    @cached_property
+    def _packings(self) -> dict[torch.device, Packing | None]:
+        return {}
+
+    def packing(self, device: torch.device) -> Packing | None:
+        """The tokens sample by sample; None where some may not attend to all others of their sample.
+
+        The groups' indexes are on `device`, which does not have to be waited for. Made once.
+        """
+        if device not in self._packings:
+            whole = all(g.whole for g in (self.images, self.pairs, self.texts))
+            self._packings[device] = _pack(self, device) if whole else None
+        return self._packings[device]
+
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
         return Layout(*(g.to(device) for g in (self.images, self.pairs, self.texts)))
+
+
+def _pack(layout: Layout, device: torch.device) -> Packing:
+    groups = (layout.images, layout.pairs, layout.texts)
+    samples = [g.word_samples(device) for g in groups]
+    lengths = torch.cat(
+        [
+            torch.full((g.samples,), g.patches, device=device).scatter_add_(0, of_words, torch.ones_like(of_words))
+            for g, of_words in zip(groups, samples, strict=True)
+        ]
+    )
+    cumulative = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    image_patches, pair_patches, pair_words, text_words = layout.segments
+    before_texts = image_patches + pair_patches + pair_words
+    first = cumulative[layout.images.samples :][: layout.pairs.samples]  # of each pair
+    place = torch.cat(
+        [
+            torch.arange(image_patches, device=device),
+            (first[:, None] + torch.arange(layout.pairs.patches, device=device)).flatten(),
+            first[samples[1]] + layout.pairs.patches + layout.pairs.positions(device),
+            torch.arange(before_texts, before_texts + text_words, device=device),
+        ]
+    )
+    order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=device))
+    longest = max((g.patches + g.words for g in groups if g.samples), default=0)
+    return Packing(place, order, cumulative.to(torch.int32), longest)
 
 
 @dataclass(frozen=True)

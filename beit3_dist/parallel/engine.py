@@ -79,8 +79,8 @@ class Engine:
         self.model.blocks.recompute = config.recompute(self.mesh.pipeline_rank)
         self.model.blocks.recompute_every = config.activation_checkpointing_every
         use_kernels(self.model, config.kernels)
-        if config.kernels == "compiled":
-            set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what is compiled
+        if config.kernels != "torch":
+            set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what computes it
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
         zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, sum(_numel(p) for p in self.model.parameters())))

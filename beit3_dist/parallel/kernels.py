@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor, nn
 
 from beit3_dist.config import require
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION, find_varlen_attention
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
 from beit3_dist.model.head import Head
@@ -54,12 +58,31 @@ def use_kernels(model: BEiT3, choice: str) -> None:
             assert isinstance(block, Block)
             block.forward = CompiledForward(block)  # type: ignore[method-assign]
     elif choice == "triton":
-        from beit3_dist.kernels.triton import cross_entropy, gelu_layer_norm, layer_norm  # need triton
+        _use_triton(model)
 
-        for module in model.modules():
-            if isinstance(module, GeluLayerNorm):
-                module.compute = gelu_layer_norm.gelu_layer_norm
-            elif isinstance(module, LayerNorm):
-                module.compute = layer_norm.layer_norm
-            elif isinstance(module, Head):
-                module.loss = cross_entropy.cross_entropy_in_place
+
+def _use_triton(model: BEiT3) -> None:
+    """Blocks in few kernels; where they are cut over tensor ranks, their modules one by one."""
+    from beit3_dist.kernels.triton import cross_entropy, gelu_layer_norm, layer_norm  # need triton
+    from beit3_dist.parallel.fused import FusedForward
+
+    name = find_varlen_attention() if torch.cuda.is_available() else None
+    core = None if name is None else VARLEN_ATTENTION[name][1]
+    for module in model.modules():
+        if isinstance(module, GeluLayerNorm):
+            module.compute = gelu_layer_norm.gelu_layer_norm
+        elif isinstance(module, LayerNorm):
+            module.compute = layer_norm.layer_norm
+        elif type(module) is Head:
+            module.forward = partial(_head_losses, module, cross_entropy.head_cross_entropy)  # type: ignore[method-assign]
+        elif isinstance(module, Head):
+            module.loss = cross_entropy.cross_entropy_in_place
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        if all(type(projection) is nn.Linear for projection in block.attention.out.values()):
+            block.forward = FusedForward(block, core)  # type: ignore[method-assign]
+
+
+def _head_losses(head: Head, compute: Callable[..., Tensor], hidden_MD: Tensor, targets: Tensor) -> Tensor:
+    """`Head.forward`."""
+    return compute(hidden_MD, head.weight, head.bias, targets)

@@ -1,48 +1,93 @@
 """Compiles the Triton kernels for a Hopper GPU, ahead of time and on any machine. A program of its own because a
 process either compiles or interprets.
 
-It prints the size of each; test_triton_kernels.py starts it.
+It prints the size of each, its registers for a thread and the bytes that it spills; test_triton_kernels.py starts it.
 """
 
 from __future__ import annotations
 
+import inspect
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from beit3_dist.kernels.triton import cross_entropy, layer_norm
+from beit3_dist.kernels.triton import cross_entropy, gelu, layer_norm, residual_norm, sums
 from beit3_dist.kernels.triton.launch import REGISTERS, block_and_warps
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {"eps": "fp32", "rows": "i32", "targets_ptr": "*i64"}
+TYPES = {"targets_ptr": "*i64", "place_ptr": "*i64"} | dict.fromkeys(
+    ("mean_ptr", "scale_ptr", "partial_ptr", "factor_ptr"), "*fp32"
+)
 """Of arguments that are not matrices in bf16."""
-FP32 = ("mean_ptr", "scale_ptr", "partial_ptr", "out_ptr", "factor_ptr")
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def type_of(name: str, annotation: Any) -> str:
+    return {"int": "i32", "float": "fp32"}.get(annotation, TYPES.get(name, "*bf16"))
+
+
+def resources(code: bytes) -> str:
+    """What the disassembler says of a kernel: REG:..., STACK:... (bytes that are spilled)."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        said = subprocess.run(
+            [BINARIES / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    words = said.stdout.split()
+    return ", ".join(word for word in words if word.startswith(("REG:", "STACK:", "LOCAL:")))
 
 
 def compile_kernel(kernel: Any, options: dict[str, int], **constants: Any) -> None:
+    annotations = inspect.get_annotations(kernel.fn)
     names = [name for name in kernel.arg_names if name not in constants]
-    types = {name: TYPES.get(name, "*fp32" if name in FP32 else "*bf16") for name in names}
+    types = {name: type_of(name, annotations[name]) for name in names}
+    if kernel is cross_entropy._forward_kernel:
+        types["out_ptr"] = "*fp32"
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
         constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")},
+        attrs={
+            (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in types.items()
+            if kind.startswith("*")
+        },
     )
     code = triton.compile(source, target=TARGET, options=options).asm["cubin"]
-    print(f"{kernel.__name__} {constants}: {len(code)} bytes of machine code")
+    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
+    print(f"{name} {constants}: {len(code)} bytes of machine code, {resources(code)}", flush=True)
 
 
 if __name__ == "__main__":
     for width in (1408, 6144):
         block, warps = block_and_warps(width)
-        options = {"num_warps": warps}
-        for gelu in (False, True):
-            compile_kernel(layer_norm._forward_kernel, options, WIDTH=width, BLOCK=block, GELU=gelu)
+        options, shape = {"num_warps": warps}, {"WIDTH": width, "BLOCK": block}
+        for of_gelu in (False, True):
+            compile_kernel(layer_norm._forward_kernel, options, **shape, GELU=of_gelu)
             compile_kernel(
-                layer_norm._backward_kernel, options | {"maxnreg": REGISTERS}, WIDTH=width, BLOCK=block, GELU=gelu
+                layer_norm._backward_kernel,
+                options | {"maxnreg": REGISTERS},
+                KINDS=3 if of_gelu else 2,
+                **shape,
+                GELU=of_gelu,
             )
+    block, warps = block_and_warps(1408)
+    options, shape = {"num_warps": warps}, {"WIDTH": 1408, "BLOCK": block}
+    for branch, keep, norm, place in ((False, False, True, True), (True, True, True, True), (True, True, False, False)):
+        flags = {"BRANCH": branch, "KEEP": keep, "NORM": norm, "PLACE": place}
+        compile_kernel(residual_norm._forward_kernel, options, **shape, **flags)
+        compile_kernel(residual_norm._backward_kernel, options, **shape, **flags)
+    stripe = {"ROWS": sums.STRIPE_ROWS, "COLUMNS": sums.STRIPE_COLUMNS}
+    compile_kernel(gelu._backward_kernel, {}, WIDTH=6144, **stripe)
+    compile_kernel(sums._columns_kernel, {}, WIDTH=4224, **stripe)
+    compile_kernel(sums._sum_kernel, {}, KINDS=3, WIDTH=1408, ROWS=sums.ROWS, COLUMNS=sums.COLUMNS)
     options = {"num_warps": cross_entropy.WARPS}
-    for kernel in (cross_entropy._forward_kernel, cross_entropy._scale_kernel):
-        compile_kernel(kernel, options, CLASSES=64010, BLOCK=cross_entropy.BLOCK)
+    shape = {"CLASSES": 64010, "STRIDE": 64064, "BLOCK": cross_entropy.BLOCK}
+    compile_kernel(cross_entropy._forward_kernel, options, **shape, BIAS=True)
+    compile_kernel(cross_entropy._scale_kernel, options, **shape)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from beit3_dist.kernels.triton.launch import require_narrow
+from beit3_dist.kernels.triton.sums import column_sums
 
 BLOCK = 4096
 """Classes at a time; fewer if there are fewer."""
@@ -26,25 +27,32 @@ WARPS = 8
 @triton.jit
 def _forward_kernel(
     logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
     targets_ptr: tl.tensor,
     out_ptr: tl.tensor,
     CLASSES: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    BIAS: tl.constexpr,
 ) -> None:
     """One row a program."""
     row = tl.program_id(0).to(tl.int64)  # rows x classes may pass 2^31
-    row_ptr = logits_ptr + row * CLASSES
+    row_ptr = logits_ptr + row * STRIDE
     column = tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row)
     # A target that is no class makes the loss NaN.
     known = (target >= 0) & (target < CLASSES)
     picked = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+    if BIAS:
+        picked += tl.load(bias_ptr + target, mask=known, other=0.0).to(tl.float32)
 
     top = -3.4028234663852886e38  # not -inf: a block may be all -inf, and their difference is NaN
     total = 0.0
     for start in range(0, CLASSES, BLOCK):
         inside = start + column < CLASSES
         logits = tl.load(row_ptr + start + column, mask=inside, other=-float("inf")).to(tl.float32)
+        if BIAS:
+            logits += tl.load(bias_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
         before = top
         top = tl.maximum(before, tl.max(logits, 0))
         total = total * tl.exp(before - top) + tl.sum(tl.exp(logits - top), 0)
@@ -54,6 +62,8 @@ def _forward_kernel(
     for start in range(0, CLASSES, BLOCK):
         inside = start + column < CLASSES
         logits = tl.load(row_ptr + start + column, mask=inside, other=-float("inf")).to(tl.float32)
+        if BIAS:
+            logits += tl.load(bias_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
         # The prediction is the first of the largest: the target's if none before it is as large.
         earlier |= ((logits == top) & (start + column < target)).to(tl.int32)
         gradient = tl.exp(logits - top) * share - tl.where(start + column == target, 1.0, 0.0)
@@ -65,45 +75,78 @@ def _forward_kernel(
 
 
 @triton.jit
-def _scale_kernel(gradient_ptr: tl.tensor, factor_ptr: tl.tensor, CLASSES: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _scale_kernel(
+    gradient_ptr: tl.tensor, factor_ptr: tl.tensor, CLASSES: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """One block of a row a program: the row is multiplied by its factor."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < CLASSES
     factor = tl.load(factor_ptr + row)
-    here = gradient_ptr + row * CLASSES + column
+    here = gradient_ptr + row * STRIDE + column
     tl.store(here, tl.load(here, mask=inside).to(tl.float32) * factor, mask=inside)
+
+
+def _to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The losses and right predictions [2, M] of logits [M, classes], which become the gradient. Rows may be apart."""
+    (rows, classes), stride = logits.shape, logits.stride(0)
+    out = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
+    if rows:  # no device starts nothing
+        with torch.cuda.device_of(logits):
+            _forward_kernel[(rows,)](
+                logits,
+                logits if bias is None else bias,
+                targets.contiguous(),
+                out,
+                CLASSES=classes,
+                STRIDE=stride,
+                BLOCK=_block(classes),
+                BIAS=bias is not None,
+                num_warps=WARPS,
+            )
+    return out
+
+
+def _scale(gradient: Tensor, factors: Tensor) -> None:
+    """Multiplies each row [classes] by its factor."""
+    (rows, classes), stride, block = gradient.shape, gradient.stride(0), _block(gradient.shape[1])
+    if rows:
+        with torch.cuda.device_of(gradient):
+            _scale_kernel[(rows, triton.cdiv(classes, block))](
+                gradient, factors.contiguous(), CLASSES=classes, STRIDE=stride, BLOCK=block, num_warps=WARPS
+            )
+
+
+def _block(classes: int) -> int:
+    return min(BLOCK, triton.next_power_of_2(classes))
+
+
+def _check(logits: Tensor, targets: Tensor) -> None:
+    require_narrow("logits", logits)
+    if targets.shape != (len(logits),):
+        raise ValueError(f"logits have {len(logits)} rows, but targets have shape {[*targets.shape]}")
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        require_narrow("logits", logits)
-        rows, classes = logits.shape
-        if targets.shape != (rows,):
-            raise ValueError(f"logits have {rows} rows, but targets have shape {[*targets.shape]}")
-        gradient, targets = logits.detach().contiguous(), targets.contiguous()
-        out = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
-        block = min(BLOCK, triton.next_power_of_2(classes))
-        if rows:  # no device starts nothing
-            with torch.cuda.device_of(logits):
-                _forward_kernel[(rows,)](gradient, targets, out, CLASSES=classes, BLOCK=block, num_warps=WARPS)
-        ctx.gradient, ctx.block = gradient, block
-        return out
+        _check(logits, targets)
+        ctx.gradient = logits.detach().contiguous()
+        return _to_gradient(ctx.gradient, None, targets)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor, None]:
-        if ctx.gradient is None:
-            raise RuntimeError("this cross-entropy has gone backward before: its logits are overwritten")
-        gradient, ctx.gradient = ctx.gradient, None
-        rows, classes = gradient.shape
-        if rows:
-            with torch.cuda.device_of(gradient):
-                _scale_kernel[(rows, triton.cdiv(classes, ctx.block))](
-                    gradient, gradient_2M[0].contiguous(), CLASSES=classes, BLOCK=ctx.block, num_warps=WARPS
-                )
+        gradient = _once(ctx)
+        _scale(gradient, gradient_2M[0])
         return gradient, None
+
+
+def _once(ctx: Any) -> Tensor:
+    if ctx.gradient is None:
+        raise RuntimeError("this cross-entropy has gone backward before: its logits are overwritten")
+    gradient, ctx.gradient = ctx.gradient, None
+    return gradient
 
 
 def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
@@ -112,3 +155,39 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
     logits: [M, classes], which nobody else reads: they are overwritten. targets: int64 [M]. Goes backward once.
     """
     return _CrossEntropy.apply(logits, targets)
+
+
+ALIGNED = 64
+"""A row of logits begins at a multiple of so many numbers: 128 bytes of bf16. 64,010 words would begin at multiples of
+4 bytes, for which there are only slow matrix products."""
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        rows, classes = len(hidden), len(weight)
+        padded = hidden.new_empty(rows, triton.cdiv(classes, ALIGNED) * ALIGNED)
+        logits = padded[:, :classes]
+        _check(logits, targets)
+        torch.mm(hidden, weight.t(), out=logits)
+        ctx.save_for_backward(hidden, weight)
+        ctx.gradient = padded
+        return _to_gradient(logits, bias, targets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        padded = _once(ctx)
+        classes = len(weight)
+        gradient = padded[:, :classes]
+        _scale(gradient, gradient_2M[0])
+        return gradient @ weight, gradient.t() @ hidden, column_sums(padded)[:classes], None
+
+
+def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """`cross_entropy_in_place` of the logits hidden W' + b, which live in rows of aligned length.
+
+    hidden: [M, D]; weight: [classes, D]; bias: [classes]; targets: int64 [M]. The bias is added in fp32.
+    """
+    return _HeadCrossEntropy.apply(hidden, weight, bias, targets)

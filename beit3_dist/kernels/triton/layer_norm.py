@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from beit3_dist.kernels.triton.launch import REGISTERS, WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
+from beit3_dist.kernels.triton.sums import sum_programs
 
 
 @triton.jit
@@ -66,17 +67,19 @@ def _backward_kernel(
     of_x_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     rows: int,
+    KINDS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
 ) -> None:
-    """Every so-many-th row a program, which adds up the gradients of weight and bias over its rows."""
+    """Every so-many-th row a program, which adds up the gradients of weight and bias, and x's own, over its rows."""
     first = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     of_weight = tl.zeros([BLOCK], tl.float32)
     of_bias = tl.zeros([BLOCK], tl.float32)
+    sum_of_x = tl.zeros([BLOCK], tl.float32)
     for start in range(0, rows, tl.num_programs(0)):
         row = first + start
         here = inside & (row < rows)
@@ -96,9 +99,61 @@ def _backward_kernel(
         if GELU:
             of_x *= cumulative + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
         tl.store(of_x_ptr + row * WIDTH + column, of_x, mask=here)
-    sums_ptr = partial_ptr + first * 2 * WIDTH + column
+        if KINDS == 3:
+            sum_of_x += tl.where(here, of_x, 0.0)
+    sums_ptr = partial_ptr + first * KINDS * WIDTH + column
     tl.store(sums_ptr, of_weight, mask=inside)
     tl.store(sums_ptr + WIDTH, of_bias, mask=inside)
+    if KINDS == 3:
+        tl.store(sums_ptr + 2 * WIDTH, sum_of_x, mask=inside)
+
+
+def normalize_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, of_gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: [..., width], contiguous -> y, and fp32 [rows]: the mean and scale of each row."""
+    width = x.shape[-1]
+    rows = x.numel() // width
+    y = torch.empty_like(x)
+    mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    block, warps = block_and_warps(width)
+    if rows:  # no device starts nothing
+        with torch.cuda.device_of(x):
+            _forward_kernel[(rows,)](
+                x, weight, bias, y, mean, scale, eps, WIDTH=width, BLOCK=block, GELU=of_gelu, num_warps=warps
+            )
+    return y, mean, scale
+
+
+def normalize_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, mean: Tensor, scale: Tensor, of_gelu: bool, sum_of_x: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradient of x, and those of weight and bias [width]; with `sum_of_x` also x's own, summed over its rows."""
+    (width,), (rows,), kinds = weight.shape, mean.shape, 2 + sum_of_x
+    block, warps = block_and_warps(width)
+    # As many as run at the same time.
+    programs = min(rows, processors(x.device) * (WARPS_A_PROCESSOR // warps))
+    of_x = torch.empty_like(x)
+    partial = torch.empty(programs, kinds, width, dtype=torch.float32, device=x.device)
+    if rows:
+        with torch.cuda.device_of(x):
+            _backward_kernel[(programs,)](
+                gradient.contiguous(),
+                x,
+                weight,
+                mean,
+                scale,
+                of_x,
+                partial,
+                rows,
+                KINDS=kinds,
+                WIDTH=width,
+                BLOCK=block,
+                GELU=of_gelu,
+                num_warps=warps,
+                maxnreg=REGISTERS,
+            )
+    return of_x, sum_programs(partial, [(kind, 0, programs) for kind in range(kinds)], weight.dtype)
 
 
 class Normalize(torch.autograd.Function):
@@ -111,15 +166,7 @@ class Normalize(torch.autograd.Function):
         if not weight.shape == bias.shape == (width,):
             raise ValueError(f"x is {width} wide, but weight has shape {[*weight.shape]} and bias {[*bias.shape]}")
         x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-        rows = x.numel() // width
-        y = torch.empty_like(x)
-        mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-        block, warps = block_and_warps(width)
-        if rows:  # no device starts nothing
-            with torch.cuda.device_of(x):
-                _forward_kernel[(rows,)](
-                    x, weight, bias, y, mean, scale, eps, WIDTH=width, BLOCK=block, GELU=of_gelu, num_warps=warps
-                )
+        y, mean, scale = normalize_forward(x, weight, bias, eps, of_gelu)
         ctx.save_for_backward(x, weight, mean, scale)
         ctx.of_gelu = of_gelu
         return y
@@ -128,30 +175,7 @@ class Normalize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, scale = ctx.saved_tensors
-        (width,), (rows,) = weight.shape, mean.shape
-        block, warps = block_and_warps(width)
-        # As many as run at the same time.
-        programs = min(rows, processors(x.device) * (WARPS_A_PROCESSOR // warps))
-        of_x = torch.empty_like(x)
-        partial = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
-        if rows:
-            with torch.cuda.device_of(x):
-                _backward_kernel[(programs,)](
-                    gradient.contiguous(),
-                    x,
-                    weight,
-                    mean,
-                    scale,
-                    of_x,
-                    partial,
-                    rows,
-                    WIDTH=width,
-                    BLOCK=block,
-                    GELU=ctx.of_gelu,
-                    num_warps=warps,
-                    maxnreg=REGISTERS,
-                )
-        of_weight, of_bias = partial.sum(0).to(weight.dtype)
+        of_x, (of_weight, of_bias) = normalize_backward(gradient, x, weight, mean, scale, ctx.of_gelu)
         return of_x, of_weight, of_bias, None, None
 
 

@@ -1,0 +1,57 @@
+"""A residual connection and the LayerNorm behind it, for tokens that lie expert by expert.
+
+    r = x + keep (branch + bias),    y = LayerNorm(r) with the weights of the token's expert
+
+Either half may be missing. `branch` and `y` come and go as one slice for each expert; the bias of the projection that
+made the branch is added here, so that its gradient costs no pass of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is added to the tokens: a slice [T_e, D] for each expert, without its projection's bias [D]."""
+
+    slices: list[Tensor]
+    biases: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The LayerNorms of some experts: how many tokens each has, weights [D] and biases [D]."""
+
+    sizes: list[int]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    eps: float
+
+
+def plain_residual_norm(
+    x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None, place_T: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The definition: r [T, D], and y for each expert of `norms` [T_e, D].
+
+    keep_T: drop path's factor of each token; None: ones. place_T: int64 [T], the row of each token in `branch` (without
+    one in `y`), where it lies in another order and belongs to one expert; None: the same order.
+    """
+    if branch is not None:
+        biased = [part + bias for part, bias in zip(branch.slices, branch.biases, strict=True)]
+        rows_TD = torch.cat(biased)
+        rows_TD = rows_TD if place_T is None else rows_TD[place_T]
+        x_TD = x_TD + (rows_TD if keep_T is None else rows_TD * keep_T[:, None])
+    if norms is None:
+        return x_TD, []
+    normal = [
+        layer_norm(part, weight.shape, weight, bias, norms.eps)
+        for part, weight, bias in zip(x_TD.split(norms.sizes), norms.weights, norms.biases, strict=True)
+    ]
+    if place_T is not None and branch is None:
+        normal = [torch.empty_like(normal[0]).index_copy(0, place_T, normal[0])]
+    return x_TD, normal

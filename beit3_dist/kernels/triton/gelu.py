@@ -1,0 +1,80 @@
+"""A linear layer and the GELU behind it, whose backward pass makes the bias's gradient on its way.
+
+GELU (Hendrycks and Gimpel 2016, the exact form) is x P(x) with P the normal distribution's cumulative function; its
+slope is P(x) + x p(x) with p its density.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import gelu
+
+from beit3_dist.kernels.triton.launch import require_narrow
+from beit3_dist.kernels.triton.sums import STRIPE_COLUMNS, STRIPE_ROWS, stripes, sum_programs
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _backward_kernel(
+    gradient_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    of_x_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    rows: int,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Some columns and every so-many-th few rows a program, which adds up what it writes."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)  # rows x width may pass 2^31
+        here = row[:, None] * WIDTH + column[None, :]
+        both = (row < rows)[:, None] & inside[None, :]
+        x = tl.load(x_ptr + here, mask=both, other=0.0).to(tl.float32)
+        gradient = tl.load(gradient_ptr + here, mask=both, other=0.0).to(tl.float32)
+        cumulative = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        gradient *= cumulative + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        tl.store(of_x_ptr + here, gradient, mask=both)
+        total += gradient
+    tl.store(partial_ptr + tl.program_id(1) * WIDTH + column, tl.sum(total, 0), mask=inside)
+
+
+def gelu_backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """gradient, x: [rows, F] -> the gradient of x, and its sum over the rows [F]: that of a bias in x."""
+    rows, width = x.shape
+    columns, programs = stripes(rows, width, x.device)
+    of_x = torch.empty_like(x)
+    partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _backward_kernel[(columns, programs)](
+            gradient.contiguous(), x, of_x, partial, rows, WIDTH=width, ROWS=STRIPE_ROWS, COLUMNS=STRIPE_COLUMNS
+        )
+    return of_x, sum_programs(partial, [(0, 0, programs)], x.dtype)[0]
+
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        require_narrow("x", x)
+        hidden = torch.addmm(bias, x, weight.t())
+        ctx.save_for_backward(x, weight, hidden)
+        return gelu(hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, hidden = ctx.saved_tensors
+        of_hidden, of_bias = gelu_backward(gradient, hidden)
+        return of_hidden @ weight, of_hidden.t() @ x, of_bias
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(x W' + b). x: [T, D]; weight: [F, D]; bias: [F]."""
+    return _LinearGelu.apply(x, weight, bias)

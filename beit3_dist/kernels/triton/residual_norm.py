@@ -1,0 +1,354 @@
+"""`plain_residual_norm` in one kernel forward and one backward, with a small one that ends the sums over the tokens.
+
+With n = (r - mean(r)) s, s = 1 / sqrt(var(r) + eps), and dr the gradient that comes back to r from elsewhere, the
+gradients are
+
+    dx = dr + s (w dy - mean(w dy) - n mean(w dy n)),   dbranch = keep dx,
+    dw = sum over tokens of dy n,   dbias of the norm = sum of dy,   dbias of the branch = sum of dbranch.
+
+A token's expert follows from where it lies: the tokens are at most four segments, and an expert has some neighbouring
+ones. In the backward pass each program walks through tokens of one segment and keeps three sums; `_sum_kernel` adds up
+the programs', in a fixed order. All of it is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from beit3_dist.kernels.residual_norm import Branch, Norms
+from beit3_dist.kernels.triton.launch import WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
+from beit3_dist.kernels.triton.sums import sum_programs
+
+SEGMENTS = 4
+
+
+@triton.jit
+def _pick(segment: tl.tensor, a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tensor:
+    """The one of a segment."""
+    return tl.where(segment < 2, tl.where(segment == 0, a, b), tl.where(segment == 2, c, d))
+
+
+@triton.jit(do_not_specialize=["end0", "end1", "end2", "start1", "start2", "start3"])
+def _forward_kernel(
+    x_ptr: tl.tensor,
+    branch0: tl.tensor,
+    branch1: tl.tensor,
+    branch2: tl.tensor,
+    branch3: tl.tensor,
+    added0: tl.tensor,
+    added1: tl.tensor,
+    added2: tl.tensor,
+    added3: tl.tensor,
+    keep_ptr: tl.tensor,
+    place_ptr: tl.tensor,
+    weight0: tl.tensor,
+    weight1: tl.tensor,
+    weight2: tl.tensor,
+    weight3: tl.tensor,
+    bias0: tl.tensor,
+    bias1: tl.tensor,
+    bias2: tl.tensor,
+    bias3: tl.tensor,
+    r_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    end0: int,
+    end1: int,
+    end2: int,
+    start1: int,
+    start2: int,
+    start3: int,
+    eps: float,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BRANCH: tl.constexpr,
+    KEEP: tl.constexpr,
+    NORM: tl.constexpr,
+    PLACE: tl.constexpr,
+) -> None:
+    """One token a program."""
+    row = tl.program_id(0).to(tl.int64)  # rows x width may pass 2^31
+    segment = (row >= end0).to(tl.int32) + (row >= end1).to(tl.int32) + (row >= end2).to(tl.int32)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    place = row
+    if PLACE:
+        place = tl.load(place_ptr + row)
+    value = tl.load(x_ptr + row * WIDTH + column, mask=inside, other=0.0)
+    if BRANCH:
+        branch_ptr = _pick(segment, branch0, branch1, branch2, branch3)
+        first = _pick(segment, 0, start1, start2, start3)
+        branch = tl.load(branch_ptr + (place - first) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        added_ptr = _pick(segment, added0, added1, added2, added3)
+        branch += tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        if KEEP:
+            branch *= tl.load(keep_ptr + row).to(tl.float32)
+        value = (value.to(tl.float32) + branch).to(r_ptr.dtype.element_ty)
+        tl.store(r_ptr + row * WIDTH + column, value, mask=inside)
+    if NORM:
+        value = value.to(tl.float32)  # of what was stored: the backward pass reads no other
+        mean = tl.sum(value, 0) / WIDTH
+        centred = tl.where(inside, value - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
+        weight = tl.load(_pick(segment, weight0, weight1, weight2, weight3) + column, mask=inside, other=0.0)
+        bias = tl.load(_pick(segment, bias0, bias1, bias2, bias3) + column, mask=inside, other=0.0)
+        normal = centred * scale * weight.to(tl.float32) + bias.to(tl.float32)
+        tl.store(y_ptr + (row if BRANCH else place) * WIDTH + column, normal, mask=inside)
+        tl.store(mean_ptr + row, mean)
+        tl.store(scale_ptr + row, scale)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "end0", "end1", "end2", "rows", "start1", "start2", "start3", "programs0", "programs1", "programs2", "programs",
+    ]
+)  # fmt: skip
+def _backward_kernel(
+    of_r_ptr: tl.tensor,
+    of_y0: tl.tensor,
+    of_y1: tl.tensor,
+    of_y2: tl.tensor,
+    of_y3: tl.tensor,
+    r_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    keep_ptr: tl.tensor,
+    place_ptr: tl.tensor,
+    weight0: tl.tensor,
+    weight1: tl.tensor,
+    weight2: tl.tensor,
+    weight3: tl.tensor,
+    of_x_ptr: tl.tensor,
+    of_branch_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    end0: int,
+    end1: int,
+    end2: int,
+    rows: int,
+    start1: int,
+    start2: int,
+    start3: int,
+    programs0: int,
+    programs1: int,
+    programs2: int,
+    programs: int,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BRANCH: tl.constexpr,
+    KEEP: tl.constexpr,
+    NORM: tl.constexpr,
+    PLACE: tl.constexpr,
+) -> None:
+    """Every so-many-th token of a segment a program. `programs0` ...: where the next segment's programs begin."""
+    program = tl.program_id(0)
+    segment = (
+        (program >= programs0).to(tl.int32) + (program >= programs1).to(tl.int32) + (program >= programs2).to(tl.int32)
+    )
+    lowest = _pick(segment, 0, end0, end1, end2).to(tl.int64)
+    highest = _pick(segment, end0, end1, end2, rows)
+    before = _pick(segment, 0, programs0, programs1, programs2)
+    stride = _pick(segment, programs0, programs1, programs2, programs) - before
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    of_bias = tl.zeros([BLOCK], tl.float32)
+    of_added = tl.zeros([BLOCK], tl.float32)
+    of_weight = tl.zeros([BLOCK], tl.float32)
+    if NORM:
+        weight_ptr = _pick(segment, weight0, weight1, weight2, weight3)
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        of_y_ptr = _pick(segment, of_y0, of_y1, of_y2, of_y3)
+        first = _pick(segment, 0, start1, start2, start3)
+    for row in range(lowest + program - before, highest, stride):
+        gradient = tl.load(of_r_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        place = row
+        if PLACE:
+            place = tl.load(place_ptr + row)
+        if NORM:
+            where = (row if BRANCH else place) - first
+            of_y = tl.load(of_y_ptr + where * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+            r = tl.load(r_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + row)
+            normal = (r - tl.load(mean_ptr + row)) * scale
+            of_weight += of_y * normal
+            of_bias += of_y
+            weighted = of_y * weight
+            mean_of_weighted = tl.sum(weighted, 0) / WIDTH
+            mean_of_product = tl.sum(weighted * normal, 0) / WIDTH
+            gradient += scale * (weighted - mean_of_weighted - normal * mean_of_product)
+            tl.store(of_x_ptr + row * WIDTH + column, gradient, mask=inside)
+        if BRANCH:
+            if KEEP:
+                gradient *= tl.load(keep_ptr + row).to(tl.float32)
+                tl.store(of_branch_ptr + place * WIDTH + column, gradient, mask=inside)
+            elif PLACE:
+                tl.store(of_branch_ptr + place * WIDTH + column, gradient, mask=inside)
+            of_added += gradient
+    sums_ptr = partial_ptr + program.to(tl.int64) * 3 * WIDTH + column
+    if NORM:
+        tl.store(sums_ptr, of_weight, mask=inside)
+        tl.store(sums_ptr + WIDTH, of_bias, mask=inside)
+    if BRANCH:
+        tl.store(sums_ptr + 2 * WIDTH, of_added, mask=inside)
+
+
+def _segments(*of_experts: list[int]) -> tuple[list[int], list[list[int]]]:
+    """Where the segments end, and the expert of each segment, for each way to share the tokens out among experts.
+
+    A segment ends wherever an expert's tokens do; where fewer than four do, the last segments are empty.
+    """
+    inner = sorted({end for sizes in of_experts for end in accumulate(sizes[:-1])})
+    rows = sum(of_experts[0])
+    if len(inner) >= SEGMENTS:
+        raise ValueError(f"the experts' tokens are {len(inner) + 1} segments, but at most {SEGMENTS} are possible")
+    ends = inner + [rows] * (SEGMENTS - len(inner))
+    experts = []
+    for sizes in of_experts:
+        last = list(accumulate(sizes))
+        # Of an empty segment it does not matter which; an empty expert has no segment at all.
+        experts.append([next((e for e, end in enumerate(last) if end >= stop and sizes[e]), 0) for stop in ends])
+    return ends, experts
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        keep: Tensor | None,
+        place: Tensor | None,
+        norm_sizes: list[int],
+        eps: float,
+        branches: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        require_narrow("x", x)
+        x = x.contiguous()
+        (rows, width), norms = x.shape, len(norm_sizes)
+        parts, added = [t.contiguous() for t in tensors[:branches]], tensors[branches : 2 * branches]
+        weights, biases = tensors[2 * branches :][:norms], tensors[2 * branches :][norms:]
+        branch_sizes = [len(part) for part in parts]
+        for name, sizes in (("branch", branch_sizes), ("norms", norm_sizes)):
+            if sizes and sum(sizes) != rows:
+                raise ValueError(f"x has {rows} tokens, but {name} {sum(sizes)}")
+        ends, (of_branch, of_norm) = _segments(branch_sizes or [rows], norm_sizes or [rows])
+        r = torch.empty_like(x) if branches else x
+        y = torch.empty_like(x) if norms else x
+        mean, scale = torch.empty(2, rows if norms else 0, dtype=torch.float32, device=x.device)
+        block, warps = block_and_warps(width)
+        starts = [0, *accumulate(branch_sizes)]
+        if rows:
+            with torch.cuda.device_of(x):
+                _forward_kernel[(rows,)](
+                    x,
+                    *(parts[e] if branches else x for e in of_branch),
+                    *(added[e] if branches else x for e in of_branch),
+                    x if keep is None else keep,
+                    x if place is None else place,
+                    *(weights[e] if norms else x for e in of_norm),
+                    *(biases[e] if norms else x for e in of_norm),
+                    r,
+                    y,
+                    mean,
+                    scale,
+                    *ends[:3],
+                    *(starts[e] for e in of_branch[1:]),
+                    eps,
+                    WIDTH=width,
+                    BLOCK=block,
+                    BRANCH=branches > 0,
+                    KEEP=keep is not None,
+                    NORM=norms > 0,
+                    PLACE=place is not None,
+                    num_warps=warps,
+                )
+        ctx.save_for_backward(r if norms else None, mean, scale, keep, place, *weights)
+        ctx.branch_sizes, ctx.norm_sizes = branch_sizes, norm_sizes
+        ctx.set_materialize_grads(False)
+        return (x.view_as(x) if r is x else r), *(y.split(norm_sizes) if norms else ())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_r: Tensor | None, *of_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        r, mean, scale, keep, place, *weights = ctx.saved_tensors
+        branch_sizes, norm_sizes = ctx.branch_sizes, ctx.norm_sizes
+        branches, norms = len(branch_sizes), len(norm_sizes)
+        known = next(t for t in (of_r, *of_y) if t is not None)
+        if of_r is None:  # nobody reads r but the norms
+            assert r is not None
+            of_r = torch.zeros_like(r)
+        of_r = of_r.contiguous()
+        rows, width = of_r.shape
+        parts = [
+            known.new_zeros(size, width) if part is None else part.contiguous()
+            for part, size in zip(of_y, norm_sizes, strict=True)
+        ]
+        ends, (of_branch, of_norm) = _segments(branch_sizes or [rows], norm_sizes or [rows])
+        of_x = torch.empty_like(of_r) if norms else of_r
+        moved = branches > 0 and (keep is not None or place is not None)
+        of_branches = torch.empty_like(of_r) if moved else of_x
+        block, warps = block_and_warps(width)
+        most = processors(of_r.device) * (WARPS_A_PROCESSOR // warps)
+        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        programs = list(accumulate(min(n, -(-n * most // max(rows, 1))) for n in lengths))
+        partial = torch.empty(programs[-1], 3, width, dtype=torch.float32, device=of_r.device)
+        starts = [0, *accumulate(norm_sizes)]
+        if rows:
+            with torch.cuda.device_of(of_r):
+                _backward_kernel[(programs[-1],)](
+                    of_r,
+                    *(parts[e] if norms else of_r for e in of_norm),
+                    of_r if r is None else r,
+                    mean,
+                    scale,
+                    of_r if keep is None else keep,
+                    of_r if place is None else place,
+                    *(weights[e] if norms else of_r for e in of_norm),
+                    of_x,
+                    of_branches,
+                    partial,
+                    *ends,
+                    *(starts[e] for e in of_norm[1:]),
+                    *programs,
+                    WIDTH=width,
+                    BLOCK=block,
+                    BRANCH=branches > 0,
+                    KEEP=keep is not None,
+                    NORM=norms > 0,
+                    PLACE=place is not None,
+                    num_warps=warps,
+                )
+        # Each sum is over the programs of an expert's segments, which are neighbours.
+        first = [0, *programs]
+
+        def range_of(expert: int, experts: list[int], sizes: list[int]) -> tuple[int, int]:
+            mine = [s for s in range(SEGMENTS) if experts[s] == expert and lengths[s]] if sizes[expert] else []
+            return (first[mine[0]], first[mine[-1] + 1]) if mine else (0, 0)
+
+        of_norms = [range_of(e, of_norm, norm_sizes) for e in range(norms)]
+        of_added = [range_of(e, of_branch, branch_sizes) for e in range(branches)]
+        wanted = [(2, *span) for span in of_added] + [(0, *span) for span in of_norms] + [(1, *span) for span in of_norms]
+        sums = sum_programs(partial, wanted, of_r.dtype)
+        return of_x, None, None, None, None, None, *(of_branches.split(branch_sizes) if branches else ()), *sums
+
+
+def residual_norm(
+    x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None, place_T: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """`plain_residual_norm`. Weights and biases have the type of x."""
+    branch = branch or Branch([], [])
+    if place_T is not None and len(branch.slices or (norms.sizes if norms else [])) > 1:
+        raise ValueError("tokens in another order must belong to one expert")
+    weights, biases, sizes, eps = ([], [], [], 0.0) if norms is None else (
+        norms.weights, norms.biases, norms.sizes, norms.eps
+    )  # fmt: skip
+    r_TD, *y = _ResidualNorm.apply(
+        x_TD, keep_T, place_T, sizes, eps, len(branch.slices), *branch.slices, *branch.biases, *weights, *biases
+    )
+    return r_TD, y
