@@ -65,9 +65,8 @@ def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: Layout) ->
     return [torch.cat(out)] if len(q) == 1 else [torch.cat(out[:2]), torch.cat(out[2:])]
 
 
-def _select(slices: list[Tensor], layout: Layout, selection: Selection) -> list[Tensor]:
+def _select(slices: list[Tensor], selection: Selection) -> list[Tensor]:
     """The selected tokens of each slice."""
-    assert selection.rows is not None
     if len(slices) == 1:
         return [slices[0].index_select(0, selection.rows)]
     vision, language = slices
@@ -100,7 +99,7 @@ class Attention(nn.Module):
         """Each expert's slice of [T, D] -> the same, or of [M, D] for the tokens of `selection`. `recompute_core`:
         `attend` keeps nothing but q, k and v."""
         mixed = self.mix(self.project(slices), layout, recompute_core)
-        return self.output(mixed, layout, selection)
+        return self.output(mixed, selection)
 
     def project(self, slices: list[Tensor]) -> list[list[Tensor]]:
         """q, k and v: each expert's slice [T, H, d]."""
@@ -116,11 +115,11 @@ class Attention(nn.Module):
             return checkpoint(self.attend, q, k, v, layout, use_reentrant=False, preserve_rng_state=False)
         return self.attend(q, k, v, layout)
 
-    def output(self, mixed: list[Tensor], layout: Layout, selection: Selection | None) -> list[Tensor]:
+    def output(self, mixed: list[Tensor], selection: Selection | None) -> list[Tensor]:
         """The output projection of what was mixed: each expert's slice of [T, D] or [M, D]."""
         mixed = [part.flatten(-2) for part in mixed]
         if selection is not None:
-            mixed = _select(mixed, layout, selection)
+            mixed = _select(mixed, selection)
         if self.inner_norm is not None:
             mixed = self.inner_norm.each(mixed)
         return self.out.each(mixed)

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
-from beit3_dist.model.layout import Layout, Selection
+from beit3_dist.model.layout import Layout, Segments, Selection
 from beit3_dist.model.multiway import FeedForward, Multiway, fork, merge
 
 
@@ -45,14 +45,13 @@ class Block(nn.Module):
         self,
         x_TD: Tensor,
         branch: list[Tensor],
-        layout: Layout,
+        layout: Segments,
         keep_2T: Tensor | None,
         selection: Selection | None,
         recompute: Recompute,
     ) -> Tensor:
         """The rest of a block whose attention gave `branch`: slices of [T, D] or [M, D]."""
         if selection is not None:
-            assert selection.rows is not None
             x_TD, layout = x_TD.index_select(0, selection.rows), selection
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, selection.rows)
         x_TD = merge(x_TD, branch, None if keep_2T is None else keep_2T[0])

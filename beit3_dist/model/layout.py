@@ -99,29 +99,13 @@ class Packing:
     """Tokens of the longest sample, or more: padding counts."""
 
 
-NO_SAMPLES = Group(0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The groups of a micro-batch and where their tokens lie."""
-
-    images: Group = NO_SAMPLES
-    """Image-only samples."""
-    pairs: Group = NO_SAMPLES
-    """Image-text pairs."""
-    texts: Group = NO_SAMPLES
-    """Text-only samples."""
+class Segments:
+    """Tokens of one micro-batch in its four segments: all that is read of a layout outside attention's core."""
 
     @property
     def segments(self) -> tuple[int, int, int, int]:
         """Tokens of the four segments, in their order."""
-        return (
-            self.images.samples * self.images.patches,
-            self.pairs.samples * self.pairs.patches,
-            self.pairs.real_words,
-            self.texts.real_words,
-        )
+        raise NotImplementedError
 
     def sizes(self, experts: tuple[str, ...]) -> list[int]:
         """Tokens of each expert's slice; `experts` in the order of their slices."""
@@ -134,6 +118,30 @@ class Layout:
             case ("vision", "vl", "language"):
                 return [image_patches, pair_patches + pair_words, text_words]
         raise AssertionError(f"no slices are defined for the experts {experts}")
+
+
+NO_SAMPLES = Group(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Layout(Segments):
+    """The groups of a micro-batch and where their tokens lie."""
+
+    images: Group = NO_SAMPLES
+    """Image-only samples."""
+    pairs: Group = NO_SAMPLES
+    """Image-text pairs."""
+    texts: Group = NO_SAMPLES
+    """Text-only samples."""
+
+    @property
+    def segments(self) -> tuple[int, int, int, int]:
+        return (
+            self.images.samples * self.images.patches,
+            self.pairs.samples * self.pairs.patches,
+            self.pairs.real_words,
+            self.texts.real_words,
+        )
 
     def token_samples(self, device: torch.device) -> Tensor:
         """Sample of each token, int64 [T], counted over images, pairs, texts."""
@@ -194,12 +202,12 @@ def _pack(layout: Layout, device: torch.device) -> Packing:
 
 
 @dataclass(frozen=True)
-class Selection(Layout):
+class Selection(Segments):
     """Some tokens of a micro-batch: those that are read after the last block. Their order is the layout's too."""
 
-    rows: Tensor | None = None
+    rows: Tensor
     """int64 [M]: their rows of the token matrix, segment by segment."""
-    counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    counts: tuple[int, int, int, int]
     """How many of each segment."""
 
     @property

@@ -13,13 +13,13 @@ from torch.nn.functional import gelu
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
-from beit3_dist.model.layout import Layout
+from beit3_dist.model.layout import Segments
 
 
 class Multiway(nn.ModuleDict):
     """One module per expert, applied to the expert's slice of the tokens.
 
-    `experts` are names in the order of their slices (see `Layout.sizes`). Every expert runs in every pass, on zero
+    `experts` are names in the order of their slices (see `Segments.sizes`). Every expert runs in every pass, on zero
     rows too, so that all ranks of a ZeRO-3 group run the same modules.
     """
 
@@ -27,10 +27,10 @@ class Multiway(nn.ModuleDict):
         super().__init__({name: build() for name in experts})
         self.experts = experts
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: Segments) -> Tensor:
         return join(self.each(self.slices(x_TD, layout)))
 
-    def slices(self, x_TD: Tensor, layout: Layout) -> list[Tensor]:
+    def slices(self, x_TD: Tensor, layout: Segments) -> list[Tensor]:
         """Each expert's tokens."""
         return [x_TD] if len(self.experts) == 1 else list(x_TD.split(layout.sizes(self.experts)))
 

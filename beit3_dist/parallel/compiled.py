@@ -13,7 +13,6 @@ where it wants one to choose a kernel by, and never times kernels to choose one.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch._dynamo.decorators import mark_unbacked
 
 from beit3_dist.config import Recompute
 from beit3_dist.model.block import Block
-from beit3_dist.model.layout import NO_SAMPLES, Layout, Selection
+from beit3_dist.model.layout import Layout, Segments, Selection
 from beit3_dist.parallel.tensor import GatheredLayout, SharedLayout
 
 TYPICAL_TOKENS = 8_192
@@ -39,22 +38,22 @@ def _any_length(tensor: Tensor, dimension: int = 0) -> Tensor:
     return tensor
 
 
-def _sizes(layout: Layout) -> list[Tensor]:
+def _sizes(layout: Segments) -> list[Tensor]:
     """The tokens of the segments as lengths of empty tensors: a plain number would be compiled into the code."""
     return [_any_length(torch.empty(tokens, 0)) for tokens in layout.segments]
 
 
-def _layout(sizes: list[Tensor], rows: Tensor | None = None) -> Selection:
-    """The segments of `_sizes` again, all that is read of a layout outside attention's core."""
-    a, b, c, d = (size.shape[0] for size in sizes)
-    return Selection(NO_SAMPLES, NO_SAMPLES, NO_SAMPLES, rows, (a, b, c, d))
+class _Tokens(Segments):
+    """What the pieces read of a layout or of a selection, made inside the graph of what enters it: lengths and rows.
 
+    The real ones stay outside. Older compilers cannot make them there: they follow no object among a class's defaults.
+    """
 
-@dataclass(frozen=True)
-class _Gathered(GatheredLayout):
-    """What is read of a `GatheredLayout` outside attention's core."""
-
-    counts: tuple[int, int, int, int] = (0, 0, 0, 0)
+    def __init__(
+        self, sizes: list[Tensor], rows: Tensor | None = None, share: int = 0, whole: _Tokens | None = None
+    ) -> None:
+        a, b, c, d = (size.shape[0] for size in sizes)
+        self.counts, self.rows, self.share, self.whole = (a, b, c, d), rows, share, whole
 
     @property
     def segments(self) -> tuple[int, int, int, int]:
@@ -73,16 +72,16 @@ class _Inputs(NamedTuple):
     rows: Tensor | None
     """`GatheredLayout.rows`, with sequence parallelism."""
 
-    def layouts(self) -> tuple[Layout, Layout]:
-        """The layout outside and inside attention."""
+    def layouts(self) -> tuple[_Tokens, _Tokens]:
+        """What is read of the layouts outside and inside attention: those of `SharedLayout` and `GatheredLayout` with
+        sequence parallelism, else the same twice."""
         x_TD, sizes, whole, rows = self
-        outside, inside = _layout(sizes), _layout(whole)
+        inside = _Tokens(whole, rows, x_TD.shape[0])
+        outside = _Tokens(sizes, whole=inside)
         torch._check(x_TD.shape[0] == sum(outside.counts))
-        if rows is None:
-            return outside, inside
-        torch._check(rows.shape[0] == sum(inside.counts))
-        gathered = _Gathered(NO_SAMPLES, NO_SAMPLES, NO_SAMPLES, rows, x_TD.shape[0], inside.counts)
-        return SharedLayout(NO_SAMPLES, NO_SAMPLES, NO_SAMPLES, gathered, outside.counts, None, None), gathered
+        if rows is not None:
+            torch._check(rows.shape[0] == sum(inside.counts))
+        return outside, inside
 
 
 def _before_attention(block: Block, inputs: _Inputs) -> list[list[Tensor]]:
@@ -110,11 +109,11 @@ def _after_attention(
         torch._check(part.shape[0] == tokens)
     if keep_2T is not None:
         torch._check(keep_2T.shape[1] == inputs.x_TD.shape[0])
-    selection = None
+    selection: Any = None
     if rows is not None and selected is not None:
-        selection = _layout(selected, rows)
+        selection = _Tokens(selected, rows)
         torch._check(rows.shape[0] == sum(selection.counts))
-    branch = attention.output(mixed, inside, selection)
+    branch = attention.output(mixed, selection)
     for hook in attention._forward_hooks.values():  # tensor parallelism's
         branch = hook(attention, ([], inside), branch)
     return block.after_attention(inputs.x_TD, branch, outside, keep_2T, selection, recompute)
@@ -158,7 +157,7 @@ class CompiledForward:
             inputs,
             [_any_length(part) for part in mixed],
             None if keep_2T is None else _any_length(keep_2T, 1),
-            None if selection is None or selection.rows is None else _any_length(selection.rows),
+            None if selection is None else _any_length(selection.rows),
             None if selection is None else _sizes(selection),
             "selective" if recompute == "selective" else "none",
         )
