@@ -422,7 +422,7 @@ class TrainingConfig:
     """Who computes what is no matrix product. torch: torch's own operations, and Apex's LayerNorm where installed.
     triton: our kernels for LayerNorm, GELU with sub-LayerNorm, and cross-entropy; they need CUDA (what tensor
     parallelism cuts, torch computes). compiled: torch.compile joins the operations of each block; the first step then
-    takes minutes. It needs torch 2.13 and a C++ compiler, and is no faster on a CPU."""
+    takes minutes. It needs torch 2.10 and a C++ compiler, and is no faster on a CPU."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""
