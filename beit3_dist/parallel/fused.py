@@ -26,7 +26,7 @@ from beit3_dist.kernels.triton.sums import column_sums
 from beit3_dist.kernels.varlen_attention import VarlenAttention
 from beit3_dist.model.attention import attend
 from beit3_dist.model.block import Block
-from beit3_dist.model.layout import Layout, Packing, Selection
+from beit3_dist.model.layout import Layout, Packing, Segments, Selection
 from beit3_dist.model.multiway import FeedForward, Multiway
 
 
@@ -61,13 +61,13 @@ class FusedForward:
 
         if packing is not None and place is None:
             mixed_TD = _Permute.apply(mixed_TD, packing.place, packing.order)
+        tokens: Segments = layout
         if selection is not None:
             rows = selection.rows
-            assert rows is not None
             mixed_TD = mixed_TD.index_select(0, rows if place is None else place.index_select(0, rows))
-            x_TD, layout, place = x_TD.index_select(0, rows), selection, None
+            x_TD, tokens, place = x_TD.index_select(0, rows), selection, None
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, rows)
-        mixed = attention.out.slices(mixed_TD, layout)
+        mixed = attention.out.slices(mixed_TD, tokens)
         if attention.inner_norm is not None:
             mixed = attention.inner_norm.each(mixed)
         branch = Branch(
@@ -76,7 +76,7 @@ class FusedForward:
         )
         keep = (None, None) if keep_2T is None else keep_2T.unbind(0)
         experts = _modules(block.ffn)
-        x_TD, slices = residual_norm(x_TD, branch, keep[0], _norms(block.ffn, layout), place)
+        x_TD, slices = residual_norm(x_TD, branch, keep[0], _norms(block.ffn, tokens), place)
 
         if recompute == "selective":
             hidden = checkpoint(_experts, experts, slices, use_reentrant=False, preserve_rng_state=False)
@@ -112,7 +112,7 @@ def _modules(multiway: Multiway) -> list[Any]:
     return [multiway[name] for name in multiway.experts]
 
 
-def _norms(multiway: Multiway, layout: Layout) -> Norms:
+def _norms(multiway: Multiway, layout: Segments) -> Norms:
     """The LayerNorms that experts are, or begin with."""
     norms: list[nn.LayerNorm] = [m.norm if isinstance(m, FeedForward) else m for m in _modules(multiway)]
     sizes = layout.sizes(multiway.experts)
