@@ -4,7 +4,8 @@
 Two builds from the same input are the same bytes: members carry no time and no user, and the held-out share is
 chosen by a hash of each sample, so a sample keeps its side when the data set grows. A build is written to OUT.partial
 and renamed when it is whole; a killed one leaves that folder, which the next build replaces. OUT/shards.json lists
-every shard with its count, size and SHA-256, and every skipped picture with the reason.
+every shard with its count, size and SHA-256, every skipped picture with the reason, and by reason the number of files
+in the folder that are no pictures.
 """
 
 from __future__ import annotations
@@ -33,13 +34,11 @@ from webdataset import ShardWriter
 from beit3_dist.config import DataConfig
 from beit3_dist.data.demo_sources import dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.index import IMAGE, KINDS
+from beit3_dist.data.kinds import PICTURES, LeftOut, is_jsonl, pictures_below
 from beit3_dist.data.sides import side
 from beit3_dist.data.transforms import decode
 from beit3_dist.tasks.demo import caption, easy_vqa
 
-EXTENSIONS = tuple(extension.decode() for extension, kind in KINDS.items() if kind == IMAGE)
-"""Extensions of pictures that the loader knows."""
 DOCUMENTS_PER_MEMBER = 1000
 """A tar spends 1 KB on every member: one document each would make a dictionary ten times as large."""
 OUT_HELP = "folder to make; it must not exist yet, or be empty"
@@ -101,8 +100,8 @@ def prepared(picture: Picture, size: int) -> Picture:
     PNG, everything else becomes JPEG. Other files are stored as they are.
     """
     extension = extension_of(Path(picture.path))
-    if extension not in EXTENSIONS:
-        return replace(picture, fault=f"the extension is none of {', '.join(EXTENSIONS)}")
+    if extension not in PICTURES:
+        return replace(picture, fault=f"the extension is none of {', '.join(PICTURES)}")
     if picture.text == "":
         return replace(picture, fault="empty caption")
     try:
@@ -139,13 +138,14 @@ def picture_samples(pictures: Iterable[Picture], options: Namespace, skipped: Sk
             yield Sample(side(picture.original, options.held_out), members)
 
 
-def pictures_below(folder: Path) -> list[Picture]:
-    """All picture files below a folder, in the order of their paths. Raises ValueError if there is none."""
+def pictures_of(folder: Path, left_out: LeftOut) -> list[Picture]:
+    """All picture files below a folder, in the order of their paths, and what else is there counted. Raises ValueError
+    if there is none."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    found = sorted(str(path) for path in folder.rglob("*") if extension_of(path) in EXTENSIONS and path.is_file())
+    found = sorted(map(str, pictures_below(folder, left_out)))
     if not found:
-        raise ValueError(f"no picture below {folder}: none of its files ends in {', '.join(EXTENSIONS)}")
+        raise ValueError(f"no picture below {folder}: none of its files ends in {', '.join(PICTURES)}")
     return [Picture(path) for path in found]
 
 
@@ -172,14 +172,15 @@ def table_rows(table: Path, image: str, caption: str) -> Iterator[tuple[str, str
     """Path and caption of each row of a .tsv, .csv or .jsonl table, as written. Raises ValueError with the place."""
     if not table.is_file():
         raise ValueError(f"there is no file {table}")
-    if table.suffix == ".jsonl":
+    if is_jsonl(table):
         yield from ((path, text) for path, text in json_lines(table, (image, caption)))
         return
-    if table.suffix not in (".tsv", ".csv"):
+    if table.suffix.lower() not in (".tsv", ".csv"):
         raise ValueError(f"{table}: a table ends in .tsv, .csv or .jsonl")
     with open(table, encoding="utf-8", newline="") as file:
         # Quotes have a meaning in .csv only; in .tsv they are part of the captions.
-        dialect: dict[str, Any] = {} if table.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        quoted = table.suffix.lower() == ".csv"
+        dialect: dict[str, Any] = {} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         rows = csv.DictReader(file, **dialect)
         try:
             columns = rows.fieldnames or ()
@@ -214,7 +215,7 @@ def documents(paths: Iterable[Path]) -> Iterator[str]:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
-        if path.suffix == ".jsonl":
+        if is_jsonl(path):
             yield from (text for (text,) in json_lines(path, ("text",)) if text.strip())
             continue
         with open(path, "rb") as file:
@@ -334,6 +335,8 @@ def build(options: Namespace) -> None:
     finally:
         for name, reason in skipped[:SKIPPED_SHOWN]:
             print(f"skipped {name}: {reason}", file=sys.stderr)
+        for reason, (count, first) in options.left_out.items():
+            print(f"left out {count:,} files: {reason}; the first is {first}", file=sys.stderr)
         if skipped:
             print(f"skipped {len(skipped)} pictures in all; shards.json lists those of a whole build", file=sys.stderr)
     for shard in shards:
@@ -343,6 +346,7 @@ def build(options: Namespace) -> None:
         "held_out": options.held_out,
         "limit": options.limit,
         "skipped": skipped,
+        "left_out": options.left_out,
         "shards": shards,
     }
     (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -352,7 +356,7 @@ def build(options: Namespace) -> None:
 
 def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """A member per picture below a folder."""
-    pictures = picture_samples(pictures_below(options.folder)[: options.limit], options, skipped)
+    pictures = picture_samples(pictures_of(options.folder, options.left_out)[: options.limit], options, skipped)
     return write(folder, str(options.folder), pictures, options.per_shard, options.held_out)
 
 
@@ -449,7 +453,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
     def command(name: str, build: Callable[..., Shards], text: str, *parents: ArgumentParser) -> ArgumentParser:
         sub = commands.add_parser(name, help=text.split(".")[0], description=text, parents=parents)
-        sub.set_defaults(build=build)
+        sub.set_defaults(build=build, left_out={})
         return sub
 
     sub = command(
@@ -459,7 +463,7 @@ def parse(arguments: list[str] | None) -> Namespace:
         "in the order of their paths, from all folders below.",
         pictures,
     )
-    sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for .{', .'.join(EXTENSIONS)}")
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for .{', .'.join(PICTURES)}")
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
 
     sub = command(

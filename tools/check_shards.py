@@ -3,9 +3,10 @@
 
     python tools/check_shards.py [--images PATTERN] [--texts PATTERN] [--pairs PATTERN] [--json] [--jobs N]
 
-Every member is read: cut or broken tars, second members of a key, members of one sample that are not neighbours (other
-loaders tear those apart), samples that lack a member, pictures that cannot be decoded or have too many pixels, captions
-and documents that are empty or malformed. Exit code 0: nothing is wrong. 1: something is. 2: the check cannot be done.
+Every member is read: cut, broken, empty and joined tars, second members of a key, members of one sample that are not
+neighbours (other loaders tear those apart), samples that lack a member, links and members of no known extension that
+are left out, pictures that cannot be decoded or have too many pixels, captions and documents that are empty or
+malformed. Exit code 0: nothing is wrong. 1: something is. 2: the check cannot be done.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from rich.progress import track
 from beit3_dist.config import DataConfig
 from beit3_dist.data.cache import cache_folder
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.index import IMAGE, JSON, JSONL, KIND_NAMES, TXT, DamagedTar, expand, key_and_kind, members
+from beit3_dist.data.index import expand
+from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, LeftOut
+from beit3_dist.data.members import members_of
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import json_captions, lines
+from beit3_dist.data.tars import Tar
 from beit3_dist.data.text import documents
 from beit3_dist.data.transforms import decode
 from beit3_dist.data.unpack import plain_tar
@@ -61,6 +65,8 @@ class Report:
     """Samples that the loader will find in the index."""
     documents: int = 0
     """Texts only: documents that can be read."""
+    ignored: LeftOut = field(default_factory=dict)
+    """Members that nobody misses, by reason: hidden ones, and others beside those of a sample."""
     problems: list[dict[str, str]] = field(default_factory=list)
     """kind, key and reason of each."""
 
@@ -72,40 +78,37 @@ class Report:
 def check(job: Job) -> Report:
     """Reads a whole shard."""
     report = Report(job.path, os.path.getsize(job.path))
-    samples: dict[bytes, dict[int, tuple[int, int]]] = {}
-    with open(job.file, "rb", buffering=0) as file:
-        before: bytes | None = None
-        torn: set[bytes] = set()
+    with Tar(job.file, job.path) as tar:
         try:
-            for name, offset, size in members(file.fileno(), job.path):
-                report.members += 1
-                key, kind = key_and_kind(name)
-                if kind is None:
-                    continue
-                sample = samples.setdefault(key, {})
-                if kind in sample:
-                    report.add("duplicate", key, f"a second {KIND_NAMES[kind]} member")
-                elif sample and before != key and key not in torn:
-                    torn.add(key)
-                    report.add("not adjacent", key, "other samples lie between its members")
-                sample.setdefault(kind, (offset, size))
-                before = key
-        except (DamagedTar, ValueError) as error:
+            found = members_of(tar)
+        except ValueError as error:
             report.add("damaged tar", b"", str(error))
-        for key, sample in samples.items():
-            for problem, reason in _sample_problems(job, file.fileno(), sample, report):
+            return report
+        report.members, report.ignored = found.count, found.ignored
+        if found.damage:
+            report.add("damaged tar", b"", found.damage)
+        for key, kind in found.seconds:
+            report.add("duplicate", key, f"a second {KIND_NAMES[kind]} member")
+        for key in found.torn:
+            report.add("not adjacent", key, "other samples lie between its members")
+        for reason, (count, first) in found.left_out.items():
+            report.add("left out", first.encode(), f"{count:,} left out: {reason}; this is the first")
+        for key, places in found.samples.items():
+            sample = {kind: place for kind, place in enumerate(places) if place[1] >= 0}
+            for problem, reason in _sample_problems(job, tar, sample, report):
                 report.add(problem, key, reason)
+    if not report.samples and not report.problems:
+        report.add("empty tar", b"", "no sample in this shard")
     return report
 
 
 def _sample_problems(
-    job: Job, file: int, sample: dict[int, tuple[int, int]], report: Report
+    job: Job, tar: Tar, sample: dict[int, tuple[int, int]], report: Report
 ) -> Iterator[tuple[str, str]]:
     """Kind and reason of what is wrong with one sample of the job's stream."""
 
     def content(kind: int) -> bytes:
-        offset, size = sample[kind]
-        return os.pread(file, size, offset)
+        return tar.read(*sample[kind])
 
     texts = [kind for kind in ((TXT, JSONL) if job.stream is Stream.TEXTS else (TXT, JSON)) if kind in sample]
     wants_image, wants_text = job.stream is not Stream.TEXTS, job.stream is not Stream.IMAGES
@@ -160,6 +163,7 @@ def check_all(options: Namespace) -> dict[str, Any]:
             streams[stream.name.lower()] = {
                 "shards": len(own),
                 **{name: sum(getattr(r, name) for r in own) for name in ("bytes", "members", "samples", "documents")},
+                "ignored": sum((Counter({r: n for r, (n, _) in report.ignored.items()}) for report in own), Counter()),
                 "problems": Counter(problem["kind"] for report in own for problem in report.problems),
             }
     return {
@@ -180,6 +184,11 @@ def table(record: dict[str, Any]) -> str:
             f"{name:8}{counts['shards']:8,}{counts['samples']:12,}{counts['documents']:12,}"
             f"{counts['bytes'] / 1e9:9.2f}  {problems}"
         )
+    rows += [
+        f"{name}: {count:,} members are ignored: {reason}"
+        for name, counts in record["streams"].items()
+        for reason, count in counts["ignored"].items()
+    ]
     told = [(shard["shard"], problem) for shard in record["shards"] for problem in shard["problems"]]
     rows += [f"{path}: {problem['key'] or 'whole shard'}: {problem['reason']}" for path, problem in told[:SHOWN]]
     if len(told) > SHOWN:

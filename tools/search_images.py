@@ -4,9 +4,9 @@
     python tools/search_images.py FOLDER "a red circle" --model MODEL [--top 24] [--out matches.html]
 
 MODEL is a model folder fine-tuned for retrieval. Writes matches.html, which holds its small pictures itself and links
-to the large ones, and matches.png, the same as one picture. Folders below FOLDER are searched too; names that begin
-with a dot are not. Nothing is written into FOLDER: the pictures' vectors are kept in --cache, so that a second search
-looks at new and changed pictures only. What cannot be read is listed on the page.
+to the large ones, and matches.png, the same as one picture. Folders below FOLDER are searched too, through links as
+well, each once; names that begin with a dot are not. Nothing is written into FOLDER: the pictures' vectors are kept in
+--cache, so that a second search looks at new and changed pictures only. What cannot be read is listed on the page.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from beit3_dist.command_line import refuse
 from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
-from beit3_dist.data.index import IMAGE, KINDS
+from beit3_dist.data.kinds import PICTURES, pictures_below
 from beit3_dist.data.transforms import resized
 from beit3_dist.inference import IMAGES_AT_ONCE, Model, open_picture
 
 PROGRAM = "search_images.py"
 FORMAT = 1
 """Version of the index files; a change makes every one stale."""
-EXTENSIONS = tuple(f".{extension.decode()}" for extension, kind in KINDS.items() if kind == IMAGE)
 PROGRESS_SECONDS = 5
 SIDE = 192
 """Longer side of a small picture."""
@@ -69,15 +68,10 @@ class Index:
 
 
 def picture_files(folder: Path) -> Iterator[tuple[str, File]]:
-    """Every file below the folder that is named like a picture; links to folders are not followed."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if name.startswith(".") or not name.lower().endswith(EXTENSIONS) or not path.is_file():
-                continue
-            status = path.stat()
-            yield os.path.relpath(path, folder), File(status.st_size, status.st_mtime_ns)
+    """Every file below the folder that is named like a picture."""
+    for path in pictures_below(folder, {}):
+        status = path.stat()
+        yield os.path.relpath(path, folder), File(status.st_size, status.st_mtime_ns)
 
 
 def index_file(folder: Path, model: Path, cache: str) -> Path:
@@ -305,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if index.files != before:
                     write_index(file, index)
         if not index.vectors:
-            raise ValueError(f"{options.folder} holds no readable picture ({', '.join(EXTENSIONS)})")
+            raise ValueError(f"{options.folder} holds no readable picture ({', '.join(PICTURES)})")
         matches = best(index, words, options.folder, options.top)
         if not matches:
             raise ValueError(f"every picture of {options.folder} vanished while it was searched")

@@ -19,10 +19,15 @@ from pathlib import Path
 
 import sentencepiece
 
-from beit3_dist.data.cache import write_whole
+from beit3_dist.config import DataConfig
+from beit3_dist.data.cache import cache_folder, write_whole
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.index import DamagedTar, expand, members
+from beit3_dist.data.index import expand
+from beit3_dist.data.kinds import JSONL, TXT, is_jsonl, is_tar, key_and_kind
+from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.text import TextTokenizer, documents
+from beit3_dist.data.unpack import plain_tar
+from beit3_dist.opening import open_regular
 
 SEED = 0
 """Of the choice of sentences when there are more than asked for."""
@@ -34,31 +39,37 @@ BYTES_PER_CHARACTER = 4
 """At most, in UTF-8."""
 
 
-def sentences(patterns: Iterable[str]) -> Iterator[str]:
+def sentences(patterns: Iterable[str], cache: str = DataConfig.cache) -> Iterator[str]:
     """The sentences of all .txt and .jsonl members of tars, captions included, and of plain .txt and .jsonl files.
+    `cache`: folder for the unpacked copies of compressed tars.
 
     Raises ValueError for a pattern without a file, a damaged tar, and a line that is no text, with its place.
     """
     for path in dict.fromkeys(path for pattern in patterns for path in expand(pattern, "--shards")):
-        for name, lines in texts_of(path):
-            for number, text in documents(lines, name.endswith(".jsonl")):
+        for name, jsonl, lines in texts_of(path, cache):
+            for number, text in documents(lines, jsonl):
                 if isinstance(text, BadSample):
                     raise ValueError(f"{path}: {name}, line {number}: {text}")
                 for line in text.splitlines():
                     yield from textwrap.wrap(line, LONGEST) if len(line) > LONGEST else [line]
 
 
-def texts_of(path: str) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Name and lines of each text in a tar or of a plain file. Raises ValueError where a tar is damaged."""
-    with open(path, "rb") as file:
-        if not path.endswith(".tar"):
-            yield os.path.basename(path), iter(file)
-            return
+def texts_of(path: str, cache: str) -> Iterator[tuple[str, bool, Iterator[bytes]]]:
+    """Name of each text in a tar or of a plain file, whether it is JSON lines, and its lines. Raises ValueError where
+    a tar is damaged."""
+    if not is_tar(path):
+        with open_regular(path) as file:
+            yield os.path.basename(path), is_jsonl(path), iter(file)
+        return
+    with Tar(plain_tar(path, cache_folder(cache, "--cache")), path) as tar:
         try:
-            for member, offset, size in members(file.fileno(), path):
+            for member, offset, size, odd in tar:
+                _, kind = key_and_kind(member)
                 name = member.decode(errors="replace")
-                if name.endswith((".txt", ".jsonl")):
-                    yield name, io.BytesIO(os.pread(file.fileno(), size, offset))
+                if kind in (TXT, JSONL) and odd:
+                    raise ValueError(f"{path}: {name} is {odd}")
+                if kind in (TXT, JSONL):
+                    yield name, kind == JSONL, io.BytesIO(tar.read(offset, size))
         except DamagedTar as damage:
             raise ValueError(f"{path} is damaged: {damage}") from None
 
@@ -152,6 +163,7 @@ def parse(arguments: list[str] | None) -> Namespace:
         metavar="N",
         help="train on N random sentences where there are more; 15000000",
     )
+    parser.add_argument("--cache", default=DataConfig.cache, help="where compressed tars are unpacked, as data.cache")
     options = parser.parse_args(arguments)
     for name in ("pieces", "max_sentences"):
         if getattr(options, name) < 1:
@@ -169,10 +181,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Trains, writes and describes the tokenizer; returns the exit code."""
     try:
         options = parse(arguments)
-        first = next(sentences(options.shards), None)
+        first = next(sentences(options.shards, options.cache), None)
         if first is None:
             raise ValueError(f"--shards {' '.join(options.shards)}: no .txt or .jsonl member or file holds a text")
-        model = train(sentences(options.shards), options)
+        model = train(sentences(options.shards, options.cache), options)
         write_whole(options.out, lambda file: file.write(model), "--out")
         tokenizer = TextTokenizer(str(options.out))
     except (ValueError, OSError) as error:

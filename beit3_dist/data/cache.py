@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
+import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+Content = TypeVar("Content")
 
 ABANDONED_S = 3600.0
 """A partial file that nobody has written to for so long was left by a process that is gone."""
+
+
+class DamagedCache(ValueError):
+    """A cache file is not what was written; the message names it."""
 
 
 def cache_folder(folder: str, field: str = "data.cache") -> Path:
@@ -51,6 +63,43 @@ def locked(target: Path, field: str = "data.cache") -> Iterator[None]:
             ) from None
         _remove_abandoned(target.parent)
         yield
+
+
+def cached(read: Callable[[], Content], make: Callable[[], object], lock: Path) -> Content:
+    """What `read` finds in the cache; where that is missing or damaged, one process of many makes it by `make`.
+
+    `read` raises FileNotFoundError or DamagedCache, as `mapped` does.
+    """
+    with suppress(FileNotFoundError, DamagedCache):
+        return read()
+    with locked(lock):
+        try:
+            return read()
+        except FileNotFoundError:
+            pass
+        except DamagedCache as damage:
+            log.warning("%s; it is made anew", damage)
+        make()
+    return read()
+
+
+def mapped(file: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped. Raises DamagedCache where it is cut or something else."""
+    try:
+        # A plain array over the mapped pages: np.memmap itself costs more than the reading of a row.
+        return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file makes numpy raise nearly anything
+        raise DamagedCache(f"{file} is damaged: {error}") from None
+
+
+def parsed(file: Path) -> Any:
+    """The content of a .json file. Raises DamagedCache where it is cut or something else."""
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedCache(f"{file} is damaged: {error}") from None
 
 
 def _remove_abandoned(folder: Path) -> None:

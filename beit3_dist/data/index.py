@@ -12,11 +12,11 @@ import json
 import logging
 import os
 import re
+import stat
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -25,37 +25,21 @@ import numpy as np
 from braceexpand import braceexpand
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
-from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
+from beit3_dist.data.cache import DamagedCache, cache_folder, cached, digest, mapped, parsed, write_whole
+from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, PICTURES, TXT, LeftOut
+from beit3_dist.data.members import members_of
 from beit3_dist.data.order import Stream
+from beit3_dist.data.tars import Tar
 from beit3_dist.data.unpack import plain_tar
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-FORMAT = 1
+FORMAT = 2
 """Version of the sidecars and tables; a change makes every cached file stale."""
-BLOCK = 512
-"""Tars are made of blocks of 512 bytes."""
-IMAGE, TXT, JSON, JSONL = range(4)
-"""Kinds of members, and their columns in a scan."""
-KINDS = {
-    b"jpg": IMAGE,
-    b"jpeg": IMAGE,
-    b"png": IMAGE,
-    b"webp": IMAGE,
-    b"bmp": IMAGE,
-    b"tif": IMAGE,
-    b"tiff": IMAGE,
-    b"txt": TXT,
-    b"json": JSON,
-    b"jsonl": JSONL,
-}
-"""Known extensions, in lower case; members with others are ignored."""
-KIND_NAMES = ("image", ".txt", ".json", ".jsonl")
-"""Kinds of members by number, in words."""
 NEEDS = {
-    Stream.IMAGES: "an image member (.jpg .jpeg .png .webp .bmp .tif .tiff)",
+    Stream.IMAGES: f"an image member (.{' .'.join(PICTURES)})",
     Stream.TEXTS: "a .txt or .jsonl member",
     Stream.PAIRS: "an image member and a .txt or .json member of the same key",
 }
@@ -85,10 +69,6 @@ ALONE = Share()
 """All of it."""
 
 
-class DamagedTar(Exception):
-    """The rest of this tar cannot be read."""
-
-
 def is_sequential(pattern: str) -> bool:
     """Whether a pattern names commands or addresses, which are read from front to back, and no files."""
     return re.match(r"pipe:|\w+://", pattern) is not None
@@ -106,104 +86,34 @@ def expand(pattern: str, field: str) -> list[str]:
     paths: set[str] = set()
     for part in braceexpand(os.path.expanduser(pattern)):
         # One look at a file that is named: there may be as many as shards times ranks.
-        found = [part] if os.path.isfile(part) else [p for p in glob.glob(part, recursive=True) if os.path.isfile(p)]
-        if not found:
-            hint = f": it is a folder; name its files, as by {part.rstrip('/')}/*.tar" if os.path.isdir(part) else ""
+        if stat.S_ISREG(mode := _mode(part)):
+            paths.add(os.path.abspath(part))
+            continue
+        inside = glob.glob(part, recursive=True)
+        found = {path: _mode(path) for path in inside if "__MACOSX" in part or "__MACOSX" not in path}
+        for path, kind in found.items():
+            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+                raise ValueError(f"{field}: {path!r} is a link to nothing, a FIFO or a device; only files are read")
+        files = [path for path, kind in found.items() if stat.S_ISREG(kind)]
+        if not files:
+            hint = f": it is a folder; name its files, as by {part.rstrip('/')}/*.tar" if stat.S_ISDIR(mode) else ""
             raise ValueError(f"{field}: no file matches {part!r}{hint}")
-        paths.update(map(os.path.abspath, found))
+        paths.update(map(os.path.abspath, files))
     return sorted(paths)
+
+
+def _mode(path: str) -> int:
+    """Type of what lies there; 0 if nothing does."""
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def fingerprint(path: str) -> tuple[int, int]:
     """Size and time of change: a shard that differs in either is scanned anew."""
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _number(field: bytes) -> int:
-    """A number of a tar header: octal digits, or base 256 where the first bit is set (GNU, from 8 GiB on)."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
-
-
-def _is_header(block: bytes) -> bool:
-    """Whether the checksum of a header block is right; its own eight bytes count as spaces."""
-    try:
-        return _number(block[148:156]) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
-    except ValueError:
-        return False
-
-
-def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """Records `length key=value` of a POSIX extended header."""
-    records = {}
-    while data:
-        length = int(data.split(b" ", 1)[0])
-        key, _, value = data[:length].split(b" ", 1)[1].rstrip(b"\n").partition(b"=")
-        records[key] = value
-        data = data[length:]
-    return records
-
-
-def members(file: int, path: str) -> Iterator[tuple[bytes, int, int]]:
-    """Name, offset and size of each regular member that lies wholly inside the tar, by its headers alone.
-
-    Raises DamagedTar where the tar is cut or a header is broken, after all members before that place;
-    ValueError if the file is no plain tar at all.
-    """
-    return headers(lambda offset, size: os.pread(file, size, offset), os.fstat(file).st_size, path)
-
-
-def headers(read: Callable[[int, int], bytes], end: float, path: str) -> Iterator[tuple[bytes, int, int]]:
-    """`members` of whatever `read(offset, size)` reads, at offsets that only grow; `end` is infinite if not known, and
-    then the last member may not be whole."""
-    at = 0
-    extended: dict[bytes, bytes] = {}
-    while True:
-        header = read(at, BLOCK)
-        if len(header) < BLOCK:
-            raise DamagedTar(f"cut at byte {min(end, at + len(header))}: the end-of-archive block is missing")
-        if not any(header):
-            return
-        if not _is_header(header):
-            if at == 0:
-                raise ValueError(
-                    f"{path} is not a plain tar; of compressed ones, .tar.gz and .tgz are unpacked into data.cache"
-                )
-            raise DamagedTar(f"broken member header at byte {at}")
-        kind, data = header[156:157], at + BLOCK
-        size = int(extended.get(b"size", _number(header[124:136])))
-        if data + size > end:
-            raise DamagedTar(f"cut at byte {end}: the member at byte {at} is not whole")
-        at = data + -(-size // BLOCK) * BLOCK
-        if kind == b"x":
-            try:
-                extended.update(_pax_records(_whole(read(data, size), size, data)))
-            except (ValueError, IndexError):
-                raise DamagedTar(f"broken extended header at byte {data}") from None
-        elif kind == b"L":
-            extended[b"path"] = _whole(read(data, size), size, data).rstrip(b"\0")
-        elif kind not in b"gK":
-            if kind in b"0\0":
-                name = header[:100].rstrip(b"\0")
-                if header[257:263] == b"ustar\0" and header[345]:
-                    name = header[345:500].rstrip(b"\0") + b"/" + name
-                yield extended.get(b"path", name), data, size
-            extended = {}
-
-
-def _whole(data: bytes, size: int, at: int) -> bytes:
-    if len(data) < size:
-        raise DamagedTar(f"cut at byte {at + len(data)}: the extended header at byte {at} is not whole")
-    return data
-
-
-def key_and_kind(name: bytes) -> tuple[bytes, int | None]:
-    """A member's key, its path without the last extension, and its kind; None if it is of no known kind."""
-    key, _, extension = name.rpartition(b".")
-    # "._name" files hold a Mac's file attributes, whatever their extension says.
-    return key, None if name.rpartition(b"/")[2].startswith(b"._") else KINDS.get(extension.lower())
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass
@@ -218,6 +128,8 @@ class Scan:
     """int64 [samples]: where each key ends in `keys`."""
     damage: str
     """What is wrong with the tar; empty if nothing."""
+    left_out: LeftOut = field(default_factory=dict)
+    """Members that count for no sample, hidden ones apart."""
 
     def key(self, row: int) -> str:
         """Key of a sample."""
@@ -230,27 +142,16 @@ def scan(path: str) -> Scan:
 
     Raises ValueError where a key has a second member of the same kind: which one belongs to the sample is unknown.
     """
-    samples: dict[bytes, list[tuple[int, int]]] = {}
-    damage = ""
-    with open(path, "rb", buffering=0) as file:
-        try:
-            for name, offset, size in members(file.fileno(), path):
-                key, kind = key_and_kind(name)
-                if kind is None:
-                    continue
-                sample = samples.setdefault(key, [(0, -1)] * 4)
-                if sample[kind][1] >= 0:
-                    raise ValueError(
-                        f"{path}: key {key.decode('utf-8', 'replace')!r} has a second {KIND_NAMES[kind]} member"
-                    )
-                sample[kind] = (offset, size)
-        except DamagedTar as error:
-            damage = str(error)
+    with Tar(path) as tar:
+        found = members_of(tar)
+    for key, kind in found.seconds:
+        raise ValueError(f"{path}: key {key.decode('utf-8', 'replace')!r} has a second {KIND_NAMES[kind]} member")
     return Scan(
-        np.array(list(samples.values()), dtype=np.int64).reshape(-1, 4, 2),
-        np.frombuffer(b"".join(samples), dtype=np.uint8),
-        np.cumsum([len(key) for key in samples], dtype=np.int64),
-        damage,
+        np.array(list(found.samples.values()), dtype=np.int64).reshape(-1, 4, 2),
+        np.frombuffer(b"".join(found.samples), dtype=np.uint8),
+        np.cumsum([len(key) for key in found.samples], dtype=np.int64),
+        found.damage,
+        found.left_out,
     )
 
 
@@ -266,9 +167,10 @@ def shard_scan(path: str, mark: tuple[int, int], folder: Path) -> Scan:
     try:
         with np.load(sidecar, allow_pickle=False) as stored:
             if np.array_equal(stored["mark"], expected):
-                return Scan(stored["places"], stored["keys"], stored["key_ends"], str(stored["damage"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # There is none yet, or it is of no use: it is only a cache.
+                left_out = json.loads(str(stored["left_out"]))
+                return Scan(stored["places"], stored["keys"], stored["key_ends"], str(stored["damage"]), left_out)
+    except Exception:  # noqa: S110 (there is none yet, or it is damaged, which makes numpy raise nearly anything)
+        pass
     result = scan(path)
     if fingerprint(path) != mark:
         raise ValueError(f"{path} changed while it was indexed; start again when it is complete")
@@ -281,28 +183,39 @@ def shard_scan(path: str, mark: tuple[int, int], folder: Path) -> Scan:
             keys=result.keys,
             key_ends=result.key_ends,
             damage=np.array(result.damage),
+            left_out=np.array(json.dumps(result.left_out)),
         ),
     )
     return result
 
 
-def _rows(shard: int, places: np.ndarray, stream: Stream) -> tuple[np.ndarray, int]:
-    """The usable samples of a shard's scan, and the number of keys that lack a needed member."""
+def _rows(shard: int, found: Scan, stream: Stream) -> tuple[np.ndarray, LeftOut]:
+    """The usable samples of a shard's scan, and the keys that lack a needed member."""
+    places = found.places
     present = places[:, :, 1] >= 0
+    written = (TXT, JSONL) if stream is Stream.TEXTS else (TXT, JSON)
+    has_text = present[:, written].any(axis=1)
+    lacking: LeftOut = {}
+    complete = np.ones(len(places), dtype=bool)
+    for needed, has, what in (
+        (stream is not Stream.TEXTS, present[:, IMAGE], "no image member"),
+        (stream is not Stream.IMAGES, has_text, f"no {' or '.join(KIND_NAMES[kind] for kind in written)} member"),
+    ):
+        if needed and not has.all():
+            without = np.flatnonzero(complete & ~has)
+            complete &= has
+            if len(without):
+                lacking[what] = len(without), found.key(int(without[0]))
     if stream is Stream.TEXTS:
-        row, column = np.nonzero(present[:, [TXT, JSONL]])
-        kind = np.array([TXT, JSONL])[column]
-        complete = present[:, TXT] | present[:, JSONL]
+        row, column = np.nonzero(present[:, written])
+        kind = np.array(written)[column]
     else:
-        complete = present[:, IMAGE]
-        if stream is Stream.PAIRS:
-            complete = complete & (present[:, TXT] | present[:, JSON])
         row = np.flatnonzero(complete)
         kind = np.where(present[row, TXT], TXT, JSON)
     rows = np.zeros(len(row), dtype=ROW)
     rows["shard"], rows["row"], rows["kind"] = shard, row, kind
     rows["image"], rows["text"] = places[row, IMAGE], places[row, kind]
-    return rows, int(np.count_nonzero(~complete))
+    return rows, lacking
 
 
 @dataclass
@@ -326,13 +239,19 @@ class Table:
     @cached_property
     def rows(self) -> np.ndarray:
         """ROW records of all samples, shard by shard."""
-        # A plain array over the mapped pages: np.memmap itself costs more than the reading of a row.
-        return np.load(self.file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        rows = mapped(self.file)
+        if rows.dtype != ROW or rows.ndim != 1:
+            raise DamagedCache(f"{self.file} is damaged: it holds no table")
+        return rows
 
     @property
     def notes(self) -> dict:
-        """damage: pairs of shard and reason; incomplete: samples left out because a member is missing."""
-        return json.loads(self.file.with_suffix(".json").read_text())
+        """damage: pairs of shard and reason. left_out: pairs of shard and, by reason, the number of members or samples
+        that are left out there and the name of the first."""
+        notes = parsed(self.file.with_suffix(".json"))
+        if not isinstance(notes, dict) or notes.keys() != {"damage", "left_out"}:
+            raise DamagedCache(f"{self.file.with_suffix('.json')} is damaged: it holds no notes")
+        return notes
 
     def shard(self, index: int) -> str:
         """Path of the shard that holds a sample."""
@@ -360,12 +279,9 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Shar
         marks = list(pool.map(fingerprint, files))
     name = digest(FORMAT, stream.name, *zip(paths, marks, strict=True))
     table = Table(paths, files, marks, stream, folder / f"{name}.npy")
-    if not table.file.exists():
-        if share != ALONE:
-            _scan_share(table, share)
-        with locked(folder / digest(*paths)):
-            if not table.file.exists():
-                _build(table)
+    if share != ALONE and not table.file.exists():
+        _scan_share(table, share)
+    cached(lambda: (table.rows, table.notes), lambda: _build(table), folder / digest(*paths))
     if len(table) == 0:
         raise ValueError(f"{field}: no sample in {len(paths)} shard(s) of {pattern!r}: each needs {NEEDS[stream]}")
     return table
@@ -387,20 +303,24 @@ def _scan_share(table: Table, share: Share) -> None:
 def _build(table: Table) -> None:
     """Scans what is not scanned yet and writes the merged table, which is in memory once; no scan is."""
     folder = table.file.parent
-    parts, damage, incomplete = [], [], 0
+    parts, damage, left_out = [], [], []
 
-    def rows_of(number: int) -> tuple[np.ndarray, int, str]:
+    def rows_of(number: int) -> tuple[np.ndarray, LeftOut, str]:
         found = shard_scan(table.files[number], table.marks[number], folder)
-        return *_rows(number, found.places, table.stream), found.damage
+        rows, lacking = _rows(number, found, table.stream)
+        return rows, lacking | found.left_out, found.damage
 
     with ThreadPoolExecutor(SCANNERS) as pool:
         results = _with_progress(pool.map(rows_of, range(len(table.files))), table.stream, len(table.files))
-        for path, (rows, lacking, problem) in zip(table.paths, results, strict=True):
+        for path, (rows, lost, problem) in zip(table.paths, results, strict=True):
             parts.append(rows)
-            incomplete += lacking
+            if lost:
+                left_out.append((path, lost))
             if problem:
-                damage.append((path, problem))
-    notes = json.dumps({"damage": damage, "incomplete": incomplete}).encode()
+                damage.append((path, f"{problem}; what lies before is used"))
+            elif not len(rows):
+                damage.append((path, "no sample in this shard"))
+    notes = json.dumps({"damage": damage, "left_out": left_out}).encode()
     write_whole(table.file.with_suffix(".json"), lambda file: file.write(notes))
     write_whole(table.file, lambda file: _save(file, parts))
 

@@ -28,9 +28,11 @@ from braceexpand import braceexpand
 from beit3_dist.config import DataConfig, Source, require
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault
-from beit3_dist.data.index import IMAGE, JSON, JSONL, KIND_NAMES, TXT, DamagedTar, headers, is_sequential, key_and_kind
+from beit3_dist.data.index import is_sequential
+from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
 from beit3_dist.data.order import Interleave, Stream, mix, permute
 from beit3_dist.data.streams import ATTEMPTS, SOURCE_SHIFT, Sample, caption_words, captions_of
+from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
 
 log = logging.getLogger(__name__)
@@ -170,10 +172,11 @@ class Members:
     problem: str = ""
     """Why it cannot be used."""
 
-    def add(self, kind: int, data: bytes) -> None:
-        """Takes one more member."""
+    def add(self, kind: int, data: bytes, problem: str) -> None:
+        """Takes one more member, or notes why it cannot be used."""
         if kind in self.content:
-            self.problem = f"a second {KIND_NAMES[kind]} member"
+            problem = f"a second {KIND_NAMES[kind]} member"
+        self.problem = self.problem or problem
         self.content[kind] = data
 
 
@@ -229,16 +232,17 @@ class Shards:
         """Pictures, or pictures with captions. The last ones before a cut are left out: more may have followed."""
         kinds = (IMAGE,) if self.stream is Stream.IMAGES else (IMAGE, TXT, JSON)
         current: Members | None = None
-        for name, offset, size in headers(pipe.read, math.inf, address):
+        for name, offset, size, odd in headers(pipe.read, math.inf, address):
             key, kind = key_and_kind(name)
             if kind is None or kind not in kinds:
                 continue
-            data, text = pipe.member(offset, size), key.decode("utf-8", "replace")
+            text, problem = key.decode("utf-8", "replace"), odd and f"the {KIND_NAMES[kind]} member is {odd}"
+            data = b"" if problem else pipe.member(offset, size)
             if current is None or current.key != text:
                 if current is not None:
                     yield current
                 current = Members(text)
-            current.add(kind, data)
+            current.add(kind, data, problem)
         if current is not None:
             yield current
 
@@ -251,9 +255,12 @@ class Shards:
             return np.array([*frame[0], *words, *frame[1]], dtype=np.int64)
 
         try:
-            for name, offset, size in headers(pipe.read, math.inf, address):
+            for name, offset, size, odd in headers(pipe.read, math.inf, address):
                 key, kind = key_and_kind(name)
                 if kind not in (TXT, JSONL):
+                    continue
+                if odd:
+                    yield Fault("texts", address, key.decode("utf-8", "replace"), odd)
                     continue
                 for line, text in documents(pipe.lines(offset, size), kind == JSONL):
                     if isinstance(text, BadSample):

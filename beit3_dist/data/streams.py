@@ -22,7 +22,8 @@ from PIL import Image
 from beit3_dist.config import Source
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault
-from beit3_dist.data.index import ALONE, TXT, Share, Table, open_table
+from beit3_dist.data.index import ALONE, Share, Table, open_table
+from beit3_dist.data.kinds import TXT, LeftOut
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.text import TextTokenizer, TokenWindows
@@ -120,9 +121,20 @@ class SampleStream(ABC):
         """Logs what the index of a source left out, and returns the faults of its shards."""
         notes, name = table.notes, self.stream.name.lower()
         for shard, damage in notes["damage"]:
-            log.warning("%s: %s: %s; what lies before is used", name, shard, damage)
-        if notes["incomplete"]:
-            log.warning("%s: %d samples lack a member and are left out", name, notes["incomplete"])
+            log.warning("%s: %s: %s", name, shard, damage)
+        total: LeftOut = {}
+        for shard, left_out in notes["left_out"]:
+            for reason, (count, first) in left_out.items():
+                before, example = total.get(reason, (0, f"{first} of {shard}"))
+                total[reason] = before + count, example
+        for reason, (count, first) in total.items():
+            log.warning(
+                "%s: %d left out: %s; the first is %s (tools/check_shards.py counts them by shard)",
+                name,
+                count,
+                reason,
+                first,
+            )
         return [Fault(name, shard, "", damage) for shard, damage in notes["damage"]]
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:

@@ -22,7 +22,8 @@ import sentencepiece
 from beit3_dist.config import SPECIAL_ROWS
 from beit3_dist.data.cache import digest, locked, write_whole
 from beit3_dist.data.faults import BadSample, Fault
-from beit3_dist.data.index import JSONL, PROGRESS_SECONDS, Table
+from beit3_dist.data.index import PROGRESS_SECONDS, Table
+from beit3_dist.data.kinds import JSONL
 from beit3_dist.data.reader import OPEN_FILES
 
 log = logging.getLogger(__name__)

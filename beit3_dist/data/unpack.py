@@ -8,7 +8,8 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from beit3_dist.data.cache import digest, locked, write_whole
+from beit3_dist.data.cache import DamagedCache, cached, digest, parsed, write_whole
+from beit3_dist.opening import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +19,9 @@ GZIP = 16 + zlib.MAX_WBITS
 """zlib's sign for the format of gzip."""
 CHUNK = 1 << 16
 """Bytes that are unpacked at a time."""
+MOST_FOLD, FREE = 200, 1 << 26
+"""An archive beyond so many bytes that unpacks to more than so many times its size is made to fill the disk: texts
+shrink to a fifth, headers of small members to a fiftieth, zeros to a thousandth."""
 
 
 def plain_tar(path: str, folder: Path) -> str:
@@ -25,30 +29,42 @@ def plain_tar(path: str, folder: Path) -> str:
     this very file. Of an archive that is cut or broken, the copy holds what lies before that place."""
     if not path.lower().endswith(COMPRESSED):
         return path
-    stat = os.stat(path)
+    status = os.stat(path)
     name = digest(path)
-    target = folder / f"{name}-{stat.st_size}-{stat.st_mtime_ns}.tar"
-    if not target.exists():
-        with locked(folder / name):
-            if not target.exists():
-                log.info("unpacking %s", path)
-                stale = list(folder.glob(f"{name}-*.tar"))
-                write_whole(target, lambda file: _unpack(path, file))
-                for old in stale:
-                    old.unlink()
-    return str(target)
+    target = folder / f"{name}-{status.st_size}-{status.st_mtime_ns}.tar"
+    length = target.with_suffix(".json")
+
+    def whole() -> str:
+        if target.stat().st_size != parsed(length):
+            raise DamagedCache(f"{target} is damaged: it has not the {parsed(length)} bytes that were written")
+        return str(target)
+
+    def make() -> None:
+        log.info("unpacking %s", path)
+        stale = [file for file in folder.glob(f"{name}-*") if file not in (target, length)]
+        write_whole(target, lambda file: _unpack(path, file))
+        unpacked = str(target.stat().st_size).encode()
+        write_whole(length, lambda file: file.write(unpacked))
+        for old in stale:
+            old.unlink()
+
+    return cached(whole, make, folder / name)
 
 
 def _unpack(path: str, file: BinaryIO) -> None:
-    """Writes the archive's content, of a cut or broken archive what lies before that place."""
+    """Writes the archive's content, of a cut or broken archive what lies before that place. Raises ValueError where it
+    is none, or one that unpacks to far more than data do."""
     reader = zlib.decompressobj(GZIP)
     problem = "the archive is cut"
-    with open(path, "rb") as packed:
+    with open_regular(path) as packed:
+        most = max(FREE, MOST_FOLD * os.fstat(packed.fileno()).st_size)
         try:
             while data := reader.unused_data or packed.read(CHUNK):
                 if reader.eof:  # An archive may consist of several, one after the other.
                     reader = zlib.decompressobj(GZIP)
                 file.write(reader.decompress(data))
+                if file.tell() > most:
+                    raise ValueError(f"{path} unpacks to more than {MOST_FOLD} times its size: it holds no samples")
         except zlib.error as error:
             problem = str(error)
     if file.tell() == 0:

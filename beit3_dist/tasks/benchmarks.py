@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.data.index import IMAGE, KINDS
+from beit3_dist.data.kinds import folders_in, pictures_in
 from beit3_dist.tasks.vqa_answers import normalised, soft_scores
 
 LEAST_ANSWERS = 9
@@ -213,12 +212,11 @@ def _folders(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return folders_in(folder)
 
 
 def _pictures(folder: Path) -> list[str]:
     """Names of the pictures in a folder, sorted; none if there is no folder."""
     if not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in os.scandir(folder))
-    return [name for name in names if KINDS.get(name.rpartition(".")[2].lower().encode()) == IMAGE]
+    return pictures_in(folder)

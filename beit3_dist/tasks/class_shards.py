@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,9 +10,16 @@ from typing import Any
 import numpy as np
 
 from beit3_dist.data.cache import cache_folder
-from beit3_dist.data.index import IMAGE, KINDS, SCANNERS, DamagedTar, expand, members
+from beit3_dist.data.index import SCANNERS, expand
+from beit3_dist.data.kinds import IMAGE, KINDS, hidden, key_and_extension
+from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.unpack import plain_tar
 from beit3_dist.tasks.examples import PROBLEMS_SHOWN, Example, TarMember
+
+CLASS = b"cls"
+"""Extension of the members that hold classes."""
+LONGEST_LABEL = 64
+"""Bytes of such a member; what is longer is no number of a class."""
 
 
 @dataclass
@@ -73,24 +79,24 @@ def _scan(tar: str, path: str, number: int, classes: int) -> _Scan:
     pictures: dict[bytes, tuple[int, int, bytes]] = {}
     labels: dict[bytes, bytes] = {}
     faults = []
-    file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for name, offset, size in members(file, path):
-            key, _, extension = name.rpartition(b".")
-            kind = extension.lower()
-            base = name.rpartition(b"/")[2]
-            if base.startswith(b"._"):  # a Mac's file attributes
-                continue
-            if (kind == b"cls" and key in labels) or (KINDS.get(kind) == IMAGE and key in pictures):
-                faults.append(f"{path}, key {key.decode('utf-8', 'replace')}: a second .{kind.decode()} member")
-            elif kind == b"cls":
-                labels[key] = os.pread(file, size, offset)
-            elif KINDS.get(kind) == IMAGE:
-                pictures[key] = (offset, size, base)
-    except DamagedTar as damage:
-        faults.append(f"{path}: {damage}")
-    finally:
-        os.close(file)
+    with Tar(tar, path) as opened:
+        try:
+            for name, offset, size, odd in opened:
+                key, extension = key_and_extension(name)
+                is_picture = KINDS.get(extension) == IMAGE
+                if hidden(name) or not (is_picture or extension == CLASS):
+                    continue
+                where = f"{path}, key {key.decode('utf-8', 'replace')}"
+                if odd:
+                    faults.append(f"{where}: the .{extension.decode()} member is {odd}")
+                elif key in (pictures if is_picture else labels):
+                    faults.append(f"{where}: a second .{extension.decode()} member")
+                elif is_picture:
+                    pictures[key] = (offset, size, name.rpartition(b"/")[2])
+                else:
+                    labels[key] = opened.read(offset, min(size, LONGEST_LABEL))
+        except DamagedTar as damage:
+            faults.append(f"{path}: {damage}")
     rows, names = [], []
     for key in pictures | labels:  # in the order of the tar
         label = labels.get(key, b"").strip()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.index import TXT, open_table
+from beit3_dist.data.index import open_table
+from beit3_dist.data.kinds import TXT
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.streams import json_captions, lines

@@ -13,6 +13,7 @@ from beit3_dist.checkpoint.formats import read_initial_weights
 from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require
+from beit3_dist.data.kinds import is_jsonl
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
@@ -125,7 +126,7 @@ def _examples(
     config: FinetuneConfig, given: str | list[str], classes: list[str], tokenizer: TextTokenizer, train: bool
 ) -> Sequence[Example]:
     files, field = files_of(given), "data.train" if train else "data.validation"
-    if config.task in ("itc", *OF_PICTURES) and not all(file.endswith(".jsonl") for file in files):
+    if config.task in ("itc", *OF_PICTURES) and not all(map(is_jsonl, files)):
         require(len(files) == 1, f"{field}={files}: tars are named by one pattern, such as '{{a,b}}/*.tar'")
         if config.task == "itc":
             return PairShards(files[0], config.data.cache, tokenizer, config.data.caption_key)

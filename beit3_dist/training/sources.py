@@ -17,6 +17,7 @@ from beit3_dist.checkpoint.files import sha256
 from beit3_dist.config import DataConfig, RunConfig, Source, TrainingConfig
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import expand
+from beit3_dist.data.kinds import is_jsonl
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import SampleStream
@@ -81,7 +82,7 @@ def finetuning_sources(config: FinetuneConfig, examples: int) -> Sources:
     paths = [
         path
         for name in files_of(config.data.train)
-        for path in ([name] if name.endswith(".jsonl") else expand(name, "data.train"))
+        for path in ([name] if is_jsonl(name) else expand(name, "data.train"))
     ]
     files = [(os.path.basename(path), os.stat(path).st_size) for path in paths]
     train = {"files": len(files), "examples": examples, "names and sizes": _digest(files)}

@@ -315,3 +315,21 @@ def test_bad_input_is_one_line_and_code_2(pictures: Path, tmp_path: Path, capsys
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
         assert not out.exists()
+
+
+def test_what_is_left_out_of_a_folder_is_told(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Linked folders are read, in any case of extensions; what is no picture is counted by reason."""
+    (tmp_path / "elsewhere").mkdir()
+    (pictures / "0" / "00.png").rename(tmp_path / "elsewhere" / "x.PNG")
+    (pictures / "linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("._a.png", ".DS_Store", "notes.txt", "b.psd", "c.psd"):
+        (pictures / name).write_bytes(b"content")
+    os.mkfifo(pictures / "pipe.png")
+    assert run("images", pictures, tmp_path / "out", "--held-out", 0) == 0
+    record = json.loads((tmp_path / "out" / "shards.json").read_text())
+    assert record["shards"][0]["samples"] == 40 and record["skipped"] == []
+    expected = {"hidden": [2, ".DS_Store"], "extension .psd": [2, "b.psd"], "extension .txt": [1, "notes.txt"]}
+    assert record["left_out"] == expected | {"not a regular file": [1, "pipe.png"]}
+    assert "left out 2 files: extension .psd; the first is b.psd" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -85,6 +86,41 @@ def test_damaged_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     cut, other = record["shards"]
     assert code == 1 and cut["samples"] == 3 and f"cut at byte {fourth + 1}" in cut["problems"][0]["reason"]
     assert "not a plain tar" in other["problems"][0]["reason"]
+
+
+def test_what_the_index_skips_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Links, unknown extensions, joined and empty tars: told by shard and reason. What nobody misses is no problem."""
+    odd = tmp_path / "odd.tar"
+    with tarfile.open(odd, "w") as tar:
+        for name, kind in (("0.jpg", tarfile.REGTYPE), ("1.jpg", tarfile.LNKTYPE), ("2.jpg", tarfile.SYMTYPE),
+                           ("3.jpg", tarfile.LNKTYPE), ("4.psd", tarfile.REGTYPE), ("0.cls", tarfile.REGTYPE),
+                           ("._0.jpg", tarfile.REGTYPE), ("__MACOSX/5.jpg", tarfile.REGTYPE), (".x/6", tarfile.REGTYPE),
+                           ("7", tarfile.REGTYPE)):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, content = kind, "0.jpg", picture(0)
+            member.size = len(content) if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(content))
+    halves = image_tar(tmp_path / "joined.tar", 2).read_bytes()
+    (tmp_path / "joined.tar").write_bytes(halves * 2)
+    with tarfile.open(tmp_path / "nothing.tar", "w"):
+        pass
+    (tmp_path / "zero.tar").write_bytes(b"")
+    text_tar(tmp_path / "words.tar", sentences()[:4])
+    code, record = check(capsys, tmp_path, "--images", tmp_path / "*.tar")
+    shards = {Path(shard["shard"]).name: shard for shard in record["shards"]}
+    reasons = {name: [problem["reason"] for problem in shard["problems"]] for name, shard in shards.items()}
+    assert code == 1 and reasons["odd.tar"] == [
+        "2 left out: a hard link; this is the first",
+        "1 left out: a symbolic link; this is the first",
+        "1 left out: extension .psd; this is the first",
+        "1 left out: no known extension; this is the first",
+    ]
+    assert [problem["key"] for problem in shards["odd.tar"]["problems"]] == ["1.jpg", "2.jpg", "4.psd", "7"]
+    assert shards["odd.tar"]["ignored"] == {"extension .cls": [1, "0.cls"], "hidden": [3, "._0.jpg"]}
+    assert record["streams"]["images"]["ignored"] == {"extension .cls": 1, "hidden": 3}
+    assert "more follows at byte" in reasons["joined.tar"][0] and shards["joined.tar"]["samples"] == 2
+    assert reasons["nothing.tar"] == ["no sample in this shard"] and "cut at byte 0" in reasons["zero.tar"][0]
+    assert reasons["words.tar"] == ["no image member"] * 2
 
 
 def test_table_lists_a_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

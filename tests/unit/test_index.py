@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beit3_dist.data import index
+from beit3_dist.data import cache, index
 from beit3_dist.data.index import Share, Table, expand, open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
+from beit3_dist.data.tars import Tar
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, write_tar
 
 
@@ -98,8 +99,10 @@ def test_members_agree_with_tarfile(tmp_path: Path, form: int) -> None:
         tar.addfile(tarfile.TarInfo("last.jpg"))
     with tarfile.open(path) as tar:
         expected = [(member.name.encode(), member.offset_data, member.size) for member in tar if member.isreg()]
-    with open(path, "rb") as file:
-        assert list(index.members(file.fileno(), str(path))) == expected
+    with Tar(str(path)) as tar:
+        entries = list(tar)
+    assert [entry[:3] for entry in entries if not entry.odd] == expected
+    assert [(entry.name, entry.odd) for entry in entries if entry.odd] == [(b"link.jpg", "a symbolic link")]
 
 
 def test_keys_with_dots_folders_and_non_adjacent_members(tmp_path: Path) -> None:
@@ -142,7 +145,9 @@ def test_incomplete_samples_are_left_out(tmp_path: Path) -> None:
     raw_tar(tmp_path / "a.tar", [("0.jpg", b"A"), ("1.jpg", b"B"), ("1.txt", b"b"), ("2.txt", b"c")])
     table = table_of(tmp_path, Stream.PAIRS)
     assert [key for key, *_ in contents(table)] == ["1"]
-    assert table.notes["incomplete"] == 2
+    [[shard, lacking]] = table.notes["left_out"]
+    assert shard.endswith("a.tar")
+    assert lacking == {"no image member": [1, "2"], "no .txt or .json member": [1, "0"]}
     assert len(table_of(tmp_path, Stream.IMAGES)) == 2
 
 
@@ -253,7 +258,7 @@ def test_cut_at_every_byte_yields_whole_samples_only(tmp_path: Path) -> None:
     for end in range(trailer + 1024):
         cut.write_bytes(data[:end])
         found = index.scan(str(cut))
-        rows, _ = index._rows(0, found.places, Stream.PAIRS)
+        rows, _ = index._rows(0, found, Stream.PAIRS)
         complete = sum(number_end <= end for number_end in ends[1::2])
         assert len(rows) == complete, f"cut at byte {end}"
         for number, row in enumerate(rows):
@@ -317,19 +322,19 @@ def test_processes_share_the_scanning(tmp_path: Path, monkeypatch: pytest.Monkey
     for number in range(5):
         image_tar(tmp_path / f"{number}.tar", 1, seed=number)
     scanned: list[str] = []
-    scan, locked = index.scan, index.locked
+    scan, locked = index.scan, cache.locked
     monkeypatch.setattr(index, "scan", lambda path: scanned.append(Path(path).stem) or scan(path))
 
     def wait_for_ever(target: Path) -> None:
         raise TimeoutError
 
-    monkeypatch.setattr(index, "locked", wait_for_ever)
+    monkeypatch.setattr(cache, "locked", wait_for_ever)
     for number, own in enumerate(({"0"}, {"1", "2"})):
         scanned.clear()
         with pytest.raises(TimeoutError):
             open_table(str(tmp_path / "*.tar"), "", Stream.IMAGES, str(tmp_path / "cache"), Share(number, 3))
         assert set(scanned) == own and len(scanned) == len(own)
-    monkeypatch.setattr(index, "locked", locked)
+    monkeypatch.setattr(cache, "locked", locked)
     scanned.clear()
     assert len(table_of(tmp_path, Stream.IMAGES)) == 5 and sorted(scanned) == ["3", "4"]
     assert [shard for number in range(3) for shard in Share(number, 3).of(5)] == list(range(5))
@@ -372,7 +377,7 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplo
     with caplog.at_level(logging.INFO):
         table = table_of(tmp_path, Stream.IMAGES)
     assert "indexing images: 1 of 1 shards" in caplog.text
-    assert json.loads(table.file.with_suffix(".json").read_text()) == {"damage": [], "incomplete": 0}
+    assert json.loads(table.file.with_suffix(".json").read_text()) == {"damage": [], "left_out": []}
 
 
 def test_one_slow_shard_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def table_of(folder: Path, stream: Stream, samples: int) -> Table:
     paths = expand(pattern, "")
     marks = [fingerprint(path) for path in paths]
     file = cache / f"{digest(FORMAT, stream.name, *zip(paths, marks, strict=True))}.npy"
-    file.with_suffix(".json").write_text(json.dumps({"damage": [], "incomplete": 0}))
+    file.with_suffix(".json").write_text(json.dumps({"damage": [], "left_out": []}))
     sparse(file, (samples,), ROW)
     return open_table(pattern, "", stream, str(cache))
 

@@ -181,14 +181,16 @@ def test_names_are_only_names(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert '<script>alert("1")<.png' in page.text and "<b>broken.png" in page.text and "two?lines.png" in page.text
 
 
-def test_links_and_hidden_files_are_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
+def test_links_are_followed_once(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "pictures"
     noise(folder / "a.JPG", 0)
     noise(folder / ".hidden" / "b.png", 1)
     noise(folder / ".c.png", 2)
     (folder / "round").symlink_to(folder)
+    noise(tmp_path / "elsewhere" / "d.png", 3)
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(folder / "pipe.png")
-    assert "1 pictures" in search(capsys, folder, model)[-1]
+    assert "2 pictures" in search(capsys, folder, model)[-1]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, folder: Path, model: Path, tokenizer: Path) -> None:  # noqa: F811

@@ -236,7 +236,8 @@ def test_incomplete_pairs_are_counted(
     )
     with caplog.at_level(logging.WARNING):
         assert len(pairs(tmp_path, tokenizer)) == 1
-    assert "pairs: 2 samples lack a member" in caplog.text
+    for reason, key in (("no .txt or .json member", "1"), ("no image member", "2")):
+        assert f"pairs: 1 left out: {reason}; the first is {key} of {tmp_path / 'a.tar'}" in caplog.text
 
 
 def test_pairs_are_never_mixed(tmp_path: Path, tokenizer: TextTokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_every_kind_of_source_is_read(tmp_path: Path) -> None:
     patterns = [str(tmp_path / name) for name in ("{text,pairs}-*.tar", "plain.txt", "records.jsonl", "text-0.tar")]
     # The patterns name text-0.tar twice; it is read once. A pattern's files come in the order of their names.
     assert list(train_text_tokenizer.sentences(patterns)) == [*words[10:13], *words[:10], *words[13:30]]
+
+
+def test_shards_are_read_as_in_pretraining(tmp_path: Path) -> None:
+    """Extensions in any case, compressed and upper-case tars, and no file attributes of a Mac."""
+    words = sentences()[:60]
+    hidden = {"__key__": "._a", "txt": b"\0\5\x16\7\xff\xfe"}
+    for name, members in (
+        ("0.tar", [hidden, {"__key__": "a", "txt": words[0].encode()}]),
+        ("1.TAR", [{"__key__": "b", "TXT": words[1].encode()}]),
+        ("2.tar", [{"__key__": "c", "JSONL": json.dumps({"text": words[2]}).encode()}, {"__key__": "d", "cls": b"1"}]),
+        ("3.plain", [{"__key__": "e", "txt": words[3].encode()}]),
+    ):
+        write_tar(tmp_path / name, members)
+    for name in ("3.tar.gz", "4.TGZ"):
+        (tmp_path / name).write_bytes(gzip.compress((tmp_path / "3.plain").read_bytes()))
+    (tmp_path / "5.JSONL").write_text(json.dumps({"text": words[5]}) + "\n")
+    patterns = [str(tmp_path / name) for name in ("*.tar", "*.TAR", "*.tar.gz", "*.TGZ", "*.JSONL")]
+    found = list(train_text_tokenizer.sentences(patterns, str(tmp_path / "cache")))
+    assert found == [words[0], words[2], words[1], words[3], words[3], words[5]]
 
 
 def test_long_documents_are_cut_and_not_left_out(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Which files and members count, and as what: one rule for tars and folders, whoever reads them.
+
+A name's extension says what it is, in any case of letters. What a system put there by itself does not count: names that
+begin with a dot (`._a.jpg` holds a Mac's file attributes, `.DS_Store` its view of a folder) and what lies in __MACOSX.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+IMAGE, TXT, JSON, JSONL = range(4)
+"""Kinds of members, and their columns in a scan."""
+KIND_NAMES = ("image", ".txt", ".json", ".jsonl")
+"""Kinds by number, in words."""
+PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
+"""Extensions of pictures."""
+KINDS = {name.encode(): IMAGE for name in PICTURES} | {b"txt": TXT, b"json": JSON, b"jsonl": JSONL}
+"""Known extensions, in lower case."""
+TARS = (".tar", ".tar.gz", ".tgz")
+"""What names of tars end in."""
+LONGEST_EXTENSION = 8
+"""Characters; what follows a dot and is longer is part of a name."""
+HIDDEN = "hidden"
+"""The reason of what does not count and is not missed."""
+
+LeftOut = dict[str, tuple[int, str]]
+"""What is not used: reason -> how many, and the name of the first."""
+
+
+def leave_out(left_out: LeftOut, reason: str, name: str) -> None:
+    """Counts one more."""
+    count, first = left_out.get(reason, (0, name))
+    left_out[reason] = count + 1, first
+
+
+def hidden(name: bytes) -> bool:
+    """Whether a path is a system's own: a part of it begins with a dot, or is __MACOSX."""
+    if not (name.startswith(b".") or b"/." in name or b"__MACOSX" in name):
+        return False  # nearly all
+    return any(part == b"__MACOSX" or part.startswith(b".") and part not in (b".", b"..") for part in name.split(b"/"))
+
+
+def key_and_extension(name: bytes) -> tuple[bytes, bytes]:
+    """A member's key, its path up to the last dot, and what follows that, in lower case."""
+    key, _, extension = name.rpartition(b".")
+    return key, extension.lower()
+
+
+def key_and_kind(name: bytes) -> tuple[bytes, int | None]:
+    """A member's key and its kind; None if it does not count."""
+    key, extension = key_and_extension(name)
+    return key, None if hidden(name) else KINDS.get(extension)
+
+
+def why_not(name: bytes) -> str:
+    """Why a name of no kind that is wanted does not count."""
+    if hidden(name):
+        return HIDDEN
+    stem, dot, extension = name.rpartition(b"/")[2].rpartition(b".")
+    if not dot or not extension.isalnum() or len(extension) > LONGEST_EXTENSION:
+        return "no known extension"
+    return f"extension .{extension.lower().decode()}"
+
+
+def is_tar(path: str) -> bool:
+    """Whether a file is named like a tar, compressed or not."""
+    return path.lower().endswith(TARS)
+
+
+def is_jsonl(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is named like JSON lines."""
+    return os.fspath(path).lower().endswith(".jsonl")
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder, sorted: links to folders too, hidden ones not."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(os.fsencode(entry.name)))
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Names of the pictures in a folder, sorted."""
+    return [name for name in sorted(os.listdir(folder)) if not _no_picture(folder / name)]
+
+
+def pictures_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """All pictures below a folder, folder by folder in the order of their names; what else is there is counted.
+
+    Links are followed; each folder comes once, whatever leads there.
+    """
+
+    def lost(path: str, reason: str) -> None:
+        leave_out(left_out, reason, os.path.relpath(path, folder))
+
+    def unreadable(error: OSError) -> None:
+        lost(error.filename, error.strerror or str(error))
+
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        status = os.stat(parent)
+        place = status.st_dev, status.st_ino
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        for name in sorted(names):
+            path = Path(parent, name)
+            if reason := _no_picture(path):
+                lost(os.fspath(path), reason)
+            else:
+                yield path
+        for name in [name for name in folders if hidden(os.fsencode(name))]:
+            lost(os.path.join(parent, name), HIDDEN)
+            folders.remove(name)
+        folders.sort()
+
+
+def _no_picture(path: Path) -> str:
+    """Why a path is no picture; empty if it may be one, which its content is not asked for."""
+    name = os.fsencode(path.name)
+    if key_and_kind(name)[1] != IMAGE:
+        return why_not(name)
+    try:
+        return "" if stat.S_ISREG(path.stat().st_mode) else "not a regular file"
+    except OSError as error:
+        return error.strerror or str(error)
