@@ -28,7 +28,8 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def type_of(name: str, annotation: Any) -> str:
-    return {"int": "i32", "float": "fp32"}.get(annotation, TYPES.get(name, "*bf16"))
+    """In Triton's words."""
+    return {"int": "i64" if name == "elements" else "i32", "float": "fp32"}.get(annotation, TYPES.get(name, "*bf16"))
 
 
 def resources(code: bytes) -> str:
@@ -82,8 +83,9 @@ if __name__ == "__main__":
     for branch, keep, norm, place in ((False, False, True, True), (True, True, True, True), (True, True, False, False)):
         flags = {"BRANCH": branch, "KEEP": keep, "NORM": norm, "PLACE": place}
         compile_kernel(residual_norm._forward_kernel, options, **shape, **flags)
-        compile_kernel(residual_norm._backward_kernel, options, **shape, **flags)
+        compile_kernel(residual_norm._backward_kernel, options | {"maxnreg": REGISTERS}, **shape, **flags)
     stripe = {"ROWS": sums.STRIPE_ROWS, "COLUMNS": sums.STRIPE_COLUMNS}
+    compile_kernel(gelu._forward_kernel, {"num_warps": 8}, BLOCK=gelu.BLOCK)
     compile_kernel(gelu._backward_kernel, {}, WIDTH=6144, **stripe)
     compile_kernel(sums._columns_kernel, {}, WIDTH=4224, **stripe)
     compile_kernel(sums._sum_kernel, {}, KINDS=3, WIDTH=1408, ROWS=sums.ROWS, COLUMNS=sums.COLUMNS)

@@ -12,10 +12,31 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import gelu
 
 from beit3_dist.kernels.triton.launch import require_narrow
+from beit3_dist.kernels.triton.normal import cumulative_and_density
 from beit3_dist.kernels.triton.sums import STRIPE_COLUMNS, STRIPE_ROWS, stripes, sum_programs
+
+
+BLOCK = 4096
+"""Elements that a program of the forward pass takes."""
+
+
+@triton.jit(do_not_specialize=["elements"])
+def _forward_kernel(x_ptr: tl.tensor, y_ptr: tl.tensor, elements: int, BLOCK: tl.constexpr) -> None:
+    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # elements may pass 2^31
+    inside = here < elements
+    x = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + here, x * cumulative_and_density(x)[0], mask=inside)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU of a contiguous tensor."""
+    y, elements = torch.empty_like(x), x.numel()
+    if elements:
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(elements, BLOCK),)](x, y, elements, BLOCK=BLOCK, num_warps=8)
+    return y
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -39,8 +60,8 @@ def _backward_kernel(
         both = (row < rows)[:, None] & inside[None, :]
         x = tl.load(x_ptr + here, mask=both, other=0.0).to(tl.float32)
         gradient = tl.load(gradient_ptr + here, mask=both, other=0.0).to(tl.float32)
-        cumulative = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        gradient *= cumulative + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        cumulative, density = cumulative_and_density(x)
+        gradient *= cumulative + x * density
         tl.store(of_x_ptr + here, gradient, mask=both)
         total += gradient
     tl.store(partial_ptr + tl.program_id(1) * WIDTH + column, tl.sum(total, 0), mask=inside)

@@ -19,12 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from beit3_dist.kernels.triton.launch import REGISTERS, WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
+from beit3_dist.kernels.triton.normal import cumulative_and_density
 from beit3_dist.kernels.triton.sums import sum_programs
-
-
-@triton.jit
-def _normal_cumulative(x: tl.tensor) -> tl.tensor:
-    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -46,7 +42,7 @@ def _forward_kernel(
     inside = column < WIDTH
     value = tl.load(x_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        value *= _normal_cumulative(value)
+        value *= cumulative_and_density(value)[0]
     mean = tl.sum(value, 0) / WIDTH
     centred = tl.where(inside, value - mean, 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + eps)
@@ -88,7 +84,7 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
         scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)
         if GELU:
-            cumulative = _normal_cumulative(x)
+            cumulative, density = cumulative_and_density(x)
             normal = (x * cumulative - mean) * scale
         else:
             normal = (x - mean) * scale
@@ -97,7 +93,7 @@ def _backward_kernel(
         weighted = gradient * weight
         of_x = scale * (weighted - tl.sum(weighted, 0) / WIDTH - normal * (tl.sum(weighted * normal, 0) / WIDTH))
         if GELU:
-            of_x *= cumulative + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+            of_x *= cumulative + x * density
         tl.store(of_x_ptr + row * WIDTH + column, of_x, mask=here)
         if KINDS == 3:
             sum_of_x += tl.where(here, of_x, 0.0)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from beit3_dist.kernels.residual_norm import Branch, Norms
-from beit3_dist.kernels.triton.launch import WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
+from beit3_dist.kernels.triton.launch import REGISTERS, WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
 from beit3_dist.kernels.triton.sums import sum_programs
 
 SEGMENTS = 4
@@ -323,6 +323,7 @@ class _ResidualNorm(torch.autograd.Function):
                     NORM=norms > 0,
                     PLACE=place is not None,
                     num_warps=warps,
+                    maxnreg=REGISTERS,
                 )
         # Each sum is over the programs of an expert's segments, which are neighbours.
         first = [0, *programs]

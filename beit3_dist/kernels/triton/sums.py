@@ -95,7 +95,7 @@ def _columns_kernel(
     tl.store(partial_ptr + tl.program_id(1) * WIDTH + column, tl.sum(total, 0), mask=inside)
 
 
-STRIPE_ROWS, STRIPE_COLUMNS = 8, 512
+STRIPE_ROWS, STRIPE_COLUMNS = 4, 512
 """Of a matrix that a program takes at a time: loads of a kilobyte of bf16."""
 PROGRAMS_A_PROCESSOR = 8
 
