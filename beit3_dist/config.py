@@ -418,11 +418,17 @@ class TrainingConfig:
     whole blocks. A list has one entry per pipeline rank: rank r of p holds the activations of p - r micro-batches."""
     activation_checkpointing_every: int = 1
     """Recompute in every so many-th block only, counted over the whole model from block 0."""
-    kernels: Literal["torch", "triton", "compiled"] = "torch"
+    kernels: Literal["auto", "torch", "triton", "compiled"] = "auto"
     """Who computes what is no matrix product. torch: torch's own operations, and Apex's LayerNorm where installed.
-    triton: our kernels for LayerNorm, GELU with sub-LayerNorm, and cross-entropy; they need CUDA (what tensor
-    parallelism cuts, torch computes). compiled: torch.compile joins the operations of each block; the first step then
-    takes minutes. It needs torch 2.10 and a C++ compiler, and is no faster on a CPU."""
+    triton: our kernels, which join residual connections, drop path, norms, GELU and the gradients of biases; they need
+    CUDA (what tensor parallelism cuts, they compute norm by norm). compiled: torch.compile joins the operations of each
+    block; the first step then takes minutes. It needs torch 2.10 and a C++ compiler, and is no faster on a CPU. auto:
+    triton on CUDA, torch on the CPU."""
+    attention_kernel: Literal["auto", "padded", "varlen", "flash"] = "auto"
+    """Who computes softmax(q k') v. padded: torch's attention, group by group, texts padded to one length. varlen:
+    torch's for samples of different lengths, without padding or copies. flash: the same by the package flash-attn-4,
+    on H100 and newer. The last two need kernels=triton and bf16; masks that do more than hide padding always take
+    padded. auto: flash where it is installed, else varlen, else padded."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
     contradicts it is an error. Empty: everything is auto."""

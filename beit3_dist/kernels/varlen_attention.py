@@ -7,8 +7,8 @@ package is installed, else the one in torch; both compute a head of 88 numbers a
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +22,10 @@ more) -> softmax(q k' / sqrt(d)) v within each sample, [T, H, d]."""
 
 def plain_varlen_attention(qkv: Tensor, cumulative: Tensor, longest: int) -> Tensor:
     """The definition."""
-    ends = cumulative.tolist()
-    mixed = [
-        scaled_dot_product_attention(*(part.transpose(0, 1) for part in qkv[start:end].unbind(1))).transpose(0, 1)
-        for start, end in zip(ends, ends[1:], strict=False)
-    ]
+    mixed, ends = [], cumulative.tolist()
+    for start, end in zip(ends, ends[1:], strict=False):
+        q, k, v = qkv[start:end].transpose(0, 2).unbind(1)  # [H, N, d]
+        mixed.append(scaled_dot_product_attention(q, k, v).transpose(0, 1))
     return torch.cat(mixed) if mixed else qkv.new_empty(0, *qkv.shape[2:])
 
 
@@ -35,7 +34,9 @@ def torch_varlen_attention(qkv: Tensor, cumulative: Tensor, longest: int) -> Ten
     from torch.nn.attention.varlen import varlen_attn  # not in older torch
 
     q, k, v = qkv.unbind(1)
-    return varlen_attn(q, k, v, cumulative, cumulative, longest, longest)
+    mixed = varlen_attn(q, k, v, cumulative, cumulative, longest, longest)
+    assert isinstance(mixed, Tensor)  # no log-sums were asked for
+    return mixed
 
 
 class _FlashAttention4(torch.autograd.Function):
@@ -72,20 +73,20 @@ def flash_varlen_attention(qkv: Tensor, cumulative: Tensor, longest: int) -> Ten
     return _FlashAttention4.apply(qkv, cumulative, longest)
 
 
-def _found(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package that it would lie in
-        return False
+@dataclass(frozen=True)
+class VarlenKernel:
+    """A kernel and what it needs: bf16 or fp16 on CUDA in any case."""
+
+    compute: VarlenAttention
+    module: str
+    needs: str
+    """The package of `module`, for people."""
+    hopper: bool
+    """Whether older GPUs than the H100 are left out."""
 
 
-VARLEN_ATTENTION: dict[str, tuple[str, VarlenAttention]] = {
-    "flash": ("flash_attn.cute", flash_varlen_attention),
-    "varlen": ("torch.nn.attention.varlen", torch_varlen_attention),
+VARLEN_ATTENTION = {
+    "flash": VarlenKernel(flash_varlen_attention, "flash_attn.cute", "the package flash-attn-4", hopper=True),
+    "varlen": VarlenKernel(torch_varlen_attention, "torch.nn.attention.varlen", "torch 2.10 or newer", hopper=False),
 }
-"""Name -> the module that it needs, and who computes; the first that is there is the default."""
-
-
-def find_varlen_attention() -> str | None:
-    """The best one that is installed."""
-    return next((name for name, (module, _) in VARLEN_ATTENTION.items() if _found(module)), None)
+"""By name, the fastest first."""

@@ -22,7 +22,7 @@ from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.averaging import WeightAverage
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
-from beit3_dist.parallel.kernels import use_kernels
+from beit3_dist.parallel.kernels import chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
 from beit3_dist.parallel.sharding import shard
@@ -78,8 +78,8 @@ class Engine:
         self.model, self.whole_shapes = _build_model(config, build(), groups, settings, values, plan)
         self.model.blocks.recompute = config.recompute(self.mesh.pipeline_rank)
         self.model.blocks.recompute_every = config.activation_checkpointing_every
-        use_kernels(self.model, config.kernels)
-        if config.kernels != "torch":
+        use_kernels(self.model, config.kernels, config.attention_kernel)
+        if chosen_kernels(config.kernels) != "torch":
             set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what computes it
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).

@@ -1,6 +1,6 @@
 """Blocks whose arithmetic between matrix products and attention's core runs in few kernels (kernels/triton).
 
-    norm                         residual stream -> normal tokens, pairs sample by sample where the projections are shared
+    norm                         normal tokens, which lie sample by sample where the projections are shared
     q, k and v                   one product; attention over samples of different lengths, without padding
     out, residual, norm          the bias, drop path, the residual connection and the experts' norms in one kernel
     experts                      fc1, GELU (and sub-LayerNorm), fc2; gradients of biases come with other passes
@@ -104,7 +104,8 @@ class FusedForward:
         """Attention's core, [T, H * d] in the order of qkv."""
         if packing is not None and self._core is not None:
             return self._core(qkv, packing.cumulative, packing.longest).flatten(1)
-        return attend(*([part] for part in qkv.unbind(1)), layout)[0].flatten(1)
+        q, k, v = qkv.unbind(1)
+        return attend([q], [k], [v], layout)[0].flatten(1)
 
 
 def _modules(multiway: Multiway) -> list[Any]:

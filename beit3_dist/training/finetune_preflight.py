@@ -72,7 +72,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     check_mixing(config, mesh)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
-    check_kernels(config.kernels)
+    check_kernels(config.kernels, config.attention_kernel, config.precision)
     tokenizer = TextTokenizer(config.text_tokenizer)
     tokenizer.check_vocab(config.model.vocab_size)
     classes = read_classes(config)

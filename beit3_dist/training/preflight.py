@@ -51,7 +51,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     config.micro_batch(mesh.data)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
-    check_kernels(config.kernels)
+    check_kernels(config.kernels, config.attention_kernel, config.precision)
     check_pipeline(config)
     checkpoint, state = starting_point(config)
     image_tokenizer = load_vqkd(config.image_tokenizer)

@@ -17,7 +17,6 @@ from beit3_dist.kernels.triton.launch import require_narrow
 from beit3_dist.kernels.triton.normal import cumulative_and_density
 from beit3_dist.kernels.triton.sums import STRIPE_COLUMNS, STRIPE_ROWS, stripes, sum_programs
 
-
 BLOCK = 4096
 """Elements that a program of the forward pass takes."""
 

@@ -13,6 +13,8 @@ the programs', in a fixed order. All of it is computed in fp32.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -198,22 +200,53 @@ def _backward_kernel(
         tl.store(sums_ptr + 2 * WIDTH, of_added, mask=inside)
 
 
-def _segments(*of_experts: list[int]) -> tuple[list[int], list[list[int]]]:
-    """Where the segments end, and the expert of each segment, for each way to share the tokens out among experts.
+@dataclass(frozen=True)
+class _Plan:
+    """How the tokens of experts are four segments, and which programs of the backward pass walk through which."""
 
-    A segment ends wherever an expert's tokens do; where fewer than four do, the last segments are empty.
-    """
-    inner = sorted({end for sizes in of_experts for end in accumulate(sizes[:-1])})
-    rows = sum(of_experts[0])
+    ends: list[int]
+    """Where the segments end; the last ends are equal where there are fewer."""
+    branch: list[int]
+    """Expert of each segment among those that made the branch."""
+    norm: list[int]
+    """The same among those whose norms come."""
+    branch_starts: list[int]
+    """First token of the slice that each segment is in."""
+    norm_starts: list[int]
+    programs: list[int]
+    """Where the programs of the next segment begin."""
+    sums: list[tuple[int, int, int]]
+    """(kind, first, end) of the programs' sums: of each branch's bias, of each norm's weight, of each norm's bias."""
+
+
+@lru_cache(maxsize=256)
+def _plan(rows: int, branch_sizes: tuple[int, ...], norm_sizes: tuple[int, ...], most: int) -> _Plan:
+    """`most`: programs that run at the same time."""
+    for name, sizes in (("branch", branch_sizes), ("norms", norm_sizes)):
+        if sizes and sum(sizes) != rows:
+            raise ValueError(f"x has {rows} tokens, but {name} {sum(sizes)}")
+    inner = sorted({end for sizes in (branch_sizes, norm_sizes) for end in accumulate(sizes[:-1])})
     if len(inner) >= SEGMENTS:
         raise ValueError(f"the experts' tokens are {len(inner) + 1} segments, but at most {SEGMENTS} are possible")
     ends = inner + [rows] * (SEGMENTS - len(inner))
-    experts = []
-    for sizes in of_experts:
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    programs = list(accumulate(min(n, -(-n * most // max(rows, 1))) for n in lengths))
+
+    def of(sizes: tuple[int, ...]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Expert of each segment, its first token, and the programs of each expert."""
         last = list(accumulate(sizes))
         # Of an empty segment it does not matter which; an empty expert has no segment at all.
-        experts.append([next((e for e, end in enumerate(last) if end >= stop and sizes[e]), 0) for stop in ends])
-    return ends, experts
+        experts = [next((e for e, end in enumerate(last) if end >= stop and sizes[e]), 0) for stop in ends]
+        first, spans = [0, *programs], []
+        for expert in range(len(sizes)):
+            mine = [s for s in range(SEGMENTS) if lengths[s] and experts[s] == expert]  # neighbours
+            spans.append((first[mine[0]], first[mine[-1] + 1]) if mine else (0, 0))
+        return experts, [[0, *last][e] for e in experts], spans
+
+    branch, branch_starts, of_branch = of(branch_sizes)
+    norm, norm_starts, of_norm = of(norm_sizes)
+    sums = [(2, *span) for span in of_branch] + [(kind, *span) for kind in (0, 1) for span in of_norm]
+    return _Plan(ends, branch, norm, branch_starts, norm_starts, programs, sums)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -223,7 +256,7 @@ class _ResidualNorm(torch.autograd.Function):
         x: Tensor,
         keep: Tensor | None,
         place: Tensor | None,
-        norm_sizes: list[int],
+        norm_sizes: tuple[int, ...],
         eps: float,
         branches: int,
         *tensors: Tensor,
@@ -233,32 +266,28 @@ class _ResidualNorm(torch.autograd.Function):
         (rows, width), norms = x.shape, len(norm_sizes)
         parts, added = [t.contiguous() for t in tensors[:branches]], tensors[branches : 2 * branches]
         weights, biases = tensors[2 * branches :][:norms], tensors[2 * branches :][norms:]
-        branch_sizes = [len(part) for part in parts]
-        for name, sizes in (("branch", branch_sizes), ("norms", norm_sizes)):
-            if sizes and sum(sizes) != rows:
-                raise ValueError(f"x has {rows} tokens, but {name} {sum(sizes)}")
-        ends, (of_branch, of_norm) = _segments(branch_sizes or [rows], norm_sizes or [rows])
+        sizes = tuple(len(part) for part in parts), norm_sizes
+        block, warps = block_and_warps(width)
+        plan = _plan(rows, *sizes, processors(x.device) * (WARPS_A_PROCESSOR // warps))
         r = torch.empty_like(x) if branches else x
         y = torch.empty_like(x) if norms else x
         mean, scale = torch.empty(2, rows if norms else 0, dtype=torch.float32, device=x.device)
-        block, warps = block_and_warps(width)
-        starts = [0, *accumulate(branch_sizes)]
         if rows:
             with torch.cuda.device_of(x):
                 _forward_kernel[(rows,)](
                     x,
-                    *(parts[e] if branches else x for e in of_branch),
-                    *(added[e] if branches else x for e in of_branch),
+                    *(parts[e] if branches else x for e in plan.branch),
+                    *(added[e] if branches else x for e in plan.branch),
                     x if keep is None else keep,
                     x if place is None else place,
-                    *(weights[e] if norms else x for e in of_norm),
-                    *(biases[e] if norms else x for e in of_norm),
+                    *(weights[e] if norms else x for e in plan.norm),
+                    *(biases[e] if norms else x for e in plan.norm),
                     r,
                     y,
                     mean,
                     scale,
-                    *ends[:3],
-                    *(starts[e] for e in of_branch[1:]),
+                    *plan.ends[:3],
+                    *plan.branch_starts[1:],
                     eps,
                     WIDTH=width,
                     BLOCK=block,
@@ -269,15 +298,16 @@ class _ResidualNorm(torch.autograd.Function):
                     num_warps=warps,
                 )
         ctx.save_for_backward(r if norms else None, mean, scale, keep, place, *weights)
-        ctx.branch_sizes, ctx.norm_sizes = branch_sizes, norm_sizes
+        ctx.plan, ctx.sizes = plan, sizes
         ctx.set_materialize_grads(False)
-        return (x.view_as(x) if r is x else r), *(y.split(norm_sizes) if norms else ())
+        return (x.view_as(x) if r is x else r), *(y.split(list(norm_sizes)) if norms else ())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, of_r: Tensor | None, *of_y: Tensor | None) -> tuple[Tensor | None, ...]:
         r, mean, scale, keep, place, *weights = ctx.saved_tensors
-        branch_sizes, norm_sizes = ctx.branch_sizes, ctx.norm_sizes
+        plan: _Plan = ctx.plan
+        branch_sizes, norm_sizes = ctx.sizes
         branches, norms = len(branch_sizes), len(norm_sizes)
         known = next(t for t in (of_r, *of_y) if t is not None)
         if of_r is None:  # nobody reads r but the norms
@@ -289,33 +319,28 @@ class _ResidualNorm(torch.autograd.Function):
             known.new_zeros(size, width) if part is None else part.contiguous()
             for part, size in zip(of_y, norm_sizes, strict=True)
         ]
-        ends, (of_branch, of_norm) = _segments(branch_sizes or [rows], norm_sizes or [rows])
         of_x = torch.empty_like(of_r) if norms else of_r
         moved = branches > 0 and (keep is not None or place is not None)
         of_branches = torch.empty_like(of_r) if moved else of_x
         block, warps = block_and_warps(width)
-        most = processors(of_r.device) * (WARPS_A_PROCESSOR // warps)
-        lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        programs = list(accumulate(min(n, -(-n * most // max(rows, 1))) for n in lengths))
-        partial = torch.empty(programs[-1], 3, width, dtype=torch.float32, device=of_r.device)
-        starts = [0, *accumulate(norm_sizes)]
+        partial = torch.empty(plan.programs[-1], 3, width, dtype=torch.float32, device=of_r.device)
         if rows:
             with torch.cuda.device_of(of_r):
-                _backward_kernel[(programs[-1],)](
+                _backward_kernel[(plan.programs[-1],)](
                     of_r,
-                    *(parts[e] if norms else of_r for e in of_norm),
+                    *(parts[e] if norms else of_r for e in plan.norm),
                     of_r if r is None else r,
                     mean,
                     scale,
                     of_r if keep is None else keep,
                     of_r if place is None else place,
-                    *(weights[e] if norms else of_r for e in of_norm),
+                    *(weights[e] if norms else of_r for e in plan.norm),
                     of_x,
                     of_branches,
                     partial,
-                    *ends,
-                    *(starts[e] for e in of_norm[1:]),
-                    *programs,
+                    *plan.ends,
+                    *plan.norm_starts[1:],
+                    *plan.programs,
                     WIDTH=width,
                     BLOCK=block,
                     BRANCH=branches > 0,
@@ -325,18 +350,8 @@ class _ResidualNorm(torch.autograd.Function):
                     num_warps=warps,
                     maxnreg=REGISTERS,
                 )
-        # Each sum is over the programs of an expert's segments, which are neighbours.
-        first = [0, *programs]
-
-        def range_of(expert: int, experts: list[int], sizes: list[int]) -> tuple[int, int]:
-            mine = [s for s in range(SEGMENTS) if experts[s] == expert and lengths[s]] if sizes[expert] else []
-            return (first[mine[0]], first[mine[-1] + 1]) if mine else (0, 0)
-
-        of_norms = [range_of(e, of_norm, norm_sizes) for e in range(norms)]
-        of_added = [range_of(e, of_branch, branch_sizes) for e in range(branches)]
-        wanted = [(2, *span) for span in of_added] + [(0, *span) for span in of_norms] + [(1, *span) for span in of_norms]
-        sums = sum_programs(partial, wanted, of_r.dtype)
-        return of_x, None, None, None, None, None, *(of_branches.split(branch_sizes) if branches else ()), *sums
+        sums = sum_programs(partial, plan.sums, of_r.dtype)
+        return of_x, None, None, None, None, None, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
 
 
 def residual_norm(
@@ -350,6 +365,6 @@ def residual_norm(
         norms.weights, norms.biases, norms.sizes, norms.eps
     )  # fmt: skip
     r_TD, *y = _ResidualNorm.apply(
-        x_TD, keep_T, place_T, sizes, eps, len(branch.slices), *branch.slices, *branch.biases, *weights, *biases
+        x_TD, keep_T, place_T, tuple(sizes), eps, len(branch.slices), *branch.slices, *branch.biases, *weights, *biases
     )
     return r_TD, y
