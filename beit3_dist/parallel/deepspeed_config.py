@@ -74,6 +74,7 @@ def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, An
     }
     if bf16:  # without it ZeRO-2 steps with gradients that are not finite, in bf16 only
         expected["bf16.check_grad_overflow"] = (True, "precision")
+        expected["bf16.immediate_grad_update"] = (False, "precision")  # flat_step.py sums gradients up many at a time
     for path, (value, name) in expected.items():
         given = _lookup(settings, path)
         if given not in ("auto", value):

@@ -22,6 +22,7 @@ from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.averaging import WeightAverage
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
+from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
 from beit3_dist.parallel.kernels import chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
@@ -96,6 +97,7 @@ class Engine:
                 config=settings,
                 mpu=groups,
             )
+        flatten_step(self.deepspeed)
         self.zero_stage = config.parallel.zero_stage
         self.average = WeightAverage(self.model, self.optimizer, groups.data, average_decay) if average_decay else None
         self._schedule: Pipeline | Accumulation = (
@@ -115,17 +117,21 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         self.deepspeed.train()
-        totals = self._schedule.train(micro_batches, step_counts, step)
+        totals = self._sum(self._schedule.train(micro_batches, step_counts, step))
+        # Complete on the host when the gradient norm is, whose reading waits for the device; later the host runs ahead.
+        totals = totals.to("cpu", non_blocking=True)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
         self._schedule.after_step()
         if self.average is not None and math.isfinite(norm):  # else the step was left out
             self.average.update()
-        return self._reduce(totals, norm)
+        cross_entropy, correct = totals.tolist()
+        return StepResult(cross_entropy, correct, norm)
 
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> StepResult:
         """Forward only of `accumulation` micro-batches, without drop path."""
         self.deepspeed.eval()
-        return self._reduce(self._schedule.evaluate(micro_batches), 0.0)
+        cross_entropy, correct = self._sum(self._schedule.evaluate(micro_batches)).tolist()
+        return StepResult(cross_entropy, correct, 0.0)
 
     @torch.no_grad()
     def predict(self, inputs: Any, agree: Callable[[bool], bool]) -> Any:
@@ -153,19 +159,17 @@ class Engine:
 
     def _plain_grad_norm(self) -> Tensor:
         """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
-        squares = torch.zeros((), device=self.mesh.device)
         parameters: Iterable[Any] = self.model.parameters()
-        for parameter in parameters:
-            if parameter.model_parallel and parameter.grad is not None:
-                squares += parameter.grad.float().square().sum()
+        counted = [p.grad for p in parameters if p.model_parallel and p.grad is not None]
+        squares = sum_of_squares(counted, torch.float32, self.mesh.device)
         dist.all_reduce(squares, group=self.groups.model)
         return squares.sqrt()
 
-    def _reduce(self, totals: Tensor, norm: float) -> StepResult:
+    def _sum(self, totals: Tensor) -> Tensor:
+        """The statistics of all ranks."""
         self.groups.sum_over_data(totals)
         dist.all_reduce(totals, group=self.groups.pipeline)  # zeros on all stages but the last
-        cross_entropy, correct = totals.tolist()
-        return StepResult(cross_entropy, correct, norm)
+        return totals
 
 
 class Accumulation:

@@ -12,16 +12,16 @@ DeepSpeed 0.19.8 holds these bytes when the gradients of a step are complete:
           ZeRO-2        4 P                  4 P / d     4 P / d   8 P / d
           ZeRO-3        4 P / d              4 P / d     4 P / d   8 P / d             = 20 P / d
 
-bf16 gradients are accumulated in fp32. ZeRO-1 in bf16 is DeepSpeed's BF16_Optimizer, which shards no gradients: it
-keeps the bf16 ones of the backward pass beside their fp32 sums. ZeRO 1 to 3 in fp32 hold every sharded weight twice,
+bf16 gradients are accumulated in fp32. ZeRO-1 in bf16 shards no gradients (`flat_step.FlatBF16`): at the end of a
+backward pass the bf16 ones, 2 P, lie beside their fp32 sums, then they go; where `overlap_comm` is set, the last
+backward pass of a step releases them bucket by bucket. ZeRO 1 to 3 in fp32 hold every sharded weight twice,
 as parameter and as master. tests/parallel/test_memory.py counts the same in real tensors.
 
-Beside these, the buffers of the reduction: reduce_bucket_size elements for ZeRO-2, ZeRO-3 and ZeRO-1 in fp32 (two
-where the DeepSpeed file sets overlap_comm below ZeRO-3). ZeRO-0 and BF16_Optimizer leave the reduction to the engine,
-which joins gradients up to 5e8 elements, then sends bf16 in bf16: a copy of the whole flat gradient, 2 P, and 4 P more
-to join it where it is smaller than 5e8. Under ZeRO-3 the gathered parameters, at most
-min(stage3_max_live_parameters, P). The optimizer step of ZeRO-2, ZeRO-3 and ZeRO-1 in fp32 copies gradients for a
-moment, at most 4 P / d more, when activations are gone.
+Beside these, the buffers of the reduction: reduce_bucket_size elements (two such for ZeRO-2 and ZeRO-1 in fp32 where
+the DeepSpeed file sets overlap_comm). ZeRO-0 leaves the reduction to the engine, which joins gradients up to 5e8
+elements. Under ZeRO-3 the gathered parameters, at most
+min(stage3_max_live_parameters, P). The optimizer step of ZeRO-1 and ZeRO-2 in fp32 copies gradients for a moment, at
+most 4 P / d more, when activations are gone.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def _record(
     """The formulas of the module's docstring; count: P."""
     stage, bf16 = config.parallel.zero_stage, config.precision == "bf16"
     size, sharded = 2 if bf16 else 4, count / data
-    if stage == 0 or (stage == 1 and bf16):
-        bucket = 4 * min(ENGINE_BUCKET, count) if not bf16 else (2 if count > ENGINE_BUCKET else 6) * count
+    if stage == 0:
+        bucket = 4 * min(ENGINE_BUCKET, count)
     else:
-        buffers = 2 if stage < 3 and zero.get("overlap_comm") else 1
+        buffers = 2 if stage < 3 and zero.get("overlap_comm") and not (stage == 1 and bf16) else 1
         bucket = size * buffers * zero.get("reduce_bucket_size", min(DEFAULT_BUCKET, count))
     return StateBytes(
         pipeline_rank=pipeline_rank,

@@ -44,7 +44,7 @@ def test_without_a_file_everything_comes_from_the_run() -> None:
     assert settings["train_micro_batch_size_per_gpu"] == 16
     assert settings["gradient_clipping"] == 2.5
     assert settings["zero_optimization"] == {"stage": 2}
-    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": False}
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     # The engine accumulates by itself: DeepSpeed sees one micro-batch per step.
     assert settings["gradient_accumulation_steps"] == 1 and settings["train_batch_size"] == 32

@@ -73,6 +73,15 @@ BF16 = module("runtime.bf16_optimizer").BF16_Optimizer
         ("pipeline.py", STAGE_3, "grad_partitions_flat_buffer"),
         ("fragments.py", STAGE_1_2, "single_partition_of_fp32_groups"),
         ("fragments.py", BF16, "fp32_groups_flat_partition"),
+        ("flat_step.py", BF16, "bf16_groups"),
+        ("flat_step.py", BF16, "fp32_groups_gradients"),
+        ("flat_step.py", BF16, "fp32_groups_gradients_flat"),
+        ("flat_step.py", BF16, "fp32_groups_gradient_flat_partition"),
+        ("flat_step.py", BF16, "fp32_groups_has_gradients"),
+        ("flat_step.py", BF16, "param_names"),
+        ("flat_step.py", STAGE_1_2, "reduction_stream"),
+        ("flat_step.py", STAGE_3, "grad_partitions_flat_buffer"),
+        ("flat_step.py", STAGE_3, "averaged_gradients"),
         ("fragments.py", STAGE_1_2, "optimizer"),
         ("fragments.py", STAGE_3, "optimizer"),
         ("fragments.py", BF16, "optimizer"),
@@ -91,6 +100,9 @@ def test_attributes_of_the_optimizers(file: str, optimizer: type, name: str) -> 
         ("engine.py", ENGINE, "set_gradient_accumulation_boundary", ["self", "is_boundary"]),
         ("engine.py", ENGINE, "backward", ["self", "loss", "retain_graph", "scale_wrt_gas"]),
         ("engine.py", ENGINE, "get_global_grad_norm", ["self"]),
+        ("flat_step.py", ENGINE, "allreduce_bucket", ["self", "bucket", "dp_group", "dp_world_size"]),
+        ("flat_step.py", ENGINE, "zero_overlap_comm", ["self"]),
+        ("flat_step.py", ENGINE, "zero_reduce_bucket_size", ["self"]),
         ("mesh.py", module("comm.torch"), "build_shm_op", []),
         ("pipeline.py", module("runtime.zero.utils"), "assert_ints_same_as_other_ranks", ["ints"]),
     ],
@@ -179,6 +191,13 @@ def test_bf16_with_fp32_sums_at_stage_1_has_an_optimizer_of_its_own() -> None:
     condition = "model_dtype==torch.bfloat16andgrad_accum_dtype==torch.float32andself.zero_optimization_stage()==1"
     assert condition in source and "_configure_bf16_optimizer" in inspect.getsource(ENGINE), broken(
         "memory.py", "another optimizer serves ZeRO-1 in bf16 with fp32 sums"
+    )
+
+
+def test_engine_leaves_the_reduction_to_an_optimizer_that_has_one() -> None:
+    source = "".join(inspect.getsource(ENGINE).split())
+    assert "hasattr(self.optimizer,'reduce_gradients')" in source, broken(
+        "flat_step.py", "the engine does not look for the optimizer's reduce_gradients"
     )
 
 

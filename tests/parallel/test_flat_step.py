@@ -1,0 +1,161 @@
+"""DeepSpeed's optimizers without their loops over parameters do what they did, bit for bit, in fewer operations."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from beit3_dist.config import RunConfig
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.parallel import engine as engine_module
+from beit3_dist.parallel import flat_step
+from beit3_dist.parallel.engine import Engine
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.training.inputs import host_totals, prepare
+from tests.micro_batches import precomputed_codes
+from tests.parallel.training import SMALL_PIECES, build, engine_run, micro_batches, run_config, starting_value
+from tests.parallel.workers import run_workers
+
+STEPS = 3
+
+
+def deepspeed_file(folder: Path, **zero: Any) -> str:
+    """A DeepSpeed file with several reduce buckets a step, some of one parameter that is larger than a bucket."""
+    pieces = json.loads(SMALL_PIECES.read_text())["zero_optimization"] | {"reduce_bucket_size": 4000}
+    file = folder / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": pieces | zero}))
+    return str(file)
+
+
+@contextmanager
+def deepspeeds_own_optimizer() -> Iterator[None]:
+    """Inside, engines keep DeepSpeed's optimizer as it is."""
+    engine_module.flatten_step = lambda engine: None
+    try:
+        yield
+    finally:
+        engine_module.flatten_step = flat_step.flatten_step
+
+
+def flat_and_not(groups: Groups, configs: list[RunConfig]) -> None:
+    """Runs with and without the module under test; they must be equal bit for bit."""
+    for config in configs:
+        flat = engine_run(groups, config)
+        with deepspeeds_own_optimizer():
+            theirs = engine_run(groups, config)
+        what = f"{config.parallel}, {config.precision}, accumulation {config.batch.accumulation}"
+        assert flat["losses"] == theirs["losses"], what
+        assert flat["grad_norms"] == theirs["grad_norms"], what
+        assert max(flat["grad_norms"]) > config.optim.clip_norm > min(flat["grad_norms"]), flat["grad_norms"]
+        for name, (start, values) in theirs["weights"].items():
+            assert flat["weights"][name][0] == start and np.array_equal(flat["weights"][name][1], values), (what, name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_same_bits(zero_stage: int, precision: str, tmp_path: Path) -> None:
+    configs = []
+    for accumulation, overlap in ((1, True), (2, False), *([(2, True)] if precision == "bf16" else [])):
+        config = run_config(
+            "shallow",
+            zero_stage=zero_stage,
+            precision=precision,
+            accumulation=accumulation,
+            data_parallel=2,
+            steps=STEPS,
+            clip_norm=1.55,
+        )
+        folder = tmp_path / f"{accumulation}{overlap}"
+        folder.mkdir()
+        file = deepspeed_file(folder, overlap_comm=overlap, contiguous_gradients=zero_stage < 3 or not overlap)
+        configs.append(replace(config, deepspeed_config=file))
+    run_workers(2, flat_and_not, configs)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute something: no views, no memory without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view and function is not torch.ops.aten.empty.memory_format:
+            self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations_of_a_step(groups: Groups, config: RunConfig) -> Counter[str]:
+    """Operations of a rank's second step between the end of its backward passes and the end of the step."""
+    engine = Engine(
+        config,
+        groups,
+        lambda: BEiT3(config.model, device="meta"),
+        lambda name, shape: starting_value(name, shape, config),
+        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+        optimizer=lambda model, offload: build(model, offload, config, sgd=False),
+    )
+    operations = Operations()
+    for name in ("_backward_epilogue", "step"):
+        inner = getattr(engine.deepspeed, name)
+
+        def counted(*arguments: Any, inner: Any = inner, **keywords: Any) -> Any:
+            with operations:
+                return inner(*arguments, **keywords)
+
+        setattr(engine.deepspeed, name, counted)
+    for step in range(2):
+        operations.counts.clear()
+        batches = micro_batches(config.model, step, config.batch.accumulation, range(config.batch.accumulation))
+        counts = torch.tensor(host_totals(batches, config.model).counts)
+        prepared = (prepare(batch, groups.mesh.device, precomputed_codes(config.model)) for batch in batches)
+        engine.train_step(prepared, counts, step, 1e-3)
+    return operations.counts
+
+
+def operations_by_layers(groups: Groups, config: RunConfig) -> list[tuple[int, int]]:
+    """(operations by our module, by DeepSpeed) for a model of 2 and for one of 5 layers."""
+    results = []
+    for layers in (2, 5):
+        deeper = replace(config, model=replace(config.model, layers=layers))
+        ours = operations_of_a_step(groups, deeper)
+        with deepspeeds_own_optimizer():
+            theirs = operations_of_a_step(groups, deeper)
+        results.append((ours.total(), theirs.total()))
+    return results
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_operations_do_not_grow_with_the_number_of_parameters(zero_stage: int, tmp_path: Path) -> None:
+    config = run_config("shallow", zero_stage=zero_stage, precision="bf16", accumulation=2, data_parallel=1)
+    file = deepspeed_file(tmp_path, reduce_bucket_size=10**7)  # one bucket: their number grows with the elements
+    config = replace(config, deepspeed_config=file)
+    [[(ours, theirs), (ours_deeper, theirs_deeper)]] = run_workers(1, operations_by_layers, config)
+    assert ours == ours_deeper, f"{ours} operations with 2 layers, {ours_deeper} with 5"
+    assert theirs_deeper > theirs + 100, "DeepSpeed's own do not grow any more: is this module still needed?"
+    assert ours_deeper < theirs_deeper / 10
+
+
+def test_another_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flat in (flat_step.FlatBF16, flat_step.FlatStage12, flat_step.FlatStage3):
+        flat_step.check_written_for(flat)
+    monkeypatch.setattr(flat_step.BF16_Optimizer, "update_hp_grads", lambda self, clear: None)
+    with pytest.raises(RuntimeError, match=r"BF16_Optimizer.update_hp_grads of deepspeed .* has changed: install"):
+        flat_step.check_written_for(flat_step.FlatBF16)
+    monkeypatch.delattr(flat_step.DeepSpeedZeroOptimizer_Stage3, "partition_grads")
+    with pytest.raises(RuntimeError, match=r"partition_grads of deepspeed .* has changed: install"):
+        flat_step.check_written_for(flat_step.FlatStage3)
+    monkeypatch.setattr(flat_step.deepspeed, "__version__", "0.20.1")
+    with pytest.raises(RuntimeError, match=r"deepspeed 0.20.1 was not tried: install deepspeed 0.19"):
+        flat_step.check_written_for(flat_step.FlatStage12)
