@@ -22,14 +22,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from beit3_dist.checkpoint.model_folder import ModelFolder, read_model_folder
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.data.transforms import decode, to_rgb
+from beit3_dist.data.transforms import normalised, read_picture
 from beit3_dist.tasks.all import TASKS
 from beit3_dist.tasks.augmentation import Views
 from beit3_dist.tasks.config import CONTRASTIVE, seen_in_validation
@@ -56,10 +56,8 @@ def open_picture(picture: Picture, max_pixels: int = DataConfig.max_pixels) -> I
                 raise ValueError(f"an array must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
             return Image.fromarray(picture)
         if isinstance(picture, Image.Image):
-            if picture.width * picture.height > max_pixels:
-                raise ValueError(f"a picture of {picture.width} x {picture.height} pixels exceeds {max_pixels}")
-            return to_rgb(ImageOps.exif_transpose(picture))
-        return decode(Path(picture).read_bytes(), max_pixels)
+            return normalised(picture, max_pixels)
+        return read_picture(picture, max_pixels)
     except BadSample as bad:
         name = f"{os.fspath(picture)}: " if isinstance(picture, str | os.PathLike) else ""
         raise ValueError(f"{name}{bad}") from None

@@ -36,7 +36,7 @@ from beit3_dist.data.demo_sources import dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.kinds import PICTURES, LeftOut, is_jsonl, pictures_below
 from beit3_dist.data.sides import side
-from beit3_dist.data.transforms import decode
+from beit3_dist.data.transforms import read_picture
 from beit3_dist.tasks.demo import caption, easy_vqa
 
 DOCUMENTS_PER_MEMBER = 1000
@@ -105,8 +105,8 @@ def prepared(picture: Picture, size: int) -> Picture:
     if picture.text == "":
         return replace(picture, fault="empty caption")
     try:
+        image = read_picture(picture.path, DataConfig.max_pixels)
         data = Path(picture.path).read_bytes()
-        image = decode(data, DataConfig.max_pixels)
     except OSError as error:
         return replace(picture, fault=error.strerror or str(error))
     except BadSample as bad:

@@ -27,7 +27,7 @@ from rich.progress import track
 
 from beit3_dist.config import DataConfig
 from beit3_dist.data.cache import cache_folder
-from beit3_dist.data.faults import BadSample
+from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, LeftOut
 from beit3_dist.data.members import members_of
@@ -35,7 +35,7 @@ from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import json_captions, lines
 from beit3_dist.data.tars import Tar
 from beit3_dist.data.text import documents
-from beit3_dist.data.transforms import decode
+from beit3_dist.data.transforms import decode, largest_file
 from beit3_dist.data.unpack import plain_tar
 
 SHOWN = 20
@@ -119,6 +119,7 @@ def _sample_problems(
     report.samples += len(texts) if job.stream is Stream.TEXTS else 1
     if wants_image:
         try:
+            check_size("a picture", sample[IMAGE][1], largest_file(job.max_pixels))
             decode(content(IMAGE), job.max_pixels)
         except BadSample as bad:
             yield "too many pixels" if "max_pixels" in str(bad) else "unreadable picture", str(bad)

@@ -9,6 +9,12 @@ class BadSample(Exception):
     """This sample cannot be used; another one takes its place. The message is the reason."""
 
 
+def check_size(what: str, size: int, most: int) -> None:
+    """Raises BadSample where something has more bytes than are read: before memory is taken for them."""
+    if size > most:
+        raise BadSample(f"{what} of {size:,} bytes: no more than {most:,} are read")
+
+
 @dataclass(frozen=True)
 class Fault:
     """One line of quarantine.jsonl."""

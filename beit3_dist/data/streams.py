@@ -21,7 +21,7 @@ from PIL import Image
 
 from beit3_dist.config import Source
 from beit3_dist.data import transforms
-from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import TXT, LeftOut
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
@@ -264,6 +264,7 @@ class PictureStream(SampleStream):
 
     def _load_picture(self, source: int, index: int, sample: Sample) -> None:
         row = self.tables[source].rows[index]
+        check_size("a picture", int(row["image"][1]), transforms.largest_file(self.max_pixels))
         data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
         sample.picture = transforms.decode(data, self.max_pixels)
 

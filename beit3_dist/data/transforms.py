@@ -11,19 +11,32 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
+from typing import BinaryIO
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from beit3_dist.config import DataConfig
-from beit3_dist.data.faults import BadSample
+from beit3_dist.data.faults import BadSample, check_size
+from beit3_dist.data.metadata import upright, without_metadata
+from beit3_dist.opening import open_regular
 
 cv2.setNumThreads(0)  # The loader's processes are the parallelism; OpenCV's threads would fight them.
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""What is decoded, whatever the extension says; other decoders of Pillow are never started on foreign bytes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
+"""What is decoded, whatever the extension says; other decoders of Pillow are never started on foreign bytes. HEIF is
+read where the package pillow-heif, which brings its decoder, is installed."""
+BYTES_PER_PIXEL, BYTES_BESIDE = 8, 1 << 26
+"""The largest file of so many pixels: four channels of 16 bits, uncompressed, and what else it holds (64 MiB)."""
+LARGEST_STRIPPED = 1 << 27
+"""Bytes of the largest file (128 MiB) of which the metadata are taken out where Pillow stumbles over them."""
 RATIO = (3 / 4, 4 / 3)
 """Width over height of a crop."""
 CROP_ATTEMPTS = 10
@@ -34,32 +47,95 @@ ORDERS = np.array(list(itertools.permutations(range(3))))
 """Orders of the changes."""
 
 
-def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """The picture in a file's bytes, upright (EXIF orientation) and in RGB; raises BadSample where there is none.
+class TooLarge(BadSample):
+    """The picture has more pixels than are decoded."""
 
-    The size in the file's header is checked against `max_pixels` before any pixel is decoded. An alpha channel or a
-    transparent colour is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and CMYK are converted.
-    32-bit integer and floating-point pictures have no defined white and are refused.
-    """
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow's own check, at the one limit that the run's config names.
+
+def largest_file(max_pixels: int) -> int:
+    """Bytes of the largest picture file that is read."""
+    return BYTES_PER_PIXEL * max_pixels + BYTES_BESIDE
+
+
+@contextmanager
+def _pillow(max_pixels: int) -> Iterator[None]:
+    """Pillow at the one limit of pixels that the run's config names, and its errors as BadSample."""
+    Image.MAX_IMAGE_PIXELS = max_pixels
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # Odd metadata; a picture that decodes is good.
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                raise BadSample(f"{image.width} x {image.height} pixels exceed data.max_pixels={max_pixels}")
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            yield
         except BadSample:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise BadSample(f"more pixels than data.max_pixels={max_pixels}: {error}") from None
+            raise TooLarge(f"more pixels than data.max_pixels={max_pixels}: {error}") from None
         except UnidentifiedImageError:
-            raise BadSample(f"undecodable picture: none of {', '.join(FORMATS)}") from None
+            raise BadSample(f"undecodable picture: none of {', '.join(_formats())}") from None
         except Exception as error:  # Broken files make Pillow raise nearly anything, from OSError to struct.error.
             raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that this Pillow knows, with those of installed plugins."""
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+
+
+def decode(source: bytes | BinaryIO, max_pixels: int) -> Image.Image:
+    """The picture in a file or its bytes, upright and in RGB; raises BadSample where there is none.
+
+    The size in the file's header is checked against `max_pixels` before any pixel is decoded; of a file, no more than
+    the header is read before. Of its metadata, the orientation is used and everything else dropped, however odd it is.
+    An alpha channel or a transparent colour is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and
+    CMYK are converted. 32-bit integer and floating-point pictures have no defined white and are refused.
+    """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return _decoded(file, max_pixels)
+    except TooLarge:
+        raise
+    except BadSample:
+        if file.seek(0, os.SEEK_END) > LARGEST_STRIPPED:
+            raise
+        file.seek(0)
+        data = file.read()
+        if (plain := without_metadata(data)) == data:
+            raise
+        return _decoded(io.BytesIO(plain), max_pixels)
+
+
+def _decoded(file: BinaryIO, max_pixels: int) -> Image.Image:
+    with _pillow(max_pixels):
+        return _plain(Image.open(file, formats=_formats()), max_pixels)
+
+
+def normalised(image: Image.Image, max_pixels: int) -> Image.Image:
+    """What `decode` makes of an opened picture, which stays as it is. Raises BadSample."""
+    with _pillow(max_pixels):
+        return _plain(image, max_pixels)
+
+
+def _plain(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The picture upright, in RGB and without metadata."""
+    if image.width * image.height > max_pixels:
+        raise TooLarge(f"{image.width} x {image.height} pixels exceed data.max_pixels={max_pixels}")
+    image.load()
+    plain = to_rgb(upright(image))
+    if plain.info:  # what is saved from it would hold the profile and the comments
+        plain = plain.copy() if plain is image else plain
+        plain.info = {}
+    return plain
+
+
+def read_picture(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
+    """The picture in a file, as `decode` describes it. Raises OSError where it cannot be read or is no regular file,
+    BadSample where it holds no picture or is larger than one can be."""
+    with open_regular(path) as file:
+        check_size("a picture", os.fstat(file.fileno()).st_size, largest_file(max_pixels))
+        return decode(file, max_pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

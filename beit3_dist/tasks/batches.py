@@ -20,10 +20,11 @@ from torch.utils.data import Dataset
 
 from beit3_dist.config import DataConfig
 from beit3_dist.data.batch import Tensors
-from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.order import generator, mix, permute
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.data.transforms import decode
+from beit3_dist.data.transforms import decode, largest_file, read_picture
+from beit3_dist.opening import open_regular
 from beit3_dist.tasks.augmentation import Mixing, Views
 from beit3_dist.tasks.examples import Example, TarMember
 
@@ -208,7 +209,7 @@ class Examples(Dataset):
         pictures = []
         for image in example.images:
             try:
-                pictures.append(decode(_content(image), self.max_pixels))
+                pictures.append(_decoded(image, self.max_pixels))
             except OSError as error:
                 raise BadSample(f"{image}: {error.strerror or error}") from None
             except BadSample as bad:
@@ -237,15 +238,13 @@ class Examples(Dataset):
         return torch.from_numpy(words), torch.from_numpy(padding)
 
 
-def _content(image: Path | TarMember) -> bytes:
-    """The bytes of a picture file or of a tar's member. Raises OSError or BadSample."""
+def _decoded(image: Path | TarMember, max_pixels: int) -> Image.Image:
+    """The picture in a file or a tar's member. Raises OSError or BadSample."""
     if isinstance(image, Path):
-        return image.read_bytes()
-    file = os.open(image.tar, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = os.pread(file, image.size, image.offset)
-    finally:
-        os.close(file)
+        return read_picture(image, max_pixels)
+    check_size("a picture", image.size, largest_file(max_pixels))
+    with open_regular(image.tar) as file:
+        data = os.pread(file.fileno(), image.size, image.offset)
     if len(data) < image.size:
         raise BadSample(f"short read: {len(data)} of {image.size} bytes")
-    return data
+    return decode(data, max_pixels)
