@@ -60,7 +60,7 @@ class Contenders:
             for name, shape in self.shapes.items()
             for suffix in SUFFIXES
         }
-        self.store = Store(folder / "ours", device, keep=1, keep_every=0)
+        self.store = Store(folder / "ours", device, keep=1, keep_every=0, start=0)
         self.step = 0
         self._host = [torch.empty(t.shape, pin_memory=device.type == "cuda") for t in self.tensors.values()]
 

@@ -62,6 +62,11 @@ def _newest(folder: Path, candidates: list[Path], damages: list[str]) -> Path | 
     return None
 
 
+def newest_whole(candidates: Iterable[Path]) -> Path | None:
+    """The last one that is not damaged; None: there is none."""
+    return next((path for path in reversed(list(candidates)) if not damaged(path)), None)
+
+
 def damaged(path: Path) -> str:
     """What is wrong with a checkpoint, by name of the file; empty if nothing is.
 

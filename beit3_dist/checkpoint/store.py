@@ -58,10 +58,17 @@ class TrainState:
     """Samples that had to be replaced so far."""
     skipped_steps: int = 0
     """Steps that changed nothing, because their loss or gradient was not finite: the optimizer has not counted them."""
+    skipped_in_a_row: int = 0
+    """Those of them that no other step has followed yet."""
     readers: list[list[int]] = field(default_factory=list)
     """Where the virtual readers of streams without random access stand: `streaming.Row` of each."""
     sources: dict[str, Any] = field(default_factory=dict)
     """What the order of the samples depends on, by field of the config; empty in checkpoints of former versions."""
+
+    @property
+    def last_finite(self) -> int:
+        """The last step that was not skipped; 0: none. It shows that the weights which it has met are good."""
+        return self.step - self.skipped_in_a_row
 
     def advance(self, samples: tuple[int, int, int], replaced: int, skipped: bool = False) -> None:
         """Counts one more step of so many samples of each kind."""
@@ -70,6 +77,7 @@ class TrainState:
         self.step += 1
         self.bad_samples += replaced
         self.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
 
 
 def step_name(step: int) -> str:
@@ -109,12 +117,19 @@ class _Saving:
 class Store:
     """Writes a run's checkpoints. Every method is collective and communicates in the calling thread.
 
-    keep: newest checkpoints that stay; 0: all. keep_every: multiples of so many steps stay for ever; 0: none.
+    keep: newest good checkpoints that stay; 0: all. keep_every: multiples of so many steps stay for ever; 0: none.
+    start: the step that the run goes on after.
     """
 
-    def __init__(self, folder: Path, device: torch.device, keep: int, keep_every: int) -> None:
+    def __init__(self, folder: Path, device: torch.device, keep: int, keep_every: int, start: int) -> None:
         self._folder, self._device = folder, device
         self._keep, self._keep_every = keep, keep_every
+        self._newest = start
+        """Step of the run's newest checkpoint: later ones come from before the run went back behind them."""
+        self._last_finite = 0
+        """See `TrainState.last_finite`."""
+        self._prunes = False
+        """Whether older checkpoints wait for the newest one to prove good."""
         self._is_first = dist.get_rank() == 0
         self._shard = f"shard_{dist.get_rank():05d}.safetensors"
         self._snapshot = Snapshot(device)
@@ -140,6 +155,7 @@ class Store:
         """
         started = time.perf_counter()
         self.wait()
+        self._last_finite = state.last_finite
         self._snapshot.take(pieces)
         content = {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions}
         partial = self._partial(state.step)
@@ -154,6 +170,21 @@ class Store:
 
         task = self._thread.submit(write)
         self._saving = _Saving(state.step, started, time.perf_counter() - started, task)
+
+    def vouch(self, state: TrainState) -> None:
+        """At the boundary of a step: that it was finite shows that the weights before it are good, and a good
+        checkpoint lets older ones go."""
+        self._last_finite = state.last_finite
+        if self._prunes and self._saving is None and self._newest < self._last_finite:
+            self._prunes = False
+            if self._is_first:
+                self._thread.submit(self._prune)
+
+    def good(self) -> list[Path]:
+        """The run's checkpoints that a finite step has followed, the oldest first. An error that destroys the weights
+        shows in the steps after it, and so in none of these."""
+        last = min(self._newest, self._last_finite - 1)
+        return [path for step, path in checkpoints(self._folder).items() if step <= last]
 
     def check(self) -> None:
         """At the boundary of a step: does what is due for a checkpoint on its way, without waiting for it.
@@ -181,7 +212,7 @@ class Store:
     def _go_on(self, saving: _Saving) -> None:
         """All ranks have done what they had to."""
         if saving.shards_written:
-            self._saving = None
+            self._saving, self._newest, self._prunes = None, saving.step, True
             return
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, saving.task.result())
@@ -190,7 +221,7 @@ class Store:
         saving.task = self._thread.submit(lambda: self._finish(saving, entries) if self._is_first else None)
 
     def _finish(self, saving: _Saving, entries: dict[str, dict[str, Any]]) -> None:
-        """Makes the checkpoint whole, points `latest` to it and removes the ones that are not kept."""
+        """Makes the checkpoint whole, points `latest` to it and removes what is not kept."""
         partial, final = self._partial(saving.step), self._folder / step_name(saving.step)
         write_hashed(partial / "manifest.json", [as_json(entries).encode()])
         sync(partial)
@@ -198,6 +229,7 @@ class Store:
         partial.rename(final)
         sync(self._folder)
         write_text(self._folder / "latest", final.name + "\n")
+        self._remove_partial()
         self._prune()
         log.info(
             "%s: %.1f MB saved; the training stood still for %.3f s, the rest took %.3f s beside it",
@@ -225,10 +257,11 @@ class Store:
         )
 
     def _make_way(self, step: int) -> None:
-        """Moves checkpoints of this step and later ones aside: they come from before the run went back to an older
-        step, and nothing shall go on from them by accident. `latest` names a whole checkpoint all the while."""
-        present = checkpoints(self._folder)
-        ahead, before = ([s for s in present if (s >= step) is late] for late in (True, False))
+        """Moves checkpoints aside that are later than the run's own, or of this step: they come from before the run
+        went back to an older step, and nothing shall go on from them by accident. `latest` names a whole checkpoint
+        all the while."""
+        present, own = checkpoints(self._folder), min(self._newest, step - 1)
+        ahead, before = ([s for s in present if (s > own) is late] for late in (True, False))
         if ahead and before:
             write_text(self._folder / "latest", present[before[-1]].name + "\n")
         for path in (present[s] for s in ahead):
@@ -237,13 +270,14 @@ class Store:
             path.rename(aside)
 
     def _prune(self) -> None:
-        """Removes what is neither among the newest nor kept for ever; renamed first, so that no half remains."""
-        present = checkpoints(self._folder)
-        for step in list(present)[: -self._keep] if self._keep else []:
+        """Removes what is older than the newest good ones and not kept for ever; renamed first, so that no half
+        remains. While no step shows that a checkpoint is good, it lets no other one go."""
+        present, last_finite = checkpoints(self._folder), self._last_finite
+        good = [step for step in present if step < last_finite]
+        for step in good[: -self._keep] if self._keep else []:
             if not self._keep_every or step % self._keep_every:
-                with _tried_again(present[step]):
-                    present[step].rename(self._partial(step))
-        self._remove_partial()
+                with _tried_again(self._partial(step)):
+                    shutil.rmtree(present[step].rename(self._partial(step)))
 
     def _remove_partial(self) -> None:
         """Removes all `*.partial`, none of which is being written now."""

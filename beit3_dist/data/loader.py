@@ -51,6 +51,39 @@ def _trainers_end() -> Connection:
     return ending
 
 
+class WorkerKilled(RuntimeError):
+    """A signal has ended a loader process."""
+
+
+WHY = {
+    signal.SIGKILL: "as the system does where memory runs out: lower data.workers or data.prefetch, or give it more",
+    signal.SIGBUS: "as where /dev/shm is full: enlarge it, or lower data.workers or data.prefetch",
+}
+"""What mostly lies behind the end of a loader process."""
+
+
+class _Read:
+    """The items of loader processes, which start at once. Raises WorkerKilled where one of them was."""
+
+    def __init__(self, read: DataLoader) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[Any]:
+        return _items(iter(self._read))
+
+
+def _items(read: Any) -> Iterator[Any]:
+    try:
+        yield from read
+    except RuntimeError:
+        for worker in read._workers:  # DataLoader says no more than that one "exited unexpectedly"
+            if worker.exitcode is not None and worker.exitcode < 0:
+                number = signal.Signals(-worker.exitcode)
+                why = f", {WHY[number]}" if number in WHY else ""
+                raise WorkerKilled(f"loader process {worker.pid} was killed by {number.name}{why}") from None
+        raise
+
+
 def _unchanged(item: object) -> object:
     """Collation: the items are batches already."""
     return item
@@ -138,7 +171,7 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     for number, handler in former:
         signal.signal(number, handler)
     # Its own generator: without one, DataLoader would draw a seed from torch's global one.
-    read = DataLoader(
+    loading = DataLoader(
         dataset,
         batch_size=None,
         sampler=requests,
@@ -150,4 +183,5 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         multiprocessing_context=context,
         generator=torch.Generator(),
     )
+    read = _Read(loading)
     return read if pin else TakenAhead(read)

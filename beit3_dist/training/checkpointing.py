@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 
 from beit3_dist.checkpoint import read
-from beit3_dist.checkpoint.find import find, read_state, verified
+from beit3_dist.checkpoint.find import find, newest_whole, read_state, verified
 from beit3_dist.checkpoint.layout import Cut, Piece
-from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState
+from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, step_of
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import TrainingConfig, require
 from beit3_dist.parallel.engine import Engine
@@ -31,25 +31,43 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     At the end of the context the last checkpoint is whole, also where the run stops itself, which all ranks do; after
     any other error the other ranks may have gone, and what is on its way is left undone.
 
+    origin, start: the checkpoint that the run goes on from (None: a new run), and its step.
     pieces: what this rank contributes at that moment.
     """
 
     def __init__(
-        self, config: TrainingConfig | TokenizerConfig, mesh: Mesh, pieces: Callable[[], Iterable[Piece]]
+        self,
+        config: TrainingConfig | TokenizerConfig,
+        mesh: Mesh,
+        origin: Path | None,
+        start: int,
+        pieces: Callable[[], Iterable[Piece]],
     ) -> None:
         self._config, self._pieces, self._versions = config, pieces, _versions()
-        settings = config.checkpoint
-        self._store = Store(Path(config.out) / "checkpoints", mesh.device, settings.keep, settings.keep_every)
+        self._origin, self._start = origin, start
+        settings, folder = config.checkpoint, Path(config.out) / "checkpoints"
+        self._store = Store(folder, mesh.device, settings.keep, settings.keep_every, start)
 
     def save(self, state: TrainState) -> None:
         """Begins to save everything that the run needs to go on after `state.step`."""
         with _ending_the_run():
             self._store.save(self._pieces(), state, self._config.model, to_yaml(self._config), self._versions)
 
-    def check(self) -> None:
+    def check(self, state: TrainState) -> None:
         """For every step that does not save: finishes what is on its way, without waiting for it."""
+        self._store.vouch(state)
         with _ending_the_run():
             self._store.check()
+
+    def last_good(self, state: TrainState) -> Path | None:
+        """The newest whole checkpoint that a finite step has followed, so that training goes on from it; None where
+        there is none."""
+        self.wait()
+        self._store.vouch(state)
+        good = [(step_of(path), path) for path in self._store.good()]
+        if self._origin is not None and self._start < state.last_finite:
+            good.append((self._start, self._origin))  # which may lie in another run's folder
+        return newest_whole(path for _, path in sorted(good))
 
     def wait(self) -> None:
         """Returns when no checkpoint is on its way any more."""

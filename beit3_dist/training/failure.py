@@ -54,13 +54,20 @@ class FailureBoard:
         self._store = dist.PrefixStore(f"beit3_dist/failure/{attempt}", store)
         self._world = dist.get_world_size()
 
-    def post(self) -> bool:
-        """Puts the mark up. Whether this process is the first to do so."""
-        return self._store.add("failed", 1) == 1
+    def post(self, exit_code: int) -> bool:
+        """Puts the mark up, with the code that all shall end with. Whether this process is the first to do so."""
+        is_first = self._store.add("first", 1) == 1
+        if is_first:
+            self._store.set("failed", str(exit_code))
+        return is_first
 
     def is_posted(self) -> bool:
         """Whether some process has failed."""
         return self._store.check(["failed"])
+
+    def exit_code(self) -> int:
+        """The code of the mark that is up."""
+        return int(self._store.get("failed"))
 
     def leave(self) -> None:
         """Says that this process ends because of the mark."""
@@ -79,15 +86,16 @@ def failure_board() -> FailureBoard:
     return FailureBoard()
 
 
-def end_after_failure(message: str) -> NoReturn:
-    """Ends this process at once, in whatever state it is; prints the message if no other process failed before it."""
+def end_after_failure(message: str, exit_code: int = FAILED) -> NoReturn:
+    """Ends this process at once, in whatever state it is, and all others with the same code; prints the message if no
+    other process failed before it."""
     _one_thread.acquire()  # for ever: a second thread waits here until the process is gone
     ending.set()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends us when it sees another one end
-    if _is_first():
+    if _is_first(exit_code):
         print(message.rstrip(), file=sys.stderr, flush=True)
-    end_now()
+    end_now(exit_code)
 
 
 def end_now(exit_code: int = FAILED) -> NoReturn:
@@ -97,12 +105,12 @@ def end_now(exit_code: int = FAILED) -> NoReturn:
     os._exit(exit_code)
 
 
-def _is_first() -> bool:
+def _is_first(exit_code: int) -> bool:
     """Whether this process failed before all others; they are gone then."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     try:
-        is_first = failure_board().post()
+        is_first = failure_board().post(exit_code)
     except RuntimeError:  # the store died with its process, so that nobody can say who was first
         return True
     with suppress(RuntimeError):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
-from beit3_dist.checkpoint.store import checkpoints
+from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import TrainingConfig
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.checkpointing import Checkpoints
 from beit3_dist.training.metrics import from_the_end
 from beit3_dist.training.preemption import StopRequest
 from beit3_dist.training.resilience import RunStopped
@@ -21,15 +23,22 @@ from beit3_dist.training.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 
+class HasIds(Protocol):
+    """A micro-batch that knows its samples."""
+
+    def ids_by_kind(self) -> Mapping[str, list[int]]:
+        """Ids of the samples by the name of their stream."""
+
+
 class Guards:
     """Every process has one, from before its model is built until its last step."""
 
     def __init__(self, config: TrainingConfig, groups: Groups, run: RunFolder) -> None:
         settings, self._out, mesh = config.guards, Path(config.out), groups.mesh
         self._groups, self._run, self._most = groups, run, settings.max_skipped_steps
+        self._last_step = config.steps
         self._watchdog = Watchdog(settings.step_timeout_s, mesh, run.log_file)
         self._request = StopRequest(mesh.device)
-        self._in_a_row = 0
         self._spikes = None
         if mesh.is_first and settings.spike_factor:
             losses = last_losses(self._out / "metrics.jsonl", settings.spike_window)
@@ -39,17 +48,15 @@ class Guards:
         """Step number `step` = 1, 2, ... begins."""
         self._watchdog.begin(step)
 
-    def check(self, step: int, batch: StepBatch, loss: float, skipped: bool) -> bool:
+    def check(self, state: TrainState, micro_batches: Sequence[HasIds], loss: float, checkpoints: Checkpoints) -> bool:
         """After a step, its record written: whether the run was asked to go, and so must save and end. Collective.
 
         Raises RunStopped, on all ranks, after too many skipped steps in a row.
         """
-        if skipped:
-            self._count(step, batch)
-        else:
-            self._in_a_row = 0
-            if self._spikes and (warning := self._spikes.check(step, loss)):
-                log.warning(warning)
+        if state.skipped_in_a_row:
+            self._report_skipped(state, micro_batches, checkpoints)
+        elif self._spikes and (warning := self._spikes.check(state.step, loss)):
+            log.warning(warning)
         return self._request.agreed()
 
     def close(self) -> None:
@@ -57,26 +64,32 @@ class Guards:
         self._watchdog.close()
         self._request.close()
 
-    def _count(self, step: int, batch: StepBatch) -> None:
-        self._in_a_row += 1
-        mesh = self._groups.mesh
+    def _report_skipped(self, state: TrainState, micro_batches: Sequence[HasIds], checkpoints: Checkpoints) -> None:
+        mesh, in_a_row, report = self._groups.mesh, state.skipped_in_a_row, self._out / "skipped.jsonl"
         if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have the same samples
-            self._run.skipped(step, of_all([sample_ids(batch)], self._groups.data))
-        report = self._out / "skipped.jsonl"
-        log.warning("step %d was skipped: its loss or gradient is not finite; %s names its samples", step, report)
-        if self._in_a_row == self._most:
-            good = list(checkpoints(self._out / "checkpoints").values())
+            self._run.skipped(state.step, of_all([sample_ids(micro_batches)], self._groups.data))
+        log.warning("step %d was skipped: its loss or gradient is not finite; %s names its samples", state.step, report)
+        if in_a_row < self._most and state.step < self._last_step:
+            return
+        good = checkpoints.last_good(state)
+        last = (
+            f"the last good checkpoint is {good}: go on from it by --checkpoint.resume {good}"
+            if good
+            else ("there is no good checkpoint: start anew")
+        )
+        if in_a_row >= self._most:
             raise RunStopped(
                 f"guards.max_skipped_steps={self._most}: loss or gradient was not finite in so many steps in a row, "
-                f"the last of them step {step}; {report} names their samples; the last good checkpoint is "
-                f"{good[-1] if good else 'not there yet'}: go on from it with a lower optim.lr or other data"
+                f"the last of them step {state.step}; {report} names their samples; {last}, with a lower optim.lr or "
+                "other data"
             )
+        log.warning("the run ends with %d skipped steps, so that its last weights are untried; %s", in_a_row, last)
 
 
-def sample_ids(batch: StepBatch) -> dict[str, list[int]]:
+def sample_ids(micro_batches: Sequence[HasIds]) -> dict[str, list[int]]:
     """Ids of this process's samples by stream (fine-tuning: of its examples)."""
     ids: dict[str, list[int]] = {}
-    for micro_batch in batch.micro_batches:
+    for micro_batch in micro_batches:
         for kind, some in micro_batch.ids_by_kind().items():
             ids.setdefault(kind, []).extend(some)
     return ids
@@ -87,5 +100,5 @@ def last_losses(metrics: Path, count: int) -> list[float]:
     if not metrics.exists():
         return []
     records = map(json.loads, from_the_end(metrics))
-    losses = list(islice((record["loss"] for record in records if not record["skipped"]), count))
+    losses = list(islice((record["loss"] for record in records if not record.get("skipped")), count))
     return losses[::-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -14,7 +15,9 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.find import Damaged
-from beit3_dist.command_line import STOPPED, is_first_process, log_to_console, one_line, refuse
+from beit3_dist.command_line import FAILED, STOPPED, is_first_process, log_to_console, one_line, refuse
+from beit3_dist.data.loader import WorkerKilled
+from beit3_dist.terminal import make_output_unfailing
 from beit3_dist.training.failure import end_after_failure, end_now, ending
 from beit3_dist.training.preemption import PREEMPTED, Preempted, nothing_to_save
 from beit3_dist.training.resilience import RunStopped
@@ -33,6 +36,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
     group starts; a run that stops itself ends with exit code 3; one that was asked to go, and has saved or is in
     `prepare` still, with 75; one that Ctrl-C interrupts with 130. An error in one process ends all of them with 1, the
     first error last."""
+    make_output_unfailing()
     log_to_console()
     try:
         with nothing_to_save(program):
@@ -49,6 +53,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         refuse(program, mistake)
     except RunStopped as stop:
         ending.set()  # the processes end by themselves, each a little later or earlier
+        _part()
         refuse(program, stop, exit_code=STOPPED)
     except Preempted as stop:
         if is_first_process():
@@ -56,13 +61,33 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         end_now(PREEMPTED)  # there is little time
     except KeyboardInterrupt:
         _end_interrupted(program)
-    except Exception:  # not raised any further: Python's end would wait for what the traceback keeps alive
-        message = traceback.format_exc()
+    except Exception as error:  # not raised any further: Python's end would wait for what the traceback keeps alive
+        message, code = _last_words(program, error)
         if logging.root.handlers:
             logging.exception("this process failed")  # into its own log as well
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            message += f"{program}: {_where(dist.get_rank())} is the first to fail, with the error above"
-        end_after_failure(message)
+        end_after_failure(message, code)
+
+
+def _last_words(program: str, error: Exception) -> tuple[str, int]:
+    """What is said of the error that ends this process alone, and the exit code. One line where that tells all."""
+    where = _where(dist.get_rank()) if dist.is_initialized() and dist.get_world_size() > 1 else ""
+    in_a_line = f"{program}: {f'{where}: ' if where else ''}error: "
+    if (full := _full_disk(error)) is not None:
+        remedy = "make room, then go on with --checkpoint.resume auto"
+        return f"{in_a_line}{full.filename or 'the run folder'}: {full.strerror}: {remedy}", STOPPED
+    if isinstance(error, WorkerKilled):
+        return in_a_line + one_line(error), FAILED
+    said = f"{program}: {where} is the first to fail, with the error above" if where else ""
+    return traceback.format_exc() + said, FAILED
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The error, or the one behind it, of a disk that takes no more."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _part() -> None:

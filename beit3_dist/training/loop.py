@@ -90,7 +90,8 @@ def _train(job: Job, groups: Groups) -> None:
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
     profiler = StepProfiler(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
-    with profiler, Checkpoints(config, mesh, lambda: contribution(engine)) as checkpoints:
+    pieces = lambda: contribution(engine)  # noqa: E731
+    with profiler, Checkpoints(config, mesh, job.checkpoint, state.step, pieces) as checkpoints:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
             started = time.perf_counter()
@@ -104,12 +105,12 @@ def _train(job: Job, groups: Groups) -> None:
                 run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, time.perf_counter() - started)
             run.step(record | {"skipped": int(result.skipped)})
-            must_go = guards.check(state.step, batch, record["loss"], result.skipped)
+            must_go = guards.check(state, batch.micro_batches, record["loss"], checkpoints)
             if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:
                 run.sync()
                 checkpoints.save(state)
             else:
-                checkpoints.check()
+                checkpoints.check(state)
             if job.evaluation_due():
                 if state.step == config.steps:
                     checkpoints.wait()  # whatever becomes of the validation, the training is saved

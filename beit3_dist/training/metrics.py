@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,11 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from beit3_dist.config import TrainingConfig
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.terminal import Unfailing
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.flops import peak_flops
 
 LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
 ACCURACIES = ("acc_image", "acc_text", "acc_pair_image", "acc_pair_text")
+_CLEAR = "\r\x1b[K"
+"""Takes a terminal back to the beginning of its line, and clears that."""
 BLOCK = 1 << 20
 """Bytes of a file that are read at a time from its end."""
 IN_ORDER = 1000
@@ -71,6 +75,16 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     return clean | {"non_finite": bad} if bad else clean
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError inside that names no file, as that of a descriptor does, the name of its file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class JsonLines:
     """An append-only file of one JSON object a line, written by one process."""
 
@@ -78,17 +92,20 @@ class JsonLines:
         """Keeps the records up to `last_step` (None: all); a later tail, of a run that was killed, is moved aside."""
         if last_step is not None and path.exists():
             _cut_back(path, last_step)
+        self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record. Raises OSError where the disk is full."""
+        """Appends a record. Raises OSError, with the file's name, where the disk is full."""
         line = (json.dumps(finite(record)) + "\n").encode()
-        while line:  # what is left of the space takes a part of it, and then comes the error
-            line = line[os.write(self._file, line) :]
+        with naming(self._path):
+            while line:  # what is left of the space takes a part of it, and then comes the error
+                line = line[os.write(self._file, line) :]
 
     def sync(self) -> None:
         """Returns when what has been written is on the disk."""
-        os.fsync(self._file)
+        with naming(self._path):
+            os.fsync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
@@ -141,27 +158,26 @@ def _step_of(line: bytes) -> float:
 class Reporter:
     """Writes the records of the first rank's run folder and keeps the person at the terminal informed."""
 
-    def __init__(self, out: Path, first_step: int, steps: int, terminal: TextIO = sys.stdout) -> None:
+    def __init__(self, out: Path, first_step: int, steps: int, terminal: TextIO | None = None) -> None:
+        """`terminal`: where the person looks; None: standard output."""
         self._metrics = JsonLines(out / "metrics.jsonl", first_step)
         self._evaluations = JsonLines(out / "eval.jsonl", first_step)
-        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)  # inclusive
-        self._steps, self._terminal = steps, terminal
+        self._folder = out / "tensorboard"
+        with naming(self._folder):
+            self._tensorboard = SummaryWriter(str(self._folder), purge_step=first_step + 1)  # inclusive
+        self._steps, self._terminal = steps, Unfailing(terminal or sys.stdout)
         self._started, self._first_step, self._last_line = time.monotonic(), first_step, -math.inf
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One training step."""
         self._metrics.write(record)
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
-                self._tensorboard.add_scalar(f"train/{name}", value, record["step"])
+        self._scalars("train", record)
         self._progress(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """One validation."""
         self._evaluations.write(record)
-        for name, value in record.items():
-            if name != "step" and math.isfinite(value):
-                self._tensorboard.add_scalar(f"eval/{name}", value, record["step"])
+        self._scalars("eval", record)
         losses = [f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_")]
         others = [f"{n} {v:.3f}" for n, v in record.items() if n != "step" and not n.startswith(("loss_", "acc_"))]
         parts = f" ({'  '.join(losses)})" if losses else ""
@@ -169,12 +185,12 @@ class Reporter:
 
     def picture(self, step: int, name: str, picture: torch.Tensor) -> None:
         """A picture, uint8 [3, H, W], for TensorBoard."""
-        self._tensorboard.add_image(name, picture, step)
+        with naming(self._folder):
+            self._tensorboard.add_image(name, picture, step)
 
     def say(self, message: str) -> None:
         """A line of its own for the person at the terminal."""
-        clear = "\r\x1b[K" if self._terminal.isatty() else ""
-        print(f"{clear}{message}", file=self._terminal, flush=True)
+        self._print(f"{_CLEAR if self._terminal.isatty() else ''}{message}\n")
 
     def sync(self) -> None:
         """Returns when the records so far are on the disk."""
@@ -183,9 +199,21 @@ class Reporter:
 
     def close(self) -> None:
         """Flushes everything and ends the progress line."""
-        self._tensorboard.close()
+        with naming(self._folder):
+            self._tensorboard.close()
         if self._terminal.isatty():
-            print(file=self._terminal)
+            self._print("\n")
+
+    def _scalars(self, kind: str, record: Mapping[str, Any]) -> None:
+        """The record's numbers, for TensorBoard, whose thread tells of a full disk at a later call."""
+        with naming(self._folder):
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
+                    self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])
+
+    def _print(self, text: str) -> None:
+        self._terminal.write(text)
+        self._terminal.flush()
 
     def _progress(self, record: Mapping[str, Any]) -> None:
         """On a terminal one line that renews itself; in a file a line every ten seconds, and the last step's."""
@@ -201,10 +229,9 @@ class Reporter:
             f"{record['samples_per_s']:.0f} samples/s  {_duration(left)} left"
         )
         if is_terminal:
-            width = os.get_terminal_size(self._terminal.fileno()).columns
-            print(f"\r\x1b[K{line[: width - 1]}", end="", file=self._terminal, flush=True)
+            self._print(f"{_CLEAR}{line[: self._terminal.columns() - 1]}")
         else:
-            print(line, file=self._terminal, flush=True)
+            self._print(f"{line}\n")
 
 
 def _duration(seconds: float) -> str:

@@ -24,6 +24,13 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
+class _Log(logging.FileHandler):
+    """Loses what its disk does not take: that the disk is full is told once, by the files of records."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing more."""
+
+
 class RunFolder:
     """OUT: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl, skipped.jsonl, logs/rank*.log.
 
@@ -36,7 +43,7 @@ class RunFolder:
         """OUT."""
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self.log_file = out / "logs" / f"rank{mesh.rank:05d}.log"
-        handler = logging.FileHandler(self.log_file)
+        handler = _Log(self.log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         logging.getLogger("beit3_dist").setLevel(logging.INFO)

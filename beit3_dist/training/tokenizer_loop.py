@@ -55,7 +55,8 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
     steps, bad_samples = range(state.step, config.steps), BadSamples(config, mesh, state)
     batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
 
-    with Checkpoints(config, mesh, lambda: engine.pieces() if mesh.is_first else ()) as checkpoints:
+    pieces = lambda: engine.pieces() if mesh.is_first else ()  # noqa: E731
+    with Checkpoints(config, mesh, checkpoint, state.step, pieces) as checkpoints:
         for step in steps:
             started = time.perf_counter()
             pictures, ids, faults = next(batches)
@@ -67,9 +68,7 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
             result = engine.train_step(pictures, step, lr)
             replaced, hash_terms, longest_wait_s = agreed(len(faults), ids, waited_s, mesh)
 
-            state.step += 1
-            state.consumed = (state.step * config.batch, 0, 0)
-            state.bad_samples += replaced
+            state.advance((config.batch, 0, 0), replaced)
             if replaced:
                 run.quarantine(state.step, of_all(faults, None))
             seconds = time.perf_counter() - started
@@ -89,7 +88,7 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
                 run.sync()
                 checkpoints.save(state)
             else:
-                checkpoints.check()
+                checkpoints.check(state)
             bad_samples.check(state)
     run.close()
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+from beit3_dist.command_line import FAILED
 from beit3_dist.parallel.mesh import PATIENCE, Mesh
 from beit3_dist.training.failure import end_after_failure, end_now, ending, failure_board, leave_after_another
 
@@ -90,9 +91,12 @@ class Watchdog:
     def _end_with_the_others(self) -> None:
         logging.error("another process has failed: ending this one")
         self._dump()
+        exit_code = FAILED
         with suppress(RuntimeError):
+            assert self._board is not None
+            exit_code = self._board.exit_code()
             leave_after_another()
-        end_now()
+        end_now(exit_code)
 
     def _dump(self) -> None:
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)

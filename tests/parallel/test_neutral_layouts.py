@@ -35,7 +35,7 @@ def load_and_save(groups: Groups, config: RunConfig, source: str, folder: str) -
         optimizer=lambda model, offload: build(model, offload, config, False),
     )
     load_checkpoint(Path(source), engine, STATE)
-    store = Store(Path(folder), groups.mesh.device, 0, 0)
+    store = Store(Path(folder), groups.mesh.device, 0, 0, 0)
     store.save(contribution(engine), STATE, config.model, "out: x\n", {})
     store.wait()
 

@@ -42,8 +42,8 @@ def pieces(rank: int, world: int, empty: bool = False) -> list[Piece]:
     return held
 
 
-def open_store(folder: Path, keep: int = 0, keep_every: int = 0) -> Store:
-    return Store(folder, torch.device("cpu"), keep, keep_every)
+def open_store(folder: Path, keep: int = 0, keep_every: int = 0, start: int = 0) -> Store:
+    return Store(folder, torch.device("cpu"), keep, keep_every, start)
 
 
 def begin(to: Store, step: int = 7, rank: int = 0, world: int = 1) -> None:
@@ -52,8 +52,8 @@ def begin(to: Store, step: int = 7, rank: int = 0, world: int = 1) -> None:
 
 
 def save(folder: Path, step: int = 7, rank: int = 0, world: int = 1, keep: int = 0, keep_every: int = 0) -> Path:
-    """A finished checkpoint."""
-    to = open_store(folder, keep, keep_every)
+    """A finished checkpoint of a run that has gone on a step before, whose steps were finite."""
+    to = open_store(folder, keep, keep_every, start=step - 1)
     begin(to, step, rank, world)
     to.wait()
     return folder / store.step_name(step)

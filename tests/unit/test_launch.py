@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NoReturn
@@ -16,7 +18,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from beit3_dist.command_line import FAILED, STOPPED
-from beit3_dist.data.loader import loader
+from beit3_dist.data.loader import WorkerKilled, loader
 from beit3_dist.training import launch as module
 from beit3_dist.training.launch import launch
 from beit3_dist.training.preemption import PREEMPTED, SIGNALS, nothing_to_save
@@ -77,6 +79,10 @@ def failing_run(kind: str) -> None:
     def train(_: None) -> None:
         batches = iter(loader(Numbers(), range(1_000_000), workers=1, prefetch=2, pin=False))
         next(batches)
+        for _ in range(9999 if kind == "done" else 1):
+            print("step 1/9999  loss 10.3", flush=True)
+        if kind == "done":
+            return
         if kind == "error":
             raise RuntimeError("an error that nobody expects")
         if kind == "stop":
@@ -97,6 +103,67 @@ def test_a_run_of_one_process_ends_after_an_error_an_interrupt_and_by_itself(kin
     else:
         words = {"interrupt": "program: interrupted\n", "stop": "program: error: too many bad samples\n"}
         assert said.startswith(words[kind]) and "Traceback" not in said
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
+
+
+def behind(error: OSError) -> RuntimeError:
+    """What torch makes of a write that fails."""
+    try:
+        raise RuntimeError("unexpected position") from error
+    except RuntimeError as failure:
+        return failure
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (FULL, "program: error: run/metrics.jsonl: No space left on device: make room, then", STOPPED),
+        (behind(OSError(errno.EDQUOT, "Disk quota exceeded", "a")), "program: error: a: Disk quota exceeded:", STOPPED),
+        (WorkerKilled("loader process 7 was killed by SIGKILL"), "program: error: loader process 7 was killed", FAILED),
+        (OSError(errno.EIO, "Input/output error", "a"), "Traceback", FAILED),
+    ],
+    ids=["full disk", "quota", "killed worker", "another error"],
+)
+def test_what_tells_all_is_told_in_one_line_with_its_exit_code(error: Exception, said: str, code: int) -> None:
+    try:
+        raise error
+    except Exception as caught:
+        words, found = module._last_words("program", caught)
+    assert words.startswith(said) and found == code
+    assert ("\n" in words) == (said == "Traceback")
+
+
+def test_a_run_that_stops_itself_leaves_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's end may abort in the threads of one that is left."""
+    calls: list[str] = []
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "barrier", lambda: calls.append("met"))
+    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    monkeypatch.setattr(module, "ending", threading.Event())
+
+    def train(_: None) -> NoReturn:
+        raise RunStopped("too many bad samples")
+
+    with pytest.raises(SystemExit) as exit_:
+        launch("program", lambda: None, train)
+    assert exit_.value.code == STOPPED and calls == ["met", "destroyed"]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_takes_nothing_changes_no_exit_code() -> None:
+    """The disk of its log is full, it was never there, or its reader has gone."""
+    command = f"{sys.executable} {__file__}"
+    ends = {"done": 0, "stop": STOPPED, "error": FAILED}
+    terminals = {"full": ">/dev/full 2>&1", "none": ">&- 2>&-", "gone": "2>&1 | true; exit ${PIPESTATUS[0]}"}
+    started = {
+        (kind, name): subprocess.Popen(["bash", "-c", f"{command} {kind} {how}"])
+        for kind in ends
+        for name, how in terminals.items()
+    }
+    found = {case: process.wait(300) for case, process in started.items()}
+    assert found == {(kind, name): ends[kind] for kind in ends for name in terminals}
 
 
 def preempted_run(kind: str) -> None:
@@ -139,4 +206,4 @@ def test_after_the_preparation_signals_are_as_before() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have background jobs ignore
-    (failing_run if sys.argv[1] in ("error", "interrupt", "stop") else preempted_run)(sys.argv[1])
+    (failing_run if sys.argv[1] in ("error", "interrupt", "stop", "done") else preempted_run)(sys.argv[1])

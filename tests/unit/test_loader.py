@@ -1,13 +1,19 @@
-"""Items that a thread takes ahead: the same ones in their order, errors where they belong, and an end."""
+"""Items that a thread takes ahead: the same ones in their order, errors where they belong, and an end. How loader
+processes end."""
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 
 import pytest
+from torch.utils.data import Dataset
 
-from beit3_dist.data.loader import TakenAhead
+from beit3_dist.data.loader import TakenAhead, WorkerKilled, loader
 
 
 def takers() -> set[threading.Thread]:
@@ -55,3 +61,22 @@ def test_the_thread_ends_where_the_items_are_given_up(used: int) -> None:
     del items
     thread.join(timeout=30)
     assert not thread.is_alive()
+
+
+class Slow(Dataset):
+    def __getitem__(self, number: int) -> int:
+        if number:
+            time.sleep(60)
+        return os.getpid()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "why"), [(signal.SIGKILL, "memory runs out"), (signal.SIGBUS, "/dev/shm is full")])
+def test_a_loader_process_that_is_killed_is_told_as_that(number: signal.Signals, why: str) -> None:
+    items = iter(loader(Slow(), range(9), 1, 2, pin=False))
+    worker = next(items)
+    os.kill(worker, number)
+    words = f"^loader process {worker} was killed by {number.name}, as .*{why}"
+    with pytest.raises(WorkerKilled, match=words) as error:
+        next(items)
+    traceback.clear_frames(error.tb)  # They hold the loader; the garbage collector would wait five seconds for it.

@@ -62,8 +62,8 @@ def test_records_are_on_the_disk_before_the_checkpoint_that_goes_on_behind_them(
 
 def test_so_they_are_where_the_image_tokenizer_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = MagicMock()
-    names = "connect RunLock whole_checkpoint RunFolder TokenizerEngine loader BadSamples Checkpoints agreed record"
-    for name in [*names.split(), "save_vqkd", "learning_rate"]:
+    names = "connect RunLock whole_checkpoint RunFolder TokenizerEngine loader BadSamples Checkpoints agreed"
+    for name in [*names.split(), "record", "save_vqkd", "learning_rate"]:
         monkeypatch.setattr(tokenizer_loop, name, getattr(parts, name))
     parts.Checkpoints.return_value.__exit__.return_value = False
     parts.RunLock.return_value.__exit__.return_value = False

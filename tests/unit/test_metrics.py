@@ -293,3 +293,57 @@ def test_a_step_that_diverged_is_still_reported(tmp_path: Path) -> None:
     reporter.close()
     assert "loss nan" in terminal.getvalue() and "text inf" in terminal.getvalue()
     assert lines(tmp_path / "metrics.jsonl")[0]["non_finite"] == ["loss", "loss_text"]
+
+
+class GoneTerminal(Terminal):
+    """A screen that is gone, or a file on a full disk."""
+
+    def __init__(self, number: int, is_screen: bool) -> None:
+        super().__init__()
+        self.number, self.is_screen = number, is_screen
+
+    def isatty(self) -> bool:
+        return self.is_screen
+
+    def write(self, _: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def flush(self) -> None:
+        raise OSError(self.number, os.strerror(self.number))
+
+    def fileno(self) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE, errno.EIO])
+@pytest.mark.parametrize("is_screen", [False, True])
+def test_what_nobody_can_read_ends_no_run(number: int, is_screen: bool, tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, 0, 2, GoneTerminal(number, is_screen))
+    for step in (1, 2):
+        reporter.step(record_of(step))
+    reporter.evaluation({"step": 2, "loss": 1.0})
+    reporter.close()
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2 and len(lines(tmp_path / "eval.jsonl")) == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl", "skipped.jsonl", "quarantine.jsonl", "tensorboard"])
+def test_a_full_disk_is_told_by_the_file_that_it_holds(name: str, tmp_path: Path) -> None:
+    if name == "tensorboard":
+        reporter = Reporter(tmp_path, 0, 9)
+        reporter._tensorboard.close()
+
+        class Full:
+            def add_scalar(self, *_: object) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        reporter._tensorboard = Full()  # type: ignore[assignment]
+    else:
+        (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        if name in ("metrics.jsonl", "tensorboard"):
+            (reporter if name == "tensorboard" else Reporter(tmp_path, 0, 9)).step(record_of(1))
+        elif name == "eval.jsonl":
+            Reporter(tmp_path, 0, 9).evaluation({"step": 1, "loss": 1.0})
+        else:
+            JsonLines(tmp_path / name, 0).write({"step": 1})
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / name)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,8 +188,9 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert (tmp_path / "abandoned_step_0000007" / "state.json").read_text() == "old"
 
 
-@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 12]), (1, [12]), (2, [3, 12]), (9, [1, 2, 3, 12])])
-def test_the_newest_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 12]), (1, [3, 12]), (2, [2, 3, 12]), (9, [1, 2, 3, 12])])
+def test_the_newest_good_ones_are_kept(keep: int, left: list[int], tmp_path: Path) -> None:
+    """And what no step has followed."""
     for step in (1, 2, 3, 12):
         save(tmp_path, step=step, keep=keep)
     assert sorted(int(p.name[5:]) for p in tmp_path.glob("step_*")) == left
@@ -197,8 +199,38 @@ def test_the_newest_are_kept(keep: int, left: list[int], tmp_path: Path) -> None
 
 def test_multiples_of_keep_every_are_kept_for_ever(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 10, 12, 14):
-        save(tmp_path, step=step, keep=2, keep_every=6)
+        save(tmp_path, step=step, keep=1, keep_every=6)
     assert sorted(int(p.name[5:]) for p in tmp_path.iterdir() if p.is_dir()) == [6, 12, 14]
+
+
+def test_only_finite_steps_let_older_checkpoints_go(tmp_path: Path) -> None:
+    """Step 5 destroys the weights: what is saved from there on is not good, and takes nothing good away; once the run
+    has gone back behind it, it is moved aside."""
+    kept = lambda: sorted(int(p.name[5:]) for p in tmp_path.glob("step_???????"))  # noqa: E731
+    to, state = open_store(tmp_path, keep=1), TrainState()
+    for step in range(1, 12):
+        state.advance((1, 1, 1), 0, skipped=step > 5)
+        if step % 2 == 0:
+            to.save(pieces(0, 1), state, MODEL, "", {})
+            to.wait()
+        to.vouch(state)
+        to.check()
+    assert kept() == [4, 6, 8, 10] and [path.name for path in to.good()] == ["step_0000004"]
+    assert read_state(tmp_path / "step_0000010", MODEL).last_finite == 5
+
+    to, state = open_store(tmp_path, keep=1, start=4), TrainState(step=4)
+    for _ in range(3):
+        state.advance((1, 1, 1), 0)
+        to.vouch(state)
+    assert [path.name for path in to.good()] == ["step_0000004"], "6 is of the attempt that went wrong"
+    to.save(pieces(0, 1), state, MODEL, "", {})
+    to.wait()
+    assert kept() == [4, 7] and sorted(p.name[-2:] for p in tmp_path.glob("abandoned_*")) == ["06", "08", "10"]
+    state.advance((1, 1, 1), 0)
+    to.vouch(state)
+    deadline = time.monotonic() + 10
+    while kept() != [7]:
+        assert time.monotonic() < deadline, "a good checkpoint lets older ones go at once"
 
 
 def test_a_checkpoint_that_cannot_be_removed_stops_nobody(
@@ -213,15 +245,19 @@ def test_a_checkpoint_that_cannot_be_removed_stops_nobody(
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
     for step in (2, 3):  # each run meets what the one before could not remove
+        save(tmp_path, step=step)
+    for step in (4, 5):
         path = save(tmp_path, step=step, keep=1)
         assert damaged(path) == "" and find("auto", tmp_path) == path
-    assert sorted(p.name for p in tmp_path.glob("*.partial")) == ["step_0000001.partial", "step_0000002.partial"]
+    left = [f"step_000000{step}.partial" for step in (1, 2, 3)]
+    assert sorted(p.name for p in tmp_path.glob("*.partial")) == left
     assert "step_0000001.partial could not be removed" in caplog.text and "Directory not empty" in caplog.text
-    to = open_store(tmp_path, keep=1)
+    to = open_store(tmp_path, keep=1, start=5)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    begin(to, step=4)
+    begin(to, step=6)
     to.wait()
-    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_0000004"], "the next checkpoint tries again"
+    names = ["step_0000005", "step_0000006"]
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == names, "the next checkpoint tries again"
 
 
 def test_a_new_checkpoint_survives_those_of_an_abandoned_future(tmp_path: Path) -> None:
