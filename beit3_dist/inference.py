@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3_dist.checkpoint.model_folder import ModelFolder, read_model_folder
+from beit3_dist.checkpoint.model_folder import ModelFolder, check_blocks, read_model_folder
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
@@ -211,6 +211,8 @@ def _network(folder: str | os.PathLike[str], content: ModelFolder) -> FineTuned:
     """The folder's network on the CPU, in fp32."""
     task: Any = content.task
     try:
+        _check_task(task)
+        check_blocks(content.weights, content.config)
         network = build(content.config, task)
         network.load_state_dict({name: weight.float() for name, weight in content.weights.items()}, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -219,6 +221,19 @@ def _network(folder: str | os.PathLike[str], content: ModelFolder) -> FineTuned:
     if network.task == "vqa" and len(task.get("answers", [])) != network.classes:
         raise ValueError(f"{folder}/config.json names {len(task.get('answers', []))} answers for {network.classes}")
     return network
+
+
+def _check_task(task: dict[str, Any]) -> None:
+    """Raises ValueError where a folder's task is not what one of ours has written."""
+    if task.get("name") not in TASKS:
+        raise ValueError(f"there is no task {task.get('name')!r}")
+    for field, least in (("classes", 0), ("text_length", 3)):
+        value = task.get(field, least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"the task's {field} is {value!r}")
+    answers = task.get("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError("the task's answers are no list of texts")
 
 
 def _batches(samples: Sequence[_T], at_once: int) -> Iterator[Sequence[_T]]:

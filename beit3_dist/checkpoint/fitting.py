@@ -15,7 +15,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from beit3_dist.checkpoint.model_folder import TASK_HEAD
+from beit3_dist.checkpoint.model_folder import TASK_HEAD, block_count, check_blocks
 from beit3_dist.checkpoint.positions import FIRST_PATCH, interpolate_positions
 from beit3_dist.checkpoint.released import released_name
 from beit3_dist.config import ModelConfig
@@ -59,7 +59,7 @@ def infer_config(weights: Mapping[str, Tensor], attention_heads: int | None) -> 
         return len(weights[name]) if name in weights else otherwise
 
     return ModelConfig(
-        layers=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        layers=block_count(weights),
         width=width,
         heads=attention_heads or _RELEASED_HEADS[width],
         ffn_width=len(weights["blocks.0.ffn.vision.fc1.weight"]),
@@ -116,6 +116,7 @@ def _in_any(groups: Mapping[str, str], name: str) -> bool:
 
 def check_whole(weights: Mapping[str, Tensor], config: ModelConfig) -> None:
     """Raises ValueError where weights are not `config`'s model, but for groups that may be absent."""
+    check_blocks(weights, config)
     shapes = shapes_of(config)
     absent_groups(weights, shapes)
     for name in weights:

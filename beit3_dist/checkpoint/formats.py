@@ -9,56 +9,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import damaged
 from beit3_dist.checkpoint.fitting import check_whole, fit, infer_config, shapes_of
-from beit3_dist.checkpoint.model_folder import ModelFolder, is_model_folder, read_model_folder
+from beit3_dist.checkpoint.model_folder import ModelFolder, config_of, is_model_folder, read_model_folder
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.released import PREFIX, task_of, weights_from_released, weights_to_released
 from beit3_dist.checkpoint.timm_form import weights_from_timm
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
+from beit3_dist.opening import read_json, read_yaml
+from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 
-def _tensors_in(path: Path) -> Mapping[str, Tensor]:
-    """The state dict in a file of torch or safetensors. Nothing in it is run."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {path}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    except Exception as error:  # torch raises what its unpickler meets, with advice that opens the file to attacks
-        raise ValueError(
-            f"{path} is not a file of tensors that torch can read ({type(error).__name__}): it is damaged, or holds "
-            "other things than weights"
-        ) from error
-    return _state_dict(content, str(path))
-
-
-def _state_dict(content: Any, source: str) -> Mapping[str, Tensor]:
-    if isinstance(content, Mapping):
-        content = content.get("model", content)
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{source} is not a state dict: tensors by name, at the top or under `model`")
-    return content
-
-
-def _canonical(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """The weights of a state dict of any of the forms under our names."""
+def _canonical(content: Any, source: str) -> dict[str, Tensor]:
+    """The weights of a state dict of any of the forms, or of what holds it, under our names."""
+    state = state_dict_in(content, source)
+    require_finite(state.items(), source)
     try:
         if any(key.startswith(PREFIX) for key in state):
             return weights_from_released(state)
@@ -66,25 +40,27 @@ def _canonical(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
             return weights_from_released({PREFIX + key: value for key, value in state.items()})
         if {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
             return weights_from_timm(state)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # of shapes that no such model has
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
     raise ValueError(f"{source} has the keys neither of a released BEiT-3 file, nor of torchscale's, nor of timm's")
 
 
 def _read_checkpoint(path: Path) -> ModelFolder:
     if damage := damaged(path):
         raise ValueError(damage)
-    state = json.loads((path / "state.json").read_text())
-    try:
-        config = ModelConfig(**state["model"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path / 'state.json'} describes no model of this version: {error}") from error
-    recipe = yaml.safe_load((path / "config.yaml").read_text())
-    tokenizer = Path(recipe.get("text_tokenizer") or "")
     weights = read_weights(path, averaged=True)
-    task = task_of(weights, recipe["task"]) if "task" in recipe else None
-    if task is not None:
-        task["text_length"] = recipe["data"]["text_length"]
+    try:
+        config = config_of(read_json(path / "state.json").get("model"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / 'state.json'} describes no model of this version: {error}") from error
+    recipe = read_yaml(path / "config.yaml")
+    try:
+        tokenizer = Path(recipe.get("text_tokenizer") or "")
+        task = task_of(weights, recipe["task"]) if "task" in recipe else None
+        if task is not None:
+            task["text_length"] = recipe["data"]["text_length"]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path / 'config.yaml'} is no run's config: {error!r}") from None
     return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None)
 
 
@@ -103,15 +79,15 @@ def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
             f"{path} is neither a model folder nor a checkpoint: name one, e.g. RUN/checkpoints/step_0000100"
         )
     else:
-        weights = _canonical(_tensors_in(path), str(path))
+        weights = _canonical(read_weights_file(path), str(path))
         try:
             source = ModelFolder(infer_config(weights, attention_heads), weights, task_of(weights), None)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: a table that is a single number
             raise ValueError(f"{path}: {error}") from error
     try:
         check_whole(source.weights, source.config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a model of more elements than torch can count
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     return source
 
 
@@ -145,7 +121,7 @@ def load_released(path_or_dict: str | Path | Mapping[str, Any], config: ModelCon
         weights = read_initial_weights(Path(path_or_dict), config)
     else:
         source = "the given state dict"
-        weights = fit(_canonical(_state_dict(path_or_dict, source), source), config, shapes_of(config), source)
+        weights = fit(_canonical(path_or_dict, source), config, shapes_of(config), source)
     model = BEiT3(config, device="meta")
     materialize(
         model, lambda name, shape: weights[name] if name in weights else initial_value(name, shape, config, 0), "cpu"

@@ -11,24 +11,28 @@ not have are not in the file: an encoder alone is a model too.
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import sync, write_json
 from beit3_dist.config import ModelConfig
+from beit3_dist.opening import read_json
+from beit3_dist.weights import read_weights_file, require_finite
 
 FORMAT = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.spm"
+
+MOST = 1 << 24
+"""The largest number that a file may describe a model by: torch cannot count the elements of much larger ones."""
 
 TASK_HEAD = "task_head."
 """Where a downstream head's weights stand in a model that has one."""
@@ -85,6 +89,33 @@ def save_model_folder(
     sync(folder.parent)
 
 
+def config_of(fields: Any) -> ModelConfig:
+    """The config that a file describes. Raises ValueError or TypeError for an unknown field or one of another type."""
+    for name, value in asdict(ModelConfig()).items():
+        given = fields.get(name, value) if isinstance(fields, dict) else None
+        if type(given) is not type(value) and not (isinstance(value, float) and type(given) is int):
+            raise ValueError(f"model.{name}={given!r} is no {type(value).__name__}")
+        if type(given) is int and given > MOST:
+            raise ValueError(f"model.{name}={given} is more than {MOST}")
+    config = ModelConfig(**fields)
+    if config.attention not in get_args(get_type_hints(ModelConfig)["attention"]):
+        raise ValueError(f"model.attention={config.attention!r} is not known")
+    return config
+
+
+def block_count(names: Iterable[str]) -> int:
+    """Blocks of which there are weights."""
+    return len({name.split(".")[1] for name in names if re.match(r"blocks\.\d+\.", name)})
+
+
+def check_blocks(weights: Iterable[str], config: ModelConfig) -> None:
+    """Raises ValueError where the config has other blocks than the weights: a model makes its blocks one by one, as
+    many as a file claims."""
+    there = block_count(weights)
+    if there != config.layers:
+        raise ValueError(f"model.layers={config.layers}, but there are weights of {there} blocks")
+
+
 def is_model_folder(folder: Path) -> bool:
     """Whether a path looks like what `save_model_folder` writes."""
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
@@ -98,17 +129,16 @@ def read_model_folder(folder: Path) -> ModelFolder:
             raise FileNotFoundError(
                 f"{folder} is no model folder: it has no {name}; tools/convert_checkpoint.py --to safetensors makes one"
             )
+    content, weights = read_json(folder / CONFIG), read_weights_file(folder / WEIGHTS)
+    require_finite(weights.items(), str(folder / WEIGHTS))
     try:
-        content = json.loads((folder / CONFIG).read_text())
         written = content["format"]
         if written != FORMAT:
             raise ValueError(f"it has format {written}, this version reads {FORMAT}")
-        config, task = ModelConfig(**content["model"]), content["task"]
+        config, task = config_of(content["model"]), content["task"]
+        if not isinstance(task, dict | None):
+            raise ValueError("its task is no object")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} is not a config of ours: {error}") from error
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
     tokenizer = folder / TOKENIZER
     return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None)

@@ -21,6 +21,7 @@ from torch import Tensor
 from beit3_dist.checkpoint.find import Damaged, read_manifest, wrong_digests
 from beit3_dist.checkpoint.layout import Cut, Piece
 from beit3_dist.opening import open_regular, parse_json
+from beit3_dist.weights import require_finite
 
 BUFFER = 1 << 22
 """Elements (16 MiB) that are read at a time."""
@@ -35,12 +36,13 @@ log = logging.getLogger(__name__)
 def load(path: Path, pieces: Iterable[Piece]) -> None:
     """Fills the pieces' tensors from a checkpoint that may have been cut into other pieces.
 
-    The digests have been verified (`find.verified`). Raises ValueError where elements are missing.
+    The digests have been verified (`find.verified`). Raises ValueError where elements are missing or not finite.
     """
     shards = Shards(path)
     for piece in pieces:
         for suffix, target in piece.tensors.items():
             shards.fill(target, piece, suffix)
+            require_finite([(piece.name + suffix, target)], str(path))
 
 
 def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
@@ -48,7 +50,7 @@ def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
 
     `averaged`: for use; the moving average of the weights where the checkpoint has one, which a log message says.
 
-    Raises Damaged where a file is not what was saved.
+    Raises Damaged where a file is not what was saved, ValueError where a weight is not finite.
     """
     if wrong := wrong_digests(path, read_manifest(path)):
         raise Damaged("; ".join(wrong))
@@ -56,7 +58,9 @@ def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
     if averaged and shards.have(AVERAGE):
         suffix = AVERAGE
         log.info("%s: the moving average of its weights is taken", path)
-    return {name: shards.whole(name, suffix) for name in shards.names}
+    weights = {name: shards.whole(name, suffix) for name in shards.names}
+    require_finite(weights.items(), str(path))
+    return weights
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ Shapes: B pictures, S image side, N patches, D width, K codes, C code dimension,
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_dist.model.initialization import generator
+from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 LAYER_NORM_EPS = 1e-6
 SMALL = 0.02
@@ -425,9 +425,10 @@ def load_vqkd(path: str | os.PathLike[str]) -> VQKD:
         with torch.device("meta"):
             model = VQKD(**geometry)
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    except (KeyError, IndexError, RuntimeError, ValueError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"image_tokenizer={path} is not a VQ-KD image tokenizer: {reason}") from error
+    require_finite(model.state_dict().items(), f"image_tokenizer={path}")
     return model.requires_grad_(False).eval()
 
 
@@ -436,20 +437,14 @@ def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int
     if not Path(path).is_file():
         raise ValueError(f"image_tokenizer={path} does not exist; launchers/train_image_tokenizer.py makes one")
     try:
-        # BEiT v2's training files keep their command line, a plain bag of values, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a broken or foreign file
-        raise ValueError(
-            f"image_tokenizer={path} cannot be read as a file of weights ({type(error).__name__})"
-        ) from error
-    state = (content.get("model") or content.get("state_dict")) if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"image_tokenizer={path} is not a VQ-KD image tokenizer: it has neither `model` nor `state_dict`"
-        )
+        content = read_weights_file(path)
+        state = state_dict_in(content, str(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image_tokenizer={error}") from error
     geometry = content.get("geometry")
     heads = geometry.get("heads") if isinstance(geometry, dict) else None
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise ValueError(f"image_tokenizer={path} is not a VQ-KD image tokenizer: it would have {heads!r} heads")
     return {name: tensor for name, tensor in state.items() if not name.startswith(TRAINING_ONLY)}, heads
 
 

