@@ -21,7 +21,7 @@ from beit3_dist.config import Recompute
 from beit3_dist.kernels.residual_norm import Branch, Norms
 from beit3_dist.kernels.triton.gelu import linear_gelu
 from beit3_dist.kernels.triton.gelu_layer_norm import linear_gelu_layer_norm
-from beit3_dist.kernels.triton.residual_norm import residual_norm
+from beit3_dist.kernels.triton.residual_norm import gathered_norm, residual_norm
 from beit3_dist.kernels.triton.sums import column_sums
 from beit3_dist.kernels.varlen_attention import VarlenAttention
 from beit3_dist.model.attention import attend
@@ -59,17 +59,13 @@ class FusedForward:
         else:
             mixed_TD = self._mix(qkv, layout, packing)
 
-        if packing is not None and place is None:
-            mixed_TD = _Permute.apply(mixed_TD, packing.place, packing.order)
         tokens: Segments = layout
         if selection is not None:
             rows = selection.rows
-            mixed_TD = mixed_TD.index_select(0, rows if place is None else place.index_select(0, rows))
-            x_TD, tokens, place = x_TD.index_select(0, rows), selection, None
+            mixed_TD = mixed_TD.index_select(0, rows if packing is None else packing.place.index_select(0, rows))
+            x_TD, tokens, packing, place = x_TD.index_select(0, rows), selection, None, None
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, rows)
-        mixed = attention.out.slices(mixed_TD, tokens)
-        if attention.inner_norm is not None:
-            mixed = attention.inner_norm.each(mixed)
+        mixed = self._inner_norm(mixed_TD, tokens, packing if place is None else None)
         branch = Branch(
             [part @ projection.weight.t() for part, projection in zip(mixed, _modules(attention.out), strict=True)],
             [projection.bias for projection in _modules(attention.out)],
@@ -99,6 +95,19 @@ class FusedForward:
             pairs = slice(first, first + pair_patches + pair_words), packing
         qkv = _Projection.apply(pairs, len(slices), *slices, *parameters)
         return qkv.view(len(qkv), 3, -1, attention.head_dim)
+
+    def _inner_norm(self, mixed_TD: Tensor, layout: Segments, packing: Packing | None) -> list[Tensor]:
+        """What the output projections take, for each expert in the layout's order; with `packing` it comes sample by
+        sample."""
+        attention = self._block.attention
+        if attention.inner_norm is None:
+            if packing is not None:
+                mixed_TD = _Permute.apply(mixed_TD, packing.place, packing.order)
+            return attention.out.slices(mixed_TD, layout)
+        norms = _norms(attention.inner_norm, layout)
+        if packing is not None:
+            return gathered_norm(mixed_TD, packing.place, norms)
+        return residual_norm(mixed_TD, None, None, norms)[1]
 
     def _mix(self, qkv: Tensor, layout: Layout, packing: Packing | None) -> Tensor:
         """Attention's core, [T, H * d] in the order of qkv."""

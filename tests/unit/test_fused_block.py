@@ -84,6 +84,24 @@ def check_residual_norm(
         assert_near(ours, exact, 2 * TOLERANCE[dtype])  # r is rounded before its norm is taken
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_norms_of_gathered_tokens(dtype: torch.dtype) -> None:
+    place, sizes = torch.tensor([3, 0, 6, 1, 2, 5, 4], device=DEVICE), [4, 3]
+    leaves = [normal(7, 24), *(1 + normal(24, seed=i) for i in (1, 2)), *(normal(24, seed=i) for i in (3, 4))]
+    results = []
+    for kind in (dtype, torch.float64):
+        x, *affine = inputs = [t.to(dtype).to(kind).requires_grad_() for t in leaves]
+        norms = Norms(sizes, affine[:2], affine[2:], EPS)
+        if kind == dtype:
+            y = residual_norm.gathered_norm(x, place, norms)
+        else:
+            y = plain_residual_norm(x[place], None, None, norms)[1]
+        gradients = [normal(n, 24, seed=5 + n).to(dtype).to(kind) for n in sizes]
+        results.append([*y, *torch.autograd.grad(y, inputs, gradients)])
+    for ours, exact in zip(*results, strict=True):
+        assert_near(ours, exact, TOLERANCE[dtype])
+
+
 def test_tokens_in_another_order_have_one_expert() -> None:
     x = normal(2, 4).float()
     norms = Norms([1, 1], [x[0], x[0]], [x[0], x[0]], EPS)

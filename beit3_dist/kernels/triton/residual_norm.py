@@ -29,6 +29,10 @@ from beit3_dist.kernels.triton.sums import sum_programs
 
 SEGMENTS = 4
 
+MOVED, GATHERED = tl.constexpr(1), tl.constexpr(2)
+"""PLACE of the kernels, 0 where all lies in the order of the tokens. MOVED: the branch, or else y, lies at `place`.
+GATHERED: x does, which nobody else reads."""
+
 
 @triton.jit
 def _pick(segment: tl.tensor, a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tl.tensor:
@@ -83,7 +87,7 @@ def _forward_kernel(
     place = row
     if PLACE:
         place = tl.load(place_ptr + row)
-    value = tl.load(x_ptr + row * WIDTH + column, mask=inside, other=0.0)
+    value = tl.load(x_ptr + (place if PLACE == GATHERED else row) * WIDTH + column, mask=inside, other=0.0)
     if BRANCH:
         branch_ptr = _pick(segment, branch0, branch1, branch2, branch3)
         first = _pick(segment, 0, start1, start2, start3)
@@ -102,7 +106,7 @@ def _forward_kernel(
         weight = tl.load(_pick(segment, weight0, weight1, weight2, weight3) + column, mask=inside, other=0.0)
         bias = tl.load(_pick(segment, bias0, bias1, bias2, bias3) + column, mask=inside, other=0.0)
         normal = centred * scale * weight.to(tl.float32) + bias.to(tl.float32)
-        tl.store(y_ptr + (row if BRANCH else place) * WIDTH + column, normal, mask=inside)
+        tl.store(y_ptr + (place if PLACE == MOVED and not BRANCH else row) * WIDTH + column, normal, mask=inside)
         tl.store(mean_ptr + row, mean)
         tl.store(scale_ptr + row, scale)
 
@@ -168,14 +172,18 @@ def _backward_kernel(
         of_y_ptr = _pick(segment, of_y0, of_y1, of_y2, of_y3)
         first = _pick(segment, 0, start1, start2, start3)
     for row in range(lowest + program - before, highest, stride):
-        gradient = tl.load(of_r_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         place = row
         if PLACE:
             place = tl.load(place_ptr + row)
+        if PLACE == GATHERED:
+            gradient = tl.zeros([BLOCK], tl.float32)
+        else:
+            gradient = tl.load(of_r_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            where = (row if BRANCH else place) - first
+            where = (place if PLACE == MOVED and not BRANCH else row) - first
             of_y = tl.load(of_y_ptr + where * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-            r = tl.load(r_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+            here = (place if PLACE == GATHERED else row) * WIDTH + column
+            r = tl.load(r_ptr + here, mask=inside, other=0.0).to(tl.float32)
             scale = tl.load(scale_ptr + row)
             normal = (r - tl.load(mean_ptr + row)) * scale
             of_weight += of_y * normal
@@ -184,7 +192,7 @@ def _backward_kernel(
             mean_of_weighted = tl.sum(weighted, 0) / WIDTH
             mean_of_product = tl.sum(weighted * normal, 0) / WIDTH
             gradient += scale * (weighted - mean_of_weighted - normal * mean_of_product)
-            tl.store(of_x_ptr + row * WIDTH + column, gradient, mask=inside)
+            tl.store(of_x_ptr + here, gradient, mask=inside)
         if BRANCH:
             if KEEP:
                 gradient *= tl.load(keep_ptr + row).to(tl.float32)
@@ -256,6 +264,7 @@ class _ResidualNorm(torch.autograd.Function):
         x: Tensor,
         keep: Tensor | None,
         place: Tensor | None,
+        gathered: bool,
         norm_sizes: tuple[int, ...],
         eps: float,
         branches: int,
@@ -294,11 +303,11 @@ class _ResidualNorm(torch.autograd.Function):
                     BRANCH=branches > 0,
                     KEEP=keep is not None,
                     NORM=norms > 0,
-                    PLACE=place is not None,
+                    PLACE=2 if gathered else int(place is not None),
                     num_warps=warps,
                 )
         ctx.save_for_backward(r if norms else None, mean, scale, keep, place, *weights)
-        ctx.plan, ctx.sizes = plan, sizes
+        ctx.plan, ctx.sizes, ctx.gathered = plan, sizes, gathered
         ctx.set_materialize_grads(False)
         return (x.view_as(x) if r is x else r), *(y.split(list(norm_sizes)) if norms else ())
 
@@ -310,9 +319,9 @@ class _ResidualNorm(torch.autograd.Function):
         branch_sizes, norm_sizes = ctx.sizes
         branches, norms = len(branch_sizes), len(norm_sizes)
         known = next(t for t in (of_r, *of_y) if t is not None)
-        if of_r is None:  # nobody reads r but the norms
+        if of_r is None:  # nobody reads r but the norms; gathered, nobody ever does
             assert r is not None
-            of_r = torch.zeros_like(r)
+            of_r = r if ctx.gathered else torch.zeros_like(r)
         of_r = of_r.contiguous()
         rows, width = of_r.shape
         parts = [
@@ -346,12 +355,12 @@ class _ResidualNorm(torch.autograd.Function):
                     BRANCH=branches > 0,
                     KEEP=keep is not None,
                     NORM=norms > 0,
-                    PLACE=place is not None,
+                    PLACE=2 if ctx.gathered else int(place is not None),
                     num_warps=warps,
                     maxnreg=REGISTERS,
                 )
         sums = sum_programs(partial, plan.sums, of_r.dtype)
-        return of_x, None, None, None, None, None, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
+        return of_x, *[None] * 6, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
 
 
 def residual_norm(
@@ -364,7 +373,13 @@ def residual_norm(
     weights, biases, sizes, eps = ([], [], [], 0.0) if norms is None else (
         norms.weights, norms.biases, norms.sizes, norms.eps
     )  # fmt: skip
-    r_TD, *y = _ResidualNorm.apply(
-        x_TD, keep_T, place_T, tuple(sizes), eps, len(branch.slices), *branch.slices, *branch.biases, *weights, *biases
-    )
+    tensors = (*branch.slices, *branch.biases, *weights, *biases)
+    r_TD, *y = _ResidualNorm.apply(x_TD, keep_T, place_T, False, tuple(sizes), eps, len(branch.slices), *tensors)
     return r_TD, y
+
+
+def gathered_norm(x_TD: Tensor, place_T: Tensor, norms: Norms) -> list[Tensor]:
+    """The LayerNorms of x[place], for each expert [T_e, D]. place_T: int64 [T], a permutation; x is read by nobody
+    else."""
+    tensors = (*norms.weights, *norms.biases)
+    return list(_ResidualNorm.apply(x_TD, None, place_T, True, tuple(norms.sizes), norms.eps, 0, *tensors)[1:])
