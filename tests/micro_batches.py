@@ -60,6 +60,7 @@ def precomputed_codes(model: ModelConfig, seed: int = 0):
 
     def tokenize(pictures: Tensor) -> Tensor:
         brightness = pictures.long().flatten(1).sum(1, keepdim=True)
-        return (brightness * 31 + torch.arange(model.patches) * 17 + seed) % model.visual_vocab_size
+        patch = torch.arange(model.patches, device=pictures.device)
+        return (brightness * 31 + patch * 17 + seed) % model.visual_vocab_size
 
     return tokenize

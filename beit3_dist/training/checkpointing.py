@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 
+import deepspeed
+import torch
+
+import beit3_dist
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.find import find, newest_whole, read_state, verified
 from beit3_dist.checkpoint.layout import Cut, Piece
@@ -91,17 +94,18 @@ def _ending_the_run() -> Iterator[None]:
 
 def _versions() -> dict[str, str]:
     """What checkpoints say of the programs that wrote them."""
-    try:
-        return {name: version(name) for name in ("torch", "deepspeed", "beit3-dist")}
-    except PackageNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: run `pip install -e .` in the repository") from None
+    return {
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "beit3-dist": beit3_dist.__version__,
+    }
 
 
 def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
     """The checkpoint that `checkpoint.resume` means, None for a new run, and the state to go on from.
 
-    Raises ValueError where a new run would go into the folder of another one or cannot write into its own, where a run
-    that `trains` has nothing left to train, or where its checkpoints could not name the programs' versions.
+    Raises ValueError where a new run would go into the folder of another one or cannot write into its own, or where a
+    run that `trains` has nothing left to train.
     """
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
@@ -115,7 +119,6 @@ def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True
         f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
     )
     _check_writable(out)
-    _versions()
     return checkpoint, state
 
 

@@ -36,7 +36,7 @@ class Layout:
     every: int = 1
     sgd: bool = False
     steps: int = 5
-    kernels: Literal["torch", "compiled"] = "torch"
+    kernels: Literal["torch", "triton", "compiled"] = "torch"
 
     def config(self, precision: str = "fp32") -> RunConfig:
         """The run of this layout."""

@@ -162,7 +162,7 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
     for step in range(config.steps):
         # Micro-batch m of replica r is number m * data + r of the step's global batch.
         mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
-        counts = torch.tensor(host_totals(mine, config.model).counts)
+        counts = torch.tensor(host_totals(mine, config.model).counts, device=mesh.device)
         groups.sum_over_data(counts)
         result = engine.train_step(
             (prepare(b, mesh.device, tokenize) for b in mine),
@@ -174,7 +174,7 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
         record["grad_norms"].append(result.grad_norm)
         if step == 0 and not sgd:
             record["first_moments"] = {
-                f.name: (f.start, optimizer_state(engine.optimizer, f)["exp_avg"].numpy().copy())
+                f.name: (f.start, optimizer_state(engine.optimizer, f)["exp_avg"].cpu().numpy().copy())
                 for f in fragments(engine.model, engine.optimizer)
             }
     record["weights"] = _weights(engine)
@@ -187,7 +187,7 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
 def _weights(engine: Engine) -> dict[str, tuple[int, np.ndarray]]:
     """This rank's pieces of the master weights, by name: where each begins, and its values."""
     pieces = fragments(engine.model, engine.optimizer)
-    return {f.name: (f.start, f.slice_of(f.flat.detach()).numpy().copy()) for f in pieces}
+    return {f.name: (f.start, f.slice_of(f.flat.detach()).cpu().numpy().copy()) for f in pieces}
 
 
 def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:

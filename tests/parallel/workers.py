@@ -1,7 +1,8 @@
-"""Gloo workers for tests of parallel layouts.
+"""Workers for tests of parallel layouts: of gloo on the CPU, of NCCL with BEIT3_TEST_DEVICE=cuda.
 
 Importing torch and DeepSpeed takes seconds, so a fork server imports them once and every worker is forked from it. The
-server itself never computes: a process that has run threaded operations must not be forked.
+server itself never computes: a process that has run threaded operations must not be forked. Nor one that has asked for
+CUDA devices, as importing DeepSpeed does, so there every worker imports them itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import pytest
 import torch
+
+from tests.device import DEVICE, ON_GPU
 
 TIMEOUT_S = 180
 
@@ -38,7 +42,7 @@ def _work(rank: int, world: int, tensor: int, pipeline: int, port: int, tasks: C
         LOCAL_SIZE=str(world),  # or DeepSpeed starts a program to count devices, at every reduction
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
+        DS_ACCELERATOR=DEVICE.type,
     )
     torch.set_num_threads(1)
     try:
@@ -64,8 +68,11 @@ class Workers:
     """
 
     def __init__(self, world: int, tensor: int = 1, pipeline: int = 1) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.training.pretraining"])
+        if ON_GPU and world > torch.cuda.device_count():
+            pytest.skip(f"needs {world} GPUs, one for each process")
+        context: Any = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
+        if not ON_GPU:
+            context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.training.pretraining"])
         port = free_port()
         self.failed = False
         self._processes, self._ends = [], []

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError
+import importlib.metadata
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from beit3_dist.config import DataConfig, RunConfig
+import beit3_dist
 from beit3_dist.training import checkpointing
+from tests.conftest import REPOSITORY
 
 
-def test_a_program_whose_version_cannot_be_told_ends_the_run_before_it_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clone on PYTHONPATH: its run ended at its first checkpoint."""
+def test_a_clone_on_the_path_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints name the programs' versions, also where none of them was installed."""
 
     def version(name: str) -> str:
-        if name == "beit3-dist":
-            raise PackageNotFoundError(name)
-        return "1"
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar")
-    config = RunConfig(out=str(tmp_path / "run"), data=data, image_tokenizer="i", text_tokenizer="t")
-    checkpointing.starting_point(config)
-    monkeypatch.setattr(checkpointing, "version", version)
-    with pytest.raises(ValueError, match=r"^beit3-dist is not installed: run `pip install -e .` in the repository$"):
-        checkpointing.starting_point(config)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = checkpointing._versions()
+    assert versions.keys() == {"torch", "deepspeed", "beit3-dist"} and all(versions.values())
+
+
+def test_the_version_is_the_projects() -> None:
+    project = tomllib.loads(Path(REPOSITORY, "pyproject.toml").read_text())["project"]
+    assert beit3_dist.__version__ == project["version"]
