@@ -22,6 +22,7 @@ report.json lies beside the PNG. STREAM is image, text, pair_image or pair_text;
     targets {STREAM: count}, sampled {images, texts, pairs}   masked positions and samples that these come from
     held_out_step                               step of the last validation
     pictures                                    "held-out" or "training": which samples are drawn
+    collapsed                                   what is to be said of streams whose targets are all but one
     codes_right {image, pair_image}             share of the drawn pictures' hidden patches whose code is guessed
 """
 
@@ -58,6 +59,7 @@ from beit3_dist.training.code_pictures import mosaic, patches_of
 from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
 from beit3_dist.training.inputs import prepare, views
 from beit3_dist.training.recorded_config import pretraining_config
+from beit3_dist.training.target_watch import collapse, entropy
 
 PROGRAM = "report.py"
 SAMPLES = 2048
@@ -199,15 +201,6 @@ def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
     return (sums / carriers.clamp(min=1)[:, None]).round().byte()[looks]
 
 
-def entropy(counts: Tensor) -> float:
-    """Entropy in nats of the empirical distribution, -sum p log p.
-
-    A finite sample misses rare targets, so the true entropy is rather a little higher than this.
-    """
-    p = counts[counts > 0].double() / counts.sum()
-    return float(-(p * p.log()).sum())
-
-
 # Guessing -------------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +325,7 @@ def summarize(run: Run, sample: TrainingSample, images: list[Example], pairs: li
         "sampled": dict.fromkeys(("images", "texts", "pairs"), sample.samples),
         "held_out_step": run.evaluations[-1]["step"] if run.evaluations else None,
         "pictures": "held-out" if run.shown.held_out else "training",
+        "collapsed": list(filter(None, (collapse(name, counts) for name, counts in sample.counts.items()))),
         "codes_right": {"image": codes_right(images), "pair_image": codes_right(pairs)},
     }
 
@@ -371,6 +365,7 @@ def summary_lines(report: Record) -> Iterator[str]:
         first, last, held_out = (digits(accuracy[key], "7.1%") for key in ("first", "last", "held_out"))
         yield f"{TITLES[name]:18}  {first:>10}  {last:>8}        {held_out:>8}        {share:24.1%}"
     yield ""
+    yield from report["collapsed"]
     yield (
         f"The targets were counted at {sum(report['targets'].values()):,} masked positions of {sampled['images']:,} "
         f"training samples of each stream."

@@ -86,7 +86,7 @@ def group(
 class Packing:
     """The tokens of a micro-batch sample by sample, as attention over samples of different lengths takes them:
 
-        [ images one by one | pairs one by one: CLS + patches, then words | texts one by one ]
+    [ images one by one | pairs one by one: CLS + patches, then words | texts one by one ]
     """
 
     place: Tensor

@@ -161,9 +161,7 @@ class _Projection(torch.autograd.Function):
     which costs little beside the product."""
 
     @staticmethod
-    def forward(
-        ctx: Any, pairs: tuple[slice, Packing] | None, experts: int, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, pairs: tuple[slice, Packing] | None, experts: int, *tensors: Tensor) -> Tensor:
         slices, parameters = tensors[:experts], tensors[experts:]
         weights, biases = parameters[: 3 * experts], parameters[3 * experts :]
         sizes = [len(part) for part in slices]

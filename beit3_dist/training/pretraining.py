@@ -28,6 +28,7 @@ from beit3_dist.training.metrics import losses_and_accuracies, speed
 from beit3_dist.training.optimizer import build_optimizer
 from beit3_dist.training.preflight import Ready
 from beit3_dist.training.resilience import BadSamples
+from beit3_dist.training.target_watch import TargetWatch
 
 
 def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
@@ -74,6 +75,7 @@ class Pretraining:
             plan=plan_stages(config, mesh.data, flops),
         )
         self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
+        self._target_watch = TargetWatch(config.model, mesh)
         self._feed, self._bad_samples = Feed(config, groups), BadSamples(config, mesh, self.state)
         requests, data, pin = requests_from(self.state.consumed, config.batch), config.data, mesh.device.type == "cuda"
         ready.train.restore(self.state.readers, self.state.step > 0)
@@ -95,11 +97,17 @@ class Pretraining:
         return batch
 
     def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
-        codes = self._ready.train_codes
-        return (prepare(b, self.mesh.device, targets_of(b, codes, self._tokenize)) for b in batch.micro_batches)
+        watched = self._target_watch.is_due(self.state.step + 1)
+        for micro_batch in batch.micro_batches:
+            tokenize = targets_of(micro_batch, self._ready.train_codes, self._tokenize)
+            inputs, targets, ids = prepare(micro_batch, self.mesh.device, tokenize)
+            if watched and targets is not None:
+                self._target_watch.add(targets)
+            yield inputs, targets, ids
 
     def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
-        return step_record(self.config, self.mesh, self.state.step, batch, result, lr, step_s)
+        record = step_record(self.config, self.mesh, self.state.step, batch, result, lr, step_s)
+        return record | self._target_watch.measure() if self._target_watch.is_due(self.state.step) else record
 
     def evaluation_due(self) -> bool:
         return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0

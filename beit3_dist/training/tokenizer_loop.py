@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from beit3_dist.training.resilience import BadSamples
 from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.run_lock import RunLock
 from beit3_dist.training.schedule import learning_rate
+from beit3_dist.training.target_watch import COLLAPSED
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 from beit3_dist.training.tokenizer_engine import TokenizerEngine, TokenizerStep
 from beit3_dist.training.tokenizer_preflight import TokenizerReady
@@ -57,6 +59,7 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
 
     pieces = lambda: engine.pieces() if mesh.is_first else ()  # noqa: E731
     with Checkpoints(config, mesh, checkpoint, state.step, pieces) as checkpoints:
+        collapsed = False
         for step in steps:
             started = time.perf_counter()
             pictures, ids, faults = next(batches)
@@ -71,6 +74,13 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
             state.advance((config.batch, 0, 0), replaced)
             if replaced:
                 run.quarantine(state.step, of_all(faults, None))
+            if not collapsed and result.usage.perplexity < math.exp(COLLAPSED):
+                collapsed = True
+                log.warning(
+                    "step %d: the codes have collapsed: nearly all patches have one (perplexity %.3f), which teaches "
+                    "nothing: lower optim.lr (now %g) or choose another teacher",
+                    state.step, result.usage.perplexity, config.optim.lr,
+                )  # fmt: skip
             seconds = time.perf_counter() - started
             run.step(
                 record(state.step, result)
