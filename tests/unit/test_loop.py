@@ -60,7 +60,10 @@ def test_records_are_on_the_disk_before_the_checkpoint_that_goes_on_behind_them(
     assert calls.index("RunFolder().sync") < calls.index("Checkpoints().__enter__().save")
 
 
-def test_so_they_are_where_the_image_tokenizer_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_they_are_where_the_image_tokenizer_is_trained(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And codes that have become one are told once."""
     parts = MagicMock()
     names = "connect RunLock whole_checkpoint RunFolder TokenizerEngine loader BadSamples Checkpoints agreed"
     for name in [*names.split(), "record", "save_vqkd", "learning_rate"]:
@@ -70,13 +73,17 @@ def test_so_they_are_where_the_image_tokenizer_is_trained(monkeypatch: pytest.Mo
     parts.whole_checkpoint.return_value = (None, TrainState())
     parts.agreed.return_value = (0, 0, 0.0)
     parts.record.return_value = {}
-    parts.loader.return_value = [(torch.zeros(1), torch.zeros(1), [])]
-    config = MagicMock(steps=1, batch=1, pictures_every=0)
-    config.checkpoint.every = 1
+    parts.TokenizerEngine().train_step().usage.perplexity = 1.01
+    parts.loader.return_value = 2 * [(torch.zeros(1), torch.zeros(1), [])]
+    config = MagicMock(steps=2, batch=1, pictures_every=0)
+    config.checkpoint.every = 2
+    config.optim.lr = 1e-3
     tokenizer_loop.train_tokenizer(config, Mesh(0, 1, 0, 1, torch.device("cpu")), MagicMock())
     calls = calls_of(parts)
     assert last(calls, "RunFolder().step") < calls.index("RunFolder().sync")
     assert calls.index("RunFolder().sync") < calls.index("Checkpoints().__enter__().save")
+    (message,) = [message for message in caplog.messages if "collapsed" in message]
+    assert message.startswith("step 1: the codes have collapsed")
 
 
 def test_what_the_run_leaves_is_written_while_it_is_watched(parts: Any) -> None:
