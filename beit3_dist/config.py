@@ -327,7 +327,8 @@ class CheckpointConfig:
     every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 3
-    """Newest checkpoints that are kept; 0 keeps all."""
+    """Newest good checkpoints that are kept, beside those that are newer; 0 keeps all. One is good once a step after it
+    was finite: before, nobody knows whether its weights can be trained on."""
     keep_every: int = 0
     """Checkpoints of steps that are multiples of this are kept for ever; 0: none. A multiple of `every`."""
     resume: str = "none"
@@ -337,6 +338,9 @@ class CheckpointConfig:
     """Go on although shards, weights, seed or a tokenizer are not those of the checkpoint, as where data have been
     added: the order begins anew at the same position, so that in this epoch samples come twice or not at all. With
     another image tokenizer, codes mean something else from there on."""
+    other_recipe: bool = False
+    """Go on although the batch or the objective is not the checkpoint's: from there on a step has other samples, or the
+    optimizer's moments are those of another loss. What else differs needs no leave; all of it is said in one line."""
 
     def __post_init__(self) -> None:
         expand_home(self, "resume")

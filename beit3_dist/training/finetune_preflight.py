@@ -32,6 +32,7 @@ from beit3_dist.tasks.pair_shards import PairShards
 from beit3_dist.tasks.task import Task
 from beit3_dist.tasks.vqa_answers import read_answers
 from beit3_dist.training.checkpointing import starting_point
+from beit3_dist.training.resumption import same_recipe
 from beit3_dist.training.sources import finetuning_sources, same_sources
 
 
@@ -90,7 +91,9 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
         f"that has a checkpoint, which {config.out} has not",
     )
     if not config.evaluate_only:
-        state.sources = same_sources(config, checkpoint, state.sources, finetuning_sources(config, len(train)))
+        sources = finetuning_sources(config, len(train), tokenizer)
+        state.sources = same_sources(config, checkpoint, state.sources, sources)
+        same_recipe(config, checkpoint)
     task = TASKS[config.task](config, tokenizer, classes)
     values, views, mixing = _values(config, task, checkpoint), _views(config), _mixing(config, len(classes))
     return config, FinetuneReady(state, checkpoint, values, task, train, validation, views, mixing)

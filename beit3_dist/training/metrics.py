@@ -126,6 +126,11 @@ def from_the_end(path: Path) -> Iterator[bytes]:
         yield first
 
 
+def aside(path: Path) -> Path:
+    """Where that of a file goes behind which the run has gone back."""
+    return path.with_name(f"{path.stem}.tail-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{path.suffix}")
+
+
 def _cut_back(path: Path, last_step: int) -> None:
     """Moves the records after `last_step`, and lines that are not whole, out of the end of a file."""
     tail: list[bytes] = []
@@ -139,8 +144,7 @@ def _cut_back(path: Path, last_step: int) -> None:
     later = [_step_of(line) > last_step for line in tail]
     if not any(later):
         return
-    aside = path.with_name(f"{path.stem}.tail-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{path.suffix}")
-    aside.write_bytes(b"".join(line for line, moves in zip(tail, later, strict=True) if moves))
+    aside(path).write_bytes(b"".join(line for line, moves in zip(tail, later, strict=True) if moves))
     first = later.index(True)
     with open(path, "r+b") as file:
         file.seek(-sum(map(len, tail[first:])), os.SEEK_END)

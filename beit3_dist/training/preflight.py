@@ -21,6 +21,7 @@ from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.training.checkpointing import starting_point
 from beit3_dist.training.image_codes import PrecomputedCodes, open_codes
 from beit3_dist.training.image_targets import tokenizer_view_size
+from beit3_dist.training.resumption import same_recipe
 from beit3_dist.training.sources import pretraining_sources, same_sources
 
 
@@ -60,6 +61,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     train = MixedBatches(config, own if config.image_codes else view, mesh.data_rank, mesh.data)
     train.restore(state.readers, state.step > 0)
     state.sources = same_sources(config, checkpoint, state.sources, pretraining_sources(config, train))
+    same_recipe(config, checkpoint)
     train_codes = open_codes(config, view, False, train)
     held_out = held_out_codes = None
     if config.eval.every:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from beit3_dist.command_line import to_yaml
 from beit3_dist.config import TrainingConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training.metrics import JsonLines, Reporter
+from beit3_dist.training.metrics import JsonLines, Reporter, aside
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 Item = TypeVar("Item")
@@ -32,7 +33,8 @@ class _Log(logging.FileHandler):
 
 
 class RunFolder:
-    """OUT: config.yaml, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl, skipped.jsonl, logs/rank*.log.
+    """OUT: config.yaml and those of all stretches, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl,
+    skipped.jsonl, logs/rank*.log.
 
     Records after `step` (of a run that was killed and resumes at `step`) are moved aside. The first process writes all
     but the logs.
@@ -57,7 +59,7 @@ class RunFolder:
             self._quarantine, self._skipped = (
                 JsonLines(out / name, last) for name in ("quarantine.jsonl", "skipped.jsonl")
             )
-            write_text(out / "config.yaml", to_yaml(config))  # and puts the names of the files above on the disk
+            keep_config(out, to_yaml(config), step)  # and puts the names of the files above on the disk
 
     def step(self, record: Mapping[str, Any]) -> None:
         """The record of a training step."""
@@ -98,6 +100,17 @@ class RunFolder:
         if self._reporter:
             self.sync()
             self._reporter.close()
+
+
+def keep_config(out: Path, recipe: str, step: int) -> None:
+    """Writes config.yaml, and config_step_NNNNNNN.yaml: the recipe of the stretch that begins after `step`. Those of
+    stretches behind which the run has gone back are moved aside."""
+    for path in out.glob("config_step_*.yaml"):
+        begun = re.fullmatch(r"config_step_(\d+)\.yaml", path.name)
+        if begun and (int(begun[1]) > step or int(begun[1]) == step and path.read_text() != recipe):
+            path.rename(aside(path))
+    for name in (f"config_step_{step:07d}.yaml", "config.yaml"):
+        write_text(out / name, recipe)
 
 
 def of_all(mine: list[Item], group: dist.ProcessGroup | None) -> list[Item]:

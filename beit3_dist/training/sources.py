@@ -21,6 +21,7 @@ from beit3_dist.data.kinds import is_jsonl
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import SampleStream
+from beit3_dist.data.text import TextTokenizer
 from beit3_dist.tasks.config import FinetuneConfig, files_of
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
@@ -28,7 +29,11 @@ log = logging.getLogger(__name__)
 
 Sources = dict[str, Any]
 """Field of the config -> what is compared, as JSON has it."""
-CONSEQUENCES = {"image_tokenizer": "that codes would mean something else from here on"}
+CONSEQUENCES = {
+    "image_tokenizer": "that codes would mean something else from here on",
+    "data.answers": "that labels would mean something else from here on",
+    "teacher.weights": "that codes would be taught by another network from here on",
+}
 """What becomes of a run that goes on with another value of a field."""
 OF_THE_ORDER = "that samples would come twice or not at all"
 """The consequence for all other fields."""
@@ -77,8 +82,8 @@ def names_and_sizes(stream: SampleStream) -> list[list[tuple[str, int]]]:
     ]
 
 
-def finetuning_sources(config: FinetuneConfig, examples: int) -> Sources:
-    """Of the training examples, which index files name or tars hold."""
+def finetuning_sources(config: FinetuneConfig, examples: int, tokenizer: TextTokenizer) -> Sources:
+    """Of the training examples, which index files name or tars hold, and of their labels and words."""
     paths = [
         path
         for name in files_of(config.data.train)
@@ -86,7 +91,14 @@ def finetuning_sources(config: FinetuneConfig, examples: int) -> Sources:
     ]
     files = [(os.path.basename(path), os.stat(path).st_size) for path in paths]
     train = {"files": len(files), "examples": examples, "names and sizes": _digest(files)}
-    return {"seed": config.seed, "data.train": train}
+    answers = {"data.answers": sha256(Path(config.data.answers))[:16]} if config.data.answers else {}
+    return {"seed": config.seed, "data.train": train, "text_tokenizer": tokenizer.fingerprint[:16], **answers}
+
+
+def tokenizer_sources(config: TokenizerConfig, stream: SampleStream) -> Sources:
+    """Of the pictures that an image tokenizer is trained on, and of its teacher."""
+    teacher = {"teacher.weights": sha256(Path(config.teacher.weights))[:16]} if config.teacher.weights else {}
+    return {"seed": config.seed, "data.images": stream_source(stream, config.data.images), **teacher}
 
 
 def _digest(names: Any) -> str:

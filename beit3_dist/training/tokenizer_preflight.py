@@ -11,7 +11,8 @@ from beit3_dist.data.picture_batches import ImageBatches
 from beit3_dist.objectives.distillation import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.checkpointing import starting_point
-from beit3_dist.training.sources import same_sources, stream_source
+from beit3_dist.training.resumption import same_recipe
+from beit3_dist.training.sources import same_sources, tokenizer_sources
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 
@@ -50,6 +51,7 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
         min_crop_scale=config.data.min_crop_scale,
         max_pixels=config.data.max_pixels,
     )
-    sources = {"seed": config.seed, "data.images": stream_source(train.stream, config.data.images)}
-    state.sources = same_sources(config, checkpoint, state.sources, sources)
-    return TokenizerReady(state, checkpoint, build_teacher(teacher.pop("kind"), config.model.grid, **teacher), train)
+    frozen = build_teacher(teacher.pop("kind"), config.model.grid, **teacher)
+    state.sources = same_sources(config, checkpoint, state.sources, tokenizer_sources(config, train.stream))
+    same_recipe(config, checkpoint)
+    return TokenizerReady(state, checkpoint, frozen, train)

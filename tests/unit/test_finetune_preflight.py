@@ -97,7 +97,8 @@ def test_a_resume_notices_another_index(folder: Path) -> None:
     config = run(folder)
     _, ready = prepare_finetuning(config, MESH)
     assert (
-        same_sources(config, Path("step_1"), ready.state.sources, finetuning_sources(config, 8)) == ready.state.sources
+        same_sources(config, Path("step_1"), ready.state.sources, finetuning_sources(config, 8, ready.task.tokenizer))
+        == ready.state.sources
     )
     index = folder / "longer.jsonl"
     index.write_text((folder / "vqa.jsonl").read_text() * 2)
@@ -105,7 +106,13 @@ def test_a_resume_notices_another_index(folder: Path) -> None:
     with pytest.raises(
         ValueError, match="data.train: step_1 was trained with examples=8, .* this run has examples=16,"
     ):
-        same_sources(longer, Path("step_1"), ready.state.sources, finetuning_sources(longer, 16))
+        same_sources(longer, Path("step_1"), ready.state.sources, finetuning_sources(longer, 16, ready.task.tokenizer))
+    answers = folder / "renamed.txt"
+    answers.write_text("".join(reversed(Path(config.data.answers).read_text().splitlines(keepends=True))))
+    renamed = replace(config, data=replace(config.data, answers=str(answers)))
+    found = finetuning_sources(renamed, 8, ready.task.tokenizer)
+    with pytest.raises(ValueError, match="^data.answers: .* so that labels would mean something else"):
+        same_sources(renamed, Path("step_1"), ready.state.sources, found)
 
 
 def test_pictures_of_classes_come_with_the_names_of_these(folder: Path) -> None:
