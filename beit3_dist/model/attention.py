@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.layout import Group, Layout, Selection
 from beit3_dist.model.multiway import Multiway
 
@@ -81,7 +82,7 @@ class Attention(nn.Module):
         super().__init__()
         experts = ("shared",) if config.attention == "shared" else ("vision", "language")
         self.head_dim = config.width // config.heads
-        linear = lambda: nn.Linear(config.width, config.width)  # noqa: E731
+        linear = lambda: Linear(config.width, config.width)  # noqa: E731
         self.q = Multiway(experts, linear)
         self.k = Multiway(experts, linear)
         self.v = Multiway(experts, linear)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.linear import Linear
 
 FIRST_POSITION = 2
 
@@ -21,7 +22,7 @@ class VisionEmbedding(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         self.image_size = config.image_size
-        self.projection = nn.Linear(3 * config.patch_size**2, config.width)
+        self.projection = Linear(3 * config.patch_size**2, config.width)
         self.cls_token = nn.Parameter(torch.empty(config.width))
         self.mask_token = nn.Parameter(torch.empty(config.width))
         self.positions = nn.Parameter(torch.empty(FIRST_POSITION + 1 + config.patches, config.width))

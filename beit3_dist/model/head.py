@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from beit3_dist.kernels.cross_entropy import cross_entropy_in_place
+from beit3_dist.kernels.linear import Product
 
 
 class Head(nn.Module):
     """Hidden states [M, D] and target classes [M] -> [2, M]: cross-entropies, and 1 where the prediction is right.
 
-    `weight` [classes, D] and `bias` [classes], untied from any embedding. The softmax is computed in fp32. `loss` may
-    be replaced by another kernel of the same contract.
+    `weight` [classes, D] and `bias` [classes], untied from any embedding. The softmax is computed in fp32. `compute`
+    (of the logits) and `loss` may be replaced by others of the same contract.
     """
 
+    compute: Product = staticmethod(linear)
     loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy_in_place)
 
     def __init__(self, width: int, classes: int) -> None:
@@ -31,4 +33,4 @@ class Head(nn.Module):
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits [M, classes]."""
-        return linear(hidden_MD, self.weight, self.bias)
+        return self.compute(hidden_MD, self.weight, self.bias)

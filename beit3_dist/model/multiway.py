@@ -13,6 +13,7 @@ from torch.nn.functional import gelu
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.layout import Segments
 
 
@@ -110,9 +111,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm = LayerNorm(config.width, config.layer_norm_eps)
-        self.fc1 = nn.Linear(config.width, config.ffn_width)
+        self.fc1 = Linear(config.width, config.ffn_width)
         self.inner_norm = GeluLayerNorm(config.ffn_width, config.layer_norm_eps) if config.sub_layernorm else None
-        self.fc2 = nn.Linear(config.ffn_width, config.width)
+        self.fc2 = Linear(config.ffn_width, config.width)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         hidden_TF = self.fc1(self.norm(x_TD))

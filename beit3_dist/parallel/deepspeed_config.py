@@ -8,20 +8,58 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+from pydantic import ValidationError
 
 from beit3_dist.config import TrainingConfig
 
 DEFAULT_BUCKET = 100_000_000
 """Elements of the reduce bucket where the file names none and the model is not smaller."""
 
+_RECORDS = "a run writes its records to OUT/metrics.jsonl and OUT/tensorboard: leave it out"
 _OURS = {  # DeepSpeed section -> why it is refused
     "optimizer": "the optim section of the run config describes the optimizer",
     "scheduler": "the optim section of the run config describes the schedule",
     "fp16": "use precision=bf16 or precision=fp32",
     "amp": "use precision=bf16 or precision=fp32",
+    "torch_autocast": "use precision=bf16 or precision=fp32",
     "activation_checkpointing": "use activation_checkpointing of the run config",
+    "checkpoint": "use checkpoint of the run config",
+    "tensor_parallel": "use parallel.tensor of the run config",
+    "pipeline": "use parallel.pipeline of the run config",
+    "compile": "use kernels=compiled of the run config",
+    **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), _RECORDS),
 }
+
+_PASSED_ON = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "data_types",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "disable_allgather",
+    "disable_python_gc",
+    "aio",
+    "steps_per_print",
+    "dump_state",
+    "log_level",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "timers",
+    "comms_logger",
+    "flops_profiler",
+)
+"""DeepSpeed's sections that mean something in a run. DeepSpeed itself ignores a name that it does not know."""
 
 
 def _lookup(settings: dict[str, Any], path: str) -> Any:
@@ -60,6 +98,12 @@ def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, An
     for section, remedy in _OURS.items():
         if section in settings:
             raise ValueError(f"deepspeed_config: {config.deepspeed_config} has a section {section!r}; {remedy}")
+    for section in settings:
+        if section not in _PASSED_ON:
+            raise ValueError(
+                f"deepspeed_config: {config.deepspeed_config} has a section {section!r}, which means nothing in a run: "
+                f"leave it out (there are {', '.join(_PASSED_ON)})"
+            )
     micro_batch = sum(config.micro_batch(data_parallel))
     bf16 = config.precision == "bf16"
     accumulate = "fp32" if bf16 else None
@@ -83,9 +127,39 @@ def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, An
                 f'of the run config means {json.dumps(value)}: write "auto" in the file or change the run'
             )
         _store(settings, path, value, config.deepspeed_config)
+    _keep_torchs_linear(settings["zero_optimization"], config.deepspeed_config)
     # The engine accumulates by itself and says which backward is a step's last one (see engine.py), so that DeepSpeed
     # neither counts micro-batches nor divides by their number.
     settings["gradient_accumulation_steps"] = 1
     settings["train_batch_size"] = micro_batch * data_parallel
     settings["steps_per_print"] = 2**31 - 1
+    if config.deepspeed_config:
+        _check(settings, config.deepspeed_config)
     return settings
+
+
+def _keep_torchs_linear(zero: dict[str, Any], file: str) -> None:
+    """DeepSpeed would replace torch's linear in the whole process, and so what a frozen network computes: near ties the
+    image tokenizer would give other codes than at other stages. The layers that ZeRO-3 shards have a product of their
+    own (`Engine`)."""
+    given = zero.pop("memory_efficient_linear", "auto")
+    if given not in ("auto", False):
+        raise ValueError(
+            f"deepspeed_config: {file} sets zero_optimization.memory_efficient_linear={json.dumps(given)}, which "
+            "changes what the image tokenizer computes: leave it out; the sharded layers save that memory without it"
+        )
+    if zero["stage"] == 3:
+        zero["memory_efficient_linear"] = False
+
+
+def _check(settings: dict[str, Any], file: str) -> None:
+    """Raises ValueError where DeepSpeed would not take the settings."""
+    # As one process would: the process groups are not there yet.
+    alone = settings | {"train_batch_size": settings["train_micro_batch_size_per_gpu"]}
+    try:
+        DeepSpeedConfig(alone, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: 1))
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"deepspeed_config: {file}: DeepSpeed refuses it: {wrong}") from error
+    except (DeepSpeedConfigError, ValueError, AssertionError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"deepspeed_config: {file}: DeepSpeed refuses it: {error}") from error

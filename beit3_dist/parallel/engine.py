@@ -12,12 +12,15 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from beit3_dist.config import TrainingConfig
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
+from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.averaging import WeightAverage
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
@@ -242,5 +245,18 @@ def _build_model(
                 data_parallel_group=groups.data,
                 mpu=groups,
             )
+    if config.parallel.zero_stage == 3:
+        for module in model.modules():
+            if isinstance(module, (Linear, Head)):
+                module.compute = linear_that_lets_go
     mark_model_parallel(model, mesh.tensor_rank)
     return model, whole_shapes
+
+
+def linear_that_lets_go(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a `Linear` whose weight ZeRO-3 shards: what it leaves for the backward pass is the parameter,
+    where torch's own function would keep the gathered values from one pass to the other. The same numbers: both are one
+    product of two matrices with the bias in it."""
+    if x.dim() == 2:
+        return zero3_linear_wrap(x, weight, bias)
+    return zero3_linear_wrap(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import embedding, gelu, linear
+from torch.nn.functional import embedding, gelu
 
 from beit3_dist.config import ModelConfig, require_divides
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.head import Head
@@ -106,7 +107,7 @@ def mark_model_parallel(model: nn.Module, tensor_rank: int) -> None:
 # ------------------------------------------------------------------------------------------------------------ layers
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(Linear):
     """x [T, in / ranks] -> partial sums [T, out]; the bias, whole on every rank, is added once over all of them."""
 
     def __init__(self, whole: nn.Linear, ranks: int) -> None:
@@ -114,7 +115,7 @@ class RowParallelLinear(nn.Linear):
         self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, Share.apply(self.bias, self.ranks))
+        return self.compute(x, self.weight, Share.apply(self.bias, self.ranks))
 
 
 class TokenParallelLayerNorm(LayerNorm):
@@ -194,7 +195,7 @@ class VocabParallelHead(Head):
         self.weight, self.bias, self.classes, self.group = whole.weight, whole.bias, whole.classes, group
 
     def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
-        logits = linear(Copy.apply(hidden_MD, self.group), self.weight, self.bias).float()
+        logits = self.compute(Copy.apply(hidden_MD, self.group), self.weight, self.bias).float()
         first = self.group.rank() * logits.shape[1]
         if first + logits.shape[1] > self.classes:
             logits[:, max(0, self.classes - first) :] = -torch.inf
@@ -202,7 +203,7 @@ class VocabParallelHead(Head):
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """All logits [M, classes] on every rank, for what is computed alike on all of them (beam search, smoothing)."""
-        local = linear(Copy.apply(hidden_MD, self.group), self.weight, self.bias)
+        local = self.compute(Copy.apply(hidden_MD, self.group), self.weight, self.bias)
         return GatherReplicated.apply(local.T, self.group).T[:, : self.classes]
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.model.layout import Layout
@@ -37,7 +38,7 @@ class ClassHead(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.fc_norm = LayerNorm(width)
-        self.head = nn.Linear(width, classes)
+        self.head = Linear(width, classes)
 
     def forward(self, patches_BND: Tensor) -> Tensor:
         return self.head(self.fc_norm(patches_BND[:, 1:].mean(1)))
@@ -49,7 +50,7 @@ class TokenPooler(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = LayerNorm(width)
-        self.dense = nn.Linear(width, width)
+        self.dense = Linear(width, width)
 
     def forward(self, hidden_BND: Tensor) -> Tensor:
         return torch.tanh(self.dense(self.norm(hidden_BND[:, 0])))
@@ -61,9 +62,7 @@ class PooledHead(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.pooler = TokenPooler(width)
-        self.head = nn.Sequential(
-            nn.Linear(width, 2 * width), LayerNorm(2 * width), nn.GELU(), nn.Linear(2 * width, classes)
-        )
+        self.head = nn.Sequential(Linear(width, 2 * width), LayerNorm(2 * width), nn.GELU(), Linear(2 * width, classes))
 
     def forward(self, hidden_BND: Tensor) -> Tensor:
         return self.head(self.pooler(hidden_BND))
@@ -73,10 +72,10 @@ class _TwoLayers(nn.Module):
     def __init__(self, inputs: int, hidden: int, classes: int) -> None:
         super().__init__()
         self.norm1 = LayerNorm(inputs)
-        self.dense1 = nn.Linear(inputs, hidden)
+        self.dense1 = Linear(inputs, hidden)
         self.norm2 = LayerNorm(hidden)
         self.act = nn.GELU()
-        self.dense2 = nn.Linear(hidden, classes)
+        self.dense2 = Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense2(self.act(self.norm2(self.dense1(self.norm1(x)))))
@@ -98,8 +97,8 @@ class ContrastiveHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.language_head = nn.Linear(width, width, bias=False)
-        self.vision_head = nn.Linear(width, width, bias=False)
+        self.language_head = Linear(width, width, bias=False)
+        self.vision_head = Linear(width, width, bias=False)
         self.logit_scale = nn.Parameter(torch.empty(1))
 
     def forward(self, cls_BD: Tensor | None, start_BD: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor]:

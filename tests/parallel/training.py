@@ -29,7 +29,7 @@ from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.parallel.sharding import shard, sharded_dimension
-from beit3_dist.training.inputs import host_totals, prepare
+from beit3_dist.training.inputs import Tokenize, host_totals, prepare
 from beit3_dist.training.optimizer import build_optimizer, parameter_groups
 from beit3_dist.training.schedule import learning_rate
 from tests.micro_batches import precomputed_codes, random_micro_batch
@@ -144,8 +144,10 @@ class Trace:
     """Weights before the first step."""
 
 
-def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str, Any]:
-    """One rank of a run by our engine. Returns plain numbers and arrays."""
+def engine_run(
+    groups: Groups, config: RunConfig, sgd: bool = False, tokenize: Tokenize | None = None
+) -> dict[str, Any]:
+    """One rank of a run by our engine. Returns plain numbers and arrays. `tokenize`: an image tokenizer that runs."""
     mesh = groups.mesh
     engine = Engine(
         config,
@@ -156,7 +158,7 @@ def engine_run(groups: Groups, config: RunConfig, sgd: bool = False) -> dict[str
         objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd),
     )
-    tokenize, parts = precomputed_codes(config.model), mesh.data * config.batch.accumulation
+    tokenize, parts = tokenize or precomputed_codes(config.model), mesh.data * config.batch.accumulation
     record: dict[str, Any] = {"losses": [], "grad_norms": [], "tensor_rank": mesh.tensor_rank}
     record["initial"] = _weights(engine)
     for step in range(config.steps):

@@ -114,6 +114,43 @@ def test_sections_that_are_ours(section: str, written) -> None:
         deepspeed_config(run_config(written({section: {}})), 2)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"wandb": {"enabled": True}}, r"section 'wandb'; .*metrics\.jsonl"),
+        ({"tensorboard": {"enabled": True}}, r"section 'tensorboard'; .*metrics\.jsonl"),
+        ({"checkpoint": {"tag_validation": "Fail"}}, "section 'checkpoint'; use checkpoint of the run config"),
+        ({"gradient_cliping": 1.0}, "section 'gradient_cliping', which means nothing in a run: .*gradient_clipping"),
+        ({"elasticity": {}}, "section 'elasticity', which means nothing in a run"),
+        ({"curriculum_learning": {}}, "section 'curriculum_learning', which means nothing"),
+        ({"zero_optimization": {"reduce_bucket": 5}}, "DeepSpeed refuses it: reduce_bucket: Extra inputs"),
+        ({"zero_optimization": {"reduce_bucket_size": "much"}}, "DeepSpeed refuses it: reduce_bucket_size: .*integer"),
+        ({"bf16": {"enabled": True, "loss_scale": 0}}, "DeepSpeed refuses it: loss_scale"),
+        ({"communication_data_type": "fp23"}, "DeepSpeed refuses it: .*communication_data_type.*fp23"),
+        ({"flops_profiler": True}, "DeepSpeed refuses it"),
+        ({"zero_optimization": [3]}, r"'zero_optimization' must be an object, not \[3\]"),
+        ({"data_types": "fp32"}, "'data_types' must be an object"),
+    ],
+    ids=lambda v: "-".join([*v]) if isinstance(v, dict) else "",
+)
+def test_what_deepspeed_would_ignore_or_refuse_later(content: dict, reason: str, written) -> None:
+    with pytest.raises(ValueError, match=rf"deepspeed_config: .*ds\.json.*{reason}") as refusal:
+        deepspeed_config(run_config(written(content)), 2)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_torchs_linear_stays_what_it_is(stage: int, written) -> None:
+    """DeepSpeed replaces it in the whole process unless it is told not to (see tests/parallel/test_frozen_networks)."""
+    for given in ({}, {"memory_efficient_linear": False}, {"memory_efficient_linear": "auto"}):
+        settings = deepspeed_config(run_config(written({"zero_optimization": given}), zero_stage=stage), 2)
+        told = {"memory_efficient_linear": False} if stage == 3 else {}
+        assert settings["zero_optimization"] == {"stage": stage} | told
+    file = written({"zero_optimization": {"memory_efficient_linear": True}})
+    with pytest.raises(ValueError, match=r"ds\.json sets zero_optimization\.memory_efficient_linear=true.*tokenizer"):
+        deepspeed_config(run_config(file, zero_stage=stage), 2)
+
+
 def test_unreadable_files(written, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"deepspeed_config: there is no file .*nowhere\.json"):
         deepspeed_config(run_config(tmp_path / "nowhere.json"), 2)

@@ -141,6 +141,12 @@ def test_zero_init_takes_our_groups() -> None:
     assert not missing, broken("engine.py", f"zero.Init takes no {sorted(missing)}")
 
 
+def test_linear_that_keeps_no_gathered_weights() -> None:
+    """By name and signature; tests/parallel/test_frozen_networks.py shows that it keeps none."""
+    taken = list(inspect.signature(module("runtime.zero.linear").zero3_linear_wrap).parameters)
+    assert taken == ["input", "weight", "bias"], broken("engine.py", f"zero3_linear_wrap takes {taken}")
+
+
 def test_sharded_parameters_know_their_pieces() -> None:
     init = module("runtime.zero.partition_parameters")
     source = inspect.getsource(init)
