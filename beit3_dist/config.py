@@ -125,20 +125,49 @@ class Source:
         require(self.weight > 0, f"the weight of source {self.shards!r} must be positive, not {self.weight}")
 
 
+Patterns = str | list[str | Source]
+"""One pattern of tars, several that are one source together, or weighted sources."""
+
+
+def sources_of(shards: Patterns, field: str) -> list[Source]:
+    """The sources that `field` names. Raises ValueError where its list is empty or of two kinds."""
+    if isinstance(shards, str):
+        return [Source(shards=shards)]
+    sources = [source for source in shards if isinstance(source, Source)]
+    patterns = [pattern for pattern in shards if isinstance(pattern, str)]
+    require(bool(shards), f"{field}: the list of sources is empty")
+    require(
+        not sources or not patterns,
+        f"{field} lists patterns ({', '.join(patterns)}) beside sources with weights: write all of them as "
+        "{shards: PATTERN, weight: NUMBER}",
+    )
+    if not patterns:
+        return sources
+    for pattern in patterns:
+        require(
+            ":" not in pattern.partition("/")[0],
+            f"{field} lists {pattern!r}: commands and addresses are sources of their own, {{shards: {pattern!r}}}",
+        )
+    # A comma parts the alternatives of braces.
+    joined = ",".join(expanduser(p) if "{" in p else expanduser(p).replace(",", r"\,") for p in patterns)
+    return [Source(shards=f"{{{joined}}}" if len(patterns) > 1 else patterns[0])]
+
+
 @dataclass(kw_only=True)
 class DataConfig:
-    """The three streams. A stream is one pattern of tars or a list of weighted sources.
+    """The three streams. A stream is one pattern of tars, a list of patterns that are one source together, or a list of
+    weighted sources.
 
     Tars are files, or what a command writes (`pipe:cat {000..099}.tar`, started without a shell), or addresses
     (https://, http://, s3://, gs://, through curl, aws and gsutil), but not both in one stream. The latter two are read
     from front to back; see data.virtual_readers.
     """
 
-    images: str | list[Source]
+    images: Patterns
     """Pictures: members with extension jpg, jpeg, png, webp, bmp or tif. A .tar.gz is unpacked into the cache."""
-    texts: str | list[Source]
+    texts: Patterns
     """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
-    pairs: str | list[Source]
+    pairs: Patterns
     """Pictures with captions: an image member and a .txt (or .json, see caption_key) member of the same key."""
     caption_key: str = "caption"
     """Field of a pair's .json member that holds the caption; used only where a sample has no .txt."""
@@ -173,9 +202,11 @@ class DataConfig:
     """Pictures with more pixels than this are refused as image bombs and replaced."""
     max_bad_fraction: float = 0.01
     """The run stops with a report when more than this share of all samples, or of those of 1,000 steps, had to be
-    replaced."""
+    replaced. The share is taken of at least 10,000 samples: 0.01 stops no run before its 101st bad sample."""
 
     def __post_init__(self) -> None:
+        for name in ("images", "texts", "pairs"):
+            sources_of(getattr(self, name), f"data.{name}")
         for name in ("text_length", "caption_length"):
             require(
                 getattr(self, name) >= 3,
@@ -434,14 +465,16 @@ class TrainingConfig:
     on H100 and newer. The last two need kernels=triton and bf16; masks that do more than hide padding always take
     padded. auto: flash where it is installed, else varlen, else padded."""
     deepspeed_config: str = ""
-    """DeepSpeed JSON file, e.g. ds_configs/zero3_bf16.json. "auto" values come from this config; a value that
-    contradicts it is an error. Empty: everything is auto."""
+    """DeepSpeed JSON file. ds_configs/zero3_bf16.json and its fellows come with the program and are found from any
+    folder that has none of that name. "auto" values come from this config; a value that contradicts it is an error.
+    Empty: everything is auto."""
     profile: int = 0
     """Steps that the first process profiles, after two others: OUT/profile/trace.json opens in Perfetto, kernels.txt
     lists what took longest. 0: none."""
     init_from: str = ""
-    """Weights to start from: a file in the released form (or torchscale's), a model folder, or a checkpoint of a run. A
-    head that is not in it starts from random values, which is logged. Empty: random values by (seed, name)."""
+    """Weights to start from: a file in the released form (or torchscale's), a model folder, a checkpoint of a run, or a
+    run's folder, which means its newest whole checkpoint. A head that is not in it starts from random values, which is
+    logged. Empty: random values by (seed, name)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The Multiway Transformer."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -75,7 +75,8 @@ class Model:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Model:
-        """The model of a folder, in fp32. `device`: the first GPU where there is one, unless said otherwise.
+        """The model of a folder, or of a fine-tuning run's, in fp32. `device`: the first GPU where there is one, unless
+        said otherwise.
 
         Raises FileNotFoundError or ValueError with one line where the folder holds no fine-tuned model, and ValueError
         where there is no such device.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.files import as_json, sha256
-from beit3_dist.checkpoint.store import FORMAT, TrainState, checkpoints, step_of
+from beit3_dist.checkpoint.store import FORMAT, LATEST, TrainState, checkpoints, step_of
 from beit3_dist.opening import parse_json, read_json, read_text, regular_size
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def find(resume: str, folder: Path) -> Path | None:
     if resume == "none":
         return None
     if resume != "auto":
-        path = Path(resume)
+        try:
+            path = pointed_at(Path(resume))
+        except Damaged as error:
+            raise Damaged(f"checkpoint.resume: {error}") from None
         if damage := damaged(path):
             inside = list(checkpoints(path / "checkpoints").values())
             hint = f": it is a run's folder; name a checkpoint, such as {inside[-1]}" if inside else ""
@@ -49,8 +52,31 @@ def find(resume: str, folder: Path) -> Path | None:
     return _newest(folder, list(checkpoints(folder).values()), [])
 
 
-def _newest(folder: Path, candidates: list[Path], damages: list[str]) -> Path | None:
-    """The last candidate that is not damaged. `damages`: what has been found in later ones."""
+def pointed_at(path: Path) -> Path:
+    """The checkpoint that RUN/checkpoints/latest names, where that is the path; any other path itself. Raises Damaged
+    where there is no such checkpoint beside it."""
+    if path.name != LATEST or not path.is_file():
+        return path
+    name = path.read_text(errors="replace").strip()
+    beside = {checkpoint.name: checkpoint for checkpoint in checkpoints(path.parent).values()}
+    if name not in beside:
+        raise Damaged(f"{path} names {name!r}, and there is no such checkpoint beside it")
+    return beside[name]
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint whose weights a path means: the newest whole one of RUN or RUN/checkpoints, the one that
+    RUN/checkpoints/latest names; any other path means itself. Raises Damaged where there is none that is whole."""
+    for folder in (path / "checkpoints", path):
+        if candidates := list(checkpoints(folder).values()):
+            return _newest(folder, candidates, [], str(path)) or path
+    return pointed_at(path)
+
+
+def _newest(
+    folder: Path, candidates: list[Path], damages: list[str], asked: str = "checkpoint.resume=auto"
+) -> Path | None:
+    """The last candidate that is not damaged. `damages`: what has been found in later ones. `asked`: who wants it."""
     for path in reversed(candidates):
         damage = damaged(path)
         if not damage:
@@ -58,7 +84,7 @@ def _newest(folder: Path, candidates: list[Path], damages: list[str]) -> Path | 
         log.warning("%s: falling back to an older checkpoint", damage)
         damages = [*damages, damage]
     if damages:
-        raise Damaged(f"checkpoint.resume=auto finds no whole checkpoint in {folder}: {'; '.join(damages)}")
+        raise Damaged(f"{asked} finds no whole checkpoint in {folder}: {'; '.join(damages)}")
     return None
 
 

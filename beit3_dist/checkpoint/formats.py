@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_dist.checkpoint.find import damaged
+from beit3_dist.checkpoint.find import checkpoint_of, damaged
 from beit3_dist.checkpoint.fitting import check_whole, fit, infer_config, shapes_of
-from beit3_dist.checkpoint.model_folder import ModelFolder, config_of, is_model_folder, read_model_folder
+from beit3_dist.checkpoint.model_folder import ModelFolder, config_of, is_model_folder, model_in, read_model_folder
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.released import PREFIX, task_of, weights_from_released, weights_to_released
 from beit3_dist.checkpoint.timm_form import weights_from_timm
@@ -69,14 +69,17 @@ def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
 
     `attention_heads`: of a single file of weights, which does not tell; known for the released widths. Raises
     FileNotFoundError or ValueError with one line where there is nothing, or nothing of these forms, or not all of it.
+    A run's folder means its newest whole checkpoint.
     """
+    path = checkpoint_of(path)
     if (path / "manifest.json").is_file():
         source = _read_checkpoint(path)
-    elif path.is_dir() and is_model_folder(path):
+    elif is_model_folder(model_in(path)):
         source = read_model_folder(path)
     elif path.is_dir():
         raise ValueError(
-            f"{path} is neither a model folder nor a checkpoint: name one, e.g. RUN/checkpoints/step_0000100"
+            f"{path} is neither a model folder nor a checkpoint, nor the folder of a run that has one: name one, e.g. "
+            "RUN/checkpoints/step_0000100"
         )
     else:
         weights = _canonical(read_weights_file(path), str(path))

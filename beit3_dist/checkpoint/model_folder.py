@@ -121,11 +121,23 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
+def model_in(folder: Path) -> Path:
+    """The model folder that a path means: RUN/model of the folder of a fine-tuning run, else itself."""
+    of_run = folder / "model"
+    return of_run if is_model_folder(of_run) and not is_model_folder(folder) else folder
+
+
 def read_model_folder(folder: Path) -> ModelFolder:
-    """Raises FileNotFoundError or ValueError with one line that names the file."""
-    folder = Path(folder)
+    """The model of a folder, or of RUN/model for a run's folder. Raises FileNotFoundError or ValueError with one line
+    that names the file."""
+    folder = model_in(Path(folder))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
+            if (folder / "checkpoints").is_dir():
+                raise FileNotFoundError(
+                    f"{folder} is a run's folder without a model: fine-tuning writes {folder / 'model'} after its last "
+                    f"step, and tools/convert_checkpoint.py {folder} MODEL --to safetensors makes one of any run"
+                )
             raise FileNotFoundError(
                 f"{folder} is no model folder: it has no {name}; tools/convert_checkpoint.py --to safetensors makes one"
             )

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 FORMAT = 1
+LATEST = "latest"
+"""File in a folder of checkpoints that holds the newest one's name."""
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +230,7 @@ class Store:
         self._make_way(saving.step)
         partial.rename(final)
         sync(self._folder)
-        write_text(self._folder / "latest", final.name + "\n")
+        write_text(self._folder / LATEST, final.name + "\n")
         self._remove_partial()
         self._prune()
         log.info(
@@ -263,7 +265,7 @@ class Store:
         present, own = checkpoints(self._folder), min(self._newest, step - 1)
         ahead, before = ([s for s in present if (s > own) is late] for late in (True, False))
         if ahead and before:
-            write_text(self._folder / "latest", present[before[-1]].name + "\n")
+            write_text(self._folder / LATEST, present[before[-1]].name + "\n")
         for path in (present[s] for s in ahead):
             aside = path.with_name(f"abandoned_{path.name}")
             shutil.rmtree(aside, ignore_errors=True)

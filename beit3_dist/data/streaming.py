@@ -25,7 +25,7 @@ from time import sleep
 import numpy as np
 from braceexpand import braceexpand
 
-from beit3_dist.config import DataConfig, Source, require
+from beit3_dist.config import DataConfig, Patterns, require, sources_of
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault
 from beit3_dist.data.index import is_sequential
@@ -64,9 +64,9 @@ class Interrupted(Exception):
     """A command failed before its shard was complete; another try may succeed."""
 
 
-def sequential(shards: str | list[Source], field: str) -> bool:
+def sequential(shards: Patterns, field: str) -> bool:
     """Whether a stream's shards are no files. Raises ValueError where some are and some are not."""
-    patterns = [shards] if isinstance(shards, str) else [source.shards for source in shards]
+    patterns = [source.shards for source in sources_of(shards, field)]
     kinds = {is_sequential(pattern) for pattern in patterns}
     if len(kinds) == 2:
         raise ValueError(f"{field}: files and others ({', '.join(patterns)}) cannot be mixed in one stream")
@@ -289,7 +289,7 @@ class SequentialStream:
     def __init__(
         self,
         stream: Stream,
-        shards: str | list[Source],
+        shards: Patterns,
         data: DataConfig,
         seed: int,
         tokenizer: TextTokenizer,
@@ -299,7 +299,7 @@ class SequentialStream:
     ) -> None:
         """`batch`: samples of a step over all ranks. Raises ValueError naming the field that does not fit."""
         name, readers = stream.name.lower(), data.virtual_readers
-        sources = [Source(shards=shards)] if isinstance(shards, str) else shards
+        sources = sources_of(shards, f"data.{name}")
         self.stream, self.data, self.seed, self.tokenizer = stream, data, seed, tokenizer
         self.shards = [addresses(source.shards, f"data.{name}") for source in sources]
         for source in self.shards:

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from beit3_dist.config import Source
+from beit3_dist.config import Patterns, sources_of
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.index import ALONE, Share, Table, open_table
@@ -87,7 +87,7 @@ class SampleStream(ABC):
 
     def __init__(
         self,
-        shards: str | list[Source],
+        shards: Patterns,
         field: str,
         seed: int,
         cache: str,
@@ -100,9 +100,7 @@ class SampleStream(ABC):
 
         Raises ValueError naming `field` where a source has no file or no usable sample.
         """
-        sources = [Source(shards=shards)] if isinstance(shards, str) else shards
-        if not sources:
-            raise ValueError(f"{field}: the list of sources is empty")
+        sources = sources_of(shards, field)
         self.seed = seed
         self.shuffled = shuffled
         self.blocks = blocks
@@ -249,7 +247,7 @@ class PictureStream(SampleStream):
 
     def __init__(
         self,
-        shards: str | list[Source],
+        shards: Patterns,
         field: str,
         seed: int,
         cache: str,
@@ -285,7 +283,7 @@ class TextStream(SampleStream):
 
     def __init__(
         self,
-        shards: str | list[Source],
+        shards: Patterns,
         field: str,
         seed: int,
         cache: str,
@@ -333,7 +331,7 @@ class PairStream(PictureStream):
 
     def __init__(
         self,
-        shards: str | list[Source],
+        shards: Patterns,
         field: str,
         seed: int,
         cache: str,

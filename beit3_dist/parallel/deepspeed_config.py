@@ -16,6 +16,9 @@ from pydantic import ValidationError
 
 from beit3_dist.config import TrainingConfig
 
+SHIPPED = Path(__file__).parents[1] / "ds_configs"
+"""The DeepSpeed files that come with the program. A recipe names them as they stand in the repository."""
+
 DEFAULT_BUCKET = 100_000_000
 """Elements of the reduce bucket where the file names none and the model is not smaller."""
 
@@ -78,13 +81,17 @@ def _store(settings: dict[str, Any], path: str, value: Any, file: str) -> None:
 
 
 def read_deepspeed_file(path: str) -> dict[str, Any]:
-    """The JSON of `deepspeed_config`. Raises ValueError with the file's name."""
+    """The JSON of `deepspeed_config`: of that file, or else of the one of this name that comes with the program. Raises
+    ValueError with the file's name."""
     if not path:
         return {}
-    if not Path(path).is_file():
+    file = Path(path)
+    if not file.is_file() and file == Path(SHIPPED.name, file.name):
+        file = SHIPPED / file.name
+    if not file.is_file():
         raise ValueError(f"deepspeed_config: there is no file {path}")
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"deepspeed_config: {path} is not JSON: {error}") from error
     if not isinstance(settings, dict):

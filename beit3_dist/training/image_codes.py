@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import sha256, write_json
-from beit3_dist.config import RunConfig, Source, require
+from beit3_dist.config import Patterns, RunConfig, require, sources_of
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.model.layout import to_device
 from beit3_dist.training.inputs import Tokenize, views
-from beit3_dist.training.sources import names_and_sizes, shuffle_of, weights_of
+from beit3_dist.training.sources import names_and_sizes, shuffle_of
 
 FORMAT = 2
 CODE = np.dtype("<u2")
@@ -58,9 +58,10 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
     }
 
 
-def sources_digest(stream: SampleStream, shards: str | list[Source]) -> str:
+def sources_digest(stream: SampleStream, shards: Patterns) -> str:
     """Digest of the weights of a stream's sources and of their shards' names and sizes, wherever they lie."""
-    return hashlib.sha256(json.dumps([weights_of(shards), names_and_sizes(stream)]).encode()).hexdigest()
+    weights = [source.weight for source in sources_of(shards, "data")]
+    return hashlib.sha256(json.dumps([weights, names_and_sizes(stream)]).encode()).hexdigest()
 
 
 def pictures_of(config: RunConfig, held_out: bool) -> tuple[int, int]:

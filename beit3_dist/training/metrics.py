@@ -8,9 +8,11 @@ import os
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 import torch
@@ -24,6 +26,13 @@ from beit3_dist.training.flops import peak_flops
 
 LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
 ACCURACIES = ("acc_image", "acc_text", "acc_pair_image", "acc_pair_text")
+PROGRESS = {
+    "lr": "lr {:.1e}",
+    "grad_norm": "grad norm {:.3g}",
+    "samples_per_s": "{:.0f} samples/s",
+    "memory_gb": "{:.1f} GB",
+}
+"""Fields of a record that the progress line shows behind the losses, and how."""
 _CLEAR = "\r\x1b[K"
 """Takes a terminal back to the beginning of its line, and clears that."""
 BLOCK = 1 << 20
@@ -159,6 +168,12 @@ def _step_of(line: bytes) -> float:
         return math.inf  # a line cut short by a crash belongs to the tail
 
 
+RECENT = 50
+"""Steps whose median time tells how long the others will take."""
+FEWEST = 3
+"""Nothing is said of it before so many."""
+
+
 class Reporter:
     """Writes the records of the first rank's run folder and keeps the person at the terminal informed."""
 
@@ -170,7 +185,10 @@ class Reporter:
         with naming(self._folder):
             self._tensorboard = SummaryWriter(str(self._folder), purge_step=first_step + 1)  # inclusive
         self._steps, self._terminal = steps, Unfailing(terminal or sys.stdout)
-        self._started, self._first_step, self._last_line = time.monotonic(), first_step, -math.inf
+        self._last_line = self._last_step = -math.inf
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        """From the end of each of the last steps to that of the next; the first step has none, as it waits for much
+        that comes once."""
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One training step."""
@@ -220,20 +238,26 @@ class Reporter:
         self._terminal.flush()
 
     def _progress(self, record: Mapping[str, Any]) -> None:
-        """On a terminal one line that renews itself; in a file a line every ten seconds, and the last step's."""
+        """On a terminal one line that renews itself, without the parts of the loss where they do not fit; in a file a
+        line every ten seconds, and the last step's."""
         now, done = time.monotonic(), record["step"]
         is_terminal, is_last = self._terminal.isatty(), done == self._steps
+        if self._last_step > -math.inf:
+            self._seconds.append(now - self._last_step)
+        self._last_step = now
         if now - self._last_line < (0.2 if is_terminal else 10) and not is_last:
             return
         self._last_line = now
-        left = (now - self._started) / (done - self._first_step) * (self._steps - done)
         parts = "  ".join(f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_"))
-        line = (
-            f"step {done}/{self._steps}  loss {record['loss']:.3f}  {f'({parts})  ' if parts else ''}"
-            f"{record['samples_per_s']:.0f} samples/s  {_duration(left)} left"
-        )
+        step = f"step {done}/{self._steps}  loss {record['loss']:.3f}"
+        rest = [form.format(record[name]) for name, form in PROGRESS.items() if name in record]
+        if len(self._seconds) >= FEWEST:
+            rest.append(f"{_duration(median(self._seconds) * (self._steps - done))} left")
+        short = "  ".join([step, *rest])
+        line = "  ".join([step, f"({parts})", *rest]) if parts else short
         if is_terminal:
-            self._print(f"{_CLEAR}{line[: self._terminal.columns() - 1]}")
+            width = self._terminal.columns() - 1
+            self._print(f"{_CLEAR}{short if len(short) <= width < len(line) else line[:width]}")
         else:
             self._print(f"{line}\n")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_dist.checkpoint.files import sha256
-from beit3_dist.config import DataConfig, RunConfig, Source, TrainingConfig
+from beit3_dist.config import DataConfig, Patterns, RunConfig, TrainingConfig, sources_of
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import is_jsonl
@@ -59,19 +59,14 @@ def shuffle_of(data: DataConfig) -> str:
     return f"blocks of {data.shuffle_block} in windows of {data.shuffle_window}"
 
 
-def stream_source(stream: SampleStream | SequentialStream, shards: str | list[Source]) -> dict[str, Any]:
+def stream_source(stream: SampleStream | SequentialStream, shards: Patterns) -> dict[str, Any]:
     """Of one stream: files by name and size, wherever they lie; commands and addresses as they are named."""
-    weights = weights_of(shards)
+    weights = [source.weight for source in sources_of(shards, "data")]
     if isinstance(stream, SequentialStream):
         return {"shards": sum(map(len, stream.shards)), "weights": weights, "names": _digest(stream.shards)}
     files = names_and_sizes(stream)
     shards_found = sum(map(len, files))
     return {"shards": shards_found, "samples": len(stream), "weights": weights, "names and sizes": _digest(files)}
-
-
-def weights_of(shards: str | list[Source]) -> list[float]:
-    """Of each source that a stream's field names."""
-    return [1.0] if isinstance(shards, str) else [source.weight for source in shards]
 
 
 def names_and_sizes(stream: SampleStream) -> list[list[tuple[str, int]]]:

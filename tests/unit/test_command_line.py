@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from braceexpand import braceexpand
 
 from beit3_dist.command_line import parse, to_yaml
-from beit3_dist.config import RunConfig, Source
+from beit3_dist.config import RunConfig, Source, sources_of
 
 RECIPE = """\
 out: runs/test
@@ -58,6 +61,22 @@ def test_recipe(recipe: Path) -> None:
 def test_weighted_sources(recipe: Path) -> None:
     pairs = config_of("--config", recipe).data.pairs
     assert pairs == [Source(shards="good.tar", weight=3.0), Source(shards="noisy.tar", weight=1.0)]
+
+
+@pytest.mark.parametrize("where", ["recipe", "command line"])
+def test_a_list_of_patterns_is_one_source(where: str, recipe: Path) -> None:
+    listed = ["~/a/*.tar", "b/{00..09}.tar", "with,comma.tar"]
+    if where == "recipe":
+        content = yaml.safe_load(recipe.read_text())
+        content["data"]["pairs"] = listed
+        recipe.write_text(yaml.safe_dump(content))
+        pairs = config_of("--config", recipe).data.pairs
+    else:
+        pairs = config_of("--config", recipe, "--data.pairs", json.dumps(listed)).data.pairs
+    (source,) = sources_of(pairs, "data.pairs")
+    assert source.weight == 1
+    expected = [os.path.expanduser("~/a/*.tar"), *(f"b/{n:02d}.tar" for n in range(10)), "with,comma.tar"]
+    assert list(braceexpand(source.shards)) == expected
 
 
 def test_the_command_line_wins(recipe: Path) -> None:

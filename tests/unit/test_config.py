@@ -139,6 +139,22 @@ def test_a_source_needs_a_weight() -> None:
         Source(shards="a.tar", weight=0)
 
 
+@pytest.mark.parametrize("stream", ["images", "texts", "pairs"])
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([], "the list of sources is empty"),
+        (["a.tar", Source(shards="b.tar")], r"lists patterns \(a.tar\) beside sources with weights"),
+        (["a.tar", "pipe:cat b.tar"], "lists 'pipe:cat b.tar': commands and addresses are sources of their own"),
+        (["s3://bucket/a.tar"], "lists 's3://bucket/a.tar': commands"),
+    ],
+    ids=["empty", "both kinds", "command", "address"],
+)
+def test_lists_that_are_no_source(stream: str, given: list, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"^data.{stream}:? {reason}"):
+        DataConfig(**{"images": "i", "texts": "t", "pairs": "p"} | {stream: given})
+
+
 def test_the_defaults_are_the_papers_giant() -> None:
     config = run_config()
     model, optim, batch, objective = config.model, config.optim, config.batch, config.objective

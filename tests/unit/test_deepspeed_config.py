@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from beit3_dist.config import BatchConfig, DataConfig, OptimConfig, ParallelConfig, RunConfig
-from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.deepspeed_config import deepspeed_config, read_deepspeed_file
 
-SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 
 
 def run_config(file: object = "", *, zero_stage: int = 2, precision: str = "bf16") -> RunConfig:
@@ -180,6 +183,31 @@ def test_shipped_files(file: Path) -> None:
     for wrong in ({"zero_stage": 2}, {"zero_stage": stage, "precision": "fp32"}):
         with pytest.raises(ValueError, match=r"parallel\.zero_stage|precision"):
             deepspeed_config(run_config(file, **wrong), 2)
+
+
+@pytest.mark.parametrize("recipe", ["base", "large", "giant"])
+def test_recipes_find_their_files_from_any_folder(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the package lies elsewhere than the recipe, and a file of one's own of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    named = yaml.safe_load((REPOSITORY / f"launchers/recipes/{recipe}.yaml").read_text())["deepspeed_config"]
+    content = json.loads((REPOSITORY / named).read_text())
+    assert read_deepspeed_file(named) == content
+    with pytest.raises(ValueError, match="there is no file ds_configs/nothing.json"):
+        read_deepspeed_file("ds_configs/nothing.json")
+    with pytest.raises(ValueError, match="there is no file elsewhere/zero1_bf16.json"):
+        read_deepspeed_file("elsewhere/zero1_bf16.json")
+    Path("ds_configs").mkdir()
+    Path(named).write_text("{}")
+    assert read_deepspeed_file(named) == {}
+
+
+def test_shipped_files_lie_in_the_package() -> None:
+    """And so they are installed with it (pyproject.toml names them as its data)."""
+    package = REPOSITORY / "beit3_dist"
+    data = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "beit3_dist"
+    ]
+    assert {file.name for pattern in data for file in package.glob(pattern)} == {file.name for file in SHIPPED}
 
 
 def test_three_files_are_shipped() -> None:

@@ -328,6 +328,30 @@ def test_a_runs_checkpoint_becomes_a_model_folder(tmp_path: Path, caplog: pytest
     assert second.task == {"name": "text", "text_length": 12}
 
 
+@pytest.mark.parametrize("source", ["run", "run/checkpoints", "run/checkpoints/latest", "run/checkpoints/step_0000007"])
+def test_a_run_is_its_newest_checkpoint(source: str, tmp_path: Path) -> None:
+    """As what a run starts from, and for the program."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    weights = BEiT3(TINY).state_dict()
+    for step, values in ((3, {name: torch.zeros_like(value) for name, value in weights.items()}), (7, weights)):
+        write_checkpoint(tmp_path / f"run/checkpoints/step_{step:07d}", values=values, model=TINY)
+    (tmp_path / "run/checkpoints/latest").write_text("step_0000007\n")
+    assert_identical(read_initial_weights(tmp_path / source, TINY), weights)
+    main([str(tmp_path / source), str(tmp_path / "ours"), "--to", "safetensors"])
+    assert_identical(read_model_folder(tmp_path / "ours").weights, weights)
+
+
+def test_a_run_without_checkpoints_is_its_model(tmp_path: Path) -> None:
+    weights = BEiT3(TINY).state_dict()
+    save_model_folder(tmp_path / "run/model", weights, TINY)
+    assert_identical(read_initial_weights(tmp_path / "run", TINY), weights)
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="^init_from: .*empty is neither a model folder nor a checkpoint"
+    ):
+        read_initial_weights(tmp_path / "empty", TINY)
+
+
 def test_a_vqa_model_answers_after_its_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a released file with --answers, and from a run with the list that it read."""
     train_tokenizer(tmp_path / "text.spm")

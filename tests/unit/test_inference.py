@@ -80,6 +80,17 @@ def test_embeddings_are_unit_vectors_of_each_sample(folders: dict[str, Path], pi
     assert model.embed_images([]).shape == (0, 32)
 
 
+def test_a_runs_folder_means_its_model(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(
+        FileNotFoundError, match="run is a run's folder without a model: fine-tuning writes .*run/model"
+    ):
+        Model.load(tmp_path / "run", device="cpu")
+    save(tmp_path / "run/model", "retrieval", tokenizer)
+    ours, expected = (Model.load(tmp_path / name, device="cpu") for name in ("run", "run/model"))
+    assert torch.equal(ours.embed_texts(SENTENCES), expected.embed_texts(SENTENCES))
+
+
 def test_any_form_of_a_picture(folders: dict[str, Path], pictures: list[Path]) -> None:
     model = Model.load(folders["retrieval"], device="cpu")
     opened = Image.open(pictures[0])

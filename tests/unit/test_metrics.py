@@ -218,12 +218,59 @@ def test_progress_in_a_file_is_a_line_every_ten_seconds(tmp_path: Path, clock: S
         f"{step}/40" for step in (11, 14, 17, 20, 23, 26, 29, 32, 35, 38, 40)
     ]
     assert printed[0] == (
-        "step 11/40  loss 10.250  (image 1.000  text 2.000  pair_image 3.000  pair_text 4.000)  "
-        "123 samples/s  0:01:56 left"  # 29 steps of 4 s
+        "step 11/40  loss 10.250  (image 1.000  text 2.000  pair_image 3.000  pair_text 4.000)  123 samples/s"
     )
+    assert printed[1].endswith("123 samples/s  0:01:44 left")  # 26 steps of 4 s
     assert printed[-1].endswith("0:00:00 left")
     assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == list(range(11, 41))
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_time_left_is_that_of_the_last_steps(tmp_path: Path, clock: SimpleNamespace) -> None:
+    """An hour of starting, a first step that compiles, a validation: none of them comes again in every step."""
+    terminal = io.StringIO()
+    reporter = Reporter(tmp_path, 0, 200, terminal)
+    clock.now += 3600.0
+    for step in range(1, 101):
+        clock.now += {1: 600.0, 50: 900.0}.get(step, 12.0 if step < 20 else 20.0)
+        reporter.step(record_of(step))
+    reporter.close()
+    printed = terminal.getvalue().splitlines()
+    assert not any("left" in line for line in printed[:3]), "three steps of one process tell nothing yet"
+    assert printed[3].endswith(f"  0:{196 * 12 // 60}:{196 * 12 % 60:02d} left")
+    assert printed[-1].endswith(f"  0:{100 * 20 // 60}:{100 * 20 % 60:02d} left"), (
+        "nor do the first steps count for ever"
+    )
+
+
+FULL = {"lr": 9.98e-4, "grad_norm": 12.345, "memory_gb": 71.27}
+
+
+def test_progress_shows_rate_norm_and_memory(tmp_path: Path, clock: SimpleNamespace) -> None:
+    terminal = io.StringIO()
+    reporter = Reporter(tmp_path, 0, 9, terminal)
+    reporter.step(record_of(1) | FULL)
+    reporter.close()
+    assert terminal.getvalue().endswith("4.000)  lr 1.0e-03  grad norm 12.3  123 samples/s  71.3 GB\n")
+
+
+@pytest.mark.parametrize("columns", [120, 200])
+def test_the_longest_progress_fits_a_screen_of_120_columns(
+    columns: int, tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the parts of the loss where there is no room for them, and with nothing cut off."""
+    monkeypatch.setattr(metrics.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=columns))
+    terminal = Terminal()
+    reporter = Reporter(tmp_path, 900_000, 1_000_000, terminal)
+    for step in range(900_001, 900_005):
+        clock.now += 12.0
+        reporter.step(record_of(step) | FULL | {"samples_per_s": 12345.6})
+    reporter.close()
+    last = terminal.getvalue().split("\x1b[K")[-1].rstrip("\n")
+    assert len(last) < columns and last.endswith(
+        "lr 1.0e-03  grad norm 12.3  12346 samples/s  71.3 GB  13 d 21:19:12 left"
+    )
+    assert ("pair_text" in last) == (columns == 200)
 
 
 class Terminal(io.StringIO):
@@ -252,10 +299,11 @@ def test_progress_on_a_screen_renews_one_line_that_fits(
 def test_days_are_told(tmp_path: Path, clock: SimpleNamespace) -> None:
     terminal = io.StringIO()
     reporter = Reporter(tmp_path, 0, 1_000_000, terminal)
-    clock.now += 1.2
-    reporter.step(record_of(1))
+    for step in range(1, 5):
+        clock.now += 11.0
+        reporter.step(record_of(step))
     reporter.close()
-    assert "13 d 21:19:58 left" in terminal.getvalue()  # 999,999 steps of 1.2 s
+    assert terminal.getvalue().endswith("127 d 07:32:36 left\n")  # 999,996 steps of 11 s
 
 
 def test_evaluation_goes_to_its_own_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3_dist.checkpoint.find import Damaged, find, verified
+from beit3_dist.checkpoint.find import Damaged, checkpoint_of, find, verified
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.parallel.mesh import Groups
 from tests.parallel.workers import run_workers
@@ -112,6 +112,31 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 def test_a_runs_folder_is_no_checkpoint(folder: Path) -> None:
     with pytest.raises(Damaged, match=f"it is a run's folder; name a checkpoint, such as .*/checkpoints/{NEWER}$"):
         find(str(folder.parent), folder)
+
+
+def test_latest_means_what_it_names(folder: Path) -> None:
+    assert resume(str(folder / "latest"), folder) == folder / NEWER
+    (folder / "latest").write_text(OLDER + "\n")
+    assert resume(str(folder / "latest"), folder) == folder / OLDER
+    for name in ("step_0000099", "../checkpoints/step_0000008", "", "step_0000008\0"):
+        (folder / "latest").write_text(name)
+        with pytest.raises(Damaged, match=r"^checkpoint.resume: .*/latest names .*no such checkpoint beside it"):
+            resume(str(folder / "latest"), folder)
+
+
+@pytest.mark.parametrize("named", [".", "checkpoints", "checkpoints/latest"])
+def test_weights_of_a_run_are_its_newest_checkpoints(
+    named: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = folder.parent
+    assert checkpoint_of(run / named) == folder / NEWER
+    assert checkpoint_of(folder / OLDER) == folder / OLDER
+    flip(folder / NEWER / "state.json", 0)
+    if named != "checkpoints/latest":  # which asks for that one
+        assert checkpoint_of(run / named) == folder / OLDER and "falling back" in caplog.text
+        flip(folder / OLDER / "state.json", 0)
+        with pytest.raises(Damaged, match=f"finds no whole checkpoint.*{NEWER}.*{OLDER}"):
+            checkpoint_of(run / named)
 
 
 def test_the_checkpoint_before_is_told_by_its_number(tmp_path: Path) -> None:

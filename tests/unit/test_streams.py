@@ -323,6 +323,15 @@ def test_weighted_sources_in_exact_proportion_with_their_own_epochs(tmp_path: Pa
     assert [s.index for s in first] == [alone.read(position).index for position in range(75)]
 
 
+def test_a_list_of_patterns_is_read_like_one_with_braces(tmp_path: Path) -> None:
+    for name, pictures in (("a", 3), ("b", 4)):
+        image_tar(tmp_path / f"{name}.tar", pictures)
+    listed = images(tmp_path, [str(tmp_path / "a.tar"), str(tmp_path / "b*.tar")])
+    braces = images(tmp_path, "{a,b}.tar")
+    assert len(listed) == len(braces) == 7
+    assert [listed.read(n).index for n in range(20)] == [braces.read(n).index for n in range(20)]
+
+
 def test_bad_source_lists(tmp_path: Path) -> None:
     image_tar(tmp_path / "a.tar", 1)
     with pytest.raises(ValueError, match="data.images: the list of sources is empty"):
