@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from beit3_dist.checkpoint.find import Damaged, checkpoint_of, find, verified
+from beit3_dist.checkpoint.find import Damaged, checkpoint_of, find
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.parallel.mesh import Groups
 from tests.parallel.workers import run_workers
+from tests.unit.damages import DAMAGES, damage_at_random, flip, resume
 from tests.unit.small_checkpoints import load, save
 from tests.unit.small_checkpoints import one_process as one_process
 
@@ -41,33 +40,11 @@ def folder(saved_by_two: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved_by_two, tmp_path / "checkpoints"))
 
 
-def resume(what: str, folder: Path) -> Path | None:
-    """As a run does: before the process groups, and after."""
-    return verified(find(what, folder), what, folder)
-
-
 def resume_in_worker(groups: Groups, what: str, folder: str) -> str:
     try:
         return str(resume(what, Path(folder)))
     except Damaged as damage:
         return f"refused: {damage}"
-
-
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES: dict[str, Callable[[Path], None]] = {
-    "deleted": Path.unlink,
-    "emptied": lambda path: os.truncate(path, 0),
-    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
-    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n}"),
-    "first byte flipped": lambda path: flip(path, 0),
-    "byte flipped": lambda path: flip(path, path.stat().st_size // 2),
-    "last byte flipped": lambda path: flip(path, path.stat().st_size - 1),
-}
 
 
 def test_undamaged(folder: Path) -> None:
@@ -91,6 +68,18 @@ def test_refused_by_name_and_auto_falls_back(
     DAMAGES[damage](folder / OLDER / name)
     with pytest.raises(Damaged, match=f"auto finds no whole checkpoint.*{NEWER}/{name}.*{OLDER}/{name}"):
         resume("auto", folder)
+
+
+def test_random_damages_are_refused_by_name(folder: Path) -> None:
+    """`python -m tests.attack` does so 600 times with a real run's checkpoint."""
+    refusals = damage_at_random(folder, 60)
+    assert refusals.missed == [] and refusals.refused.total() == 60 and len(refusals.refused) == 8
+
+
+def test_a_damage_that_is_not_refused_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beit3_dist.checkpoint.find.wrong_digests", lambda path, names: [])
+    missed = damage_at_random(folder, 60).missed
+    assert missed and all("goes on from" in line for line in missed)
 
 
 def test_no_flipped_byte_of_the_manifest_goes_unnoticed(folder: Path) -> None:
