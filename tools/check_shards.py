@@ -11,7 +11,6 @@ malformed. Exit code 0: nothing is wrong. 1: something is. 2: the check cannot b
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -32,7 +31,7 @@ from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, LeftOut
 from beit3_dist.data.members import members_of
 from beit3_dist.data.order import Stream
-from beit3_dist.data.streams import json_captions, lines
+from beit3_dist.data.streams import LARGEST_CAPTION, captions_of
 from beit3_dist.data.tars import Tar
 from beit3_dist.data.text import documents
 from beit3_dist.data.transforms import decode, largest_file
@@ -125,15 +124,16 @@ def _sample_problems(
             yield "too many pixels" if "max_pixels" in str(bad) else "unreadable picture", str(bad)
     if job.stream is Stream.PAIRS:
         try:
-            captions = lines(content(TXT)) if TXT in sample else json_captions(content(JSON), job.caption_key)
-            if not captions:
+            written = TXT if TXT in sample else JSON
+            check_size("a caption", sample[written][1], LARGEST_CAPTION)
+            if not captions_of(content(written), written, job.caption_key):
                 yield "bad caption", "empty caption"
         except BadSample as bad:
             yield "bad caption", str(bad)
     if job.stream is Stream.TEXTS:
         for kind in texts:
             good = 0
-            for number, text in documents(io.BytesIO(content(kind)), kind == JSONL):
+            for number, text in documents(tar.lines(*sample[kind]), kind == JSONL):
                 if isinstance(text, str):
                     good += 1
                 else:

@@ -24,6 +24,7 @@ from beit3_dist.data.cache import cache_folder, write_whole
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import JSONL, TXT, is_jsonl, is_tar, key_and_kind
+from beit3_dist.data.lines import lines_of
 from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.data.unpack import plain_tar
@@ -59,7 +60,7 @@ def texts_of(path: str, cache: str) -> Iterator[tuple[str, bool, Iterator[bytes]
     a tar is damaged."""
     if not is_tar(path):
         with open_regular(path) as file:
-            yield os.path.basename(path), is_jsonl(path), iter(file)
+            yield os.path.basename(path), is_jsonl(path), lines_of(file.readline)
         return
     with Tar(plain_tar(path, cache_folder(cache, "--cache")), path) as tar:
         try:
@@ -69,7 +70,7 @@ def texts_of(path: str, cache: str) -> Iterator[tuple[str, bool, Iterator[bytes]
                 if kind in (TXT, JSONL) and odd:
                     raise ValueError(f"{path}: {name} is {odd}")
                 if kind in (TXT, JSONL):
-                    yield name, kind == JSONL, io.BytesIO(tar.read(offset, size))
+                    yield name, kind == JSONL, tar.lines(offset, size)
         except DamagedTar as damage:
             raise ValueError(f"{path} is damaged: {damage}") from None
 

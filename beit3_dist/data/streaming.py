@@ -27,11 +27,12 @@ from braceexpand import braceexpand
 
 from beit3_dist.config import DataConfig, Patterns, require, sources_of
 from beit3_dist.data import transforms
-from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.index import is_sequential
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
+from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Interleave, Stream, mix, permute
-from beit3_dist.data.streams import ATTEMPTS, SOURCE_SHIFT, Sample, caption_words, captions_of
+from beit3_dist.data.streams import ATTEMPTS, LARGEST_CAPTION, SOURCE_SHIFT, Sample, caption_words, captions_of
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
 
@@ -137,14 +138,16 @@ class Pipe:
     def lines(self, offset: int, size: int) -> Iterator[bytes]:
         """The lines of a member, which is never held as a whole; DamagedTar before a line that is not whole."""
         self.read(offset, 0)
-        while self.at < offset + size:
-            left = offset + size - self.at
-            line = self.output.readline(left)
-            if not line.endswith(b"\n") and len(line) < left:
-                self._count(line, left)
+
+        def readline(most: int) -> bytes:
+            line = self.output.readline(most)
+            if not line.endswith(b"\n") and len(line) < most:
+                self._count(line, most)
                 raise DamagedTar(f"cut at byte {self.at}: the member at byte {offset} is not whole")
             self.at += len(line)
-            yield line
+            return line
+
+        return lines_of(readline, size)
 
     def _count(self, data: bytes, expected: int) -> bytes:
         self.at += len(data)
@@ -192,6 +195,8 @@ class Shards:
     tokenizer: TextTokenizer
     width: int
     """Tokens of a text's window, <s> and </s> not counted."""
+    max_pixels: int = DataConfig.max_pixels
+    """Pixels of the largest picture."""
 
     def items(self, address: str) -> Iterator[Item]:
         """All of a shard, in stored order. A command that fails is started again after a pause and goes on where it
@@ -237,6 +242,13 @@ class Shards:
             if kind is None or kind not in kinds:
                 continue
             text, problem = key.decode("utf-8", "replace"), odd and f"the {KIND_NAMES[kind]} member is {odd}"
+            try:
+                if kind == IMAGE:
+                    check_size("a picture", size, transforms.largest_file(self.max_pixels))
+                else:
+                    check_size("a caption", size, LARGEST_CAPTION)
+            except BadSample as bad:
+                problem = str(bad)
             data = b"" if problem else pipe.member(offset, size)
             if current is None or current.key != text:
                 if current is not None:
@@ -269,9 +281,10 @@ class Shards:
                     ids = self.tokenizer.encode(text)
                     tokens += frame[1] * (started and bool(ids)) + ids
                     started |= bool(ids)
-                    while len(tokens) >= self.width:
-                        yield window(tokens[: self.width])
-                        del tokens[: self.width]
+                    whole = len(tokens) // self.width * self.width
+                    for first in range(0, whole, self.width):
+                        yield window(tokens[first : first + self.width])
+                    del tokens[:whole]
         except (DamagedTar, ValueError):
             if tokens:
                 yield window(tokens)
@@ -388,7 +401,7 @@ class SequentialStream:
     def _items(self, reader: int, source: int) -> Iterator[tuple[int, int, int, int, Item]]:
         """Epoch, turn of the shard, its number, place in it and item, without end, from where the reader stands."""
         names, readers = self.shards[source], self.data.virtual_readers
-        shards = Shards(self.stream, self.tokenizer, self.data.text_length - 2)
+        shards = Shards(self.stream, self.tokenizer, self.data.text_length - 2, self.data.max_pixels)
         epoch, turn, behind = self.rows.get((reader, source), (0, 0, 0))
         while True:
             while (at := reader + turn * readers) < len(names):

@@ -26,12 +26,15 @@ from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import TXT, LeftOut
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.text import TextTokenizer, TokenWindows
+from beit3_dist.data.text import TextTokenizer, TokenWindows, pieces_of
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100
 """Samples that are tried for one position before the run stops."""
+LARGEST_CAPTION, LONGEST_CAPTION = 1 << 22, 1 << 16
+"""Bytes of the largest member with captions that is read (4 MiB), and characters of a caption that are tokenised: far
+more than a model sees of it."""
 SOURCE_SHIFT = 8
 """Each source of a stream has its own order: the stream's number with the source's number above these bits."""
 
@@ -350,6 +353,7 @@ class PairStream(PictureStream):
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
         row = self.tables[source].rows[index]
+        check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
         written = self.readers[source].read(int(row["shard"]), *map(int, row["text"]))
         captions = captions_of(written, int(row["kind"]), self.caption_key)
         sample.words = caption_words(captions, sample, self.tokenizer, self.caption_length)
@@ -360,10 +364,16 @@ def caption_words(captions: list[str], sample: Sample, tokenizer: TextTokenizer,
     if not captions:
         raise BadSample("empty caption")
     number = int(sample.generator(Draw.CAPTION).integers(len(captions))) if len(captions) > 1 else 0
-    ids = tokenizer.encode(captions[number])[: length - 2]
+    ids = caption_ids(captions[number], tokenizer)[: length - 2]
+    return np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=np.int64)
+
+
+def caption_ids(caption: str, tokenizer: TextTokenizer) -> list[int]:
+    """Ids of a caption's beginning, at least one. Raises BadSample."""
+    ids = tokenizer.encode(next(pieces_of(caption, LONGEST_CAPTION)))
     if not ids:
         raise BadSample("empty caption")
-    return np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=np.int64)
+    return ids
 
 
 def captions_of(data: bytes, kind: int, field: str) -> list[str]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from beit3_dist.data.lines import lines_of
 from beit3_dist.opening import open_regular
 
 BLOCK = 512
@@ -62,6 +63,11 @@ class Tar:
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of a member."""
         return os.pread(self.file.fileno(), size, offset)
+
+    def lines(self, offset: int, size: int) -> Iterator[bytes]:
+        """Lines of a member, which is never held as a whole."""
+        self.file.seek(offset)
+        return lines_of(self.file.readline, size)
 
     def __enter__(self) -> Tar:
         return self

@@ -7,31 +7,33 @@ and </s>. Windows, not documents, are what the order permutes.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
 from beit3_dist.config import SPECIAL_ROWS
-from beit3_dist.data.cache import digest, locked, write_whole
-from beit3_dist.data.faults import BadSample, Fault
+from beit3_dist.data.cache import Content, DamagedCache, cached, digest, mapped, parsed, write_whole
+from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.index import PROGRESS_SECONDS, Table
 from beit3_dist.data.kinds import JSONL
+from beit3_dist.data.lines import LONGEST_LINE, lines_of
 from beit3_dist.data.reader import OPEN_FILES
+from beit3_dist.opening import open_regular
 
 log = logging.getLogger(__name__)
 
 TOKENS_FORMAT = 1
 """Version of the token files."""
-DOCUMENTS_AT_ONCE = 4096
-"""Documents that are tokenised in one call, over several threads."""
+DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 1 << 20
+"""Documents, and characters of them, that are tokenised in one call, over several threads: SentencePiece takes some
+hundred bytes for each character."""
 
 
 class TextTokenizer:
@@ -78,10 +80,13 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without <s> and </s>."""
-        return [self.unk if piece == 0 else piece + 1 for piece in self.model.encode(text)]
+        parts = (self.model.encode(part) for part in pieces_of(text, CHARACTERS_AT_ONCE))
+        return [self.unk if piece == 0 else piece + 1 for part in parts for piece in part]
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once, over several threads."""
+        if any(len(text) > CHARACTERS_AT_ONCE for text in texts):
+            return [self.encode(text) for text in texts]
         pieces = self.model.encode(texts, num_threads=min(8, os.cpu_count() or 1))
         return [[self.unk if piece == 0 else piece + 1 for piece in text] for text in pieces]
 
@@ -92,12 +97,23 @@ class TextTokenizer:
         )
 
 
+def pieces_of(text: str, longest: int) -> Iterator[str]:
+    """The text in pieces of so many characters at most, cut before a space, where words end; most texts are one."""
+    at = 0
+    while len(text) - at > longest:
+        end = max(text.rfind(" ", at + 1, at + longest + 1), 0) or at + longest
+        yield text[at:end]
+        at = end
+    yield text[at:]
+
+
 def documents(data: Iterator[bytes], jsonl: bool) -> Iterator[tuple[int, str | BadSample]]:
     """Line number (from 1) and text of each document of a member, or what is wrong with it; empty lines are skipped."""
     for number, line in enumerate(data, start=1):
         if not line.strip():
             continue
         try:
+            check_size("a line", len(line), LONGEST_LINE)
             text = line.decode("utf-8").strip()
             if jsonl:
                 text = _text_field(text).strip()
@@ -124,14 +140,9 @@ def _text_field(line: str) -> str:
 
 def _lines(path: str, offset: int, size: int) -> Iterator[bytes]:
     """Lines of one member."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         file.seek(offset)
-        while size > 0:
-            line = file.readline(size)
-            if not line:
-                return
-            size -= len(line)
-            yield line
+        yield from lines_of(file.readline, size)
 
 
 class TokenShard:
@@ -146,21 +157,27 @@ class TokenShard:
     def make(self) -> None:
         """Tokenises the shard unless the cache holds the tokens of this very shard and tokenizer."""
         if not self.file.exists():
-            with locked(self.file):
-                if not self.file.exists():
-                    self._build()
+            self._cached(self.file.stat)
+
+    def _cached(self, read: Callable[[], Content]) -> Content:
+        return cached(read, self._build, self.file)
 
     @property
     def tokens(self) -> np.ndarray:
         """uint16 or uint32 [tokens], memory-mapped."""
-        self.make()
-        return np.load(self.file, mmap_mode="r", allow_pickle=False)
+        return self._cached(self._mapped)
+
+    def _mapped(self) -> np.ndarray:
+        tokens = mapped(self.file)
+        if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
+            raise DamagedCache(f"{self.file} is damaged: it holds no tokens")
+        return tokens
 
     @property
     def faults(self) -> list[Fault]:
         """Documents that were left out."""
-        self.make()
-        return [Fault("texts", self.path, *fault) for fault in json.loads(self.file.with_suffix(".json").read_text())]
+        notes = self._cached(lambda: parsed(self.file.with_suffix(".json")))
+        return [Fault("texts", self.path, *fault) for fault in notes]
 
     def _build(self) -> None:
         table, number, tokenizer = self.table, self.number, self.tokenizer
@@ -179,7 +196,7 @@ class TokenShard:
 
         parts: list[np.ndarray] = []
         told = time.monotonic()
-        for texts in _batched(good(), DOCUMENTS_AT_ONCE):
+        for texts in _batched(good()):
             for ids in tokenizer.encode_all(texts):
                 if ids:
                     parts.append(np.array([tokenizer.eos] * bool(parts) + ids, dtype=kind))
@@ -192,9 +209,17 @@ class TokenShard:
         write_whole(self.file, lambda file: np.save(file, tokens))
 
 
-def _batched(items: Iterator[str], count: int) -> Iterator[list[str]]:
-    """Lists of `count` items; the last one may be shorter."""
-    while batch := list(itertools.islice(items, count)):
+def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Lists of texts that are tokenised in one call: so many, or so many characters, but for a single longer one."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        if batch and (len(batch) == DOCUMENTS_AT_ONCE or characters + len(text) > CHARACTERS_AT_ONCE):
+            yield batch
+            batch, characters = [], 0
+        batch.append(text)
+        characters += len(text)
+    if batch:
         yield batch
 
 
@@ -226,15 +251,22 @@ class TokenWindows:
         if not file.exists():
             for shard in (*self.shards[first_shard:], *self.shards[:first_shard]):
                 shard.make()
-            with locked(file):
-                if not file.exists():
-                    faults = [(n, [(f.key, f.reason) for f in s.faults]) for n, s in enumerate(self.shards)]
-                    contents = {
-                        "lengths": [len(shard.tokens) for shard in self.shards],
-                        "faults": [(number, some) for number, some in faults if some],
-                    }
-                    write_whole(file, lambda target: target.write(json.dumps(contents).encode()))
-        return json.loads(file.read_text())
+
+        def make() -> None:
+            faults = [(n, [(f.key, f.reason) for f in s.faults]) for n, s in enumerate(self.shards)]
+            contents = {
+                "lengths": [len(shard.tokens) for shard in self.shards],
+                "faults": [(number, some) for number, some in faults if some],
+            }
+            write_whole(file, lambda target: target.write(json.dumps(contents).encode()))
+
+        def read() -> dict[str, list]:
+            contents = parsed(file)
+            if not isinstance(contents, dict) or len(contents.get("lengths", [])) != len(self.shards):
+                raise DamagedCache(f"{file} is damaged: it holds no lengths of {len(self.shards)} shards")
+            return contents
+
+        return cached(read, make, file)
 
     def __len__(self) -> int:
         return int(self.ends[-1])

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from beit3_dist.data.faults import BadSample
+from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.index import open_table
-from beit3_dist.data.kinds import TXT
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.streams import json_captions, lines
+from beit3_dist.data.streams import LARGEST_CAPTION, caption_ids, captions_of
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.tasks.examples import Example, TarMember
 
@@ -39,9 +38,9 @@ class PairShards(Sequence[Example]):
 
     def _words(self, row: Any) -> tuple[int, ...]:
         """The caption's token ids, at least one. Raises BadSample."""
+        check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
         written = self.reader.read(int(row["shard"]), *map(int, row["text"]))
-        captions = lines(written) if row["kind"] == TXT else json_captions(written, self.caption_key)
-        words = self.tokenizer.encode(captions[0]) if captions else []
-        if not words:
+        captions = captions_of(written, int(row["kind"]), self.caption_key)
+        if not captions:
             raise BadSample("empty caption")
-        return tuple(words)
+        return tuple(caption_ids(captions[0], self.tokenizer))
