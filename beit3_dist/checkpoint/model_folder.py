@@ -11,6 +11,7 @@ not have are not in the file: an encoder alone is a model too.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,10 +55,19 @@ class ModelFolder:
 
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes contiguous tensors with the permissions of any new file: the library would make it its owner's alone."""
+    """Writes contiguous tensors with the permissions of any new file: the library would make it its owner's alone.
+
+    Raises OSError where the disk does not take them.
+    """
     path.touch()
     permissions = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # the library has it in its words alone
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     path.chmod(permissions)
 
 

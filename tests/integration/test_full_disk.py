@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from beit3_dist.checkpoint.find import find, read_manifest
+from beit3_dist.command_line import STOPPED
 from beit3_dist.config import CheckpointConfig, RunConfig
-from tests.integration.runs import metrics, reproducible, run_config, train
-from tests.parallel.workers import run_workers
+from tests.integration.runs import metrics, reproducible, run_config, start, train, write_recipe
+from tests.parallel.workers import free_port, run_workers
 
 
 @pytest.fixture
@@ -66,3 +67,19 @@ def digests(config: RunConfig) -> list[str]:
     """Of all weights and moments at the end."""
     manifest = read_manifest(Path(config.out, "checkpoints", "step_0000006"))
     return [digest for name, (_, digest) in manifest.items() if name.startswith("shard_")]
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_the_records_stops_all_processes_with_one_line(tmp_path: Path) -> None:
+    """Only the first process writes them; the other one learns of it, and ends with the same code."""
+    recipe = write_recipe(run_config(tmp_path), tmp_path / "recipe.yaml")
+    metrics_file = tmp_path / "run" / "metrics.jsonl"
+    metrics_file.parent.mkdir()
+    metrics_file.symlink_to("/dev/full")
+    process = start("-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2", "--master_port",
+                    str(free_port()), "launchers/pretrain.py", "--config", str(recipe), "--checkpoint.resume",
+                    "auto")  # fmt: skip
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == STOPPED and "Traceback" not in output, output
+    told = f"error: {metrics_file}: No space left on device: make room, then go on with --checkpoint.resume auto"
+    assert output.count(told) == 1, output

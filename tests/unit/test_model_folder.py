@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,19 @@ def test_what_is_saved_is_read(folder: Path) -> None:
     expected = BEiT3(CONFIG).state_dict()
     assert read.weights.keys() == expected.keys()
     assert all(torch.equal(read.weights[name], value) for name, value in expected.items())
+
+
+def test_a_full_disk_is_the_systems_error_with_the_files_name(tmp_path: Path) -> None:
+    """For no file of this process, as for one on a full disk, more than 64 KiB; the library had it in words alone."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            save_model_folder(tmp_path / "model", {"a": torch.zeros(1 << 16)}, CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG and error.value.filename.endswith("model.safetensors")
+    assert not (tmp_path / "model").exists()
 
 
 def test_no_task_and_no_tokenizer(tmp_path: Path) -> None:
