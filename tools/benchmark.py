@@ -6,6 +6,7 @@
     python tools/benchmark.py kernels [--json]
     python tools/benchmark.py growth [--json]
     python tools/benchmark.py recipe [--json] [--profile] --recipe RECIPE.yaml --samples 8 16
+    python tools/benchmark.py traffic [--json] [--recipe RECIPE.yaml] [--samples 32] [--kernels triton]
     python tools/benchmark.py data [--json] [--workers 1 2 ...]
     python tools/benchmark.py checkpoint [--json] [--recipe RECIPE.yaml]
 
@@ -13,6 +14,7 @@
 our one pass over the mixed batch, by our model in three passes, and by torchscale's BEiT3 in three passes. Ours has
 torch's fused AdamW, as in training; torchscale has torch's AdamW as it comes, and in a second row the fused one too.
 `recipe`: training steps of a recipe's model on one device, as more samples fill it, by each kind of kernels.
+`traffic`: kernel launches of a recipe's training step on a GPU and the bytes that they move, counted without a GPU.
 `attention`, `kernels`: our operations against their definitions in plain torch.
 `growth`: the step's time against its FLOPs, as depth, width, batch and sequence length grow.
 `checkpoint`: the pause of a training that saves, and how soon what it saved is on the disk.
@@ -48,6 +50,7 @@ import benchmark_growth  # noqa: E402
 import benchmark_kernels  # noqa: E402
 import benchmark_recipe  # noqa: E402
 import benchmark_torchscale  # noqa: E402
+import benchmark_traffic  # noqa: E402
 from benchmark_measure import in_turns, profile_table, threads  # noqa: E402
 from benchmark_step import (  # noqa: E402
     Contender,
@@ -258,6 +261,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     benchmark_kernels.add_commands(commands)
     benchmark_growth.add_command(commands)
     benchmark_recipe.add_command(commands)
+    benchmark_traffic.add_command(commands)
     options = parser.parse_args(arguments)
     options.check(options)
     return options
