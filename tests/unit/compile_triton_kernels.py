@@ -29,7 +29,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 def type_of(name: str, annotation: Any) -> str:
     """In Triton's words."""
-    return {"int": "i64" if name == "elements" else "i32", "float": "fp32"}.get(annotation, TYPES.get(name, "*bf16"))
+    return {"int": "i32", "float": "fp32"}.get(annotation, TYPES.get(name, "*bf16"))
 
 
 def resources(code: bytes) -> str:
@@ -84,10 +84,8 @@ if __name__ == "__main__":
         flags = {"BRANCH": branch, "KEEP": keep, "NORM": norm, "PLACE": place}
         compile_kernel(residual_norm._forward_kernel, options, **shape, **flags)
         compile_kernel(residual_norm._backward_kernel, options | {"maxnreg": REGISTERS}, **shape, **flags)
-    stripe = {"ROWS": sums.STRIPE_ROWS, "COLUMNS": sums.STRIPE_COLUMNS}
-    compile_kernel(gelu._forward_kernel, {"num_warps": 8}, BLOCK=gelu.BLOCK)
-    compile_kernel(gelu._backward_kernel, {}, WIDTH=6144, **stripe)
-    compile_kernel(sums._columns_kernel, {}, WIDTH=4224, **stripe)
+    compile_kernel(gelu._backward_kernel, {}, WIDTH=6144, ROWS=gelu.ROWS, COLUMNS=sums.STRIPE_COLUMNS)
+    compile_kernel(sums._columns_kernel, {}, WIDTH=4224, ROWS=sums.STRIPE_ROWS, COLUMNS=sums.STRIPE_COLUMNS)
     compile_kernel(sums._sum_kernel, {}, KINDS=3, WIDTH=1408, ROWS=sums.ROWS, COLUMNS=sums.COLUMNS)
     options = {"num_warps": cross_entropy.WARPS}
     shape = {"CLASSES": 64010, "STRIDE": 64064, "BLOCK": cross_entropy.BLOCK}

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-from beit3_dist.kernels.triton.launch import require_narrow
+from beit3_dist.kernels.triton.launch import launch, require_narrow
 from beit3_dist.kernels.triton.sums import column_sums
 
 BLOCK = 4096
@@ -67,7 +68,7 @@ def _forward_kernel(
         # The prediction is the first of the largest: the target's if none before it is as large.
         earlier |= ((logits == top) & (start + column < target)).to(tl.int32)
         gradient = tl.exp(logits - top) * share - tl.where(start + column == target, 1.0, 0.0)
-        tl.store(row_ptr + start + column, gradient, mask=inside)
+        tl.store(row_ptr + start + column, gradient, mask=start + column < STRIDE)  # 0 behind the classes
 
     tl.store(out_ptr + row, tl.log(total) + (top - picked))
     first = tl.max(earlier, 0) == 0
@@ -92,18 +93,19 @@ def _to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor
     (rows, classes), stride = logits.shape, logits.stride(0)
     out = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     if rows:  # no device starts nothing
-        with torch.cuda.device_of(logits):
-            _forward_kernel[(rows,)](
-                logits,
-                logits if bias is None else bias,
-                targets.contiguous(),
-                out,
-                CLASSES=classes,
-                STRIDE=stride,
-                BLOCK=_block(classes),
-                BIAS=bias is not None,
-                num_warps=WARPS,
-            )
+        launch(
+            _forward_kernel,
+            (rows,),
+            logits,
+            logits if bias is None else bias,
+            targets.contiguous(),
+            out,
+            CLASSES=classes,
+            STRIDE=stride,
+            BLOCK=_block(classes),
+            BIAS=bias is not None,
+            num_warps=WARPS,
+        )
     return out
 
 
@@ -111,10 +113,16 @@ def _scale(gradient: Tensor, factors: Tensor) -> None:
     """Multiplies each row [classes] by its factor."""
     (rows, classes), stride, block = gradient.shape, gradient.stride(0), _block(gradient.shape[1])
     if rows:
-        with torch.cuda.device_of(gradient):
-            _scale_kernel[(rows, triton.cdiv(classes, block))](
-                gradient, factors.contiguous(), CLASSES=classes, STRIDE=stride, BLOCK=block, num_warps=WARPS
-            )
+        launch(
+            _scale_kernel,
+            (rows, triton.cdiv(classes, block)),
+            gradient,
+            factors.contiguous(),
+            CLASSES=classes,
+            STRIDE=stride,
+            BLOCK=block,
+            num_warps=WARPS,
+        )
 
 
 def _block(classes: int) -> int:
@@ -158,18 +166,15 @@ def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 ALIGNED = 64
-"""A row of logits begins at a multiple of so many numbers: 128 bytes of bf16. 64,010 words would begin at multiples of
-4 bytes, for which there are only slow matrix products."""
+"""Logits that lie in a row are a multiple of so many: for 64,010 there are only slow matrix products."""
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        rows, classes = len(hidden), len(weight)
-        padded = hidden.new_empty(rows, triton.cdiv(classes, ALIGNED) * ALIGNED)
-        logits = padded[:, :classes]
+        padded = hidden @ _pad(weight).t()
+        logits = padded[:, : len(weight)]
         _check(logits, targets)
-        torch.mm(hidden, weight.t(), out=logits)
         ctx.save_for_backward(hidden, weight)
         ctx.gradient = padded
         return _to_gradient(logits, bias, targets)
@@ -178,15 +183,19 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        padded = _once(ctx)
-        classes = len(weight)
-        gradient = padded[:, :classes]
+        gradient, classes = _once(ctx), len(weight)  # 0 behind the classes
         _scale(gradient, gradient_2M[0])
-        return gradient @ weight, gradient.t() @ hidden, column_sums(padded)[:classes], None
+        return gradient @ _pad(weight), (gradient.t() @ hidden)[:classes], column_sums(gradient)[:classes], None
+
+
+def _pad(weight: Tensor) -> Tensor:
+    """The weights [classes, D] and rows of zeros, an aligned number of rows in all; a copy, which costs little beside
+    the products."""
+    return pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """`cross_entropy_in_place` of the logits hidden W' + b, which live in rows of aligned length.
+    """`cross_entropy_in_place` of the logits hidden W' + b, beside which columns of zeros make up an aligned number.
 
     hidden: [M, D]; weight: [classes, D]; bias: [classes]; targets: int64 [M]. The bias is added in fp32.
     """

@@ -12,30 +12,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import gelu
 
-from beit3_dist.kernels.triton.launch import require_narrow
+from beit3_dist.kernels.triton.launch import launch, require_narrow
 from beit3_dist.kernels.triton.normal import cumulative_and_density
-from beit3_dist.kernels.triton.sums import STRIPE_COLUMNS, STRIPE_ROWS, stripes, sum_programs
+from beit3_dist.kernels.triton.sums import STRIPE_COLUMNS, stripes, sum_programs
 
-BLOCK = 4096
-"""Elements that a program of the forward pass takes."""
-
-
-@triton.jit(do_not_specialize=["elements"])
-def _forward_kernel(x_ptr: tl.tensor, y_ptr: tl.tensor, elements: int, BLOCK: tl.constexpr) -> None:
-    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # elements may pass 2^31
-    inside = here < elements
-    x = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + here, x * cumulative_and_density(x)[0], mask=inside)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU of a contiguous tensor."""
-    y, elements = torch.empty_like(x), x.numel()
-    if elements:
-        with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(elements, BLOCK),)](x, y, elements, BLOCK=BLOCK, num_warps=8)
-    return y
+ROWS = 4
+"""That a program takes at a time: more of them need too many registers."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -72,10 +56,18 @@ def gelu_backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     columns, programs = stripes(rows, width, x.device)
     of_x = torch.empty_like(x)
     partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(columns, programs)](
-            gradient.contiguous(), x, of_x, partial, rows, WIDTH=width, ROWS=STRIPE_ROWS, COLUMNS=STRIPE_COLUMNS
-        )
+    launch(
+        _backward_kernel,
+        (columns, programs),
+        gradient.contiguous(),
+        x,
+        of_x,
+        partial,
+        rows,
+        WIDTH=width,
+        ROWS=ROWS,
+        COLUMNS=STRIPE_COLUMNS,
+    )
     return of_x, sum_programs(partial, [(0, 0, programs)], x.dtype)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,37 @@ def block_and_warps(width: int) -> tuple[int, int]:
     """
     block = triton.next_power_of_2(width)
     return block, min(WARPS_A_PROCESSOR, max(4, block // 256))
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Kernels as the driver takes them, by all that decides how they were compiled."""
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """kernel[grid](*arguments, **constants): tensors, then numbers that fit 32 bits, then what is compiled in.
+
+    Triton looks at each of 40 arguments whenever it starts a kernel, which takes longer than the kernel; here it does
+    so once for each kind of arguments.
+    """
+    first: Tensor = arguments[0]
+    if first.device.type != "cuda":  # Triton's interpreter
+        kernel[grid](*arguments, **constants)
+        return
+    if first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            launch(kernel, grid, *arguments, **constants)
+        return
+    kinds = [
+        (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else type(a)  # Triton compiles aligned loads
+        for a in arguments
+    ]
+    key = (kernel, first.device.index, *kinds, *constants.items())
+    known = _compiled.get(key)
+    if known is None:
+        _compiled[key] = kernel[grid](*arguments, **constants)
+        return
+    compiled_in = (constants[name] for name in kernel.arg_names[len(arguments) :])
+    known[(*grid, 1, 1)[:3]](*arguments, *compiled_in)
 
 
 @cache

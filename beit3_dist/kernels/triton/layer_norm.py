@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit3_dist.kernels.triton.launch import REGISTERS, WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
+from beit3_dist.kernels.triton.launch import (
+    REGISTERS,
+    WARPS_A_PROCESSOR,
+    block_and_warps,
+    launch,
+    processors,
+    require_narrow,
+)
 from beit3_dist.kernels.triton.normal import cumulative_and_density
 from beit3_dist.kernels.triton.sums import sum_programs
 
@@ -114,10 +121,21 @@ def normalize_forward(
     mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     block, warps = block_and_warps(width)
     if rows:  # no device starts nothing
-        with torch.cuda.device_of(x):
-            _forward_kernel[(rows,)](
-                x, weight, bias, y, mean, scale, eps, WIDTH=width, BLOCK=block, GELU=of_gelu, num_warps=warps
-            )
+        launch(
+            _forward_kernel,
+            (rows,),
+            x,
+            weight,
+            bias,
+            y,
+            mean,
+            scale,
+            eps,
+            WIDTH=width,
+            BLOCK=block,
+            GELU=of_gelu,
+            num_warps=warps,
+        )
     return y, mean, scale
 
 
@@ -132,23 +150,24 @@ def normalize_backward(
     of_x = torch.empty_like(x)
     partial = torch.empty(programs, kinds, width, dtype=torch.float32, device=x.device)
     if rows:
-        with torch.cuda.device_of(x):
-            _backward_kernel[(programs,)](
-                gradient.contiguous(),
-                x,
-                weight,
-                mean,
-                scale,
-                of_x,
-                partial,
-                rows,
-                KINDS=kinds,
-                WIDTH=width,
-                BLOCK=block,
-                GELU=of_gelu,
-                num_warps=warps,
-                maxnreg=REGISTERS,
-            )
+        launch(
+            _backward_kernel,
+            (programs,),
+            gradient.contiguous(),
+            x,
+            weight,
+            mean,
+            scale,
+            of_x,
+            partial,
+            rows,
+            KINDS=kinds,
+            WIDTH=width,
+            BLOCK=block,
+            GELU=of_gelu,
+            num_warps=warps,
+            maxnreg=REGISTERS,
+        )
     return of_x, sum_programs(partial, [(kind, 0, programs) for kind in range(kinds)], weight.dtype)
 
 

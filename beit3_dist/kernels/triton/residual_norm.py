@@ -24,7 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from beit3_dist.kernels.residual_norm import Branch, Norms
-from beit3_dist.kernels.triton.launch import REGISTERS, WARPS_A_PROCESSOR, block_and_warps, processors, require_narrow
+from beit3_dist.kernels.triton.launch import (
+    REGISTERS,
+    WARPS_A_PROCESSOR,
+    block_and_warps,
+    launch,
+    processors,
+    require_narrow,
+)
 from beit3_dist.kernels.triton.sums import sum_programs
 
 SEGMENTS = 4
@@ -282,30 +289,31 @@ class _ResidualNorm(torch.autograd.Function):
         y = torch.empty_like(x) if norms else x
         mean, scale = torch.empty(2, rows if norms else 0, dtype=torch.float32, device=x.device)
         if rows:
-            with torch.cuda.device_of(x):
-                _forward_kernel[(rows,)](
-                    x,
-                    *(parts[e] if branches else x for e in plan.branch),
-                    *(added[e] if branches else x for e in plan.branch),
-                    x if keep is None else keep,
-                    x if place is None else place,
-                    *(weights[e] if norms else x for e in plan.norm),
-                    *(biases[e] if norms else x for e in plan.norm),
-                    r,
-                    y,
-                    mean,
-                    scale,
-                    *plan.ends[:3],
-                    *plan.branch_starts[1:],
-                    eps,
-                    WIDTH=width,
-                    BLOCK=block,
-                    BRANCH=branches > 0,
-                    KEEP=keep is not None,
-                    NORM=norms > 0,
-                    PLACE=2 if gathered else int(place is not None),
-                    num_warps=warps,
-                )
+            launch(
+                _forward_kernel,
+                (rows,),
+                x,
+                *(parts[e] if branches else x for e in plan.branch),
+                *(added[e] if branches else x for e in plan.branch),
+                x if keep is None else keep,
+                x if place is None else place,
+                *(weights[e] if norms else x for e in plan.norm),
+                *(biases[e] if norms else x for e in plan.norm),
+                r,
+                y,
+                mean,
+                scale,
+                *plan.ends[:3],
+                *plan.branch_starts[1:],
+                eps,
+                WIDTH=width,
+                BLOCK=block,
+                BRANCH=branches > 0,
+                KEEP=keep is not None,
+                NORM=norms > 0,
+                PLACE=2 if gathered else int(place is not None),
+                num_warps=warps,
+            )
         ctx.save_for_backward(r if norms else None, mean, scale, keep, place, *weights)
         ctx.plan, ctx.sizes, ctx.gathered = plan, sizes, gathered
         ctx.set_materialize_grads(False)
@@ -334,31 +342,32 @@ class _ResidualNorm(torch.autograd.Function):
         block, warps = block_and_warps(width)
         partial = torch.empty(plan.programs[-1], 3, width, dtype=torch.float32, device=of_r.device)
         if rows:
-            with torch.cuda.device_of(of_r):
-                _backward_kernel[(plan.programs[-1],)](
-                    of_r,
-                    *(parts[e] if norms else of_r for e in plan.norm),
-                    of_r if r is None else r,
-                    mean,
-                    scale,
-                    of_r if keep is None else keep,
-                    of_r if place is None else place,
-                    *(weights[e] if norms else of_r for e in plan.norm),
-                    of_x,
-                    of_branches,
-                    partial,
-                    *plan.ends,
-                    *plan.norm_starts[1:],
-                    *plan.programs,
-                    WIDTH=width,
-                    BLOCK=block,
-                    BRANCH=branches > 0,
-                    KEEP=keep is not None,
-                    NORM=norms > 0,
-                    PLACE=2 if ctx.gathered else int(place is not None),
-                    num_warps=warps,
-                    maxnreg=REGISTERS,
-                )
+            launch(
+                _backward_kernel,
+                (plan.programs[-1],),
+                of_r,
+                *(parts[e] if norms else of_r for e in plan.norm),
+                of_r if r is None else r,
+                mean,
+                scale,
+                of_r if keep is None else keep,
+                of_r if place is None else place,
+                *(weights[e] if norms else of_r for e in plan.norm),
+                of_x,
+                of_branches,
+                partial,
+                *plan.ends,
+                *plan.norm_starts[1:],
+                *plan.programs,
+                WIDTH=width,
+                BLOCK=block,
+                BRANCH=branches > 0,
+                KEEP=keep is not None,
+                NORM=norms > 0,
+                PLACE=2 if ctx.gathered else int(place is not None),
+                num_warps=warps,
+                maxnreg=REGISTERS,
+            )
         sums = sum_programs(partial, plan.sums, of_r.dtype)
         return of_x, *[None] * 6, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit3_dist.kernels.triton.launch import processors
+from beit3_dist.kernels.triton.launch import launch, processors
 
 ROWS, COLUMNS = 32, 64
 """Of the sums that a program of `sum_programs` takes at a time."""
@@ -68,10 +68,17 @@ def sum_programs(partial: Tensor, wanted: list[tuple[int, int, int]], dtype: tor
         raise ValueError(f"{len(wanted)} sums over {programs} programs are more than {MOST_SUMS} over {MOST_PROGRAMS}")
     codes = [kind + 4 * first + 131072 * end for kind, first, end in wanted] + [0] * (MOST_SUMS - len(wanted))
     out = torch.empty(len(wanted), width, dtype=dtype, device=partial.device)
-    with torch.cuda.device_of(partial):
-        _sum_kernel[(len(wanted), triton.cdiv(width, COLUMNS))](
-            partial, out, *codes, KINDS=kinds, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS
-        )
+    launch(
+        _sum_kernel,
+        (len(wanted), triton.cdiv(width, COLUMNS)),
+        partial,
+        out,
+        *codes,
+        KINDS=kinds,
+        WIDTH=width,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+    )
     return out.unbind(0)
 
 
@@ -95,8 +102,10 @@ def _columns_kernel(
     tl.store(partial_ptr + tl.program_id(1) * WIDTH + column, tl.sum(total, 0), mask=inside)
 
 
-STRIPE_ROWS, STRIPE_COLUMNS = 4, 512
+STRIPE_COLUMNS = 512
 """Of a matrix that a program takes at a time: loads of a kilobyte of bf16."""
+STRIPE_ROWS = 8
+"""That it takes at a time where it does nothing but add them up."""
 PROGRAMS_A_PROCESSOR = 8
 
 
@@ -112,8 +121,14 @@ def column_sums(x: Tensor) -> Tensor:
     rows, width = x.shape
     columns, programs = stripes(rows, width, x.device)
     partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _columns_kernel[(columns, programs)](
-            x.contiguous(), partial, rows, WIDTH=width, ROWS=STRIPE_ROWS, COLUMNS=STRIPE_COLUMNS
-        )
+    launch(
+        _columns_kernel,
+        (columns, programs),
+        x.contiguous(),
+        partial,
+        rows,
+        WIDTH=width,
+        ROWS=STRIPE_ROWS,
+        COLUMNS=STRIPE_COLUMNS,
+    )
     return sum_programs(partial, [(0, 0, programs)], x.dtype)[0]
