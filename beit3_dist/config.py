@@ -164,7 +164,8 @@ class DataConfig:
     """
 
     images: Patterns
-    """Pictures: members with extension jpg, jpeg, png, webp, bmp or tif. A .tar.gz is unpacked into the cache."""
+    """Pictures: members with extension jpg, jpeg, jfif, png, webp, gif, bmp, tif, avif or, where pillow-heif is
+    installed, heic. A .tar.gz is unpacked into the cache."""
     texts: Patterns
     """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
     pairs: Patterns

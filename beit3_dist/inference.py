@@ -193,7 +193,7 @@ class Model:
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
         tokenizer, longest = self._tokenizer(), self.task.get("text_length", self.network.config.max_text_length)
-        rows = [[tokenizer.bos, *tokenizer.encode(text)[: longest - 2], tokenizer.eos] for text in texts]
+        rows = [[tokenizer.bos, *tokenizer.encode_beginning(text)[: longest - 2], tokenizer.eos] for text in texts]
         length = max(map(len, rows))
         words = torch.tensor([row + [tokenizer.pad] * (length - len(row)) for row in rows])
         padding = torch.arange(length) >= torch.tensor([len(row) for row in rows])[:, None]

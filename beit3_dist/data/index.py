@@ -260,7 +260,7 @@ class Table:
     def key(self, index: int) -> str:
         """Key of a sample, looked up in the sidecar: it is needed for reports only."""
         number, row = self.rows[index]["shard"], self.rows[index]["row"]
-        return shard_scan(self.files[number], self.marks[number], self.file.parent).key(int(row))
+        return _scan(self, int(number)).key(int(row))
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "rows"}
@@ -287,12 +287,20 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Shar
     return table
 
 
+def _scan(table: Table, number: int) -> Scan:
+    """A shard's scan. Raises ValueError that names the shard, not its unpacked copy."""
+    file, shard = table.files[number], table.paths[number]
+    try:
+        return shard_scan(file, table.marks[number], table.file.parent)
+    except ValueError as error:
+        raise ValueError(str(error).replace(file, shard)) from None
+
+
 def _scan_share(table: Table, share: Share) -> None:
     """Makes the sidecars of this process's share that are missing."""
-    folder = table.file.parent
 
     def make(number: int) -> None:
-        shard_scan(table.files[number], table.marks[number], folder)
+        _scan(table, number)
 
     own = share.of(len(table.files))
     with ThreadPoolExecutor(SCANNERS) as pool:
@@ -302,11 +310,10 @@ def _scan_share(table: Table, share: Share) -> None:
 
 def _build(table: Table) -> None:
     """Scans what is not scanned yet and writes the merged table, which is in memory once; no scan is."""
-    folder = table.file.parent
     parts, damage, left_out = [], [], []
 
     def rows_of(number: int) -> tuple[np.ndarray, LeftOut, str]:
-        found = shard_scan(table.files[number], table.marks[number], folder)
+        found = _scan(table, number)
         rows, lacking = _rows(number, found, table.stream)
         return rows, lacking | found.left_out, found.damage
 

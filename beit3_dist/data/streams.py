@@ -26,15 +26,14 @@ from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import TXT, LeftOut
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.text import TextTokenizer, TokenWindows, pieces_of
+from beit3_dist.data.text import TextTokenizer, TokenWindows
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100
 """Samples that are tried for one position before the run stops."""
-LARGEST_CAPTION, LONGEST_CAPTION = 1 << 22, 1 << 16
-"""Bytes of the largest member with captions that is read (4 MiB), and characters of a caption that are tokenised: far
-more than a model sees of it."""
+LARGEST_CAPTION = 1 << 22
+"""Bytes of the largest member with captions that is read (4 MiB)."""
 SOURCE_SHIFT = 8
 """Each source of a stream has its own order: the stream's number with the source's number above these bits."""
 
@@ -370,7 +369,7 @@ def caption_words(captions: list[str], sample: Sample, tokenizer: TextTokenizer,
 
 def caption_ids(caption: str, tokenizer: TextTokenizer) -> list[int]:
     """Ids of a caption's beginning, at least one. Raises BadSample."""
-    ids = tokenizer.encode(next(pieces_of(caption, LONGEST_CAPTION)))
+    ids = tokenizer.encode_beginning(caption)
     if not ids:
         raise BadSample("empty caption")
     return ids

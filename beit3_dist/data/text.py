@@ -34,6 +34,8 @@ TOKENS_FORMAT = 1
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 1 << 20
 """Documents, and characters of them, that are tokenised in one call, over several threads: SentencePiece takes some
 hundred bytes for each character."""
+LONGEST_READ = 1 << 16
+"""Characters that hold more tokens than any model reads."""
 
 
 class TextTokenizer:
@@ -82,6 +84,10 @@ class TextTokenizer:
         """Ids of a text, without <s> and </s>."""
         parts = (self.model.encode(part) for part in pieces_of(text, CHARACTERS_AT_ONCE))
         return [self.unk if piece == 0 else piece + 1 for part in parts for piece in part]
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """`encode` for what is cut afterwards: of a text that is longer than any model reads, the beginning alone."""
+        return self.encode(next(pieces_of(text, LONGEST_READ)))
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once, over several threads."""

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from beit3_dist.opening import open_regular
+
 PROBLEMS_SHOWN = 5
 """Faulty lines that an error names."""
 FOLDER_READERS = 16
@@ -213,7 +215,7 @@ class Lines(Sequence[bytes]):
             raise ValueError(f"{path}: cannot be read as an index: it is empty")
 
     def _open(self) -> None:
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             status = os.fstat(file.fileno())
             self.mark = (status.st_size, status.st_mtime_ns)
             self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

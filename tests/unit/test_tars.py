@@ -13,7 +13,8 @@ import pytest
 
 from beit3_dist.data import tars
 from beit3_dist.data.cache import cache_folder
-from beit3_dist.data.index import expand, scan
+from beit3_dist.data.index import expand, open_table, scan
+from beit3_dist.data.order import Stream
 from beit3_dist.data.tars import DamagedTar, Tar, headers
 from beit3_dist.data.unpack import plain_tar
 from beit3_dist.opening import open_regular
@@ -188,3 +189,9 @@ def test_a_mac_s_copy_of_the_shards_is_not_among_them(tmp_path: Path) -> None:
     assert expand(str(tmp_path / "**/*.tar"), "data.images") == [str(tmp_path / "data/a.tar")]
     inside = str(tmp_path / "__MACOSX/data/a.tar")
     assert expand(inside, "data.images") == [inside]
+
+
+def test_a_fault_of_a_compressed_tar_names_what_the_user_knows(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(GOOD + GOOD + bytes(1024)))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/a.tar.gz: key 'a' has a second .txt member$"):
+        open_table(str(tmp_path / "a.tar.gz"), "data.texts", Stream.TEXTS, str(tmp_path / "cache"))
