@@ -465,6 +465,10 @@ class TrainingConfig:
     torch's for samples of different lengths, without padding or copies. flash: the same by the package flash-attn-4,
     on H100 and newer. The last two need kernels=triton and bf16; masks that do more than hide padding always take
     padded. auto: flash where it is installed, else varlen, else padded."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits at every run, so that a resumed run is the undisturbed one bit for bit there
+    too. Attention's and other gradients are then added in a fixed order, which costs some time. On a CPU it is so
+    anyway."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file. ds_configs/zero3_bf16.json and its fellows come with the program and are found from any
     folder that has none of that name. "auto" values come from this config; a value that contradicts it is an error.

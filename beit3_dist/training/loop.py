@@ -11,10 +11,12 @@ from typing import Any, Protocol
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import TrainingConfig
 from beit3_dist.data.faults import Fault
+from beit3_dist.parallel.device import prepare_device
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.training.checkpointing import Checkpoints, contribution, load_checkpoint, whole_checkpoint
 from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.garbage import GarbageCollection
 from beit3_dist.training.guards import Guards
 from beit3_dist.training.preemption import Preempted
 from beit3_dist.training.profiling import StepProfiler
@@ -71,6 +73,7 @@ class Job(Protocol):
 def train(job: Job) -> None:
     """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved, FolderInUse
     where another run has OUT."""
+    prepare_device(job.config.deterministic)
     groups = connect(job.mesh, patience(job.config.guards.step_timeout_s))
     with RunLock(job.config, job.checkpoint):
         _train(job, groups)
@@ -90,8 +93,8 @@ def _train(job: Job, groups: Groups) -> None:
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
     profiler = StepProfiler(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
-    pieces = lambda: contribution(engine)  # noqa: E731
-    with profiler, Checkpoints(config, mesh, job.checkpoint, state.step, pieces) as checkpoints:
+    checkpoints = Checkpoints(config, mesh, job.checkpoint, state.step, lambda: contribution(engine))
+    with profiler, GarbageCollection() as garbage, checkpoints:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
             started = time.perf_counter()
@@ -118,6 +121,7 @@ def _train(job: Job, groups: Groups) -> None:
                     run.evaluation({"step": state.step} | scores)
             job.check()
             profiler.step()
+            garbage.after(state.step)
             if must_go:
                 break
     if state.step == config.steps:
