@@ -96,9 +96,9 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} is not JSON as it should be: {error}") from None
+        raise ValueError(f"{os.fspath(path)} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{os.fspath(path)} holds no JSON object")
+        raise ValueError(f"{os.fspath(path)} must hold a JSON object")
     return content
 
 
@@ -123,9 +123,9 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = yaml.load(text, _PlainYaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ValueError(f"{os.fspath(path)} is not YAML as it should be: {reason}") from None
+        raise ValueError(f"{os.fspath(path)} is not YAML: {reason}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{os.fspath(path)} holds no YAML mapping")
+        raise ValueError(f"{os.fspath(path)} must hold a YAML mapping")
     return content
 
 

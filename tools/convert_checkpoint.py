@@ -89,6 +89,7 @@ def convert(options: Namespace) -> None:
     from beit3_dist.checkpoint.model_folder import save_model_folder
     from beit3_dist.checkpoint.released import weights_to_released, weights_to_torchscale
     from beit3_dist.checkpoint.timm_form import weights_to_timm
+    from beit3_dist.data.text import TextTokenizer
 
     model = read_source(source, options.attention_heads)
     weights, config = model.weights, model.config
@@ -102,6 +103,8 @@ def convert(options: Namespace) -> None:
     if options.to == "safetensors":
         task = _with_answers(model.task, source, options.answers)
         tokenizer = options.text_tokenizer or model.text_tokenizer
+        if tokenizer:  # a checkpoint may name any file
+            TextTokenizer(str(tokenizer)).check_vocab(config.vocab_size)
         log.info("text tokenizer: %s", tokenizer or "none; --text_tokenizer FILE adds one")
         save_model_folder(destination, weights, config, task=task, text_tokenizer=tokenizer)
     elif options.to == "released":
@@ -115,8 +118,7 @@ def convert(options: Namespace) -> None:
 def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) -> dict[str, Any] | None:
     """What a model folder remembers of the task, with the names of its answers or classes: of the given file, else of
     the source, else of the file that the source's run read. A VQA model is of no use without: ValueError."""
-    import yaml
-
+    from beit3_dist.opening import read_yaml
     from beit3_dist.tasks.vqa_answers import read_answers
 
     if task is None or "classes" not in task:
@@ -127,8 +129,8 @@ def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) 
     if file is None and task.get("answers"):
         return task
     if file is None and (source / "manifest.json").is_file():
-        recipe = yaml.safe_load((source / "config.yaml").read_text())
-        file = Path(recipe["data"]["answers"])
+        data = read_yaml(source / "config.yaml").get("data")
+        file = Path(str(data.get("answers")) if isinstance(data, dict) else "")
         if not file.is_file():
             raise ValueError(f"the run of {source} read data.answers={file}, which is not there any more: {remedy}")
     if file is None and task["name"] == "vqa":

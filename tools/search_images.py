@@ -18,11 +18,12 @@ import json
 import os
 import sys
 import time
+import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
 from beit3_dist.data.kinds import PICTURES, pictures_below
 from beit3_dist.data.transforms import resized
 from beit3_dist.inference import IMAGES_AT_ONCE, Model, open_picture
+from beit3_dist.opening import parse_json, regular_size
 
 PROGRAM = "search_images.py"
 FORMAT = 1
@@ -83,13 +85,30 @@ def index_file(folder: Path, model: Path, cache: str) -> Path:
     return place / f"{digest(*parts)}.npz"
 
 
-def read_index(file: Path) -> Index:
-    """The index of an earlier search; an empty one where there is none, or none that can be read."""
+def checked(notes: Any, vectors: np.ndarray, width: int) -> Index:
+    """The index in a file's notes and vectors, float32 [pictures, width]. Raises nearly anything where it is none, so
+    that nothing is shown that is not among the pictures."""
+    files = {name: File(*mark) for name, mark in notes["files"].items()}
+    seen, unreadable = notes["seen"], notes["unreadable"]
+    if not all(type(number) is int for file in files.values() for number in file):
+        raise ValueError("sizes and times are not all whole numbers")
+    if sorted([*seen, *unreadable]) != sorted(files) or not all(isinstance(why, str) for why in unreadable.values()):
+        raise ValueError("what was seen and what was not are not the files")
+    if len(vectors) and vectors.shape[1:] != (width,) or vectors.dtype != np.float32 or not np.isfinite(vectors).all():
+        raise ValueError("its vectors are not the model's")
+    return Index(files, dict(zip(seen, vectors, strict=True)), unreadable)
+
+
+def read_index(file: Path, width: int) -> Index:
+    """The index of an earlier search; an empty one where there is none, or none that can be read. `width`: of the
+    model's vectors."""
     try:
+        size = regular_size(file)
+        with zipfile.ZipFile(file) as archive:  # nothing in it is packed
+            if sum(record.file_size for record in archive.infolist()) > size:
+                raise ValueError("it would unpack to more than the file")
         with np.load(file, allow_pickle=False) as content:
-            notes = json.loads(content["notes"].tobytes())
-            vectors = dict(zip(notes["seen"], content["vectors"], strict=True))
-        return Index({name: File(*mark) for name, mark in notes["files"].items()}, vectors, notes["unreadable"])
+            return checked(parse_json(content["notes"].tobytes().decode()), content["vectors"], width)
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged file makes numpy raise nearly anything; it is derived, so it is made anew
@@ -291,7 +310,7 @@ def main(arguments: list[str] | None = None) -> None:
         words = model.embed_texts([options.words])[0]
         file = index_file(options.folder, options.model, options.cache)
         with locked(file, "--cache"):
-            index = read_index(file)
+            index = read_index(file, model.network.config.width)
             before = dict(index.files)
             try:
                 fresh = update(index, options.folder, model)

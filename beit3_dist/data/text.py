@@ -13,7 +13,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -29,6 +28,8 @@ from beit3_dist.opening import open_regular
 
 log = logging.getLogger(__name__)
 
+MOST_MODEL = 1 << 28
+"""Bytes (256 MiB) that are read of a SentencePiece file; that of a million pieces has 25 million."""
 TOKENS_FORMAT = 1
 """Version of the token files."""
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 1 << 20
@@ -52,7 +53,8 @@ class TextTokenizer:
         self.path = os.path.expanduser(path)
         if not os.path.isfile(self.path):
             raise ValueError(f"text_tokenizer: there is no file {path!r}; tools/train_text_tokenizer.py makes one")
-        model = Path(self.path).read_bytes()
+        with open_regular(self.path) as file:
+            model = file.read(MOST_MODEL)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.pieces = self.model.get_piece_size()

@@ -15,6 +15,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 from beit3_dist.config import TrainingConfig
+from beit3_dist.opening import read_json
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 """The DeepSpeed files that come with the program. A recipe names them as they stand in the repository."""
@@ -91,12 +92,9 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"deepspeed_config: there is no file {path}")
     try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"deepspeed_config: {path} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"deepspeed_config: {path} must hold a JSON object")
-    return settings
+        return read_json(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"deepspeed_config: {error}") from error
 
 
 def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, Any]:

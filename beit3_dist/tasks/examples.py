@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from beit3_dist.opening import open_regular
+from beit3_dist.opening import inside, open_regular
 
 PROBLEMS_SHOWN = 5
 """Faulty lines that an error names."""
@@ -117,8 +117,11 @@ class Rules:
     """Classes or answers, unchecked where None."""
 
     def paths(self, record: Record, *fields: str) -> tuple[Path, ...]:
-        """The pictures that the fields name."""
-        return tuple(Path(self.root, _string(record, field)) for field in fields)
+        """The pictures that the fields name. An index may come from elsewhere: what it names lies in the root."""
+        try:
+            return tuple(inside(self.root, _string(record, field)) for field in fields)
+        except ValueError as error:
+            raise Malformed(str(error)) from None
 
     def words(self, record: Record) -> tuple[int, ...]:
         """The text."""

@@ -30,6 +30,7 @@ from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.model.layout import to_device
+from beit3_dist.opening import read_json, regular_size
 from beit3_dist.training.inputs import Tokenize, views
 from beit3_dist.training.sources import names_and_sizes, shuffle_of
 
@@ -77,7 +78,7 @@ def open_codes(
     folder, field = (config.eval.image_codes, "eval.image_codes") if held_out else (config.image_codes, "image_codes")
     if not folder:
         return None
-    codes = PrecomputedCodes(Path(folder), field)
+    codes = PrecomputedCodes(Path(folder), field, config.model.visual_vocab_size)
     codes.check(made_from(config, tokenizer_view, held_out, batches), pictures_of(config, held_out))
     return codes
 
@@ -127,26 +128,39 @@ class CodesWriter:
 class PrecomputedCodes:
     """Codes by sample id, memory-mapped: pages are read when they are needed, and shared by a machine's processes."""
 
-    def __init__(self, folder: Path, field: str) -> None:
-        """Raises ValueError naming `field` where the folder is not whole."""
+    def __init__(self, folder: Path, field: str, vocab_size: int) -> None:
+        """`vocab_size`: codes of the image tokenizer. Raises ValueError naming `field` where the folder is not
+        whole."""
+        self.folder, self.field, self.vocab_size = folder, field, vocab_size
         try:
-            self.manifest = json.loads((folder / "manifest.json").read_text())
-            found = self.manifest["format"]
-            require(found == FORMAT, f"it has format {found}, not {FORMAT}")
-            for name, size in self.manifest["files"].items():
-                found = (folder / name).stat().st_size
-                require(found == size, f"{name} has {found} bytes, its manifest says {size}")
-        except (OSError, ValueError, KeyError) as error:
+            self._open()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise ValueError(
                 f"{field}: {folder} is no whole folder of codes ({error}); tools/precompute_codes.py makes one"
             ) from error
-        self.folder, self.field = folder, field
+
+    def _open(self) -> None:
+        """Raises whatever a folder of something else leads to. The ids and codes themselves are not looked at."""
+        self.manifest = read_json(self.folder / "manifest.json")
+        found = self.manifest["format"]
+        require(found == FORMAT, f"it has format {found}, not {FORMAT}")
+        for name in FILES:
+            size, said = regular_size(self.folder / name), self.manifest["files"][name]
+            require(size == said, f"{name} has {size} bytes, its manifest says {said}")
         self.ids, self.rows = (
-            np.load(folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            np.load(self.folder / name, mmap_mode="r", allow_pickle=False).view(np.ndarray)
             for name in ("ids.npy", "rows.npy")
         )
-        codes = np.memmap(folder / "codes.bin", CODE, "r").view(np.ndarray)
-        self.codes = codes.reshape(-1, self.manifest["patches"])
+        require(
+            self.ids.dtype == self.rows.dtype == np.int64 and self.ids.shape == self.rows.shape == (len(self.ids),),
+            "ids.npy and rows.npy are not two equally long rows of int64 numbers",
+        )
+        patches = self.manifest["patches"]
+        require(type(patches) is int and patches > 0, f"its manifest says patches={patches!r}")
+        self.codes = np.memmap(self.folder / "codes.bin", CODE, "r").view(np.ndarray).reshape(-1, patches)
+        require(len(self.ids) > 0 and isinstance(self.manifest["made_from"], dict), "it tells of no pictures")
+        images, pairs = self.manifest["pictures"]
+        require(type(images) is type(pairs) is int, f"its manifest says pictures={[images, pairs]}")
 
     def check(self, made: dict[str, Any], pictures: tuple[int, int]) -> None:
         """Raises ValueError unless the codes are of these views and reach so many positions of images and pairs."""
@@ -169,7 +183,14 @@ class PrecomputedCodes:
         missing = np.count_nonzero(self.ids[places] != wanted)
         if missing:
             raise KeyError(f"{self.folder} has no codes of {missing} pictures of this batch")
-        return torch.from_numpy(self.codes[self.rows[places]].astype(np.int64))
+        rows = self.rows[places]
+        in_file = bool(((0 <= rows) & (rows < len(self.codes))).all())
+        codes = self.codes[rows].astype(np.int64) if in_file else np.empty(0)
+        require(
+            in_file and (not len(codes) or codes.max() < self.vocab_size),
+            f"{self.field}: {self.folder} is damaged: it leads to rows or codes that are not there",
+        )
+        return torch.from_numpy(codes)
 
 
 def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Tokenize | None) -> Tokenize | None:

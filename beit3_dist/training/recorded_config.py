@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
 from beit3_dist.command_line import parse
 from beit3_dist.config import RunConfig
+from beit3_dist.opening import read_yaml
 
 
 def pretraining_config(folder: Path, program: str) -> RunConfig:
@@ -16,6 +15,6 @@ def pretraining_config(folder: Path, program: str) -> RunConfig:
     recipe = folder / "config.yaml"
     if not recipe.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
-    if "objective" not in yaml.safe_load(recipe.read_text()):
+    if "objective" not in read_yaml(recipe):
         raise ValueError(f"{folder} is no pretraining run: its config.yaml has no objective of masked data modelling")
     return parse(RunConfig, program, "", ["--config", str(recipe)])

@@ -158,3 +158,17 @@ def test_many_lines_are_checked_in_little_time(root: Path) -> None:
     start = time.process_time()
     assert len(read_index(path, "vqa", root, train=True)) == 20_000
     assert time.process_time() - start < 5  # takes 0.3 s; a file that is looked up per line, or worse, shows
+
+
+@pytest.mark.parametrize("task", ["imagenet", "retrieval", "captioning", "nlvr2", "vqa"])
+@pytest.mark.parametrize("name", ["../secret.jpg", "a/../../secret.jpg", "{0}/secret.jpg", "..", "a\0.jpg"])
+def test_a_picture_outside_of_the_root_is_refused(name: str, task: str, root: Path) -> None:
+    (root.parent / "secret.jpg").write_bytes(b"x")
+    field = "image2_path" if task == "nlvr2" else "image_path"
+    with pytest.raises(ValueError, match="1 faults in the .*index.jsonl, line 1: the name .* leads out of"):
+        read(root, task, RECORDS[task] | {field: name.format(root.parent)})
+
+
+def test_a_whole_name_inside_of_the_root_is_taken(root: Path) -> None:
+    (example,) = read(root, "imagenet", RECORDS["imagenet"] | {"image_path": str(root / "a/x.JPEG")})
+    assert example.images == (root / "a/x.JPEG",)

@@ -23,6 +23,7 @@ from beit3_dist.model.initialization import initial_value
 from beit3_dist.tasks.heads import FineTuned, build
 from tests.unit import test_neutral
 from tests.unit.tar_fixtures import train_tokenizer
+from tests.unit.test_inference import PIECES, tokenizer  # noqa: F401  (a fixture)
 from tests.unit.test_neutral import refusal, write_checkpoint
 from tools.convert_checkpoint import main
 
@@ -309,22 +310,21 @@ def test_half_a_group_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the program
 
 
-def test_a_runs_checkpoint_becomes_a_model_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights = BEiT3(TINY).state_dict()
-    (tmp_path / "words.spm").write_bytes(b"pieces")
-    recipe = f"text_tokenizer: {tmp_path / 'words.spm'}\n"
-    checkpoint = write_checkpoint(tmp_path / "step_0000007", 2, 2, values=weights, model=TINY, recipe=recipe)
+def test_a_runs_checkpoint_becomes_a_model_folder(tmp_path: Path, tokenizer: Path) -> None:  # noqa: F811
+    model = replace(TINY, vocab_size=PIECES + 10)
+    weights = BEiT3(model).state_dict()
+    recipe = f"text_tokenizer: {tokenizer}\n"
+    checkpoint = write_checkpoint(tmp_path / "step_0000007", 2, 2, values=weights, model=model, recipe=recipe)
     main([str(checkpoint), str(tmp_path / "ours"), "--to", "safetensors"])
     folder = read_model_folder(tmp_path / "ours")
     assert_identical(folder.weights, weights)
-    assert folder.config == TINY and folder.task is None
-    assert folder.text_tokenizer is not None and folder.text_tokenizer.read_bytes() == b"pieces"
+    assert folder.config == model and folder.task is None
+    assert folder.text_tokenizer is not None and folder.text_tokenizer.read_bytes() == tokenizer.read_bytes()
     recipe = "task: text\ndata: {text_length: 12}\n"
-    other = write_checkpoint(tmp_path / "other", values=weights, model=TINY, recipe=recipe)
-    (tmp_path / "own.spm").write_bytes(b"own")
-    main([str(other), str(tmp_path / "second"), "--to", "safetensors", "--text_tokenizer", str(tmp_path / "own.spm")])
+    other = write_checkpoint(tmp_path / "other", values=weights, model=model, recipe=recipe)
+    main([str(other), str(tmp_path / "second"), "--to", "safetensors", "--text_tokenizer", str(tokenizer)])
     second = read_model_folder(tmp_path / "second")
-    assert second.text_tokenizer is not None and second.text_tokenizer.read_bytes() == b"own"
+    assert second.text_tokenizer is not None and second.text_tokenizer.read_bytes() == tokenizer.read_bytes()
     assert second.task == {"name": "text", "text_length": 12}
 
 
@@ -350,6 +350,25 @@ def test_a_run_without_checkpoints_is_its_model(tmp_path: Path) -> None:
         ValueError, match="^init_from: .*empty is neither a model folder nor a checkpoint"
     ):
         read_initial_weights(tmp_path / "empty", TINY)
+
+
+@pytest.mark.parametrize("file", ["a secret", "the tokenizer of another model"])
+def test_a_checkpoint_gives_no_other_file_away(
+    file: str,
+    tmp_path: Path,
+    tokenizer: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What its recipe calls the text tokenizer is copied into the model folder, which people publish."""
+    named = tokenizer
+    if file == "a secret":
+        named = tmp_path / "id_ed25519"
+        named.write_text("PRIVATE KEY")
+    recipe = f"text_tokenizer: {named}\n"
+    source = write_checkpoint(tmp_path / "step_0000007", values=BEiT3(TINY).state_dict(), model=TINY, recipe=recipe)
+    error = refusal([str(source), str(tmp_path / "ours"), "--to", "safetensors"], capsys)
+    assert "text_tokenizer: " in error and str(named) in error
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_vqa_model_answers_after_its_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def test_a_small_file_is_small(tmp_path: Path) -> None:
 
 NO_JSON = {
     "": "Expecting value",
-    "[1]": "no JSON object",
+    "[1]": "must hold a JSON object",
     "{": "Expecting property name",
     '{"a": 1, "a": 2}': "the field 'a' twice",
     '{"b": {"a": 1, "a": 2}}': "the field 'a' twice",

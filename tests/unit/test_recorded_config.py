@@ -43,3 +43,11 @@ def test_a_config_that_is_refused_is_the_callers_error(tmp_path: Path, capsys: p
     with pytest.raises(SystemExit):
         report.open_run(tmp_path, "show_codes.py")
     assert capsys.readouterr().err.startswith("show_codes.py: error: ")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "objective", "a: [", "[" * 200_000])
+def test_what_is_no_config_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.yaml ") as refusal:
+        pretraining_config(tmp_path, "tool.py")
+    assert "\n" not in str(refusal.value)

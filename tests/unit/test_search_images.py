@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -148,6 +151,52 @@ def test_a_damaged_index_is_made_anew(capsys: pytest.CaptureFixture[str], folder
     (index,) = (folder.parent / "cache" / "search").glob("*.npz")
     index.write_bytes(index.read_bytes()[:200])
     assert search(capsys, folder, model)[:-1] == whole[:-1]
+
+
+def index_in(folder: Path) -> Path:
+    (file,) = (folder / "cache" / "search").glob("*.npz")
+    return file
+
+
+POISONS: dict[str, Callable[[dict[str, Any], np.ndarray], np.ndarray]] = {
+    "a picture from elsewhere": lambda notes, v: [notes["seen"].append("../secret.png"), np.vstack([v, v[:1]])][1],
+    "with its mark": lambda notes, v: [
+        notes["seen"].append("../secret.png"),
+        notes["files"].update({"../s.png": [1, 2]}),
+        np.vstack([v, v[:1]]),
+    ][2],
+    "a picture that was not seen": lambda notes, v: [notes["seen"].pop(), v[:-1]][1],
+    "vectors of another model": lambda notes, v: v[:, :-1],
+    "more vectors": lambda notes, v: np.vstack([v, v]),
+    "a vector of NaN": lambda notes, v: np.where(np.arange(len(v))[:, None] == 0, np.nan, v).astype(np.float32),
+    "another type": lambda notes, v: v.astype(np.float64),
+    "objects": lambda notes, v: np.array([{}] * len(v), dtype=object),
+    "reasons that are numbers": lambda notes, v: [notes["unreadable"].update({"x.png": 3}), v][1],
+    "sizes in words": lambda notes, v: [notes["files"].update({n: ["a", "b"] for n in notes["files"]}), v][1],
+    "no names": lambda notes, v: [notes.pop("seen"), v][1],
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_poisoned_index_is_made_anew(
+    poison: str, packed: bool, capsys: pytest.CaptureFixture[str], folder: Path, model: Path
+) -> None:
+    """What stands in an index is shown only where it is of the folder's pictures."""
+    noise(folder.parent / "secret.png", 9)
+    right = search(capsys, folder, model)[:-1]
+    file = index_in(folder.parent)
+    with np.load(file) as content:
+        notes, vectors = json.loads(content["notes"].tobytes()), content["vectors"]
+    vectors = POISONS[poison](notes, vectors)
+    marks = np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)
+    (np.savez_compressed if packed else np.savez)(file, notes=marks, vectors=vectors)
+    place = ["--out", str(folder.parent / "page.html"), "--cache", str(folder.parent / "cache"), "--device", "cpu"]
+    search_images.main([str(folder), WORDS, "--model", str(model), *place])
+    shown = capsys.readouterr()
+    assert f"{file} is damaged" in shown.err and "\n" not in shown.err.strip()
+    assert shown.out.splitlines()[:-1] == right
+    assert "secret" not in (folder.parent / "page.html").read_text()
 
 
 def test_unreadable_files_are_listed(
