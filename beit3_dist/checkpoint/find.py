@@ -57,7 +57,7 @@ def pointed_at(path: Path) -> Path:
     where there is no such checkpoint beside it."""
     if path.name != LATEST or not path.is_file():
         return path
-    name = path.read_text(errors="replace").strip()
+    name = read_text(path).strip()
     beside = {checkpoint.name: checkpoint for checkpoint in checkpoints(path.parent).values()}
     if name not in beside:
         raise Damaged(f"{path} names {name!r}, and there is no such checkpoint beside it")
