@@ -23,7 +23,9 @@ from beit3_dist.parallel import flat_step
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.inputs import host_totals, prepare
+from beit3_dist.training.optimizer import build_optimizer
 from tests.micro_batches import precomputed_codes
+from tests.parallel import training
 from tests.parallel.training import SMALL_PIECES, build, engine_run, micro_batches, run_config, starting_value
 from tests.parallel.workers import run_workers
 
@@ -62,7 +64,7 @@ def flat_and_not(groups: Groups, configs: list[RunConfig]) -> None:
             assert flat["weights"][name][0] == start and np.array_equal(flat["weights"][name][1], values), (what, name)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_same_bits(zero_stage: int, precision: str, tmp_path: Path) -> None:
     configs = []
@@ -81,6 +83,47 @@ def test_same_bits(zero_stage: int, precision: str, tmp_path: Path) -> None:
         file = deepspeed_file(folder, overlap_comm=overlap, contiguous_gradients=zero_stage < 3 or not overlap)
         configs.append(replace(config, deepspeed_config=file))
     run_workers(2, flat_and_not, configs)
+
+
+@pytest.mark.slow
+def test_same_bits_in_a_pipeline_of_tensor_ranks(tmp_path: Path) -> None:
+    """Which parameters count in the norm differs by rank here. There is one replica, so sums are sent in fp32: what
+    DeepSpeed would round for nobody is the deviation that the module names."""
+    config = run_config(
+        "paper", zero_stage=1, precision="bf16", accumulation=2, data_parallel=1, tensor=2, pipeline=2, steps=STEPS,
+        clip_norm=2.3,
+    )  # fmt: skip
+    file = Path(deepspeed_file(tmp_path))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"communication_data_type": "fp32"}))
+    run_workers(4, flat_and_not, [replace(config, deepspeed_config=str(file))], tensor=2, pipeline=2)
+
+
+@pytest.mark.slow
+def test_same_bits_where_no_backward_pass_reaches_all_parameters(tmp_path: Path) -> None:
+    """An interleaved pipeline: each backward pass is one chunk's, and overlaps with the reduction of two replicas."""
+    config = run_config(
+        "paper", zero_stage=1, precision="bf16", accumulation=4, data_parallel=2, pipeline=2, chunks=2, steps=STEPS,
+        clip_norm=2.1,
+    )  # fmt: skip
+    config = replace(config, deepspeed_config=deepspeed_file(tmp_path, overlap_comm=True))
+    run_workers(4, flat_and_not, [config], pipeline=2)
+
+
+def with_states_on_the_host(groups: Groups, config: RunConfig) -> None:
+    """`flat_and_not` with torch's AdamW: DeepSpeed's own for the CPU would be compiled first."""
+    training.build_optimizer = lambda model, offload, optim: build_optimizer(model, False, optim)
+    flat_and_not(groups, [config])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_same_bits_with_states_on_the_host(zero_stage: int, tmp_path: Path) -> None:
+    config = run_config(
+        "shallow", zero_stage=zero_stage, precision="bf16", accumulation=2, data_parallel=2, steps=STEPS, clip_norm=1.55
+    )
+    file = Path(deepspeed_file(tmp_path, offload_optimizer={"device": "cpu"}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"zero_force_ds_cpu_optimizer": False}))
+    run_workers(2, with_states_on_the_host, replace(config, deepspeed_config=str(file)))
 
 
 class Operations(TorchDispatchMode):
