@@ -9,11 +9,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from beit3_dist.config import require
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
@@ -113,7 +114,7 @@ def _use_triton(model: BEiT3, attention: str) -> None:
             module.loss = cross_entropy.cross_entropy_in_place
     for block in model.blocks.values():
         assert isinstance(block, Block)
-        if all(type(projection) is nn.Linear for projection in block.attention.out.values()):
+        if all(type(projection) is Linear for projection in block.attention.out.values()):
             block.forward = FusedForward(block, core)  # type: ignore[method-assign]
 
 

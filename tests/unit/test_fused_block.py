@@ -21,6 +21,7 @@ from beit3_dist.kernels.varlen_attention import VarlenAttention, plain_varlen_at
 from beit3_dist.model import BEiT3
 from beit3_dist.model.layout import Layout, Selection, group
 from beit3_dist.parallel.fused import FusedForward
+from beit3_dist.parallel.kernels import use_kernels
 from tests.unit.test_triton_kernels import DEVICE, EPS, TOLERANCE, assert_near, normal
 
 # ------------------------------------------------------------------------------------------------- kernels, one by one
@@ -211,3 +212,15 @@ def test_blocks_equal_plain_ones(
         for name, ours, plain in zip(names, *reversed(results), strict=True):
             # Of key biases the gradient is zero but for rounding.
             assert (ours - plain).norm() <= 2e-6 * max(plain.norm(), scale), name
+
+
+@pytest.mark.parametrize("attention", ["shared", "per_modality"])
+def test_triton_kernels_compute_whole_blocks(attention: str) -> None:
+    """A model that has all its parts on one rank: no block may silently keep to kernels one by one."""
+    config = ModelConfig(
+        layers=2, width=16, heads=2, ffn_width=24, patch_size=2, image_size=4, attention=attention,
+        vl_expert_layers=1, vocab_size=20, visual_vocab_size=8,
+    )  # fmt: skip
+    model = BEiT3(config, device="meta")
+    use_kernels(model, "triton")
+    assert [type(block.forward) for block in model.blocks.values()] == 2 * [FusedForward]
