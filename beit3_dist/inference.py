@@ -30,6 +30,7 @@ from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.transforms import normalised, read_picture
+from beit3_dist.devices import device_type
 from beit3_dist.tasks.all import TASKS
 from beit3_dist.tasks.augmentation import Views
 from beit3_dist.tasks.config import CONTRASTIVE, seen_in_validation
@@ -79,10 +80,9 @@ class Model:
         said otherwise.
 
         Raises FileNotFoundError or ValueError with one line where the folder holds no fine-tuned model, and ValueError
-        where there is no such device.
+        where there is no such device, or a GPU that cannot be used and nobody has said to do without.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_type() if device is None else device
         _check_device(device)
         content = read_model_folder(Path(folder))
         if content.task is None:

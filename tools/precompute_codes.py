@@ -44,15 +44,17 @@ def main(arguments: list[str]) -> None:
 def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     """Writes the folder. Raises ValueError with one line where something does not fit."""
     # torch takes seconds to import: a typo is reported before that.
+    import torch
+
     from beit3_dist.data.batch import MixedBatches, requests_from
     from beit3_dist.data.loader import loader
+    from beit3_dist.devices import device_type
     from beit3_dist.model.vqkd import load_vqkd
-    from beit3_dist.parallel.mesh import read_mesh
     from beit3_dist.training.image_codes import CodesWriter, made_from, pictures_of, write_codes
     from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
 
     require(not held_out or config.eval.every > 0, "eval.every=0: this recipe validates on nothing; set it and eval.*")
-    device = read_mesh().device
+    device = torch.device(device_type())
     tokenizer = load_vqkd(config.image_tokenizer)
     view = tokenizer_view_size(tokenizer, config.image_tokenizer, config.model)
     batches = MixedBatches(config, view, rank=0, world=1, held_out=held_out)

@@ -35,14 +35,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import write_json
@@ -52,14 +48,20 @@ from beit3_dist.command_line import refuse
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.devices import device_type
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
+from beit3_dist.optional import optional_module
 from beit3_dist.training.code_pictures import mosaic, patches_of
 from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
 from beit3_dist.training.inputs import prepare, views
 from beit3_dist.training.recorded_config import pretraining_config
 from beit3_dist.training.target_watch import collapse, entropy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PROGRAM = "report.py"
 SAMPLES = 2048
@@ -419,13 +421,18 @@ ROWS = (
 )
 
 
+def matplotlib(module: str) -> Any:
+    """A module of matplotlib, which --help, and the tools that import this one, do without. Raises ValueError."""
+    return optional_module(f"matplotlib.{module}", "a report's picture", "pip install -e '.[demo]' brings it")
+
+
 def draw(run: Run, report: Record, looks: Tensor, images: list[Example], pairs: list[Example]) -> Figure:
     """The whole figure: the four losses, a block of pictures, a block of pairs with their captions."""
     tile = min(LARGEST_TILE, (WIDTH - LEFT - MARGIN - GAP * (len(images) - 1)) // len(images))
     block = HEADING + len(ROWS) * (tile + GAP)
     lines = [caption_lines(pair.caption, tile // CHARACTER) for pair in pairs]
     height = PICTURES_TOP + 2 * block + max(map(len, lines)) * CAPTION_LINE + 2 * MARGIN
-    figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
+    figure = matplotlib("figure").Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
     page.axis("off")
     draw_title(page, report)
@@ -459,11 +466,12 @@ def draw_title(page: Axes, report: Record) -> None:
         size=10.5,
         color=FAINT,
     )
+    line = matplotlib("lines").Line2D
     keys = [
-        Line2D([], [], color=INK, alpha=0.3, linewidth=0.8, label="training step"),
-        Line2D([], [], color=INK, linewidth=2, label="training, running mean"),
-        Line2D([], [], color=INK, linestyle="", marker="o", markersize=5, label="held-out"),
-        Line2D(
+        line([], [], color=INK, alpha=0.3, linewidth=0.8, label="training step"),
+        line([], [], color=INK, linewidth=2, label="training, running mean"),
+        line([], [], color=INK, linestyle="", marker="o", markersize=5, label="held-out"),
+        line(
             [],
             [],
             color=INK,
@@ -559,7 +567,11 @@ def draw_tiles(page: Axes, top: float, tile: int, shown: list[Example], looks: T
         for row, picture in enumerate(tiles(example, looks)):
             left, upper = LEFT + number * (tile + GAP), top + row * (tile + GAP)
             page.imshow(picture, extent=(left, left + tile, upper + tile, upper), aspect="auto")
-            page.add_patch(Rectangle((left, upper), tile, tile, fill=False, edgecolor="#c8c8c8", linewidth=0.6))
+            page.add_patch(
+                matplotlib("patches").Rectangle(
+                    (left, upper), tile, tile, fill=False, edgecolor="#c8c8c8", linewidth=0.6
+                )
+            )
 
 
 Line = list[tuple[int, Chunk]]
@@ -625,10 +637,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
     try:
         options = parse_arguments(arguments)
+        matplotlib("figure")
         run = open_run(options.run, PROGRAM)
+        device = torch.device(device_type())
     except (ValueError, OSError) as error:
         refuse(PROGRAM, error)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sample = sample_training(run, device)
     images, pairs = examples(run, device, options.pictures)
     report = summarize(run, sample, images, pairs)

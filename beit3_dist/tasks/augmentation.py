@@ -6,7 +6,6 @@ generators of Python and numpy; these are set from that generator for the time o
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import torch
 from PIL import Image
 
 from beit3_dist.data.transforms import cropped_view, resized
+from beit3_dist.optional import optional_module
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of the channels of ImageNet's pictures, in [0, 1]."""
@@ -107,13 +107,8 @@ def globals_from(rng: np.random.Generator) -> Iterator[None]:
 
 def _timm(module: str) -> Any:
     """A module of timm, which takes seconds to import. Raises ValueError where it cannot be imported."""
-    try:
-        return importlib.import_module(f"timm.data.{module}")
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"RandAugment and mixing need timm, which cannot be imported ({' '.join(str(error).split())}): install the "
-            "torchvision that belongs to this torch, or switch them off"
-        ) from None
+    remedy = "install the torchvision that belongs to this torch, or switch them off"
+    return optional_module(f"timm.data.{module}", "RandAugment or mixing", remedy)
 
 
 @lru_cache

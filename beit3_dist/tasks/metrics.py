@@ -6,7 +6,6 @@ VQA's accuracy is in `vqa_answers`.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import shutil
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from beit3_dist.optional import optional_module
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -85,13 +86,8 @@ def check_caption_metrics(names: Sequence[str]) -> None:
 
 def _package(name: str) -> Any:
     """pycocoevalcap or a module of it. Raises ValueError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ValueError(
-            "BLEU, CIDEr, METEOR and SPICE need the package pycocoevalcap (105 MB): pip install --no-deps "
-            "pycocoevalcap, or ask for exact_match only"
-        ) from None
+    remedy = "pip install --no-deps pycocoevalcap (105 MB), or ask for exact_match only"
+    return optional_module(name, "BLEU, CIDEr, METEOR or SPICE", remedy)
 
 
 def caption_scores(

@@ -81,7 +81,7 @@ def test_what_changes_pictures_is_checked(folder: Path, monkeypatch: pytest.Monk
     _, ready = prepare_finetuning(mixed, MESH)
     assert ready.mixing is not None and ready.mixing.classes == 2 and ready.views.evaluation == "centre"
     monkeypatch.setitem(sys.modules, "timm.data.mixup", None)
-    with pytest.raises(ValueError, match="mixing need timm, which cannot be imported"):
+    with pytest.raises(ValueError, match="mixing needs timm, which cannot be imported"):
         prepare_finetuning(mixed, MESH)
 
 

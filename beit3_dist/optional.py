@@ -1,0 +1,17 @@
+"""Packages that only some uses need, and that may be missing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def optional_module(name: str, use: str, remedy: str) -> Any:
+    """A module of such a package. Raises ValueError that says what `use` needs it, and the `remedy`, where it is not
+    there or cannot be imported."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another torch
+        reason = " ".join(str(error).split())[:200]
+        package = name.partition(".")[0]
+        raise ValueError(f"{use} needs {package}, which cannot be imported ({reason}): {remedy}") from None
