@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -13,6 +12,10 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+
+from beit3_dist.launched import rank, take_place
+from beit3_dist.leaving import leave_when_asked
+from beit3_dist.recipe import read_recipe
 
 Config = TypeVar("Config")
 
@@ -25,8 +28,8 @@ STOPPED = 3
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for the run, as the launcher's environment says."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """Whether this process speaks for the run; in programs that no launcher starts it always does."""
+    return rank() == 0
 
 
 def one_line(error: BaseException | str) -> str:
@@ -41,11 +44,32 @@ def refuse(program: str, error: BaseException | str, exit_code: int = MISTAKE) -
     sys.exit(exit_code)
 
 
+def begin(program: str) -> None:
+    """What the programs that launchers start do first: from here on a signal to go ends the process in order, and it
+    knows its place among the processes of the run. Ends it where what its environment says of that cannot be."""
+    leave_when_asked(program)
+    try:
+        take_place()
+    except ValueError as error:
+        refuse(program, error)
+
+
 def log_to_console() -> None:
     """Shows the package's messages (progress of an index, warnings) on standard error, in the first process only."""
     log = logging.getLogger("beit3_dist")
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler() if is_first_process() else logging.NullHandler())
+
+
+class _Recipe(ActionConfigFile):
+    """--config FILE: the file is checked as a whole before its fields are."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        read_recipe(values)
+        try:
+            super().__call__(parser, cfg, values, option_string)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the recipe {values}: {error}") from None
 
 
 def parse(config_class: Callable[..., Config], program: str, description: str, arguments: Sequence[str]) -> Config:
@@ -61,7 +85,7 @@ def parse(config_class: Callable[..., Config], program: str, description: str, a
         exit_on_error=False,
         usage=f"{program} --config RECIPE.yaml [--field VALUE ...] [--print_config] [--help]",
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe: a YAML file with any of the fields below")
+    parser.add_argument("--config", action=_Recipe, help="recipe: a YAML file with any of the fields below")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=SUPPRESS, help=SUPPRESS)  # set by launchers
     parser.add_class_arguments(config_class)
     # Under a launcher every process parses; the first one's --help and --print_config are enough.
@@ -72,8 +96,6 @@ def parse(config_class: Callable[..., Config], program: str, description: str, a
         fields = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
         return config_class(**fields)
     except (ArgumentError, ValueError, TypeError) as error:
-        if "Unexpected config:" in str(error):  # and then all that the file holds
-            refuse(program, "--config: the recipe sets no field: it must hold lines such as `steps: 1000`")
         refuse(program, error)
 
 

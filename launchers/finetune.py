@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from beit3_dist.command_line import parse
-from beit3_dist.slurm import adopt_slurm
+from beit3_dist.command_line import begin, parse
 from beit3_dist.tasks.config import FinetuneConfig
 
 PROGRAM = "finetune.py"
@@ -23,7 +22,7 @@ PROGRAM = "finetune.py"
 
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
-    adopt_slurm()
+    begin(PROGRAM)
     config = parse(FinetuneConfig, PROGRAM, "Fine-tunes BEiT-3 on a downstream task.", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh

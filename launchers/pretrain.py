@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import sys
 
-from beit3_dist.command_line import parse
+from beit3_dist.command_line import begin, parse
 from beit3_dist.config import RunConfig
-from beit3_dist.slurm import adopt_slurm
 
 PROGRAM = "pretrain.py"
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
-    adopt_slurm()
+    begin(PROGRAM)
     config = parse(RunConfig, PROGRAM, "Pretrains BEiT-3 on images, texts and image-text pairs.", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh

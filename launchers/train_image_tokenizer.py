@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import sys
 
-from beit3_dist.command_line import parse
-from beit3_dist.slurm import adopt_slurm
+from beit3_dist.command_line import begin, parse
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 PROGRAM = "train_image_tokenizer.py"
@@ -24,16 +23,19 @@ PROGRAM = "train_image_tokenizer.py"
 
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
-    adopt_slurm()
+    begin(PROGRAM)
     config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
     # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import read_mesh
+    from beit3_dist.parallel.mesh import Mesh, read_mesh
     from beit3_dist.training.launch import launch
     from beit3_dist.training.tokenizer_loop import train_tokenizer
-    from beit3_dist.training.tokenizer_preflight import prepare_tokenizer_run
+    from beit3_dist.training.tokenizer_preflight import TokenizerReady, prepare_tokenizer_run
 
-    mesh = read_mesh()
-    launch(PROGRAM, lambda: prepare_tokenizer_run(config, mesh), lambda ready: train_tokenizer(config, mesh, ready))
+    def prepare() -> tuple[Mesh, TokenizerReady]:
+        mesh = read_mesh()
+        return mesh, prepare_tokenizer_run(config, mesh)
+
+    launch(PROGRAM, prepare, lambda ready: train_tokenizer(config, *ready))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,18 @@ def check_size(what: str, size: int, most: int) -> None:
         raise BadSample(f"{what} of {size:,} bytes: no more than {most:,} are read")
 
 
+class StreamFailed(RuntimeError):
+    """Nothing of a stream can be used: the run has to stop. The message says why, in one line."""
+
+    def __init__(self, message: str, faults: list[Fault] | None = None) -> None:
+        """`faults`: what was tried last. Both are its arguments, so that it comes whole out of a loader process."""
+        self.faults = faults or []
+        super().__init__(message, self.faults)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 @dataclass(frozen=True)
 class Fault:
     """One line of quarantine.jsonl."""

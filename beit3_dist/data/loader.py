@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import resource
 import signal
 import threading
@@ -20,6 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from beit3_dist.data import batch
+from beit3_dist.data.faults import StreamFailed
+from beit3_dist.leaving import end
 
 MAX_DESCRIPTORS = 65536
 """Upper bound of what `loader` raises the limit of open files to."""
@@ -40,7 +41,7 @@ def _end_with_the_trainer(ending: Connection) -> None:
     trainer = parent_process()
     assert trainer is not None
     wait([trainer.sentinel, ending])
-    os._exit(0)
+    end(0)
 
 
 @cache
@@ -87,6 +88,33 @@ def _items(read: Any) -> Iterator[Any]:
 def _unchanged(item: object) -> object:
     """Collation: the items are batches already."""
     return item
+
+
+class _ToldWhole(Dataset):
+    """The same dataset, whose StreamFailed is an item: torch would bring it out of a loader process as the text of a
+    traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self._dataset[request]
+        except StreamFailed as failure:
+            return failure
+
+
+class _Raising:
+    """Items that are read, until one of them is a StreamFailed, which is raised here."""
+
+    def __init__(self, read: Iterable[Any]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._read:
+            if isinstance(item, StreamFailed):
+                raise item
+            yield item
 
 
 class TakenAhead:
@@ -156,6 +184,7 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
             pin_memory=pin,
             generator=torch.Generator(),
         )
+    dataset = _ToldWhole(dataset)
     # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows. The
     # server and its workers, which open shards, inherit the limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -184,4 +213,4 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         generator=torch.Generator(),
     )
     read = _Read(loading)
-    return read if pin else TakenAhead(read)
+    return _Raising(read if pin else TakenAhead(read))

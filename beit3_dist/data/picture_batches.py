@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -9,15 +11,30 @@ from torch.utils.data import Dataset
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.index import Share
+from beit3_dist.data.order import Stream
 from beit3_dist.data.pictures import channels_first
 from beit3_dist.data.streams import Draw, ImageStream
 
 
-class ImageBatches(Dataset):
-    """For the image tokenizer's training.
+class PictureBatch(NamedTuple):
+    """One rank's b pictures of a step."""
 
-    `dataset[step]` -> (uint8 [b, 3, S, S], sample ids int64 [b], faults). `batch` is the global number of pictures per
-    step; b = batch / world. Crops and mirroring, no colour jitter.
+    pictures: torch.Tensor
+    """uint8 [b, 3, S, S]."""
+    ids: torch.Tensor
+    """int64 [b]: ids of the delivered samples."""
+    faults: list[Fault]
+    """Samples that had to be replaced."""
+
+    def ids_by_kind(self) -> dict[str, list[int]]:
+        """Ids of the samples by the name of their stream."""
+        return {Stream.IMAGES.name.lower(): self.ids.tolist()}
+
+
+class ImageBatches(Dataset):
+    """For the image tokenizer's training: `dataset[step]`.
+
+    `batch` is the global number of pictures per step; b = batch / world. Crops and mirroring, no colour jitter.
     """
 
     def __init__(
@@ -48,7 +65,7 @@ class ImageBatches(Dataset):
         """Pictures of one epoch."""
         return len(self.stream)
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, list[Fault]]:
+    def __getitem__(self, step: int) -> PictureBatch:
         count = self.batch // self.world
         first = step * self.batch + self.rank * count
         samples, views = [], []
@@ -58,7 +75,7 @@ class ImageBatches(Dataset):
             views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, self.horizontal_flip))
             del sample.picture, picture
             samples.append(sample)
-        return (
+        return PictureBatch(
             channels_first(torch.from_numpy(np.stack(views))),
             torch.tensor([sample.id for sample in samples]),
             [fault for sample in samples for fault in sample.faults],

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from time import sleep
 
@@ -27,14 +29,15 @@ from braceexpand import braceexpand
 
 from beit3_dist.config import DataConfig, Patterns, require, sources_of
 from beit3_dist.data import transforms
-from beit3_dist.data.faults import BadSample, Fault, check_size
+from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import is_sequential
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
 from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Interleave, Stream, mix, permute
-from beit3_dist.data.streams import ATTEMPTS, LARGEST_CAPTION, SOURCE_SHIFT, Sample, caption_words, captions_of
+from beit3_dist.data.streams import ATTEMPTS, LARGEST_CAPTION, SOURCE_SHIFT, Sample, all_bad, caption_words, captions_of
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
+from beit3_dist.leaving import at_the_end
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,9 @@ PAUSES = (1.0, 10.0, 60.0)
 nothing but time."""
 CHUNK = 1 << 20
 """Bytes that are skipped at a time."""
+TRIED = 3
+"""Shards of a stream that are tried, the second and third one once each, before it is given up where nothing of it has
+ever worked: credentials that have expired, a wrong address."""
 MESSAGE = 200
 """Characters that are told of a command's last words."""
 
@@ -115,7 +121,14 @@ class Pipe:
     def __init__(self, command: list[str]) -> None:
         self.command = command
         self.words = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self.words)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self.words,
+            process_group=0,  # what a shell has started ends with it
+        )
+        _running.add(self)
         assert self.process.stdout is not None
         self.output = self.process.stdout
         self.at = 0
@@ -159,10 +172,29 @@ class Pipe:
 
     def close(self) -> None:
         """Ends the command."""
-        self.process.kill()
+        self.kill()
         self.process.wait()
+        _running.discard(self)
         self.output.close()
         self.words.close()
+
+    def kill(self) -> None:
+        """Kills the command and all that it has started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+_running: set[Pipe] = set()
+"""Commands that must not outlive this process."""
+
+
+def kill_commands() -> None:
+    """Ends all commands at once: one that hangs would not notice that nobody reads it any more."""
+    for pipe in list(_running):
+        pipe.kill()
+
+
+at_the_end.append(kill_commands)
 
 
 @dataclass
@@ -183,6 +215,10 @@ class Members:
         self.content[kind] = data
 
 
+class Silent(Fault):
+    """A shard of which nothing came but its command's error."""
+
+
 Item = Members | np.ndarray | Fault
 """What a shard consists of: samples' members, or windows of tokens; and what is wrong between them."""
 
@@ -198,12 +234,13 @@ class Shards:
     max_pixels: int = DataConfig.max_pixels
     """Pixels of the largest picture."""
 
-    def items(self, address: str) -> Iterator[Item]:
-        """All of a shard, in stored order. A command that fails is started again after a pause and goes on where it
-        failed; what is lost after some tries, and what a cut tar lacks, is one fault."""
-        done, pauses = 0, iter(PAUSES)
+    def items(self, address: str, patient: bool = True) -> Iterator[Item]:
+        """All of a shard, in stored order. A command that fails is started again after a pause, where one is `patient`,
+        and goes on where it failed; what is lost after some tries, and what a cut tar lacks, is one fault."""
+        waits = PAUSES if patient else ()
+        done, pauses = 0, iter(waits)
         while True:
-            before, problem = done, ""
+            before, problem, kind = done, "", Fault
             with closing(Pipe(command_of(address))) as pipe:
                 try:
                     for number, item in enumerate(self._once(pipe, address)):
@@ -214,16 +251,17 @@ class Shards:
                     problem = str(error)
             if problem:
                 if done > before:
-                    pauses = iter(PAUSES)
+                    pauses = iter(waits)
                 if seconds := next(pauses, 0.0):
                     log.warning("%s: %s; another try in %g s", address, problem, seconds)
                     sleep(seconds)
                     continue
-                problem += f"; what follows is left out after {len(PAUSES)} more tries"
+                problem += f"; what follows is left out after {len(waits)} more tries"
+                kind = Fault if done else Silent
             elif not done:
                 problem = "no sample in this shard"
             if problem:
-                yield Fault(self.stream.name.lower(), address, "", problem)
+                yield kind(self.stream.name.lower(), address, "", problem)
             return
 
     def _once(self, pipe: Pipe, address: str) -> Iterator[Item]:
@@ -333,6 +371,8 @@ class SequentialStream:
         self.own = [place for place in range(batch) if place % readers in own]
         """This rank's places in a step's global batch: those of its readers."""
         self.faults: list[Fault] = []
+        self.works, self.silent = False, 0
+        """Whether anything of the stream was read in this process; shards that gave nothing but an error."""
         self.restore([], started=False)
 
     def places(self, first: int, count: int, part: int, parts: int) -> list[int]:
@@ -365,7 +405,8 @@ class SequentialStream:
         return [[self.stream, reader, source, *self.rows[reader, source]] for reader, source in self.open]
 
     def read(self, position: int) -> Sample:
-        """The sample at the next position of its reader; RuntimeError for another, or after 100 bad ones in a row."""
+        """The sample at the next position of its reader; RuntimeError for another, StreamFailed after 100 bad ones in a
+        row or where no command of the stream has ever worked."""
         reader, number = position % self.data.virtual_readers, position // self.data.virtual_readers
         if self.taken.setdefault(reader, number) != number or (number and not self.rows):
             raise RuntimeError(
@@ -380,7 +421,12 @@ class SequentialStream:
             self.rows[reader, source] = (epoch, turn, place + 1)
             if isinstance(item, Fault):
                 faults.append(item)
+                self.silent += isinstance(item, Silent)
+                if not self.works and self.silent >= min(TRIED, len(self.shards[source])):
+                    name = self.stream.name.lower()
+                    raise StreamFailed(f"data.{name}: no shard can be read: {item.shard}: {item.reason}", faults)
                 continue
+            self.works = True
             index = mix(source, shard, place)
             sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
             try:
@@ -389,10 +435,7 @@ class SequentialStream:
             except BadSample as bad:
                 key = item.key if isinstance(item, Members) else f"window {place}"
                 faults.append(Fault(self.stream.name.lower(), self.shards[source][shard], key, str(bad)))
-        raise RuntimeError(
-            f"{ATTEMPTS} bad samples in a row in the stream of {self.stream.name.lower()}; "
-            f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
-        )
+        raise all_bad(self.stream, faults)
 
     def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
         """The samples at these positions, each read when it is asked for."""
@@ -407,7 +450,7 @@ class SequentialStream:
             while (at := reader + turn * readers) < len(names):
                 key = mix(self.seed, self.stream + (source << SOURCE_SHIFT), epoch)
                 shard = permute(at, len(names), key)
-                for place, item in enumerate(shards.items(names[shard])):
+                for place, item in enumerate(shards.items(names[shard], patient=self.works or not self.silent)):
                     if place >= behind:
                         yield epoch, turn, shard, place, item
                 turn, behind = turn + 1, 0

@@ -21,7 +21,7 @@ from PIL import Image
 
 from beit3_dist.config import Patterns, sources_of
 from beit3_dist.data import transforms
-from beit3_dist.data.faults import BadSample, Fault, check_size
+from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import TXT, LeftOut
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
@@ -146,7 +146,7 @@ class SampleStream(ABC):
         return self.starts[-1]
 
     def read(self, position: int) -> Sample:
-        """The sample at a position of the endless stream; raises RuntimeError after 100 bad ones in a row."""
+        """The sample at a position of the endless stream; raises StreamFailed after 100 bad ones in a row."""
         return next(self.read_all([position]))
 
     def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
@@ -183,10 +183,7 @@ class SampleStream(ABC):
                 continue
             yield sample
             return
-        raise RuntimeError(
-            f"{ATTEMPTS} bad samples in a row in the stream of {self.stream.name.lower()}; "
-            f"the last one is {faults[-1].key!r} of {faults[-1].shard}: {faults[-1].reason}"
-        )
+        raise all_bad(self.stream, faults)
 
     def read_ahead(self, upcoming: Iterator[int]) -> None:
         """Where the stream is shuffled by blocks: asks the system, when a window of it begins, for the samples of the
@@ -242,6 +239,16 @@ class SampleStream(ABC):
     @abstractmethod
     def _load_picture(self, source: int, index: int, sample: Sample) -> None:
         """Gives the sample its picture, if any; BadSample where it cannot be used."""
+
+
+def all_bad(stream: Stream, faults: list[Fault]) -> StreamFailed:
+    """What ends the run when all samples that were tried for a position are bad."""
+    last = faults[-1]
+    return StreamFailed(
+        f"{len(faults)} bad samples in a row in the stream of {stream.name.lower()}; the last one is {last.key!r} of "
+        f"{last.shard}: {last.reason}; tools/check_shards.py lists what is wrong with shards",
+        faults,
+    )
 
 
 class PictureStream(SampleStream):

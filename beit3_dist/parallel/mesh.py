@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit3_dist.devices import device_type
+from beit3_dist.launched import read_place
 from beit3_dist.parallel.host_memory import keep_freed_memory
-
-PATIENCE = timedelta(minutes=10)
-"""How long a collective waits for the ranks that it lacks where nobody says how long it shall, as in torch."""
+from beit3_dist.parallel.meeting import PATIENCE, meet
 
 
 @dataclass(frozen=True)
@@ -74,20 +73,28 @@ class Mesh:
 def read_mesh(tensor: int = 1, pipeline: int = 1) -> Mesh:
     """The mesh as the launcher describes it; one process where there is no launcher. Starts nothing.
 
-    Raises ValueError where tensor x pipeline ranks do not divide the launcher's processes.
+    Raises ValueError where tensor x pipeline ranks do not divide the launcher's processes, where the environment
+    describes no place among them, and where this process has no device.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world % (tensor * pipeline):
+    place, kind = read_place(), device_type()
+    if place.world % (tensor * pipeline):
         raise ValueError(
-            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {world} started processes"
+            f"parallel.tensor={tensor} x parallel.pipeline={pipeline} does not divide the {place.world} started "
+            "processes"
         )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
-    cuda = os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
-    # `srun --gpus-per-task=1` shows every process a single device, of another number than its place on the node.
-    index = 0 if cuda and torch.cuda.device_count() == 1 else local_rank
-    device = torch.device("cuda", index) if cuda else torch.device("cpu")
-    return Mesh(rank, world, local_rank, local_world, device, tensor, pipeline)
+    if kind == "cpu":
+        device = torch.device("cpu")
+    else:
+        # `srun --gpus-per-task=1` shows every process a single device, of another number than its place on the node.
+        index = 0 if torch.cuda.device_count() == 1 else place.local_rank
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {place.local_rank} of this host has no GPU of its own: there are "
+                f"{torch.cuda.device_count()} for {place.local_world} processes; start fewer, or show them more by "
+                "CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", index)
+    return Mesh(place.rank, place.world, place.local_rank, place.local_world, device, tensor, pipeline)
 
 
 class Groups:
@@ -164,22 +171,14 @@ class Groups:
         return self.mesh.pipeline
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def connect(mesh: Mesh, patience: timedelta = PATIENCE) -> Groups:
     """Starts the process groups (nccl on CUDA, gloo on the CPU) and claims the device.
 
-    `patience`: how long a collective waits for the ranks that it lacks. The processes find one another in ten minutes.
+    `patience`: how long a collective waits for the ranks that it lacks. Raises NotMet where the processes do not find
+    one another.
     """
-    defaults: dict[str, object] = {"RANK": mesh.rank, "WORLD_SIZE": mesh.world, "LOCAL_RANK": mesh.local_rank}
-    if mesh.world == 1:
-        defaults |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, str(value))
+    place = {"RANK": mesh.rank, "WORLD_SIZE": mesh.world, "LOCAL_RANK": mesh.local_rank}  # DeepSpeed reads them
+    os.environ.update({name: str(value) for name, value in place.items()})
     if mesh.device.type == "cuda":
         torch.cuda.set_device(mesh.device)
         os.environ["LOCAL_RANK"] = str(mesh.device.index)  # DeepSpeed takes it for the device's number
@@ -195,7 +194,9 @@ def connect(mesh: Mesh, patience: timedelta = PATIENCE) -> Groups:
         # DeepSpeed would compile a shared-memory all-reduce with g++ for over a minute; gloo does without.
         # (The attribute deepspeed.comm.torch is torch itself; the module is found by its name only.)
         setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
-    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
-    # Not as init_distributed's timeout, with which the processes would wait as long for one that never starts.
+    cuda = mesh.device.type == "cuda"
+    meet("nccl" if cuda else "gloo", mesh.rank, mesh.world, mesh.device if cuda else None)
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    # Not as the meeting's timeout, with which the processes would wait as long for one that never starts.
     dist.distributed_c10d._set_pg_timeout(patience)
     return Groups(mesh, patience)

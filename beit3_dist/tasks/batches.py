@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from beit3_dist.config import DataConfig
 from beit3_dist.data.batch import Tensors
-from beit3_dist.data.faults import BadSample, Fault, check_size
+from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.order import generator, mix, permute
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.transforms import decode, largest_file, read_picture
@@ -175,7 +175,7 @@ class Examples(Dataset):
 
         In training an example that cannot be read, or whose picture cannot be decoded, is added to `faults`, and a
         keyed probe of the same epoch takes its place. Raises ValueError for such an example in evaluation, where
-        nothing can take its place, and RuntimeError after 100 bad ones in a row.
+        nothing can take its place, and StreamFailed after 100 bad ones in a row.
         """
         if not self.train:
             name = f"number {place}"
@@ -202,7 +202,8 @@ class Examples(Dataset):
             return example, [
                 self.views.train(picture, self.image_size, rng) for picture, rng in zip(pictures, keys, strict=True)
             ]
-        raise RuntimeError(f"{ATTEMPTS} examples in a row cannot be used; the last: {faults[-1]}")
+        last = faults[-1]
+        raise StreamFailed(f"{ATTEMPTS} examples in a row cannot be used; the last: {last.key}: {last.reason}", faults)
 
     def _pictures(self, example: Example) -> list[Image.Image]:
         """The example's pictures in RGB. Raises BadSample."""

@@ -50,11 +50,14 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self._origin, self._start = origin, start
         settings, folder = config.checkpoint, Path(config.out) / "checkpoints"
         self._store = Store(folder, mesh.device, settings.keep, settings.keep_every, start)
+        self.newest = start
+        """The step that was saved last."""
 
     def save(self, state: TrainState) -> None:
         """Begins to save everything that the run needs to go on after `state.step`."""
         with _ending_the_run():
             self._store.save(self._pieces(), state, self._config.model, to_yaml(self._config), self._versions)
+        self.newest = state.step
 
     def check(self, state: TrainState) -> None:
         """For every step that does not save: finishes what is on its way, without waiting for it."""

@@ -14,6 +14,7 @@ from beit3_dist.training.feed import Feed
 from beit3_dist.training.image_codes import PrecomputedCodes, targets_of
 from beit3_dist.training.inputs import Tokenize, prepare
 from beit3_dist.training.metrics import losses_and_accuracies
+from beit3_dist.training.preemption import Together, by_itself
 
 
 def evaluate(
@@ -23,12 +24,13 @@ def evaluate(
     held_out: MixedBatches,
     codes: PrecomputedCodes | None,
     tokenize: Tokenize | None,
+    together: Together = by_itself,
 ) -> dict[str, float]:
     """Losses and accuracies over the first `eval.batches` batches of the held-out streams. Collective.
 
     The samples, crops and masks are the same every time; a stream with fewer samples starts over. They are read as the
     training's are, by `data.workers` processes, which live as long as the validation.
-    `codes`: precomputed image targets; None: `tokenize` makes them.
+    `codes`: precomputed image targets; None: `tokenize` makes them. `together`: how the processes read.
     """
     requests = list(islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.accumulation))
     workers, pin = min(config.data.workers, len(requests)), engine.mesh.device.type == "cuda"
@@ -36,7 +38,7 @@ def evaluate(
     counts = torch.zeros(4, dtype=torch.int64, device=engine.mesh.device)
     cross_entropy, correct = [0.0] * 4, [0.0] * 4
     for _ in range(config.eval.batches):
-        batch = feed.step(lambda: list(islice(micro_batches, config.accumulation)))
+        batch = feed.step(lambda: list(islice(micro_batches, config.accumulation)), together)
         counts += batch.step_counts
         result = engine.evaluate(
             prepare(b, engine.mesh.device, targets_of(b, codes, tokenize)) for b in batch.micro_batches

@@ -23,6 +23,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from beit3_dist.command_line import FAILED
+from beit3_dist.leaving import end
 
 WAIT_S = 5.0
 """How long a process waits for the others to be gone, and for an answer of the store."""
@@ -69,6 +70,14 @@ class FailureBoard:
         """The code of the mark that is up."""
         return int(self._store.get("failed"))
 
+    def ask_to_go(self) -> None:
+        """Says that the run was asked to go."""
+        self._store.set("asked", "")
+
+    def is_asked_to_go(self) -> bool:
+        """Whether some process was asked to go."""
+        return self._store.check(["asked"])
+
     def leave(self) -> None:
         """Says that this process ends because of the mark."""
         self._store.add("gone", 1)
@@ -102,7 +111,7 @@ def end_now(exit_code: int = FAILED) -> NoReturn:
     """Ends this process without Python's orderly end, which would wait for threads and collectives, some for ever."""
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(exit_code)
+    end(exit_code)
 
 
 def _is_first(exit_code: int) -> bool:

@@ -22,6 +22,7 @@ from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.inputs import host_totals
+from beit3_dist.training.preemption import Read, Together, by_itself
 from beit3_dist.training.totals import Totals
 
 
@@ -80,6 +81,12 @@ class StepBatch:
         return f"{self._known.hash_terms % (1 << 64):016x}"
 
 
+def timed(read: Callable[[], Read]) -> tuple[Read, float]:
+    """What `read` gives, and the seconds that it took."""
+    started = time.perf_counter()
+    return read(), time.perf_counter() - started
+
+
 class Feed:
     """Reads a step's micro-batches where they are needed and tells the other processes what they must know."""
 
@@ -90,11 +97,10 @@ class Feed:
         self.reads = self._has_samples and mesh.tensor_rank == 0
         """Whether this process decodes samples."""
 
-    def step(self, read: Callable[[], list[MicroBatch]]) -> StepBatch:
+    def step(self, read: Callable[[], list[MicroBatch]], together: Together = by_itself) -> StepBatch:
         """The micro-batches of a step; `read` is called in the processes that read. Collective."""
-        mesh, started = self._groups.mesh, time.perf_counter()
-        batches = read() if self.reads else []
-        waited_s = time.perf_counter() - started
+        mesh = self._groups.mesh
+        batches, waited_s = together(lambda: timed(read if self.reads else list))
         if self._has_samples and mesh.tensor > 1:
             count = self._config.batch.accumulation
             batches = [_broadcast(self._groups, batches[n] if self.reads else None) for n in range(count)]

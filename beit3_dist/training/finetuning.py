@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,12 +30,13 @@ from beit3_dist.tasks.config import CONTRASTIVE, FinetuneConfig
 from beit3_dist.tasks.examples import Example
 from beit3_dist.tasks.task import Normalization, TaskInputs, TaskObjective
 from beit3_dist.training.checkpointing import load_checkpoint, whole_checkpoint
-from beit3_dist.training.feed import StepBatch
+from beit3_dist.training.feed import StepBatch, timed
 from beit3_dist.training.finetune_preflight import FinetuneReady
 from beit3_dist.training.flops import training_flops
 from beit3_dist.training.loop import train
 from beit3_dist.training.metrics import JsonLines, speed
 from beit3_dist.training.optimizer import build_optimizer, layered_groups
+from beit3_dist.training.preemption import Together, by_itself
 from beit3_dist.training.totals import Totals
 from beit3_dist.training.watchdog import patience
 
@@ -134,10 +134,8 @@ class FineTuning:
     def first_faults(self) -> list[Fault]:
         return []
 
-    def next_batch(self) -> StepBatch:
-        started = time.perf_counter()
-        batches = list(islice(self._batches, self.config.accumulation))
-        waited_s = time.perf_counter() - started
+    def next_batch(self, together: Together) -> StepBatch:
+        batches, waited_s = together(lambda: timed(lambda: list(islice(self._batches, self.config.accumulation))))
         micro_batches = [self._masked(batch) for batch in batches]
         totals = Totals.summed((self._totals(batch) for batch in micro_batches), losses=1)
         return StepBatch.agreed(self._groups, micro_batches, totals, waited_s)
@@ -201,11 +199,11 @@ class FineTuning:
         step, every = self.state.step, self.config.eval.every
         return len(self._validation) > 0 and (step == self.config.steps or bool(every and step % every == 0))
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, together: Together = by_itself) -> dict[str, float]:
         """The scores, on the first rank alone, as some metrics start programs; the others wait for it."""
         average = self._engine.average
         with nullcontext() if average is None else average.applied():
-            predictions = self._predictions()
+            predictions = self._predictions(together)
         scores = self._scores(predictions) if self.mesh.is_first else {}
         self._groups.wait_for_all()
         return scores
@@ -221,13 +219,14 @@ class FineTuning:
             log.warning("data.validation: %s holds no truths, so that there is no score", self.config.data.validation)
         return scores
 
-    def _predictions(self) -> Tensor:
+    def _predictions(self, together: Together) -> Tensor:
         """The task's predictions of all validation examples in their order, on the CPU of every rank. Collective."""
         mesh, groups = self.mesh, self._groups
         count = self.config.eval.batch or self.config.micro_batch(mesh.data)[0]
         places = validation_places(len(self._validation), count, mesh.data_rank, mesh.data)
-        parts = []
-        for batch in self._loader(self._dataset(self._validation, train=False), places):
+        parts: list[Tensor] = []
+        batches = iter(self._loader(self._dataset(self._validation, train=False), places))
+        while (batch := together(lambda: next(batches, None))) is not None:
             mine = self._engine.predict(self._inputs(batch, batch.words), self._all_done)
             parts.append(all_gather(mine, groups.data).cpu())
         return torch.cat(parts)[: len(self._validation)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +14,11 @@ from beit3_dist.config import TrainingConfig
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.training.checkpointing import Checkpoints
 from beit3_dist.training.metrics import from_the_end
-from beit3_dist.training.preemption import StopRequest
+from beit3_dist.training.preemption import Read, StopRequest
 from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.spikes import SpikeMonitor
+from beit3_dist.training.tokenizer_config import TokenizerConfig
 from beit3_dist.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class HasIds(Protocol):
 class Guards:
     """Every process has one, from before its model is built until its last step."""
 
-    def __init__(self, config: TrainingConfig, groups: Groups, run: RunFolder) -> None:
+    def __init__(self, config: TrainingConfig | TokenizerConfig, groups: Groups, run: RunFolder) -> None:
         settings, self._out, mesh = config.guards, Path(config.out), groups.mesh
         self._groups, self._run, self._most = groups, run, settings.max_skipped_steps
         self._last_step = config.steps
@@ -48,16 +49,16 @@ class Guards:
         """Step number `step` = 1, 2, ... begins."""
         self._watchdog.begin(step)
 
-    def check(self, state: TrainState, micro_batches: Sequence[HasIds], loss: float, checkpoints: Checkpoints) -> bool:
-        """After a step, its record written: whether the run was asked to go, and so must save and end. Collective.
+    def together(self, read: Callable[[], Read]) -> Read:
+        """What `read` gives in this process; see `StopRequest.together`. Collective."""
+        return self._request.together(read)
 
-        Raises RunStopped, on all ranks, after too many skipped steps in a row.
-        """
+    def check(self, state: TrainState, micro_batches: Sequence[HasIds], loss: float, checkpoints: Checkpoints) -> None:
+        """After a step, its record written. Raises RunStopped, on all ranks, after too many skipped steps in a row."""
         if state.skipped_in_a_row:
             self._report_skipped(state, micro_batches, checkpoints)
         elif self._spikes and (warning := self._spikes.check(state.step, loss)):
             log.warning(warning)
-        return self._request.agreed()
 
     def close(self) -> None:
         """The run is over."""

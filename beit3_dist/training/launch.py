@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import socket
 import sys
 import time
@@ -16,10 +15,14 @@ import torch.distributed as dist
 
 from beit3_dist.checkpoint.find import Damaged
 from beit3_dist.command_line import FAILED, STOPPED, is_first_process, log_to_console, one_line, refuse
+from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled
+from beit3_dist.launched import rank
+from beit3_dist.leaving import PREEMPTED, leave_when_asked
+from beit3_dist.parallel.meeting import NotMet
 from beit3_dist.terminal import make_output_unfailing
 from beit3_dist.training.failure import end_after_failure, end_now, ending
-from beit3_dist.training.preemption import PREEMPTED, Preempted, nothing_to_save
+from beit3_dist.training.preemption import Preempted
 from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.run_lock import FolderInUse
 
@@ -33,14 +36,14 @@ WAIT_S = 5.0
 
 def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], None]) -> None:
     """Runs `train(prepare())`. A mistake that `prepare` finds ends the process with exit code 2 before any process
-    group starts; a run that stops itself ends with exit code 3; one that was asked to go, and has saved or is in
-    `prepare` still, with 75; one that Ctrl-C interrupts with 130. An error in one process ends all of them with 1, the
+    group starts; a run that stops itself ends with exit code 3; one that was asked to go, and has saved or has nothing
+    to save yet, with 75; one that Ctrl-C interrupts with 130. An error in one process ends all of them with 1, the
     first error last."""
     make_output_unfailing()
     log_to_console()
+    leave_when_asked(program)
     try:
-        with nothing_to_save(program):
-            ready = prepare()
+        ready = prepare()
     except (ValueError, OSError) as error:
         _refuse_for_one(program, error)
     except KeyboardInterrupt:
@@ -49,12 +52,15 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         train(ready)
         _part()
     except (Damaged, FolderInUse) as mistake:  # which it takes all processes to find
-        dist.destroy_process_group()  # before its threads have done anything else, Python's end may abort in them
+        _part()  # before its threads have done anything else, Python's end may abort in them
         refuse(program, mistake)
     except RunStopped as stop:
         ending.set()  # the processes end by themselves, each a little later or earlier
         _part()
         refuse(program, stop, exit_code=STOPPED)
+    except NotMet as trouble:  # each process tells what it has waited for
+        print(f"{program}: error: {one_line(trouble)}", file=sys.stderr, flush=True)
+        end_now(trouble.exit_code)
     except Preempted as stop:
         if is_first_process():
             print(f"{program}: {stop}", file=sys.stderr, flush=True)
@@ -77,6 +83,8 @@ def _last_words(program: str, error: Exception) -> tuple[str, int]:
         return f"{in_a_line}{full.filename or 'the run folder'}: {full.strerror}: {remedy}", STOPPED
     if isinstance(error, WorkerKilled):
         return in_a_line + one_line(error), FAILED
+    if isinstance(error, StreamFailed):  # of a validation: in training all processes stop together
+        return in_a_line + one_line(error), STOPPED
     said = f"{program}: {where} is the first to fail, with the error above" if where else ""
     return traceback.format_exc() + said, FAILED
 
@@ -104,7 +112,7 @@ def _refuse_for_one(program: str, error: Exception) -> NoReturn:
     they wait for its line; else each says what it has met."""
     if not is_first_process():
         time.sleep(WAIT_S)
-        print(f"{program}: {_where(os.environ['RANK'])}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{program}: {_where(rank())}: error: {one_line(error)}", file=sys.stderr, flush=True)
     refuse(program, error)
 
 

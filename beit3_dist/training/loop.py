@@ -18,7 +18,8 @@ from beit3_dist.training.checkpointing import Checkpoints, contribution, load_ch
 from beit3_dist.training.feed import StepBatch
 from beit3_dist.training.garbage import GarbageCollection
 from beit3_dist.training.guards import Guards
-from beit3_dist.training.preemption import Preempted
+from beit3_dist.training.parting import check_finished, parting
+from beit3_dist.training.preemption import Together, by_itself
 from beit3_dist.training.profiling import StepProfiler
 from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.run_lock import RunLock
@@ -48,8 +49,8 @@ class Job(Protocol):
     def first_faults(self) -> list[Fault]:
         """What the data had to leave out before the first step."""
 
-    def next_batch(self) -> StepBatch:
-        """The next step's micro-batches of this rank. Collective."""
+    def next_batch(self, together: Together) -> StepBatch:
+        """The next step's micro-batches of this rank, which are read by `together`. Collective."""
 
     def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
         """The step's micro-batches as the objective takes them, on the device."""
@@ -60,8 +61,9 @@ class Job(Protocol):
     def evaluation_due(self) -> bool:
         """Whether there is a held-out validation after `state.step`; the same on all ranks."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out validation; the first rank's scores are recorded, where there are any. Collective."""
+    def evaluate(self, together: Together) -> dict[str, float]:
+        """Held-out validation, whose samples are read by `together`; the first rank's scores are recorded, where there
+        are any. Collective."""
 
     def check(self) -> None:
         """Raises RunStopped where the run should not go on."""
@@ -94,11 +96,11 @@ def _train(job: Job, groups: Groups) -> None:
 
     profiler = StepProfiler(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
     checkpoints = Checkpoints(config, mesh, job.checkpoint, state.step, lambda: contribution(engine))
-    with profiler, GarbageCollection() as garbage, checkpoints:
+    with profiler, GarbageCollection() as garbage, checkpoints, parting(run, checkpoints, state):
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
             started = time.perf_counter()
-            batch = job.next_batch()
+            batch = job.next_batch(guards.together)
             lr = learning_rate(step, config.steps, config.optim)
             result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
 
@@ -108,26 +110,24 @@ def _train(job: Job, groups: Groups) -> None:
                 run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, time.perf_counter() - started)
             run.step(record | {"skipped": int(result.skipped)})
-            must_go = guards.check(state, batch.micro_batches, record["loss"], checkpoints)
-            if state.step % config.checkpoint.every == 0 or state.step == config.steps or must_go:
+            guards.check(state, batch.micro_batches, record["loss"], checkpoints)
+            if state.step % config.checkpoint.every == 0 or state.step == config.steps:
                 run.sync()
                 checkpoints.save(state)
             else:
                 checkpoints.check(state)
             if job.evaluation_due():
-                if state.step == config.steps:
+                if is_last := state.step == config.steps:
                     checkpoints.wait()  # whatever becomes of the validation, the training is saved
-                if scores := job.evaluate():
+                # The last one is part of what the run leaves: nobody can go on to it.
+                if scores := job.evaluate(by_itself if is_last else guards.together):
                     run.evaluation({"step": state.step} | scores)
             job.check()
             profiler.step()
             garbage.after(state.step)
-            if must_go:
-                break
     if state.step == config.steps:
         guards.begin(state.step)  # it may take as long as a step
         job.finish()
     guards.close()
     run.close()
-    if state.step < config.steps:
-        raise Preempted(f"asked to go: saved after step {state.step} of {config.steps}")
+    check_finished(state, config.steps)

@@ -1,75 +1,116 @@
-"""A signal that the process has to go soon, turned into a checkpoint at the next step boundary.
+"""A request that the run goes soon, turned into a checkpoint before the next step.
 
-Slurm sends SIGTERM or the signal of `--signal` before it takes a job's nodes away; other schedulers send SIGTERM. The
-signal may reach some processes earlier than others, or some not at all, so all of them agree after every step.
+A signal may reach some processes earlier than others, or some not at all, so the one that hears it tells the others
+through the store, and all of them agree before every step. Whoever waits for data gives that up: a shard that nobody
+can read may be tried for minutes.
 """
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from beit3_dist.command_line import is_first_process
+from beit3_dist.data.faults import StreamFailed
+from beit3_dist.leaving import ignore, when_asked
+from beit3_dist.training.failure import failure_board
+from beit3_dist.training.resilience import RunStopped
 
-PREEMPTED = 75
-"""Exit code of a run that was asked to go, and has saved or had nothing to save yet: it can be started again
-(EX_TEMPFAIL of sysexits.h)."""
+Read = TypeVar("Read")
 
-STDERR = 2
-
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+READ, ASKED, FAILED = range(3)
+"""What has become of a process's reading; the worst of all is what all act on."""
 
 
 class Preempted(Exception):
     """The run was asked to go, and has saved where it was."""
 
 
-@contextmanager
-def nothing_to_save(program: str) -> Iterator[None]:
-    """Within it a signal to go ends the process at once, with PREEMPTED: to index and tokenise new data takes hours,
-    and what is finished of it stays in data.cache."""
+class AskedToGo(Exception):
+    """The run has to save and go. Raised in all processes at the same place."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        if is_first_process():  # not by `print`, in the middle of which the signal may have come
-            os.write(STDERR, f"{program}: asked to go before the training has begun\n".encode())
-        os._exit(PREEMPTED)  # not by an exception, which whatever is running might take for a broken file's
 
-    before = {number: signal.signal(number, leave) for number in SIGNALS}
-    held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # by launchers/slurm/shield.py
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class Together(Protocol):
+    """Reads data in all processes, or in none."""
+
+    def __call__(self, read: Callable[[], Read]) -> Read: ...
+
+
+def by_itself(read: Callable[[], Read]) -> Read:
+    """Reads without asking anybody."""
+    return read()
+
+
+class _Interrupted(BaseException):
+    """Ends the waiting for data. No Exception, which whatever is running might take for a broken file's."""
 
 
 class StopRequest:
     """Whether the run was asked to go. Listens from its making on."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._asked = device, False
-        for number in SIGNALS:
-            signal.signal(number, self._ask)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers/slurm/shield.py has held them back
+        self._device, self._asked, self._waits = device, False, False
+        when_asked(self._ask, self._tell)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+        if self._waits:
+            self._waits = False
+            raise _Interrupted
 
-    def agreed(self) -> bool:
-        """Whether any process was asked; the same answer in all. Collective."""
-        asked = torch.tensor(int(self._asked), device=self._device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked)
+    def _tell(self) -> None:
+        """The other processes, from a thread: the main one may be waiting for one of them."""
+        self._asked = True
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            with suppress(RuntimeError):  # the store is gone, and with it the process that holds it
+                failure_board().ask_to_go()
+
+    def together(self, read: Callable[[], Read]) -> Read:
+        """What `read` gives, once it has given something in all processes. Collective.
+
+        Raises AskedToGo in all of them where one was asked to go, before or meanwhile, whose reading is given up then,
+        and RunStopped in all of them where a stream of one has failed.
+        """
+        outcome, result, failure = READ, None, StreamFailed("")
+        try:
+            try:
+                self._waits = True
+                if self._asked:
+                    raise _Interrupted
+                result = read()
+            finally:
+                self._waits = False
+        except _Interrupted:
+            outcome = ASKED
+        except StreamFailed as error:
+            outcome, failure = FAILED, error
+        worst = torch.tensor(ASKED if outcome == READ and self._asked else outcome, device=self._device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        if worst == ASKED:
+            raise AskedToGo
+        if worst == FAILED:
+            _stop(failure)
+        return result  # type: ignore[return-value]
 
     def close(self) -> None:
-        """The run has saved and ends: from here on a signal can only spoil its end. A scheduler repeats its own, and a
-        launcher sends SIGTERM to the processes that are left as soon as one has ended with a code other than 0."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        """The run has saved and ends."""
+        ignore()
+
+
+def _stop(mine: StreamFailed) -> None:
+    """Raises RunStopped with what the first process says whose stream has failed. Collective."""
+    everyones: list[StreamFailed] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    message = next(str(failure) for failure in everyones if str(failure))
+    raise RunStopped(message, [fault for failure in everyones for fault in failure.faults])
+
+
+def interrupt_main_thread() -> None:
+    """As if this process had got a signal to go."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

@@ -26,6 +26,7 @@ from beit3_dist.training.inputs import prepare
 from beit3_dist.training.loop import train
 from beit3_dist.training.metrics import losses_and_accuracies, speed
 from beit3_dist.training.optimizer import build_optimizer
+from beit3_dist.training.preemption import Together
 from beit3_dist.training.preflight import Ready
 from beit3_dist.training.resilience import BadSamples
 from beit3_dist.training.target_watch import TargetWatch
@@ -87,8 +88,8 @@ class Pretraining:
     def first_faults(self) -> list[Fault]:
         return self._ready.train.faults()
 
-    def next_batch(self) -> StepBatch:
-        batch = self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)))
+    def next_batch(self, together: Together) -> StepBatch:
+        batch = self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)), together)
         if self._ready.train.sequential:
             everyones: list[list[list[int]]] = [[] for _ in range(self.mesh.data)]
             mine = [row for b in batch.micro_batches for row in b.readers.tolist()]
@@ -112,10 +113,10 @@ class Pretraining:
     def evaluation_due(self) -> bool:
         return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0
 
-    def evaluate(self) -> dict[str, float]:
-        ready = self._ready
+    def evaluate(self, together: Together) -> dict[str, float]:
+        config, engine, feed, ready = self.config, self._engine, self._feed, self._ready
         assert ready.held_out is not None
-        return evaluate(self.config, self._engine, self._feed, ready.held_out, ready.held_out_codes, self._tokenize)
+        return evaluate(config, engine, feed, ready.held_out, ready.held_out_codes, self._tokenize, together)
 
     def finish(self) -> None:
         """Its checkpoints are all that pretraining leaves."""

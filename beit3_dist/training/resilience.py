@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter, deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig
+from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
@@ -32,6 +34,11 @@ SHOWN = 3
 
 class RunStopped(RuntimeError):
     """The run ended itself for a reason that its message tells the user; nothing is wrong with the program."""
+
+    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
+        """`faults`: the samples that it ended for, where they are in no step's record yet."""
+        super().__init__(message)
+        self.faults = list(faults)
 
 
 class BadSamples:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from beit3_dist.config import CheckpointConfig, OptimConfig, expand_home, require, require_divides, require_out
+from beit3_dist.config import (
+    CheckpointConfig,
+    GuardConfig,
+    OptimConfig,
+    expand_home,
+    require,
+    require_divides,
+    require_out,
+)
 
 
 @dataclass(kw_only=True)
@@ -152,6 +160,8 @@ class TokenizerConfig:
     """AdamW and its schedule. The defaults are BEiT v2's tokenizer recipe, not the pretraining's."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Bad steps, loss spikes, hanging steps."""
 
     def __post_init__(self) -> None:
         expand_home(self, "out")

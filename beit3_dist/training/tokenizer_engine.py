@@ -21,7 +21,6 @@ from beit3_dist.model.vqkd import VQKD, CodeUsage
 from beit3_dist.objectives.distillation import Teacher
 from beit3_dist.parallel.fragments import MOMENTS
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 
@@ -33,9 +32,15 @@ class TokenizerStep:
     reconstruction: float
     commitment: float
     grad_norm: float
-    usage: CodeUsage
+    usage: CodeUsage | None
+    """None of a step that was left out."""
     codes: Tensor
     """[b, N] codes of this rank's pictures, before the step changed anything."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed nothing."""
+        return self.usage is None
 
 
 class TokenizerEngine:
@@ -56,7 +61,8 @@ class TokenizerEngine:
     def train_step(self, pictures: Tensor, step: int, lr: float) -> TokenizerStep:
         """Step number `step` = 0, 1, ... on this rank's pictures, uint8 [b, 3, S, S] on the device.
 
-        Raises RunStopped on all ranks, with nothing changed, where the loss or the gradient of any is not finite.
+        Left out on all ranks, with nothing changed, where the loss or the gradient of any is not finite: it would spoil
+        every weight and, through the running means, the codebook for good.
         """
         pixels = pictures.float() / 255
         with self._autocast():
@@ -69,7 +75,8 @@ class TokenizerEngine:
         means = torch.stack((loss.detach(), result.reconstruction, result.commitment, norm)) / self.mesh.world
         dist.all_reduce(means)  # so that all ranks judge the step alike
         total, reconstruction, commitment, grad_norm = means.tolist()
-        self._check_finite(step, total, grad_norm)
+        if not (math.isfinite(total) and math.isfinite(grad_norm)):
+            return TokenizerStep(total, reconstruction, commitment, grad_norm, None, result.codes)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -78,19 +85,9 @@ class TokenizerEngine:
         )
         return TokenizerStep(total, reconstruction, commitment, grad_norm, usage, result.codes)
 
-    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        """One bad step would spoil every weight and, through the running means, the codebook for good."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            optim = self.config.optim
-            raise RunStopped(
-                f"step {step + 1}: loss {loss:g} or gradient norm {grad_norm:g} is not finite; the step was not taken, "
-                f"so that the last checkpoint in {self.config.out} is good: go on from it by checkpoint.resume=auto "
-                f"with a lower optim.lr (now {optim.lr:g}), with clipping (optim.clip_norm={optim.clip_norm:g} now; "
-                "0 clips nothing) or with precision=fp32"
-            )
-
     def create_moments(self, step: int) -> None:
-        """Gives AdamW the state that it has after `step` steps, its moments still zero, to be filled from a file."""
+        """Gives AdamW the state that it has after `step` steps, skipped ones not counted, its moments still zero, to be
+        filled from a file."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 device = parameter.device if group["fused"] else "cpu"
@@ -101,6 +98,8 @@ class TokenizerEngine:
 
     def pieces(self) -> Iterator[Piece]:
         """Views of all that a checkpoint holds: parameters with their moments, and the codebook's tables."""
+        if not self.optimizer.state:  # every step so far was skipped
+            self.create_moments(0)
         for name, parameter in self.tokenizer.named_parameters():
             moments = self.optimizer.state[parameter]
             views = {f"/{key}": moments[key].view(-1) for key in MOMENTS}

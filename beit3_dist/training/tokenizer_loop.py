@@ -15,10 +15,13 @@ from beit3_dist.checkpoint.read import load
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, mix_arrays
 from beit3_dist.model.vqkd import save_vqkd
-from beit3_dist.parallel.mesh import Mesh, connect
+from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.training.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.training.code_pictures import mosaic, nearest_patches, sheet
+from beit3_dist.training.feed import timed
+from beit3_dist.training.guards import Guards
 from beit3_dist.training.metrics import peak_memory_gb
+from beit3_dist.training.parting import check_finished, parting
 from beit3_dist.training.resilience import BadSamples
 from beit3_dist.training.run_folder import RunFolder, of_all
 from beit3_dist.training.run_lock import RunLock
@@ -27,6 +30,7 @@ from beit3_dist.training.target_watch import COLLAPSED
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 from beit3_dist.training.tokenizer_engine import TokenizerEngine, TokenizerStep
 from beit3_dist.training.tokenizer_preflight import TokenizerReady
+from beit3_dist.training.watchdog import patience
 
 log = logging.getLogger(__name__)
 
@@ -36,19 +40,21 @@ SHOWN = 8
 
 def train_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
     """Trains from `ready.state` to `config.steps` and writes OUT/image_tokenizer.pth at every checkpoint. Raises
-    FolderInUse where another run has OUT."""
-    connect(mesh)
+    Preempted where it was asked to go and has saved, FolderInUse where another run has OUT."""
+    groups = connect(mesh, patience(config.guards.step_timeout_s))
     with RunLock(config, ready.checkpoint):
-        _train(config, mesh, ready)
+        _train(config, groups, ready)
 
 
-def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
+def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> None:
+    mesh = groups.mesh
     checkpoint, state = whole_checkpoint(config, ready.checkpoint, ready.state)
     out = Path(config.out)
     run = RunFolder(out, config, mesh, state.step)
+    guards = Guards(config, groups, run)
     engine = TokenizerEngine(config, mesh, ready.teacher)
     if checkpoint is not None:
-        engine.create_moments(state.step)
+        engine.create_moments(state.step - state.skipped_steps)
         load(checkpoint, engine.pieces())
         log.info("going on after step %d from %s", state.step, checkpoint)
     elif mesh.is_first:
@@ -58,23 +64,26 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
     batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
 
     pieces = lambda: engine.pieces() if mesh.is_first else ()  # noqa: E731
-    with Checkpoints(config, mesh, checkpoint, state.step, pieces) as checkpoints:
+    with (
+        Checkpoints(config, mesh, checkpoint, state.step, pieces) as checkpoints,
+        parting(run, checkpoints, state),
+    ):
         collapsed = False
         for step in steps:
+            guards.begin(step + 1)
             started = time.perf_counter()
-            pictures, ids, faults = next(batches)
-            waited_s = time.perf_counter() - started
-            pictures = pictures.to(mesh.device, non_blocking=True)
+            batch, waited_s = guards.together(lambda: timed(lambda: next(batches)))
+            pictures = batch.pictures.to(mesh.device, non_blocking=True)
             if step == 0:
                 engine.start_codebook(pictures)
             lr = learning_rate(step, config.steps, config.optim)
             result = engine.train_step(pictures, step, lr)
-            replaced, hash_terms, longest_wait_s = agreed(len(faults), ids, waited_s, mesh)
+            replaced, hash_terms, longest_wait_s = agreed(len(batch.faults), batch.ids, waited_s, mesh)
 
-            state.advance((config.batch, 0, 0), replaced)
+            state.advance((config.batch, 0, 0), replaced, result.skipped)
             if replaced:
-                run.quarantine(state.step, of_all(faults, None))
-            if not collapsed and result.usage.perplexity < math.exp(COLLAPSED):
+                run.quarantine(state.step, of_all(batch.faults, None))
+            if not collapsed and result.usage and result.usage.perplexity < math.exp(COLLAPSED):
                 collapsed = True
                 log.warning(
                     "step %d: the codes have collapsed: nearly all patches have one (perplexity %.3f), which teaches "
@@ -88,6 +97,7 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
                 | {"data_wait_s": longest_wait_s, "step_s": seconds, "memory_gb": peak_memory_gb(mesh.device)}
                 | {"replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
             )
+            guards.check(state, [batch], result.loss, checkpoints)
             is_last = state.step == config.steps
             if mesh.is_first and config.pictures_every and (state.step % config.pictures_every == 0 or is_last):
                 patches = nearest_patches(engine.tokenizer, [pictures])
@@ -100,7 +110,9 @@ def _train(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
             else:
                 checkpoints.check(state)
             bad_samples.check(state)
+    guards.close()
     run.close()
+    check_finished(state, config.steps)
 
 
 def agreed(replaced: int, ids: torch.Tensor, waited_s: float, mesh: Mesh) -> tuple[int, int, float]:
@@ -121,7 +133,8 @@ def record(step: int, result: TokenizerStep) -> dict[str, Any]:
         "loss": result.loss,
         "loss_reconstruction": result.reconstruction,
         "loss_commitment": result.commitment,
-        "used_codes": result.usage.share,
-        "perplexity": result.usage.perplexity,
+        "used_codes": result.usage.share if result.usage else math.nan,
+        "perplexity": result.usage.perplexity if result.usage else math.nan,
         "grad_norm": result.grad_norm,
+        "skipped": int(result.skipped),
     }

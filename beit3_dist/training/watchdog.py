@@ -12,8 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from beit3_dist.command_line import FAILED
-from beit3_dist.parallel.mesh import PATIENCE, Mesh
+from beit3_dist.parallel.meeting import PATIENCE
+from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.failure import end_after_failure, end_now, ending, failure_board, leave_after_another
+from beit3_dist.training.preemption import interrupt_main_thread
 
 FIRST_STEP = 3
 """The first step of a process may take so many times the limit: kernels are compiled, caches are filled."""
@@ -65,10 +67,14 @@ class Watchdog:
         self._stacks.close()
 
     def _watch(self) -> None:
+        asked = False
         while not self._closed.wait(LOOK_S) and not ending.is_set():
             if time.monotonic() > self._deadline:
                 self._end_hanging_step()
             try:
+                if self._board and not asked and self._board.is_asked_to_go():
+                    asked = True
+                    interrupt_main_thread()
                 if self._board and self._board.is_posted() and not ending.is_set():
                     self._end_with_the_others()
             except RuntimeError as error:

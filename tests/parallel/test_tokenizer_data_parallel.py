@@ -13,7 +13,6 @@ from torch import Tensor
 from beit3_dist.config import OptimConfig
 from beit3_dist.data.picture_batches import ImageBatches
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig, TokenizerModelConfig
 from beit3_dist.training.tokenizer_engine import TokenizerEngine
 from tests.parallel.workers import run_workers
@@ -104,9 +103,9 @@ def test_k_means_on_vectors_gathered_in_sample_order(alone: tuple[TokenizerConfi
         np.testing.assert_allclose(two[0]["started"][name], table, rtol=1e-5, atol=1e-5)
 
 
-def bad_step(groups: Groups, config: TokenizerConfig, spoilt: str) -> tuple[str, bool]:
-    """For `run_workers`: a good step, then one whose loss or gradient is not finite on the last rank. What stops the
-    run, and whether all is as the good step left it."""
+def bad_step(groups: Groups, config: TokenizerConfig, spoilt: str) -> tuple[bool, bool]:
+    """For `run_workers`: a good step, then one whose loss or gradient is not finite on the last rank. Whether it was
+    skipped, and whether all is as the good step left it."""
     mesh = groups.mesh
     engine = TokenizerEngine(config, mesh, RandomTeacher())
     pictures = torch.full((2, 3, SIDE, SIDE), 50 + mesh.rank, dtype=torch.uint8)
@@ -116,14 +115,12 @@ def bad_step(groups: Groups, config: TokenizerConfig, spoilt: str) -> tuple[str,
         engine.teacher.weight.fill_(float("inf"))
     elif mesh.rank == mesh.world - 1:
         next(engine.tokenizer.parameters()).register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(RunStopped) as stop:
-        engine.train_step(pictures, 1, lr=1e-3)
+    result = engine.train_step(pictures, 1, lr=1e-3)
     after = [piece.tensors[key] for piece in engine.pieces() for key in piece.tensors]
-    return str(stop.value), all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return result.skipped, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_stops_all_ranks(tmp_path: Path, spoilt: str) -> None:
-    for message, unchanged in run_workers(2, bad_step, tokenizer_config(tmp_path), spoilt):
-        assert message.startswith("step 2: ") and "not finite" in message and "optim.lr" in message
-        assert unchanged
+def test_a_step_that_is_not_finite_changes_nothing_on_all_ranks(tmp_path: Path, spoilt: str) -> None:
+    for skipped, unchanged in run_workers(2, bad_step, tokenizer_config(tmp_path), spoilt):
+        assert skipped and unchanged

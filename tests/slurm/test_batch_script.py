@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beit3_dist.command_line import FAILED, MISTAKE, STOPPED
-from beit3_dist.training.preemption import PREEMPTED
+from beit3_dist.leaving import PREEMPTED
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = {

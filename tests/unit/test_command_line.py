@@ -13,6 +13,7 @@ import pytest
 import yaml
 from braceexpand import braceexpand
 
+from beit3_dist import launched
 from beit3_dist.command_line import parse, to_yaml
 from beit3_dist.config import RunConfig, Source, sources_of
 
@@ -42,7 +43,7 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launched, "_place", None)
 
 
 def config_of(*arguments: object) -> RunConfig:
@@ -150,9 +151,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         (RECIPE.replace("weight: 3", "weight: 0"), ["weight", "good.tar"]),
         (RECIPE.replace("out: runs/test\n", ""), ["out"]),
         (RECIPE.replace("  texts: texts.tar\n", ""), ["texts"]),
-        ("model: [1, 2\n", ["parsing config", "line 2"]),
-        ("", ["--config: the recipe sets no field"]),
-        ("# steps: 3\n", ["--config: the recipe sets no field"]),
+        ("model: [1, 2\n", ["recipe.yaml is no YAML: line 2"]),
+        ("", ["recipe.yaml sets no field"]),
+        ("# steps: 3\n", ["recipe.yaml sets no field"]),
+        ("- steps: 3\n", ["recipe.yaml sets no field"]),
+        (RECIPE + "steps: 30\n", ["recipe.yaml, line 14: steps is given twice, first in line 4"]),
+        (RECIPE.replace("width: 64", "layers: 3"), ["recipe.yaml, line 12: model.layers is given twice"]),
+        (RECIPE + "checkpoint:\n#  every: 100\n", ["recipe.yaml, line 14: checkpoint has no value"]),
+        (RECIPE.replace("weight: 3", "weight:"), ["line 10: data.pairs[0].weight has no value"]),
+        (RECIPE + "guards: &g {a: *g}\n", ["guards.a holds itself"]),
+        (RECIPE + "guards:\n\tspike_factor: 1\n", ["recipe.yaml is no YAML: line 15"]),
+        (RECIPE + "seed: 2024-13-45\n", ["recipe.yaml is no YAML: month"]),
     ],
     ids=[
         "unknown",
@@ -164,6 +173,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         "no YAML",
         "empty",
         "comments",
+        "a list",
+        "a key twice",
+        "a key of a section twice",
+        "a section without fields",
+        "a field of a list without a value",
+        "a section inside itself",
+        "a tab",
+        "no date",
     ],
 )
 def test_a_mistake_in_the_recipe(text: str, words: list[str], recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,10 +198,33 @@ def test_a_missing_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert end.value.code == 2 and "nowhere.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"steps: \xff\n", None], ids=["no UTF-8", "a folder"])
+def test_a_recipe_that_is_no_text_is_named(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "odd.yaml"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as end:
+        config_of("--config", path)
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.err.count("\n") == 1 and str(path) in printed.err
+
+
+def test_a_byte_order_mark_and_merged_keys_are_no_mistake(recipe: Path) -> None:
+    plain = config_of("--config", recipe)
+    recipe.write_text("\ufeff" + RECIPE, encoding="utf-8")
+    assert config_of("--config", recipe) == plain
+    recipe.write_text(RECIPE.replace("optim: {", "optim: {<<: {lr: 1.0, min_lr: 0.0}, <<: {eps: 1.0}, "))
+    assert config_of("--config", recipe).optim.min_lr == 0.0
+
+
 def test_only_the_first_process_speaks(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(launched, "_place", launched.Place(1, 2, 1, 2))
     for arguments, code in ((["--steps", "0"], 2), (["--print_config"], 0), (["--help"], 0)):
         with pytest.raises(SystemExit) as end:
             config_of("--config", recipe, *arguments)

@@ -36,7 +36,7 @@ class Watching:
         self.reads = reads
         self.steps: list[list[MicroBatch]] = []
 
-    def step(self, read: Callable[[], list[MicroBatch]]) -> StepBatch:
+    def step(self, read: Callable[[], list[MicroBatch]], together: Any) -> StepBatch:
         self.steps.append(read() if self.reads else [])
         return StepBatch(self.steps[-1], Totals([1] * 4, 1, 1, 1, 1).pack(), torch.zeros(()))
 

@@ -7,17 +7,22 @@ import math
 import os
 import random
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
+from typing import Any
 
 import pytest
 import torch
 
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import DataConfig, GuardConfig, RunConfig
+from beit3_dist.leaving import SIGNALS
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.guards import last_losses
-from beit3_dist.training.preemption import SIGNALS, StopRequest
+from beit3_dist.training.preemption import AskedToGo, StopRequest, interrupt_main_thread
 from beit3_dist.training.resilience import BadSamples, RunStopped
 from beit3_dist.training.spikes import SpikeMonitor
 
@@ -126,11 +131,34 @@ def test_a_signal_becomes_a_request_and_does_not_spoil_the_end(
 ) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
     request = StopRequest(torch.device("cpu"))
-    assert not request.agreed()
+    assert request.together(lambda: 3) == 3
     os.kill(os.getpid(), number)
-    assert request.agreed()
+    with pytest.raises(AskedToGo):
+        request.together(lambda: pytest.fail("nothing more is read"))
     request.close()
     os.kill(os.getpid(), number)  # pretrain.sbatch repeats it every two seconds until the process is gone
+
+
+@pytest.mark.usefixtures("same_signals")
+@pytest.mark.parametrize("wait", [lambda: time.sleep(60), lambda: Queue().get()], ids=["pause", "loader process"])
+def test_a_signal_ends_the_waiting_for_data(wait: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    request, started = StopRequest(torch.device("cpu")), time.monotonic()
+    threading.Timer(0.2, interrupt_main_thread).start()
+    with pytest.raises(AskedToGo):
+        request.together(wait)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.usefixtures("same_signals")
+def test_a_signal_that_comes_elsewhere_interrupts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    request = StopRequest(torch.device("cpu"))
+    request.together(lambda: 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert sum(range(1000)) == 499_500, "a step is never cut short"
+    with pytest.raises(AskedToGo):
+        request.together(lambda: 1)
 
 
 @pytest.mark.parametrize(

@@ -12,26 +12,34 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 from typing import NoReturn
 
 import pytest
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
+from beit3_dist import launched, leaving
 from beit3_dist.command_line import FAILED, STOPPED
 from beit3_dist.data.loader import WorkerKilled, loader
+from beit3_dist.leaving import PREEMPTED, SIGNALS
 from beit3_dist.training import launch as module
 from beit3_dist.training.launch import launch
-from beit3_dist.training.preemption import PREEMPTED, SIGNALS, nothing_to_save
 from beit3_dist.training.resilience import RunStopped
 from beit3_dist.training.run_lock import FolderInUse
 
 
 @pytest.fixture(autouse=True)
-def same_logging() -> Iterator[None]:
-    """`launch` gives the package's log a handler, as programs want it."""
+def same_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`launch` gives the package's log a handler, and the process ears, as programs want it."""
     log = logging.getLogger("beit3_dist")
-    level, handlers = log.level, log.handlers[:]
+    level, handlers, signals = log.level, log.handlers[:], {number: signal.getsignal(number) for number in SIGNALS}
+    monkeypatch.setattr(leaving, "_listener", leaving._listener)
+    wakeup = signal.set_wakeup_fd(-1)
     yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
     log.setLevel(level)
     log.handlers[:] = handlers
 
@@ -42,7 +50,7 @@ def test_a_mistake_is_told_by_whoever_meets_it(
 ) -> None:
     """The first process tells it at once; another one when the first has had time to meet it as well."""
     waited: list[float] = []
-    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(launched, "_place", launched.Place(rank, 4, rank, 4))
     monkeypatch.setattr("time.sleep", waited.append)
 
     def prepare() -> NoReturn:
@@ -56,9 +64,7 @@ def test_a_mistake_is_told_by_whoever_meets_it(
     assert waited == ([module.WAIT_S] if rank else [])
 
 
-def test_a_folder_in_use_is_a_mistake(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(module.dist, "destroy_process_group", lambda: None)
-
+def test_a_folder_in_use_is_a_mistake(capfd: pytest.CaptureFixture[str]) -> None:
     def train(_: None) -> NoReturn:
         raise FolderInUse("out: /runs/giant is in use by job 4711")
 
@@ -190,20 +196,33 @@ def test_a_process_that_prepares_goes_when_it_is_asked(kind: str) -> None:
     assert result.stderr.endswith("program: asked to go before the training has begun\n")
 
 
-def test_after_the_preparation_signals_are_as_before() -> None:
-    """What comes between it and the training's first moment waits, where it has waited before."""
-    handlers = [signal.getsignal(number) for number in SIGNALS]
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    try:
-        with suppress(OSError), nothing_to_save("program"):
-            assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
-            raise OSError("a mistake: the process waits for the first one's line")
-        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask | {signal.SIGUSR1}
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+def waiting_run(kind: str) -> None:
+    """Waits where nobody can save yet: in Python, and in C, where no handler of a signal is run."""
+    here = threading.main_thread().ident
+    threading.Timer(1.0, lambda: signal.pthread_kill(here or 0, signal.SIGTERM)).start()
 
+    def meet(_: None) -> None:
+        if kind == "lock":
+            threading.Lock().acquire()
+            threading.Event().wait()
+        dist.TCPStore("127.0.0.1", 0, 2, is_master=True, timeout=timedelta(minutes=10))
+
+    launch("program", lambda: None, meet)
+
+
+@pytest.mark.parametrize("kind", ["lock", "store"])
+def test_between_preparation_and_training_a_process_goes_as_well(kind: str) -> None:
+    result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=60)
+    assert result.returncode == PREEMPTED, result.stderr
+    assert result.stderr.endswith("program: asked to go before the training has begun\n")
+
+
+RUNS = {
+    **dict.fromkeys(("error", "interrupt", "stop", "done"), failing_run),
+    **dict.fromkeys(("earlier", "meanwhile"), preempted_run),
+    **dict.fromkeys(("lock", "store"), waiting_run),
+}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have background jobs ignore
-    (failing_run if sys.argv[1] in ("error", "interrupt", "stop", "done") else preempted_run)(sys.argv[1])
+    RUNS[sys.argv[1]](sys.argv[1])

@@ -10,9 +10,12 @@ import torch
 
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig
+from beit3_dist.data.faults import Fault
+from beit3_dist.data.picture_batches import PictureBatch
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training import loop, tokenizer_loop
-from beit3_dist.training.preemption import Preempted
+from beit3_dist.training.preemption import AskedToGo, Preempted, by_itself
+from beit3_dist.training.resilience import RunStopped
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("RunLock", "StepProfiler", "Checkpoints"):
         getattr(parts, name).return_value.__exit__.return_value = False
     parts.whole_checkpoint.return_value = (None, TrainState())
-    parts.Guards().check.return_value = False
+    parts.Checkpoints().newest = 0
     parts.job.config = RunConfig(
         out="out",
         steps=2,
@@ -55,9 +58,9 @@ def last(calls: list[str], name: str) -> int:
 def test_records_are_on_the_disk_before_the_checkpoint_that_goes_on_behind_them(parts: Any) -> None:
     loop.train(parts.job)
     calls = calls_of(parts)
-    assert calls.count("Checkpoints().__enter__().save") == 1
+    assert calls.count("Checkpoints().save") == 1
     assert last(calls, "RunFolder().step") < calls.index("RunFolder().sync")
-    assert calls.index("RunFolder().sync") < calls.index("Checkpoints().__enter__().save")
+    assert calls.index("RunFolder().sync") < calls.index("Checkpoints().save")
 
 
 def test_so_they_are_where_the_image_tokenizer_is_trained(
@@ -65,7 +68,7 @@ def test_so_they_are_where_the_image_tokenizer_is_trained(
 ) -> None:
     """And codes that have become one are told once."""
     parts = MagicMock()
-    names = "connect RunLock whole_checkpoint RunFolder TokenizerEngine loader BadSamples Checkpoints agreed"
+    names = "connect RunLock whole_checkpoint RunFolder Guards TokenizerEngine loader BadSamples Checkpoints agreed"
     for name in [*names.split(), "record", "save_vqkd", "learning_rate"]:
         monkeypatch.setattr(tokenizer_loop, name, getattr(parts, name))
     parts.Checkpoints.return_value.__exit__.return_value = False
@@ -74,9 +77,12 @@ def test_so_they_are_where_the_image_tokenizer_is_trained(
     parts.agreed.return_value = (0, 0, 0.0)
     parts.record.return_value = {}
     parts.TokenizerEngine().train_step().usage.perplexity = 1.01
-    parts.loader.return_value = 2 * [(torch.zeros(1), torch.zeros(1), [])]
+    parts.TokenizerEngine().train_step().skipped = False
+    parts.loader.return_value = 2 * [PictureBatch(torch.zeros(1), torch.zeros(1), [])]
+    parts.Guards().together = by_itself
+    parts.connect().mesh = Mesh(0, 1, 0, 1, torch.device("cpu"))
     config = MagicMock(steps=2, batch=1, pictures_every=0)
-    config.checkpoint.every = 2
+    config.checkpoint.every, config.guards.step_timeout_s = 2, 0
     config.optim.lr = 1e-3
     tokenizer_loop.train_tokenizer(config, Mesh(0, 1, 0, 1, torch.device("cpu")), MagicMock())
     calls = calls_of(parts)
@@ -95,8 +101,25 @@ def test_what_the_run_leaves_is_written_while_it_is_watched(parts: Any) -> None:
 
 
 def test_a_run_that_was_asked_to_go_leaves_its_checkpoint_only(parts: Any) -> None:
-    parts.Guards().check.return_value = True
-    with pytest.raises(Preempted):
+    parts.job.next_batch.side_effect = [parts.job.next_batch(), AskedToGo]
+    with pytest.raises(Preempted, match="saved after step 1 of 2"):
         loop.train(parts.job)
     assert "job.finish" not in calls_of(parts)
-    assert calls_of(parts).count("Checkpoints().__enter__().save") == 1
+    calls = calls_of(parts)
+    assert calls.count("Checkpoints().save") == 1
+    assert calls.index("RunFolder().sync") < calls.index("Checkpoints().save")
+
+
+def test_where_nothing_is_new_nothing_is_saved(parts: Any) -> None:
+    parts.job.next_batch.side_effect = AskedToGo
+    with pytest.raises(Preempted, match="after step 0"):
+        loop.train(parts.job)
+    assert "Checkpoints().save" not in calls_of(parts)
+
+
+def test_the_samples_that_end_a_run_are_written_down(parts: Any) -> None:
+    bad = [Fault("images", "a.tar", "key", "undecodable picture")]
+    parts.job.next_batch.side_effect = RunStopped("100 bad samples in a row", bad)
+    with pytest.raises(RunStopped):
+        loop.train(parts.job)
+    parts.RunFolder().quarantine.assert_called_with(1, bad)

@@ -20,7 +20,7 @@ import torch
 from beit3_dist.config import BatchConfig, RunConfig, Source
 from beit3_dist.data import streaming
 from beit3_dist.data.batch import MicroBatch, MixedBatches, hash_terms, requests_from
-from beit3_dist.data.faults import Fault
+from beit3_dist.data.faults import Fault, StreamFailed
 from beit3_dist.data.index import IMAGE, TXT, open_table
 from beit3_dist.data.joining import micro_batches
 from beit3_dist.data.order import Stream
@@ -276,11 +276,41 @@ def test_members_that_lie_apart_or_come_twice_are_refused(run: RunConfig, tmp_pa
     assert [fault.reason.split(":")[0] for fault in sample.faults] == ["half a sample"] * 4 + ["a second image member"]
 
 
-def test_nothing_but_bad_samples_stops_the_run(run: RunConfig) -> None:
-    data = replace(run.data, virtual_readers=1, images="pipe:cat /no/such/shard.tar")
+def test_nothing_but_bad_samples_stops_the_run(run: RunConfig, tmp_path: Path) -> None:
+    data = replace(run.data, virtual_readers=1, images="pipe:echo a page that says that the shard is not here")
     stream = SequentialStream(Stream.IMAGES, data.images, data, 0, tokenizer_of(run), 1, 0, 1)
-    with pytest.raises(RuntimeError, match="100 bad samples in a row in the stream of images.*No such file"):
+    with pytest.raises(StreamFailed, match="100 bad samples in a row in the stream of images.*cut at byte") as stop:
         stream.read(0)
+    assert len(stop.value.faults) == 100
+
+
+@pytest.mark.parametrize(("shards", "tried"), [("shard.tar", 4), ("shard-{0..9}.tar", 6)])
+def test_a_stream_of_which_nothing_works_is_given_up_after_the_first_pauses(
+    shards: str, tried: int, run: RunConfig, tmp_path: Path, pauses: list[float]
+) -> None:
+    times = tmp_path / "times"
+    script = f"echo >> {times}; echo credentials have expired >&2; exit 9"
+    data = replace(run.data, virtual_readers=1, pairs=f"pipe:sh -c {shlex.quote(script)} {shards}")
+    stream = SequentialStream(Stream.PAIRS, data.pairs, data, 0, tokenizer_of(run), 1, 0, 1)
+    with pytest.raises(StreamFailed, match="data.pairs: no shard can be read.*exit code 9: credentials have expired"):
+        stream.read(0)
+    assert pauses == [1, 10, 60] and len(times.read_text()) == tried
+
+
+def test_one_shard_that_is_not_there_is_one_fault_only(run: RunConfig, tmp_path: Path, pauses: list[float]) -> None:
+    """Also where it is the first that is read."""
+    path = pair_tar(tmp_path / "p.tar", 4)
+    script = shlex.quote(f"test $0 = {path} && cat {path}")
+    shards = f"pipe:sh -c {script} {{{path},{tmp_path}/missing.tar}}"
+    data, first = replace(run.data, virtual_readers=1, pairs=shards), 0
+    for seed in range(4):
+        stream = SequentialStream(Stream.PAIRS, shards, data, seed, tokenizer_of(run), 1, 0, 1)
+        samples = [stream.read(number) for number in range(9)]
+        faults = sum(len(sample.faults) for sample in samples)
+        assert 2 <= faults <= 3 and len(pauses) == 3 * faults, "each is waited for as long as ever"
+        pauses.clear()
+        first += len(samples[0].faults)
+    assert first >= 1
 
 
 def test_reading_out_of_turn_is_refused(run: RunConfig) -> None:

@@ -1,0 +1,93 @@
+"""A signal that the process has to go soon, heeded wherever it waits.
+
+Slurm sends SIGTERM or the signal of `--signal` before it takes a job's nodes away; other schedulers send SIGTERM.
+Until the training begins there is nothing to save and the process ends at once: to index and tokenise new data takes
+hours, and what is finished of it stays in data.cache. From then on `training.preemption` saves first.
+
+Python runs a signal's handler in the main thread, between two steps of the interpreter, and so not while that thread
+waits in C for other processes. A thread of its own hears of the signal in any case.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from beit3_dist import launched
+
+PREEMPTED = 75
+"""Exit code of a run that was asked to go, and has saved or had nothing to save yet: it can be started again
+(EX_TEMPFAIL of sysexits.h)."""
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+STDERR = 2
+
+at_the_end: list[Callable[[], None]] = []
+"""What must not outlive this process even where it ends without Python's orderly end: called by `end`."""
+
+
+def end(exit_code: int) -> NoReturn:
+    """Ends this process at once, without Python's orderly end, which would wait for threads."""
+    for call in at_the_end:
+        call()
+    os._exit(exit_code)
+
+
+class _Listener:
+    """Hears the signals, in whatever the main thread is. One a process, since a process has one handler for each."""
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        self.asked: Callable[[], None] | None = None
+        """What to do instead of ending at once; called in the thread."""
+        self._hears, self._told = socket.socketpair()
+        self._told.setblocking(False)
+        signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def _listen(self) -> None:
+        while numbers := self._hears.recv(64):
+            if set(SIGNALS).intersection(numbers):
+                (self.asked or self.leave)()
+
+    def leave(self) -> None:
+        """Ends the process, with nothing to save."""
+        if launched.rank() == 0:  # not by `print`, in the middle of which the signal may have come
+            os.write(STDERR, f"{self.program}: asked to go before the training has begun\n".encode())
+        end(PREEMPTED)
+
+
+_listener: _Listener | None = None
+
+
+def leave_when_asked(program: str) -> None:
+    """From here on a signal to go ends the process at once, with PREEMPTED, wherever it is. In the main thread."""
+    global _listener
+    if _listener is None:
+        _listener = _Listener(program)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)  # the thread does it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers/slurm/shield.py has held them back
+
+
+def when_asked(handler: Callable[[int, FrameType | None], None], asked: Callable[[], None]) -> None:
+    """From here on a signal to go calls `handler` in the main thread, as soon as that steps, and `asked` at once, in
+    another one."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    if _listener is not None:
+        _listener.asked = asked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def ignore() -> None:
+    """The run has saved and ends: from here on a signal can only spoil its end. A scheduler repeats its own, and a
+    launcher sends SIGTERM to the processes that are left as soon as one has ended with a code other than 0."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,87 @@
+"""How the processes of a run find one another, and what they say where they do not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from threading import Timer
+
+import torch
+import torch.distributed as dist
+
+from beit3_dist.command_line import FAILED, MISTAKE
+from beit3_dist.launched import ALONE
+
+PATIENCE = timedelta(minutes=10)
+"""How long the processes wait for one another, and a collective for the ranks that it lacks where nobody says how long
+it shall, as in torch."""
+SILENCE_S = 20.0
+"""After so long a process says what it waits for."""
+
+
+class NotMet(Exception):
+    """The processes have not found one another; in one line."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def meet(backend: str, rank: int, world: int, device: torch.device | None) -> None:
+    """Starts torch's process group of all, where there is none. `device`: to bind it to, as DeepSpeed does with CUDA's.
+
+    A process alone asks nobody: it neither needs a port nor reads MASTER_ADDR. Raises NotMet.
+    """
+    if dist.is_initialized():
+        return
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    with _telling(f"rank {rank} of {world} on {socket.gethostname()}", _waited_for(rank, world)):
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=PATIENCE, device_id=device)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise _not_met(error, rank, world) from None
+
+
+def _waited_for(rank: int, world: int) -> str:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return f"the other {world - 1} to come to {where}" if rank == 0 else f"rank 0 to answer at {where}"
+
+
+@contextmanager
+def _telling(who: str, what: str) -> Iterator[None]:
+    """Says on the terminal, after SILENCE_S, what is waited for. Every process does: the first one may not exist."""
+    line = (
+        f"{who} waits for {what}, for {PATIENCE.total_seconds() / 60:g} minutes at most: the launcher must start every "
+        f"rank, and they must reach MASTER_ADDR and MASTER_PORT; {ALONE}"
+    )
+    timer = Timer(SILENCE_S, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _not_met(error: Exception, rank: int, world: int) -> NotMet:
+    """What has kept the processes from meeting, with the remedy. A port that is taken is a mistake of the command."""
+    port, reason = os.environ["MASTER_PORT"], str(error).partition("\n")[0]
+    if errno.errorcode[errno.EADDRINUSE] in reason or "address already in use" in reason.lower():
+        return NotMet(
+            f"MASTER_PORT={port} is in use on {socket.gethostname()}, perhaps by another run: choose another one, by "
+            "--master_port of the launcher or by MASTER_PORT",
+            MISTAKE,
+        )
+    return NotMet(
+        f"rank {rank} of {world} on {socket.gethostname()} has waited in vain for {_waited_for(rank, world)} "
+        f"({reason[:300]}): the launcher must start every rank, and they must reach MASTER_ADDR and MASTER_PORT; "
+        f"{ALONE}",
+        FAILED,
+    )

@@ -1,0 +1,64 @@
+"""Recipes: YAML files of a run's fields, with an eye on what YAML itself lets pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NULL = "tag:yaml.org,2002:null"
+MERGE = "<<"
+"""The key that YAML merges; it may come several times."""
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe, or of the config.yaml of a run.
+
+    Raises ValueError that names the file, and the line where there is one, for what is no readable YAML of fields, for
+    a field that is given twice, of which YAML would take the last, and for one without a value, as a section is whose
+    lines are all commented out.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        fields = yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the recipe {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"the recipe {path} is no YAML: {_told(error)}") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"the recipe {path} sets no field: it must hold lines such as `steps: 1000`")
+    for problem in _problems(root, ""):
+        raise ValueError(f"the recipe {path}, {problem}")
+    return fields
+
+
+def _told(error: BaseException) -> str:
+    """What YAML says of a text, with the line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _problems(node: yaml.Node, name: str, above: tuple[yaml.Node, ...] = ()) -> Iterator[str]:
+    """What is wrong with the fields under `name`; a node that an alias puts into itself is seen once."""
+    if node in above:
+        yield f"line {node.start_mark.line + 1}: {name} holds itself"
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            line, written = key.start_mark.line + 1, str(key.value)
+            path = f"{name}.{written}" if name else written
+            if written in first and written != MERGE:
+                yield f"line {line}: {path} is given twice, first in line {first[written]}: leave one of the two"
+            first.setdefault(written, line)
+            if value.tag == NULL:
+                yield f"line {line}: {path} has no value: give it one, or leave the line out to have the default"
+            yield from _problems(value, path, (*above, node))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _problems(item, f"{name}[{number}]", (*above, node))
