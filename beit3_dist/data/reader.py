@@ -68,7 +68,7 @@ class ShardReader:
             self.files.move_to_end(shard)
             return self.files[shard]
         path = self.table.files[shard]
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO must not be waited for
         stat = os.fstat(file)
         if (stat.st_size, stat.st_mtime_ns) != self.table.marks[shard]:
             os.close(file)

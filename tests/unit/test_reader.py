@@ -88,6 +88,16 @@ def test_a_shard_that_was_replaced_is_named_and_not_its_samples_blamed(
         reader.read(*place)
 
 
+@pytest.mark.timeout(60)
+def test_a_fifo_in_place_of_a_shard_is_not_waited_for(opened: Opened) -> None:
+    reader, place = opened
+    path = Path(reader.table.files[0])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RuntimeError, match="a.tar changed since it was indexed"):
+        ShardReader(reader.table).read(*place)
+
+
 def test_a_lost_shard_is_waited_for_once(opened: Opened, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     reader, place = opened
     broken = [True]
