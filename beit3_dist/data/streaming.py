@@ -134,11 +134,14 @@ class Pipe:
         self.at = 0
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes at an offset that lies ahead, fewer at the end; Interrupted if the command has failed."""
+        """`size` bytes at an offset that lies ahead, fewer at the end. DamagedTar if the end comes before that offset,
+        Interrupted if the command has failed."""
         while self.at < offset:
             wanted = min(CHUNK, offset - self.at)
             if len(self._count(self.output.read(wanted), wanted)) < wanted:
-                return b""
+                raise DamagedTar(
+                    f"cut at byte {self.at}: there should be {offset - self.at:,} more before the next member"
+                )
         return self._count(self.output.read(size), size)
 
     def member(self, offset: int, size: int) -> bytes:
