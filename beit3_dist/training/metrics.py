@@ -210,6 +210,11 @@ class Reporter:
         with naming(self._folder):
             self._tensorboard.add_image(name, picture, step)
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """Words for TensorBoard."""
+        with naming(self._folder):
+            self._tensorboard.add_text(name, text, step)
+
     def say(self, message: str) -> None:
         """A line of its own for the person at the terminal."""
         self._print(f"{_CLEAR if self._terminal.isatty() else ''}{message}\n")

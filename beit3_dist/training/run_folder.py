@@ -17,6 +17,7 @@ from beit3_dist.command_line import to_yaml
 from beit3_dist.config import TrainingConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.computing import computed_by
 from beit3_dist.training.metrics import JsonLines, Reporter, aside
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
@@ -50,9 +51,12 @@ class RunFolder:
         logging.getLogger().addHandler(handler)
         logging.getLogger("beit3_dist").setLevel(logging.INFO)
         log.info("rank %d of %d on %s, %d steps done", mesh.rank, mesh.world, mesh.device, step)
+        self._computes = computed_by(config, mesh.device)
+        log.info("computed by %s", self._computes)
         self._reporter = None
         if mesh.is_first:
             self._reporter = Reporter(out, step, config.steps)
+            self._reporter.text(step, "computes", self._computes)
             # Before its first step a run writes what the data had to leave out, as step 0, and so it does again when it
             # starts anew.
             last = step or -1
@@ -64,7 +68,7 @@ class RunFolder:
     def step(self, record: Mapping[str, Any]) -> None:
         """The record of a training step."""
         if self._reporter:
-            self._reporter.step(record)
+            self._reporter.step({**record, "computes": self._computes})
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """The record of a validation."""

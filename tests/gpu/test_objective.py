@@ -14,6 +14,7 @@ from beit3_dist.config import ModelConfig, ObjectiveConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.three_passes import three_passes
+from beit3_dist.parallel.fused import FusedForward
 from beit3_dist.parallel.kernels import use_kernels
 from beit3_dist.training.inputs import masked_counts, prepare
 from tests.device import DEVICE, ON_GPU
@@ -55,6 +56,8 @@ def copied(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernel
     module.load_state_dict(original.state_dict())
     module.to(dtype)
     use_kernels(module.model, kernels)
+    if kernels == "triton":
+        assert all(isinstance(block.forward, FusedForward) for block in module.model.blocks.values())
     return module
 
 

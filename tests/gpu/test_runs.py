@@ -16,13 +16,17 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.store import Store, TrainState
 from beit3_dist.config import CheckpointConfig, ModelConfig, ParallelConfig
 from tests.device import DEVICE, ON_GPU
-from tests.integration.runs import kill, metrics, run_config, start, wait_for_steps, write_recipe
+from tests.integration.runs import kill, metrics, reproducible, run_config, start, wait_for_steps, write_recipe
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
-    """In bf16 under ZeRO-3. Sums on a GPU come in any order: the same samples, and losses as near as bf16 is."""
-    zero3, saving = ParallelConfig(zero_stage=3), CheckpointConfig(every=10)
-    config = run_config(tmp_path, steps=40, precision="bf16", parallel=zero3, checkpoint=saving)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+def test_a_killed_run_goes_on(deterministic: bool, tmp_path: Path) -> None:
+    """In bf16 under ZeRO-3. Sums on a GPU come in any order: the same samples, and losses as near as bf16 is; where
+    they are asked to be deterministic, the same bits."""
+    config = run_config(
+        tmp_path, steps=40, precision="bf16", deterministic=deterministic,
+        parallel=ParallelConfig(zero_stage=3), checkpoint=CheckpointConfig(every=10),
+    )  # fmt: skip
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
     command = ("launchers/pretrain.py", "--config", str(recipe), "--out")
@@ -36,6 +40,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
         assert process.returncode == 0, output
     assert "going on after step" in output
 
+    if deterministic:
+        assert reproducible(disturbed) == reproducible(undisturbed)
     ours, theirs = metrics(disturbed), metrics(undisturbed)
     assert [record["step"] for record in ours] == list(range(1, config.steps + 1))
     assert [record["sample_hash"] for record in ours] == [record["sample_hash"] for record in theirs]

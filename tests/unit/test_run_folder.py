@@ -14,6 +14,7 @@ import torch
 from beit3_dist.config import DataConfig, RunConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.training.computing import computed_by
 from beit3_dist.training.run_folder import RunFolder
 
 
@@ -63,3 +64,39 @@ def test_all_records_and_their_names_reach_the_disk(tmp_path: Path, monkeypatch:
         synced.clear()
         way()
         assert {*files.values()} <= {*synced}
+
+
+def test_what_computes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In the log's first lines, in every record, and as a text of TensorBoard."""
+    with caplog.at_level(logging.INFO):
+        run = run_folder(tmp_path, 0)
+    run.step({"step": 1, "loss": 2.0, "samples_per_s": 1.0})
+    (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    computes = record["computes"]
+    assert computes.startswith(f"CPU, torch {torch.__version__}, DeepSpeed ")
+    assert computes.endswith(", bf16, kernels torch, attention padded, LayerNorm torch")
+    assert f"computed by {computes}" in caplog.messages[:2]
+    run.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert computes.encode() in events.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "apex", "end"),
+    [
+        ("auto", True, "kernels triton, attention varlen"),
+        ("torch", True, "kernels torch, attention padded, LayerNorm Apex"),
+        ("torch", False, "kernels torch, attention padded, LayerNorm torch"),
+    ],
+)
+def test_what_computes_on_a_gpu(kernels: str, apex: bool, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    installed = ("triton", "torch.nn.attention.varlen")
+    monkeypatch.setattr("beit3_dist.parallel.kernels._installed", lambda module: module in installed)
+    monkeypatch.setattr("beit3_dist.training.computing.apex_layer_norm", lambda: print if apex else None)
+    data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar")
+    config = RunConfig(out="out", data=data, image_tokenizer="i", text_tokenizer="t", kernels=kernels)
+    computes = computed_by(config, torch.device("cuda", 0))
+    assert computes.startswith("NVIDIA H200, torch ") and computes.endswith(f", bf16, {end}")
