@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from beit3_dist.opening import MOST_YAML, read_text
+
 NULL = "tag:yaml.org,2002:null"
 MERGE = "<<"
 """The key that YAML merges; it may come several times."""
@@ -21,13 +23,12 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     lines are all commented out.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path, MOST_YAML).removeprefix("\ufeff")
+    except OSError as error:
+        raise ValueError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
+    try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         fields = yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the recipe {path} is not UTF-8: {error.reason} at byte {error.start}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"the recipe {path} is no YAML: {_told(error)}") from None
     if not isinstance(root, yaml.MappingNode):

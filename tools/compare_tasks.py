@@ -15,9 +15,8 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from beit3_dist.command_line import refuse
+from beit3_dist.opening import read_yaml
 
 STARTS = ("pretrained", "random")
 
@@ -39,7 +38,7 @@ def compare(folder: Path) -> list[dict[str, str | float]]:
         name = pretrained.name.removesuffix("-pretrained")
         runs = {start: folder / f"{name}-{start}" for start in STARTS}
         scores = {start: last_validation(run) for start, run in runs.items()}
-        settings = [yaml.safe_load((run / "config.yaml").read_text()) for run in runs.values()]
+        settings = [read_yaml(run / "config.yaml") for run in runs.values()]
         for config in settings:
             for field in ("out", "init_from", "checkpoint"):
                 config.pop(field)

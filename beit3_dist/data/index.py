@@ -84,12 +84,16 @@ def expand(pattern: str, field: str) -> list[str]:
     if is_sequential(pattern):
         raise ValueError(f"{field}: {pattern!r} has no random access, which is needed here: name files")
     paths: set[str] = set()
-    for part in braceexpand(os.path.expanduser(pattern)):
+    try:
+        parts = list(braceexpand(os.path.expanduser(pattern)))
+    except ValueError as error:
+        raise ValueError(f"{field}: {pattern!r} is no pattern: {error}") from None
+    for part in parts:
         # One look at a file that is named: there may be as many as shards times ranks.
         if stat.S_ISREG(mode := _mode(part)):
             paths.add(os.path.abspath(part))
             continue
-        inside = glob.glob(part, recursive=True)
+        inside = _matching(part)
         found = {path: _mode(path) for path in inside if "__MACOSX" in part or "__MACOSX" not in path}
         for path, kind in found.items():
             if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
@@ -100,6 +104,16 @@ def expand(pattern: str, field: str) -> list[str]:
             raise ValueError(f"{field}: no file matches {part!r}{hint}")
         paths.update(map(os.path.abspath, files))
     return sorted(paths)
+
+
+def _matching(pattern: str) -> list[str]:
+    """What a glob pattern names. Folders that exist as they are written are meant so (`run[1]/*.tar`), and brackets
+    stand for themselves where nothing matches otherwise (`run[1]-*.tar`)."""
+    names = pattern.split("/")
+    there = next(n for n in range(len(names), -1, -1) if n == 0 or os.path.exists("/".join(names[:n]) or "/"))
+    start, rest = [glob.escape(name) for name in names[:there]], names[there:]
+    found = glob.glob("/".join(start + rest), recursive=True)
+    return found or glob.glob("/".join(start + [name.replace("[", "[[]") for name in rest]), recursive=True)
 
 
 def _mode(path: str) -> int:

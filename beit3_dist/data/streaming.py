@@ -93,7 +93,10 @@ def addresses(pattern: str, field: str) -> list[str]:
     scheme = pattern.partition(":")[0]
     if scheme != "pipe" and scheme not in COMMANDS:
         raise ValueError(f"{field}: {pattern!r} is neither a file nor pipe:COMMAND nor {':, '.join(COMMANDS)}:")
-    found = list(dict.fromkeys(braceexpand(pattern)))
+    try:
+        found = list(dict.fromkeys(braceexpand(pattern)))
+    except ValueError as error:
+        raise ValueError(f"{field}: {pattern!r} is no pattern: {error}") from None
     try:
         command = command_of(found[0])
     except ValueError as error:

@@ -33,6 +33,7 @@ from beit3_dist.tasks.task import Task
 from beit3_dist.tasks.vqa_answers import read_answers
 from beit3_dist.training.checkpointing import starting_point
 from beit3_dist.training.resumption import same_recipe
+from beit3_dist.training.shared_memory import check_shared_memory
 from beit3_dist.training.sources import finetuning_sources, same_sources
 
 
@@ -71,6 +72,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     """Opens and checks everything; the config comes back with its steps. Raises ValueError with one line that names
     the field or the file and the remedy."""
     check_mixing(config, mesh)
+    check_shared_memory(config, mesh)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
     check_kernels(config.kernels, config.attention_kernel, config.precision)

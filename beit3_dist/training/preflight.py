@@ -22,6 +22,7 @@ from beit3_dist.training.checkpointing import starting_point
 from beit3_dist.training.image_codes import PrecomputedCodes, open_codes
 from beit3_dist.training.image_targets import tokenizer_view_size
 from beit3_dist.training.resumption import same_recipe
+from beit3_dist.training.shared_memory import check_shared_memory
 from beit3_dist.training.sources import pretraining_sources, same_sources
 
 
@@ -57,6 +58,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     checkpoint, state = starting_point(config)
     image_tokenizer = load_vqkd(config.image_tokenizer)
     view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
+    check_shared_memory(config, mesh, view if view != config.model.image_size and not config.image_codes else 0)
     own = config.model.image_size  # looked up codes need no view for the tokenizer
     train = MixedBatches(config, own if config.image_codes else view, mesh.data_rank, mesh.data)
     train.restore(state.readers, state.step > 0)

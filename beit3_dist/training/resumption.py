@@ -15,6 +15,7 @@ import yaml
 
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import TrainingConfig
+from beit3_dist.opening import read_yaml
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def same_recipe(config: TrainingConfig | TokenizerConfig, checkpoint: Path | Non
     """
     if checkpoint is None:
         return
-    former = fields_of(yaml.safe_load((checkpoint / "config.yaml").read_text()))
+    former = fields_of(read_yaml(checkpoint / "config.yaml"))
     now = fields_of(yaml.safe_load(to_yaml(config)))
     changes: dict[OnResume, list[str]] = {on_resume: [] for on_resume in OnResume}
     for name, value in now.items():

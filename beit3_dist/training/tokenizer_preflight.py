@@ -12,6 +12,7 @@ from beit3_dist.objectives.distillation import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.checkpointing import starting_point
 from beit3_dist.training.resumption import same_recipe
+from beit3_dist.training.shared_memory import check_shared_memory
 from beit3_dist.training.sources import same_sources, tokenizer_sources
 from beit3_dist.training.tokenizer_config import TokenizerConfig
 
@@ -33,6 +34,7 @@ class TokenizerReady:
 def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady:
     """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
     require_divides("the number of ranks", mesh.world, "batch", config.batch)
+    check_shared_memory(config, mesh)
     checkpoint, state = starting_point(config)
     require(
         state.consumed[0] == state.step * config.batch,

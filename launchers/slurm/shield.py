@@ -2,8 +2,7 @@
 
 Slurm signals every process of a step. The deepspeed launcher would die of SIGUSR1, and on SIGTERM it would kill the
 trainers after 30 s and lose their exit code. What is blocked here stays blocked in all children until they unblock it,
-which only the trainers do (beit3_dist/training/preemption.py): while they prepare their data, and from when they build
-the model on. A signal that comes before or between waits.
+which only the trainers do, first of all (beit3_dist/leaving.py). A signal that comes before waits.
 """
 
 from __future__ import annotations

@@ -84,6 +84,28 @@ def test_expand_names_the_field_and_the_missing_shard(tmp_path: Path) -> None:
         expand("", "eval.texts")
 
 
+def test_brackets_that_exist_as_they_are_written_are_meant_so(tmp_path: Path) -> None:
+    for name in ("run[1]/a-0.tar", "run[1]/b[0-9].tar", "run1/a-0.tar", "run1/b5.tar", "x[2]-0.tar", "y[a]/[b]-1.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    def found(pattern: str) -> list[str]:
+        return [os.path.relpath(path, tmp_path) for path in expand(str(tmp_path / pattern), "data.images")]
+
+    assert found("run[1]/*.tar") == ["run[1]/a-0.tar", "run[1]/b[0-9].tar"], "not the folder run1"
+    assert found("run[1]/a-{0..0}.tar") == ["run[1]/a-0.tar"]
+    assert found("run[1]/b[0-9].tar") == ["run[1]/b[0-9].tar"]
+    assert found("run1/b[0-9].tar") == ["run1/b5.tar"], "a class of characters where nothing is called so"
+    assert found("run[0-9]/a-*.tar") == ["run1/a-0.tar"]
+    assert found("x[2]-*.tar") == ["x[2]-0.tar"] and found("y[a]/[b]-*.tar") == ["y[a]/[b]-1.tar"]
+
+
+def test_braces_that_do_not_close_name_the_field(tmp_path: Path) -> None:
+    for pattern in (str(tmp_path / "{0..1.tar"), str(tmp_path / "0}.tar")):
+        with pytest.raises(ValueError, match="data.images: .* is no pattern"):
+            expand(pattern, "data.images")
+
+
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_agree_with_tarfile(tmp_path: Path, form: int) -> None:
     """Long names, directories, links and empty members, in the three formats there are."""
