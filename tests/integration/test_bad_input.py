@@ -102,6 +102,7 @@ def test_one_line_and_exit_code_2(case: tuple[str, list[str]], folder: Path, cap
     assert not torch.distributed.is_initialized() and not (folder / "new").exists()
 
 
+@pytest.mark.slow
 def test_bad_samples_are_replaced_counted_and_listed(tmp_path: Path) -> None:
     """A picture that is none and a caption that is empty: the run goes on; with no tolerance at all it stops."""
     config = run_config(tmp_path, steps=6)

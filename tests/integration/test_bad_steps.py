@@ -41,6 +41,7 @@ def train_badly(groups: Groups, config: RunConfig, bad_steps: list[int]) -> str:
     return train(groups, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_skipped_steps_and_resumption(zero_stage: int, tmp_path: Path) -> None:
     """The first two steps are bad too, so that the first checkpoint is one of an optimizer that never stepped."""

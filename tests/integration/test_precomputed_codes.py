@@ -54,6 +54,7 @@ def with_codes(made: tuple[RunConfig, Path]) -> RunConfig:
     return replace(config, image_codes=str(folder / "train"), eval=eval_)
 
 
+@pytest.mark.slow
 def test_the_run_is_bitwise_the_one_with_the_tokenizer(made: tuple[RunConfig, Path], tmp_path: Path) -> None:
     """On one rank and, where the codes are looked up by other micro-batches, on two."""
     plain, looked_up = (

@@ -106,6 +106,7 @@ def test_it_learns_and_leaves_a_whole_run_folder(trained: Path) -> None:
     assert codes.shape == (2, 16) and codes.max() < 16
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_tokenizer(trained: Path, shards: Path, tmp_path: Path) -> None:
     result = launch(*small(shards, tmp_path, {"steps": 4, "optim.warmup_steps": 2}), processes=2)
     assert result.returncode == 0, result.stderr
@@ -129,6 +130,7 @@ def tensors(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoints" / "step_0000040" / "shard_00000.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(trained: Path, shards: Path, tmp_path: Path) -> None:
     """SIGKILL between two checkpoints, --checkpoint.resume auto; weights, moments, codebook and metrics are equal."""
     settings = small(shards, tmp_path / "run", {"checkpoint.every": 15})
@@ -155,6 +157,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(trained: Path, shards
     assert list((tmp_path / "run").glob("metrics.tail-*.jsonl")), "the tail of the killed run is kept aside"
 
 
+@pytest.mark.slow
 def test_another_batch_or_network_cannot_resume(trained: Path, shards: Path, tmp_path: Path) -> None:
     checkpoint = trained / "checkpoints" / "step_0000040"
     common = {"steps": 50, "checkpoint.resume": checkpoint}
@@ -167,6 +170,7 @@ def test_another_batch_or_network_cannot_resume(trained: Path, shards: Path, tmp
         assert result.returncode == 2 and named in result.stderr, result.stderr
 
 
+@pytest.mark.slow
 def test_bad_pictures_are_replaced_and_named(shards: Path, tmp_path: Path) -> None:
     good = [{"__key__": f"{number}", "png": picture(number)} for number in range(7)]
     write_tar(tmp_path / "images.tar", [*good, {"__key__": "torn", "png": picture(9)[:40]}])

@@ -127,7 +127,12 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "stages"),
     [
-        (1, 1, [(1, "bf16"), (2, "bf16"), (3, "bf16"), (0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")]),
+        pytest.param(
+            1,
+            1,
+            [(1, "bf16"), (2, "bf16"), (3, "bf16"), (0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")],
+            marks=pytest.mark.slow,
+        ),
         (2, 1, [(3, "bf16")]),
         (1, 2, [(3, "bf16")]),
     ],

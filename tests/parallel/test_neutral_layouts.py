@@ -40,6 +40,7 @@ def load_and_save(groups: Groups, config: RunConfig, source: str, folder: str) -
     store.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_engines_of_any_layout_hold_the_same(model: str, tmp_path: Path) -> None:
     """One process with ZeRO-0, two with ZeRO-3 in bf16, tensor x pipeline ranks with ZeRO-1, one after the other."""

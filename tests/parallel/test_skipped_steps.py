@@ -107,6 +107,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "tensor", "pipeline", "kinds"), CASES.values(), ids=CASES.keys())
 def test_bad_steps_leave_no_trace(data: int, tensor: int, pipeline: int, kinds: list[tuple[int, str]]) -> None:
     configs = [

@@ -93,6 +93,7 @@ def test_steps_are_saved_before_a_validation_and_scored_by_the_first_rank(folder
     assert [line["step"] for line in lines] == [2, 3] and all("exact_match" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_validation_alone_is_the_runs_last_one(folder: Path) -> None:
     """Of the run's newest checkpoint, on two ranks, and of its model, on one; neither reads training examples."""
     config = run_config(folder, "alone")
