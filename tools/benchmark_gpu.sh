@@ -23,9 +23,13 @@ mkdir -p "$out"
 out=$(realpath "$out")
 data=$(realpath -m "${DATA:-$out/data}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+usual=(giant32 giant16 base128 giant32_zero3 giant16_zero3 kernels attention torchscale tests)
 parts=("${@:2}")
-((${#parts[@]})) ||
-    parts=(giant32 giant16 base128 giant32_zero3 giant16_zero3 kernels attention torchscale tests)
+((${#parts[@]})) || parts=("${usual[@]}")
+for part in "${parts[@]}"; do
+    [[ " ${usual[*]} giant8 large64 base128_compiled " == *" $part "* ]] ||
+        { echo "benchmark_gpu.sh: there is no part $part" >&2 && exit 2; }
+done
 python=${PYTHON:-python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 read -ra arguments <<<"${ARGUMENTS:-}"
@@ -102,7 +106,6 @@ for part in "${parts[@]}"; do
     attention) benchmark 60 attention attention "${attention[@]}" ;;
     torchscale) benchmark 120 torchscale model "${peer[@]}" ;;
     tests) limited 185 tests env PYTHON="$python" bash tests/gpu/run.sh "$out/tests" ;;
-    *) echo "benchmark_gpu.sh: there is no part $part" >&2 && exit 2 ;;
     esac
 done
 
@@ -130,9 +133,8 @@ if it := records.get("torchscale"):
     print(f"activations, ours / theirs: {it['activation_memory_ratio_vs_torchscale'] or '-'}")
 for name in ("kernels", "attention"):
     for row in records.get(name, {}).get("rows", []):
-        rate = "" if row.get("copy_share") is None else f", {row['copy_share']:.0%} of a copy's rate"
         print(f"{row['name']}: plain / ours {row['ratio']:.2f}, kept {row['kept_ratio']:.2f}, "
-              f"peak {row['peak_ratio']:.2f}{rate}")
+              f"peak {row['peak_ratio']:.2f}, {row['copy_share']:.0%} of a copy's rate")
 PYTHON
 [[ ! -s $out/tests.json ]] || tail -n 1 "$out/tests.json"
 echo "== all after $SECONDS s"

@@ -22,6 +22,7 @@ from torch.nn.functional import layer_norm
 from beit3_dist.kernels.cross_entropy import cross_entropy_in_place, plain_cross_entropy
 from beit3_dist.kernels.gelu_layer_norm import gelu_layer_norm, plain_gelu_layer_norm
 from beit3_dist.kernels.layer_norm import apex_layer_norm
+from beit3_dist.kernels.residual_norm import Branch, Norms, plain_residual_norm
 from beit3_dist.model.attention import attend
 from beit3_dist.model.layout import Group, Layout, group
 
@@ -128,18 +129,39 @@ def norms_and_losses(options: Namespace, device: torch.device, on_gpu: bool) -> 
         from beit3_dist.kernels.triton import cross_entropy as triton_cross_entropy
         from beit3_dist.kernels.triton import gelu_layer_norm as triton_gelu_layer_norm
         from beit3_dist.kernels.triton import layer_norm as triton_layer_norm
+        from beit3_dist.kernels.triton import residual_norm as triton_residual_norm
 
         narrow = affine(options.width)
         pairs += [
             norm("GELU + LayerNorm, Triton", triton_gelu_layer_norm.gelu_layer_norm, plain_gelu_layer_norm, wide),
             entropy("cross-entropy, Triton", triton_cross_entropy.cross_entropy_in_place),
             norm("LayerNorm, Triton", triton_layer_norm.layer_norm, plain_layer_norm, narrow),
+            Pair(
+                "residual, drop path, norm",
+                [*narrow, normal(options.tokens, options.width), normal(options.width)],
+                partial(residual_and_norm, triton_residual_norm.residual_norm),
+                partial(residual_and_norm, plain_residual_norm),
+            ),
         ]
         fused = apex_layer_norm()
         if fused is not None:
             by_apex = lambda x, weight, bias, eps: fused(x, weight, bias, weight.shape, eps)  # noqa: E731
             pairs.append(norm("LayerNorm, Apex", by_apex, plain_layer_norm, narrow))
     return pairs
+
+
+def residual_and_norm(
+    compute: Callable[..., tuple[Tensor, list[Tensor]]],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    branch: Tensor,
+    added: Tensor,
+) -> Tensor:
+    """The residual stream behind a branch, with drop path, and its norm, added up so that both are read."""
+    keep = (torch.arange(len(x), device=x.device) % 10 > 0).to(x.dtype)
+    r, (y,) = compute(x, Branch([branch], [added]), keep, Norms([len(x)], [weight], [bias], 1e-5))
+    return torch.cat([r, y])
 
 
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -155,6 +177,7 @@ def benchmark_pairs(options: Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
     with threads(options.threads):
+        copy_rate = bytes_per_second_of_a_copy(device)
         for pair in options.pairs(options, device):
             assert_equal(pair)
 
@@ -174,23 +197,46 @@ def benchmark_pairs(options: Namespace) -> dict[str, Any]:
                     "cpu_ratio": median(plain.process) / median(ours.process),
                     "kept_ratio": kept[0] / kept[1],
                     "peak_ratio": peak[0] / peak[1],
+                    "copy_share": floor_bytes(pair) / median(ours.wall) / copy_rate,
                 }
             )
-    return {"device": str(device), "precision": options.precision, "rows": rows}
+    return {
+        "device": str(device),
+        "precision": options.precision,
+        "copy_gb_per_s": copy_rate / 1e9,
+        "rows": rows,
+    }
+
+
+def bytes_per_second_of_a_copy(device: torch.device) -> float:
+    """Bytes read and written by a copy that no cache holds: what moves memory cannot be faster."""
+    count = 1 << (28 if device.type == "cuda" else 24)
+    source, target = torch.ones(count, device=device), torch.empty(count, device=device)
+    return 2 * 4 * count / median(in_turns([lambda: target.copy_(source)], 5, device)[0].wall)
+
+
+def floor_bytes(pair: Pair) -> int:
+    """The fewest bytes that forward and backward can move: leaves are read twice and their gradients written, the
+    result is written and its gradient read."""
+    with torch.no_grad():
+        out = pair.ours(*pair.leaves)
+    return sum(3 * leaf.nbytes for leaf in pair.leaves) + 2 * out.nbytes
 
 
 def table(record: dict[str, Any]) -> str:
     """`benchmark_pairs`'s record for people."""
     lines = [
-        f"forward and backward, {record['device']}, {record['precision']}",
+        f"forward and backward, {record['device']}, {record['precision']}; "
+        f"a copy moves {record['copy_gb_per_s']:,.0f} GB/s",
         f"{'':26}{'ours ms':>9}{'fastest':>9}{'slowest':>9}{'plain ms':>10}{'fastest':>9}{'slowest':>9}"
-        f"{'plain / ours':>14}{'CPU':>7}{'kept, ours / plain':>20}{'peak':>7}",
+        f"{'plain / ours':>14}{'CPU':>7}{'kept, ours / plain':>20}{'peak':>7}{'of a copy':>11}",
     ]
     for row in record["rows"]:
         times = [row[who][key] * 1e3 for who in ("ours", "plain") for key in ("median_s", "fastest_s", "slowest_s")]
         lines.append(
             f"{row['name']:26}{times[0]:9.2f}{times[1]:9.2f}{times[2]:9.2f}{times[3]:10.2f}{times[4]:9.2f}"
             f"{times[5]:9.2f}{row['ratio']:14.2f}{row['cpu_ratio']:7.2f}{row['kept_ratio']:20.2f}{row['peak_ratio']:7.2f}"
+            f"{row['copy_share']:11.0%}"
         )
     return "\n".join(lines)
 
