@@ -33,7 +33,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     fused = None
     # A compiler joins the plain one with what is around it. Apex starts a grid of as many blocks as there are rows, and
     # an expert without tokens has none.
-    if x.is_cuda and x.numel() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and x.is_cuda and x.numel():
         fused = apex_layer_norm()
     if fused is not None:
         return fused(x, weight, bias, weight.shape, eps)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import Recompute
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.kernels.residual_norm import Branch, Norms
 from beit3_dist.kernels.triton.gelu import linear_gelu
 from beit3_dist.kernels.triton.gelu_layer_norm import linear_gelu_layer_norm
@@ -67,7 +68,7 @@ class FusedForward:
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, rows)
         mixed = self._inner_norm(mixed_TD, tokens, packing if place is None else None)
         branch = Branch(
-            [part @ projection.weight.t() for part, projection in zip(mixed, _modules(attention.out), strict=True)],
+            [_product(out, part) for out, part in zip(_modules(attention.out), mixed, strict=True)],
             [projection.bias for projection in _modules(attention.out)],
         )
         keep = (None, None) if keep_2T is None else keep_2T.unbind(0)
@@ -138,8 +139,13 @@ def _experts(experts: list[FeedForward], slices: list[Tensor]) -> list[Tensor]:
             hidden_TF = linear_gelu(x_TD, fc1.weight, fc1.bias)
         else:
             hidden_TF = linear_gelu_layer_norm(x_TD, fc1.weight, fc1.bias, norm.weight, norm.bias, norm.eps)
-        outputs.append(hidden_TF @ expert.fc2.weight.t())
+        outputs.append(_product(expert.fc2, hidden_TF))
     return outputs
+
+
+def _product(linear: Linear, x: Tensor) -> Tensor:
+    """x W' without the bias, by the layer's own product: under ZeRO-3 it keeps no gathered weights."""
+    return linear.compute(x, linear.weight, None)
 
 
 class _Permute(torch.autograd.Function):

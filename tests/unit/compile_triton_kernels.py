@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from beit3_dist.kernels.triton import cross_entropy, gelu, layer_norm, residual_norm, sums
-from beit3_dist.kernels.triton.launch import REGISTERS, block_and_warps
+from beit3_dist.kernels.triton.launch import backward_shape, forward_shape
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {"targets_ptr": "*i64", "place_ptr": "*i64"} | dict.fromkeys(
@@ -44,7 +44,7 @@ def resources(code: bytes) -> str:
     return ", ".join(word for word in words if word.startswith(("REG:", "STACK:", "LOCAL:")))
 
 
-def compile_kernel(kernel: Any, options: dict[str, int], **constants: Any) -> None:
+def compile_kernel(kernel: Any, options: dict[str, Any], **constants: Any) -> None:
     annotations = inspect.get_annotations(kernel.fn)
     names = [name for name in kernel.arg_names if name not in constants]
     types = {name: type_of(name, annotations[name]) for name in names}
@@ -65,25 +65,25 @@ def compile_kernel(kernel: Any, options: dict[str, int], **constants: Any) -> No
     print(f"{name} {constants}: {len(code)} bytes of machine code, {resources(code)}", flush=True)
 
 
+def forward(width: int) -> dict[str, Any]:
+    return {"num_warps": forward_shape(width).warps}
+
+
+def backward(width: int) -> dict[str, Any]:
+    shape = backward_shape(width)
+    return {"num_warps": shape.warps, "maxnreg": shape.registers}
+
+
 if __name__ == "__main__":
     for width in (1408, 6144):
-        block, warps = block_and_warps(width)
-        options, shape = {"num_warps": warps}, {"WIDTH": width, "BLOCK": block}
         for of_gelu in (False, True):
-            compile_kernel(layer_norm._forward_kernel, options, **shape, GELU=of_gelu)
-            compile_kernel(
-                layer_norm._backward_kernel,
-                options | {"maxnreg": REGISTERS},
-                KINDS=3 if of_gelu else 2,
-                **shape,
-                GELU=of_gelu,
-            )
-    block, warps = block_and_warps(1408)
-    options, shape = {"num_warps": warps}, {"WIDTH": 1408, "BLOCK": block}
-    for branch, keep, norm, place in ((False, False, True, True), (True, True, True, True), (True, True, False, False)):
-        flags = {"BRANCH": branch, "KEEP": keep, "NORM": norm, "PLACE": place}
-        compile_kernel(residual_norm._forward_kernel, options, **shape, **flags)
-        compile_kernel(residual_norm._backward_kernel, options | {"maxnreg": REGISTERS}, **shape, **flags)
+            flags = {"WIDTH": width, "BLOCK": forward_shape(width).block, "GELU": of_gelu}
+            compile_kernel(layer_norm._forward_kernel, forward(width), **flags)
+            compile_kernel(layer_norm._backward_kernel, backward(width), KINDS=3 if of_gelu else 2, **flags)
+    for branch, keep, norm, place in ((False, False, True, 1), (True, True, True, 1), (True, True, False, 0)):
+        flags = {"WIDTH": 1408, "BLOCK": 2048, "BRANCH": branch, "KEEP": keep, "NORM": norm, "PLACE": place}
+        compile_kernel(residual_norm._forward_kernel, forward(1408), **flags)
+        compile_kernel(residual_norm._backward_kernel, backward(1408), **flags)
     compile_kernel(gelu._backward_kernel, {}, WIDTH=6144, ROWS=gelu.ROWS, COLUMNS=sums.STRIPE_COLUMNS)
     compile_kernel(sums._columns_kernel, {}, WIDTH=4224, ROWS=sums.STRIPE_ROWS, COLUMNS=sums.STRIPE_COLUMNS)
     compile_kernel(sums._sum_kernel, {}, KINDS=3, WIDTH=1408, ROWS=sums.ROWS, COLUMNS=sums.COLUMNS)

@@ -14,7 +14,7 @@ if sys.platform != "linux":
 from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels.cross_entropy import plain_cross_entropy
 from beit3_dist.kernels.residual_norm import Branch, Norms, plain_residual_norm
-from beit3_dist.kernels.triton import cross_entropy, residual_norm, sums
+from beit3_dist.kernels.triton import cross_entropy, launch, residual_norm, sums
 from beit3_dist.kernels.triton.gelu import linear_gelu
 from beit3_dist.kernels.triton.gelu_layer_norm import linear_gelu_layer_norm
 from beit3_dist.kernels.varlen_attention import VarlenAttention, plain_varlen_attention
@@ -53,7 +53,7 @@ def test_residual_and_norm_of_tokens_in_another_order(of_branch: list[int] | Non
 
 
 def test_residual_and_norm_with_many_programs_of_a_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(residual_norm, "processors", lambda device: 3)
+    monkeypatch.setattr(launch, "processors", lambda device: 3)
     monkeypatch.setattr(sums, "ROWS", 4)
     check_residual_norm([40], [7, 30, 3], True, torch.float32, None)
 

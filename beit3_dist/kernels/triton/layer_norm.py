@@ -18,14 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit3_dist.kernels.triton.launch import (
-    REGISTERS,
-    WARPS_A_PROCESSOR,
-    block_and_warps,
-    launch,
-    processors,
-    require_narrow,
-)
+from beit3_dist.kernels.triton.launch import backward_shape, forward_shape, launch, require_narrow
 from beit3_dist.kernels.triton.normal import cumulative_and_density
 from beit3_dist.kernels.triton.sums import sum_programs
 
@@ -119,7 +112,7 @@ def normalize_forward(
     rows = x.numel() // width
     y = torch.empty_like(x)
     mean, scale = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    block, warps = block_and_warps(width)
+    shape = forward_shape(width)
     if rows:  # no device starts nothing
         launch(
             _forward_kernel,
@@ -132,9 +125,9 @@ def normalize_forward(
             scale,
             eps,
             WIDTH=width,
-            BLOCK=block,
+            BLOCK=shape.block,
             GELU=of_gelu,
-            num_warps=warps,
+            num_warps=shape.warps,
         )
     return y, mean, scale
 
@@ -144,9 +137,8 @@ def normalize_backward(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The gradient of x, and those of weight and bias [width]; with `sum_of_x` also x's own, summed over its rows."""
     (width,), (rows,), kinds = weight.shape, mean.shape, 2 + sum_of_x
-    block, warps = block_and_warps(width)
-    # As many as run at the same time.
-    programs = min(rows, processors(x.device) * (WARPS_A_PROCESSOR // warps))
+    shape = backward_shape(width)
+    programs = min(rows, shape.programs(x.device))
     of_x = torch.empty_like(x)
     partial = torch.empty(programs, kinds, width, dtype=torch.float32, device=x.device)
     if rows:
@@ -163,10 +155,10 @@ def normalize_backward(
             rows,
             KINDS=kinds,
             WIDTH=width,
-            BLOCK=block,
+            BLOCK=shape.block,
             GELU=of_gelu,
-            num_warps=warps,
-            maxnreg=REGISTERS,
+            num_warps=shape.warps,
+            maxnreg=shape.registers,
         )
     return of_x, sum_programs(partial, [(kind, 0, programs) for kind in range(kinds)], weight.dtype)
 

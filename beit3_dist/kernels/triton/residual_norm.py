@@ -24,14 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from beit3_dist.kernels.residual_norm import Branch, Norms
-from beit3_dist.kernels.triton.launch import (
-    REGISTERS,
-    WARPS_A_PROCESSOR,
-    block_and_warps,
-    launch,
-    processors,
-    require_narrow,
-)
+from beit3_dist.kernels.triton.launch import backward_shape, forward_shape, launch, require_narrow
 from beit3_dist.kernels.triton.sums import sum_programs
 
 SEGMENTS = 4
@@ -283,8 +276,8 @@ class _ResidualNorm(torch.autograd.Function):
         parts, added = [t.contiguous() for t in tensors[:branches]], tensors[branches : 2 * branches]
         weights, biases = tensors[2 * branches :][:norms], tensors[2 * branches :][norms:]
         sizes = tuple(len(part) for part in parts), norm_sizes
-        block, warps = block_and_warps(width)
-        plan = _plan(rows, *sizes, processors(x.device) * (WARPS_A_PROCESSOR // warps))
+        shape = forward_shape(width)
+        plan = _plan(rows, *sizes, backward_shape(width).programs(x.device))
         r = torch.empty_like(x) if branches else x
         y = torch.empty_like(x) if norms else x
         mean, scale = torch.empty(2, rows if norms else 0, dtype=torch.float32, device=x.device)
@@ -307,12 +300,12 @@ class _ResidualNorm(torch.autograd.Function):
                 *plan.branch_starts[1:],
                 eps,
                 WIDTH=width,
-                BLOCK=block,
+                BLOCK=shape.block,
                 BRANCH=branches > 0,
                 KEEP=keep is not None,
                 NORM=norms > 0,
                 PLACE=2 if gathered else int(place is not None),
-                num_warps=warps,
+                num_warps=shape.warps,
             )
         ctx.save_for_backward(r if norms else None, mean, scale, keep, place, *weights)
         ctx.plan, ctx.sizes, ctx.gathered = plan, sizes, gathered
@@ -339,7 +332,7 @@ class _ResidualNorm(torch.autograd.Function):
         of_x = torch.empty_like(of_r) if norms else of_r
         moved = branches > 0 and (keep is not None or place is not None)
         of_branches = torch.empty_like(of_r) if moved else of_x
-        block, warps = block_and_warps(width)
+        shape = backward_shape(width)
         partial = torch.empty(plan.programs[-1], 3, width, dtype=torch.float32, device=of_r.device)
         if rows:
             launch(
@@ -360,13 +353,13 @@ class _ResidualNorm(torch.autograd.Function):
                 *plan.norm_starts[1:],
                 *plan.programs,
                 WIDTH=width,
-                BLOCK=block,
+                BLOCK=shape.block,
                 BRANCH=branches > 0,
                 KEEP=keep is not None,
                 NORM=norms > 0,
                 PLACE=2 if ctx.gathered else int(place is not None),
-                num_warps=warps,
-                maxnreg=REGISTERS,
+                num_warps=shape.warps,
+                maxnreg=shape.registers,
             )
         sums = sum_programs(partial, plan.sums, of_r.dtype)
         return of_x, *[None] * 6, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
