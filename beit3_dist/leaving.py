@@ -1,6 +1,7 @@
 """A signal that the process has to go soon, heeded wherever it waits.
 
-Slurm sends SIGTERM or the signal of `--signal` before it takes a job's nodes away; other schedulers send SIGTERM.
+Slurm sends SIGTERM or the signal of `--signal` before it takes a job's nodes away; other schedulers send SIGTERM, and
+a terminal that is closed SIGHUP, which a run under `nohup` goes on ignoring.
 Until the training begins there is nothing to save and the process ends at once: to index and tokenise new data takes
 hours, and what is finished of it stays in data.cache. From then on `training.preemption` saves first.
 
@@ -15,6 +16,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -24,7 +26,9 @@ PREEMPTED = 75
 """Exit code of a run that was asked to go, and has saved or had nothing to save yet: it can be started again
 (EX_TEMPFAIL of sysexits.h)."""
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_UNDER_NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, *(() if _UNDER_NOHUP else (signal.SIGHUP,)))
+"""The signals to go."""
 
 STDERR = 2
 
@@ -59,7 +63,8 @@ class _Listener:
     def leave(self) -> None:
         """Ends the process, with nothing to save."""
         if launched.rank() == 0:  # not by `print`, in the middle of which the signal may have come
-            os.write(STDERR, f"{self.program}: asked to go before the training has begun\n".encode())
+            with suppress(OSError):  # nobody may be there to hear it
+                os.write(STDERR, f"{self.program}: asked to go before the training has begun\n".encode())
         end(PREEMPTED)
 
 

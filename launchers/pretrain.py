@@ -6,10 +6,10 @@
     srun --ntasks-per-node N python launchers/pretrain.py --config RECIPE.yaml [--a.b VALUE ...]     in a Slurm job
 
 Recipes are in launchers/recipes/. --print_config prints the resolved config and --help every field.
-A mistake in the config or the data is one line and exit code 2, before any process group starts. SIGTERM or SIGUSR1
-to any process: all save after their step and end with exit code 75, to go on with --checkpoint.resume auto.
-launchers/slurm/pretrain.sbatch does that for jobs that are preempted. Exit code 3: the run stopped itself, and says
-why; 1: an error ended it; 130: Ctrl-C.
+A mistake in the config or the data is one line and exit code 2, before any process group starts. SIGTERM, SIGUSR1 or
+SIGHUP (a closed terminal, but for nohup) to any process: all save after their step and end with exit code 75, to go on
+with --checkpoint.resume auto. launchers/slurm/pretrain.sbatch does that for jobs that are preempted. Exit code 3: the
+run stopped itself, and says why; 1: an error ended it; 130: Ctrl-C.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from beit3_dist.data import batch
 from beit3_dist.data.faults import StreamFailed
-from beit3_dist.leaving import end
+from beit3_dist.leaving import SIGNALS, end
 
 MAX_DESCRIPTORS = 65536
 """Upper bound of what `loader` raises the limit of open files to."""
@@ -28,7 +28,7 @@ MAX_DESCRIPTORS = 65536
 
 def _start_worker(ending: Connection, _: int) -> None:
     """A loader process leaves signals to the trainer, which stops it in order, and uses one core."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # torch has just given the worker a handler of SIGTERM
+    for number in (signal.SIGINT, *SIGNALS):  # torch has just given the worker a handler of SIGTERM
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_trainer, args=(ending,), daemon=True).start()
     torch.set_num_threads(1)
@@ -193,9 +193,9 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, batch.__name__])
-    # The trainer turns these two into a checkpoint. A scheduler sends them to every process of a job: the server and
+    # The trainer turns these into a checkpoint. A scheduler sends them to every process of a job: the server and
     # the workers, which inherit what is ignored, must go on until the trainer ends.
-    former = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    former = [(number, signal.signal(number, signal.SIG_IGN)) for number in SIGNALS]
     forkserver.ensure_running()
     for number, handler in former:
         signal.signal(number, handler)

@@ -7,6 +7,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -159,6 +161,14 @@ def test_a_signal_that_comes_elsewhere_interrupts_nothing(monkeypatch: pytest.Mo
     assert sum(range(1000)) == 499_500, "a step is never cut short"
     with pytest.raises(AskedToGo):
         request.together(lambda: 1)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_asks_to_go_but_under_nohup(nohup: bool) -> None:
+    script = "import signal; from beit3_dist.leaving import SIGNALS; print(signal.SIGHUP in SIGNALS)"
+    how = signal.SIG_IGN if nohup else signal.SIG_DFL
+    command = [sys.executable, "-c", f"import signal; signal.signal(signal.SIGHUP, {int(how)}); {script}"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == f"{not nohup}\n"
 
 
 @pytest.mark.parametrize(
