@@ -74,7 +74,8 @@ def test_saving_beside_the_training(tmp_path: Path, caplog: pytest.LogCaptureFix
     names = ("", "/exp_avg", "/exp_avg_sq")
     values = torch.arange(count, dtype=torch.float32, device=DEVICE)
     held = [Piece("a.weight", torch.Size([count]), 0, {name: values + i for i, name in enumerate(names)})]
-    store = Store(tmp_path / "checkpoints", torch.device(DEVICE.type, 0) if ON_GPU else DEVICE, 0, 0)
+    device = torch.device(DEVICE.type, 0) if ON_GPU else DEVICE
+    store = Store(tmp_path / "checkpoints", device, keep=0, keep_every=0, start=0)
     with caplog.at_level(logging.INFO):
         store.save(held, TrainState(step=7), ModelConfig(), "out: x\n", {"torch": "1"})
         for tensor in held[0].tensors.values():
