@@ -9,14 +9,16 @@
     model.classify(["a.jpg"])                           # imagenet: pictures; text: sentences
     model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two pictures
 
-A picture is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the validation of the model's
-task: whole, squashed to the model's square, and for the classes of pictures its largest centred square.
+Every method takes lists and gives a result for each place. One picture or text that is in no list is refused: a text is
+a sequence of letters, too. A picture is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the
+validation of the model's task: whole, squashed to the model's square, and for the classes of pictures its largest
+centred square.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +31,7 @@ from beit3_dist.checkpoint.model_folder import ModelFolder, check_blocks, read_m
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.text_files import require_text
 from beit3_dist.data.transforms import normalised, read_picture
 from beit3_dist.devices import device_type
 from beit3_dist.tasks.all import TASKS
@@ -39,6 +42,8 @@ from beit3_dist.tasks.heads import FineTuned, build
 from beit3_dist.tasks.task import Normalization
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+PICTURES = (str, os.PathLike, Image.Image, np.ndarray)
+"""The same for `isinstance`."""
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
 """Samples of a forward pass."""
@@ -97,17 +102,20 @@ class Model:
     def embed_images(self, images: Sequence[Picture]) -> Tensor:
         """Unit vectors of pictures, fp32 [N, D] on the CPU. Their products with texts' vectors are similarities."""
         self._require(CONTRASTIVE, "embeddings")
-        return self._run(lambda some: self.network.embed_images(self._pixels(some)), images, IMAGES_AT_ONCE)
+        pictures = _pictures(images)
+        return self._run(lambda some: self.network.embed_images(self._pixels(some)), pictures, IMAGES_AT_ONCE)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, fp32 [N, D] on the CPU. What is longer than the model's texts is cut."""
         self._require(CONTRASTIVE, "embeddings")
-        return self._run(lambda some: self.network.embed_texts(*self._words(some)), texts, TEXTS_AT_ONCE)
+        listed = _texts(texts)
+        return self._run(lambda some: self.network.embed_texts(*self._words(some)), listed, TEXTS_AT_ONCE)
 
     @torch.inference_mode()
     def answer(self, images: Sequence[Picture], questions: Sequence[str]) -> list[str]:
         """The likeliest of the model's answers to each question about the picture in the same place."""
         self._require(("vqa",), "answers")
+        images, questions = _pictures(images), _texts(questions, "questions")
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} pictures and {len(questions)} questions: each question needs its picture")
         answers: list[str] = []
@@ -125,23 +133,27 @@ class Model:
         if len(names) != self.network.classes:
             raise ValueError(f"{self.name}/config.json names {len(names)} of {self.network.classes} classes")
         best: list[int] = []
-        of_pictures = self.task["name"] == "imagenet"
-        for some in _batches(samples, IMAGES_AT_ONCE if of_pictures else TEXTS_AT_ONCE):
-            if of_pictures:
-                logits = self.network.class_logits(self._pixels(some))
-            else:
-                logits = self.network.sentence_logits(*self._words([str(text) for text in some]))
-            best += logits.argmax(-1).tolist()
+        if self.task["name"] == "imagenet":
+            for pictures in _batches(_pictures(samples), IMAGES_AT_ONCE):
+                best += self.network.class_logits(self._pixels(pictures)).argmax(-1).tolist()
+        else:
+            for texts in _batches(_texts(samples), TEXTS_AT_ONCE):
+                best += self.network.sentence_logits(*self._words(texts)).argmax(-1).tolist()
         return [names[number] for number in best]
 
     @torch.inference_mode()
     def is_true(self, images: Sequence[tuple[Picture, Picture]], sentences: Sequence[str]) -> list[bool]:
         """Whether each sentence is true of the two pictures in the same place."""
         self._require(("nlvr2",), "truths of sentences")
-        if len(images) != len(sentences):
-            raise ValueError(f"{len(images)} pairs of pictures and {len(sentences)} sentences: each needs the other")
+        given = [_pictures(pair) for pair in _listed(images, "pairs of pictures")]
+        sentences = _texts(sentences, "sentences")
+        for pair in given:
+            if len(pair) != 2:
+                raise ValueError(f"a sentence is about two pictures, not {len(pair)}")
+        if len(given) != len(sentences):
+            raise ValueError(f"{len(given)} pairs of pictures and {len(sentences)} sentences: each needs the other")
         truths: list[bool] = []
-        for some in _batches(list(zip(images, sentences, strict=True)), IMAGES_AT_ONCE):
+        for some in _batches(list(zip(given, sentences, strict=True)), IMAGES_AT_ONCE):
             pairs, told = zip(*some, strict=True)
             pixels = torch.stack([self._pixels(pair) for pair in pairs])
             truths += self.network.truth_logits(pixels, *self._words(told)).argmax(-1).bool().tolist()
@@ -156,7 +168,7 @@ class Model:
         if max_words is None:
             longest = min(USUAL_LENGTH, self.network.config.max_text_length)
             max_words = self.task.get("text_length", longest) - 1
-        tokenizer, captions = self._tokenizer(), []
+        tokenizer, captions, images = self._tokenizer(), [], _pictures(images)
         for some in _batches(images, IMAGES_AT_ONCE):
             captions += generate(
                 self.network,
@@ -205,7 +217,8 @@ def _check_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
-        raise ValueError(f"the device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the device {device} cannot be used here: {reason}") from None
 
 
 def _network(folder: str | os.PathLike[str], content: ModelFolder) -> FineTuned:
@@ -235,6 +248,33 @@ def _check_task(task: dict[str, Any]) -> None:
     answers = task.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("the task's answers are no list of texts")
+
+
+def _listed(given: Any, what: str) -> list[Any]:
+    """What was given as a list of `what`. Raises ValueError for a single one, which would be taken apart."""
+    one = given.ndim < 4 if isinstance(given, np.ndarray) else isinstance(given, (*PICTURES, bytes))
+    if one or not isinstance(given, Iterable):
+        raise ValueError(f"{what} are given as a list and have a result each; this is one {type(given).__name__}")
+    return list(given)
+
+
+def _pictures(given: Any) -> list[Picture]:
+    """Pictures that were given as a list. Raises ValueError for anything else."""
+    pictures = _listed(given, "pictures")
+    for picture in pictures:
+        if not isinstance(picture, PICTURES):
+            raise ValueError(f"a picture is a path, a PIL image or an array, not {type(picture).__name__}")
+    return pictures
+
+
+def _texts(given: Any, what: str = "texts") -> list[str]:
+    """Texts that were given as a list. Raises ValueError for anything else."""
+    texts = _listed(given, what)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{what} are strings, not {type(text).__name__}")
+        require_text(text, f"{what}[{number}]")
+    return texts
 
 
 def _batches(samples: Sequence[_T], at_once: int) -> Iterator[Sequence[_T]]:

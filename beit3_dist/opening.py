@@ -7,6 +7,7 @@ is no such file, ValueError where its content is not to be used.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
@@ -22,6 +23,15 @@ MOST_TEXT = 1 << 24
 """Bytes (16 MiB) of the largest manifest, state or config: that of 100,000 ranks."""
 MOST_YAML, MOST_LEVELS = 1 << 18, 50
 """Bytes (256 KiB) and nested brackets of the largest YAML file: its reader takes the square of either."""
+_OTHERS = {
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"\xfd7zXZ\0": "compressed by xz",
+    b"BZh": "compressed by bzip2",
+}
+"""How files begin that are given for text."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -65,9 +75,31 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_TEXT) -> str:
             raise ValueError(f"{os.fspath(path)} has {size} bytes; no such file has more than {most}")
         data = file.read(size)
     try:
-        return data.decode("utf-8")
+        return without_mark(data).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{os.fspath(path)} is no text in UTF-8 (byte {error.start})") from None
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise ValueError(
+            f"{os.fspath(path)} is no text in UTF-8 (byte {error.start}), line {line}: {not_utf8(data)}"
+        ) from None
+
+
+def without_mark(data: bytes) -> bytes:
+    """The beginning of a text without its byte order mark, which some editors write and no text means."""
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def text_of(data: bytes) -> str:
+    """Bytes of UTF-8 as text. Raises ValueError with the reason."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(not_utf8(data)) from None
+
+
+def not_utf8(data: bytes) -> str:
+    """Why bytes are no text in UTF-8, as their beginning tells."""
+    kind = next((kind for start, kind in _OTHERS.items() if data.startswith(start)), "")
+    return f"not UTF-8 but {kind}" if kind else "not UTF-8"
 
 
 def parse_json(text: str) -> Any:

@@ -29,6 +29,29 @@ UNPACKED = 1 << 28
 """Bytes (256 MiB) that an archive may hold more than the file: torch packs nothing, TorchScript its code alone."""
 
 
+class Ignored:
+    """What stands beside the weights in a training program's file and is not needed: made of anything, it does nothing.
+
+    torch makes it in place of the object of the file's own class, so that nothing of numpy is handed bytes from there.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        """Of whatever the object was made of."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Of whatever it held."""
+
+
+IGNORED = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"pathlib.{name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+)
+"""Names in the files of unilm's and others' training: learning rates from a table and states of generators (numpy's),
+and paths of the command line, whose own bag of values (argparse.Namespace) is made as it is."""
+
+
 def read_weights_file(path: str | os.PathLike[str], torchscript: bool = False) -> Any:
     """What a file holds. `torchscript`: also an archive of it, whose own code may run.
 
@@ -41,8 +64,7 @@ def read_weights_file(path: str | os.PathLike[str], torchscript: bool = False) -
         if "constants.pkl" in _records(path, size) and torchscript:
             # TorchScript has a reader of its own, which makes no Python objects.
             return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        # unilm's training files keep their command line, a plain bag of values, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *((Ignored, name) for name in IGNORED)]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise nearly anything, torch's with advice that opens the file to attacks
         reason = str(error) if isinstance(error, _TooLarge | SafetensorError) else type(error).__name__

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import yaml
 from torch import Tensor
 
 from beit3_dist.checkpoint import read
@@ -30,6 +29,7 @@ from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.store import Store, TrainState, step_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
+from beit3_dist.opening import read_yaml
 
 RECIPES = Path(__file__).parents[1] / "launchers" / "recipes"
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
@@ -45,7 +45,7 @@ def model_of(recipe: Path) -> ModelConfig:
     """The model of a recipe. Raises ValueError where there is none."""
     if not recipe.is_file():
         raise ValueError(f"--recipe {recipe} is no file")
-    return ModelConfig(**yaml.safe_load(recipe.read_text()).get("model", {}))
+    return ModelConfig(**read_yaml(recipe).get("model", {}))
 
 
 class Contenders:

@@ -16,13 +16,13 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 from benchmark_measure import in_turns, profile_table, synchronize, threads
 from benchmark_step import Contender, MasterAdamW, OurStep, products_of, random_micro_batch, switch
 
 from beit3_dist.config import DataConfig, ModelConfig, OptimConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
+from beit3_dist.opening import read_yaml
 from beit3_dist.training.flops import peak_flops
 from beit3_dist.training.inputs import layout_of
 
@@ -32,7 +32,7 @@ KERNELS = ("torch", "triton", "compiled")
 
 def benchmark_recipe(options: Namespace) -> dict[str, Any]:
     """Times every kind of kernels at every number of samples."""
-    recipe = yaml.safe_load(options.recipe.read_text())
+    recipe = read_yaml(options.recipe)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     with threads(options.threads):
@@ -137,7 +137,7 @@ def check(options: Namespace) -> None:
     """Raises ValueError for what cannot be measured."""
     if not options.recipe.is_file():
         raise ValueError(f"--recipe {options.recipe} is no file")
-    missing = {"model", "data", "optim"} - (yaml.safe_load(options.recipe.read_text()) or {}).keys()
+    missing = {"model", "data", "optim"} - read_yaml(options.recipe).keys()
     if missing:
         raise ValueError(f"--recipe {options.recipe} has no section {', '.join(sorted(missing))}")
     for name, least in (("repeats", options.repeats), ("samples", min(options.samples))):

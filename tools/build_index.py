@@ -19,8 +19,10 @@ from beit3_dist.command_line import refuse
 from beit3_dist.data.cache import write_whole
 from beit3_dist.data.demo_sources import emoji_pictures
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.opening import read_json
 from beit3_dist.tasks import benchmarks, demo
 from beit3_dist.tasks.benchmarks import Indexes, Records
+from beit3_dist.tasks.vqa_answers import check_names, read_answers
 
 TEXTS_AT_ONCE = 4096
 """Texts that are tokenised in one call, over several threads."""
@@ -66,18 +68,9 @@ def write_answers(path: Path, answers: list[str]) -> None:
     write_text(path, "".join(json.dumps({"answer": answer, "label": n}) + "\n" for n, answer in enumerate(answers)))
 
 
-def read_answers(path: Path) -> list[str]:
-    """The answers of such a file, by label."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with benchmarks.official(path):
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        labels = {record["label"]: record["answer"] for record in records}
-        return [labels[number] for number in range(len(records))]
-
-
 def write_names(path: Path, names: list[str]) -> None:
-    """A name a line."""
+    """A name a line. Raises ValueError where one cannot be meant."""
+    check_names((f"the name of class {number}", name) for number, name in enumerate(names))
     write_text(path, "".join(f"{name}\n" for name in names))
 
 
@@ -119,7 +112,7 @@ def build_demo(options: Namespace) -> None:
     """Pictures and indexes aside, then renamed."""
     listed = options.out / "demo.json"
     if listed.is_file():
-        if json.loads(listed.read_text())["held_out"] != options.held_out:
+        if read_json(listed)["held_out"] != options.held_out:
             raise ValueError(f"{options.out} was built with another --held-out; remove it or name another folder")
         print(f"{options.out} is complete")
         return

@@ -10,7 +10,6 @@ in the folder that are no pictures.
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import io
@@ -24,6 +23,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ from webdataset import ShardWriter
 from beit3_dist.config import DataConfig
 from beit3_dist.data.demo_sources import dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.kinds import PICTURES, LeftOut, is_jsonl, pictures_below
+from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below
 from beit3_dist.data.sides import side
+from beit3_dist.data.tables import table_rows, texts_in
 from beit3_dist.data.transforms import read_picture
+from beit3_dist.opening import read_json
 from beit3_dist.tasks.demo import caption, easy_vqa
 
 DOCUMENTS_PER_MEMBER = 1000
@@ -149,57 +151,6 @@ def pictures_of(folder: Path, left_out: LeftOut) -> list[Picture]:
     return [Picture(path) for path in found]
 
 
-def json_lines(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The named string fields of each line of a .jsonl file. Raises ValueError with file and line."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                raise ValueError(f"{path}, line {number}: not JSON in UTF-8") from None
-            values = []
-            for field in fields:
-                value = record.get(field) if isinstance(record, dict) else None
-                if not isinstance(value, str):
-                    raise ValueError(f"{path}, line {number}: no string in the field {field!r}")
-                values.append(value)
-            yield tuple(values)
-
-
-def table_rows(table: Path, image: str, caption: str) -> Iterator[tuple[str, str]]:
-    """Path and caption of each row of a .tsv, .csv or .jsonl table, as written. Raises ValueError with the place."""
-    if not table.is_file():
-        raise ValueError(f"there is no file {table}")
-    if is_jsonl(table):
-        yield from ((path, text) for path, text in json_lines(table, (image, caption)))
-        return
-    if table.suffix.lower() not in (".tsv", ".csv"):
-        raise ValueError(f"{table}: a table ends in .tsv, .csv or .jsonl")
-    with open(table, encoding="utf-8", newline="") as file:
-        # Quotes have a meaning in .csv only; in .tsv they are part of the captions.
-        quoted = table.suffix.lower() == ".csv"
-        dialect: dict[str, Any] = {} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        rows = csv.DictReader(file, **dialect)
-        try:
-            columns = rows.fieldnames or ()
-            for column in (image, caption):
-                if column not in columns:
-                    raise ValueError(
-                        f"{table} has no column {column!r}; its columns are {', '.join(columns)}: name "
-                        "those of path and caption by --image and --caption"
-                    )
-            for row in rows:
-                if row[image] is None or row[caption] is None:
-                    raise ValueError(f"{table}, line {rows.line_num}: too few columns")
-                yield row[image], row[caption]
-        except UnicodeDecodeError:
-            raise ValueError(f"{table}, after line {rows.line_num}: not UTF-8") from None
-        except csv.Error as error:
-            raise ValueError(f"{table}, line {rows.line_num}: {error}") from None
-
-
 def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[Picture]:
     """The pictures of a table. Consecutive rows of the same picture become one, with a caption a line."""
     for path, group in itertools.groupby(rows, key=lambda row: row[0]):
@@ -208,24 +159,6 @@ def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[Picture]:
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
-
-
-def documents(paths: Iterable[Path]) -> Iterator[str]:
-    """The lines of plain text files and the `text` fields of .jsonl files; empty ones are left out."""
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
-        if is_jsonl(path):
-            yield from (text for (text,) in json_lines(path, ("text",)) if text.strip())
-            continue
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8").strip()
-                except UnicodeDecodeError:
-                    raise ValueError(f"{path}, line {number}: not UTF-8") from None
-                if text:
-                    yield text
 
 
 def text_samples(texts: Iterable[str], held_out: float, per_member: int) -> Iterator[Sample]:
@@ -275,25 +208,25 @@ def write(folder: Path, source: str, samples: Iterable[Sample], per_shard: int, 
     writers: dict[str, ShardWriter] = {}
     keys: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for sample in samples:
-        if sample.side not in writers:
-            target = folder.absolute() / sample.side
-            target.mkdir(parents=True)
-            writers[sample.side] = ShardWriter(
-                str(target).replace("%", "%%") + "/%06d.tar",
-                maxcount=per_shard,
-                verbose=0,
-                encoder=False,
-                mtime=0,
-                user="",
-                group="",
-            )
-        writer = writers[sample.side]
-        writer.write({"__key__": f"{keys[sample.side]:09d}", **sample.members})
-        keys[sample.side] += 1
-        counts[str(writer.fname)] += sample.count
-    for writer in writers.values():
-        writer.close()
+    with ExitStack() as opened:  # what an error leaves open would complain when it is collected
+        for sample in samples:
+            if sample.side not in writers:
+                target = folder.absolute() / sample.side
+                target.mkdir(parents=True)
+                writer = ShardWriter(
+                    str(target).replace("%", "%%") + "/%06d.tar",
+                    maxcount=per_shard,
+                    verbose=0,
+                    encoder=False,
+                    mtime=0,
+                    user="",
+                    group="",
+                )
+                writers[sample.side] = opened.enter_context(writer)
+            writer = writers[sample.side]
+            writer.write({"__key__": f"{keys[sample.side]:09d}", **sample.members})
+            keys[sample.side] += 1
+            counts[str(writer.fname)] += sample.count
     if not writers:
         raise ValueError(f"{source}: there is no usable sample")
     for name in ("train", "held_out") if held_out else ("train",):
@@ -362,7 +295,7 @@ def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
 
 def build_pairs(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """A picture and a .txt member per pair of a table."""
-    rows = table_rows(options.table, options.image, options.caption)
+    rows = table_rows(options.table, options.image, options.caption, options.rest_is_caption)
     pairs = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
     pictures = picture_samples(pairs, options, skipped)
     return write(folder, str(options.table), pictures, options.per_shard, options.held_out)
@@ -371,7 +304,8 @@ def build_pairs(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
 def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """Members of many documents each; `per_shard` documents are rounded up to whole members."""
     per_member = min(DOCUMENTS_PER_MEMBER, options.per_shard)
-    samples = text_samples(itertools.islice(documents(options.files), options.limit), options.held_out, per_member)
+    texts = itertools.chain.from_iterable(map(texts_in, options.files))
+    samples = text_samples(itertools.islice(texts, options.limit), options.held_out, per_member)
     source = " ".join(map(str, options.files))
     return write(folder, source, samples, math.ceil(options.per_shard / per_member), options.held_out)
 
@@ -397,7 +331,7 @@ def is_complete(options: Namespace) -> bool:
     listed = options.out / "shards.json"
     if not listed.is_file():
         return False
-    record = json.loads(listed.read_text(encoding="utf-8"))
+    record = read_json(listed)
     if any(record.get(name) != getattr(options, name) for name in ("command", "held_out", "limit")):
         raise ValueError(f"{options.out} was built with other options; remove it or name another folder")
     for shard in record["shards"]:
@@ -478,12 +412,18 @@ def parse(arguments: list[str] | None) -> Namespace:
         "table",
         type=Path,
         metavar="TABLE",
-        help=".tsv or .csv with a header row, or .jsonl; with columns "
+        help=".tsv or .csv with a header row, .jsonl, or .json with an array; with columns "
         "(fields) image and caption, or those that --image and --caption name",
     )
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the picture's path; image")
     sub.add_argument("--caption", default="caption", metavar="COLUMN", help="column of the caption; caption")
+    sub.add_argument(
+        "--rest-is-caption",
+        action="store_true",
+        help="the caption is the last column, and what a row holds beyond it, separators and all, belongs to it: for "
+        "tables whose captions hold commas (tabs) without quotes; by default such a row is an error",
+    )
     sub.add_argument("--root", type=Path, metavar="FOLDER", help="what the paths are relative to; the table's folder")
 
     sub = command(
@@ -498,7 +438,8 @@ def parse(arguments: list[str] | None) -> Namespace:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="plain text with one document a line, or .jsonl with a field 'text'",
+        help="plain text with one document a line, .jsonl with a field 'text', or .json with an array of texts or of "
+        "objects with that field",
     )
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--per-shard", type=int, default=100_000, metavar="N", help="documents per tar; 100000")

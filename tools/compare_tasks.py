@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from beit3_dist.command_line import refuse
+from beit3_dist.data.text_files import read_records
 from beit3_dist.opening import read_yaml
 
 STARTS = ("pretrained", "random")
@@ -24,10 +25,10 @@ STARTS = ("pretrained", "random")
 def last_validation(run: Path) -> dict[str, float]:
     """The metrics of a run's last validation. Raises ValueError where there is none."""
     log = run / "eval.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    if not lines:
+    records = list(read_records(log)) if log.is_file() else []
+    if not records:
         raise ValueError(f"{run} has no validation in eval.jsonl: let launchers/finetune.py finish it")
-    return json.loads(lines[-1])
+    return records[-1][1]
 
 
 def compare(folder: Path) -> list[dict[str, str | float]]:

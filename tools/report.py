@@ -52,6 +52,7 @@ from beit3_dist.devices import device_type
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
+from beit3_dist.opening import open_regular
 from beit3_dist.optional import optional_module
 from beit3_dist.training.code_pictures import mosaic, patches_of
 from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
@@ -125,14 +126,16 @@ def open_run(folder: Path, program: str) -> Run:
 
 def read_records(path: Path) -> list[Record]:
     """The records of a JSON-lines file, none if there is no file. A last line that a crash cut short is left out."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) or line.endswith("\n"):
-                raise ValueError(f"{path}: line {number} is not JSON") from None
+    records: list[Record] = []
+    if not path.is_file():
+        return records
+    with open_regular(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                if line.endswith(b"\n"):
+                    raise ValueError(f"{path}: line {number} is not JSON") from None
     return records
 
 

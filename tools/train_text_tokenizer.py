@@ -9,7 +9,6 @@ embedding then needs pieces + 10 rows. The same text gives the same file.
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 import textwrap
@@ -23,12 +22,11 @@ from beit3_dist.config import DataConfig
 from beit3_dist.data.cache import cache_folder, write_whole
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import expand
-from beit3_dist.data.kinds import JSONL, TXT, is_jsonl, is_tar, key_and_kind
-from beit3_dist.data.lines import lines_of
+from beit3_dist.data.kinds import JSONL, TXT, is_tar, key_and_kind
+from beit3_dist.data.tables import texts_in
 from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.data.unpack import plain_tar
-from beit3_dist.opening import open_regular
 
 SEED = 0
 """Of the choice of sentences when there are more than asked for."""
@@ -41,36 +39,32 @@ BYTES_PER_CHARACTER = 4
 
 
 def sentences(patterns: Iterable[str], cache: str = DataConfig.cache) -> Iterator[str]:
-    """The sentences of all .txt and .jsonl members of tars, captions included, and of plain .txt and .jsonl files.
+    """The sentences of all .txt and .jsonl members of tars, captions included, and of plain files of texts.
     `cache`: folder for the unpacked copies of compressed tars.
 
     Raises ValueError for a pattern without a file, a damaged tar, and a line that is no text, with its place.
     """
     for path in dict.fromkeys(path for pattern in patterns for path in expand(pattern, "--shards")):
-        for name, jsonl, lines in texts_of(path, cache):
-            for number, text in documents(lines, jsonl):
-                if isinstance(text, BadSample):
-                    raise ValueError(f"{path}: {name}, line {number}: {text}")
-                for line in text.splitlines():
-                    yield from textwrap.wrap(line, LONGEST) if len(line) > LONGEST else [line]
+        for text in texts_of_tar(path, cache) if is_tar(path) else texts_in(Path(path)):
+            for line in text.split("\n"):
+                yield from textwrap.wrap(line, LONGEST) if len(line) > LONGEST else [line]
 
 
-def texts_of(path: str, cache: str) -> Iterator[tuple[str, bool, Iterator[bytes]]]:
-    """Name of each text in a tar or of a plain file, whether it is JSON lines, and its lines. Raises ValueError where
-    a tar is damaged."""
-    if not is_tar(path):
-        with open_regular(path) as file:
-            yield os.path.basename(path), is_jsonl(path), lines_of(file.readline)
-        return
+def texts_of_tar(path: str, cache: str) -> Iterator[str]:
+    """The texts in a tar. Raises ValueError where it is damaged, or a line of it is no text."""
     with Tar(plain_tar(path, cache_folder(cache, "--cache")), path) as tar:
         try:
             for member, offset, size, odd in tar:
                 _, kind = key_and_kind(member)
+                if kind not in (TXT, JSONL):
+                    continue
                 name = member.decode(errors="replace")
-                if kind in (TXT, JSONL) and odd:
+                if odd:
                     raise ValueError(f"{path}: {name} is {odd}")
-                if kind in (TXT, JSONL):
-                    yield name, kind == JSONL, tar.lines(offset, size)
+                for number, text in documents(tar.lines(offset, size), kind == JSONL):
+                    if isinstance(text, BadSample):
+                        raise ValueError(f"{path}: {name}, line {number}: {text}")
+                    yield text
         except DamagedTar as damage:
             raise ValueError(f"{path} is damaged: {damage}") from None
 
@@ -140,7 +134,7 @@ def parse(arguments: list[str] | None) -> Namespace:
         required=True,
         metavar="PATTERN",
         help="brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and "
-        ".jsonl files: one document or caption a line",
+        ".jsonl files, one document or caption a line, or .json files with an array of them",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write, or to replace")
     parser.add_argument("--pieces", type=int, default=64000, metavar="N", help="size of the vocabulary; 64000")

@@ -24,6 +24,7 @@ from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Table, shard_scan
 from beit3_dist.data.order import Stream, mix_arrays, sample_id
 from beit3_dist.data.streams import SampleStream
+from beit3_dist.data.text_files import read_records
 from beit3_dist.training.recorded_config import pretraining_config
 
 Bad = dict[tuple[int, Stream], set[tuple[int, int]]]
@@ -35,11 +36,9 @@ SHOWN = 10
 def records(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; raises ValueError where it cannot be read."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [record for _, record in read_records(path)]
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 class Keys:

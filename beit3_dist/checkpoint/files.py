@@ -25,7 +25,7 @@ def sync(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replaces a small file in one step: after a crash it holds the old text or the new, never a mixture."""
     aside = path.with_name(f".{path.name}.new")
-    with open(aside, "w") as file:
+    with open(aside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

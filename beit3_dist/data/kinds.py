@@ -75,6 +75,11 @@ def is_jsonl(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).lower().endswith(".jsonl")
 
 
+def is_json(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is named like JSON, which may be an array or lines."""
+    return is_jsonl(path) or os.fspath(path).lower().endswith(".json")
+
+
 def folders_in(folder: Path) -> list[str]:
     """Names of the folders in a folder, sorted: links to folders too, hidden ones not."""
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(os.fsencode(entry.name)))

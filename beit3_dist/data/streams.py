@@ -27,6 +27,7 @@ from beit3_dist.data.kinds import TXT, LeftOut
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.text import TextTokenizer, TokenWindows
+from beit3_dist.opening import without_mark
 
 log = logging.getLogger(__name__)
 
@@ -390,7 +391,7 @@ def captions_of(data: bytes, kind: int, field: str) -> list[str]:
 def lines(data: bytes) -> list[str]:
     """Captions of a .txt member: its lines that are not empty."""
     try:
-        text = data.decode("utf-8")
+        text = without_mark(data).decode("utf-8")
     except UnicodeDecodeError:
         raise BadSample("invalid UTF-8 in the caption") from None
     return [line.strip() for line in text.split("\n") if line.strip()]
@@ -399,7 +400,7 @@ def lines(data: bytes) -> list[str]:
 def json_captions(data: bytes, field: str) -> list[str]:
     """Captions of a .json member: a string, or a list of strings, under `field`."""
     try:
-        record = json.loads(data.decode("utf-8"))
+        record = json.loads(without_mark(data).decode("utf-8"))
     except UnicodeDecodeError:
         raise BadSample("invalid UTF-8 in the caption") from None
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import sentencepiece
@@ -24,13 +24,14 @@ from beit3_dist.data.index import PROGRESS_SECONDS, Table
 from beit3_dist.data.kinds import JSONL
 from beit3_dist.data.lines import LONGEST_LINE, lines_of
 from beit3_dist.data.reader import OPEN_FILES
+from beit3_dist.data.text_files import unmarked
 from beit3_dist.opening import open_regular
 
 log = logging.getLogger(__name__)
 
 MOST_MODEL = 1 << 28
 """Bytes (256 MiB) that are read of a SentencePiece file; that of a million pieces has 25 million."""
-TOKENS_FORMAT = 1
+TOKENS_FORMAT = 2
 """Version of the token files."""
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 1 << 20
 """Documents, and characters of them, that are tokenised in one call, over several threads: SentencePiece takes some
@@ -115,9 +116,9 @@ def pieces_of(text: str, longest: int) -> Iterator[str]:
     yield text[at:]
 
 
-def documents(data: Iterator[bytes], jsonl: bool) -> Iterator[tuple[int, str | BadSample]]:
+def documents(data: Iterable[bytes], jsonl: bool) -> Iterator[tuple[int, str | BadSample]]:
     """Line number (from 1) and text of each document of a member, or what is wrong with it; empty lines are skipped."""
-    for number, line in enumerate(data, start=1):
+    for number, line in enumerate(unmarked(data), start=1):
         if not line.strip():
             continue
         try:

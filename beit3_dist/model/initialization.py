@@ -76,11 +76,12 @@ def zeros(name: str, shape: torch.Size) -> Tensor:
 def materialize(
     module: nn.Module, values: Values, device: torch.device | str, dtype: torch.dtype = torch.float32, prefix: str = ""
 ) -> None:
-    """Gives every parameter of a module built on the meta device its memory on `device` and its value.
+    """Gives every parameter of a module built on the meta device its memory on `device` and its value; a frozen
+    one stays frozen.
 
     `prefix` completes the module's own names to canonical ones.
     """
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         value = values(f"{prefix}{name}", parameter.shape).to(device, dtype)
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))

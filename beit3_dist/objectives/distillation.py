@@ -54,7 +54,7 @@ class EfficientNetLite0(nn.Module):
         self.side = grid * self.STRIDE
         network = kind.from_name("efficientnet-lite0", image_size=self.side)
         # Read here: the package's own loader would unpickle whatever the file holds.
-        network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
+        network.load_state_dict(read_weights_file(file.get_model_file_path()))
         require_finite(network.state_dict().items(), "teacher=efficientnet_lite0")
         network.eval()
         stem = [fuse_conv_bn_eval(network._conv_stem, network._bn0), network._swish]

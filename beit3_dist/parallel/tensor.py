@@ -79,7 +79,7 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         local = shard(name, parameter.detach(), ranks, rank)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(local))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(local, parameter.requires_grad))
 
 
 def _replace(owner: nn.Module, name: str, experts: Multiway | None, build: Callable[[Any], nn.Module]) -> None:

@@ -7,14 +7,14 @@ Pictures need not be there: training checks them.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from beit3_dist.data.kinds import folders_in, pictures_in
+from beit3_dist.data.text_files import read_large_json, read_records, require_text
 from beit3_dist.tasks.vqa_answers import normalised, soft_scores
 
 LEAST_ANSWERS = 9
@@ -37,16 +37,25 @@ def official(path: Path) -> Iterator[None]:
     """Turns what goes wrong inside, for lack of what the official file has, into a ValueError that names the file."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not in the official format: {type(error).__name__}: {error}") from None
 
 
 def load(path: Path) -> Any:
-    """The content of a JSON file. Raises ValueError if there is none."""
+    """The content of a JSON file. Raises ValueError if there is none, or no JSON."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    with official(path):
-        return json.loads(path.read_bytes())
+    return read_large_json(path)
+
+
+def once(ids: Iterable[Any], what: str) -> None:
+    """Raises ValueError where one of the official numbers or names comes twice: one of the two would be lost, or both
+    would be one prediction."""
+    seen = set()
+    for id in ids:
+        if id in seen:
+            raise ValueError(f"{what} {id} comes twice")
+        seen.add(id)
 
 
 # ---------------------------------------------------------------------------------------- Karpathy: COCO and Flickr30k
@@ -62,6 +71,7 @@ def coco(path: Path) -> Indexes:
             (image, "train" if image["split"] == "restval" else image["split"], f"{image['filepath']}/")
             for image in load(path)["images"]
         ]
+        once((image["cocoid"] for image, _, _ in images), f"{path}: cocoid")
         indexes = _retrieval("coco_retrieval", images)
         for image, split, folder in images:
             lines = indexes.setdefault(f"coco_captioning.{split}.jsonl", [])
@@ -120,7 +130,9 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
         path = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
         with official(path):
             lines = indexes[f"vqa.{split}.jsonl"] = []
-            for question in load(path)["questions"]:
+            questions = load(path)["questions"]
+            once((question["question_id"] for question in questions), f"{path}: question_id")
+            for question in questions:
                 stem = "test2015" if split.startswith("test") else name
                 picture = f"{stem}/COCO_{stem}_{question['image_id']:012d}.jpg"
                 record = {"image_path": picture, "text": question["question"], "qid": question["question_id"]}
@@ -149,7 +161,9 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
 def _by_question(path: Path) -> dict[int, dict[str, Any]]:
     """Annotations by question."""
     with official(path):
-        return {annotation["question_id"]: annotation for annotation in load(path)["annotations"]}
+        annotations = load(path)["annotations"]
+        once((annotation["question_id"] for annotation in annotations), f"{path}: question_id")
+        return {annotation["question_id"]: annotation for annotation in annotations}
 
 
 def _hash(number: int) -> str:
@@ -169,8 +183,8 @@ def nlvr2(folder: Path) -> Indexes:
             raise ValueError(f"there is no file {path}")
         lines = indexes[f"nlvr2.{split}.index.jsonl"] = []
         with official(path):
-            for line in filter(str.strip, path.read_text(encoding="utf-8").splitlines()):
-                example = json.loads(line)
+            for place, example in read_records(path):
+                require_text(example, place)
                 inside = f"{pictures}/{example['directory']}" if "directory" in example else pictures
                 stem = f"{inside}/{example['identifier'].rpartition('-')[0]}"
                 lines.append(
@@ -182,6 +196,7 @@ def nlvr2(folder: Path) -> Indexes:
                         "identifier": example["identifier"],
                     }
                 )
+            once((line["identifier"] for line in lines), f"{path}: identifier")
     return indexes
 
 

@@ -14,6 +14,7 @@ from beit3_dist.data.index import SCANNERS, expand
 from beit3_dist.data.kinds import IMAGE, KINDS, hidden, key_and_extension
 from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.unpack import plain_tar
+from beit3_dist.opening import without_mark
 from beit3_dist.tasks.examples import PROBLEMS_SHOWN, Example, TarMember
 
 CLASS = b"cls"
@@ -99,7 +100,7 @@ def _scan(tar: str, path: str, number: int, classes: int) -> _Scan:
             faults.append(f"{path}: {damage}")
     rows, names = [], []
     for key in pictures | labels:  # in the order of the tar
-        label = labels.get(key, b"").strip()
+        label = without_mark(labels.get(key, b"")).strip()
         if key not in pictures:
             reason = "a .cls member without a picture"
         elif key not in labels:

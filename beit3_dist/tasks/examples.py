@@ -6,6 +6,7 @@ cost a million offsets, and loader processes share the rest.
 
 from __future__ import annotations
 
+import codecs
 import json
 import mmap
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from beit3_dist.data.text_files import require_text
 from beit3_dist.opening import inside, open_regular
 
 PROBLEMS_SHOWN = 5
@@ -83,11 +85,20 @@ def _string(record: Record, field: str) -> str:
     return value
 
 
+def _require_characters(value: str | list[str], field: str) -> None:
+    """Raises Malformed for half a surrogate pair: no submission can hold it."""
+    try:
+        require_text(value, f"the field {field!r}")
+    except ValueError as error:
+        raise Malformed(str(error)) from None
+
+
 def _strings(record: Record, field: str) -> tuple[str, ...]:
     """The strings of a list; none where there is no such field."""
     value = record.get(field, [])
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise Malformed(f"the field {field!r} is no list of strings")
+    _require_characters(value, field)
     return tuple(value)
 
 
@@ -157,7 +168,9 @@ def _captioning(id: int, record: Record, rules: Rules) -> Example:
 
 def _nlvr2(id: int, record: Record, rules: Rules) -> Example:
     paths = rules.paths(record, "image_path", "image2_path")
-    return Example(id, paths, rules.words(record), _integer(record, "label", 2), _string(record, "identifier"))
+    name = _string(record, "identifier")
+    _require_characters(name, "identifier")
+    return Example(id, paths, rules.words(record), _integer(record, "label", 2), name)
 
 
 def _vqa(id: int, record: Record, rules: Rules) -> Example:
@@ -191,6 +204,10 @@ TASKS: Mapping[str, Callable[[int, Record, Rules], Example]] = {
 """Task -> how a record of its index becomes an example."""
 
 
+ONE_PREDICTION = {"vqa": "qid", "nlvr2": "identifier", "captioning": "image_id"}
+"""Task -> the field that a prediction is called by: the benchmarks take one of each."""
+
+
 class Lines(Sequence[bytes]):
     """The lines of a file that are not empty, mapped; in another process it is opened anew."""
 
@@ -202,7 +219,8 @@ class Lines(Sequence[bytes]):
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped.
             reason = error.strerror if isinstance(error, OSError) else "it is empty"
             raise ValueError(f"{path}: cannot be read as an index: {reason}") from None
-        ends, starts, numbers, at, number = [], [], [], 0, 0
+        ends, starts, numbers, number = [], [], [], 0
+        at = len(codecs.BOM_UTF8) if self.data[: len(codecs.BOM_UTF8)] == codecs.BOM_UTF8 else 0
         while at < len(self.data):
             end = self.data.find(b"\n", at)
             end = len(self.data) if end < 0 else end
@@ -275,6 +293,7 @@ def read_index(
     image_root: Path,
     *,
     train: bool = False,
+    predicted: bool = False,
     vocab_size: int | None = None,
     classes: int | None = None,
 ) -> Index:
@@ -282,7 +301,8 @@ def read_index(
     picture is a file with something in it.
 
     `image_root`: folder that the pictures' paths are relative to. `train`: every example needs what it is trained on (a
-    caption, an answer). `vocab_size`, `classes`: ends of the token ids and of the classes or answers.
+    caption, an answer). `predicted`: predictions are written, so that no two examples may be called the same.
+    `vocab_size`, `classes`: ends of the token ids and of the classes or answers.
 
     Raises ValueError with one line that counts all faulty lines and names the first by file and number.
     """
@@ -294,13 +314,18 @@ def read_index(
     index = Index(files, rules)
     malformed: dict[int, str] = {}
     needed: dict[str, set[str]] = defaultdict(set)
+    called = ONE_PREDICTION.get(task) if predicted else None
+    first: dict[str, int] = {}
     for id in range(len(index)):
         try:
-            images = index[id].images
+            example = index[id]
         except Malformed as error:
             malformed[id] = str(error)
             continue
-        for image in images:
+        if called and first.setdefault(example.name, id) != id:
+            malformed[id] = f"{called} {example.name} is also that of {index.place(first[example.name])}"
+            continue
+        for image in example.images:
             folder, name = os.path.split(image)
             needed[folder].add(name)
     problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, _faults(needed))]

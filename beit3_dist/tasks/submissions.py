@@ -86,6 +86,6 @@ def _write_json(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> Path:
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
     return path

@@ -143,6 +143,7 @@ def _examples(
         task,
         Path(config.data.images),
         train=train,
+        predicted=not train,
         vocab_size=config.model.vocab_size,
         classes=limit,
     )

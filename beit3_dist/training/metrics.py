@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -129,7 +130,7 @@ def from_the_end(path: Path) -> Iterator[bytes]:
             size = min(BLOCK, start)
             start -= size
             file.seek(start)
-            first, *lines = (file.read(size) + first).splitlines(keepends=True)
+            first, *lines = io.BytesIO(file.read(size) + first).readlines()
             yield from reversed(lines)
     if first:
         yield first

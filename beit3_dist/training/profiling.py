@@ -59,4 +59,4 @@ class StepProfiler:
         finished.export_chrome_trace(str(self._folder / "trace.json"))
         by = "self_device_time_total" if self._cuda else "self_cpu_time_total"
         table = finished.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=80)
-        (self._folder / "kernels.txt").write_text(table + "\n")
+        (self._folder / "kernels.txt").write_text(table + "\n", encoding="utf-8")

@@ -82,7 +82,7 @@ def _most_frequent(quarantine: Path, since: int) -> str:
     shards: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     broken = 0
-    with open(quarantine, errors="replace") as lines:
+    with open(quarantine, "rb") as lines:
         for line in lines:
             try:
                 fault = json.loads(line)

@@ -44,7 +44,7 @@ class Watchdog:
     def __init__(self, limit_s: float, mesh: Mesh, log_file: Path) -> None:
         """`limit_s`: seconds that a step may take, its validation and its checkpoint included; 0: any time."""
         self._limit_s, self._mesh = limit_s, mesh
-        self._stacks = open(log_file, "a")  # noqa: SIM115 (open as long as the process)
+        self._stacks = open(log_file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
         self._board = failure_board() if mesh.world > 1 else None
         self._step, self._deadline = 0, float("inf")
         self._closed = threading.Event()

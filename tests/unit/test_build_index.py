@@ -238,7 +238,9 @@ def test_what_is_missing_or_malformed_is_one_line(
     words = ("--text_tokenizer", spm)
     assert "there is no file" in refused(capsys, "coco", tmp_path / "no.json", tmp_path / "out", *words)
     broken = tmp_path / "broken.json"
-    for content in ("{", "[]", '{"images": [{"split": "val"}]}'):
+    broken.write_text("{")
+    assert "broken.json: not JSON" in refused(capsys, "coco", broken, tmp_path / "out", *words)
+    for content in ("[]", '{"images": [{"split": "val"}]}'):
         broken.write_text(content)
         assert "broken.json is not in the official format" in refused(capsys, "coco", broken, tmp_path / "out", *words)
     assert "there is no file" in refused(capsys, "vqa", tmp_path, tmp_path / "out", *words)

@@ -39,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_tokenizer(folder / "text.spm")
     (folder / "0.png").write_bytes(picture(0))
     words = TextTokenizer(str(folder / "text.spm")).encode("what is this")
-    line = {"image_path": "0.png", "text_segment": words, "labels": [1], "scores": [1.0], "qid": 3}
-    (folder / "vqa.jsonl").write_text((json.dumps(line) + "\n") * 8)
+    line = {"image_path": "0.png", "text_segment": words, "labels": [1], "scores": [1.0]}
+    (folder / "vqa.jsonl").write_text("".join(json.dumps(line | {"qid": number}) + "\n" for number in range(8)))
     (folder / "answers.txt").write_text("no\nyes\n")
     return folder
 
@@ -126,8 +126,8 @@ def test_pictures_of_classes_come_with_the_names_of_these(folder: Path) -> None:
     tokenizer = TextTokenizer(str(folder / "text.spm"))
     expected = [(1, tuple(tokenizer.encode("red circle"))), (0, tuple(tokenizer.encode("a cat")))]
     assert [(example.label, example.words) for example in ready.train] == expected
-    (folder / "names.txt").write_text("a cat\na cat\n")
-    with pytest.raises(ValueError, match="classes 0 and 1 are both called 'a cat'"):
+    (folder / "names.txt").write_text("a cat\na  cat\n")
+    with pytest.raises(ValueError, match="classes 0 and 1 are both called 'a  cat'"):
         prepare_finetuning(config, MESH)
     (folder / "names.txt").write_text("a cat\n\n")
     with pytest.raises(ValueError, match="class 1 has no name"):

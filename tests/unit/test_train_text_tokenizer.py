@@ -120,7 +120,7 @@ def test_bad_input_is_one_line_and_code_2(text: Path, tmp_path: Path, capsys: py
     cases: list[tuple[str, tuple[object, ...]]] = [
         ("no file matches", ("--shards", tmp_path / "absent.tar", "--out", out)),
         ("cut.tar is damaged: cut at byte 2000", ("--shards", text, cut, "--out", out)),
-        ("bad.txt: bad.txt, line 2: invalid UTF-8", ("--shards", text, bad, "--out", out)),
+        ("bad.txt, line 2: not UTF-8", ("--shards", text, bad, "--out", out)),
         ("no .txt or .jsonl member or file holds a text", ("--shards", pictures, "--out", out)),
         ("--pieces 20 is too few: the text's characters alone need", ("--shards", text, "--out", out, "--pieces", 20)),
         ("--pieces 0 is less than 1", ("--shards", text, "--out", out, "--pieces", 0)),

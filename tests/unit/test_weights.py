@@ -67,7 +67,7 @@ def packaged_teacher(folder: Path, change: Change) -> Callable[[], object]:
 
     def damaged() -> object:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distillation.torch, "load", lambda *a, **k: state if a[0] == path else load(*a, **k))
+            patch.setattr(distillation.torch, "load", lambda file, **k: state if str(file) == path else load(file, **k))
             return build_teacher("efficientnet_lite0", 4)
 
     state = load(path, weights_only=True)

@@ -1,0 +1,105 @@
+"""Tables of pictures and captions, and plain files of texts: what shards and tokenizers are made from.
+
+Nothing is guessed: a row with more or fewer cells than its header, or a quote that is not closed, is refused by file
+and line, since a caption would be cut, or belong to another picture, without a word.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from beit3_dist.data.kinds import is_json
+from beit3_dist.data.text_files import read_lines, read_records, require_text
+
+REMEDY = {",": 'quote a text that holds commas, as "a dog, running"', "\t": "take the tabs out of the text"}
+"""Separator -> what makes one cell of two."""
+LONGEST_CELL = 1 << 24
+"""Characters (16 million) of a cell in a .csv table; csv's own limit is 131,072. A quote that nobody closes makes the
+rest of the table one cell."""
+
+
+def records_of(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """The named texts of each record of a .jsonl or .json file. Raises ValueError naming file and place."""
+    for place, record in read_records(path):
+        yield tuple(_text(record.get(field) if isinstance(record, dict) else None, field, place) for field in fields)
+
+
+def texts_in(path: Path) -> Iterator[str]:
+    """The documents of a file: lines of plain text, the field `text` of .jsonl or .json records, or the texts of a JSON
+    array; empty ones are left out. Raises ValueError naming file and place."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if not is_json(path):
+        yield from filter(None, (line.strip() for _, line in read_lines(path)))
+        return
+    for place, record in read_records(path):
+        text = _text(record.get("text") if isinstance(record, dict) else record, "text", place)
+        if text.strip():
+            yield text
+
+
+def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Iterator[tuple[str, str]]:
+    """Path and caption of each row of a .tsv, .csv, .jsonl or .json table, as written. `rest`: the caption is the last
+    column, and cells beyond the header's belong to it. Raises ValueError with the place."""
+    if not table.is_file():
+        raise ValueError(f"there is no file {table}")
+    if is_json(table):
+        if rest:
+            raise ValueError(f"{table}: its records name their fields, so that no caption has a rest")
+        yield from records_of(table, (image, caption))  # type: ignore[misc]  # two fields, two texts
+        return
+    separator = {".tsv": "\t", ".csv": ","}.get(table.suffix.lower(), "")
+    if not separator:
+        raise ValueError(f"{table}: a table ends in .tsv, .csv, .jsonl or .json")
+    rows = _separated(table) if separator == "," else _tabbed(table)
+    _, columns = next(rows, (1, []))
+    for column in (image, caption):
+        if columns.count(column) != 1:
+            raise ValueError(
+                f"{table} has {'two columns' if column in columns else 'no column'} {column!r}; its columns are "
+                f"{', '.join(columns)}: name those of path and caption by --image and --caption"
+            )
+    if rest and columns[-1] != caption:
+        raise ValueError(f"{table}: {caption!r} is not the last of its columns, which are {', '.join(columns)}")
+    for line, cells in rows:
+        if rest and len(cells) > len(columns):
+            cells[len(columns) - 1 :] = [separator.join(cells[len(columns) - 1 :])]
+        if len(cells) != len(columns):
+            few, count = len(cells) < len(columns), f"{len(cells)} for the header's {len(columns)}"
+            remedy = (
+                "" if few else f"; {REMEDY[separator]}, or, if the caption comes last, give --rest-is-caption"
+            )
+            raise ValueError(f"{table}, line {line}: too {'few' if few else 'many'} columns, {count}{remedy}")
+        yield cells[columns.index(image)], cells[columns.index(caption)]
+
+
+def _tabbed(table: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line and cells of each row of a .tsv table: quotes are part of its captions."""
+    return ((number, line.split("\t")) for number, line in read_lines(table) if line)
+
+
+def _separated(table: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line where it begins and cells of each row of a .csv table, in which quotes have a meaning."""
+    csv.field_size_limit(LONGEST_CELL)
+    rows = csv.reader((f"{line}\n" for _, line in read_lines(table)), strict=True)
+    while True:
+        line = rows.line_num + 1
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            raise ValueError(f"{table}, line {line}: {error}; is a quote of this row not closed?") from None
+        if cells is None:
+            return
+        if cells:
+            yield line, cells
+
+
+def _text(value: Any, field: str, place: str) -> str:
+    """What a record has in a field, if it is a text. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: no string in the field {field!r}")
+    require_text(value, place)
+    return value
