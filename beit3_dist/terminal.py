@@ -18,7 +18,7 @@ class Unfailing:
 
     def __init__(self, stream: TextIO | None) -> None:
         """`stream`: None where the process was started without it."""
-        self._stream = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115 (open as long as the process)
+        self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115 (open as long as the process)
 
     def write(self, text: str) -> int:
         """Characters taken: all of them."""

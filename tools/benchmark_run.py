@@ -47,7 +47,7 @@ def read(recipe: Path) -> dict[str, Any]:
     """The recipe's sections. Raises ValueError where it is no recipe."""
     if not recipe.is_file():
         raise ValueError(f"--recipe {recipe} is no file")
-    sections = yaml.safe_load(recipe.read_text()) or {}
+    sections = yaml.safe_load(recipe.read_bytes()) or {}
     if missing := {"model", "data"} - sections.keys():
         raise ValueError(f"--recipe {recipe} has no section {', '.join(sorted(missing))}")
     return sections
@@ -170,7 +170,7 @@ def measure(options: Namespace, arguments: list[str]) -> dict[str, Any]:
     out = options.folder / f"run-{os.getpid()}"
     log = options.log or out.with_suffix(".log")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    with open(log, "w") as output:
+    with open(log, "wb") as output:
         process = subprocess.Popen(
             command(options, arguments, out), cwd=REPOSITORY, env=environment, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
@@ -208,13 +208,13 @@ def wait(process: subprocess.Popen[bytes], metrics: Path, steps: int, deadline: 
 
 def records(metrics: Path) -> list[dict[str, Any]]:
     """The steps that are recorded whole."""
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = io.BytesIO(metrics.read_bytes()) if metrics.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def reason(log: Path) -> str:
     """Why a run ended by itself: its last line that says so."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_bytes().decode(errors="replace").split("\n") if line.strip()]
     if any("OutOfMemoryError" in line or "out of memory" in line for line in lines):
         return "it does not fit"
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line) or ": error: " in line]

@@ -37,7 +37,6 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-import yaml
 from benchmark_recipe import micro_batch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -50,6 +49,7 @@ from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model import BEiT3
 from beit3_dist.model.vqkd import VQKD
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.opening import read_yaml
 from beit3_dist.parallel.kernels import use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
@@ -410,7 +410,7 @@ def _optimizer(network: BEiT3, optim: OptimConfig, groups: Groups) -> Any:
 
 def benchmark_traffic(options: Namespace) -> dict[str, Any]:
     """The account of a recipe's model."""
-    recipe = yaml.safe_load(options.recipe.read_text())
+    recipe = read_yaml(options.recipe)
     model = ModelConfig(**recipe["model"])
     batches = [micro_batch(model, recipe["data"], options.samples)] * options.accumulation
     tokenizer = None
@@ -456,7 +456,7 @@ def check(options: Namespace) -> None:
     """Raises ValueError for what cannot be counted."""
     if not options.recipe.is_file():
         raise ValueError(f"--recipe {options.recipe} is no file")
-    missing = {"model", "data", "optim"} - (yaml.safe_load(options.recipe.read_text()) or {}).keys()
+    missing = {"model", "data", "optim"} - read_yaml(options.recipe).keys()
     if missing:
         raise ValueError(f"--recipe {options.recipe} has no section {', '.join(sorted(missing))}")
     for name in ("samples", "accumulation"):

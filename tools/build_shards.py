@@ -282,7 +282,7 @@ def build(options: Namespace) -> None:
         "left_out": options.left_out,
         "shards": shards,
     }
-    (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n")
+    (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(options.out)
     print(*summary(shards), sep="\n")
 

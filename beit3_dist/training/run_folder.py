@@ -16,6 +16,7 @@ from beit3_dist.checkpoint.files import write_text
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import TrainingConfig
 from beit3_dist.data.faults import Fault
+from beit3_dist.opening import read_text
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.training.computing import computed_by
 from beit3_dist.training.metrics import JsonLines, Reporter, aside
@@ -111,7 +112,7 @@ def keep_config(out: Path, recipe: str, step: int) -> None:
     stretches behind which the run has gone back are moved aside."""
     for path in out.glob("config_step_*.yaml"):
         begun = re.fullmatch(r"config_step_(\d+)\.yaml", path.name)
-        if begun and (int(begun[1]) > step or int(begun[1]) == step and path.read_text() != recipe):
+        if begun and (int(begun[1]) > step or int(begun[1]) == step and read_text(path) != recipe):
             path.rename(aside(path))
     for name in (f"config_step_{step:07d}.yaml", "config.yaml"):
         write_text(out / name, recipe)
