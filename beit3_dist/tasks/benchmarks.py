@@ -15,7 +15,7 @@ from typing import Any
 
 from beit3_dist.data.kinds import folders_in, pictures_in
 from beit3_dist.data.text_files import read_large_json, read_records, require_text
-from beit3_dist.tasks.vqa_answers import normalised, soft_scores
+from beit3_dist.tasks.vqa_answers import check_names, normalised, soft_scores
 
 LEAST_ANSWERS = 9
 """Questions that must have an answer as their most frequent one for it to be learnt: 3,129 answers of VQA v2."""
@@ -203,9 +203,11 @@ def nlvr2(folder: Path) -> Indexes:
 def imagenet(folder: Path) -> tuple[Indexes, list[str]]:
     """Indexes of FOLDER/train and FOLDER/val, which have a folder per class, and the names of these, sorted.
 
-    Raises ValueError where a side lacks pictures, or val has a class that train has not.
+    Raises ValueError where a side or a class of train lacks pictures, val has a class that train has not, or a class
+    has a name that no list of classes can hold.
     """
     classes = _folders(folder / "train")
+    check_names((f"{folder / 'train'}, class {label}", name) for label, name in enumerate(classes))
     unknown = sorted(set(_folders(folder / "val")) - set(classes))
     if unknown:
         raise ValueError(f"{folder / 'val'} has folders that train has not: {', '.join(unknown[:5])}")
@@ -220,6 +222,10 @@ def imagenet(folder: Path) -> tuple[Indexes, list[str]]:
     for name, lines in indexes.items():
         if not lines:
             raise ValueError(f"{folder}: no picture for {name}; a side has a folder of pictures per class")
+    seen = {line["label"] for line in indexes["imagenet.train.index.jsonl"]}
+    for label, name in enumerate(classes):
+        if label not in seen:
+            raise ValueError(f"{folder / 'train' / name} holds no picture, but would be a class: take the folder out")
     return indexes, classes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,62 @@ def test_what_is_missing_or_malformed_is_one_line(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert "already exists" in refused(capsys, "demo", None, tmp_path / "full", *words)
+
+
+def test_official_numbers_that_come_twice(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--text_tokenizer", spm)
+    source = vqa_files(tmp_path / "vqa", pictures=3)
+    files = {"v2_mscoco_val2014_annotations": "annotations", "v2_OpenEnded_mscoco_test2015_questions": "questions"}
+    for name, field in files.items():
+        whole = (source / f"{name}.json").read_text()
+        records = json.loads(whole)[field]
+        (source / f"{name}.json").write_text(json.dumps({field: [*records, records[0]]}))
+        said = refused(capsys, "vqa", source, tmp_path / "out", *words)
+        assert f"{name}.json: question_id {records[0]['question_id']} comes twice" in said
+        (source / f"{name}.json").write_text(whole)
+    coco = karpathy(tmp_path / "dataset_coco.json", filepath=lambda _: "val2014", cocoid=lambda number: number // 2)
+    assert "dataset_coco.json: cocoid 0 comes twice" in refused(capsys, "coco", coco, tmp_path / "out", *words)
+    line = json.dumps({"sentence": "both", "label": "True", "identifier": "train-1-0-0"}) + "\n"
+    for name in ("train", "dev", "test1"):
+        (tmp_path / f"{name}.json").write_text(line * 2)
+    said = refused(capsys, "nlvr2", tmp_path, tmp_path / "out", *words)
+    assert "train.json: identifier train-1-0-0 comes twice" in said
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\ufeffcat", "caf\udce9"])
+def test_folders_that_no_list_of_classes_can_hold(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("train/dog", f"train/{name}", "val/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jpg").write_bytes(b"a picture")
+    said = refused(capsys, "imagenet", tmp_path, tmp_path / "out")
+    assert f"{tmp_path / 'train'}, class " in said
+    (tmp_path / "train" / name).rename(tmp_path / "train" / "cat")
+    run("imagenet", tmp_path, tmp_path / "out")
+
+
+def test_a_folder_without_pictures_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("train/cat", "train/lost+found", "train/.thumbnails", "val/cat"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / ("a.jpg" if folder.endswith("cat") else "notes")).write_bytes(b"a picture")
+    assert "train/lost+found holds no picture, but would be" in refused(capsys, "imagenet", tmp_path, tmp_path / "out")
+    shutil.rmtree(tmp_path / "train" / "lost+found")
+    run("imagenet", tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "imagenet.classes.txt").read_text() == "cat\n"
+
+
+def test_answers_are_read_as_in_training(
+    tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks, "VALIDATION_PICTURES", 2)
+    source = vqa_files(tmp_path / "vqa", pictures=5)
+    (tmp_path / "answers.txt").write_bytes(b"\xef\xbb\xbf2\r\nmany\r\n")
+    run("vqa", source, tmp_path / "out", "--text_tokenizer", spm, "--answers", tmp_path / "answers.txt")
+    assert [line["answer"] for line in read(tmp_path / "out" / "answer2label.txt")] == ["2", "many"]
+    (tmp_path / "answers.txt").write_text("2\nmany\n2\n")
+    words = ("--text_tokenizer", spm, "--answers", tmp_path / "answers.txt")
+    assert "line 3: '2' is also the name at" in refused(capsys, "vqa", source, tmp_path / "out", *words)
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo

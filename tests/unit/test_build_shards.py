@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import io
 import json
@@ -196,6 +197,19 @@ def test_pairs_from_every_kind_of_table(kind: str, tmp_path: Path) -> None:
     assert skipped == [[str(tmp_path / "pictures" / "c.png"), "empty caption"]]
 
 
+def test_the_rest_of_a_row_is_caption_where_that_is_said(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", 0)
+    (tmp_path / "table.csv").write_text("image,caption\na.png,a dog, running on grass\n")
+    assert run("pairs", tmp_path / "table.csv", tmp_path / "out", "--held-out", 0, "--rest-is-caption") == 0
+    assert contents(tmp_path / "out" / "train")[1][1] == b"a dog, running on grass"
+
+
+def test_an_array_of_texts_is_not_cut_into_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}], indent=1))
+    assert run("texts", tmp_path / "a.json", tmp_path / "out", "--held-out", 0) == 0
+    assert contents(tmp_path / "out" / "train")[0][1] == b'{"text": "one"}\n{"text": "two"}\n'
+
+
 def test_pictures_of_a_table_are_relative_to_it(tmp_path: Path) -> None:
     save(tmp_path / "data" / "pictures" / "a.png", 0)
     (tmp_path / "data" / "table.tsv").write_text("image\tcaption\npictures/a.png\ta\n")
@@ -286,6 +300,8 @@ def test_bad_input_is_one_line_and_code_2(pictures: Path, tmp_path: Path, capsys
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.tsv").write_text("image\ttext\n")
     (tmp_path / "short.csv").write_text("image,caption\na.png\n")
+    rows = [f"{number % 4}/{number:02d}.png,a dog" for number in range(40)]
+    (tmp_path / "long.csv").write_text("\n".join(["image,caption", *rows[:37], rows[37] + ", running", *rows[38:]]))
     (tmp_path / "table.xls").write_text("")
     (tmp_path / "rows.tsv").write_text("image\tcaption\n")
     (tmp_path / "empty.txt").write_text("\n")
@@ -305,6 +321,7 @@ def test_bad_input_is_one_line_and_code_2(pictures: Path, tmp_path: Path, capsys
         ("empty.txt: there is no usable sample", ("texts", tmp_path / "empty.txt", out)),
         ("has no column 'caption'; its columns are image, text: name those of", ("pairs", tmp_path / "table.tsv", out)),
         ("short.csv, line 2: too few columns", ("pairs", tmp_path / "short.csv", out)),
+        ("long.csv, line 39: too many columns", ("pairs", tmp_path / "long.csv", out, "--root", pictures)),
         ("a table ends in", ("pairs", tmp_path / "table.xls", out)),
         ("there is no file", ("pairs", tmp_path / "absent.tsv", out)),
         ("bad.jsonl, line 2: no string in the field 'text'", ("texts", tmp_path / "bad.jsonl", out)),
@@ -312,6 +329,7 @@ def test_bad_input_is_one_line_and_code_2(pictures: Path, tmp_path: Path, capsys
     ]
     for message, arguments in cases:
         assert run(*arguments) == 2, message
+        gc.collect()  # files that were left open would complain
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
         assert not out.exists()

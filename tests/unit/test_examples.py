@@ -172,3 +172,29 @@ def test_a_picture_outside_of_the_root_is_refused(name: str, task: str, root: Pa
 def test_a_whole_name_inside_of_the_root_is_taken(root: Path) -> None:
     (example,) = read(root, "imagenet", RECORDS["imagenet"] | {"image_path": str(root / "a/x.JPEG")})
     assert example.images == (root / "a/x.JPEG",)
+
+
+@pytest.mark.parametrize(
+    ("task", "field"), [("vqa", "qid 42"), ("nlvr2", "identifier dev-0-1"), ("captioning", "image_id 11")]
+)
+def test_two_examples_of_one_prediction_are_refused(task: str, field: str, root: Path) -> None:
+    first, second = write(root, RECORDS[task], name="a.jsonl"), write(root, "", RECORDS[task], name="b.jsonl")
+    assert len(read_index([first, second], task, root)) == 2  # in training a question may come several times
+    with pytest.raises(ValueError, match=rf"b.jsonl, line 2: {field} is also that of .*a.jsonl, line 1") as error:
+        read_index([first, second], task, root, predicted=True)
+    assert "\n" not in str(error.value)
+    assert len(read_index([first], task, root, predicted=True)) == 1
+
+
+def test_pictures_have_several_texts_in_retrieval(root: Path) -> None:
+    file = write(root, RECORDS["retrieval"], RECORDS["retrieval"])
+    assert len(read_index(file, "retrieval", root, predicted=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "change"), [("captioning", {"captions": ["a \ud83d"]}), ("vqa", {"answers": ["\udc00"]})]
+)
+def test_half_a_surrogate_pair_in_references_is_named(task: str, change: dict, root: Path) -> None:
+    field = next(iter(change))
+    with pytest.raises(ValueError, match=rf"index.jsonl, line 1: the field '{field}': half a surrogate pair"):
+        read(root, task, RECORDS[task] | change)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,62 @@ def test_pictures_stand_upright() -> None:
     upright = open_picture(Image.open(file))
     assert upright.size == (4, 8)
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(picture), -1))
+
+
+ONE = "are given as a list and have a result each; this is one"
+ALONE = {  # task -> what is asked with one input that is in no list
+    "a text": ("retrieval", lambda m, p: m.embed_texts("a red circle")),
+    "bytes": ("retrieval", lambda m, p: m.embed_texts(b"a red circle")),
+    "a picture by name": ("retrieval", lambda m, p: m.embed_images(str(p[0]))),
+    "a picture by path": ("retrieval", lambda m, p: m.embed_images(p[0])),
+    "a picture of Pillow's": ("retrieval", lambda m, p: m.embed_images(Image.open(p[0]))),
+    "an array": ("retrieval", lambda m, p: m.embed_images(np.zeros((8, 8, 3), np.uint8))),
+    "a question": ("vqa", lambda m, p: m.answer(p[:1], "w")),
+    "a picture to ask about": ("vqa", lambda m, p: m.answer("a", ["what?"])),
+    "both": ("vqa", lambda m, p: m.answer(str(p[0]), "what is it?")),
+    "a picture to class": ("imagenet", lambda m, p: m.classify(str(p[0]))),
+    "a sentence to class": ("text", lambda m, p: m.classify("a red circle")),
+    "a picture to tell of": ("captioning", lambda m, p: m.caption(p[0])),
+    "a pair": ("nlvr2", lambda m, p: m.is_true((str(p[0]), str(p[1])), ["both", "are red"])),
+    "a truth": ("nlvr2", lambda m, p: m.is_true([(p[0], p[1])], "b")),
+    "no input": ("captioning", lambda m, p: m.caption(None)),
+}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_one_input_alone_is_refused(case: str, folders: dict[str, Path], pictures: list[Path]) -> None:
+    task, ask = ALONE[case]
+    with pytest.raises(ValueError, match=ONE) as error:
+        ask(Model.load(folders[task], device="cpu"), pictures)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "ask", "reason"),
+    [
+        ("text", lambda m, p: m.classify(p), "texts are strings, not PosixPath"),
+        ("text", lambda m, p: m.classify([Image.open(p[0])]), "texts are strings, not PngImageFile"),
+        ("retrieval", lambda m, p: m.embed_texts([["a", "red"]]), "texts are strings, not list"),
+        ("retrieval", lambda m, p: m.embed_texts(["a", "\ud83d"]), r"texts\[1\]: half a surrogate pair"),
+        ("vqa", lambda m, p: m.answer(p[:1], [3]), "questions are strings, not int"),
+        ("retrieval", lambda m, p: m.embed_images([b"a"]), "a picture is a path, a PIL image or an array, not bytes"),
+        ("imagenet", lambda m, p: m.classify([p]), "a picture is a path, a PIL image or an array, not list"),
+        ("captioning", lambda m, p: m.caption([None]), "a picture is a path, a PIL image or an array, not NoneType"),
+        ("nlvr2", lambda m, p: m.is_true([p[:3]], ["both are red"]), "a sentence is about two pictures, not 3"),
+        ("nlvr2", lambda m, p: m.is_true([p[:1]], ["it is red"]), "a sentence is about two pictures, not 1"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused(
+    task: str, ask: Callable, reason: str, folders: dict[str, Path], pictures: list[Path]
+) -> None:
+    with pytest.raises(ValueError, match=reason) as error:
+        ask(Model.load(folders[task], device="cpu"), pictures)
+    assert "\n" not in str(error.value)
+
+
+def test_lists_may_be_any_that_have_an_order(folders: dict[str, Path], pictures: list[Path]) -> None:
+    model = Model.load(folders["retrieval"], device="cpu")
+    assert torch.equal(model.embed_texts(text for text in SENTENCES), model.embed_texts(tuple(SENTENCES)))
+    batch = np.stack([np.asarray(open_picture(pictures[1]))] * 2)
+    assert model.embed_images(batch).shape == (2, 32)
+    assert model.embed_texts([]).shape == (0, 32)

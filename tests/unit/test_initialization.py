@@ -10,7 +10,7 @@ from torch import nn
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.model.initialization import initial_value, materialize
+from beit3_dist.model.initialization import initial_value, materialize, zeros
 
 SIZE = {
     "layers": 4,
@@ -118,3 +118,13 @@ def test_the_gain_comes_after_the_cut() -> None:
     for part, bound in (("q", 0.02), ("k", 0.02), ("v", 0.02 * gain), ("out", 0.02 * gain)):
         largest = drawn[f"blocks.2.attention.{part}.vision.weight"].abs().max().item()
         assert 0.99 * bound < largest <= bound * (1 + 1e-6)
+
+
+def test_what_is_frozen_on_the_meta_device_stays_frozen() -> None:
+    model = BEiT3(RELEASED, device="meta")
+    model.vision_embedding.requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    materialize(model, zeros, "cpu")
+    assert frozen and {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
+    materialize(model.requires_grad_(False), zeros, "cpu")
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from beit3_dist.model import BEiT3
 from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.objectives import distillation
 from beit3_dist.objectives.distillation import build_teacher
-from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
+from beit3_dist.weights import Ignored, read_weights_file, require_finite, state_dict_in
 from tests.unit import test_distillation as clip
 from tests.unit.test_formats import TINY, released
 from tests.unit.test_inference import save as save_fine_tuned
@@ -215,6 +216,21 @@ def test_a_training_programs_file_is_taken(holder: str | None, prefix: str, tmp_
     torch.save({holder: weights, **beside} if holder else weights, tmp_path / "a.pth")
     found = state_dict_in(read_weights_file(tmp_path / "a.pth"), "a.pth")
     assert found.keys() == state().keys() and all(torch.equal(found[name], value) for name, value in state().items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_training_programs_keep_beside_the_weights_is_not_made(zipped: bool, tmp_path: Path) -> None:
+    """unilm takes learning rates from a table of numpy's, others keep states of generators and paths."""
+    beside = {
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-4), "weight_decay": np.float32(0.05)}]},
+        "args": argparse.Namespace(output_dir=Path("out"), lr=np.float64(1e-4), window_size=(14, 14), flags={"a"}),
+        "rng": np.random.default_rng(0).bit_generator.state | {"keys": np.zeros(4, np.uint32), "name": np.str_("a")},
+    }
+    torch.save({"model": state(), **beside}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    content = read_weights_file(tmp_path / "a.pth")
+    found = state_dict_in(content, "a.pth")
+    assert found.keys() == state().keys() and all(torch.equal(found[name], value) for name, value in state().items())
+    assert type(content["optimizer"]["param_groups"][0]["lr"]) is type(content["args"].output_dir) is Ignored
 
 
 def test_the_prefix_of_a_compiled_part(tmp_path: Path) -> None:
