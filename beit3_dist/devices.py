@@ -43,5 +43,5 @@ def _reason() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return str(error).splitlines()[0]
+        return str(error).partition("\n")[0]
     return "torch finds none"

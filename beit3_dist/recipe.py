@@ -23,7 +23,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     lines are all commented out.
     """
     try:
-        text = read_text(path, MOST_YAML).removeprefix("\ufeff")
+        text = read_text(path, MOST_YAML)
     except OSError as error:
         raise ValueError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
     try:
