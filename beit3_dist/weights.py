@@ -57,7 +57,10 @@ def read_weights_file(path: str | os.PathLike[str], torchscript: bool = False) -
 
     Raises OSError where there is no regular file, ValueError for one that holds other things.
     """
-    path, size = Path(path), regular_size(path)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    size = regular_size(path)
     try:
         if path.suffix.lower() == ".safetensors":
             return load_file(path)

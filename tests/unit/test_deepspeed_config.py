@@ -159,7 +159,7 @@ def test_unreadable_files(written, tmp_path: Path) -> None:
         deepspeed_config(run_config(tmp_path / "nowhere.json"), 2)
     with pytest.raises(ValueError, match=r"deepspeed_config: .*ds\.json is not JSON"):
         deepspeed_config(run_config(written("{")), 2)
-    with pytest.raises(ValueError, match=r"deepspeed_config: .*ds\.json holds no JSON object"):
+    with pytest.raises(ValueError, match=r"deepspeed_config: .*ds\.json must hold a JSON object"):
         deepspeed_config(run_config(written([1])), 2)
 
 

@@ -129,7 +129,7 @@ def test_pictures_of_classes_come_with_the_names_of_these(folder: Path) -> None:
     (folder / "names.txt").write_text("a cat\na  cat\n")
     with pytest.raises(ValueError, match="classes 0 and 1 are both called 'a  cat'"):
         prepare_finetuning(config, MESH)
-    (folder / "names.txt").write_text("a cat\n\n")
+    (folder / "names.txt").write_text('["a cat", ""]')
     with pytest.raises(ValueError, match="class 1 has no name"):
         prepare_finetuning(config, MESH)
 
