@@ -59,7 +59,8 @@ class TextTokenizer:
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.pieces = self.model.get_piece_size()
-        except RuntimeError:
+            self.model.decode(list(range(self.pieces)))  # a piece that is no text in UTF-8 fails here, not in use
+        except (RuntimeError, UnicodeError):
             self.pieces = 0
         if self.pieces == 0:
             raise ValueError(f"text_tokenizer: {path!r} is not a SentencePiece model file")
