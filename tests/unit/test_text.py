@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,23 @@ def test_bad_tokenizer_files(tmp_path: Path) -> None:
     other = train_tokenizer(tmp_path / "other.spm", unk_id=3, bos_id=1, eos_id=2, pad_id=0)
     with pytest.raises(ValueError, match=r"text_tokenizer: .*unk, bos, eos = \(3, 1, 2\)"):
         TextTokenizer(str(other))
+
+
+def test_pieces_that_are_no_text_are_refused(model: Path, tmp_path: Path) -> None:
+    """They failed where a text was made of them, long after the start."""
+    data, word = model.read_bytes(), "\u2581the".encode()
+    assert word in data
+    (tmp_path / "words.spm").write_bytes(data.replace(word, word[:-3] + b"\xfft\xfe", 1))
+    with pytest.raises(ValueError, match=r"words\.spm.* is not a SentencePiece model file"):
+        TextTokenizer(str(tmp_path / "words.spm"))
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "device"])
+def test_what_is_no_file_is_no_tokenizer(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "words.spm"
+    os.mkfifo(path) if kind == "FIFO" else path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="text_tokenizer: there is no file"):
+        TextTokenizer(str(path))
 
 
 @pytest.mark.parametrize("text_length", [3, 7, 18, 4000])
