@@ -141,9 +141,12 @@ def spoil_value(value: Any, draw: random.Random) -> Any:
 def spoil_json(data: bytes, draw: random.Random, indent: int | None = None) -> bytes:
     """A JSON text with other bytes, another value, or a field twice."""
     kind = draw.randrange(10)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):  # it is spoilt already
+        kind = 0
     if kind < 3:
         return spoil_bytes(data, draw)
-    value = json.loads(data)
     if kind == 3 and isinstance(value, dict) and value:
         key = draw.choice(list(value))
         return (as_text(value)[:-1] + f", {json.dumps(key)}: {as_text(odd_value(draw))}}}").encode()
@@ -241,7 +244,7 @@ def spoil_lines(data: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.randint(1, 3)):
         place = draw.randrange(len(lines))
         if draw.random() < 0.9 or len(lines[place]) > 1000:
-            lines[place] = spoil_json(lines[place] if lines[place][:1] == b"{" else b"{}", draw)
+            lines[place] = spoil_json(lines[place], draw)
         else:
             lines[place] *= draw.choice([2, 5000])
     start = b"\xef\xbb\xbf" if draw.random() < 0.1 else b""
