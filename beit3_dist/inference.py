@@ -252,7 +252,7 @@ def _check_task(task: dict[str, Any]) -> None:
 
 def _listed(given: Any, what: str) -> list[Any]:
     """What was given as a list of `what`. Raises ValueError for a single one, which would be taken apart."""
-    one = given.ndim < 4 if isinstance(given, np.ndarray) else isinstance(given, (*PICTURES, bytes))
+    one = given.ndim in (0, 2, 3) if isinstance(given, np.ndarray) else isinstance(given, (*PICTURES, bytes))
     if one or not isinstance(given, Iterable):
         raise ValueError(f"{what} are given as a list and have a result each; this is one {type(given).__name__}")
     return list(given)

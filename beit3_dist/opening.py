@@ -30,6 +30,8 @@ _OTHERS = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd",
     b"\xfd7zXZ\0": "compressed by xz",
     b"BZh": "compressed by bzip2",
+    b"PK\3\4": "a zip archive, as .xlsx is",
+    b"PAR1": "a Parquet file",
 }
 """How files begin that are given for text."""
 _KINDS = {

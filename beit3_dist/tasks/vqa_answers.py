@@ -54,6 +54,8 @@ def read_answers(path: Path) -> list[str]:
     first = next((line for _, line in read_lines(path)), "")
     read = _by_label if first.startswith("{") else read_records if first.startswith("[") else _by_line
     names = list(read(path))
+    if not names:
+        raise ValueError(f"{path} holds no name")
     check_names(names)
     return [name for _, name in names]
 

@@ -287,6 +287,7 @@ def test_inputs_of_another_kind_are_refused(
 def test_lists_may_be_any_that_have_an_order(folders: dict[str, Path], pictures: list[Path]) -> None:
     model = Model.load(folders["retrieval"], device="cpu")
     assert torch.equal(model.embed_texts(text for text in SENTENCES), model.embed_texts(tuple(SENTENCES)))
+    assert torch.equal(model.embed_texts(np.array(SENTENCES)), model.embed_texts(SENTENCES))
     batch = np.stack([np.asarray(open_picture(pictures[1]))] * 2)
     assert model.embed_images(batch).shape == (2, 32)
     assert model.embed_texts([]).shape == (0, 32)

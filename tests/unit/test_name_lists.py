@@ -44,6 +44,9 @@ REFUSED = {
     "an answer missing": ('{"label": 0}', "line 1: no answer, or no label that is an integer"),
     "a map": ('{"yes": 0, "no": 1}', "line 1: no answer, or no label that is an integer"),
     "a map of many lines": ('{\n"yes": 0,\n"no": 1\n}', "line 1: not JSON"),
+    "nothing": ("", " holds no name"),
+    "empty lines": ("\ufeff\n\n", " holds no name"),
+    "an empty array": ("[]", " holds no name"),
     "an array: twice": ('["yes", "no", "yes"]', "element 3: 'yes' is also the name at .*element 1"),
     "an array: hidden": ('[".DS_Store", "no"]', "element 1: '.DS_Store' is named like"),
     "an array of arrays": ('[["n01440764", "tench"]]', r"element 1: \['n01440764', 'tench'\] is no text"),
@@ -68,7 +71,6 @@ def test_what_cannot_be_meant_is_refused(case: str, tmp_path: Path) -> None:
         ('["", "woods"]', ["", "woods"]),
         ('{"answer": "b", "label": 1}\n\n{"answer": "a", "label": 0, "count": 9}\n', ["a", "b"]),
         ("yes\nno\n\n \n", ["yes", "no"]),
-        ("", []),
     ],
 )
 def test_what_can_be_meant_is_read(content: str, names: list[str], tmp_path: Path) -> None:
