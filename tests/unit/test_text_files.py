@@ -158,7 +158,8 @@ def test_what_is_not_utf8_is_named_by_file_and_line(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("start", "kind"), [(b"\xff\xfe", "UTF-16"), (b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\3\4", "zip")]
+    ("start", "kind"),
+    [(b"\xff\xfe", "UTF-16"), (b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"PK\3\4", "zip")],
 )
 def test_what_else_it_is_is_told(start: bytes, kind: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(start + b"\x8b\xff\n\xff")
