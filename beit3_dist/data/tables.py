@@ -68,12 +68,16 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
         if rest and len(cells) > len(columns):
             cells[len(columns) - 1 :] = [separator.join(cells[len(columns) - 1 :])]
         if len(cells) != len(columns):
-            few, count = len(cells) < len(columns), f"{len(cells)} for the header's {len(columns)}"
-            remedy = (
-                "" if few else f"; {REMEDY[separator]}, or, if the caption comes last, give --rest-is-caption"
-            )
-            raise ValueError(f"{table}, line {line}: too {'few' if few else 'many'} columns, {count}{remedy}")
+            raise ValueError(f"{table}, line {line}: {_too_many_or_few(len(cells), len(columns), separator)}")
         yield cells[columns.index(image)], cells[columns.index(caption)]
+
+
+def _too_many_or_few(cells: int, columns: int, separator: str) -> str:
+    """What is wrong with a row of so many cells, and the remedy."""
+    if cells < columns:
+        return f"too few columns, {cells} for the header's {columns}"
+    remedy = f"{REMEDY[separator]}, or, if the caption comes last, give --rest-is-caption"
+    return f"too many columns, {cells} for the header's {columns}; {remedy}"
 
 
 def _tabbed(table: Path) -> Iterator[tuple[int, list[str]]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize, zeros
+from beit3_dist.parallel.tensor import apply_tensor_parallelism
 
 SIZE = {
     "layers": 4,
@@ -128,3 +131,13 @@ def test_what_is_frozen_on_the_meta_device_stays_frozen() -> None:
     assert frozen and {name for name, p in model.named_parameters() if not p.requires_grad} == frozen
     materialize(model.requires_grad_(False), zeros, "cpu")
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_frozen_stays_frozen_when_it_is_cut_over_ranks() -> None:
+    model = BEiT3(RELEASED, device="meta")
+    model.language_embedding.requires_grad_(False)
+    model.blocks[0].requires_grad_(False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
+    apply_tensor_parallelism(model, group, sequence=False)
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
