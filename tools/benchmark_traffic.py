@@ -330,7 +330,7 @@ def on_meta(traffic: Traffic) -> Iterator[None]:
             triton = import_module("triton")
             run = lambda kernel, *args, **kwargs: traffic.launch(kernel, *args, **kwargs)  # noqa: E731
             stack.enter_context(patch.object(triton.JITFunction, "run", run))
-            for module in ("layer_norm", "residual_norm", "sums"):
+            for module in ("launch", "sums"):
                 stack.enter_context(patch(f"beit3_dist.kernels.triton.{module}.processors", lambda _: PROCESSORS))
         stack.enter_context(traffic)
         yield
