@@ -112,7 +112,7 @@ class RowParallelLinear(Linear):
 
     def __init__(self, whole: nn.Linear, ranks: int) -> None:
         super().__init__(whole.in_features, whole.out_features, device="meta")
-        self.ranks = ranks
+        self.weight, self.bias, self.ranks = whole.weight, whole.bias, ranks
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, self.weight, Share.apply(self.bias, self.ranks))
@@ -123,7 +123,7 @@ class TokenParallelLayerNorm(LayerNorm):
 
     def __init__(self, whole: nn.LayerNorm, group: dist.ProcessGroup) -> None:
         super().__init__(whole.normalized_shape, whole.eps, device="meta")
-        self.group = group
+        self.weight, self.bias, self.group = whole.weight, whole.bias, group
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = Copy.apply(self.weight, self.group), Copy.apply(self.bias, self.group)

@@ -133,11 +133,12 @@ def test_what_is_frozen_on_the_meta_device_stays_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_what_is_frozen_stays_frozen_when_it_is_cut_over_ranks() -> None:
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_is_frozen_stays_frozen_when_it_is_cut_over_ranks(sequence: bool) -> None:
     model = BEiT3(RELEASED, device="meta")
     model.language_embedding.requires_grad_(False)
-    model.blocks[0].requires_grad_(False)
+    model.blocks["0"].requires_grad_(False)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     group: Any = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
-    apply_tensor_parallelism(model, group, sequence=False)
+    apply_tensor_parallelism(model, group, sequence)
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
