@@ -32,9 +32,9 @@ def chosen_kernels(choice: str) -> str:
     return "triton" if torch.cuda.is_available() and _installed("triton") else "torch"
 
 
-def chosen_attention(choice: str, kernels: str, dtype: torch.dtype) -> str:
+def chosen_attention(choice: str, kernels: str, dtype: torch.dtype, head_dim: int) -> str:
     """Who computes attention's core, where `attention_kernel` leaves it open. `kernels`: as chosen."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
+    narrow = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0  # what the kernels take
     if choice != "auto" or kernels != "triton" or not narrow or not torch.cuda.is_available():
         return "padded" if choice == "auto" else choice
     hopper = torch.cuda.get_device_capability() >= (9, 0)
@@ -94,7 +94,8 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
             assert isinstance(block, Block)
             block.forward = CompiledForward(block)  # type: ignore[method-assign]
     elif choice == "triton":
-        _use_triton(model, chosen_attention(attention, choice, next(model.parameters()).dtype))
+        dtype, head_dim = next(model.parameters()).dtype, model.config.width // model.config.heads
+        _use_triton(model, chosen_attention(attention, choice, dtype, head_dim))
 
 
 def _use_triton(model: BEiT3, attention: str) -> None:

@@ -24,7 +24,9 @@ def computed_by(config: TrainingConfig | TokenizerConfig, device: torch.device) 
     if isinstance(config, TrainingConfig):
         kernels = chosen_kernels(config.kernels)
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        parts += [f"kernels {kernels}", f"attention {chosen_attention(config.attention_kernel, kernels, dtype)}"]
+        head_dim = config.model.width // config.model.heads
+        attention = chosen_attention(config.attention_kernel, kernels, dtype, head_dim)
+        parts += [f"kernels {kernels}", f"attention {attention}"]
         if kernels == "torch":
             parts.append(f"LayerNorm {'torch' if not on_gpu or apex_layer_norm() is None else 'Apex'}")
     return ", ".join(parts)

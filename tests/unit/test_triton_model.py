@@ -12,6 +12,7 @@ from beit3_dist.config import ModelConfig, ObjectiveConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.parallel import kernels
 from beit3_dist.parallel.kernels import check_kernels, use_kernels
 from beit3_dist.training.inputs import masked_counts, prepare
 from tests.equality import assert_close, assert_tensors_close
@@ -58,3 +59,40 @@ def test_triton_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="kernels=triton needs a CUDA device: use kernels=torch"):
         check_kernels(config.kernels)
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "dtype", "head_dim", "expected"),
+    [
+        (("flash_attn.cute", "torch.nn.attention.varlen"), (9, 0), torch.bfloat16, 88, "flash"),
+        (("flash_attn.cute", "torch.nn.attention.varlen"), (8, 0), torch.bfloat16, 88, "varlen"),
+        (("torch.nn.attention.varlen",), (9, 0), torch.bfloat16, 64, "varlen"),
+        ((), (9, 0), torch.bfloat16, 64, "padded"),
+        (("flash_attn.cute",), (9, 0), torch.float32, 64, "padded"),
+        (("flash_attn.cute",), (9, 0), torch.bfloat16, 12, "padded"),
+    ],
+)
+def test_the_fastest_attention_that_can_run_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: tuple[str, ...],
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(kernels, "_installed", lambda module: module in installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert kernels.chosen_attention("auto", "triton", dtype, head_dim) == expected
+    assert kernels.chosen_attention("auto", "torch", dtype, head_dim) == "padded"
+    assert kernels.chosen_attention("padded", "triton", dtype, head_dim) == "padded"
+
+
+@pytest.mark.parametrize("attention", ["varlen", "flash"])
+def test_what_attention_needs_is_said(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=f"attention_kernel={attention} needs kernels=triton, precision=bf16 and"):
+        check_kernels("torch", attention)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "_installed", lambda module: module == "triton")
+    with pytest.raises(ValueError, match=f"attention_kernel={attention} needs (the package|torch)"):
+        check_kernels("triton", attention)
