@@ -16,7 +16,8 @@ def check_size(what: str, size: int, most: int) -> None:
 
 
 class StreamFailed(RuntimeError):
-    """Nothing of a stream can be used: the run has to stop. The message says why, in one line."""
+    """Nothing of a stream can be used, or not the one example that is needed: the run has to stop. The message says
+    why, in one line."""
 
     def __init__(self, message: str, faults: list[Fault] | None = None) -> None:
         """`faults`: what was tried last. Both are its arguments, so that it comes whole out of a loader process."""

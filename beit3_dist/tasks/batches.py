@@ -174,17 +174,18 @@ class Examples(Dataset):
         """The example of a place, and its views.
 
         In training an example that cannot be read, or whose picture cannot be decoded, is added to `faults`, and a
-        keyed probe of the same epoch takes its place. Raises ValueError for such an example in evaluation, where
-        nothing can take its place, and StreamFailed after 100 bad ones in a row.
+        keyed probe of the same epoch takes its place. Raises StreamFailed after 100 bad ones in a row, and for the
+        first one in evaluation, where nothing can take its place.
         """
         if not self.train:
-            name = f"number {place}"
+            shard, key = "", f"number {place}"
             try:
                 example = self.examples[place]
-                name = example.name
+                shard, key = str(next(iter(example.images), "")), example.name
                 return example, [self.views.evaluate(picture, self.image_size) for picture in self._pictures(example)]
             except BadSample as bad:
-                raise ValueError(f"example {name} cannot be evaluated: {bad}") from None
+                fault = Fault("examples", shard, key, str(bad))
+                raise StreamFailed(f"example {key} cannot be evaluated: {bad}", [fault]) from None
         length = len(self.examples)
         epoch, first = divmod(place, length)
         index = permute(first, length, mix(self.seed, Draw.ORDER, epoch))

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from beit3_dist import launched, leaving
 from beit3_dist.command_line import FAILED, STOPPED
+from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
 from beit3_dist.leaving import PREEMPTED, SIGNALS
 from beit3_dist.training import launch as module
@@ -124,9 +125,10 @@ def behind(error: OSError) -> RuntimeError:
         (FULL, "program: error: run/metrics.jsonl: No space left on device: make room, then", STOPPED),
         (behind(OSError(errno.EDQUOT, "Disk quota exceeded", "a")), "program: error: a: Disk quota exceeded:", STOPPED),
         (WorkerKilled("loader process 7 was killed by SIGKILL"), "program: error: loader process 7 was killed", FAILED),
+        (StreamFailed("example a.jpg cannot be evaluated"), "program: error: example a.jpg cannot be", STOPPED),
         (OSError(errno.EIO, "Input/output error", "a"), "Traceback", FAILED),
     ],
-    ids=["full disk", "quota", "killed worker", "another error"],
+    ids=["full disk", "quota", "killed worker", "validation example", "another error"],
 )
 def test_what_tells_all_is_told_in_one_line_with_its_exit_code(error: Exception, said: str, code: int) -> None:
     try:

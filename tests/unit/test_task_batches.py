@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import generator
 from beit3_dist.data.text import TextTokenizer
@@ -169,8 +170,9 @@ def test_a_broken_picture_is_replaced_in_training_and_stops_an_evaluation(exampl
     assert [(fault.shard, fault.key) for fault in faults] == [(str(broken), "name 5")]
     ids, expected = (torch.cat([batch.ids for batch in side]) for side in (batches, whole))
     assert torch.equal(ids[expected != 5], expected[expected != 5]) and 5 not in ids
-    with pytest.raises(ValueError, match="name 5 cannot be evaluated: .*broken.png"):
+    with pytest.raises(StreamFailed, match="name 5 cannot be evaluated: .*broken.png") as stop:
         dataset(some, train=False)[Places((5,), (True,))]
+    assert [(fault.shard, fault.key) for fault in stop.value.faults] == [(str(broken), "name 5")]
     with pytest.raises(RuntimeError, match="100 examples in a row"):
         dataset([replace(examples[0], images=(broken,))])[Places((0,), (True,))]
 
@@ -188,7 +190,7 @@ def test_a_pair_without_a_caption_is_replaced_in_training_and_stops_an_evaluatio
     faults = [fault for batch in batches for fault in batch.faults]
     assert [(fault.key, fault.reason) for fault in faults] == [("number 2", f"{tar}, 0002: empty caption")] * 2
     assert all(2 not in batch.ids and {0, 1, 3} == set(batch.ids.tolist()) for batch in batches)
-    with pytest.raises(ValueError, match="number 2 cannot be evaluated: .*pairs.tar, 0002: empty caption"):
+    with pytest.raises(StreamFailed, match="number 2 cannot be evaluated: .*pairs.tar, 0002: empty caption"):
         dataset(pairs, train=False)[Places((0, 1, 2, 3), (True,) * 4)]
 
 
@@ -198,7 +200,7 @@ def test_pictures_come_from_tars_as_well(examples: list[Example], tmp_path: Path
     member = TarMember(str(tar), tar.read_bytes().index(content), len(content))
     batch = dataset([replace(examples[1], images=(examples[1].images[0], member))], train=False)[Places((0,), (True,))]
     assert torch.equal(batch.images[0, 0], batch.images[0, 1])
-    with pytest.raises(ValueError, match="short read"):
+    with pytest.raises(StreamFailed, match="short read"):
         cut = replace(member, offset=tar.stat().st_size - 10)
         dataset([replace(examples[1], images=(cut,))], train=False)[Places((0,), (True,))]
 
