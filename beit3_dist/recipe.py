@@ -38,6 +38,14 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return fields
 
 
+def read_sections(path: str | Path, *names: str) -> dict[str, Any]:
+    """The fields of a recipe that has these sections. Raises ValueError as `read_recipe` does, and where one lacks."""
+    fields = read_recipe(path)
+    if lacking := [name for name in names if not isinstance(fields.get(name), dict)]:
+        raise ValueError(f"the recipe {path} has no section {', '.join(lacking)}")
+    return fields
+
+
 def _told(error: BaseException) -> str:
     """What YAML says of a text, with the line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:

@@ -29,7 +29,7 @@ from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.store import Store, TrainState, step_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.opening import read_yaml
+from beit3_dist.recipe import read_sections
 
 RECIPES = Path(__file__).parents[1] / "launchers" / "recipes"
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
@@ -43,9 +43,7 @@ def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
 
 def model_of(recipe: Path) -> ModelConfig:
     """The model of a recipe. Raises ValueError where there is none."""
-    if not recipe.is_file():
-        raise ValueError(f"--recipe {recipe} is no file")
-    return ModelConfig(**read_yaml(recipe).get("model", {}))
+    return ModelConfig(**read_sections(recipe, "model")["model"])
 
 
 class Contenders:

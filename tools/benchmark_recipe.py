@@ -22,17 +22,19 @@ from benchmark_step import Contender, MasterAdamW, OurStep, products_of, random_
 from beit3_dist.config import DataConfig, ModelConfig, OptimConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
-from beit3_dist.opening import read_yaml
+from beit3_dist.recipe import read_sections
 from beit3_dist.training.flops import peak_flops
 from beit3_dist.training.inputs import layout_of
 
 SHORTEST_CAPTION = 8
 KERNELS = ("torch", "triton", "compiled")
+SECTIONS = ("model", "data", "optim")
+"""Of a recipe that can be measured."""
 
 
 def benchmark_recipe(options: Namespace) -> dict[str, Any]:
     """Times every kind of kernels at every number of samples."""
-    recipe = read_yaml(options.recipe)
+    recipe = read_sections(options.recipe, *SECTIONS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
     with threads(options.threads):
@@ -135,11 +137,7 @@ def table(record: dict[str, Any]) -> str:
 
 def check(options: Namespace) -> None:
     """Raises ValueError for what cannot be measured."""
-    if not options.recipe.is_file():
-        raise ValueError(f"--recipe {options.recipe} is no file")
-    missing = {"model", "data", "optim"} - read_yaml(options.recipe).keys()
-    if missing:
-        raise ValueError(f"--recipe {options.recipe} has no section {', '.join(sorted(missing))}")
+    read_sections(options.recipe, *SECTIONS)
     for name, least in (("repeats", options.repeats), ("samples", min(options.samples))):
         if least < 1:
             raise ValueError(f"--{name} {least} is less than 1")

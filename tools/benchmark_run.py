@@ -32,8 +32,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the tokenizer's pieces."""
@@ -45,12 +43,10 @@ FIGURES = ("step_s", "tokens_per_s", "tflops_per_device", "mfu", "memory_gb", "d
 
 def read(recipe: Path) -> dict[str, Any]:
     """The recipe's sections. Raises ValueError where it is no recipe."""
-    if not recipe.is_file():
-        raise ValueError(f"--recipe {recipe} is no file")
-    sections = yaml.safe_load(recipe.read_bytes()) or {}
-    if missing := {"model", "data"} - sections.keys():
-        raise ValueError(f"--recipe {recipe} has no section {', '.join(sorted(missing))}")
-    return sections
+    sys.path.insert(0, str(REPOSITORY))
+    from beit3_dist.recipe import read_sections
+
+    return read_sections(recipe, "model", "data")
 
 
 # --------------------------------------------------------------------------------------------------------------- make
@@ -114,7 +110,6 @@ def shard(path: Path, samples: Iterator[dict[str, bytes]]) -> None:
 
 def image_tokenizer(path: Path, model: dict[str, Any], tiny: bool) -> None:
     """A network of base size for patches of 16 pixels, with random weights; `tiny`: a small one."""
-    sys.path.insert(0, str(REPOSITORY))
     from beit3_dist.model.vqkd import VQKD, save_vqkd
 
     patch = model["patch_size"] if tiny else 16

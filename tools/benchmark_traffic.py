@@ -37,7 +37,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from benchmark_recipe import micro_batch
+from benchmark_recipe import SECTIONS, micro_batch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,10 +49,10 @@ from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model import BEiT3
 from beit3_dist.model.vqkd import VQKD
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.opening import read_yaml
 from beit3_dist.parallel.kernels import use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
+from beit3_dist.recipe import read_sections
 from beit3_dist.training.image_targets import ImageTargets
 from beit3_dist.training.inputs import masked_counts, prepare
 from beit3_dist.training.optimizer import build_optimizer
@@ -410,7 +410,7 @@ def _optimizer(network: BEiT3, optim: OptimConfig, groups: Groups) -> Any:
 
 def benchmark_traffic(options: Namespace) -> dict[str, Any]:
     """The account of a recipe's model."""
-    recipe = read_yaml(options.recipe)
+    recipe = read_sections(options.recipe, *SECTIONS)
     model = ModelConfig(**recipe["model"])
     batches = [micro_batch(model, recipe["data"], options.samples)] * options.accumulation
     tokenizer = None
@@ -454,11 +454,7 @@ def table(record: dict[str, Any]) -> str:
 
 def check(options: Namespace) -> None:
     """Raises ValueError for what cannot be counted."""
-    if not options.recipe.is_file():
-        raise ValueError(f"--recipe {options.recipe} is no file")
-    missing = {"model", "data", "optim"} - read_yaml(options.recipe).keys()
-    if missing:
-        raise ValueError(f"--recipe {options.recipe} has no section {', '.join(sorted(missing))}")
+    read_sections(options.recipe, *SECTIONS)
     for name in ("samples", "accumulation"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)} is less than 1")

@@ -302,7 +302,7 @@ def test_exponents() -> None:
         (["--text_length", 2], "--text_length"),
         (["--caption_lengths", 9, 5], "--caption_lengths"),
         (["--heads", 5], "model.width=768 is not divisible by model.heads=5"),
-        (["recipe", "--recipe", "none.yaml"], "--recipe none.yaml is no file"),
+        (["recipe", "--recipe", "none.yaml"], "the recipe none.yaml cannot be read: No such file"),
         (["recipe", "--samples", 2, 0], "--samples 0 is less than 1"),
     ],
 )

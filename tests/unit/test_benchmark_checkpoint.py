@@ -65,4 +65,4 @@ def test_other_values_are_noticed(
 @pytest.mark.parametrize("option", ["--rounds 0", "--folder /nowhere", "--recipe /nowhere.yaml"])
 def test_mistakes(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["checkpoint", *option.split()]) == 2
-    assert option.split()[0] in capsys.readouterr().err
+    assert option.split()[1] in capsys.readouterr().err

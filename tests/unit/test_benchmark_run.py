@@ -12,7 +12,7 @@ import yaml
 
 from beit3_dist.data.text import TextTokenizer
 from tests.conftest import REPOSITORY
-from tools import benchmark_run
+from tools import benchmark, benchmark_run
 
 RECIPE = {
     "out": "unused",
@@ -79,7 +79,32 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert benchmark_run.main(["measure", str(tmp_path), "--recipe", recipe, "--samples", "2"]) == 2
     assert "call `make` first" in capsys.readouterr().err
     assert benchmark_run.main(["make", str(tmp_path), "--recipe", "no.yaml"]) == 2
-    assert "no.yaml is no file" in capsys.readouterr().err
+    assert "no.yaml cannot be read: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {layers: 2, layers: 3}\ndata: {}\noptim: {}\n", "line 1: model.layers is given twice"),
+        ("model:\n#  layers: 2\ndata: {}\n", "line 1: model has no value"),
+        ("model: [1\n", "is no YAML"),
+        ("steps: 3\n", "has no section model"),
+        ("model: 3\ndata: {}\noptim: {}\n", "has no section model"),
+    ],
+)
+@pytest.mark.parametrize("tool", ["run", "recipe", "traffic", "checkpoint"])
+def test_recipes_are_checked_as_launchers_check_them(
+    tool: str, text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "odd.yaml"
+    recipe.write_text(text)
+    if tool == "run":
+        assert benchmark_run.main(["make", str(tmp_path / "data"), "--recipe", str(recipe)]) == 2
+    else:
+        arguments = ["--kernels", "torch", "--attention", "padded"] if tool == "traffic" else []
+        assert benchmark.main([tool, "--recipe", str(recipe), *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and f"the recipe {recipe}" in printed and words in printed
 
 
 def test_the_script_names_a_part_that_it_does_not_have(tmp_path: Path) -> None:

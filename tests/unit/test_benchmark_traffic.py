@@ -163,7 +163,7 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     ("arguments", "message"),
     [
         (["--samples", "0"], "--samples 0 is less than 1"),
-        (["--recipe", "none.yaml"], "--recipe none.yaml is no file"),
+        (["--recipe", "none.yaml"], "the recipe none.yaml cannot be read: No such file"),
         (["--kernels", "torch"], "--attention varlen needs --kernels triton"),
     ],
 )
