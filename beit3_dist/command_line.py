@@ -62,13 +62,16 @@ def log_to_console() -> None:
 
 
 class _Recipe(ActionConfigFile):
-    """--config FILE: the file is checked as a whole before its fields are."""
+    """--config FILE: the file is checked as a whole, then its fields; it is named with what is wrong in it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        read_recipe(values)
+        for name, value in read_recipe(values).items():
+            if name in parser.groups and not isinstance(value, dict):
+                raise ValueError(f"the recipe {values}: {name} is a section of fields, not {value!r}")
         try:
             super().__call__(parser, cfg, values, option_string)
-        except (TypeError, ValueError) as error:
+            parser.validate(cfg, skip_required=True)  # what the command line has given so far is known to be right
+        except (ArgumentError, TypeError, ValueError, KeyError) as error:
             raise ValueError(f"the recipe {values}: {error}") from None
 
 

@@ -390,11 +390,11 @@ class EvalConfig:
     """Steps between validations; 0 turns validation off."""
     batches: int = 4
     """Batches of the training size per validation, always the same samples."""
-    images: str = ""
-    """Held-out tars of pictures."""
-    texts: str = ""
+    images: Patterns = ""
+    """Held-out tars of pictures: files, named as in data.images."""
+    texts: Patterns = ""
     """Held-out tars of documents."""
-    pairs: str = ""
+    pairs: Patterns = ""
     """Held-out tars of pairs."""
     image_codes: str = ""
     """Folder of the held-out views' visual codes; empty: the image tokenizer computes them at every validation."""
@@ -404,6 +404,7 @@ class EvalConfig:
         require(self.every >= 0, f"eval.every={self.every} is negative")
         require(self.batches > 0, f"eval.batches must be positive, not {self.batches}")
         for name in ("images", "texts", "pairs"):
+            sources_of(getattr(self, name), f"eval.{name}")
             require(
                 not self.every or bool(getattr(self, name)),
                 f"eval.{name} is empty but eval.every={self.every}: name held-out shards or set eval.every to 0",

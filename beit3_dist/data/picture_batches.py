@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from beit3_dist.config import Patterns
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.index import Share
@@ -39,7 +40,7 @@ class ImageBatches(Dataset):
 
     def __init__(
         self,
-        shards: str,
+        shards: Patterns,
         size: int,
         seed: int,
         batch: int,

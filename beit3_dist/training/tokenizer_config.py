@@ -9,10 +9,12 @@ from beit3_dist.config import (
     CheckpointConfig,
     GuardConfig,
     OptimConfig,
+    Patterns,
     expand_home,
     require,
     require_divides,
     require_out,
+    sources_of,
 )
 
 
@@ -95,8 +97,9 @@ class TeacherConfig:
 class TokenizerDataConfig:
     """The pictures."""
 
-    images: str
-    """Brace or glob pattern of tars with pictures."""
+    images: Patterns
+    """Tars with pictures: a brace or glob pattern, a list of patterns that are one source together, or a list of
+    weighted sources."""
     min_crop_scale: float = 0.08
     """Smallest area of the random crop as a share of the picture."""
     max_pixels: int = 100_000_000
@@ -112,6 +115,7 @@ class TokenizerDataConfig:
     """Folder of the shard indexes."""
 
     def __post_init__(self) -> None:
+        sources_of(self.images, "data.images")
         require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
         require(self.max_pixels > 0, f"data.max_pixels must be positive, not {self.max_pixels}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -244,8 +245,14 @@ def test_held_out_batches_never_change(run: RunConfig, tmp_path: Path) -> None:
     for field in fields(MicroBatch):
         ours, theirs = getattr(first, field.name), getattr(around, field.name)
         assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    listed = replace(
+        run, eval=replace(held.eval, images=list(braceexpand(data.images)), texts=[data.texts], pairs=[data.pairs])
+    )
+    assert torch.equal(MixedBatches(listed, 32, 0, 1, held_out=True)[Request((0, 0, 0), 0)].images, first.images)
     with pytest.raises(ValueError, match="eval.images: no pattern"):
         MixedBatches(run, 32, 0, 1, held_out=True)
+    with pytest.raises(ValueError, match="eval.texts: the list of sources is empty"):
+        EvalConfig(texts=[])
 
 
 def test_config_mistakes(run: RunConfig) -> None:
@@ -368,6 +375,8 @@ def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
         assert torch.cat([part[1] for part in parts]).tolist() == ids.tolist()
         seen += ids.tolist()
     assert set(seen[:11]) == {sample_id(Stream.IMAGES, 0, index) for index in range(11)}
+    listed = ImageBatches(rank=0, world=1, **settings | {"shards": list(braceexpand(run.data.images))})
+    assert torch.equal(listed[0].pictures, whole[0].pictures)
     [loaded] = loader(whole, [2], 0, 1, False)
     assert torch.equal(loaded[0], whole[2][0])
     with pytest.raises(ValueError, match="batch=8 is not divisible by 3"):

@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 from beit3_dist import launched
 from beit3_dist.command_line import parse, to_yaml
 from beit3_dist.config import RunConfig, Source, sources_of
+from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 RECIPE = """\
 out: runs/test
@@ -65,16 +66,22 @@ def test_weighted_sources(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["recipe", "command line"])
-def test_a_list_of_patterns_is_one_source(where: str, recipe: Path) -> None:
+@pytest.mark.parametrize(
+    "field", ["data.images", "data.texts", "data.pairs", "eval.images", "eval.texts", "eval.pairs", "image tokenizer"]
+)
+def test_a_list_of_patterns_is_one_source(field: str, where: str, recipe: Path) -> None:
     listed = ["~/a/*.tar", "b/{00..09}.tar", "with,comma.tar"]
+    content = yaml.safe_load(recipe.read_text())
+    if of_tokenizer := field == "image tokenizer":
+        field, content = "data.images", {"out": "runs/test", "teacher": {"kind": "efficientnet_lite0"}}
+    section, name = field.split(".")
+    given = [f"--{field}", json.dumps(listed)]
     if where == "recipe":
-        content = yaml.safe_load(recipe.read_text())
-        content["data"]["pairs"] = listed
-        recipe.write_text(yaml.safe_dump(content))
-        pairs = config_of("--config", recipe).data.pairs
-    else:
-        pairs = config_of("--config", recipe, "--data.pairs", json.dumps(listed)).data.pairs
-    (source,) = sources_of(pairs, "data.pairs")
+        content.setdefault(section, {})[name] = listed
+        given = []
+    recipe.write_text(yaml.safe_dump(content))
+    config = parse(TokenizerConfig if of_tokenizer else RunConfig, "program", "", ["--config", str(recipe), *given])
+    (source,) = sources_of(getattr(getattr(config, section), name), field)
     assert source.weight == 1
     expected = [os.path.expanduser("~/a/*.tar"), *(f"b/{n:02d}.tar" for n in range(10)), "with,comma.tar"]
     assert list(braceexpand(source.shards)) == expected
@@ -145,9 +152,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (RECIPE + "stepz: 3\n", ["stepz"]),
-        (RECIPE.replace("width: 64", "widht: 64"), ["widht"]),
-        (RECIPE.replace("layers: 2", "layers: many"), ["model.layers", "many"]),
+        (RECIPE + "stepz: 3\n", ["recipe.yaml: ", "stepz"]),
+        (RECIPE.replace("width: 64", "widht: 64"), ["recipe.yaml: ", "widht"]),
+        (RECIPE.replace("layers: 2", "layers: many"), ["recipe.yaml: ", "model.layers", "many"]),
+        (RECIPE.replace("precision: fp32", "precision: fp16"), ["recipe.yaml: ", "precision", "fp16"]),
+        (RECIPE.replace("weight: 3", "weight: much"), ["recipe.yaml: ", "data.pairs", "weight", "much"]),
+        (RECIPE + "guards: 3\n", ["recipe.yaml: guards is a section of fields, not 3"]),
         (RECIPE.replace("weight: 3", "weight: 0"), ["weight", "good.tar"]),
         (RECIPE.replace("out: runs/test\n", ""), ["out"]),
         (RECIPE.replace("  texts: texts.tar\n", ""), ["texts"]),
@@ -167,6 +177,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         "unknown",
         "unknown in a section",
         "type",
+        "choice",
+        "type in a list",
+        "no section",
         "weight of a source",
         "no out",
         "no texts",
