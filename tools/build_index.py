@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from beit3_dist.command_line import refuse
 from beit3_dist.data.cache import write_whole
 from beit3_dist.data.demo_sources import emoji_pictures
+from beit3_dist.data.kinds import LeftOut, told
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.opening import read_json
 from beit3_dist.tasks import benchmarks, demo
@@ -101,10 +103,13 @@ def build_vqa(options: Namespace) -> None:
 
 
 def build_imagenet(options: Namespace) -> None:
-    indexes, classes = benchmarks.imagenet(options.source)
+    left_out: LeftOut = {}
+    indexes, classes = benchmarks.imagenet(options.source, left_out)
     write_indexes(options.out, indexes, None)
     write_names(options.out / "imagenet.classes.txt", classes)
     print(f"imagenet.classes.txt: {len(classes):,} classes")
+    for line in told(left_out):
+        print(line, file=sys.stderr)
 
 
 def build_demo(options: Namespace) -> None:

@@ -34,7 +34,7 @@ from webdataset import ShardWriter
 from beit3_dist.config import DataConfig
 from beit3_dist.data.demo_sources import dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below
+from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below, told
 from beit3_dist.data.sides import side
 from beit3_dist.data.tables import table_rows, texts_in
 from beit3_dist.data.transforms import read_picture
@@ -268,8 +268,8 @@ def build(options: Namespace) -> None:
     finally:
         for name, reason in skipped[:SKIPPED_SHOWN]:
             print(f"skipped {name}: {reason}", file=sys.stderr)
-        for reason, (count, first) in options.left_out.items():
-            print(f"left out {count:,} files: {reason}; the first is {first}", file=sys.stderr)
+        for line in told(options.left_out):
+            print(line, file=sys.stderr)
         if skipped:
             print(f"skipped {len(skipped)} pictures in all; shards.json lists those of a whole build", file=sys.stderr)
     for shard in shards:

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from beit3_dist.command_line import refuse
 from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
-from beit3_dist.data.kinds import PICTURES, pictures_below
+from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below, told
 from beit3_dist.data.transforms import resized
 from beit3_dist.inference import IMAGES_AT_ONCE, Model, open_picture
 from beit3_dist.opening import parse_json, regular_size
@@ -69,9 +69,9 @@ class Index:
     """Why a file is no picture."""
 
 
-def picture_files(folder: Path) -> Iterator[tuple[str, File]]:
-    """Every file below the folder that is named like a picture."""
-    for path in pictures_below(folder, {}):
+def picture_files(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, File]]:
+    """Every file below the folder that is named like a picture; what else is there is counted."""
+    for path in pictures_below(folder, left_out):
         status = path.stat()
         yield os.path.relpath(path, folder), File(status.st_size, status.st_mtime_ns)
 
@@ -130,9 +130,10 @@ def reason_of(error: OSError | ValueError, path: Path) -> str:
     return known or str(error).removeprefix(f"{path}: ")
 
 
-def update(index: Index, folder: Path, model: Model) -> int:
-    """Brings the index up to date, batch by batch; the number of files that had to be read."""
-    now = dict(picture_files(folder))
+def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
+    """Brings the index up to date, batch by batch; the number of files that had to be read. What is no picture is
+    counted."""
+    now = dict(picture_files(folder, left_out))
     for name in [name for name, file in index.files.items() if now.get(name) != file]:
         del index.files[name]
         index.vectors.pop(name, None)
@@ -309,11 +310,12 @@ def main(arguments: list[str] | None = None) -> None:
         model = Model.load(options.model, options.device)
         words = model.embed_texts([options.words])[0]
         file = index_file(options.folder, options.model, options.cache)
+        left_out: LeftOut = {}
         with locked(file, "--cache"):
             index = read_index(file, model.network.config.width)
             before = dict(index.files)
             try:
-                fresh = update(index, options.folder, model)
+                fresh = update(index, options.folder, model, left_out)
             finally:  # an interrupted search keeps what it has read
                 if index.files != before:
                     write_index(file, index)
@@ -331,6 +333,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, score, _ in matches:
         print(f"{score:.3f}  {printable(name)}")
     print(f"{options.out} and {picture.name}: {len(index.vectors)} pictures, {fresh} of them newly read")
+    for line in told(left_out):
+        tell(printable(line))
     if index.unreadable:
         tell(f"{len(index.unreadable)} files could not be read; {options.out} lists them")
 

@@ -36,6 +36,12 @@ def leave_out(left_out: LeftOut, reason: str, name: str) -> None:
     left_out[reason] = count + 1, first
 
 
+def told(left_out: LeftOut) -> Iterator[str]:
+    """A line for each reason."""
+    for reason, (count, first) in left_out.items():
+        yield f"left out {count:,} files: {reason}; the first is {first}"
+
+
 def hidden(name: bytes) -> bool:
     """Whether a path is a system's own: a part of it begins with a dot, or is __MACOSX."""
     if not (name.startswith(b".") or b"/." in name or b"__MACOSX" in name):
@@ -80,14 +86,30 @@ def is_json(path: str | os.PathLike[str]) -> bool:
     return is_jsonl(path) or os.fspath(path).lower().endswith(".json")
 
 
-def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder, sorted: links to folders too, hidden ones not."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(os.fsencode(entry.name)))
+def folders_in(folder: Path, left_out: LeftOut) -> list[str]:
+    """Names of the folders in a folder, sorted: links to folders too, hidden ones not. What else is there is counted,
+    by its path."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if hidden(os.fsencode(path.name)):
+            leave_out(left_out, HIDDEN, os.fspath(path))
+        elif path.is_dir():
+            found.append(path.name)
+        else:
+            leave_out(left_out, "beside the folders", os.fspath(path))
+    return found
 
 
-def pictures_in(folder: Path) -> list[str]:
-    """Names of the pictures in a folder, sorted."""
-    return [name for name in sorted(os.listdir(folder)) if not _no_picture(folder / name)]
+def pictures_in(folder: Path, left_out: LeftOut) -> list[str]:
+    """Names of the pictures in a folder, sorted. What else is there is counted, by its path."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if reason := _no_picture(path):
+            leave_out(left_out, "a folder" if reason != HIDDEN and path.is_dir() else reason, os.fspath(path))
+        else:
+            found.append(name)
+    return found
 
 
 def pictures_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:

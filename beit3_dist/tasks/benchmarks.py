@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.data.kinds import folders_in, pictures_in
+from beit3_dist.data.kinds import LeftOut, folders_in, pictures_in
 from beit3_dist.data.text_files import read_large_json, read_records, require_text
 from beit3_dist.tasks.vqa_answers import check_names, normalised, soft_scores
 
@@ -200,22 +200,23 @@ def nlvr2(folder: Path) -> Indexes:
     return indexes
 
 
-def imagenet(folder: Path) -> tuple[Indexes, list[str]]:
-    """Indexes of FOLDER/train and FOLDER/val, which have a folder per class, and the names of these, sorted.
+def imagenet(folder: Path, left_out: LeftOut) -> tuple[Indexes, list[str]]:
+    """Indexes of FOLDER/train and FOLDER/val, which have a folder per class, and the names of these, sorted. What is
+    no folder of a class and no picture in one is counted.
 
     Raises ValueError where a side or a class of train lacks pictures, val has a class that train has not, or a class
     has a name that no list of classes can hold.
     """
-    classes = _folders(folder / "train")
+    classes = _folders(folder / "train", left_out)
     check_names((f"{folder / 'train'}, class {label}", name) for label, name in enumerate(classes))
-    unknown = sorted(set(_folders(folder / "val")) - set(classes))
+    unknown = sorted(set(_folders(folder / "val", left_out)) - set(classes))
     if unknown:
         raise ValueError(f"{folder / 'val'} has folders that train has not: {', '.join(unknown[:5])}")
     indexes = {
         f"imagenet.{side}.index.jsonl": [
             {"image_path": f"{side}/{name}/{picture}", "label": label}
             for label, name in enumerate(classes)
-            for picture in _pictures(folder / side / name)
+            for picture in _pictures(folder / side / name, left_out)
         ]
         for side in ("train", "val")
     }
@@ -229,15 +230,15 @@ def imagenet(folder: Path) -> tuple[Indexes, list[str]]:
     return indexes, classes
 
 
-def _folders(folder: Path) -> list[str]:
+def _folders(folder: Path, left_out: LeftOut) -> list[str]:
     """Names of the folders in a folder, sorted."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    return folders_in(folder)
+    return folders_in(folder, left_out)
 
 
-def _pictures(folder: Path) -> list[str]:
+def _pictures(folder: Path, left_out: LeftOut) -> list[str]:
     """Names of the pictures in a folder, sorted; none if there is no folder."""
     if not folder.is_dir():
         return []
-    return pictures_in(folder)
+    return pictures_in(folder, left_out)

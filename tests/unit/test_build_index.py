@@ -288,6 +288,27 @@ def test_folders_that_no_list_of_classes_can_hold(
     run("imagenet", tmp_path, tmp_path / "out")
 
 
+def test_what_is_left_out_of_class_folders_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = (
+        "train/cat/a.jpg",
+        "train/cat/b.psd",
+        "train/cat/c.psd",
+        "train/cat/more/d.jpg",
+        "val/cat/e.jpg",
+        "val/f.jpg",
+    )
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"a picture")
+    run("imagenet", tmp_path, tmp_path / "out")
+    assert capsys.readouterr().err.split("\n") == [
+        f"left out 1 files: beside the folders; the first is {tmp_path}/val/f.jpg",
+        f"left out 2 files: extension .psd; the first is {tmp_path}/train/cat/b.psd",
+        f"left out 1 files: a folder; the first is {tmp_path}/train/cat/more",
+        "",
+    ]
+
+
 def test_a_folder_without_pictures_is_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("train/cat", "train/lost+found", "train/.thumbnails", "val/cat"):
         (tmp_path / folder).mkdir(parents=True)

@@ -74,8 +74,17 @@ def test_pictures_below_a_folder(folder: Path) -> None:
 
 
 def test_names_in_one_folder(folder: Path) -> None:
-    assert folders_in(folder) == ["11.png", "a", "b", "c", "d", "round"]
-    assert pictures_in(folder) == ["7.heic"] and pictures_in(folder / "b") == ["1.JPG"]
+    left_out: LeftOut = {}
+    assert folders_in(folder, left_out) == ["11.png", "a", "b", "c", "d", "round"]
+    assert left_out == {"hidden": (2, f"{folder}/.git"), "beside the folders": (3, f"{folder}/10.png")}
+    left_out = {}
+    assert pictures_in(folder, left_out) == ["7.heic"] and pictures_in(folder / "b", left_out) == ["1.JPG"]
+    assert left_out == {
+        "hidden": (3, f"{folder}/.git"),
+        "not a regular file": (1, f"{folder}/10.png"),
+        "a folder": (6, f"{folder}/11.png"),
+        "No such file or directory": (1, f"{folder}/9.png"),
+    }
 
 
 def test_hidden_folders_shift_no_class(tmp_path: Path) -> None:
@@ -85,7 +94,7 @@ def test_hidden_folders_shift_no_class(tmp_path: Path) -> None:
             (tmp_path / side / name).mkdir(parents=True)
             for picture in ("1.JPEG", "._1.JPEG"):
                 (tmp_path / side / name / picture).write_bytes(b"content")
-    indexes, classes = imagenet(tmp_path)
+    indexes, classes = imagenet(tmp_path, {})
     assert classes == ["cat", "dog"]
     assert [line["label"] for line in indexes["imagenet.train.index.jsonl"]] == [0, 1]
     assert [line["image_path"] for line in indexes["imagenet.val.index.jsonl"]] == ["val/cat/1.JPEG", "val/dog/1.JPEG"]

@@ -194,7 +194,8 @@ def test_a_poisoned_index_is_made_anew(
     place = ["--out", str(folder.parent / "page.html"), "--cache", str(folder.parent / "cache"), "--device", "cpu"]
     search_images.main([str(folder), WORDS, "--model", str(model), *place])
     shown = capsys.readouterr()
-    assert f"{file} is damaged" in shown.err and "\n" not in shown.err.strip()
+    said, left_out = shown.err.splitlines()
+    assert f"{file} is damaged" in said and "notes.txt" in left_out
     assert shown.out.splitlines()[:-1] == right
     assert "secret" not in (folder.parent / "page.html").read_text()
 
@@ -210,6 +211,17 @@ def test_unreadable_files_are_listed(
         text = Page(folder.parent / "page.html").text
         assert "2 files could not be read" in text
         assert "broken.jpg: undecodable picture" in text and "cut.png: undecodable picture" in text
+
+
+def test_what_is_left_out_is_told(capsys: pytest.CaptureFixture[str], folder: Path, model: Path) -> None:
+    (folder / "a\nb.psd").write_bytes(b"no picture")
+    place = ["--out", str(folder.parent / "page.html"), "--cache", str(folder.parent / "cache"), "--device", "cpu"]
+    for _ in range(2):
+        search_images.main([str(folder), WORDS, "--model", str(model), *place])
+        assert capsys.readouterr().err == (
+            "search_images.py: left out 1 files: extension .psd; the first is a?b.psd\n"
+            "search_images.py: left out 1 files: extension .txt; the first is notes.txt\n"
+        )
 
 
 def test_names_are_only_names(capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path) -> None:
@@ -270,6 +282,7 @@ def test_as_a_program(folder: Path, model: Path) -> None:
     """Run from anywhere, it writes beside where it was started."""
     program = [sys.executable, search_images.__file__, folder, WORDS, "--model", model, "--cache", folder.parent / "c"]
     result = subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=folder.parent)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    left_out = "search_images.py: left out 1 files: extension .txt; the first is notes.txt\n"
+    assert result.returncode == 0 and result.stderr == left_out, result.stderr
     assert len(result.stdout.splitlines()) == 25 and re.search(r"^matches\.html and matches\.png", result.stdout, re.M)
     assert (folder.parent / "matches.html").is_file() and (folder.parent / "matches.png").is_file()
