@@ -31,6 +31,7 @@ from typing import Any
 from PIL import Image
 from webdataset import ShardWriter
 
+from beit3_dist.children import end_with_parent
 from beit3_dist.config import DataConfig
 from beit3_dist.data.demo_sources import dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
@@ -129,7 +130,7 @@ def prepared(picture: Picture, size: int) -> Picture:
 
 def picture_samples(pictures: Iterable[Picture], options: Namespace, skipped: Skipped) -> Iterator[Sample]:
     """A sample for each picture that can be used, in their order; the others are added to `skipped`."""
-    with multiprocessing.Pool(options.workers) as pool:
+    with multiprocessing.Pool(options.workers, end_with_parent) as pool:
         for picture in pool.imap(functools.partial(prepared, size=options.size), pictures, chunksize=16):
             if picture.fault:
                 skipped.append((picture.path, picture.fault))

@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.progress import track
 
+from beit3_dist.children import end_with_parent
 from beit3_dist.config import DataConfig
 from beit3_dist.data.cache import cache_folder
 from beit3_dist.data.faults import BadSample, check_size
@@ -153,7 +154,7 @@ def check_all(options: Namespace) -> dict[str, Any]:
         jobs += [Job(stream, path, plain_tar(path, folder), options.caption_key, options.max_pixels) for path in paths]
     if not jobs:
         raise ValueError("name shards by --images, --texts or --pairs")
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         found = pool.map(check, jobs)
         shown = track(found, "checking", len(jobs), disable=not sys.stderr.isatty())
         reports = list(shown)

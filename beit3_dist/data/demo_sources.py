@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
+from beit3_dist.children import end_with_parent
 from beit3_dist.optional import optional_module
 
 EMOJI_FONT_SIZE, EMOJI_PICTURE_SIZE = 96, 128
@@ -85,7 +86,7 @@ def emoji_pictures(workers: int) -> Iterator[Emoji]:
         for text, entry in emoji.EMOJI_DATA.items()
         if entry["status"] == emoji.STATUS["fully_qualified"]
     }
-    with multiprocessing.Pool(workers) as pool:
+    with multiprocessing.Pool(workers, end_with_parent) as pool:
         for (text, name), png in zip(names.items(), pool.imap(draw_emoji, names, chunksize=64), strict=True):
             if png is not None:
                 yield Emoji(re.sub("[\U0001f3fb-\U0001f3ff]", "", text).encode(), name, png)

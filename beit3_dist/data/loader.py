@@ -10,38 +10,34 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
-from multiprocessing import Pipe, forkserver, parent_process
-from multiprocessing.connection import Connection, wait
+from multiprocessing import Pipe, forkserver
+from multiprocessing.connection import Connection
 from queue import Empty, Queue
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from beit3_dist.children import end_with_parent
 from beit3_dist.data import batch
 from beit3_dist.data.faults import StreamFailed
-from beit3_dist.leaving import SIGNALS, end
+from beit3_dist.leaving import SIGNALS
 
 MAX_DESCRIPTORS = 65536
 """Upper bound of what `loader` raises the limit of open files to."""
 
 
 def _start_worker(ending: Connection, _: int) -> None:
-    """A loader process leaves signals to the trainer, which stops it in order, and uses one core."""
+    """A loader process leaves signals to the trainer, which stops it in order, and uses one core.
+
+    It ends when the trainer does, which closes its side of `ending`, or is gone. Torch's workers watch their parent,
+    which is the fork server, and that lives as long as they do; and the trainer's end would wait for a worker that
+    waits for a server.
+    """
     for number in (signal.SIGINT, *SIGNALS):  # torch has just given the worker a handler of SIGTERM
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_trainer, args=(ending,), daemon=True).start()
+    end_with_parent(ending)
     torch.set_num_threads(1)
-
-
-def _end_with_the_trainer(ending: Connection) -> None:
-    """Ends a loader process, whatever it waits for, when the trainer ends, which closes its side of `ending`, or is
-    gone. Torch's workers watch their parent, which is the fork server, and that lives as long as they do; and the
-    trainer's end would wait for a worker that waits for a server."""
-    trainer = parent_process()
-    assert trainer is not None
-    wait([trainer.sentinel, ending])
-    end(0)
 
 
 @cache
