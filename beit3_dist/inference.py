@@ -58,7 +58,7 @@ def open_picture(picture: Picture, max_pixels: int = DataConfig.max_pixels) -> I
     one that holds no picture, or one of more than `max_pixels` pixels (an image bomb)."""
     try:
         if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
                 raise ValueError(f"an array must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
             return Image.fromarray(picture)
         if isinstance(picture, Image.Image):

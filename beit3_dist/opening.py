@@ -45,7 +45,7 @@ _KINDS = {
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """A regular file, or the one that a link leads to, for reading; never waits. Raises OSError for anything else."""
-    _require_regular(path, os.stat(path).st_mode)  # to open a device may already do something
+    _require_regular(path, _status(path).st_mode)  # to open a device may already do something
     # Without O_NONBLOCK the opening of a FIFO itself waits for a writer; regular files do not know the difference.
     file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb")
     try:
@@ -58,9 +58,17 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 
 def regular_size(path: str | os.PathLike[str]) -> int:
     """Bytes of a regular file, which is not opened. Raises OSError for anything else."""
-    status = os.stat(path)
+    status = _status(path)
     _require_regular(path, status.st_mode)
     return status.st_size
+
+
+def _status(path: str | os.PathLike[str]) -> os.stat_result:
+    """What the file system says of a path. Raises ValueError for what can be none, which Python does without it."""
+    try:
+        return os.stat(path)
+    except ValueError as error:  # a zero byte
+        raise ValueError(f"{os.fspath(path)!r} is no path of a file: {error}") from None
 
 
 def _require_regular(path: str | os.PathLike[str], mode: int) -> None:

@@ -95,7 +95,7 @@ def convert(options: Namespace) -> None:
     weights, config = model.weights, model.config
     if options.heads == "drop":
         weights, model = without_heads(weights), replace(model, task=None)
-    if options.image_size:
+    if options.image_size is not None:
         weights, config = resized(weights, config, options.image_size)
     weights = _in_precision(weights, options.dtype)
     for group in absent_groups(weights, shapes_of(config)):

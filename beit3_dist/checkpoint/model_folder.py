@@ -164,4 +164,4 @@ def read_model_folder(folder: Path) -> ModelFolder:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} is not a config of ours: {error}") from error
     tokenizer = folder / TOKENIZER
-    return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None)
+    return ModelFolder(config, weights, task, tokenizer if os.path.lexists(tokenizer) else None)

@@ -20,6 +20,9 @@ LONGEST_CELL = 1 << 24
 """Characters (16 million) of a cell in a .csv table; csv's own limit is 131,072. A quote that nobody closes makes the
 rest of the table one cell."""
 
+LONGEST_SHOWN = 200
+"""Characters of a header that a message shows."""
+
 
 def records_of(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """The named texts of each record of a .jsonl or .json file. Raises ValueError naming file and place."""
@@ -56,20 +59,28 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
         raise ValueError(f"{table}: a table ends in .tsv, .csv, .jsonl or .json")
     rows = _separated(table) if separator == "," else _tabbed(table)
     _, columns = next(rows, (1, []))
+    if not columns:
+        raise ValueError(f"{table} is empty: its first line names the columns")
     for column in (image, caption):
         if columns.count(column) != 1:
             raise ValueError(
                 f"{table} has {'two columns' if column in columns else 'no column'} {column!r}; its columns are "
-                f"{', '.join(columns)}: name those of path and caption by --image and --caption"
+                f"{_shown(columns)}: name those of path and caption by --image and --caption"
             )
     if rest and columns[-1] != caption:
-        raise ValueError(f"{table}: {caption!r} is not the last of its columns, which are {', '.join(columns)}")
+        raise ValueError(f"{table}: {caption!r} is not the last of its columns, which are {_shown(columns)}")
     for line, cells in rows:
         if rest and len(cells) > len(columns):
             cells[len(columns) - 1 :] = [separator.join(cells[len(columns) - 1 :])]
         if len(cells) != len(columns):
             raise ValueError(f"{table}, line {line}: {_too_many_or_few(len(cells), len(columns), separator)}")
         yield cells[columns.index(image)], cells[columns.index(caption)]
+
+
+def _shown(columns: list[str]) -> str:
+    """The names of a table's columns, of which there may be as many as cells where its lines end in another way."""
+    names = ", ".join(columns)
+    return names if len(names) <= LONGEST_SHOWN else f"{names[:LONGEST_SHOWN]!r}... (do its lines end with newlines?)"
 
 
 def _too_many_or_few(cells: int, columns: int, separator: str) -> str:

@@ -57,6 +57,8 @@ class TextTokenizer:
         with open_regular(self.path) as file:
             model = file.read(MOST_MODEL)
         try:
+            if not model:  # of which SentencePiece makes a processor that complains on the terminal
+                raise RuntimeError("empty")
             self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.pieces = self.model.get_piece_size()
             self.model.decode(list(range(self.pieces)))  # a piece that is no text in UTF-8 fails here, not in use

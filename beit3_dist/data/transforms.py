@@ -120,6 +120,8 @@ def normalised(image: Image.Image, max_pixels: int) -> Image.Image:
 
 def _plain(image: Image.Image, max_pixels: int) -> Image.Image:
     """The picture upright, in RGB and without metadata."""
+    if not image.width * image.height:
+        raise BadSample("undecodable picture: it has no pixels")
     if image.width * image.height > max_pixels:
         raise TooLarge(f"{image.width} x {image.height} pixels exceed data.max_pixels={max_pixels}")
     image.load()

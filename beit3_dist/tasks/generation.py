@@ -8,9 +8,11 @@ open caption can overtake the best finished one any more. Lengths and the end of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from numbers import Integral, Real
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -66,10 +68,7 @@ def generate(
 
     Raises ValueError for numbers that cannot be, RuntimeError where the model's logits are not finite.
     """
-    if beams < 1 or max_words < 1 or length_penalty < 0:
-        raise ValueError(
-            f"beams={beams} and max_words={max_words} must be positive, length_penalty={length_penalty} not negative"
-        )
+    _check(beams, max_words, length_penalty)
     decoder = Decoder(model, images, beams, max_words)
     search = _Search(beams, length_penalty, max_words)
     beam = _Beams(len(images), vocabulary, model.config.vocab_size, search, images.device)
@@ -78,6 +77,15 @@ def generate(
         if agree(bool(beam.done.all())):
             break
     return beam.best()
+
+
+def _check(beams: Any, max_words: Any, length_penalty: Any) -> None:
+    """Raises ValueError for numbers of a search that cannot be: they may come from a user of `inference.Model`."""
+    for name, number in (("beams", beams), ("max_words", max_words)):
+        if not isinstance(number, Integral) or int(number) < 1:
+            raise ValueError(f"{name} must be a positive whole number, not {number!r}")
+    if not isinstance(length_penalty, Real) or not 0 <= float(length_penalty) < math.inf:
+        raise ValueError(f"length_penalty must be a number and not negative, not {length_penalty!r}")
 
 
 class _Beams:

@@ -442,6 +442,8 @@ MISTAKES = {
     "not a divisor": ("{folder}/good.pth {folder}/x --to safetensors --attention_heads 3", ["model.heads=3"]),
     "size": (
         "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --image_size 30", ["model.patch_size=8"]),
+    "no size": (
+        "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --image_size 0", ["image_size", "not 0"]),
     "ending": ("{folder}/good.pth {folder}/x --to released --attention_heads 2", [".pth or .safetensors"]),
     "released ending": (
         "{folder}/good.pth {folder}/x.safetensors --to released --attention_heads 2", ["released form is a .pth"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -144,7 +145,14 @@ def test_sums_stay_finite() -> None:
         generate(model, pictures(3), Words(), max_words=LONGEST)
 
 
-@pytest.mark.parametrize("wrong", [{"beams": 0}, {"max_words": 0}, {"length_penalty": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({name: number} for name in ("beams", "max_words") for number in (0, 1.5, "3")),
+        *({"length_penalty": number} for number in (-1.0, math.nan, math.inf, "0.6")),
+    ],
+    ids=str,
+)
 def test_numbers_that_cannot_be(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(model_of("paper"), pictures(1), Words(), **{"max_words": LONGEST, **wrong})

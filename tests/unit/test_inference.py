@@ -217,6 +217,10 @@ def test_pictures_that_cannot_be_opened(tmp_path: Path) -> None:
         open_picture(tmp_path / "none.jpg")
     with pytest.raises(ValueError, match="uint8"):
         open_picture(np.zeros((4, 4, 3)))
+    with pytest.raises(ValueError, match=r"not uint8 \[0, 4, 3\]"):
+        open_picture(np.zeros((0, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="it has no pixels"):
+        open_picture(Image.new("RGB", (4, 0)))
     for form in (Image.new("RGB", (20, 20)), tmp_path / "large.png"):
         Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
         with pytest.raises(ValueError, match="20 x 20|more pixels"):

@@ -12,6 +12,7 @@ import torch
 
 from beit3_dist.checkpoint.model_folder import read_model_folder, save_model_folder
 from beit3_dist.config import ModelConfig
+from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model import BEiT3
 
 CONFIG = ModelConfig(
@@ -63,6 +64,14 @@ def test_no_task_and_no_tokenizer(tmp_path: Path) -> None:
     save_model_folder(tmp_path / "model", {"a": torch.zeros(2)}, CONFIG)
     read = read_model_folder(tmp_path / "model")
     assert read.task is None and read.text_tokenizer is None and list(read.weights) == ["a"]
+
+
+def test_a_tokenizer_that_is_no_file_is_not_taken_for_none(tmp_path: Path) -> None:
+    save_model_folder(tmp_path / "model", {"a": torch.zeros(2)}, CONFIG)
+    (tmp_path / "model" / "tokenizer.spm").symlink_to("nowhere.spm")
+    tokenizer = read_model_folder(tmp_path / "model").text_tokenizer
+    with pytest.raises(ValueError, match="there is no file"):
+        TextTokenizer(str(tokenizer))
 
 
 def test_an_existing_folder_is_not_overwritten(folder: Path) -> None:

@@ -55,6 +55,12 @@ def test_what_is_no_file_is_refused_by_name(kind: str, read: Callable[[Path], ob
         read(tmp_path / "odd")
 
 
+@pytest.mark.parametrize("read", [open_regular, regular_size, read_text, read_json, read_yaml])
+def test_a_name_that_no_file_has_is_told(read: Callable[[Path], object]) -> None:
+    with pytest.raises(ValueError, match=r"'odd\\x00name' is no path of a file: embedded null byte"):
+        read(Path("odd\0name"))
+
+
 def test_a_link_to_a_file_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "there").write_text('{"a": 1}')
     (tmp_path / "link").symlink_to("there")

@@ -27,7 +27,9 @@ REFUSED = [
     ("a.csv", 'image,caption\np0.jpg,"a dog\np1.jpg,a cat\n', "line 2: unexpected end of data; is a quote of"),
     ("a.csv", 'image,caption\np0.jpg,"a dog" runs\n', "line 2: ',' expected after '\"'"),
     ("a.csv", "image,caption,caption\n", "has two columns 'caption'; its columns are image, caption, caption"),
-    ("a.csv", "", "has no column 'image'"),
+    ("a.csv", "", " is empty: its first line"),
+    ("a.tsv", "", " is empty: its first line"),
+    ("a.tsv", "image\tcaption\r" + "p0.jpg\ta dog\r" * 999, r"no column 'caption'.{,300}do its lines end with newl"),
     ("a.jsonl", '{"image": "a.png", "caption": ["a", "b"]}', "line 1: no string in the field 'caption'"),
     ("a.json", '[{"image": "a.png", "caption": "a"}, {"image": "b.png"}]', "element 2: no string in the field"),
 ]

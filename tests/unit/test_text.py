@@ -57,7 +57,7 @@ def test_vocabulary_check(tokenizer: TextTokenizer) -> None:
         tokenizer.check_vocab(64010)
 
 
-def test_bad_tokenizer_files(tmp_path: Path) -> None:
+def test_bad_tokenizer_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="text_tokenizer: there is no file 'nowhere.spm'"):
         TextTokenizer("nowhere.spm")
     (tmp_path / "junk").write_bytes(b"junk" * 100)
@@ -65,6 +65,7 @@ def test_bad_tokenizer_files(tmp_path: Path) -> None:
     for name in ("junk", "empty"):
         with pytest.raises(ValueError, match="text_tokenizer: .* is not a SentencePiece model file"):
             TextTokenizer(str(tmp_path / name))
+    assert not capfd.readouterr().err, "SentencePiece has something to say, too"
     other = train_tokenizer(tmp_path / "other.spm", unk_id=3, bos_id=1, eos_id=2, pad_id=0)
     with pytest.raises(ValueError, match=r"text_tokenizer: .*unk, bos, eos = \(3, 1, 2\)"):
         TextTokenizer(str(other))

@@ -440,6 +440,11 @@ def test_another_file_is_one_clear_line(content: object, tmp_path: Path, capsys:
     assert "unpickled" not in capsys.readouterr().out
 
 
+def test_a_runs_folder_is_told_from_its_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a folder: name its file, as .*/image_tokenizer\.pth"):
+        load_vqkd(tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["missing", "surplus", "shape"])
 def test_a_damaged_tokenizer_is_refused(model: VQKD, damage: str, tmp_path: Path) -> None:
     state = dict(model.state_dict())
