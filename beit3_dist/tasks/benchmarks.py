@@ -21,6 +21,8 @@ LEAST_ANSWERS = 9
 """Questions that must have an answer as their most frequent one for it to be learnt: 3,129 answers of VQA v2."""
 VALIDATION_PICTURES = 1000
 """Pictures of VQA v2's validation set that are not trained on."""
+KARPATHY_SPLITS = ("train", "restval", "val", "test")
+"""Of COCO and Flickr30k."""
 NLVR2_SPLITS = {"train": ("train.json", "images/train"), "dev": ("dev.json", "dev"), "test-P": ("test1.json", "test1")}
 """Split of NLVR2 -> its file, and the folder of its pictures."""
 VQA_SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
@@ -32,11 +34,17 @@ Indexes = dict[str, Records]
 """File name -> lines."""
 
 
+class NotOfficial(Exception):
+    """What is not as in an official file."""
+
+
 @contextmanager
 def official(path: Path) -> Iterator[None]:
     """Turns what goes wrong inside, for lack of what the official file has, into a ValueError that names the file."""
     try:
         yield
+    except NotOfficial as error:
+        raise ValueError(f"{path} is not in the official format: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not in the official format: {type(error).__name__}: {error}") from None
 
@@ -46,6 +54,22 @@ def load(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     return read_large_json(path)
+
+
+def text_in(record: dict[str, Any], field: str) -> str:
+    """The text in a field. Raises NotOfficial."""
+    value = record[field]
+    if not isinstance(value, str):
+        raise NotOfficial(f"{field} is {value!r:.100}, and no text")
+    return value
+
+
+def number_in(record: dict[str, Any], field: str) -> int:
+    """The whole number in a field. Raises NotOfficial."""
+    value = record[field]
+    if type(value) is not int:
+        raise NotOfficial(f"{field} is {value!r:.100}, and no whole number")
+    return value
 
 
 def once(ids: Iterable[Any], what: str) -> None:
@@ -71,12 +95,12 @@ def coco(path: Path) -> Indexes:
             (image, "train" if image["split"] == "restval" else image["split"], f"{image['filepath']}/")
             for image in load(path)["images"]
         ]
-        once((image["cocoid"] for image, _, _ in images), f"{path}: cocoid")
+        once((number_in(image, "cocoid") for image, _, _ in images), f"{path}: cocoid")
         indexes = _retrieval("coco_retrieval", images)
         for image, split, folder in images:
             lines = indexes.setdefault(f"coco_captioning.{split}.jsonl", [])
             record = {"image_path": folder + image["filename"], "image_id": image["cocoid"]}
-            captions = [sentence["raw"] for sentence in image["sentences"]]
+            captions = [text_in(sentence, "raw") for sentence in image["sentences"]]
             if split == "train":
                 lines.extend(record | {"text": caption} for caption in captions)
             else:
@@ -92,12 +116,16 @@ def flickr30k(path: Path) -> Indexes:
 
 def _retrieval(name: str, images: list[tuple[dict[str, Any], str, str]]) -> Indexes:
     """A line per caption of each (picture, split, folder); the pictures of a split are numbered in their order."""
+    if not images:
+        raise NotOfficial("it has no picture")
     indexes: Indexes = {}
     numbers: Counter[str] = Counter()
     for image, split, folder in images:
+        if split not in KARPATHY_SPLITS:  # it is part of a file's name
+            raise NotOfficial(f"split is {split!r:.100}, and none of {', '.join(KARPATHY_SPLITS)}")
         record = {"image_path": folder + image["filename"], "image_id": numbers[split]}
         lines = indexes.setdefault(f"{name}.{split}.jsonl", [])
-        lines.extend(record | {"text": sentence["raw"]} for sentence in image["sentences"])
+        lines.extend(record | {"text": text_in(sentence, "raw")} for sentence in image["sentences"])
         numbers[split] += 1
     return indexes
 
@@ -134,8 +162,8 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
             once((question["question_id"] for question in questions), f"{path}: question_id")
             for question in questions:
                 stem = "test2015" if split.startswith("test") else name
-                picture = f"{stem}/COCO_{stem}_{question['image_id']:012d}.jpg"
-                record = {"image_path": picture, "text": question["question"], "qid": question["question_id"]}
+                picture = f"{stem}/COCO_{stem}_{number_in(question, 'image_id'):012d}.jpg"
+                record = {"image_path": picture, "text": text_in(question, "question"), "qid": question["question_id"]}
                 if split not in annotations:
                     lines.append(record | {"labels": [], "scores": []})
                     continue
@@ -191,7 +219,7 @@ def nlvr2(folder: Path) -> Indexes:
                     {
                         "image_path": f"{stem}-img0.png",
                         "image2_path": f"{stem}-img1.png",
-                        "text": example["sentence"],
+                        "text": text_in(example, "sentence"),
                         "label": {"True": 1, "False": 0}[example["label"]],
                         "identifier": example["identifier"],
                     }

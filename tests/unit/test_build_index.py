@@ -255,6 +255,41 @@ def test_what_is_missing_or_malformed_is_one_line(
     assert "already exists" in refused(capsys, "demo", None, tmp_path / "full", *words)
 
 
+ODD = {  # (command, what is changed in a record, words of the one line)
+    "a caption that is a number": ("flickr30k", {"sentences": [{"raw": 5}]}, "raw is 5, and no text"),
+    "a caption that is none": ("coco", {"sentences": [{"raw": None}]}, "raw is None, and no text"),
+    "a number in words": ("coco", {"cocoid": "five"}, "cocoid is 'five', and no whole number"),
+    "another split": ("coco", {"split": "dev"}, "split is 'dev', and none of train, restval, val, test"),
+    "a split that leaves OUT": ("flickr30k", {"split": "x/../../y"}, "split is 'x/../../y', and none of"),
+    "no picture": ("coco", None, "it has no picture"),
+    "a sentence that is a number": ("nlvr2", {"sentence": 5}, "sentence is 5, and no text"),
+    "a question that is none": ("vqa", {"question": None}, "question is None, and no text"),
+    "a picture in words": ("vqa", {"image_id": "1"}, "image_id is '1', and no whole number"),
+}
+
+
+@pytest.mark.parametrize(("command", "change", "words"), ODD.values(), ids=ODD)
+def test_what_an_official_file_cannot_hold_is_one_line(
+    command: str, change: dict | None, words: str, tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == "vqa":
+        source = vqa_files(tmp_path / "vqa", pictures=3)
+        path, field = source / "v2_OpenEnded_mscoco_train2014_questions.json", "questions"
+    elif command == "nlvr2":
+        source = tmp_path
+        path, field = tmp_path / "train.json", "lines"
+        path.write_text(json.dumps({"lines": [{"sentence": "a", "label": "True", "identifier": "train-1-0-0"}]}))
+    else:
+        source = path = karpathy(tmp_path / "k.json", filepath=lambda _: "val2014", cocoid=lambda number: number)
+        field = "images"
+    records = json.loads(path.read_text())[field]
+    content = [] if change is None else [{**records[0], **change}, *records[1:]]
+    path.write_text(json.dumps(content if field == "lines" else {field: content}))
+    said = refused(capsys, command, source, tmp_path / "out", "--text_tokenizer", spm)
+    assert f"{path} is not in the official format: {words}" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_official_numbers_that_come_twice(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--text_tokenizer", spm)
     source = vqa_files(tmp_path / "vqa", pictures=3)
