@@ -121,8 +121,11 @@ def _remove_abandoned(folder: Path) -> None:
 def write_whole(target: Path, write: Callable[[BinaryIO], object], field: str = "data.cache") -> None:
     """Puts what `write` writes at `target`, which a reader sees either complete or not at all.
 
-    Raises ValueError naming the field and the file where the disk does not take it.
+    Raises ValueError naming the field and the file where the disk does not take it, or what is there is no file: a
+    device would be replaced by one.
     """
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{field}: {target} is there and is no file: name another place")
     partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

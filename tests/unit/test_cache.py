@@ -50,6 +50,17 @@ def test_a_folder_that_is_gone_is_told_and_an_input_that_is_gone_is_not_blamed_o
         write_whole(tmp_path / "a", lambda file: (tmp_path / "shard.tar").read_bytes())
 
 
+@pytest.mark.parametrize("kind", ["FIFO", "device", "folder"])
+def test_what_is_no_file_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    """As root, `--out /dev/null` made a file of the machine's device."""
+    target = tmp_path / "out"
+    {"FIFO": os.mkfifo, "device": lambda path: path.symlink_to("/dev/null"), "folder": Path.mkdir}[kind](target)
+    before = target.lstat()
+    with pytest.raises(ValueError, match="--out: .*out is there and is no file: name another place"):
+        write_whole(target, lambda file: file.write(b"1"), "--out")
+    assert target.lstat() == before and list(tmp_path.iterdir()) == [target]
+
+
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
