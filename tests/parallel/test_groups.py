@@ -74,11 +74,15 @@ def test_the_watchdog_comes_first(limit_s: float, expected: float) -> None:
 
 def test_deepspeed_is_told_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """`srun --gpus-per-task=1`: the third process of a node sees one device, and DeepSpeed takes number LOCAL_RANK."""
-    for name, value in {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "DS_ACCELERATOR": "cuda"}.items():
+    place = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (place | {"DS_ACCELERATOR": "cuda"}).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     at_start: list[str] = []
+    monkeypatch.setattr(mesh, "meet", lambda *_: None)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: at_start.append(os.environ["LOCAL_RANK"]))
     monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", lambda _: None)
     monkeypatch.setattr(mesh, "Groups", lambda *_: None)
