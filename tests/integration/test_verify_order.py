@@ -90,7 +90,7 @@ def test_what_cannot_be_verified(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "there is no file" in capsys.readouterr().err
     damaged = changed(run, tmp_path / "damaged", "metrics.jsonl", lambda lines: [*lines, '{"step": 9'])
     assert verify_order.main([str(damaged)]) == 2
-    assert "metrics.jsonl is damaged" in capsys.readouterr().err
+    assert "metrics.jsonl, line 9: not JSON" in capsys.readouterr().err
     other = changed(
         run, tmp_path / "other", "quarantine.jsonl", lambda lines: [lines[0].replace('"key": "', '"key": "no')]
     )
