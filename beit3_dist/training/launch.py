@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import socket
@@ -50,7 +51,9 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         _end_interrupted(program)
     try:
         train(ready)
-        _part()
+        if _part():
+            atexit._run_exitfuncs()
+            end_now(0)  # what else Python's end does would abort now and then in a thread that a process group has left
     except (Damaged, FolderInUse) as mistake:  # which it takes all processes to find
         _part()  # before its threads have done anything else, Python's end may abort in them
         refuse(program, mistake)
@@ -98,12 +101,14 @@ def _full_disk(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _part() -> None:
+def _part() -> bool:
     """Ends the process groups once all have come here: the store goes with the first process, and whoever still asks
-    it would say that it failed."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    it would say that it failed. Whether there were any."""
+    if not dist.is_initialized():
+        return False
+    dist.barrier()
+    dist.destroy_process_group()
+    return True
 
 
 def _refuse_for_one(program: str, error: Exception) -> NoReturn:

@@ -18,6 +18,7 @@ from beit3_dist.tasks.config import FinetuneConfig, TaskEvalConfig
 from beit3_dist.tasks.task import Task
 from beit3_dist.training.checkpointing import Checkpoints
 from beit3_dist.training.finetuning import FineTuning
+from beit3_dist.training.preemption import Together
 from tests.parallel import test_finetuning
 from tests.parallel.test_finetuning import CLASSES, records
 from tests.parallel.workers import run_workers
@@ -66,10 +67,10 @@ def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]]
         begun.append(state.step)
         save(self, state)
 
-    def watched_predictions(self: FineTuning) -> Tensor:
+    def watched_predictions(self: FineTuning, together: Together) -> Tensor:
         at_validations.append(list(begun))
         saved[:] = checkpoints(Path(config.out, "checkpoints"))
-        return predictions(self)
+        return predictions(self, together)
 
     def watched_score(self: Task, *arguments: Any) -> dict[str, float]:
         nonlocal scored
