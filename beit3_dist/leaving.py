@@ -3,7 +3,7 @@
 Slurm sends SIGTERM or the signal of `--signal` before it takes a job's nodes away; other schedulers send SIGTERM, and
 a terminal that is closed SIGHUP, which a run under `nohup` goes on ignoring.
 Until the training begins there is nothing to save and the process ends at once: to index and tokenise new data takes
-hours, and what is finished of it stays in data.cache. From then on `training.preemption` saves first.
+hours, and what is finished of it stays in data.cache. From then on `run.preemption` saves first.
 
 Python runs a signal's handler in the main thread, between two steps of the interpreter, and so not while that thread
 waits in C for other processes. A thread of its own hears of the signal in any case.

@@ -26,9 +26,9 @@ def main(arguments: list[str]) -> None:
     config = parse(FinetuneConfig, PROGRAM, "Fine-tunes BEiT-3 on a downstream task.", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh
-    from beit3_dist.training.finetune_preflight import FinetuneReady, prepare_finetuning
-    from beit3_dist.training.finetuning import finetune
-    from beit3_dist.training.launch import launch
+    from beit3_dist.run.launch import launch
+    from beit3_dist.run.preflight_finetuning import FinetuneReady, prepare_finetuning
+    from beit3_dist.train.finetuning import finetune
 
     def prepare() -> tuple[Mesh, FinetuneConfig, FinetuneReady]:
         mesh = read_mesh(config.parallel.tensor)

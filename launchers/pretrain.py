@@ -28,9 +28,9 @@ def main(arguments: list[str]) -> None:
     config = parse(RunConfig, PROGRAM, "Pretrains BEiT-3 on images, texts and image-text pairs.", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh
-    from beit3_dist.training.launch import launch
-    from beit3_dist.training.preflight import Ready, prepare_run
-    from beit3_dist.training.pretraining import pretrain
+    from beit3_dist.run.launch import launch
+    from beit3_dist.run.preflight import Ready, prepare_run
+    from beit3_dist.train.pretraining import pretrain
 
     def prepare() -> tuple[Mesh, Ready]:
         mesh = read_mesh(config.parallel.tensor, config.parallel.pipeline)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 
 from beit3_dist.command_line import begin, parse
-from beit3_dist.training.tokenizer_config import TokenizerConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig
 
 PROGRAM = "train_image_tokenizer.py"
 
@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> None:
     config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh
-    from beit3_dist.training.launch import launch
-    from beit3_dist.training.tokenizer_loop import train_tokenizer
-    from beit3_dist.training.tokenizer_preflight import TokenizerReady, prepare_tokenizer_run
+    from beit3_dist.run.launch import launch
+    from beit3_dist.run.preflight_image_tokenizer import TokenizerReady, prepare_tokenizer_run
+    from beit3_dist.train.tokenizer_loop import train_tokenizer
 
     def prepare() -> tuple[Mesh, TokenizerReady]:
         mesh = read_mesh()

@@ -40,19 +40,13 @@ from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import STREAMS
 from beit3_dist.parallel.host_memory import keep_freed_memory
 from beit3_dist.parallel.kernels import check_kernels
-from beit3_dist.training.flops import peak_flops
-from beit3_dist.training.inputs import host_totals, layout_of
+from beit3_dist.train.flops import peak_flops
+from beit3_dist.train.inputs import host_totals, layout_of
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tests, which import this file by its path
-import benchmark_checkpoint  # noqa: E402
-import benchmark_data  # noqa: E402
-import benchmark_growth  # noqa: E402
-import benchmark_kernels  # noqa: E402
-import benchmark_recipe  # noqa: E402
-import benchmark_torchscale  # noqa: E402
-import benchmark_traffic  # noqa: E402
-from benchmark_measure import in_turns, profile_table, threads  # noqa: E402
-from benchmark_step import (  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.benchmarks import checkpoint, data, growth, kernels, recipe, torchscale, traffic  # noqa: E402
+from tools.benchmarks.measure import in_turns, profile_table, threads  # noqa: E402
+from tools.benchmarks.step import (  # noqa: E402
     Contender,
     MasterAdamW,
     OurStep,
@@ -63,7 +57,7 @@ from benchmark_step import (  # noqa: E402
     random_micro_batch,
     switch,
 )
-from benchmark_torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED  # noqa: E402
+from tools.benchmarks.torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED  # noqa: E402
 
 GEOMETRY = {
     "layers": 6,
@@ -100,7 +94,7 @@ def model_contenders(
     switch(step, kernels)
     if not alone:
         contenders.append(Contender("ours, three passes", ours, step.three_passes, optimizer))
-        contenders += benchmark_torchscale.torchscale_contenders(ours, batch.to(device), step.codes, bf16, compiled)
+        contenders += torchscale.torchscale_contenders(ours, batch.to(device), step.codes, bf16, compiled)
         assert_equal_losses(contenders)
     if bf16:
         ours.bfloat16()
@@ -256,12 +250,12 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument("--alone", action="store_true", help="only ours: for sizes at which torchscale does not fit")
     model.add_argument("--profile", action="store_true", help="also the operations that our step spends its time in")
     model.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    benchmark_data.add_command(commands)
-    benchmark_checkpoint.add_command(commands)
-    benchmark_kernels.add_commands(commands)
-    benchmark_growth.add_command(commands)
-    benchmark_recipe.add_command(commands)
-    benchmark_traffic.add_command(commands)
+    data.add_command(commands)
+    checkpoint.add_command(commands)
+    kernels.add_commands(commands)
+    growth.add_command(commands)
+    recipe.add_command(commands)
+    traffic.add_command(commands)
     options = parser.parse_args(arguments)
     options.check(options)
     return options

@@ -78,9 +78,9 @@ run() {
     fi
     [[ -z ${TINY:-} ]] || { recipe=demo samples=$((1 + samples / 32)); }
     recipe=launchers/recipes/$recipe.yaml
-    [[ -e $data/made ]] || limited 60 data "$python" tools/benchmark_run.py make "$data" --recipe "$recipe" \
+    [[ -e $data/made ]] || limited 60 data "$python" tools/benchmarks/run.py make "$data" --recipe "$recipe" \
         --pictures $pictures
-    limited 110 "$name" "$python" tools/benchmark_run.py measure "$data" --recipe "$recipe" --samples "$samples" \
+    limited 110 "$name" "$python" tools/benchmarks/run.py measure "$data" --recipe "$recipe" --samples "$samples" \
         --zero_stage "$zero" --limit $((95 * long)) "${steps[@]}" --log "$out/$name-pretrain.log" --json \
         ${arguments[@]+"${arguments[@]}"} "$@"
     [[ ! -s $out/$name.json ]] || tail -n 1 "$out/$name.log"

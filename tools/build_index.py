@@ -18,11 +18,12 @@ from typing import Any
 
 from beit3_dist.command_line import refuse
 from beit3_dist.data.cache import write_whole
-from beit3_dist.data.demo_sources import emoji_pictures
 from beit3_dist.data.kinds import LeftOut, told
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.demo import tasks as demo
+from beit3_dist.demo.sources import emoji_pictures
 from beit3_dist.opening import read_json
-from beit3_dist.tasks import benchmarks, demo
+from beit3_dist.tasks import benchmarks
 from beit3_dist.tasks.benchmarks import Indexes, Records
 from beit3_dist.tasks.vqa_answers import read_answers
 

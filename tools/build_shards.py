@@ -33,14 +33,14 @@ from webdataset import ShardWriter
 
 from beit3_dist.children import end_with_parent
 from beit3_dist.config import DataConfig
-from beit3_dist.data.demo_sources import dictionary_documents, emoji_pictures
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below, told
 from beit3_dist.data.sides import side
 from beit3_dist.data.tables import table_rows, texts_in
 from beit3_dist.data.transforms import read_picture
+from beit3_dist.demo.sources import dictionary_documents, emoji_pictures
+from beit3_dist.demo.tasks import caption, easy_vqa
 from beit3_dist.opening import read_json
-from beit3_dist.tasks.demo import caption, easy_vqa
 
 DOCUMENTS_PER_MEMBER = 1000
 """A tar spends 1 KB on every member: one document each would make a dictionary ten times as large."""

@@ -49,9 +49,9 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     from beit3_dist.data.batch import MixedBatches, requests_from
     from beit3_dist.data.loader import loader
     from beit3_dist.devices import device_type
-    from beit3_dist.model.vqkd import load_vqkd
-    from beit3_dist.training.image_codes import CodesWriter, made_from, pictures_of, write_codes
-    from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
+    from beit3_dist.image_tokenizer.codes import CodesWriter, made_from, pictures_of, write_codes
+    from beit3_dist.image_tokenizer.network import load_vqkd
+    from beit3_dist.image_tokenizer.targets import ImageTargets, tokenizer_view_size
 
     require(not held_out or config.eval.every > 0, "eval.every=0: this recipe validates on nothing; set it and eval.*")
     device = torch.device(device_type())

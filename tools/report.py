@@ -48,17 +48,18 @@ from beit3_dist.command_line import refuse
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.views import views
 from beit3_dist.devices import device_type
+from beit3_dist.image_tokenizer.drawing import mosaic, patches_of
+from beit3_dist.image_tokenizer.network import VQKD, load_vqkd
+from beit3_dist.image_tokenizer.targets import ImageTargets, tokenizer_view_size
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
-from beit3_dist.model.vqkd import VQKD, load_vqkd
 from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
 from beit3_dist.opening import open_regular
 from beit3_dist.optional import optional_module
-from beit3_dist.training.code_pictures import mosaic, patches_of
-from beit3_dist.training.image_targets import ImageTargets, tokenizer_view_size
-from beit3_dist.training.inputs import prepare, views
-from beit3_dist.training.recorded_config import pretraining_config
-from beit3_dist.training.target_watch import collapse, entropy
+from beit3_dist.run.recorded_config import pretraining_config
+from beit3_dist.train.inputs import prepare
+from beit3_dist.train.target_watch import collapse, entropy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

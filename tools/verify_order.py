@@ -25,7 +25,7 @@ from beit3_dist.data.index import Table, shard_scan
 from beit3_dist.data.order import Stream, mix_arrays, sample_id
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.text_files import read_records
-from beit3_dist.training.recorded_config import pretraining_config
+from beit3_dist.run.recorded_config import pretraining_config
 
 Bad = dict[tuple[int, Stream], set[tuple[int, int]]]
 """(step, stream) -> (source, number in the source) of each sample that was replaced in that step."""

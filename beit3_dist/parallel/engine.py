@@ -22,7 +22,6 @@ from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import Values, materialize
-from beit3_dist.parallel.averaging import WeightAverage
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
@@ -31,6 +30,7 @@ from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
 from beit3_dist.parallel.sharding import shard
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
+from beit3_dist.train.averages import WeightAverage
 
 
 @dataclass

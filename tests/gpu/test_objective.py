@@ -16,7 +16,7 @@ from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.three_passes import three_passes
 from beit3_dist.parallel.fused import FusedForward
 from beit3_dist.parallel.kernels import use_kernels
-from beit3_dist.training.inputs import masked_counts, prepare
+from beit3_dist.train.inputs import masked_counts, prepare
 from tests.device import DEVICE, ON_GPU
 from tests.equality import assert_close, assert_tensors_close
 from tests.micro_batches import precomputed_codes, random_micro_batch

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beit3_dist.image_tokenizer.network import VQKD
+from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.inference import Model
-from beit3_dist.model.vqkd import VQKD
-from beit3_dist.training.image_targets import ImageTargets
 from tests.device import DEVICE, ON_GPU
 from tests.unit.test_inference import SENTENCES, save
 from tests.unit.test_inference import tokenizer as tokenizer

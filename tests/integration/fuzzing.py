@@ -46,12 +46,12 @@ from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import ImageStream, PairStream, TextStream, json_captions
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
+from beit3_dist.image_tokenizer.codes import CodesWriter, PrecomputedCodes
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
 from beit3_dist.tasks.class_shards import read_class_shards
 from beit3_dist.tasks.examples import TASKS, read_index
 from beit3_dist.tasks.vqa_answers import read_answers
-from beit3_dist.training.image_codes import CodesWriter, PrecomputedCodes
 from tests.unit.tar_fixtures import image_tar, pair_tar, sentences, text_tar, train_tokenizer, write_tar
 from tests.unit.test_examples import RECORDS
 from tests.unit.test_formats import TINY

@@ -14,10 +14,10 @@ from typing import Any
 
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
-from beit3_dist.model.vqkd import VQKD, save_vqkd
+from beit3_dist.image_tokenizer.network import VQKD, save_vqkd
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.training.preflight import prepare_run
-from beit3_dist.training.pretraining import pretrain
+from beit3_dist.run.preflight import prepare_run
+from beit3_dist.train.pretraining import pretrain
 from tests.unit.tar_fixtures import small_run
 
 CODES = 40

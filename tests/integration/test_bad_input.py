@@ -85,7 +85,7 @@ CASES = {  # name -> (arguments, what the line must say)
 def test_one_line_and_exit_code_2(case: tuple[str, list[str]], folder: Path, capfd: pytest.CaptureFixture,
                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     arguments, expected = case
-    monkeypatch.setattr("beit3_dist.training.pretraining.pretrain", lambda *_: pytest.fail("the run was started"))
+    monkeypatch.setattr("beit3_dist.train.pretraining.pretrain", lambda *_: pytest.fail("the run was started"))
     given = [
         "--config",
         str(folder / "recipe.yaml"),

@@ -44,7 +44,7 @@ def save_for_ever(rank: int, folder: str, meeting: str, step: int) -> None:
 
 def start(folder: Path, meeting: Path, step: int) -> list[BaseProcess]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.training.pretraining"])
+    context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.train.pretraining"])
     processes: list[BaseProcess] = []
     for rank in range(2):
         processes.append(context.Process(target=save_for_ever, args=(rank, str(folder), str(meeting), step)))

@@ -10,12 +10,12 @@ import torch
 
 from beit3_dist.config import BatchConfig
 from beit3_dist.data.batch import MixedBatches, Request
+from beit3_dist.image_tokenizer.network import load_vqkd
+from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.model import BEiT3
-from beit3_dist.model.vqkd import load_vqkd
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.training.image_targets import ImageTargets
-from beit3_dist.training.inputs import masked_counts, prepare
-from beit3_dist.training.optimizer import parameter_groups
+from beit3_dist.train.inputs import masked_counts, prepare
+from beit3_dist.train.optimizer import parameter_groups
 from tests.integration.runs import run_config
 
 PAPER = dict(attention="shared", sub_layernorm=False, vl_expert_layers=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
-from beit3_dist.training.preflight import prepare_run
+from beit3_dist.run.preflight import prepare_run
 from tests.integration.runs import metrics, reproducible, run_config, save_random_tokenizer, train, write_recipe
 from tests.parallel.workers import run_workers
 

@@ -26,10 +26,11 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
+from beit3_dist.data.views import views
+from beit3_dist.image_tokenizer.network import load_vqkd
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.vqkd import load_vqkd
 from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling
-from beit3_dist.training.inputs import prepare, views
+from beit3_dist.train.inputs import prepare
 from tests.integration.runs import metrics, run_config, write_recipe
 from tools import report
 

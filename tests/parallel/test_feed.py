@@ -10,8 +10,8 @@ import pytest
 
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.training import feed
-from beit3_dist.training.feed import Feed
+from beit3_dist.train import feed
+from beit3_dist.train.feed import Feed
 from tests.parallel.workers import run_workers
 
 READING_S = [0.25, 9.0, 1.5, 9.0]

@@ -18,6 +18,7 @@ from beit3_dist.config import CheckpointConfig, ModelConfig, OptimConfig, Parall
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.run.preflight_finetuning import prepare_finetuning
 from beit3_dist.tasks.config import (
     CONTRASTIVE,
     NEED_CLASSES,
@@ -26,8 +27,7 @@ from beit3_dist.tasks.config import (
     TaskDataConfig,
     TaskEvalConfig,
 )
-from beit3_dist.training.finetune_preflight import prepare_finetuning
-from beit3_dist.training.finetuning import FineTuning, finetune
+from beit3_dist.train.finetuning import FineTuning, finetune
 from tests.conftest import define_torchvision_operators
 from tests.integration.runs import metrics, reproducible
 from tests.parallel.workers import run_workers

@@ -22,8 +22,8 @@ from beit3_dist.parallel import engine as engine_module
 from beit3_dist.parallel import flat_step
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.training.inputs import host_totals, prepare
-from beit3_dist.training.optimizer import build_optimizer
+from beit3_dist.train.inputs import host_totals, prepare
+from beit3_dist.train.optimizer import build_optimizer
 from tests.micro_batches import precomputed_codes
 from tests.parallel import training
 from tests.parallel.training import SMALL_PIECES, build, engine_run, micro_batches, run_config, starting_value

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from beit3_dist.config import RunConfig
-from beit3_dist.model.vqkd import VQKD
+from beit3_dist.image_tokenizer.network import VQKD
+from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.training.image_targets import ImageTargets
 from tests.parallel.test_layouts import Layout
 from tests.parallel.training import SMALL, engine_run
 from tests.parallel.workers import Workers, run_workers

@@ -21,8 +21,8 @@ from beit3_dist.parallel.flat_step import FlatBF16
 from beit3_dist.parallel.memory import state_bytes
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.training.inputs import host_totals, prepare
-from beit3_dist.training.optimizer import build_optimizer
+from beit3_dist.train.inputs import host_totals, prepare
+from beit3_dist.train.optimizer import build_optimizer
 from tests.micro_batches import precomputed_codes
 from tests.parallel.training import micro_batches, run_config
 from tests.parallel.workers import run_workers

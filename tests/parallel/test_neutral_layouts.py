@@ -15,7 +15,7 @@ from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.training.checkpointing import contribution, load_checkpoint
+from beit3_dist.run.checkpointing import contribution, load_checkpoint
 from tests.parallel.training import MODELS, build, run_config
 from tests.parallel.workers import run_workers
 from tests.unit.test_neutral import write_checkpoint

@@ -17,7 +17,7 @@ from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.training.inputs import host_totals, prepare
+from beit3_dist.train.inputs import host_totals, prepare
 from tests.micro_batches import precomputed_codes
 from tests.parallel.training import build, micro_batches, run_config
 from tests.parallel.workers import run_workers

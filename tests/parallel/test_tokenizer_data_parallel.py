@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import OptimConfig
-from beit3_dist.data.picture_batches import ImageBatches
+from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig, TokenizerModelConfig
+from beit3_dist.image_tokenizer.images import ImageBatches
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig, TokenizerModelConfig
-from beit3_dist.training.tokenizer_engine import TokenizerEngine
+from beit3_dist.train.tokenizer_engine import TokenizerEngine
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import image_tar
 

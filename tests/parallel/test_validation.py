@@ -14,11 +14,11 @@ from beit3_dist.checkpoint.store import TrainState, checkpoints
 from beit3_dist.config import CheckpointConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.run.checkpointing import Checkpoints
+from beit3_dist.run.preemption import Together
 from beit3_dist.tasks.config import FinetuneConfig, TaskEvalConfig
 from beit3_dist.tasks.task import Task
-from beit3_dist.training.checkpointing import Checkpoints
-from beit3_dist.training.finetuning import FineTuning
-from beit3_dist.training.preemption import Together
+from beit3_dist.train.finetuning import FineTuning
 from tests.parallel import test_finetuning
 from tests.parallel.test_finetuning import CLASSES, records
 from tests.parallel.workers import run_workers

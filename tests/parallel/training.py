@@ -21,6 +21,7 @@ from beit3_dist.config import (
     RunConfig,
 )
 from beit3_dist.data.batch import MicroBatch
+from beit3_dist.data.views import Tokenize
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import generator, initial_value, materialize
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
@@ -29,9 +30,9 @@ from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.parallel.sharding import shard, sharded_dimension
-from beit3_dist.training.inputs import Tokenize, host_totals, prepare
-from beit3_dist.training.optimizer import build_optimizer, parameter_groups
-from beit3_dist.training.schedule import learning_rate
+from beit3_dist.train.inputs import host_totals, prepare
+from beit3_dist.train.optimizer import build_optimizer, parameter_groups
+from beit3_dist.train.schedule import learning_rate
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
 SMALL = dict(

@@ -72,7 +72,7 @@ class Workers:
             pytest.skip(f"needs {world} GPUs, one for each process")
         context: Any = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
         if not ON_GPU:
-            context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.training.pretraining"])
+            context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.train.pretraining"])
         port = free_port()
         self.failed = False
         self._processes, self._ends = [], []

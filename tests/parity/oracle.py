@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tools.benchmark import benchmark_torchscale
+from tools.benchmarks import torchscale
 
-torchscale_beit3 = benchmark_torchscale.torchscale_beit3
+torchscale_beit3 = torchscale.torchscale_beit3
 
 __all__ = ["torchscale_beit3"]

@@ -16,7 +16,7 @@ from beit3_dist.command_line import parse
 from beit3_dist.config import ModelConfig, ObjectiveConfig, RunConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.training.inputs import masked_counts, prepare
+from beit3_dist.train.inputs import masked_counts, prepare
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
 ARCHITECTURES = {

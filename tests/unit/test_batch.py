@@ -25,8 +25,8 @@ from beit3_dist.data import loader as loader_module
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, hash_terms, requests_from
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, mix, sample_id
-from beit3_dist.data.picture_batches import ImageBatches
 from beit3_dist.hashing import signed
+from beit3_dist.image_tokenizer.images import ImageBatches
 from tests.unit.tar_fixtures import picture, small_run, write_tar
 
 STEPS = 4

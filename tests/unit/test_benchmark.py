@@ -13,8 +13,8 @@ from torch import nn
 from beit3_dist.config import ModelConfig
 from beit3_dist.parallel import compiled
 from tools import benchmark
-from tools.benchmark import benchmark_growth, benchmark_kernels, benchmark_recipe
-from tools.benchmark_measure import MatrixProducts, kept_bytes, peak_bytes
+from tools.benchmarks import growth, kernels, recipe
+from tools.benchmarks.measure import MatrixProducts, kept_bytes, peak_bytes
 
 TINY = [
     *("--layers", 2, "--width", 16, "--heads", 2, "--ffn_width", 24, "--patch_size", 8, "--image_size", 32),
@@ -215,27 +215,27 @@ def test_the_contenders_of_a_gpu(precision: str) -> None:
     """In Triton's interpreter, where there is none."""
     options = benchmark.parse(["kernels", *map(str, SMALL["kernels"]), "--width", "12", "--precision", precision])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = benchmark_kernels.norms_and_losses(options, device, on_gpu=True)
+    pairs = kernels.norms_and_losses(options, device, on_gpu=True)
     assert sum("Triton" in pair.name for pair in pairs) == 3
     for pair in pairs:
-        benchmark_kernels.assert_equal(pair)
+        kernels.assert_equal(pair)
 
 
 def test_without_a_gpu_it_says_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     options = benchmark.parse(["kernels", *map(str, SMALL["kernels"])])
-    assert len(benchmark_kernels.kernel_pairs(options, CPU)) == 2
+    assert len(kernels.kernel_pairs(options, CPU)) == 2
     assert capsys.readouterr().err == "benchmark.py: no CUDA device, so the Triton kernels are left out\n"
 
 
 def test_operations_are_not_timed_unless_equal() -> None:
-    pair = benchmark_kernels.Pair("this", [torch.ones(3, requires_grad=True)], lambda x: x * 1.001, lambda x: x * 1)
+    pair = kernels.Pair("this", [torch.ones(3, requires_grad=True)], lambda x: x * 1.001, lambda x: x * 1)
     with pytest.raises(AssertionError, match="this differs from its definition by 1.0e-03"):
-        benchmark_kernels.assert_equal(pair)
+        kernels.assert_equal(pair)
 
 
 def test_growth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(benchmark_growth, "SERIES", {"layers": (1, 2)})
-    monkeypatch.setattr(benchmark_growth, "BASE", {"layers": 1, "width": 64, "batch": 1, "text_length": 9})
+    monkeypatch.setattr(growth, "SERIES", {"layers": (1, 2)})
+    monkeypatch.setattr(growth, "BASE", {"layers": 1, "width": 64, "batch": 1, "text_length": 9})
     assert run("growth", "--axes", "layers", "--repeats", 1, "--json") == 0
     series = json.loads(capsys.readouterr().out)["series"]["layers"]
     assert [point["layers"] for point in series["points"]] == [1, 2]
@@ -248,7 +248,7 @@ def test_growth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def test_a_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that do not fit end a kind of kernels, and so do kernels that cannot run."""
     arguments = ["recipe", "--samples", 1, 2, 3, "--kernels", "torch", "triton", "--precision", "bf16", "--repeats", 1]
-    real = benchmark_recipe.random_micro_batch
+    real = recipe.random_micro_batch
 
     def full(config: ModelConfig, samples: int, *rest: object):
         if samples == 3:
@@ -259,8 +259,8 @@ def test_a_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         if kernels == "triton":
             raise RuntimeError("no such\ndevice")
 
-    monkeypatch.setattr(benchmark_recipe, "random_micro_batch", full)
-    monkeypatch.setattr(benchmark_recipe, "switch", broken)
+    monkeypatch.setattr(recipe, "random_micro_batch", full)
+    monkeypatch.setattr(recipe, "switch", broken)
     assert run(*arguments, "--json") == 0
     printed = capsys.readouterr()
     one, two, three, triton = json.loads(printed.out)["rows"]
@@ -276,22 +276,22 @@ def test_a_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 
 def test_kernels_of_a_recipe_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ModelConfig(layers=1, width=16, heads=2, ffn_width=24, patch_size=8, image_size=16, vl_expert_layers=0)
-    batch = benchmark_recipe.micro_batch(config, {"caption_length": 9, "text_length": 9}, 1)
+    batch = recipe.micro_batch(config, {"caption_length": 9, "text_length": 9}, 1)
     step = benchmark.OurStep(benchmark.BEiT3(config), batch, CPU)
 
     def worse(model: benchmark.BEiT3, kernels: str) -> None:
         with torch.no_grad():
             model.text_head.bias[::2] += 3.0
 
-    monkeypatch.setattr(sys.modules["benchmark_step"], "use_kernels", worse)
+    monkeypatch.setattr(sys.modules["tools.benchmarks.step"], "use_kernels", worse)
     with pytest.raises(AssertionError, match="the losses of torch differ"):
         benchmark.switch(step, "compiled", "bf16")
 
 
 def test_exponents() -> None:
     flops = [1e9, 3e9, 1e10]
-    assert benchmark_growth.exponent(flops, [5 * x for x in flops]) == pytest.approx(1)
-    assert benchmark_growth.exponent(flops, [x**0.5 for x in flops]) == pytest.approx(0.5)
+    assert growth.exponent(flops, [5 * x for x in flops]) == pytest.approx(1)
+    assert growth.exponent(flops, [x**0.5 for x in flops]) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +316,6 @@ def test_torchscale_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def missing(config: ModelConfig) -> nn.Module:
         raise ModuleNotFoundError("No module named 'torchscale'")
 
-    monkeypatch.setattr(sys.modules["benchmark_torchscale"], "torchscale_beit3", missing)
+    monkeypatch.setattr(sys.modules["tools.benchmarks.torchscale"], "torchscale_beit3", missing)
     assert run("model", *TINY) == 2
     assert "torchscale cannot be imported" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.unit.small_checkpoints import one_process as one_process
 from tools import benchmark
-from tools.benchmark import benchmark_checkpoint
+from tools.benchmarks import checkpoint
 
 RECIPE = "model: {layers: 2, width: 8, heads: 2, ffn_width: 12, vl_expert_layers: 1, vocab_size: 50}\n"
 
@@ -34,8 +34,8 @@ def test_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert record["durable_ratio_vs_torch_save"] == figures["torch.save"] / figures["ours"]
     assert record["durable_ratio_vs_distributed_checkpoint"] == figures["dcp"] / figures["ours"]
     assert figures["pause"] < figures["ours"]
-    model = benchmark_checkpoint.model_of(recipe)
-    values = 12 * sum(shape.numel() for shape in benchmark_checkpoint.shapes_of(model).values())
+    model = checkpoint.model_of(recipe)
+    values = 12 * sum(shape.numel() for shape in checkpoint.shapes_of(model).values())
     assert values < record["bytes"] < values + 200_000, "weights and both moments, and headers"
     assert record["giant"]["bytes"] == pytest.approx(12 * 1.946e9, rel=1e-2)
     assert not list(disk.iterdir()) and not dist.is_initialized(), "it leaves nothing behind"
@@ -45,7 +45,7 @@ def test_json(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_other_values_are_noticed(
     way: str, recipe: Path, one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contenders = benchmark_checkpoint.Contenders(benchmark_checkpoint.model_of(recipe), tmp_path, torch.device("cpu"))
+    contenders = checkpoint.Contenders(checkpoint.model_of(recipe), tmp_path, torch.device("cpu"))
     for save in (contenders.ours, contenders.torch_save, contenders.distributed):
         save()
     contenders.assert_equal_values()

@@ -13,7 +13,8 @@ from PIL import Image
 
 from beit3_dist.data import transforms
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
-from tools import benchmark, benchmark_data
+from tools import benchmark
+from tools.benchmarks import data
 
 
 class Idle(torch.utils.data.Dataset):
@@ -26,15 +27,15 @@ class Idle(torch.utils.data.Dataset):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
-    benchmark_data.build(folder)
+    data.build(folder)
     return folder
 
 
 def test_contenders_make_equal_batches(folder: Path) -> None:
     """webdataset's samples come in another order, but a batch has the same tensors, and no picture is left over."""
-    config = benchmark_data.run_config(folder, 3)
+    config = data.run_config(folder, 3)
     ours = MixedBatches(config, 224, 0, 1)[Request((0, 0, 0), 0)]
-    theirs = benchmark_data.ByWebdataset(config, 224, 0, 1)[Request((0, 0, 0), 0)]
+    theirs = data.ByWebdataset(config, 224, 0, 1)[Request((0, 0, 0), 0)]
     assert ours.images.shape == theirs.images.shape == (6, 3, 224, 224)
     assert ours.image_mask.sum() == theirs.image_mask.sum() and ours.num_texts == theirs.num_texts == 3
     assert (theirs.caption_lengths > 4).all() and theirs.text_mask.any(1).all()
@@ -43,10 +44,10 @@ def test_contenders_make_equal_batches(folder: Path) -> None:
 
 def test_the_limit_crops_our_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes are decoded, and the same boxes resized, in the same order."""
-    config = benchmark_data.run_config(folder, 3)
+    config = data.run_config(folder, 3)
     ours = MixedBatches(config, 224, 0, 1)
     requests = list(itertools.islice(requests_from((0, 0, 0), config.batch), 2))
-    bare = benchmark_data.Bare(ours, requests)
+    bare = data.Bare(ours, requests)
     seen: list[object] = []
     decode, resized = transforms.decode, transforms.resized
 
@@ -67,10 +68,10 @@ def test_the_limit_crops_our_pictures(folder: Path, monkeypatch: pytest.MonkeyPa
 
 def test_each_micro_batch_is_timed_in_each_round(folder: Path) -> None:
     """Two workers, a contender that works and one that does nothing: no time is taken for another's."""
-    config = benchmark_data.run_config(folder, 3)
+    config = data.run_config(folder, 3)
     requests = list(itertools.islice(requests_from((0, 0, 0), config.batch), 4))
-    bare = benchmark_data.Bare(MixedBatches(config, 224, 0, 1), requests)
-    spent = benchmark_data.measure([bare, Idle()], requests, 2, 3)
+    bare = data.Bare(MixedBatches(config, 224, 0, 1), requests)
+    spent = data.measure([bare, Idle()], requests, 2, 3)
     assert spent.shape == (2, 2, 3, 4) and (spent > 0).all()
     cpu = spent[0].min(axis=1)
     assert (cpu[0] > 3 * cpu[1]).all()  # six pictures of two milliseconds each; handing nothing over takes one

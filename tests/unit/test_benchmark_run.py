@@ -12,7 +12,8 @@ import yaml
 
 from beit3_dist.data.text import TextTokenizer
 from tests.conftest import REPOSITORY
-from tools import benchmark, benchmark_run
+from tools import benchmark
+from tools.benchmarks import run
 
 RECIPE = {
     "out": "unused",
@@ -33,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
     arguments = (str(folder / "data"), "--recipe", str(recipe))
-    assert benchmark_run.main(["make", *arguments, "--pictures", "9"]) == 0
+    assert run.main(["make", *arguments, "--pictures", "9"]) == 0
     return arguments
 
 
@@ -47,7 +48,7 @@ def test_the_vocabulary_is_the_recipes(made: tuple[str, ...]) -> None:
 @pytest.mark.slow
 def test_steps_are_timed_and_nothing_is_left(made: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     numbers = ("--samples", "2", "--steps", "3", "--last", "2", "--json")
-    assert benchmark_run.main(["measure", *made, *numbers, "--data.workers", "0"]) == 0
+    assert run.main(["measure", *made, *numbers, "--data.workers", "0"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["steps"] >= 3 and record["recipe"] == "tiny" and record["zero_stage"] == 1
     assert 0 < record["fastest_s"] <= record["step_s"] and record["tokens_per_s"] > 0 and "torch" in record["computes"]
@@ -56,7 +57,7 @@ def test_steps_are_timed_and_nothing_is_left(made: tuple[str, ...], capsys: pyte
 
 @pytest.mark.slow
 def test_a_run_that_ends_says_why(made: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark_run.main(["measure", *made, "--samples", "2", "--model.heads", "3"]) == 1
+    assert run.main(["measure", *made, "--samples", "2", "--model.heads", "3"]) == 1
     assert "left out: pretrain.py: error:" in capsys.readouterr().out
 
 
@@ -71,14 +72,14 @@ def test_a_run_that_ends_says_why(made: tuple[str, ...], capsys: pytest.CaptureF
 def test_reasons(output: str, why: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(output)
-    assert benchmark_run.reason(log) == why
+    assert run.reason(log) == why
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(REPOSITORY / "launchers" / "recipes" / "demo.yaml")
-    assert benchmark_run.main(["measure", str(tmp_path), "--recipe", recipe, "--samples", "2"]) == 2
+    assert run.main(["measure", str(tmp_path), "--recipe", recipe, "--samples", "2"]) == 2
     assert "call `make` first" in capsys.readouterr().err
-    assert benchmark_run.main(["make", str(tmp_path), "--recipe", "no.yaml"]) == 2
+    assert run.main(["make", str(tmp_path), "--recipe", "no.yaml"]) == 2
     assert "no.yaml cannot be read: No such file" in capsys.readouterr().err
 
 
@@ -99,7 +100,7 @@ def test_recipes_are_checked_as_launchers_check_them(
     recipe = tmp_path / "odd.yaml"
     recipe.write_text(text)
     if tool == "run":
-        assert benchmark_run.main(["make", str(tmp_path / "data"), "--recipe", str(recipe)]) == 2
+        assert run.main(["make", str(tmp_path / "data"), "--recipe", str(recipe)]) == 2
     else:
         arguments = ["--kernels", "torch", "--attention", "padded"] if tool == "traffic" else []
         assert benchmark.main([tool, "--recipe", str(recipe), *arguments]) == 2

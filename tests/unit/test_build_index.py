@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from beit3_dist.data.demo_sources import Emoji
 from beit3_dist.data.sides import side
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.tasks import benchmarks, demo
+from beit3_dist.demo import tasks as demo
+from beit3_dist.demo.sources import Emoji
+from beit3_dist.tasks import benchmarks
 from beit3_dist.tasks.examples import read_index
 from tests.unit.tar_fixtures import train_tokenizer
 from tools import build_index

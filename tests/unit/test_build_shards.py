@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit3_dist.data import demo_sources
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
+from beit3_dist.demo import sources as demo_sources
 from tools import build_shards
 
 TOOL = Path(build_shards.__file__)

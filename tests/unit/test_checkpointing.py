@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import beit3_dist
-from beit3_dist.training import checkpointing
+from beit3_dist.run import checkpointing
 from tests.conftest import REPOSITORY
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3_dist.data import demo_sources
+from beit3_dist.demo import sources as demo_sources
 from tests.conftest import REPOSITORY
 from tests.unit.tar_fixtures import image_tar
 from tools import build_shards, check_shards

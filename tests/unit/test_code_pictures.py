@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_dist.model.vqkd import VQKD
-from beit3_dist.training.code_pictures import GAP, mosaic, nearest_patches, patches_of, sheet
+from beit3_dist.image_tokenizer.drawing import GAP, mosaic, nearest_patches, patches_of, sheet
+from beit3_dist.image_tokenizer.network import VQKD
 
 P, GRID = 4, 3
 

@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from beit3_dist import launched
 from beit3_dist.command_line import parse, to_yaml
 from beit3_dist.config import RunConfig, Source, sources_of
-from beit3_dist.training.tokenizer_config import TokenizerConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig
 
 RECIPE = """\
 out: runs/test

@@ -19,8 +19,8 @@ from beit3_dist.config import (
     RunConfig,
     Source,
 )
+from beit3_dist.image_tokenizer.config import TeacherConfig, TokenizerConfig, TokenizerDataConfig
 from beit3_dist.tasks.config import TaskDataConfig
-from beit3_dist.training.tokenizer_config import TeacherConfig, TokenizerConfig, TokenizerDataConfig
 
 STREAMS = {"images": "i.tar", "texts": "t.tar", "pairs": "p.tar"}
 

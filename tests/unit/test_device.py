@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from beit3_dist.parallel.device import ALLOCATOR, WORKSPACE, prepare_device
-from beit3_dist.training import garbage
-from beit3_dist.training.garbage import GarbageCollection
+from beit3_dist.train import garbage
+from beit3_dist.train.garbage import GarbageCollection
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from beit3_dist.objectives.distillation import CLIP_MEAN, CLIP_STD, build_teacher, read_weights
+from beit3_dist.image_tokenizer.teachers import CLIP_MEAN, CLIP_STD, build_teacher, read_weights
 
 WIDTH, HEAD, PATCH, GRID, LAYERS, JOINT = 32, 8, 8, 3, 2, 12
 

@@ -15,9 +15,9 @@ import torch
 from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request
 from beit3_dist.data.faults import Fault
-from beit3_dist.training import evaluation
-from beit3_dist.training.feed import StepBatch
-from beit3_dist.training.totals import Totals
+from beit3_dist.train import validation as evaluation
+from beit3_dist.train.feed import StepBatch
+from beit3_dist.train.totals import Totals
 from tests.unit.tar_fixtures import small_run
 
 

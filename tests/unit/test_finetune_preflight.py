@@ -17,11 +17,11 @@ from beit3_dist.config import ModelConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.run.preflight_finetuning import check_mixing, prepare_finetuning, read_classes, resolve_epochs
+from beit3_dist.run.sources import finetuning_sources, same_sources
 from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
 from beit3_dist.tasks.heads import FineTuned
-from beit3_dist.training.finetune_preflight import check_mixing, prepare_finetuning, read_classes, resolve_epochs
-from beit3_dist.training.optimizer import layered_groups
-from beit3_dist.training.sources import finetuning_sources, same_sources
+from beit3_dist.train.optimizer import layered_groups
 from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
 
 MESH = Mesh(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))

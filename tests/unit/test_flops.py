@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit3_dist.config import ModelConfig, ObjectiveConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.training import flops
-from beit3_dist.training.flops import peak_flops, training_flops
-from beit3_dist.training.inputs import host_totals, masked_counts, prepare
+from beit3_dist.train import flops
+from beit3_dist.train.flops import peak_flops, training_flops
+from beit3_dist.train.inputs import host_totals, masked_counts, prepare
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
 SIZE = {

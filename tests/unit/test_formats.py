@@ -346,9 +346,7 @@ def test_a_run_without_checkpoints_is_its_model(tmp_path: Path) -> None:
     save_model_folder(tmp_path / "run/model", weights, TINY)
     assert_identical(read_initial_weights(tmp_path / "run", TINY), weights)
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
-    with pytest.raises(
-        ValueError, match="^init_from: .*empty is neither a model folder nor a checkpoint"
-    ):
+    with pytest.raises(ValueError, match="^init_from: .*empty is neither a model folder nor a checkpoint"):
         read_initial_weights(tmp_path / "empty", TINY)
 
 

@@ -23,10 +23,10 @@ from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import DataConfig, GuardConfig, RunConfig
 from beit3_dist.leaving import SIGNALS
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training.guards import last_losses
-from beit3_dist.training.preemption import AskedToGo, StopRequest, interrupt_main_thread
-from beit3_dist.training.resilience import BadSamples, RunStopped
-from beit3_dist.training.spikes import SpikeMonitor
+from beit3_dist.run.bad_samples import BadSamples, RunStopped
+from beit3_dist.run.guards import last_losses
+from beit3_dist.run.preemption import AskedToGo, StopRequest, interrupt_main_thread
+from beit3_dist.run.spikes import SpikeMonitor
 
 
 def falling_losses(steps: int) -> list[float]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from beit3_dist.config import EvalConfig
 from beit3_dist.data.batch import MixedBatches
-from beit3_dist.training.image_codes import FILES, CodesWriter, PrecomputedCodes, made_from
+from beit3_dist.image_tokenizer.codes import FILES, CodesWriter, PrecomputedCodes, made_from
 from tests.unit.tar_fixtures import small_run
 
 

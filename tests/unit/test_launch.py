@@ -24,10 +24,10 @@ from beit3_dist.command_line import FAILED, STOPPED
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
 from beit3_dist.leaving import PREEMPTED, SIGNALS
-from beit3_dist.training import launch as module
-from beit3_dist.training.launch import launch
-from beit3_dist.training.resilience import RunStopped
-from beit3_dist.training.run_lock import FolderInUse
+from beit3_dist.run import launch as module
+from beit3_dist.run.bad_samples import RunStopped
+from beit3_dist.run.launch import launch
+from beit3_dist.run.lock import FolderInUse
 
 
 @pytest.fixture(autouse=True)

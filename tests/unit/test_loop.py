@@ -11,11 +11,11 @@ import torch
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig
 from beit3_dist.data.faults import Fault
-from beit3_dist.data.picture_batches import PictureBatch
+from beit3_dist.image_tokenizer.images import PictureBatch
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training import loop, tokenizer_loop
-from beit3_dist.training.preemption import AskedToGo, Preempted, by_itself
-from beit3_dist.training.resilience import RunStopped
+from beit3_dist.run.bad_samples import RunStopped
+from beit3_dist.run.preemption import AskedToGo, Preempted, by_itself
+from beit3_dist.train import loop, tokenizer_loop
 
 
 @pytest.fixture

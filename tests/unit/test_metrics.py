@@ -17,11 +17,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from beit3_dist.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
 from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training import metrics
-from beit3_dist.training.feed import StepBatch
-from beit3_dist.training.metrics import JsonLines, Reporter, finite, losses_and_accuracies
-from beit3_dist.training.pretraining import step_record
-from beit3_dist.training.totals import Totals
+from beit3_dist.run import records
+from beit3_dist.run.records import JsonLines, Reporter, finite
+from beit3_dist.train import metrics
+from beit3_dist.train.feed import StepBatch
+from beit3_dist.train.metrics import losses_and_accuracies
+from beit3_dist.train.pretraining import step_record
+from beit3_dist.train.totals import Totals
 
 CONTRACT = """
 step loss loss_image loss_text loss_pair_image loss_pair_text acc_image acc_text acc_pair_image acc_pair_text lr
@@ -154,9 +156,9 @@ def test_records_of_one_step_stay_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [1, 7, 50, 1 << 20])
 @pytest.mark.parametrize("content", [b"", b"a", b"a\n", b"\n", b"a\n\nbcd\n" + b"x" * 100 + b"\nend", b"ab\n" * 50])
 def test_lines_from_the_end(block: int, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "BLOCK", block)
+    monkeypatch.setattr(records, "BLOCK", block)
     (tmp_path / "file").write_bytes(content)
-    assert list(metrics.from_the_end(tmp_path / "file"))[::-1] == content.splitlines(keepends=True)
+    assert list(records.from_the_end(tmp_path / "file"))[::-1] == content.splitlines(keepends=True)
 
 
 @pytest.mark.parametrize("last_step", [0, 150, 2995, 3000])
@@ -166,11 +168,11 @@ def test_a_long_file_is_read_only_as_far_as_it_is_cut(
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(1, 3001)))
     before, seen = path.read_bytes(), []
-    step_of = metrics._step_of
-    monkeypatch.setattr(metrics, "_step_of", lambda line: seen.append(line) or step_of(line))
+    step_of = records._step_of
+    monkeypatch.setattr(records, "_step_of", lambda line: seen.append(line) or step_of(line))
     JsonLines(path, last_step).close()
     assert [record["step"] for record in lines(path)] == list(range(1, last_step + 1))
-    assert len(set(seen)) <= 3000 - last_step + metrics.IN_ORDER
+    assert len(set(seen)) <= 3000 - last_step + records.IN_ORDER
     asides = list(tmp_path.glob("metrics.tail-*.jsonl"))
     assert len(asides) == (last_step < 3000)
     assert path.read_bytes() + b"".join(aside.read_bytes() for aside in asides) == before
@@ -178,7 +180,7 @@ def test_a_long_file_is_read_only_as_far_as_it_is_cut(
 
 def test_a_line_is_written_to_its_end_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, write = JsonLines(tmp_path / "some.jsonl", None), os.write
-    monkeypatch.setattr(metrics.os, "write", lambda file, data: write(file, data[:5]))
+    monkeypatch.setattr(records.os, "write", lambda file, data: write(file, data[:5]))
     file.write({"step": 1, "loss": 2.0})
     assert lines(tmp_path / "some.jsonl") == [{"step": 1, "loss": 2.0}]
 
@@ -187,7 +189,7 @@ def test_a_line_is_written_to_its_end_or_fails(tmp_path: Path, monkeypatch: pyte
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(file, data[:5])
 
-    monkeypatch.setattr(metrics.os, "write", full)
+    monkeypatch.setattr(records.os, "write", full)
     with pytest.raises(OSError, match="No space left"):
         file.write({"step": 2})
     file.close()
@@ -259,7 +261,7 @@ def test_the_longest_progress_fits_a_screen_of_120_columns(
     columns: int, tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the parts of the loss where there is no room for them, and with nothing cut off."""
-    monkeypatch.setattr(metrics.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=columns))
+    monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=columns))
     terminal = Terminal()
     reporter = Reporter(tmp_path, 900_000, 1_000_000, terminal)
     for step in range(900_001, 900_005):
@@ -286,7 +288,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_screen_renews_one_line_that_fits(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=30))
+    monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=30))
     terminal = Terminal()
     reporter = Reporter(tmp_path, 0, 2, terminal)
     clock.now += 1

@@ -27,7 +27,7 @@ ALLOWED = {
         "beit3_dist/data/kinds.py",
         "tools/build_shards.py",  # whether OUT is empty
         "tools/build_index.py",  # the same
-        "tools/benchmark_checkpoint.py",  # bytes of a checkpoint
+        "tools/benchmarks/checkpoint.py",  # bytes of a checkpoint
     },
     "glob": {
         "beit3_dist/data/index.py",  # what a pattern names
@@ -36,13 +36,13 @@ ALLOWED = {
         "beit3_dist/checkpoint/find.py",
         "beit3_dist/checkpoint/read.py",
         "beit3_dist/checkpoint/store.py",
-        "beit3_dist/training/run_folder.py",
+        "beit3_dist/run/folder.py",
         "tools/compare_tasks.py",
-        "beit3_dist/data/demo_sources.py",  # a package's files
-        "tools/benchmark_data.py",  # shards that it has written itself
+        "beit3_dist/demo/sources.py",  # a package's files
+        "tools/benchmarks/data.py",  # shards that it has written itself
     },
     # Tars: data/tars.py reads headers, data/unpack.py makes plain ones, data/members.py joins members.
-    "import tarfile": {"tools/benchmark_run.py"},  # writes some
+    "import tarfile": {"tools/benchmarks/run.py"},  # writes some
     "import gzip": set(),
     "import zlib": {"beit3_dist/data/unpack.py", "beit3_dist/data/metadata.py"},  # checksums of PNG's chunks
     "headers": {"beit3_dist/data/tars.py", "beit3_dist/data/streaming.py"},
@@ -59,12 +59,12 @@ ALLOWED = {
     "yaml.load": {"beit3_dist/opening.py"},
     "yaml.safe_load": {
         "beit3_dist/recipe.py",  # after it has looked for fields given twice
-        "beit3_dist/training/resumption.py",  # a recipe that it has just made
+        "beit3_dist/run/resumption.py",  # a recipe that it has just made
     },
     "csv.reader": {"beit3_dist/data/tables.py"},
     "csv.DictReader": set(),
     # Weights: weights.py.
-    "torch.load": {"beit3_dist/weights.py", "tools/benchmark_checkpoint.py"},  # whose time the latter takes
+    "torch.load": {"beit3_dist/weights.py", "tools/benchmarks/checkpoint.py"},  # whose time the latter takes
     "torch.jit.load": {"beit3_dist/weights.py"},
     "load_file": {"beit3_dist/weights.py"},
     "import pickle": set(),

@@ -8,7 +8,7 @@ from torch import nn
 
 from beit3_dist.config import ModelConfig, OptimConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.training.optimizer import build_optimizer, decays, parameter_groups
+from beit3_dist.train.optimizer import build_optimizer, decays, parameter_groups
 
 SIZE = {"layers": 2, "width": 8, "heads": 2, "ffn_width": 12, "patch_size": 2, "image_size": 4, "vocab_size": 20}
 CONFIGS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3_dist.training.profiling import SKIPPED, StepProfiler
+from beit3_dist.train.profiling import SKIPPED, StepProfiler
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from beit3_dist.config import ModelConfig, RunConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.model import BEiT3, parameter_counts
 from beit3_dist.tasks.config import FinetuneConfig
-from beit3_dist.training.tokenizer_config import TokenizerConfig
 
 REPOSITORY = Path(__file__).parents[2]
 README = (REPOSITORY / "README.md").read_text()

@@ -8,9 +8,9 @@ import pytest
 
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import DataConfig, RunConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig
+from beit3_dist.run.recorded_config import pretraining_config
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
-from beit3_dist.training.recorded_config import pretraining_config
-from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig
 from tools import report, verify_order
 
 PRETRAINING = RunConfig(

@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from beit3_dist.run import preflight
+from beit3_dist.run import preflight_finetuning as finetune_preflight
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.task import Task
-from beit3_dist.training import finetune_preflight, preflight
 from tests.parallel.training import run_config
 
 SHAPE = torch.Size([3, 2])

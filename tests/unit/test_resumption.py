@@ -13,10 +13,10 @@ import yaml
 
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import DataConfig, RunConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig
+from beit3_dist.run.folder import keep_config
+from beit3_dist.run.resumption import ON_RESUME, OnResume, fields_of, same_recipe
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
-from beit3_dist.training.resumption import ON_RESUME, OnResume, fields_of, same_recipe
-from beit3_dist.training.run_folder import keep_config
-from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig
 
 CONFIGS: dict[str, Any] = {
     "pretraining": RunConfig(

@@ -14,8 +14,8 @@ import torch
 from beit3_dist.config import DataConfig, RunConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training.computing import computed_by
-from beit3_dist.training.run_folder import RunFolder
+from beit3_dist.run.computing import computed_by
+from beit3_dist.run.folder import RunFolder
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_what_computes_on_a_gpu(kernels: str, apex: bool, end: str, monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     installed = ("triton", "torch.nn.attention.varlen")
     monkeypatch.setattr("beit3_dist.parallel.kernels._installed", lambda module: module in installed)
-    monkeypatch.setattr("beit3_dist.training.computing.apex_layer_norm", lambda: print if apex else None)
+    monkeypatch.setattr("beit3_dist.run.computing.apex_layer_norm", lambda: print if apex else None)
     data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar")
     config = RunConfig(out="out", data=data, image_tokenizer="i", text_tokenizer="t", kernels=kernels)
     computes = computed_by(config, torch.device("cuda", 0))

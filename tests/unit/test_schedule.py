@@ -7,7 +7,7 @@ import math
 import pytest
 
 from beit3_dist.config import OptimConfig
-from beit3_dist.training.schedule import learning_rate
+from beit3_dist.train.schedule import learning_rate
 
 CONFIG = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=10)
 STEPS = 110

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from beit3_dist.config import BatchConfig, DataConfig, EvalConfig, ModelConfig, ParallelConfig, RunConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.training import shared_memory
-from beit3_dist.training.shared_memory import check_shared_memory
-from beit3_dist.training.tokenizer_config import TokenizerConfig, TokenizerDataConfig
+from beit3_dist.run import shared_memory
+from beit3_dist.run.shared_memory import check_shared_memory
 
 CPU = torch.device("cpu")
 PICTURE = 3 * 32**2

@@ -12,7 +12,7 @@ import pytest
 
 from beit3_dist.config import CheckpointConfig, DataConfig, RunConfig, Source
 from beit3_dist.data.batch import MixedBatches
-from beit3_dist.training.sources import Sources, pretraining_sources, same_sources
+from beit3_dist.run.sources import Sources, pretraining_sources, same_sources
 from tests.unit.tar_fixtures import image_tar, small_run
 
 CHECKPOINT = Path("run/checkpoints/step_0000004")

@@ -43,7 +43,7 @@ def test_a_row_that_is_not_as_its_header_says_is_refused(name: str, content: str
 
 
 def test_the_rest_is_the_caption_where_the_user_says_so(tmp_path: Path) -> None:
-    rows = "id,image,caption\n1,a.png,a dog, running on grass\n2,b.png,\"a cat, asleep\"\n3,c.png,one\n"
+    rows = 'id,image,caption\n1,a.png,a dog, running on grass\n2,b.png,"a cat, asleep"\n3,c.png,one\n'
     expected = [("a.png", "a dog, running on grass"), ("b.png", "a cat, asleep"), ("c.png", "one")]
     assert read(tmp_path / "a.csv", rows, rest=True) == expected
     tabs = "image\tcaption\na.png\ta\tb\t\n"

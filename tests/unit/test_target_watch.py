@@ -12,7 +12,7 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig
 from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
 from beit3_dist.parallel.mesh import Groups, Mesh
-from beit3_dist.training.target_watch import ENOUGH, TargetWatch, collapse, entropy
+from beit3_dist.train.target_watch import ENOUGH, TargetWatch, collapse, entropy
 from tests.parallel.workers import run_workers
 from tests.unit.small_checkpoints import one_process as one_process
 

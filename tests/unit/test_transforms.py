@@ -17,7 +17,7 @@ from PIL import Image, ImageEnhance
 from beit3_dist.config import DataConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample
-from beit3_dist.training.inputs import jittered
+from beit3_dist.data.views import jittered
 from tests.unit.tar_fixtures import picture
 
 LIMIT = 100_000

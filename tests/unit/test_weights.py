@@ -23,11 +23,11 @@ from beit3_dist.checkpoint.formats import load_released, read_initial_weights, r
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.released import weights_to_torchscale
 from beit3_dist.checkpoint.timm_form import weights_to_timm
+from beit3_dist.image_tokenizer import teachers as distillation
+from beit3_dist.image_tokenizer.network import VQKD, load_vqkd
+from beit3_dist.image_tokenizer.teachers import build_teacher
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
-from beit3_dist.model.vqkd import VQKD, load_vqkd
-from beit3_dist.objectives import distillation
-from beit3_dist.objectives.distillation import build_teacher
 from beit3_dist.weights import Ignored, read_weights_file, require_finite, state_dict_in
 from tests.unit import test_distillation as clip
 from tests.unit.test_formats import TINY, released

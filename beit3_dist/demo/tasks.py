@@ -1,0 +1,291 @@
+"""Small tasks from data sets that pip brings: records of indexes, as in `benchmarks`, and their pictures.
+
+easy-VQA keeps its own split into train and test pictures: one coloured shape each, and questions. The demo's shards
+hold its train side only, and the drawings and dictionary entries of the test sides are those that the shards hold
+out: pretraining has seen nothing of a test side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from beit3_dist.data.order import generator
+from beit3_dist.data.sides import side
+from beit3_dist.demo.sources import Emoji, definitions, demo_package, dictionary_entries
+from beit3_dist.tasks.benchmarks import Indexes, Records
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SIDES = ("train", "test")
+SENTENCES = {"train": 8000, "test": 1000}
+"""Examples of the task with two pictures."""
+PARTS_OF_SPEECH = {
+    "n.": "noun",
+    "a.": "adjective",
+    "adj.": "adjective",
+    "v. t.": "verb",
+    "v. i.": "verb",
+    "adv.": "adverb",
+}
+"""The dictionary's abbreviations, and the classes of the text task."""
+PER_PART = {"train": 2500, "test": 150}
+"""Sentences of the text task per class at most, so that the classes are equally frequent."""
+LEAST_WORDS = 3
+"""Words of a definition in the text task."""
+SEED = 0
+"""Of the sentences on two pictures."""
+
+
+class Shape(NamedTuple):
+    """What a picture of easy-VQA shows."""
+
+    color: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.kind}"
+
+
+@dataclass(frozen=True)
+class EasySide:
+    """One side of easy-VQA."""
+
+    questions: list[tuple[int, str, str]]
+    """Picture, question and answer."""
+    paths: dict[int, str]
+    """Picture -> its file."""
+
+    def shapes(self) -> dict[int, Shape]:
+        """What the questions and answers say of pictures, where colour and kind follow from them; by picture.
+
+        'What color is the circle?' - 'red' tells both. 'Is there a blue shape?' - 'no' and 'is no circle present?' -
+        'yes' rule one out each.
+        """
+        possible = {picture: (set(COLORS), set(SHAPES)) for picture in sorted(self.paths)}
+        for picture, question, answer in self.questions:
+            words = set(re.findall(r"\w+", question))
+            if answer not in ("yes", "no"):
+                told, is_so = words | {answer}, True
+            else:
+                told, is_so = words, (answer == "yes") != bool(words & {"no", "not"})
+            for left, values in zip(possible[picture], (COLORS, SHAPES), strict=True):
+                if is_so and told.intersection(values):
+                    left &= told
+                elif not is_so:
+                    left -= told
+        return {
+            picture: Shape(*colors, *kinds)
+            for picture, (colors, kinds) in possible.items()
+            if len(colors) == len(kinds) == 1
+        }
+
+    def picture(self, number: int, split: str) -> str:
+        """Where the picture lies in the demo's folder."""
+        return f"images/easy_vqa/{split}/{number}.png"
+
+
+def easy_vqa() -> dict[str, EasySide]:
+    """Both sides of easy-VQA."""
+    package = demo_package("easy_vqa")
+    found = {}
+    for split in SIDES:
+        questions, given, pictures = getattr(package, f"get_{split}_questions")()
+        paths = getattr(package, f"get_{split}_image_paths")()
+        found[split] = EasySide(list(zip(pictures, questions, given, strict=True)), paths)
+    return found
+
+
+def answers() -> list[str]:
+    """easy-VQA's 13 answers, sorted."""
+    return sorted([*SHAPES, *COLORS, "yes", "no"])
+
+
+def vqa(easy: dict[str, EasySide]) -> Indexes:
+    """Every question with its one answer."""
+    numbers = {answer: number for number, answer in enumerate(answers())}
+    return {
+        f"vqa.{split}.jsonl": [
+            {
+                "image_path": source.picture(picture, split),
+                "text": question,
+                "labels": [numbers[answer]],
+                "scores": [1.0],
+                "answers": [answer],
+                "qid": number,
+            }
+            for number, (picture, question, answer) in enumerate(source.questions)
+        ]
+        for split, source in easy.items()
+    }
+
+
+def questions(asked: Indexes) -> Indexes:
+    """The questions of `vqa` without their pictures, as sentences whose class is the answer: what a model gets right
+    here, it does not see."""
+    return {
+        name.replace("vqa", "questions"): [{"text": line["text"], "label": line["labels"][0]} for line in lines]
+        for name, lines in asked.items()
+    }
+
+
+def shape_classes() -> list[str]:
+    """The 24 classes of the task `shapes`."""
+    return [str(Shape(color, kind)) for color in COLORS for kind in SHAPES]
+
+
+def shapes(easy: dict[str, EasySide]) -> Indexes:
+    """Classification by colour and kind."""
+    numbers = {name: number for number, name in enumerate(shape_classes())}
+    return {
+        f"shapes.{split}.jsonl": [
+            {"image_path": source.picture(picture, split), "label": numbers[str(shape)]}
+            for picture, shape in source.shapes().items()
+        ]
+        for split, source in easy.items()
+    }
+
+
+def caption(shape: Shape) -> str:
+    """What a picture of the shape is called, in the demo's pairs and in the task `captioning`."""
+    return f"a {shape}"
+
+
+def captioning(easy: dict[str, EasySide]) -> Indexes:
+    """A caption such as 'a red circle' for each picture."""
+    return {
+        f"captioning.{split}.jsonl": [
+            {
+                "image_path": source.picture(picture, split),
+                "text": caption(shape),
+                "captions": [caption(shape)],
+                "image_id": picture,
+            }
+            for picture, shape in source.shapes().items()
+        ]
+        for split, source in easy.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------ sentences on two pictures
+
+
+def _another(value: str, values: tuple[str, ...], rng: np.random.Generator) -> str:
+    """Any of the values but this one."""
+    return str(rng.choice([other for other in values if other != value]))
+
+
+def _changed(shape: Shape, rng: np.random.Generator) -> Shape:
+    """The shape in another colour, or another one in its colour."""
+    if rng.random() < 0.5:
+        return shape._replace(color=_another(shape.color, COLORS, rng))
+    return shape._replace(kind=_another(shape.kind, SHAPES, rng))
+
+
+def _both_kind(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
+    kind = pair[0].kind
+    if pair[1].kind != kind:
+        return None
+    return f"both pictures contain a {kind if truth else _another(kind, SHAPES, rng)}"
+
+
+def _both_color(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
+    color = pair[0].color
+    if pair[1].color != color:
+        return None
+    return f"both shapes are {color if truth else _another(color, COLORS, rng)}"
+
+
+def _one_side(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
+    place = int(rng.integers(2))
+    shown, other = pair[place], pair[1 - place]
+    if shown == other:
+        return None
+    told = shown if truth else other if rng.random() < 0.5 else _changed(shown, rng)
+    return f"the {('left', 'right')[place]} picture shows a {told}"
+
+
+def _color_of_side(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
+    place = int(rng.integers(2))
+    color = pair[place].color
+    return f"the {('left', 'right')[place]} shape is {color if truth else _another(color, COLORS, rng)}"
+
+
+SAYINGS = (_both_kind, _both_color, _one_side, _color_of_side)
+"""Each says something true or false of two shapes; None: these two are not for it. Which two suit does not depend on
+the truth, so that neither the pictures nor the sentence alone gives it away."""
+
+
+def nlvr2(easy: dict[str, EasySide]) -> Indexes:
+    """Two pictures of one side and a sentence; each kind of sentence is true and false equally often."""
+    return {f"nlvr2.{split}.jsonl": list(_sentences(source, split)) for split, source in easy.items()}
+
+
+def _sentences(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
+    known = source.shapes()
+    pictures = list(known)
+    for number in range(SENTENCES[split]):
+        say, truth = SAYINGS[number // 2 % len(SAYINGS)], bool(number % 2)
+        rng = generator(SEED, SIDES.index(split), number)
+        sentence = None
+        while sentence is None:  # Of all pairs, an eighth are of one colour.
+            first, step = int(rng.integers(len(pictures))), int(rng.integers(1, len(pictures)))
+            two = [pictures[first], pictures[(first + step) % len(pictures)]]
+            sentence = say([known[picture] for picture in two], truth, rng)
+        yield {
+            "image_path": source.picture(two[0], split),
+            "image2_path": source.picture(two[1], split),
+            "text": sentence,
+            "label": int(truth),
+            "identifier": f"{split}-{number}",
+        }
+
+
+# ------------------------------------------------------------------------------------------------ drawings, dictionary
+
+
+def retrieval(emoji: list[Emoji], held_out: float) -> tuple[Indexes, dict[str, bytes]]:
+    """Drawings and their names, and the files of the drawings."""
+    indexes: Indexes = {f"retrieval.{split}.jsonl": [] for split in SIDES}
+    files: dict[str, bytes] = {}
+    for number, one in enumerate(emoji):
+        path = f"images/openmoji/{number:04d}.png"
+        files[path] = one.png
+        lines = indexes[f"retrieval.{_split(one.identity, held_out)}.jsonl"]
+        lines.append({"image_path": path, "text": one.name, "image_id": len(lines)})
+    return indexes, files
+
+
+def text_classes() -> list[str]:
+    """The classes of the text task, sorted."""
+    return sorted(set(PARTS_OF_SPEECH.values()))
+
+
+def text(held_out: float) -> Indexes:
+    """Definitions without their headword, and its part of speech; the first of each class in a keyed order."""
+    found: dict[tuple[str, str], Records] = defaultdict(list)
+    for headword, parts in dictionary_entries():
+        document = f"{headword}: {definitions(parts)}"
+        for part in parts:
+            kind, meaning = PARTS_OF_SPEECH.get(part.get("part_of_speech") or ""), definitions([part])
+            if kind and len(meaning.split()) >= LEAST_WORDS:
+                record = {"text": meaning, "label": text_classes().index(kind)}
+                found[_split(document.encode(), held_out), kind].append(record)
+    indexes: Indexes = {}
+    for split in SIDES:
+        chosen: Records = []
+        for kind in text_classes():
+            order = generator(SEED, text_classes().index(kind)).permutation(len(found[split, kind]))
+            chosen += [found[split, kind][place] for place in order[: PER_PART[split]]]
+        indexes[f"text.{split}.jsonl"] = chosen
+    return indexes
+
+
+def _split(identity: bytes, held_out: float) -> str:
+    """test for what the demo's shards hold out, else train."""
+    return "test" if side(identity, held_out) == "held_out" else "train"

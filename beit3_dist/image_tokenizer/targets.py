@@ -1,0 +1,48 @@
+"""Visual codes of pictures, the targets of masked image modelling."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from beit3_dist.config import ModelConfig
+from beit3_dist.image_tokenizer.network import VQKD
+
+log = logging.getLogger(__name__)
+
+
+def tokenizer_view_size(tokenizer: VQKD, path: str, model: ModelConfig) -> int:
+    """Side in pixels of the view that gives one code per patch of the model.
+
+    A tokenizer may be used at another size than it was trained at: the released /16 ones at 224 pixels give the 256
+    codes of a giant with patch 14 from a view of 256 pixels. Raises ValueError where the number of codes does not fit.
+    """
+    codes = tokenizer.geometry["codebook_size"]
+    if codes != model.visual_vocab_size:
+        raise ValueError(f"image_tokenizer: {path} has {codes} codes, set model.visual_vocab_size={codes}")
+    size = model.image_size // model.patch_size * tokenizer.patch_size
+    if size != tokenizer.image_size:
+        log.info("image_tokenizer: trained at %d pixels, used at %d", tokenizer.image_size, size)
+    return size
+
+
+def target_flops(tokenizer: VQKD, pictures: int) -> float:
+    """FLOPs of the codes of some pictures: two per weight of the encoder's matrices and token (attention's own products
+    and the look-up are left out)."""
+    weights = sum(p.numel() for p in tokenizer.encoder.blocks.parameters() if p.ndim == 2)
+    return 2.0 * pictures * (1 + tokenizer.grid**2) * weights
+
+
+class ImageTargets:
+    """Pictures uint8 [B, 3, S, S] -> codes int64 [B, patches], without gradients; bf16 on CUDA, fp32 on the CPU."""
+
+    def __init__(self, tokenizer: VQKD, device: torch.device) -> None:
+        self._tokenizer = tokenizer.to(device).eval().requires_grad_(False)
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            return self._tokenizer.encode(pictures.float() / 255)

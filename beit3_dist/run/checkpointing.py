@@ -1,0 +1,174 @@
+"""Between a run and the checkpoint store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+
+import deepspeed
+import torch
+
+import beit3_dist
+from beit3_dist.checkpoint import read
+from beit3_dist.checkpoint.find import find, newest_whole, read_state, verified
+from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, step_of
+from beit3_dist.command_line import to_yaml
+from beit3_dist.config import TrainingConfig, require
+from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.parallel.engine import Engine
+from beit3_dist.parallel.fragments import create_optimizer_state, fragments, optimizer_state, refresh_parameters
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.sharding import sharded_dimension
+from beit3_dist.run.bad_samples import RunStopped
+
+
+class Checkpoints(AbstractContextManager["Checkpoints"]):
+    """Saves a run beside its training. Every method is collective, and ends the run where a checkpoint cannot be
+    written: with RunStopped, on all ranks at the same step.
+
+    At the end of the context the last checkpoint is whole, also where the run stops itself, which all ranks do; after
+    any other error the other ranks may have gone, and what is on its way is left undone.
+
+    origin, start: the checkpoint that the run goes on from (None: a new run), and its step.
+    pieces: what this rank contributes at that moment.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig | TokenizerConfig,
+        mesh: Mesh,
+        origin: Path | None,
+        start: int,
+        pieces: Callable[[], Iterable[Piece]],
+    ) -> None:
+        self._config, self._pieces, self._versions = config, pieces, _versions()
+        self._origin, self._start = origin, start
+        settings, folder = config.checkpoint, Path(config.out) / "checkpoints"
+        self._store = Store(folder, mesh.device, settings.keep, settings.keep_every, start)
+        self.newest = start
+        """The step that was saved last."""
+
+    def save(self, state: TrainState) -> None:
+        """Begins to save everything that the run needs to go on after `state.step`."""
+        with _ending_the_run():
+            self._store.save(self._pieces(), state, self._config.model, to_yaml(self._config), self._versions)
+        self.newest = state.step
+
+    def check(self, state: TrainState) -> None:
+        """For every step that does not save: finishes what is on its way, without waiting for it."""
+        self._store.vouch(state)
+        with _ending_the_run():
+            self._store.check()
+
+    def last_good(self, state: TrainState) -> Path | None:
+        """The newest whole checkpoint that a finite step has followed, so that training goes on from it; None where
+        there is none."""
+        self.wait()
+        self._store.vouch(state)
+        good = [(step_of(path), path) for path in self._store.good()]
+        if self._origin is not None and self._start < state.last_finite:
+            good.append((self._start, self._origin))  # which may lie in another run's folder
+        return newest_whole(path for _, path in sorted(good))
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is on its way any more."""
+        with _ending_the_run():
+            self._store.wait()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, RunStopped):
+            self.wait()
+
+
+@contextmanager
+def _ending_the_run() -> Iterator[None]:
+    try:
+        yield
+    except SavingFailed as failure:
+        raise RunStopped(str(failure)) from failure
+
+
+def _versions() -> dict[str, str]:
+    """What checkpoints say of the programs that wrote them."""
+    return {
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "beit3-dist": beit3_dist.__version__,
+    }
+
+
+def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
+    """The checkpoint that `checkpoint.resume` means, None for a new run, and the state to go on from.
+
+    Raises ValueError where a new run would go into the folder of another one or cannot write into its own, or where a
+    run that `trains` has nothing left to train.
+    """
+    out = Path(config.out)
+    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
+    require(
+        config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
+        f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
+    )
+    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
+    require(
+        state.step < config.steps or not trains,
+        f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
+    )
+    _check_writable(out)
+    return checkpoint, state
+
+
+def _check_writable(out: Path) -> None:
+    """Raises ValueError where this process can neither write into a folder nor make it; leaves nothing behind."""
+    try:
+        there = next(folder for folder in (out, *out.parents) if folder.exists())
+        with TemporaryDirectory(prefix=".out-", dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"out: {out} cannot be written to ({error.strerror}): choose another folder") from None
+
+
+def whole_checkpoint(
+    config: TrainingConfig | TokenizerConfig, checkpoint: Path | None, state: TrainState
+) -> tuple[Path | None, TrainState]:
+    """What a run goes on from: the checkpoint that was found and its state, or, where the content of a file is damaged
+    and `checkpoint.resume` is auto, the newest whole one before it. Collective; raises Damaged on all ranks."""
+    whole = verified(checkpoint, config.checkpoint.resume, Path(config.out) / "checkpoints")
+    if whole is None or whole == checkpoint:
+        return whole, state
+    return whole, replace(read_state(whole, config.model), sources=state.sources)  # as checked at the beginning
+
+
+def _pieces(engine: Engine) -> Iterator[Piece]:
+    """What this rank holds, replicated parameters included."""
+    mesh, held = engine.mesh, list(fragments(engine.model, engine.optimizer))
+    # There is no state yet where every step so far was skipped.
+    create_optimizer_state(engine.optimizer, held, 0, engine.average is not None)
+    for fragment in held:
+        moments = optimizer_state(engine.optimizer, fragment)
+        tensors = {"": fragment.slice_of(fragment.flat.detach())} | {f"/{key}": view for key, view in moments.items()}
+        dimension = sharded_dimension(fragment.name) if mesh.tensor > 1 else None
+        cut = None if dimension is None else Cut(dimension, mesh.tensor_rank, mesh.tensor)
+        yield Piece(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
+
+
+def contribution(engine: Engine) -> Iterator[Piece]:
+    """What this rank saves, so that over all ranks every element is saved once."""
+    mesh = engine.mesh
+    if engine.zero_stage > 0 or mesh.data_rank == 0:  # at ZeRO-0 all replicas hold the same
+        yield from (piece for piece in _pieces(engine) if piece.cut is not None or mesh.tensor_rank == 0)
+
+
+def load_checkpoint(path: Path, engine: Engine, state: TrainState) -> None:
+    """Fills the engine from a checkpoint of any layout. Collective."""
+    held = list(fragments(engine.model, engine.optimizer))
+    create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps, average=engine.average is not None)
+    read.load(path, _pieces(engine))
+    refresh_parameters(engine.model, engine.optimizer, held, engine.groups.data)

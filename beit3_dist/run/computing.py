@@ -1,0 +1,32 @@
+"""What computes a run: its log, metrics.jsonl and TensorBoard say it, so that no choice stays silent."""
+
+from __future__ import annotations
+
+import deepspeed
+import torch
+
+from beit3_dist.config import TrainingConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.kernels.layer_norm import apex_layer_norm
+from beit3_dist.parallel.kernels import chosen_attention, chosen_kernels
+
+
+def computed_by(config: TrainingConfig | TokenizerConfig, device: torch.device) -> str:
+    """The device, the programs and, of what a config leaves open, what was chosen: "NVIDIA H200, torch 2.11.0+cu130,
+    DeepSpeed 0.19.8, bf16, kernels triton, attention varlen"."""
+    on_gpu = device.type == "cuda"
+    parts = [
+        torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        f"torch {torch.__version__}",
+        f"DeepSpeed {deepspeed.__version__}",
+        config.precision,
+    ]
+    if isinstance(config, TrainingConfig):
+        kernels = chosen_kernels(config.kernels)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        head_dim = config.model.width // config.model.heads
+        attention = chosen_attention(config.attention_kernel, kernels, dtype, head_dim)
+        parts += [f"kernels {kernels}", f"attention {attention}"]
+        if kernels == "torch":
+            parts.append(f"LayerNorm {'torch' if not on_gpu or apex_layer_norm() is None else 'Apex'}")
+    return ", ".join(parts)

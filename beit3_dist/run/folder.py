@@ -1,0 +1,128 @@
+"""The run folder and what each process writes into it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from beit3_dist.checkpoint.files import write_text
+from beit3_dist.command_line import to_yaml
+from beit3_dist.config import TrainingConfig
+from beit3_dist.data.faults import Fault
+from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.opening import read_text
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.run.computing import computed_by
+from beit3_dist.run.records import JsonLines, Reporter, aside
+
+Item = TypeVar("Item")
+
+log = logging.getLogger(__name__)
+
+
+class _Log(logging.FileHandler):
+    """Loses what its disk does not take: that the disk is full is told once, by the files of records."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Nothing more."""
+
+
+class RunFolder:
+    """OUT: config.yaml and those of all stretches, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl,
+    skipped.jsonl, logs/rank*.log.
+
+    Records after `step` (of a run that was killed and resumes at `step`) are moved aside. The first process writes all
+    but the logs.
+    """
+
+    def __init__(self, out: Path, config: TrainingConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
+        self.folder = out
+        """OUT."""
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        self.log_file = out / "logs" / f"rank{mesh.rank:05d}.log"
+        handler = _Log(self.log_file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(handler)
+        logging.getLogger("beit3_dist").setLevel(logging.INFO)
+        log.info("rank %d of %d on %s, %d steps done", mesh.rank, mesh.world, mesh.device, step)
+        self._computes = computed_by(config, mesh.device)
+        log.info("computed by %s", self._computes)
+        self._reporter = None
+        if mesh.is_first:
+            self._reporter = Reporter(out, step, config.steps)
+            self._reporter.text(step, "computes", self._computes)
+            # Before its first step a run writes what the data had to leave out, as step 0, and so it does again when it
+            # starts anew.
+            last = step or -1
+            self._quarantine, self._skipped = (
+                JsonLines(out / name, last) for name in ("quarantine.jsonl", "skipped.jsonl")
+            )
+            keep_config(out, to_yaml(config), step)  # and puts the names of the files above on the disk
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """The record of a training step."""
+        if self._reporter:
+            self._reporter.step({**record, "computes": self._computes})
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """The record of a validation."""
+        if self._reporter:
+            self._reporter.evaluation(record)
+
+    def picture(self, step: int, name: str, picture: Tensor) -> None:
+        """A picture, uint8 [3, H, W], for TensorBoard."""
+        if self._reporter:
+            self._reporter.picture(step, name, picture)
+
+    def quarantine(self, step: int, faults: list[Fault]) -> None:
+        """One line for each sample that was replaced."""
+        if self._reporter:
+            for fault in faults:
+                self._quarantine.write({"step": step, **asdict(fault)})
+
+    def skipped(self, step: int, sample_ids: list[Mapping[str, list[int]]]) -> None:
+        """Lines for a step that was skipped: each replica's samples by stream."""
+        if self._reporter:
+            for ids in sample_ids:
+                self._skipped.write({"step": step, **ids})
+
+    def sync(self) -> None:
+        """Returns when the records so far are on the disk. For a checkpoint: a run goes on behind it, so that what has
+        not survived until then is missing for ever."""
+        if self._reporter:
+            for file in (self._reporter, self._quarantine, self._skipped):
+                file.sync()
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._reporter:
+            self.sync()
+            self._reporter.close()
+
+
+def keep_config(out: Path, recipe: str, step: int) -> None:
+    """Writes config.yaml, and config_step_NNNNNNN.yaml: the recipe of the stretch that begins after `step`. Those of
+    stretches behind which the run has gone back are moved aside."""
+    for path in out.glob("config_step_*.yaml"):
+        begun = re.fullmatch(r"config_step_(\d+)\.yaml", path.name)
+        if begun and (int(begun[1]) > step or int(begun[1]) == step and read_text(path) != recipe):
+            path.rename(aside(path))
+    for name in (f"config_step_{step:07d}.yaml", "config.yaml"):
+        write_text(out / name, recipe)
+
+
+def of_all(mine: list[Item], group: dist.ProcessGroup | None) -> list[Item]:
+    """The items of all processes of a group (None: of the run), one process after the other. Collective.
+
+    Files are written by the first process alone: not every file system appends the lines of several in one piece.
+    """
+    everyones: list[list[Item]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyones, mine, group=group)
+    return [item for some in everyones for item in some]

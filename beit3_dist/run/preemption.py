@@ -1,0 +1,116 @@
+"""A request that the run goes soon, turned into a checkpoint before the next step.
+
+A signal may reach some processes earlier than others, or some not at all, so the one that hears it tells the others
+through the store, and all of them agree before every step. Whoever waits for data gives that up: a shard that nobody
+can read may be tried for minutes.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from beit3_dist.data.faults import StreamFailed
+from beit3_dist.leaving import ignore, when_asked
+from beit3_dist.run.bad_samples import RunStopped
+from beit3_dist.run.failure import failure_board
+
+Read = TypeVar("Read")
+
+READ, ASKED, FAILED = range(3)
+"""What has become of a process's reading; the worst of all is what all act on."""
+
+
+class Preempted(Exception):
+    """The run was asked to go, and has saved where it was."""
+
+
+class AskedToGo(Exception):
+    """The run has to save and go. Raised in all processes at the same place."""
+
+
+class Together(Protocol):
+    """Reads data in all processes, or in none."""
+
+    def __call__(self, read: Callable[[], Read]) -> Read: ...
+
+
+def by_itself(read: Callable[[], Read]) -> Read:
+    """Reads without asking anybody."""
+    return read()
+
+
+class _Interrupted(BaseException):
+    """Ends the waiting for data. No Exception, which whatever is running might take for a broken file's."""
+
+
+class StopRequest:
+    """Whether the run was asked to go. Listens from its making on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._asked, self._waits = device, False, False
+        when_asked(self._ask, self._tell)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        if self._waits:
+            self._waits = False
+            raise _Interrupted
+
+    def _tell(self) -> None:
+        """The other processes, from a thread: the main one may be waiting for one of them."""
+        self._asked = True
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            with suppress(RuntimeError):  # the store is gone, and with it the process that holds it
+                failure_board().ask_to_go()
+
+    def together(self, read: Callable[[], Read]) -> Read:
+        """What `read` gives, once it has given something in all processes. Collective.
+
+        Raises AskedToGo in all of them where one was asked to go, before or meanwhile, whose reading is given up then,
+        and RunStopped in all of them where a stream of one has failed.
+        """
+        outcome, result, failure = READ, None, StreamFailed("")
+        try:
+            try:
+                self._waits = True
+                if self._asked:
+                    raise _Interrupted
+                result = read()
+            finally:
+                self._waits = False
+        except _Interrupted:
+            outcome = ASKED
+        except StreamFailed as error:
+            outcome, failure = FAILED, error
+        worst = torch.tensor(ASKED if outcome == READ and self._asked else outcome, device=self._device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        if worst == ASKED:
+            raise AskedToGo
+        if worst == FAILED:
+            _stop(failure)
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """The run has saved and ends."""
+        ignore()
+
+
+def _stop(mine: StreamFailed) -> None:
+    """Raises RunStopped with what the first process says whose stream has failed. Collective."""
+    everyones: list[StreamFailed] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    message = next(str(failure) for failure in everyones if str(failure))
+    raise RunStopped(message, [fault for failure in everyones for fault in failure.faults])
+
+
+def interrupt_main_thread() -> None:
+    """As if this process had got a signal to go."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

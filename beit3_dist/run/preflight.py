@@ -1,0 +1,87 @@
+"""Everything that can be wrong is found before a process group starts: files, sizes, data, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from beit3_dist.checkpoint.formats import read_initial_weights
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import RunConfig
+from beit3_dist.data.batch import MixedBatches
+from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
+from beit3_dist.image_tokenizer.network import VQKD, load_vqkd
+from beit3_dist.image_tokenizer.targets import tokenizer_view_size
+from beit3_dist.model.initialization import Values, initial_value, zeros
+from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.kernels import check_kernels
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.pipeline import check_pipeline
+from beit3_dist.parallel.tensor import check_tensor
+from beit3_dist.run.checkpointing import starting_point
+from beit3_dist.run.resumption import same_recipe
+from beit3_dist.run.shared_memory import check_shared_memory
+from beit3_dist.run.sources import pretraining_sources, same_sources
+
+
+@dataclass
+class Ready:
+    """What a run starts from."""
+
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    values: Values
+    """Initial values of a new run; zeros for one that goes on."""
+    image_tokenizer: VQKD
+    """The tokenizer of the image targets, on the CPU."""
+    train: MixedBatches
+    """The training streams of this rank."""
+    held_out: MixedBatches | None
+    """The held-out streams; None without validation."""
+    train_codes: PrecomputedCodes | None
+    """Codes of the training views; None: the tokenizer computes them."""
+    held_out_codes: PrecomputedCodes | None
+    """Codes of the held-out views."""
+
+
+def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
+    """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
+    config.micro_batch(mesh.data)
+    deepspeed_config(config, mesh.data)
+    check_tensor(config.model, mesh.tensor)
+    check_kernels(config.kernels, config.attention_kernel, config.precision)
+    check_pipeline(config)
+    checkpoint, state = starting_point(config)
+    image_tokenizer = load_vqkd(config.image_tokenizer)
+    view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
+    check_shared_memory(config, mesh, view if view != config.model.image_size and not config.image_codes else 0)
+    own = config.model.image_size  # looked up codes need no view for the tokenizer
+    train = MixedBatches(config, own if config.image_codes else view, mesh.data_rank, mesh.data)
+    train.restore(state.readers, state.step > 0)
+    state.sources = same_sources(config, checkpoint, state.sources, pretraining_sources(config, train))
+    same_recipe(config, checkpoint)
+    train_codes = open_codes(config, view, False, train)
+    held_out = held_out_codes = None
+    if config.eval.every:
+        held_out_view = own if config.eval.image_codes else view
+        held_out = MixedBatches(config, held_out_view, mesh.data_rank, mesh.data, held_out=True)
+        held_out_codes = open_codes(config, view, True, held_out)
+    values = _values(config, checkpoint)
+    return Ready(state, checkpoint, values, image_tokenizer, train, held_out, train_codes, held_out_codes)
+
+
+def _values(config: RunConfig, checkpoint: Path | None) -> Values:
+    """Initial values of a new run: of `init_from` where that has them, else a function of (seed, name). Zeros for one
+    that goes on."""
+    if checkpoint is not None:
+        return zeros
+    weights: dict[str, Tensor] = {}
+    if config.init_from:
+        weights = read_initial_weights(Path(config.init_from), config.model)
+    return lambda name, shape: (
+        weights[name] if name in weights else initial_value(name, shape, config.model, config.seed)
+    )

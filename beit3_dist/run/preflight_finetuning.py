@@ -1,0 +1,182 @@
+"""Everything that can be wrong with a fine-tuning run is found before a process group starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from beit3_dist.checkpoint.formats import read_initial_weights
+from beit3_dist.checkpoint.model_folder import TASK_HEAD
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import require
+from beit3_dist.data.kinds import is_jsonl
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model.initialization import Values, zeros
+from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.kernels import check_kernels
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.tensor import check_tensor
+from beit3_dist.run.checkpointing import starting_point
+from beit3_dist.run.resumption import same_recipe
+from beit3_dist.run.shared_memory import check_shared_memory
+from beit3_dist.run.sources import finetuning_sources, same_sources
+from beit3_dist.tasks.all import TASKS
+from beit3_dist.tasks.augmentation import Mixing, Views
+from beit3_dist.tasks.class_names import NamedPictures, names_as_words
+from beit3_dist.tasks.class_shards import read_class_shards
+from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig, files_of, seen_in_validation
+from beit3_dist.tasks.examples import Example, read_index
+from beit3_dist.tasks.heads import task_value
+from beit3_dist.tasks.metrics import check_caption_metrics
+from beit3_dist.tasks.pair_shards import PairShards
+from beit3_dist.tasks.task import Task
+from beit3_dist.tasks.vqa_answers import read_answers
+
+
+@dataclass
+class FinetuneReady:
+    """What a fine-tuning run starts from."""
+
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    values: Values
+    """Initial values of a new run; zeros for one that goes on."""
+    task: Task
+    """Head, loss and metric."""
+    train: Sequence[Example]
+    """Training examples; none with `evaluate_only`."""
+    validation: Sequence[Example]
+    """Validation examples; none without validation."""
+    views: Views
+    """How pictures are seen."""
+    mixing: Mixing | None
+    """How training pictures are mixed."""
+
+
+def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
+    """The config with `epochs` turned into steps."""
+    if config.epochs == 0:
+        return config
+    per_epoch = examples / config.batch.size
+    optim = replace(config.optim, warmup_steps=round(config.warmup_epochs * per_epoch))
+    return replace(config, steps=max(1, math.ceil(config.epochs * per_epoch)), optim=optim)
+
+
+def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConfig, FinetuneReady]:
+    """Opens and checks everything; the config comes back with its steps. Raises ValueError with one line that names
+    the field or the file and the remedy."""
+    check_mixing(config, mesh)
+    check_shared_memory(config, mesh)
+    deepspeed_config(config, mesh.data)
+    check_tensor(config.model, mesh.tensor)
+    check_kernels(config.kernels, config.attention_kernel, config.precision)
+    tokenizer = TextTokenizer(config.text_tokenizer)
+    tokenizer.check_vocab(config.model.vocab_size)
+    classes = read_classes(config)
+    if config.task == "captioning" and config.data.validation:
+        check_caption_metrics(config.eval.caption_metrics)
+    train = () if config.evaluate_only else _examples(config, config.data.train, classes, tokenizer, True)
+    validation = _examples(config, config.data.validation, classes, tokenizer, False) if config.data.validation else ()
+    if config.task == "imagenet_retrieval":
+        train = NamedPictures(train, names_as_words(classes, tokenizer))
+    config = resolve_epochs(config, len(train))
+    checkpoint, state = starting_point(config, trains=not config.evaluate_only)
+    require(
+        not config.evaluate_only or checkpoint is not None or bool(config.init_from),
+        f"evaluate_only: there is no model to evaluate: name one by init_from, or by checkpoint.resume=auto an `out` "
+        f"that has a checkpoint, which {config.out} has not",
+    )
+    if not config.evaluate_only:
+        sources = finetuning_sources(config, len(train), tokenizer)
+        state.sources = same_sources(config, checkpoint, state.sources, sources)
+        same_recipe(config, checkpoint)
+    task = TASKS[config.task](config, tokenizer, classes)
+    values, views, mixing = _values(config, task, checkpoint), _views(config), _mixing(config, len(classes))
+    return config, FinetuneReady(state, checkpoint, values, task, train, validation, views, mixing)
+
+
+def check_mixing(config: FinetuneConfig, mesh: Mesh) -> None:
+    """Mixup and CutMix take two neighbours of a micro-batch at a time."""
+    size = config.micro_batch(mesh.data)[0]
+    require(
+        size % 2 == 0 or not config.mixes or config.evaluate_only,
+        f"batch.size={config.batch.size} makes micro-batches of {size}, but mixup and cutmix take two pictures at a "
+        "time: make them even by batch.size or batch.accumulation, or set mixup=0 and cutmix=0",
+    )
+
+
+def read_classes(config: FinetuneConfig) -> list[str]:
+    """Names of the answers or classes: one a line, or unilm's answer2label.txt of JSON lines."""
+    if config.task not in NEED_CLASSES:
+        return []
+    path = Path(config.data.answers)
+    require(
+        bool(config.data.answers) and path.is_file(),
+        f"data.answers={config.data.answers!r}: task={config.task} needs a file with the name of each answer or class "
+        "a line; tools/build_index.py writes it",
+    )
+    try:
+        return read_answers(path)
+    except ValueError as error:
+        raise ValueError(f"data.answers: {error}") from error
+
+
+def _examples(
+    config: FinetuneConfig, given: str | list[str], classes: list[str], tokenizer: TextTokenizer, train: bool
+) -> Sequence[Example]:
+    files, field = files_of(given), "data.train" if train else "data.validation"
+    if config.task in ("itc", *OF_PICTURES) and not all(map(is_jsonl, files)):
+        require(len(files) == 1, f"{field}={files}: tars are named by one pattern, such as '{{a,b}}/*.tar'")
+        if config.task == "itc":
+            return PairShards(files[0], config.data.cache, tokenizer, config.data.caption_key)
+        return read_class_shards(files[0], field, config.data.cache, len(classes))
+    task = {"itc": "retrieval", "imagenet_retrieval": "imagenet"}.get(config.task, config.task)
+    limit = len(classes) if classes else None
+    return read_index(
+        list(map(Path, files)),
+        task,
+        Path(config.data.images),
+        train=train,
+        predicted=not train,
+        vocab_size=config.model.vocab_size,
+        classes=limit,
+    )
+
+
+def _views(config: FinetuneConfig) -> Views:
+    data = config.data
+    return Views(
+        min_crop_scale=data.min_crop_scale,
+        horizontal_flip=data.horizontal_flip,
+        rand_augment=data.rand_augment,
+        erase=data.random_erasing,
+        evaluation=seen_in_validation(config.task),
+    )
+
+
+def _mixing(config: FinetuneConfig, classes: int) -> Mixing | None:
+    return Mixing(classes, config.mixup, config.cutmix, config.label_smoothing) if config.mixes else None
+
+
+def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Values:
+    """Initial values of a new run: of `init_from` where that has them, else a function of (seed, name). Zeros for one
+    that goes on."""
+    if checkpoint is not None:
+        return zeros
+    weights: dict[str, torch.Tensor] = {}
+    if config.init_from:
+        shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
+        weights = read_initial_weights(Path(config.init_from), config.model, shapes)
+        lacking = [name for name in shapes if name.startswith((TASK_HEAD, "text_head.")) and name not in weights]
+        require(
+            not config.evaluate_only or not lacking,
+            f"init_from: {config.init_from} has no head of task={config.task}, and evaluate_only teaches it none: name "
+            "a fine-tuned model",
+        )
+    return lambda name, shape: weights[name] if name in weights else task_value(name, shape, config.model, config.seed)

@@ -1,0 +1,59 @@
+"""Everything that can be wrong with a training run of the image tokenizer, found before a process group starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import require, require_divides
+from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.image_tokenizer.images import ImageBatches
+from beit3_dist.image_tokenizer.teachers import Teacher, build_teacher
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.run.checkpointing import starting_point
+from beit3_dist.run.resumption import same_recipe
+from beit3_dist.run.shared_memory import check_shared_memory
+from beit3_dist.run.sources import same_sources, tokenizer_sources
+
+
+@dataclass
+class TokenizerReady:
+    """What a run starts from."""
+
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    teacher: Teacher
+    """The frozen teacher, on the CPU."""
+    train: ImageBatches
+    """The pictures of this rank."""
+
+
+def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady:
+    """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
+    require_divides("the number of ranks", mesh.world, "batch", config.batch)
+    check_shared_memory(config, mesh)
+    checkpoint, state = starting_point(config)
+    require(
+        state.consumed[0] == state.step * config.batch,
+        f"batch={config.batch}: {checkpoint} has taken {state.consumed[0]} pictures in {state.step} steps; "
+        "a resumed run keeps its batch",
+    )
+    teacher = asdict(config.teacher)
+    train = ImageBatches(
+        config.data.images,
+        config.model.image_size,
+        config.seed,
+        config.batch,
+        mesh.rank,
+        mesh.world,
+        config.data.cache,
+        min_crop_scale=config.data.min_crop_scale,
+        max_pixels=config.data.max_pixels,
+    )
+    frozen = build_teacher(teacher.pop("kind"), config.model.grid, **teacher)
+    state.sources = same_sources(config, checkpoint, state.sources, tokenizer_sources(config, train.stream))
+    same_recipe(config, checkpoint)
+    return TokenizerReady(state, checkpoint, frozen, train)

@@ -1,0 +1,109 @@
+"""A resumed run whose recipe has changed: what of it is refused, what needs consent, and what is said.
+
+Every field of every config is in one of the classes below. What is compared is the recipe in the checkpoint that the
+run goes on from; a field that a former version did not have is not compared.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from beit3_dist.command_line import to_yaml
+from beit3_dist.config import TrainingConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.opening import read_yaml
+
+log = logging.getLogger(__name__)
+
+
+class OnResume(Enum):
+    """What becomes of a resumed run with another value of a field."""
+
+    FIXED = "it is refused: the checkpoint is of another network"
+    RECIPE = "it needs checkpoint.other_recipe: a step has other samples, or the moments are those of another loss"
+    COMPARED = "its content is compared, wherever it lies (sources.py), under checkpoint.other_data; else it is said"
+    SAID = "it is said"
+    FREE = "nothing: no step depends on it"
+
+
+_FIELDS = {
+    OnResume.FIXED: """
+        task batch
+        model.layers model.width model.heads model.ffn_width model.patch_size model.image_size model.attention
+        model.sub_layernorm model.vl_expert_layers model.vocab_size model.visual_vocab_size model.max_text_length
+        model.drop_path model.layer_norm_eps
+        model.codebook_size model.code_dim model.decoder_layers model.codebook_decay""",
+    OnResume.RECIPE: """
+        batch.images batch.texts batch.pairs batch.size
+        data.caption_key data.max_pixels
+        objective.image_mask_ratio objective.text_mask_ratio objective.caption_mask_ratio objective.mask_token_share
+        objective.random_token_share objective.mask_pairs objective.image_weight objective.text_weight
+        objective.pair_image_weight objective.pair_text_weight
+        optim.beta1 optim.beta2
+        label_smoothing mixup cutmix caption_mask_ratio drop_worst_ratio drop_worst_after ema_decay
+        teacher.kind teacher.name teacher.quick_gelu teacher.head_dim""",
+    OnResume.COMPARED: """
+        seed text_tokenizer image_tokenizer teacher.weights
+        data.images data.texts data.pairs data.train data.answers data.text_length
+        data.shuffle data.shuffle_block data.shuffle_window data.virtual_readers""",
+    OnResume.SAID: """
+        steps epochs warmup_epochs precision kernels attention_kernel deterministic activation_checkpointing
+        activation_checkpointing_every deepspeed_config image_codes layer_decay head_lr_scale pictures_every
+        batch.accumulation
+        parallel.tensor parallel.pipeline parallel.chunks parallel.sequence parallel.zero_stage
+        optim.lr optim.min_lr optim.warmup_steps optim.eps optim.weight_decay optim.clip_norm
+        data.caption_length data.min_crop_scale data.color_jitter data.horizontal_flip data.rand_augment
+        data.random_erasing data.max_bad_fraction data.validation
+        eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.beams eval.length_penalty
+        eval.caption_metrics eval.batch
+        checkpoint.every checkpoint.keep checkpoint.keep_every
+        guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",
+    OnResume.FREE: """
+        out init_from profile evaluate_only data.workers data.prefetch data.cache
+        checkpoint.resume checkpoint.other_data checkpoint.other_recipe""",
+}
+ON_RESUME = {name: on_resume for on_resume, names in _FIELDS.items() for name in names.split()}
+"""Dotted name of a field -> its class."""
+
+
+def fields_of(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of all fields of a recipe."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= fields_of(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def same_recipe(config: TrainingConfig | TokenizerConfig, checkpoint: Path | None) -> None:
+    """Says in one line which fields differ from those of the checkpoint that the run goes on from.
+
+    Raises ValueError naming them where a resumed run cannot change them, or may not without
+    `checkpoint.other_recipe`.
+    """
+    if checkpoint is None:
+        return
+    former = fields_of(read_yaml(checkpoint / "config.yaml"))
+    now = fields_of(yaml.safe_load(to_yaml(config)))
+    changes: dict[OnResume, list[str]] = {on_resume: [] for on_resume in OnResume}
+    for name, value in now.items():
+        if former.get(name, value) != value:
+            changes[ON_RESUME[name]].append(f"{name}: {former[name]} -> {value}")
+    if fixed := changes[OnResume.FIXED]:
+        raise ValueError(
+            f"checkpoint.resume: {checkpoint} is of another network ({'; '.join(fixed)}): use its recipe, or another "
+            "`out` to start anew"
+        )
+    recipe = changes[OnResume.RECIPE]
+    if recipe and not config.checkpoint.other_recipe:
+        raise ValueError(
+            f"{'; '.join(recipe)}: not as in {checkpoint}, so that steps would have other samples or the optimizer's "
+            "moments be those of another loss: bring the former back, or start a new run, or go on all the same by "
+            "--checkpoint.other_recipe true"
+        )
+    if said := [*recipe, *changes[OnResume.COMPARED], *changes[OnResume.SAID]]:
+        log.warning("other than in %s: %s", checkpoint, "; ".join(said))

@@ -1,0 +1,109 @@
+"""A thread that ends this process when a step hangs or when another process has failed."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import socket
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+from beit3_dist.command_line import FAILED
+from beit3_dist.parallel.meeting import PATIENCE
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.run.failure import end_after_failure, end_now, ending, failure_board, leave_after_another
+from beit3_dist.run.preemption import interrupt_main_thread
+
+FIRST_STEP = 3
+"""The first step of a process may take so many times the limit: kernels are compiled, caches are filled."""
+
+LOOK_S = 1.0
+"""Seconds between two looks at the clock and at the other processes."""
+
+GONE_S = 10.0
+"""A process that cannot reach the store any more has so long to end by itself: the one that holds it may have finished
+a moment before the others, or its end becomes an error in the collective that this one is in."""
+
+BACKSTOP_S = 60.0
+"""After so many seconds more the process is ended even where a hanging call in C keeps every Python thread waiting."""
+
+
+def patience(limit_s: float) -> timedelta:
+    """How long a collective waits for the ranks that it lacks, where a step may take `limit_s` seconds (0: any time):
+    longer than the watchdog, whose words say more than a collective's; not shorter than torch's own time, since nobody
+    watches what comes before the first step."""
+    return max(PATIENCE, timedelta(seconds=2 * FIRST_STEP * limit_s)) if limit_s else timedelta(days=7)
+
+
+class Watchdog:
+    """Watches from its making until `close`. The stacks of all threads go into the process's log before it is ended."""
+
+    def __init__(self, limit_s: float, mesh: Mesh, log_file: Path) -> None:
+        """`limit_s`: seconds that a step may take, its validation and its checkpoint included; 0: any time."""
+        self._limit_s, self._mesh = limit_s, mesh
+        self._stacks = open(log_file, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the process)
+        self._board = failure_board() if mesh.world > 1 else None
+        self._step, self._deadline = 0, float("inf")
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """Step number `step` begins, and the one before has ended."""
+        if self._limit_s:
+            limit_s = self._limit_s * (FIRST_STEP if self._step == 0 else 1)
+            self._step, self._deadline = step, time.monotonic() + limit_s
+            faulthandler.dump_traceback_later(limit_s + BACKSTOP_S, exit=True, file=self._stacks)
+
+    def close(self) -> None:
+        """The run is over."""
+        if self._limit_s:
+            faulthandler.cancel_dump_traceback_later()
+        self._closed.set()
+        self._thread.join()
+        self._stacks.close()
+
+    def _watch(self) -> None:
+        asked = False
+        while not self._closed.wait(LOOK_S) and not ending.is_set():
+            if time.monotonic() > self._deadline:
+                self._end_hanging_step()
+            try:
+                if self._board and not asked and self._board.is_asked_to_go():
+                    asked = True
+                    interrupt_main_thread()
+                if self._board and self._board.is_posted() and not ending.is_set():
+                    self._end_with_the_others()
+            except RuntimeError as error:
+                if not self._closed.wait(GONE_S) and not ending.is_set():
+                    logging.error("the process that holds the store is gone (%s): ending this one", error)
+                    self._dump()
+                    end_now()
+                return
+
+    def _end_hanging_step(self) -> None:
+        self._dump()
+        message = (
+            f"step {self._step} has taken longer than guards.step_timeout_s={self._limit_s:g} seconds allow; rank "
+            f"{self._mesh.rank} on {socket.gethostname()} ends the run. What each process was doing stands in "
+            f"{Path(self._stacks.name).parent}/rank*.log"
+        )
+        logging.error(message)  # into this process's log only
+        end_after_failure(message)
+
+    def _end_with_the_others(self) -> None:
+        logging.error("another process has failed: ending this one")
+        self._dump()
+        exit_code = FAILED
+        with suppress(RuntimeError):
+            assert self._board is not None
+            exit_code = self._board.exit_code()
+            leave_after_another()
+        end_now(exit_code)
+
+    def _dump(self) -> None:
+        faulthandler.dump_traceback(file=self._stacks, all_threads=True)
+        self._stacks.flush()

@@ -1,0 +1,282 @@
+"""Fine-tuning as a job of the training loop: any downstream task."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from beit3_dist.checkpoint.find import find
+from beit3_dist.checkpoint.model_folder import save_model_folder
+from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.data.faults import Fault
+from beit3_dist.data.loader import loader
+from beit3_dist.data.order import mix, mix_arrays
+from beit3_dist.model.layout import to_device
+from beit3_dist.parallel.collectives import all_gather
+from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.mesh import Groups, Mesh, connect
+from beit3_dist.run.checkpointing import load_checkpoint, whole_checkpoint
+from beit3_dist.run.preemption import Together, by_itself
+from beit3_dist.run.preflight_finetuning import FinetuneReady
+from beit3_dist.run.records import JsonLines
+from beit3_dist.run.watchdog import patience
+from beit3_dist.tasks.batches import Draw, Examples, TaskBatch, training_places, validation_places
+from beit3_dist.tasks.config import CONTRASTIVE, FinetuneConfig
+from beit3_dist.tasks.examples import Example
+from beit3_dist.tasks.task import Normalization, TaskInputs, TaskObjective
+from beit3_dist.train.feed import StepBatch, timed
+from beit3_dist.train.flops import training_flops
+from beit3_dist.train.loop import train
+from beit3_dist.train.metrics import speed
+from beit3_dist.train.optimizer import build_optimizer, layered_groups
+from beit3_dist.train.totals import Totals
+
+log = logging.getLogger(__name__)
+
+
+def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
+    """A fine-tuning run, or its validation alone. `ready`: what was checked and opened before any process group. A run
+    leaves the model for use in OUT/model."""
+    job = FineTuning(config, mesh, ready)
+    if config.evaluate_only:
+        evaluate(job)
+        return
+    train(job)
+
+
+def evaluate(job: FineTuning) -> None:
+    """The validation of what the job starts from. Of a run in OUT only predictions and eval.jsonl change."""
+    config = job.config
+    groups = connect(job.mesh, patience(config.guards.step_timeout_s))
+    job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
+    engine = job.start_engine(groups)
+    if job.checkpoint is not None:
+        load_checkpoint(job.checkpoint, engine, job.state)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    scores = job.evaluate()
+    if scores:
+        records = JsonLines(Path(config.out, "eval.jsonl"), None)
+        records.write({"step": job.state.step} | scores)
+        records.close()
+        log.info("%s: %s", job.checkpoint or config.init_from, scores)
+
+
+class FineTuning:
+    """See `loop.Job`."""
+
+    def __init__(self, config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
+        self.config, self.mesh, self.task = config, mesh, ready.task
+        self.state, self.checkpoint = ready.state, ready.checkpoint
+        self.samples = (config.batch.size, 0, 0)
+        self._values, self._validation = ready.values, ready.validation
+        self._views, self._mixing = ready.views, ready.mixing
+        self._train_data = self._dataset(ready.train, train=True)
+
+    def _dataset(self, examples: Sequence[Example], train: bool) -> Examples:
+        config, data, classes = self.config, self.config.data, len(self.task.classes)
+        return Examples(
+            examples,
+            train=train,
+            views=self._views,
+            image_size=config.model.image_size,
+            max_words=data.text_length,
+            seed=config.seed,
+            answers=classes if config.task == "vqa" else 0,
+            mixing=self._mixing if train else None,
+            max_pixels=data.max_pixels,
+        )
+
+    def start(self, groups: Groups) -> Engine:
+        engine, batch = self.start_engine(groups), self.config.batch
+        places = training_places(
+            self.state.consumed[0], batch.size, batch.accumulation, self.mesh.data_rank, self.mesh.data
+        )
+        # Tensor ranks read the same examples, each for itself: fine-tuning data are small beside pretraining's.
+        self._batches = iter(self._loader(self._train_data, places))
+        return engine
+
+    def start_engine(self, groups: Groups) -> Engine:
+        """The model in this rank's layout. Collective."""
+        config, mesh, layers = self.config, self.mesh, self.config.model.layers
+        self.task.connect(groups.data)
+        self._groups = groups
+        self._normalize = Normalization(self.task.statistics, mesh.device)
+        self._engine = Engine(
+            config,
+            groups,
+            build=self.task.build,
+            values=self._values,
+            objective=lambda model: TaskObjective(model, self.task, config.seed),
+            optimizer=lambda model, offload: build_optimizer(
+                model,
+                offload,
+                config.optim,
+                layered_groups(model, config.optim.weight_decay, layers, config.layer_decay, config.head_lr_scale),
+            ),
+            columns=1,
+            average_decay=config.ema_decay,
+        )
+        return self._engine
+
+    def _loader(self, data: Examples, places: Iterator[Any]) -> Any:
+        pin = self.mesh.device.type == "cuda"
+        return loader(data, places, self.config.data.workers, self.config.data.prefetch, pin)
+
+    def first_faults(self) -> list[Fault]:
+        return []
+
+    def next_batch(self, together: Together) -> StepBatch:
+        batches, waited_s = together(lambda: timed(lambda: list(islice(self._batches, self.config.accumulation))))
+        micro_batches = [self._masked(batch) for batch in batches]
+        totals = Totals.summed((self._totals(batch) for batch in micro_batches), losses=1)
+        return StepBatch.agreed(self._groups, micro_batches, totals, waited_s)
+
+    def _masked(self, batch: TaskBatch) -> MaskedBatch:
+        keys = [mix(self.config.seed, Draw.MASK, place) for place in batch.places.tolist()]
+        words, targets = self.task.mask(batch.words, batch.padding, keys)
+        return MaskedBatch(batch, words, targets)
+
+    def _totals(self, batch: MaskedBatch) -> Totals:
+        examples, model = batch.batch, self.config.model
+        count = len(examples.ids) if batch.targets is None else int((batch.targets >= 0).sum())
+        pictures, lengths, none = (
+            examples.images.shape[1],
+            (~examples.padding).sum(1),
+            torch.zeros(0, dtype=torch.int64),
+        )
+        masked = count if batch.targets is not None else 0
+        if pictures == 0:
+            samples = (0, none, lengths)
+        elif lengths.sum() == 0:
+            samples = (len(lengths) * pictures, none, none)
+        elif self.config.task in CONTRASTIVE:
+            samples = (len(lengths), none, lengths)
+        else:
+            samples = (0, lengths.repeat(pictures), none)
+        flops = training_flops(model, *samples, 0, masked, whole_last_block=True)
+        tokens = examples.images.shape[0] * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
+        first = self.state.consumed[0]
+        terms = mix_arrays((examples.places - first).numpy(), examples.ids.numpy())
+        hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
+        return Totals([count], tokens, flops, len(examples.faults), hash_terms)
+
+    def prepare(self, batch: StepBatch) -> Iterator[tuple[TaskInputs]]:
+        return ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)
+
+    def _inputs(self, batch: TaskBatch, words: Tensor, targets: Tensor | None = None) -> TaskInputs:
+        move = lambda t: to_device(t, self.mesh.device)  # noqa: E731
+        return TaskInputs(
+            images=self._normalize(move(batch.images)),
+            words=move(words),
+            padding=batch.padding,
+            labels=move(batch.labels),
+            keys=move(batch.places),
+            targets=None if targets is None else move(targets),
+        )
+
+    def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+        count = int(batch.step_counts[0])
+        return {
+            "step": self.state.step,
+            "loss": result.cross_entropy[0] / max(count, 1),
+            "acc": result.correct[0] / max(count, 1),
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "examples": self.config.batch.size,
+            **speed(self.config, self.mesh, self.config.batch.size, batch, step_s),
+        }
+
+    def evaluation_due(self) -> bool:
+        step, every = self.state.step, self.config.eval.every
+        return len(self._validation) > 0 and (step == self.config.steps or bool(every and step % every == 0))
+
+    def evaluate(self, together: Together = by_itself) -> dict[str, float]:
+        """The scores, on the first rank alone, as some metrics start programs; the others wait for it."""
+        average = self._engine.average
+        with nullcontext() if average is None else average.applied():
+            predictions = self._predictions(together)
+        scores = self._scores(predictions) if self.mesh.is_first else {}
+        self._groups.wait_for_all()
+        return scores
+
+    def _scores(self, predictions: Tensor) -> dict[str, float]:
+        """Of all predictions, which are written where no other step follows."""
+        if self.state.step == self.config.steps or self.config.evaluate_only:
+            folder = Path(self.config.out) / "predictions"
+            folder.mkdir(exist_ok=True)
+            self.task.write_predictions(folder, predictions, self._validation)
+        scores = self.task.score(predictions, self._validation)
+        if not scores:
+            log.warning("data.validation: %s holds no truths, so that there is no score", self.config.data.validation)
+        return scores
+
+    def _predictions(self, together: Together) -> Tensor:
+        """The task's predictions of all validation examples in their order, on the CPU of every rank. Collective."""
+        mesh, groups = self.mesh, self._groups
+        count = self.config.eval.batch or self.config.micro_batch(mesh.data)[0]
+        places = validation_places(len(self._validation), count, mesh.data_rank, mesh.data)
+        parts: list[Tensor] = []
+        batches = iter(self._loader(self._dataset(self._validation, train=False), places))
+        while (batch := together(lambda: next(batches, None))) is not None:
+            mine = self._engine.predict(self._inputs(batch, batch.words), self._all_done)
+            parts.append(all_gather(mine, groups.data).cpu())
+        return torch.cat(parts)[: len(self._validation)]
+
+    def _all_done(self, done: bool) -> bool:
+        """Whether all ranks are done."""
+        flag = torch.tensor(int(done), device=self.mesh.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)
+
+    def check(self) -> None:
+        """Nothing stops a fine-tuning run but its own guards."""
+
+    def finish(self) -> None:
+        """The last checkpoint's weights (their average, where there is one) as a folder for inference. Collective: the
+        others stay until the first rank has written it, since srun may end what is left soon after the first end."""
+        if self.mesh.is_first:
+            self._write_model()
+        self._groups.wait_for_all()
+
+    def _write_model(self) -> None:
+        out = Path(self.config.out)
+        checkpoint = find("auto", out / "checkpoints")
+        assert checkpoint is not None, "the last step is always saved"
+        shutil.rmtree(out / "model", ignore_errors=True)
+        save_model_folder(
+            out / "model",
+            read_weights(checkpoint, averaged=True),
+            self.config.model,
+            task=self.task.describe(),
+            text_tokenizer=Path(self.task.tokenizer.path),
+        )
+
+
+@dataclass
+class MaskedBatch:
+    """A micro-batch on the host with the words that the model reads."""
+
+    batch: TaskBatch
+    words: Tensor
+    """int64 [B, L]."""
+    targets: Tensor | None
+    """int64 [B, L]: what is to be recovered, -1 elsewhere; None where the task masks nothing."""
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Examples that had to be replaced."""
+        return self.batch.faults
+
+    def ids_by_kind(self) -> dict[str, list[int]]:
+        """Numbers of the examples in their index."""
+        return {"examples": self.batch.ids.tolist()}

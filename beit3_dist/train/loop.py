@@ -1,0 +1,133 @@
+"""Training, from top to bottom: pretraining and every fine-tuning task run this loop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import TrainingConfig
+from beit3_dist.data.faults import Fault
+from beit3_dist.parallel.device import prepare_device
+from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.mesh import Groups, Mesh, connect
+from beit3_dist.run.checkpointing import Checkpoints, contribution, load_checkpoint, whole_checkpoint
+from beit3_dist.run.folder import RunFolder, of_all
+from beit3_dist.run.guards import Guards
+from beit3_dist.run.lock import RunLock
+from beit3_dist.run.parting import check_finished, parting
+from beit3_dist.run.preemption import Together, by_itself
+from beit3_dist.run.watchdog import patience
+from beit3_dist.train.feed import StepBatch
+from beit3_dist.train.garbage import GarbageCollection
+from beit3_dist.train.profiling import StepProfiler
+from beit3_dist.train.schedule import learning_rate
+
+log = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    """What is trained. The loop knows nothing else of it."""
+
+    mesh: Mesh
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
+    samples: tuple[int, int, int]
+    """Images, texts and pairs (fine-tuning: examples, 0, 0) of a step."""
+
+    @property
+    def config(self) -> TrainingConfig: ...
+
+    def start(self, groups: Groups) -> Engine:
+        """The model in this rank's layout; opens the stream of batches behind `state`. Collective."""
+
+    def first_faults(self) -> list[Fault]:
+        """What the data had to leave out before the first step."""
+
+    def next_batch(self, together: Together) -> StepBatch:
+        """The next step's micro-batches of this rank, which are read by `together`. Collective."""
+
+    def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
+        """The step's micro-batches as the objective takes them, on the device."""
+
+    def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+        """The step's line of metrics.jsonl; the step took `step_s` seconds."""
+
+    def evaluation_due(self) -> bool:
+        """Whether there is a held-out validation after `state.step`; the same on all ranks."""
+
+    def evaluate(self, together: Together) -> dict[str, float]:
+        """Held-out validation, whose samples are read by `together`; the first rank's scores are recorded, where there
+        are any. Collective."""
+
+    def check(self) -> None:
+        """Raises RunStopped where the run should not go on."""
+
+    def finish(self) -> None:
+        """After the last step, its checkpoint whole: writes what else the run leaves. Collective."""
+
+
+def train(job: Job) -> None:
+    """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved, FolderInUse
+    where another run has OUT."""
+    prepare_device(job.config.deterministic)
+    groups = connect(job.mesh, patience(job.config.guards.step_timeout_s))
+    with RunLock(job.config, job.checkpoint):
+        _train(job, groups)
+
+
+def _train(job: Job, groups: Groups) -> None:
+    config, mesh = job.config, job.mesh
+    job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
+    state = job.state
+    run = RunFolder(Path(config.out), config, mesh, state.step)
+    guards = Guards(config, groups, run)
+    engine = job.start(groups)
+    if mesh.is_first and state.step == 0:
+        run.quarantine(0, job.first_faults())
+    if job.checkpoint is not None:
+        load_checkpoint(job.checkpoint, engine, state)
+        log.info("going on after step %d from %s", state.step, job.checkpoint)
+
+    profiler = StepProfiler(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
+    checkpoints = Checkpoints(config, mesh, job.checkpoint, state.step, lambda: contribution(engine))
+    with profiler, GarbageCollection() as garbage, checkpoints, parting(run, checkpoints, state):
+        for step in range(state.step, config.steps):
+            guards.begin(step + 1)
+            started = time.perf_counter()
+            batch = job.next_batch(guards.together)
+            lr = learning_rate(step, config.steps, config.optim)
+            result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
+
+            state.advance(job.samples, batch.replaced, result.skipped)
+            if batch.replaced and mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
+                faults = [fault for b in batch.micro_batches for fault in b.faults]
+                run.quarantine(state.step, of_all(faults, groups.data))
+            record = job.record(batch, result, lr, time.perf_counter() - started)
+            run.step(record | {"skipped": int(result.skipped)})
+            guards.check(state, batch.micro_batches, record["loss"], checkpoints)
+            if state.step % config.checkpoint.every == 0 or state.step == config.steps:
+                run.sync()
+                checkpoints.save(state)
+            else:
+                checkpoints.check(state)
+            if job.evaluation_due():
+                if is_last := state.step == config.steps:
+                    checkpoints.wait()  # whatever becomes of the validation, the training is saved
+                # The last one is part of what the run leaves: nobody can go on to it.
+                if scores := job.evaluate(by_itself if is_last else guards.together):
+                    run.evaluation({"step": state.step} | scores)
+            job.check()
+            profiler.step()
+            garbage.after(state.step)
+    if state.step == config.steps:
+        guards.begin(state.step)  # it may take as long as a step
+        job.finish()
+    guards.close()
+    run.close()
+    check_finished(state, config.steps)

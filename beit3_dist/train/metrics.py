@@ -1,0 +1,51 @@
+"""The fields of a step's record: losses, accuracies, speed."""
+
+from __future__ import annotations
+
+import resource
+from typing import Any
+
+import torch
+
+from beit3_dist.config import TrainingConfig
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.train.feed import StepBatch
+from beit3_dist.train.flops import peak_flops
+
+LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
+ACCURACIES = ("acc_image", "acc_text", "acc_pair_image", "acc_pair_text")
+
+
+def losses_and_accuracies(
+    cross_entropy: list[float], correct: list[float], counts: list[int], weights: tuple[float, ...]
+) -> dict[str, float]:
+    """`loss` and the four losses and accuracies of a step, from sums and global counts of masked positions."""
+    losses = [c / max(n, 1) for c, n in zip(cross_entropy, counts, strict=True)]
+    accuracies = [c / max(n, 1) for c, n in zip(correct, counts, strict=True)]
+    total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+    return {"loss": total, **dict(zip(LOSSES, losses, strict=True)), **dict(zip(ACCURACIES, accuracies, strict=True))}
+
+
+def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:
+    """The fields of a record that tell the speed, the memory and the identity of a step of `samples` samples that took
+    `step_s` seconds."""
+    flops_per_device = batch.flops / mesh.world / step_s
+    peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
+    return {
+        "tokens_per_s": batch.tokens / step_s,
+        "samples_per_s": samples / step_s,
+        "tflops_per_device": flops_per_device / 1e12,
+        "mfu": flops_per_device / peak if peak else None,
+        "data_wait_s": batch.data_wait_s,
+        "step_s": step_s,
+        "memory_gb": peak_memory_gb(mesh.device),
+        "replaced_samples": batch.replaced,
+        "sample_hash": batch.sample_hash,
+    }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in 10^9 bytes: on the device, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,125 @@
+"""Pretraining as a job of the training loop: masked data modelling on the mixed stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+import torch.distributed as dist
+
+from beit3_dist.config import RunConfig
+from beit3_dist.data.batch import requests_from
+from beit3_dist.data.faults import Fault
+from beit3_dist.data.joining import micro_batches
+from beit3_dist.data.streaming import furthest
+from beit3_dist.image_tokenizer.codes import targets_of
+from beit3_dist.image_tokenizer.targets import ImageTargets, target_flops
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.parallel.pipeline import plan_stages
+from beit3_dist.run.bad_samples import BadSamples
+from beit3_dist.run.preemption import Together
+from beit3_dist.run.preflight import Ready
+from beit3_dist.train.feed import Feed, StepBatch
+from beit3_dist.train.inputs import prepare
+from beit3_dist.train.loop import train
+from beit3_dist.train.metrics import losses_and_accuracies, speed
+from beit3_dist.train.optimizer import build_optimizer
+from beit3_dist.train.target_watch import TargetWatch
+from beit3_dist.train.validation import evaluate
+
+
+def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
+    """A pretraining run. `ready`: what was checked and opened before any process group."""
+    train(Pretraining(config, mesh, ready))
+
+
+def step_record(
+    config: RunConfig, mesh: Mesh, step: int, batch: StepBatch, result: StepResult, lr: float, step_s: float
+) -> dict[str, Any]:
+    """The line of metrics.jsonl of a step that took `step_s` seconds."""
+    sizes, counts = config.batch, batch.step_counts.tolist()
+    return {
+        "step": step,
+        **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "images": sizes.images,
+        "texts": sizes.texts,
+        "pairs": sizes.pairs,
+        **speed(config, mesh, sizes.images + sizes.texts + sizes.pairs, batch, step_s),
+    }
+
+
+class Pretraining:
+    """See `loop.Job`."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, ready: Ready) -> None:
+        self.config, self.mesh, self._ready = config, mesh, ready
+        self.state, self.checkpoint = ready.state, ready.checkpoint
+        self.samples = (config.batch.images, config.batch.texts, config.batch.pairs)
+
+    def start(self, groups: Groups) -> Engine:
+        config, mesh, ready = self.config, self.mesh, self._ready
+        pictures = sum(config.micro_batch(mesh.data)[::2])
+        flops = target_flops(ready.image_tokenizer, pictures) if ready.train_codes is None else 0.0
+        self._engine = Engine(
+            config,
+            groups,
+            build=lambda: BEiT3(config.model, device="meta"),
+            values=ready.values,
+            objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+            optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
+            plan=plan_stages(config, mesh.data, flops),
+        )
+        self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
+        self._target_watch = TargetWatch(config.model, mesh)
+        self._feed, self._bad_samples = Feed(config, groups), BadSamples(config, mesh, self.state)
+        requests, data, pin = requests_from(self.state.consumed, config.batch), config.data, mesh.device.type == "cuda"
+        ready.train.restore(self.state.readers, self.state.step > 0)
+        self._data_ranks = groups.data
+        reads = self._feed.reads
+        self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
+        return self._engine
+
+    def first_faults(self) -> list[Fault]:
+        return self._ready.train.faults()
+
+    def next_batch(self, together: Together) -> StepBatch:
+        batch = self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)), together)
+        if self._ready.train.sequential:
+            everyones: list[list[list[int]]] = [[] for _ in range(self.mesh.data)]
+            mine = [row for b in batch.micro_batches for row in b.readers.tolist()]
+            dist.all_gather_object(everyones, mine, group=self._data_ranks)
+            self.state.readers = furthest([*self.state.readers, *chain(*everyones)])
+        return batch
+
+    def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
+        watched = self._target_watch.is_due(self.state.step + 1)
+        for micro_batch in batch.micro_batches:
+            tokenize = targets_of(micro_batch, self._ready.train_codes, self._tokenize)
+            inputs, targets, ids = prepare(micro_batch, self.mesh.device, tokenize)
+            if watched and targets is not None:
+                self._target_watch.add(targets)
+            yield inputs, targets, ids
+
+    def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+        record = step_record(self.config, self.mesh, self.state.step, batch, result, lr, step_s)
+        return record | self._target_watch.measure() if self._target_watch.is_due(self.state.step) else record
+
+    def evaluation_due(self) -> bool:
+        return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0
+
+    def evaluate(self, together: Together) -> dict[str, float]:
+        config, engine, feed, ready = self.config, self._engine, self._feed, self._ready
+        assert ready.held_out is not None
+        return evaluate(config, engine, feed, ready.held_out, ready.held_out_codes, self._tokenize, together)
+
+    def finish(self) -> None:
+        """Its checkpoints are all that pretraining leaves."""
+
+    def check(self) -> None:
+        self._bad_samples.check(self.state)
