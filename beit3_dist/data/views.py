@@ -1,4 +1,4 @@
-"""A micro-batch's images on the device. Jitter is applied there, to the model's and the image tokenizer's views alike."""
+"""A micro-batch's images on the device, where jitter is applied: to the model's and the image tokenizer's views alike."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ def record_of(step: int) -> dict:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(now=100.0, strftime=lambda form: "now")
     clock.monotonic = lambda: clock.now
-    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(records, "time", clock)
     return clock
 
 
