@@ -1,4 +1,4 @@
-"""A micro-batch's images on the device, where jitter is applied: to the model's and the image tokenizer's views alike."""
+"""Images of a micro-batch on the device, where jitter is applied: to the model's and the image tokenizer's views."""
 
 from __future__ import annotations
 
