@@ -8,6 +8,7 @@
     model.caption(["a.jpg"])                            # captioning
     model.classify(["a.jpg"])                           # imagenet: pictures; text: sentences
     model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two pictures
+    model.predict(images=["a.jpg"])                     # any task, one of a plugin that is imported too
 
 Every method takes lists and gives a result for each place. One picture or text that is in no list is refused: a text is
 a sequence of letters, too. A picture is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the
@@ -34,12 +35,11 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.text_files import require_text
 from beit3_dist.data.transforms import normalised, read_picture
 from beit3_dist.devices import device_type
-from beit3_dist.tasks.all import TASKS
-from beit3_dist.tasks.augmentation import Views
-from beit3_dist.tasks.config import CONTRASTIVE, seen_in_validation
-from beit3_dist.tasks.generation import generate
-from beit3_dist.tasks.heads import FineTuned, build
-from beit3_dist.tasks.task import Normalization
+from beit3_dist.tasks.base import Normalization, Task, TaskInputs
+from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
+from beit3_dist.tasks.data.augmentation import Views
+from beit3_dist.tasks.parts.heads import FineTuned
+from beit3_dist.tasks.registry import task_class, task_names
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
 PICTURES = (str, os.PathLike, Image.Image, np.ndarray)
@@ -47,8 +47,6 @@ PICTURES = (str, os.PathLike, Image.Image, np.ndarray)
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
 """Samples of a forward pass."""
-USUAL_LENGTH = 32
-"""Longest caption, <s> and </s> included, of a folder that does not say what its model was taught (unilm: 32)."""
 
 _T = TypeVar("_T")
 
@@ -72,12 +70,13 @@ def open_picture(picture: Picture, max_pixels: int = DataConfig.max_pixels) -> I
 class Model:
     """A fine-tuned model on one device. What it can be asked depends on its task; the rest is a ValueError."""
 
-    def __init__(self, name: str, network: FineTuned, task: dict[str, Any], tokenizer: TextTokenizer | None) -> None:
-        self.name, self.network, self.task = name, network.requires_grad_(False).eval(), task
-        self.tokenizer = tokenizer
+    def __init__(self, network: FineTuned, task: Task, classes: int = 0) -> None:
+        """`classes`: how many of them the network tells apart."""
+        self.network, self.task, self.classes = network.requires_grad_(False).eval(), task, classes
+        self.name = task.config.out
         self.device = next(network.parameters()).device
-        self._views = Views(evaluation=seen_in_validation(task["name"]))
-        self._normalize = Normalization(TASKS[task["name"]].statistics, self.device)
+        self._views = Views(evaluation=task.evaluation)
+        self._normalize = Normalization(task.statistics, self.device)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Model:
@@ -92,59 +91,55 @@ class Model:
         content = read_model_folder(Path(folder))
         if content.task is None:
             raise ValueError(f"{folder} holds a pretrained model without a task; launchers/finetune.py teaches it one")
-        network = _network(folder, content).to(device)
         tokenizer = None
         if content.text_tokenizer is not None:
             tokenizer = TextTokenizer(str(content.text_tokenizer))
             tokenizer.check_vocab(content.config.vocab_size)
-        return cls(os.fspath(folder), network, content.task, tokenizer)
+        network, task = _network_and_task(os.fspath(folder), content, tokenizer)
+        return cls(network.to(device), task, content.task.get("classes", 0))
+
+    def predict(self, images: Sequence[Any] = (), texts: Sequence[str] = ()) -> list[Any]:
+        """What the model's task says of each sample: `Task.results`. `images`: those of each sample, a sequence where
+        the task has several; `texts`: that of each sample. What the task does not read is left out."""
+        several, task = self.task.images > 1, self.task
+        pictures = [_pictures(one) if several else _pictures([one]) for one in _listed(images, "images")]
+        listed = _texts(texts)
+        for given, reads, what in ((pictures, task.images > 0, "images"), (listed, task.reads_text, "texts")):
+            if given and not reads:
+                raise ValueError(f"{self.name} was fine-tuned for {task.name}, which reads no {what}")
+        if wrong := [len(some) for some in pictures if len(some) != task.images]:
+            raise ValueError(f"a sample of {task.name} has {task.images} images, not {wrong[0]}")
+        if task.images and task.reads_text and len(pictures) != len(listed):
+            raise ValueError(f"{len(pictures)} samples' images and {len(listed)} texts: each sample has both")
+        return self._results(pictures, listed)
 
     def embed_images(self, images: Sequence[Picture]) -> Tensor:
         """Unit vectors of pictures, fp32 [N, D] on the CPU. Their products with texts' vectors are similarities."""
-        self._require(CONTRASTIVE, "embeddings")
-        pictures = _pictures(images)
-        return self._run(lambda some: self.network.embed_images(self._pixels(some)), pictures, IMAGES_AT_ONCE)
+        task, pictures = self._task_for("embed_images", "embeddings"), _pictures(images)
+        return self._run(lambda some: task.embed_images(self.network, self._pixels(some)), pictures, IMAGES_AT_ONCE)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, fp32 [N, D] on the CPU. What is longer than the model's texts is cut."""
-        self._require(CONTRASTIVE, "embeddings")
-        listed = _texts(texts)
-        return self._run(lambda some: self.network.embed_texts(*self._words(some)), listed, TEXTS_AT_ONCE)
+        task, listed = self._task_for("embed_texts", "embeddings"), _texts(texts)
+        return self._run(lambda some: task.embed_texts(self.network, *self._words(some)), listed, TEXTS_AT_ONCE)
 
-    @torch.inference_mode()
     def answer(self, images: Sequence[Picture], questions: Sequence[str]) -> list[str]:
         """The likeliest of the model's answers to each question about the picture in the same place."""
-        self._require(("vqa",), "answers")
+        self._task_for("answer", "answers")
         images, questions = _pictures(images), _texts(questions, "questions")
         if len(images) != len(questions):
             raise ValueError(f"{len(images)} pictures and {len(questions)} questions: each question needs its picture")
-        answers: list[str] = []
-        for some in _batches(list(zip(images, questions, strict=True)), IMAGES_AT_ONCE):
-            pictures, asked = zip(*some, strict=True)
-            logits = self.network.answer_logits(self._pixels(pictures), *self._words(asked))
-            answers += [self.task["answers"][best] for best in logits.argmax(-1).tolist()]
-        return answers
+        return self._results([[image] for image in images], questions)
 
-    @torch.inference_mode()
     def classify(self, samples: Sequence[Picture]) -> list[str]:
-        """The likeliest class of each picture (imagenet) or sentence (text)."""
-        self._require(("imagenet", "text"), "classes")
-        names = self.task.get("answers", [])
-        if len(names) != self.network.classes:
-            raise ValueError(f"{self.name}/config.json names {len(names)} of {self.network.classes} classes")
-        best: list[int] = []
-        if self.task["name"] == "imagenet":
-            for pictures in _batches(_pictures(samples), IMAGES_AT_ONCE):
-                best += self.network.class_logits(self._pixels(pictures)).argmax(-1).tolist()
-        else:
-            for texts in _batches(_texts(samples), TEXTS_AT_ONCE):
-                best += self.network.sentence_logits(*self._words(texts)).argmax(-1).tolist()
-        return [names[number] for number in best]
+        """The likeliest class of each picture or sentence, whichever the model's task reads."""
+        if self._task_for("classify", "classes").images:
+            return self._results([[picture] for picture in _pictures(samples)], [])
+        return self._results([], _texts(samples))
 
-    @torch.inference_mode()
     def is_true(self, images: Sequence[tuple[Picture, Picture]], sentences: Sequence[str]) -> list[bool]:
         """Whether each sentence is true of the two pictures in the same place."""
-        self._require(("nlvr2",), "truths of sentences")
+        self._task_for("is_true", "truths of sentences")
         given = [_pictures(pair) for pair in _listed(images, "pairs of pictures")]
         sentences = _texts(sentences, "sentences")
         for pair in given:
@@ -152,44 +147,40 @@ class Model:
                 raise ValueError(f"a sentence is about two pictures, not {len(pair)}")
         if len(given) != len(sentences):
             raise ValueError(f"{len(given)} pairs of pictures and {len(sentences)} sentences: each needs the other")
-        truths: list[bool] = []
-        for some in _batches(list(zip(given, sentences, strict=True)), IMAGES_AT_ONCE):
-            pairs, told = zip(*some, strict=True)
-            pixels = torch.stack([self._pixels(pair) for pair in pairs])
-            truths += self.network.truth_logits(pixels, *self._words(told)).argmax(-1).bool().tolist()
-        return truths
+        return self._results(given, sentences)
 
     def caption(
         self, images: Sequence[Picture], *, beams: int = 3, length_penalty: float = 0.6, max_words: int | None = None
     ) -> list[str]:
-        """What the model says of each picture; see `tasks.generation.generate` for the search's settings. `max_words`:
-        as many as in the validation of the model's training, unless said otherwise."""
-        self._require(("captioning",), "captions")
-        if max_words is None:
-            longest = min(USUAL_LENGTH, self.network.config.max_text_length)
-            max_words = self.task.get("text_length", longest) - 1
-        tokenizer, captions, images = self._tokenizer(), [], _pictures(images)
-        for some in _batches(images, IMAGES_AT_ONCE):
-            captions += generate(
-                self.network,
-                self._pixels(some),
-                tokenizer,
-                beams=beams,
-                length_penalty=length_penalty,
-                max_words=max_words,
-            )
-        return [tokenizer.decode(words) for words in captions]
+        """What the model says of each picture; see `tasks.parts.generation.generate` for the search's settings.
+        `max_words`: as many as in the validation of the model's training, unless said otherwise."""
+        task, captions = self._task_for("caption", "captions"), []
+        for some in _batches(_pictures(images), IMAGES_AT_ONCE):
+            written = task.caption(self.network, self._pixels(some), beams, length_penalty, max_words)
+            captions += task.results(written)
+        return captions
 
-    def _require(self, tasks: tuple[str, ...], use: str) -> None:
-        if self.task["name"] not in tasks:
-            raise ValueError(
-                f"{self.name} was fine-tuned for {self.task['name']}; {use} need a model of task {' or '.join(tasks)}"
-            )
+    def _task_for(self, method: str, use: str) -> Any:
+        """The model's task, which has a method or predicts what it says. Raises ValueError for any other task."""
+        if method not in self.task.serves:
+            others = " or ".join(name for name in task_names() if method in task_class(name).serves)
+            raise ValueError(f"{self.name} was fine-tuned for {self.task.name}; {use} need a model of task {others}")
+        return self.task
 
-    def _tokenizer(self) -> TextTokenizer:
-        if self.tokenizer is None:
-            raise ValueError(f"{self.name} has no tokenizer.spm, which words need")
-        return self.tokenizer
+    @torch.inference_mode()
+    def _results(self, images: Sequence[Sequence[Picture]], texts: Sequence[str]) -> list[Any]:
+        """The task's results for samples of its number of pictures and their texts; of what it does not read, none."""
+        task, results = self.task, []
+        if task.needs_names and len(task.classes) != self.classes:
+            raise ValueError(f"{self.name}/config.json names {len(task.classes)} of {self.classes} classes")
+        size, none = self.network.config.image_size, torch.empty(0, dtype=torch.int64)
+        for rows in _batches(range(len(images or texts)), IMAGES_AT_ONCE if task.images else TEXTS_AT_ONCE):
+            pixels = self._pixels([picture for row in rows for picture in images[row]]) if task.images else none.float()
+            words, padding = self._words([texts[row] for row in rows]) if texts else (none.view(len(rows), 0),) * 2
+            pixels = pixels.view(len(rows), task.images, 3, size, size)
+            inputs = TaskInputs(pixels, words, padding.bool(), labels=none, keys=none)
+            results += task.results(task.predict(self.network, inputs).cpu())
+        return results
 
     @torch.inference_mode()
     def _run(self, embed: Callable[[Sequence[_T]], Tensor], samples: Sequence[_T], at_once: int) -> Tensor:
@@ -204,7 +195,7 @@ class Model:
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
-        tokenizer, longest = self._tokenizer(), self.task.get("text_length", self.network.config.max_text_length)
+        tokenizer, longest = self.task.tokenizer, self.task.config.data.text_length
         rows = [[tokenizer.bos, *tokenizer.encode_beginning(text)[: longest - 2], tokenizer.eos] for text in texts]
         length = max(map(len, rows))
         words = torch.tensor([row + [tokenizer.pad] * (length - len(row)) for row in rows])
@@ -221,31 +212,43 @@ def _check_device(device: torch.device | str) -> None:
         raise ValueError(f"the device {device} cannot be used here: {reason}") from None
 
 
-def _network(folder: str | os.PathLike[str], content: ModelFolder) -> FineTuned:
-    """The folder's network on the CPU, in fp32."""
-    task: Any = content.task
+def _network_and_task(folder: str, content: ModelFolder, tokenizer: TextTokenizer | None) -> tuple[FineTuned, Task]:
+    """The folder's network on the CPU, in fp32, and its task."""
+    entry: Any = content.task
     try:
-        _check_task(task)
+        _check_entry(entry)
         check_blocks(content.weights, content.config)
-        network = build(content.config, task)
+        found = task_class(entry["name"])
+        network = found.network(content.config, entry.get("classes", 0), device="meta")
         network.load_state_dict({name: weight.float() for name, weight in content.weights.items()}, assign=True)
+        longest = content.config.max_text_length
+        length = entry.get("text_length", min(longest, found.usual_text_length or longest))
+        config = FinetuneConfig(  # what the folder tells of the training; the rest is of no use any more
+            task=entry["name"],
+            out=folder,
+            text_tokenizer="",
+            model=content.config,
+            evaluate_only=True,
+            data=TaskDataConfig(validation="what the model is asked", text_length=length),
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: model.safetensors and config.json do not fit together: {reason}") from error
-    if network.task == "vqa" and len(task.get("answers", [])) != network.classes:
-        raise ValueError(f"{folder}/config.json names {len(task.get('answers', []))} answers for {network.classes}")
-    return network
+    task = found(config, tokenizer, entry.get("answers", []))
+    if task.keeps_names and len(task.classes) != entry.get("classes", 0):
+        raise ValueError(f"{folder}/config.json names {len(task.classes)} answers for {entry.get('classes', 0)}")
+    return network, task
 
 
-def _check_task(task: dict[str, Any]) -> None:
+def _check_entry(entry: dict[str, Any]) -> None:
     """Raises ValueError where a folder's task is not what one of ours has written."""
-    if task.get("name") not in TASKS:
-        raise ValueError(f"there is no task {task.get('name')!r}")
+    if not isinstance(entry.get("name"), str):
+        raise ValueError(f"there is no task {entry.get('name')!r}")
     for field, least in (("classes", 0), ("text_length", 3)):
-        value = task.get(field, least)
+        value = entry.get(field, least)
         if type(value) is not int or value < least:
             raise ValueError(f"the task's {field} is {value!r}")
-    answers = task.get("answers", [])
+    answers = entry.get("answers", [])
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("the task's answers are no list of texts")
 

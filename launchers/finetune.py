@@ -16,6 +16,7 @@ import sys
 
 from beit3_dist.command_line import begin, parse
 from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.registry import summaries
 
 PROGRAM = "finetune.py"
 
@@ -23,7 +24,7 @@ PROGRAM = "finetune.py"
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     begin(PROGRAM)
-    config = parse(FinetuneConfig, PROGRAM, "Fine-tunes BEiT-3 on a downstream task.", arguments)
+    config = parse(FinetuneConfig, PROGRAM, f"Fine-tunes BEiT-3 on a downstream task. {summaries()}", arguments)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh
     from beit3_dist.run.launch import launch

@@ -23,9 +23,9 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.demo import tasks as demo
 from beit3_dist.demo.sources import emoji_pictures
 from beit3_dist.opening import read_json
-from beit3_dist.tasks import benchmarks
-from beit3_dist.tasks.benchmarks import Indexes, Records
-from beit3_dist.tasks.vqa_answers import read_answers
+from beit3_dist.tasks.data import benchmarks
+from beit3_dist.tasks.data.benchmarks import Indexes, Records
+from beit3_dist.tasks.data.names import read_names
 
 TEXTS_AT_ONCE = 4096
 """Texts that are tokenised in one call, over several threads."""
@@ -96,7 +96,7 @@ def build_nlvr2(options: Namespace) -> None:
 
 def build_vqa(options: Namespace) -> None:
     tokenizer = TextTokenizer(options.text_tokenizer)
-    given = read_answers(options.answers) if options.answers else None
+    given = read_names(options.answers) if options.answers else None
     indexes, answers = benchmarks.vqa(options.source, given)
     write_indexes(options.out, indexes, tokenizer)
     write_answers(options.out / ANSWERS, answers)

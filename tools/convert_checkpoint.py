@@ -119,7 +119,8 @@ def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) 
     """What a model folder remembers of the task, with the names of its answers or classes: of the given file, else of
     the source, else of the file that the source's run read. A VQA model is of no use without: ValueError."""
     from beit3_dist.opening import read_yaml
-    from beit3_dist.tasks.vqa_answers import read_answers
+    from beit3_dist.tasks.data.names import read_names
+    from beit3_dist.tasks.registry import task_class, task_names
 
     if task is None or "classes" not in task:
         if file is not None:
@@ -133,11 +134,11 @@ def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) 
         file = Path(str(data.get("answers")) if isinstance(data, dict) else "")
         if not file.is_file():
             raise ValueError(f"the run of {source} read data.answers={file}, which is not there any more: {remedy}")
-    if file is None and task["name"] == "vqa":
+    if file is None and task["name"] in task_names() and task_class(task["name"]).keeps_names:
         raise ValueError(f"{source} does not name its answers: {remedy}, or unilm's answer2label.txt")
     if file is None:
         return task
-    answers = read_answers(file)
+    answers = read_names(file)
     if len(answers) != task["classes"]:
         raise ValueError(f"{file} names {len(answers)} answers, {source} tells {task['classes']} apart")
     return task | {"answers": answers}

@@ -18,7 +18,7 @@ import numpy as np
 from beit3_dist.data.order import generator
 from beit3_dist.data.sides import side
 from beit3_dist.demo.sources import Emoji, definitions, demo_package, dictionary_entries
-from beit3_dist.tasks.benchmarks import Indexes, Records
+from beit3_dist.tasks.data.benchmarks import Indexes, Records
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from beit3_dist.checkpoint.formats import read_initial_weights
 from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require
-from beit3_dist.data.kinds import is_jsonl
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
@@ -24,17 +21,12 @@ from beit3_dist.run.checkpointing import starting_point
 from beit3_dist.run.resumption import same_recipe
 from beit3_dist.run.shared_memory import check_shared_memory
 from beit3_dist.run.sources import finetuning_sources, same_sources
-from beit3_dist.tasks.all import TASKS
-from beit3_dist.tasks.augmentation import Mixing, Views
-from beit3_dist.tasks.class_names import NamedPictures, names_as_words
-from beit3_dist.tasks.class_shards import read_class_shards
-from beit3_dist.tasks.config import NEED_CLASSES, OF_PICTURES, FinetuneConfig, files_of, seen_in_validation
-from beit3_dist.tasks.examples import Example, read_index
-from beit3_dist.tasks.heads import task_value
-from beit3_dist.tasks.metrics import check_caption_metrics
-from beit3_dist.tasks.pair_shards import PairShards
-from beit3_dist.tasks.task import Task
-from beit3_dist.tasks.vqa_answers import read_answers
+from beit3_dist.tasks.base import Task
+from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.data.augmentation import Mixing, Views
+from beit3_dist.tasks.data.examples import Example
+from beit3_dist.tasks.data.names import read_names
+from beit3_dist.tasks.registry import task_class
 
 
 @dataclass
@@ -78,14 +70,10 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     check_kernels(config.kernels, config.attention_kernel, config.precision)
     tokenizer = TextTokenizer(config.text_tokenizer)
     tokenizer.check_vocab(config.model.vocab_size)
-    classes = read_classes(config)
-    if config.task == "captioning" and config.data.validation:
-        check_caption_metrics(config.eval.caption_metrics)
-    train = () if config.evaluate_only else _examples(config, config.data.train, classes, tokenizer, True)
-    validation = _examples(config, config.data.validation, classes, tokenizer, False) if config.data.validation else ()
-    if config.task == "imagenet_retrieval":
-        train = NamedPictures(train, names_as_words(classes, tokenizer))
-    config = resolve_epochs(config, len(train))
+    task = task_class(config.task)(config, tokenizer, names_of(config))
+    train = () if config.evaluate_only else task.examples(train=True)
+    validation = task.examples(train=False) if config.data.validation else ()
+    task.config = config = resolve_epochs(config, len(train))
     checkpoint, state = starting_point(config, trains=not config.evaluate_only)
     require(
         not config.evaluate_only or checkpoint is not None or bool(config.init_from),
@@ -96,8 +84,8 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
         sources = finetuning_sources(config, len(train), tokenizer)
         state.sources = same_sources(config, checkpoint, state.sources, sources)
         same_recipe(config, checkpoint)
-    task = TASKS[config.task](config, tokenizer, classes)
-    values, views, mixing = _values(config, task, checkpoint), _views(config), _mixing(config, len(classes))
+    values, views = _values(config, task, checkpoint), _views(config, task)
+    mixing = Mixing(len(task.classes), config.mixup, config.cutmix, config.label_smoothing) if config.mixes else None
     return config, FinetuneReady(state, checkpoint, values, task, train, validation, views, mixing)
 
 
@@ -111,9 +99,9 @@ def check_mixing(config: FinetuneConfig, mesh: Mesh) -> None:
     )
 
 
-def read_classes(config: FinetuneConfig) -> list[str]:
-    """Names of the answers or classes: one a line, or unilm's answer2label.txt of JSON lines."""
-    if config.task not in NEED_CLASSES:
+def names_of(config: FinetuneConfig) -> list[str]:
+    """Names of what the task tells apart, its answers or classes; none where it has no such."""
+    if not task_class(config.task).needs_names:
         return []
     path = Path(config.data.answers)
     require(
@@ -122,46 +110,20 @@ def read_classes(config: FinetuneConfig) -> list[str]:
         "a line; tools/build_index.py writes it",
     )
     try:
-        return read_answers(path)
+        return read_names(path)
     except ValueError as error:
         raise ValueError(f"data.answers: {error}") from error
 
 
-def _examples(
-    config: FinetuneConfig, given: str | list[str], classes: list[str], tokenizer: TextTokenizer, train: bool
-) -> Sequence[Example]:
-    files, field = files_of(given), "data.train" if train else "data.validation"
-    if config.task in ("itc", *OF_PICTURES) and not all(map(is_jsonl, files)):
-        require(len(files) == 1, f"{field}={files}: tars are named by one pattern, such as '{{a,b}}/*.tar'")
-        if config.task == "itc":
-            return PairShards(files[0], config.data.cache, tokenizer, config.data.caption_key)
-        return read_class_shards(files[0], field, config.data.cache, len(classes))
-    task = {"itc": "retrieval", "imagenet_retrieval": "imagenet"}.get(config.task, config.task)
-    limit = len(classes) if classes else None
-    return read_index(
-        list(map(Path, files)),
-        task,
-        Path(config.data.images),
-        train=train,
-        predicted=not train,
-        vocab_size=config.model.vocab_size,
-        classes=limit,
-    )
-
-
-def _views(config: FinetuneConfig) -> Views:
+def _views(config: FinetuneConfig, task: Task) -> Views:
     data = config.data
     return Views(
         min_crop_scale=data.min_crop_scale,
         horizontal_flip=data.horizontal_flip,
         rand_augment=data.rand_augment,
         erase=data.random_erasing,
-        evaluation=seen_in_validation(config.task),
+        evaluation=task.evaluation,
     )
-
-
-def _mixing(config: FinetuneConfig, classes: int) -> Mixing | None:
-    return Mixing(classes, config.mixup, config.cutmix, config.label_smoothing) if config.mixes else None
 
 
 def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Values:
@@ -169,9 +131,9 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
     that goes on."""
     if checkpoint is not None:
         return zeros
-    weights: dict[str, torch.Tensor] = {}
+    network, weights = task.network(config.model, len(task.classes), device="meta"), {}
     if config.init_from:
-        shapes = {name: parameter.shape for name, parameter in task.build().named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
         weights = read_initial_weights(Path(config.init_from), config.model, shapes)
         lacking = [name for name in shapes if name.startswith((TASK_HEAD, "text_head.")) and name not in weights]
         require(
@@ -179,4 +141,4 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
             f"init_from: {config.init_from} has no head of task={config.task}, and evaluate_only teaches it none: name "
             "a fine-tuned model",
         )
-    return lambda name, shape: weights[name] if name in weights else task_value(name, shape, config.model, config.seed)
+    return lambda name, shape: weights[name] if name in weights else network.first_value(name, shape, config.seed)

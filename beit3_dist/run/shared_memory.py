@@ -14,6 +14,7 @@ from beit3_dist.config import RunConfig, require
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.registry import task_class
 
 SHARED = Path("/dev/shm")
 """Where torch puts the tensors that it passes between processes."""
@@ -34,8 +35,7 @@ def check_shared_memory(config: RunConfig | FinetuneConfig | TokenizerConfig, me
         readers = sum(_reads(replace(mesh, rank=rank)) for rank in _ranks_of_this_host(mesh))
         validates = config.eval.every > 0
     elif isinstance(config, FinetuneConfig):
-        pictures = {"text": 0, "nlvr2": 2}.get(config.task, 1)
-        size = config.micro_batch(mesh.data)[0] * pictures * 3 * config.model.image_size**2
+        size = config.micro_batch(mesh.data)[0] * task_class(config.task).images * 3 * config.model.image_size**2
         steps, readers, validates = config.accumulation, mesh.local_world, bool(config.data.validation)
     else:
         size, steps = config.batch // mesh.world * 3 * config.model.image_size**2, 1

@@ -24,7 +24,7 @@ from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.image_tokenizer.config import TokenizerConfig
-from beit3_dist.tasks.config import FinetuneConfig, files_of
+from beit3_dist.tasks.config import FinetuneConfig
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def finetuning_sources(config: FinetuneConfig, examples: int, tokenizer: TextTok
     """Of the training examples, which index files name or tars hold, and of their labels and words."""
     paths = [
         path
-        for name in files_of(config.data.train)
+        for name in config.data.files(train=True)
         for path in ([name] if is_jsonl(name) else expand(name, "data.train"))
     ]
     files = [(os.path.basename(path), os.stat(path).st_size) for path in paths]

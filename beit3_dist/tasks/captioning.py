@@ -1,4 +1,4 @@
-"""Words for a picture: masked words of the caption are recovered in UniLM's order, and written by beam search."""
+"""Words for an image: masked words of the caption are recovered in UniLM's order, and written by beam search."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from beit3_dist.config import ModelConfig
 from beit3_dist.data.order import Numbers
 from beit3_dist.model.decoding import caption_mask
 from beit3_dist.objectives.masking import mask_words
 from beit3_dist.parallel.collectives import all_gather
-from beit3_dist.tasks.examples import Example
-from beit3_dist.tasks.generation import generate
-from beit3_dist.tasks.heads import FineTuned
-from beit3_dist.tasks.metrics import caption_scores
-from beit3_dist.tasks.submissions import write_captions
-from beit3_dist.tasks.task import Task, TaskInputs, cross_entropies
+from beit3_dist.tasks.base import Task, TaskInputs, cross_entropies
+from beit3_dist.tasks.data.examples import Example, Record, Rules, integer, strings
+from beit3_dist.tasks.parts.generation import generate
+from beit3_dist.tasks.parts.heads import FineTuned
+from beit3_dist.tasks.parts.metrics import caption_scores, check_caption_metrics
+from beit3_dist.tasks.parts.submissions import write_json
+from beit3_dist.tasks.registry import register
 
 
 def masked_words(ratio: float, words: int) -> int:
@@ -43,10 +45,30 @@ def weights_of_the_better(losses: Tensor, worst: float, room: int, group: dist.P
     return (losses <= limit) * (len(best_first) / (best_first <= limit).sum())
 
 
+@register("captioning")
 class Captioning(Task):
-    """Labels: number of the picture, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
+    """Labels: number of the image, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
 
     metric = "exact_match"
+    one_prediction = "image_id"
+    usual_text_length = 32  # unilm's
+    serves = ("caption",)
+
+    def examples(self, train: bool) -> Sequence[Example]:
+        if not train:
+            check_caption_metrics(self.config.eval.caption_metrics)
+        return super().examples(train)
+
+    @staticmethod
+    def read(number: int, record: Record, rules: Rules) -> Example:
+        image, people = integer(record, "image_id"), strings(record, "captions")
+        to_write = not rules.train and record.get("text_segment") is None
+        words = None if to_write else rules.words(record)
+        return Example(number, rules.paths(record, "image_path"), words, image, str(image), people)
+
+    @classmethod
+    def head(cls, config: ModelConfig, classes: int) -> None:
+        return None
 
     def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
         """Masks words and </s>, never <s>; of the masked ones 80 % become <mask> and 10 % a random word."""
@@ -80,24 +102,42 @@ class Captioning(Task):
             losses = losses * weights_of_the_better(losses.detach(), self.config.drop_worst_ratio, room, self._group)
         return torch.stack([losses, right])
 
-    def predict(self, model: FineTuned, inputs: TaskInputs, agree: Callable[[bool], bool]) -> Tensor:
+    def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """int64 [B, text_length]: captions, padded."""
-        settings, length = self.config.eval, self.config.data.text_length
+        settings, images = self.config.eval, inputs.images[:, 0]
+        return self.caption(model, images, settings.beams, settings.length_penalty, agree=inputs.agree)
+
+    def caption(
+        self,
+        model: FineTuned,
+        images: Tensor,
+        beams: int,
+        length_penalty: float,
+        max_words: int | None = None,
+        agree: Callable[[bool], bool] = lambda done: done,
+    ) -> Tensor:
+        """int64 [B, 1 + max_words]: captions of images [B, 3, S, S], padded; see `generate`. `max_words`: as in
+        training unless said otherwise."""
+        longest = self.config.data.text_length - 1 if max_words is None else max_words
         captions = generate(
             model,
-            inputs.images[:, 0],
+            images,
             self.tokenizer,
-            beams=settings.beams,
-            length_penalty=settings.length_penalty,
-            max_words=length - 1,
+            beams=beams,
+            length_penalty=length_penalty,
+            max_words=longest,
             agree=agree,
         )
-        padded = [caption + [self.tokenizer.pad] * (length - len(caption)) for caption in captions]
-        return torch.tensor(padded, device=inputs.images.device)
+        padded = [caption + [self.tokenizer.pad] * (1 + longest - len(caption)) for caption in captions]
+        return torch.tensor(padded, device=images.device)
+
+    def results(self, predictions: Tensor) -> list[str]:
+        """The captions."""
+        return [self.tokenizer.decode(words) for words in predictions.tolist()]
 
     def _written(self, predictions: Tensor, examples: Sequence[Example]) -> dict[int, tuple[str, str]]:
-        """Picture -> its name and caption, once however many references it has."""
-        texts = [self.tokenizer.decode(row) for row in predictions.tolist()]
+        """Image -> its name and caption, once however many references it has."""
+        texts = self.results(predictions)
         return {int(e.label): (e.name, text) for e, text in zip(examples, texts, strict=True)}
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
@@ -105,12 +145,27 @@ class Captioning(Task):
         for example in examples:
             own = example.references or ((self.tokenizer.decode(list(example.words)),) if example.words else ())
             references.setdefault(int(example.label), []).extend(own)
-        references = {picture: texts for picture, texts in references.items() if texts}
+        references = {image: texts for image, texts in references.items() if texts}
         if not references:
             return {}
-        written = {picture: text for picture, (_, text) in self._written(predictions, examples).items()}
-        return caption_scores({p: written[p] for p in references}, references, self.config.eval.caption_metrics)
+        written = {image: text for image, (_, text) in self._written(predictions, examples).items()}
+        return caption_scores(
+            {image: written[image] for image in references}, references, self.config.eval.caption_metrics
+        )
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
         written = self._written(predictions, examples).values()
         write_captions(folder, [name for name, _ in written], [text for _, text in written])
+
+
+def write_captions(folder: Path, image_ids: Sequence[str], captions: Sequence[str]) -> Path:
+    """COCO's and NoCaps' captions_results.json: a list of {image_id, caption}.
+
+    Raises ValueError where an image comes twice: the evaluation would refuse the file.
+    """
+    path = folder / "captions_results.json"
+    if len(set(image_ids)) < len(image_ids):
+        raise ValueError(f"{path}: a picture has two captions, and the benchmark takes one")
+    return write_json(
+        path, [{"image_id": int(id), "caption": caption} for id, caption in zip(image_ids, captions, strict=True)]
+    )

@@ -3,27 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from beit3_dist.config import OptimConfig, TrainingConfig, expand_home, require
-
-TaskName = Literal["imagenet", "imagenet_retrieval", "vqa", "nlvr2", "captioning", "retrieval", "itc", "text"]
-OF_PICTURES = ("imagenet", "imagenet_retrieval")
-"""Tasks of pictures with a class each."""
-NEED_CLASSES = (*OF_PICTURES, "vqa", "text")
-"""Tasks whose `data.answers` names what is to be told apart."""
-CONTRASTIVE = ("retrieval", "itc", "imagenet_retrieval")
-"""Tasks that tell each example from all others of its step."""
-
-
-def seen_in_validation(task: str) -> Literal["centre", "squash"]:
-    """Which view of a picture a task is validated on: `Views.evaluation`."""
-    return "centre" if task in OF_PICTURES else "squash"
-
-
-def files_of(given: str | list[str]) -> list[str]:
-    """The one or more files that `data.train` or `data.validation` names."""
-    return [given] if isinstance(given, str) else given
+from beit3_dist.tasks.registry import task_class, task_names
 
 
 @dataclass(kw_only=True)
@@ -75,6 +57,17 @@ class TaskDataConfig:
         require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
         require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
 
+    def files(self, train: bool) -> list[str]:
+        """The one or more files that `train`, or `validation`, names."""
+        given = self.train if train else self.validation
+        return [given] if isinstance(given, str) else given
+
+    def pattern(self, train: bool) -> tuple[str, str]:
+        """The pattern of tars that `train`, or `validation`, names, and this field. Raises ValueError for several."""
+        files, name = self.files(train), "data.train" if train else "data.validation"
+        require(len(files) == 1, f"{name}={files}: tars are named by one pattern, such as '{{a,b}}/*.tar'")
+        return files[0], name
+
 
 @dataclass(kw_only=True)
 class TaskBatchConfig:
@@ -117,15 +110,17 @@ def _fine_tuning_optimizer() -> OptimConfig:
     )
 
 
+def _those_with(trait: str) -> str:
+    """The tasks that have a trait, in words."""
+    return ", ".join(name for name in task_names() if getattr(task_class(name), trait))
+
+
 @dataclass(kw_only=True)
 class FinetuneConfig(TrainingConfig):
     """A fine-tuning run."""
 
-    task: TaskName
-    """imagenet: classes of pictures. imagenet_retrieval: the same by the names of the classes, as in the paper. vqa:
-    answers to questions. nlvr2: whether a sentence is true of two pictures. captioning: words for a picture. retrieval:
-    pictures for texts and texts for pictures. itc: the same loss on many pairs, between pretraining and retrieval.
-    text: classes of sentences."""
+    task: str
+    """What to train for: one of those above, or a plugin's."""
     data: TaskDataConfig
     """Examples."""
     epochs: float = 0.0
@@ -165,6 +160,7 @@ class FinetuneConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        task = task_class(self.task)
         require(bool(self.data.train) or self.evaluate_only, "data.train names no index of training examples")
         require(
             not self.evaluate_only or bool(self.data.validation),
@@ -176,23 +172,24 @@ class FinetuneConfig(TrainingConfig):
         for name in ("layer_decay", "head_lr_scale"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
         require(
-            self.head_lr_scale == 1 or self.task in ("imagenet", "vqa", "nlvr2", "text"),
+            self.head_lr_scale == 1 or task.has_classifier,
             f"head_lr_scale={self.head_lr_scale}: task={self.task} has no head of its own classes: leave it at 1",
         )
         require(
-            self.task == "imagenet" or self.mixup == self.cutmix == 0,
-            f"mixup={self.mixup} and cutmix={self.cutmix} belong to imagenet, not to task={self.task}: leave them at 0",
+            task.mixes or not self.mixes,
+            f"mixup={self.mixup} and cutmix={self.cutmix} belong to {_those_with('mixes')}, not to task={self.task}: "
+            "leave them at 0",
         )
         require(self.drop_worst_after >= 0, f"drop_worst_after={self.drop_worst_after} is negative")
         for name in ("ema_decay", "label_smoothing", "drop_worst_ratio"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
         require(0 < self.caption_mask_ratio <= 1, f"caption_mask_ratio={self.caption_mask_ratio} is not in (0, 1]")
         require(
-            self.task in NEED_CLASSES or not self.data.answers,
-            f"data.answers belongs to {', '.join(NEED_CLASSES)}, not to task={self.task}",
+            task.needs_names or not self.data.answers,
+            f"data.answers belongs to {_those_with('needs_names')}, not to task={self.task}",
         )
         require(
-            self.task not in CONTRASTIVE or self.batch.accumulation == 1,
+            not task.contrastive or self.batch.accumulation == 1,
             f"batch.accumulation={self.batch.accumulation}: task={self.task} tells each example from all others of its "
             "step, which have to be in one micro-batch: use accumulation 1 and more ranks or activation_checkpointing",
         )

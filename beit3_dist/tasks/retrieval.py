@@ -1,54 +1,112 @@
-"""Pictures and texts as vectors that lie close where they belong together: retrieval, and the contrastive step before
-it."""
+"""Images for texts and texts for images, by vectors that lie close where they belong together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
 
+from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.linear import Linear
 from beit3_dist.parallel.collectives import Gather
-from beit3_dist.tasks.examples import Example
-from beit3_dist.tasks.heads import FineTuned
-from beit3_dist.tasks.metrics import first_rows, recall
-from beit3_dist.tasks.submissions import write_retrieval
-from beit3_dist.tasks.task import Task, TaskInputs, shares
+from beit3_dist.tasks.base import Task, TaskInputs, hits
+from beit3_dist.tasks.data.examples import Example, Record, Rules, integer
+from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
+from beit3_dist.tasks.parts.metrics import first_rows, recall
+from beit3_dist.tasks.registry import register
+
+FIRST_TEMPERATURE = 0.07
+"""Temperature that contrastive training starts from (CLIP, Radford et al. 2021)."""
+BEST = 10
+"""Candidates that `write_retrieval` keeps of each ranking."""
+ROWS_AT_ONCE = 1024
+"""Rows of the score matrix that exist at a time."""
 
 
-class Retrieval(Task):
-    """Image-text contrast over the examples of all ranks. Labels: number of the picture, int64 [B]."""
+class Contrastive(Task):
+    """What the tasks share that compare vectors of images and of texts."""
+
+    contrastive = True
+    serves: ClassVar[tuple[str, ...]] = ("embed_images", "embed_texts")
+
+    @classmethod
+    def head(cls, config: ModelConfig, classes: int) -> TaskHead:
+        return ContrastiveHead(config.width)
+
+    def embeddings(self, model: FineTuned, inputs: TaskInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit vectors [B, D] of images and of texts, each encoded by itself, and the inverse temperature."""
+        keep = inputs.keep(inputs.keys), inputs.keep(~inputs.keys)  # either side draws for itself
+        cls = model.encode(inputs.images[:, 0], keep=keep[0])[:, 0]
+        start = model.encode(None, inputs.words, inputs.padding, keep=keep[1])[:, 0]
+        images, texts, scale = model.task_head(cls, start)
+        return images.float(), texts.float(), scale.float()
+
+    def embed_images(self, model: FineTuned, images: Tensor) -> Tensor:
+        """Unit vectors [B, D] of images [B, 3, S, S]."""
+        return model.task_head(model.encode(images)[:, 0], None)[0]
+
+    def embed_texts(self, model: FineTuned, words: Tensor, padding: Tensor) -> Tensor:
+        """Unit vectors [B, D] of texts: words int64 and padding bool, [B, L]."""
+        return model.task_head(None, model.encode(None, words, padding)[:, 0])[1]
+
+
+@register("retrieval")
+class Retrieval(Contrastive):
+    """Image-text contrast over the examples of all ranks. Labels: number of the image, int64 [B]."""
 
     metric = "mean_recall"
+    reads_text = True
+
+    @staticmethod
+    def read(number: int, record: Record, rules: Rules) -> Example:
+        image = integer(record, "image_id")
+        return Example(number, rules.paths(record, "image_path"), rules.words(record), image, str(image))
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """Mean of the two cross-entropies of telling an example's text from all texts and its picture from all."""
-        keep = inputs.keep(inputs.keys), inputs.keep(~inputs.keys)  # either side draws for itself
-        images, texts, scale = model.embeddings(inputs.images[:, 0], inputs.words, inputs.padding, keep)
-        assert images is not None and texts is not None
-        return contrastive_losses(images.float(), texts.float(), scale.float(), self._group)
+        """Mean of the two cross-entropies of telling an example's text from all texts and its image from all."""
+        return contrastive_losses(*self.embeddings(model, inputs), self._group)
 
-    def predict(self, model: FineTuned, inputs: TaskInputs, agree: Callable[[bool], bool]) -> Tensor:
-        """float [B, 2, D]: vectors of the picture and of the text."""
-        images, texts, _ = model.embeddings(inputs.images[:, 0], inputs.words, inputs.padding)
-        assert images is not None and texts is not None
-        return torch.stack([images, texts], dim=1).float()
+    def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """float [B, 2, D]: vectors of the image and of the text."""
+        return torch.stack(self.embeddings(model, inputs)[:2], dim=1)
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
-        """Recall at 1, 5 and 10 both ways, each picture counted once however many texts it has, and their mean."""
+        """Recall at 1, 5 and 10 both ways, each image counted once however many texts it has, and their mean."""
         of_text = [int(example.label) for example in examples]
         first = first_rows(of_text)
-        numbers = {picture: number for number, picture in enumerate(first)}
+        numbers = {image: number for number, image in enumerate(first)}
         scores = recall(
-            predictions[list(first.values()), 0], predictions[:, 1], torch.tensor([numbers[p] for p in of_text])
+            predictions[list(first.values()), 0], predictions[:, 1], torch.tensor([numbers[image] for image in of_text])
         )
         return scores | {"mean_recall": sum(scores.values()) / len(scores)}
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
         write_retrieval(folder, [e.name for e in examples], predictions[:, 0], predictions[:, 1])
+
+
+class ContrastiveHead(TaskHead):
+    """Projections of CLS and <s> to unit vectors, and the logarithm of the inverse temperature."""
+
+    constants = {"logit_scale": math.log(1 / FIRST_TEMPERATURE)}
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.language_head = Linear(width, width, bias=False)
+        self.vision_head = Linear(width, width, bias=False)
+        self.logit_scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, cls_BD: Tensor | None, start_BD: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Unit vectors of images and of texts (None where none are given), and exp(logit_scale)."""
+        images = None if cls_BD is None else normalize(self.vision_head(cls_BD), dim=-1)
+        texts = None if start_BD is None else normalize(self.language_head(start_BD), dim=-1)
+        return images, texts, self.logit_scale.exp()
 
 
 def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -60,4 +118,30 @@ def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor, group: dist
     by_image = scale * images @ everyones(texts).T
     by_text = scale * texts @ everyones(images).T
     losses = cross_entropy(by_image, place, reduction="none") + cross_entropy(by_text, place, reduction="none")
-    return torch.stack([losses / 2, (shares(by_image, place) + shares(by_text, place)) / 2])
+    return torch.stack([losses / 2, (hits(by_image, place) + hits(by_text, place)) / 2])
+
+
+def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor) -> Path:
+    """retrieval.jsonl: the ten best pictures of each text, and the ten best texts of each picture, with their scores.
+
+    Row i is text i, vectors [N, D], and the picture that it belongs to; a picture that comes several times is taken
+    from its first row. A text is called by its row, a picture by its name.
+    """
+    first = first_rows(image_of_text)
+    names, pictures = list(first), images[list(first.values())]
+    path = folder / "retrieval.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for row, (places, scores) in enumerate(_best(texts, pictures)):
+            record: dict[str, Any] = {"text": row, "images": [names[place] for place in places], "scores": scores}
+            file.write(json.dumps(record) + "\n")
+        for name, (places, scores) in zip(names, _best(pictures, texts), strict=True):
+            file.write(json.dumps({"image": name, "texts": places, "scores": scores}) + "\n")
+    return path
+
+
+def _best(queries: Tensor, candidates: Tensor) -> Iterable[tuple[list[int], list[float]]]:
+    """Places and scores of the best candidates of each query, best first."""
+    for rows in torch.arange(len(queries)).split(ROWS_AT_ONCE):
+        best = (queries[rows] @ candidates.T).topk(min(BEST, len(candidates)))
+        for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            yield places, [round(score, 5) for score in scores]

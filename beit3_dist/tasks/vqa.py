@@ -2,37 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from beit3_dist.tasks.examples import Example
-from beit3_dist.tasks.heads import FineTuned
-from beit3_dist.tasks.submissions import write_vqa
-from beit3_dist.tasks.task import Task, TaskInputs
-from beit3_dist.tasks.vqa_answers import accuracy
+from beit3_dist.config import ModelConfig
+from beit3_dist.tasks.base import Task, TaskInputs
+from beit3_dist.tasks.data.examples import Example, Malformed, Record, Rules, integer, strings
+from beit3_dist.tasks.data.vqa_answers import accuracy
+from beit3_dist.tasks.parts.heads import FineTuned, PooledHead, TaskHead
+from beit3_dist.tasks.parts.submissions import write_json
+from beit3_dist.tasks.registry import register
 
 PEOPLE = 10
 """People who answer a question of VQA v2."""
 
 
+@register("vqa")
 class VQA(Task):
     """Labels: scores of the answers, float [B, answers] in [0, 1]; several answers may be right."""
 
     metric = "vqa_accuracy"
+    reads_text = needs_names = keeps_names = has_classifier = True
+    one_prediction = "qid"
+    serves = ("answer",)
+
+    @staticmethod
+    def read(number: int, record: Record, rules: Rules) -> Example:
+        labels, scores = record.get("labels"), record.get("scores")
+        if not isinstance(labels, list) or not isinstance(scores, list) or len(labels) != len(scores):
+            raise Malformed("the fields 'labels' and 'scores' are not two lists of one length")
+        if rules.train and not labels:
+            raise Malformed("no answer to learn from: 'labels' is empty")
+        for label in labels:
+            integer({"label": label}, "label", rules.classes)
+        if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
+            raise Malformed("a score is not in [0, 1]")
+        answers = {label: float(score) for label, score in zip(labels, scores, strict=True)}
+        name, people = str(integer(record, "qid")), strings(record, "answers")
+        return Example(number, rules.paths(record, "image_path"), rules.words(record), answers, name, people)
+
+    @staticmethod
+    def labels(examples: Sequence[Example], classes: int) -> Tensor:
+        scores = torch.zeros(len(examples), classes)
+        for row, example in enumerate(examples):
+            for answer, score in example.label.items():
+                scores[row, answer] = score
+        return scores
+
+    @classmethod
+    def head(cls, config: ModelConfig, classes: int) -> TaskHead:
+        return PooledHead(config.width, classes)
+
+    def logits(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """[B, answers]."""
+        hidden = model.encode(inputs.images[:, 0], inputs.words, inputs.padding, keep=inputs.keep(inputs.keys))
+        return model.task_head(hidden)
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Binary cross-entropy of every answer, summed over the answers."""
-        logits = model.answer_logits(inputs.images[:, 0], inputs.words, inputs.padding, inputs.keep(inputs.keys))
+        logits = self.logits(model, inputs)
         losses = binary_cross_entropy_with_logits(logits.float(), inputs.labels, reduction="none").sum(1)
         return torch.stack([losses, inputs.labels.gather(1, logits.argmax(1, keepdim=True))[:, 0]])
 
-    def predict(self, model: FineTuned, inputs: TaskInputs, agree: Callable[[bool], bool]) -> Tensor:
+    def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """int64 [B]: the best answer."""
-        return model.answer_logits(inputs.images[:, 0], inputs.words, inputs.padding).argmax(1)
+        return self.logits(model, inputs).argmax(1)
+
+    def results(self, predictions: Tensor) -> list[str]:
+        """The best answer to each question."""
+        return [self.classes[best] for best in predictions.tolist()]
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
         """Accuracy by the official rule where the index has what ten people answered, else the labels' scores; over
@@ -47,4 +89,12 @@ class VQA(Task):
         return {"vqa_accuracy": sum(scores) / len(scores)} if scores else {}
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
-        write_vqa(folder, [e.name for e in examples], [self.classes[p] for p in predictions.tolist()])
+        write_vqa(folder, [e.name for e in examples], self.results(predictions))
+
+
+def write_vqa(folder: Path, question_ids: Sequence[str], answers: Sequence[str]) -> Path:
+    """VQA v2's vqa_results.json: a list of {question_id, answer}."""
+    return write_json(
+        folder / "vqa_results.json",
+        [{"question_id": int(id), "answer": answer} for id, answer in zip(question_ids, answers, strict=True)],
+    )

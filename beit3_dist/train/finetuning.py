@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ from beit3_dist.run.preemption import Together, by_itself
 from beit3_dist.run.preflight_finetuning import FinetuneReady
 from beit3_dist.run.records import JsonLines
 from beit3_dist.run.watchdog import patience
-from beit3_dist.tasks.batches import Draw, Examples, TaskBatch, training_places, validation_places
-from beit3_dist.tasks.config import CONTRASTIVE, FinetuneConfig
-from beit3_dist.tasks.examples import Example
-from beit3_dist.tasks.task import Normalization, TaskInputs, TaskObjective
+from beit3_dist.tasks.base import Normalization, TaskInputs, TaskObjective
+from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.data.batches import Draw, Examples, TaskBatch, training_places, validation_places
+from beit3_dist.tasks.data.examples import Example
 from beit3_dist.train.feed import StepBatch, timed
 from beit3_dist.train.flops import training_flops
 from beit3_dist.train.loop import train
@@ -83,7 +84,7 @@ class FineTuning:
         self._train_data = self._dataset(ready.train, train=True)
 
     def _dataset(self, examples: Sequence[Example], train: bool) -> Examples:
-        config, data, classes = self.config, self.config.data, len(self.task.classes)
+        config, data = self.config, self.config.data
         return Examples(
             examples,
             train=train,
@@ -91,7 +92,7 @@ class FineTuning:
             image_size=config.model.image_size,
             max_words=data.text_length,
             seed=config.seed,
-            answers=classes if config.task == "vqa" else 0,
+            labels=partial(self.task.labels, classes=len(self.task.classes)),
             mixing=self._mixing if train else None,
             max_pixels=data.max_pixels,
         )
@@ -114,7 +115,7 @@ class FineTuning:
         self._engine = Engine(
             config,
             groups,
-            build=self.task.build,
+            build=lambda: self.task.network(config.model, len(self.task.classes), device="meta"),
             values=self._values,
             objective=lambda model: TaskObjective(model, self.task, config.seed),
             optimizer=lambda model, offload: build_optimizer(
@@ -159,7 +160,7 @@ class FineTuning:
             samples = (0, none, lengths)
         elif lengths.sum() == 0:
             samples = (len(lengths) * pictures, none, none)
-        elif self.config.task in CONTRASTIVE:
+        elif self.task.contrastive:
             samples = (len(lengths), none, lengths)
         else:
             samples = (0, lengths.repeat(pictures), none)

@@ -49,9 +49,10 @@ from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.image_tokenizer.codes import CodesWriter, PrecomputedCodes
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
-from beit3_dist.tasks.class_shards import read_class_shards
-from beit3_dist.tasks.examples import TASKS, read_index
-from beit3_dist.tasks.vqa_answers import read_answers
+from beit3_dist.tasks.data.class_shards import read_class_shards
+from beit3_dist.tasks.data.examples import read_index
+from beit3_dist.tasks.data.names import read_names
+from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import image_tar, pair_tar, sentences, text_tar, train_tokenizer, write_tar
 from tests.unit.test_examples import RECORDS
 from tests.unit.test_formats import TINY
@@ -435,13 +436,15 @@ def use_lines(files: Originals, place: Path, draw: random.Random) -> None:
         case 2:
             answers = "\n".join(json.dumps({"answer": f"a {n}", "label": n}) for n in range(6)).encode()
             (place / "answers.txt").write_bytes(spoil_lines(answers, draw))
-            read_answers(place / "answers.txt")
+            read_names(place / "answers.txt")
         case _:
-            task = draw.choice(list(TASKS))
+            task = draw.choice(list(RECORDS))
             data = "\n".join([json.dumps(RECORDS[task])] * 5).encode()
             (place / "index.jsonl").write_bytes(spoil_lines(data, draw))
             root = files.folder / "pictures"
-            for example in read_index(place / "index.jsonl", task, root, train=True, vocab_size=20, classes=9):
+            for example in read_index(
+                place / "index.jsonl", task_class(task), root, train=True, vocab_size=20, classes=9
+            ):
                 assert all(os.path.abspath(str(image)).startswith(f"{root}/") for image in example.images)
 
 

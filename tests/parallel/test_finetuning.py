@@ -20,13 +20,12 @@ from beit3_dist.inference import Model
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.preflight_finetuning import prepare_finetuning
 from beit3_dist.tasks.config import (
-    CONTRASTIVE,
-    NEED_CLASSES,
     FinetuneConfig,
     TaskBatchConfig,
     TaskDataConfig,
     TaskEvalConfig,
 )
+from beit3_dist.tasks.registry import task_class
 from beit3_dist.train.finetuning import FineTuning, finetune
 from tests.conftest import define_torchvision_operators
 from tests.integration.runs import metrics, reproducible
@@ -100,7 +99,7 @@ def run_config(folder: Path, task: str, layout: str, out: str) -> FinetuneConfig
         "precision": "fp32", "model": MODEL, "parallel": LAYOUTS[layout], "checkpoint": CheckpointConfig(every=SAVED),
         "data": TaskDataConfig(train=str(train), validation=str(folder / f"{task}.validation.jsonl"),
                                images=str(folder), text_length=12, workers=0, cache=str(folder / "cache"),
-                               answers=str(folder / "classes.txt") if task in NEED_CLASSES else ""),
+                               answers=str(folder / "classes.txt") if task_class(task).needs_names else ""),
         "batch": TaskBatchConfig(size=8, accumulation=2), "eval": TaskEvalConfig(batch=2),
         "optim": OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-6, clip_norm=1.0),
     }  # fmt: skip
@@ -181,7 +180,7 @@ def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
             ours, reference = losses(folder, layout, task, field), losses(folder, "one", task, field)
             # At the start all embeddings are alike and contrastive gradients hardly defined: AdamW makes steps of their
             # noise (see below), and later norms follow them. Over three seeds they were up to 7e-5 apart.
-            wild = field == "grad_norm" and task in CONTRASTIVE
+            wild = field == "grad_norm" and task_class(task).contrastive
             for steps, rtol in ((slice(0, 1), 1e-5), (slice(1, None), 2e-4 if wild else 1e-5)):
                 torch.testing.assert_close(
                     ours[steps], reference[steps], rtol=rtol, atol=0, msg=lambda m, t=task, f=field: f"{t} {f}: {m}"

@@ -13,7 +13,7 @@ from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import generator, initial_value
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.tasks.generation import generate
+from beit3_dist.tasks.parts.generation import generate
 from tests.parallel.training import MODELS, build, run_config
 from tests.parallel.workers import run_workers
 from tests.unit.test_generation import Words

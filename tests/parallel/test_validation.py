@@ -16,8 +16,8 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.checkpointing import Checkpoints
 from beit3_dist.run.preemption import Together
+from beit3_dist.tasks.base import Task
 from beit3_dist.tasks.config import FinetuneConfig, TaskEvalConfig
-from beit3_dist.tasks.task import Task
 from beit3_dist.train.finetuning import FineTuning
 from tests.parallel import test_finetuning
 from tests.parallel.test_finetuning import CLASSES, records

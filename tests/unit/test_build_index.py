@@ -17,8 +17,9 @@ from beit3_dist.data.sides import side
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.demo import tasks as demo
 from beit3_dist.demo.sources import Emoji
-from beit3_dist.tasks import benchmarks
-from beit3_dist.tasks.examples import read_index
+from beit3_dist.tasks.data import benchmarks
+from beit3_dist.tasks.data.examples import read_index
+from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import train_tokenizer
 from tools import build_index
 
@@ -97,7 +98,9 @@ def test_coco(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> 
         for split in ("train", "val", "test"):
             path = tmp_path / "out" / f"coco_{task}.{split}.jsonl"
             touch(tmp_path, path)
-            read_index(path, task, tmp_path, train=split == "train", vocab_size=TextTokenizer(str(spm)).rows)
+            read_index(
+                path, task_class(task), tmp_path, train=split == "train", vocab_size=TextTokenizer(str(spm)).rows
+            )
 
 
 def test_flickr30k(tmp_path: Path, spm: Path) -> None:
@@ -171,7 +174,7 @@ def test_vqa(tmp_path: Path, spm: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for split in ("train", "trainable_val", "rest_val", "test"):
         path = out / f"vqa.{split}.jsonl"
         touch(tmp_path, path)
-        read_index(path, "vqa", tmp_path, train=split.startswith("train"), classes=1)
+        read_index(path, task_class("vqa"), tmp_path, train=split.startswith("train"), classes=1)
 
 
 def test_vqa_with_a_given_list_of_answers(tmp_path: Path, spm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +233,7 @@ def test_imagenet(tmp_path: Path) -> None:
         {"image_path": "train/n02/b.JPEG", "label": 1},
     ]
     assert (tmp_path / "out" / "imagenet.classes.txt").read_text() == "n01\nn02\n"
-    index = read_index(tmp_path / "out" / "imagenet.val.index.jsonl", "imagenet", tmp_path, classes=2)
+    index = read_index(tmp_path / "out" / "imagenet.val.index.jsonl", task_class("imagenet"), tmp_path, classes=2)
     assert [(example.name, example.label) for example in index] == [("d.JPEG", 1)]
 
 
@@ -481,7 +484,7 @@ def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsy
     for name, classes in tasks.items():
         for split in ("train", "test"):
             task = "imagenet" if name == "shapes" else name
-            index = read_index(out / f"{name}.{split}.jsonl", task, out, train=True, classes=classes)
+            index = read_index(out / f"{name}.{split}.jsonl", task_class(task), out, train=True, classes=classes)
             assert len(index) > 100
             for image in index[len(index) - 1].images:
                 assert isinstance(image, Path)

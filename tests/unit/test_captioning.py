@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.tasks.base import TaskInputs
 from beit3_dist.tasks.captioning import Captioning, weights_of_the_better
-from beit3_dist.tasks.heads import FineTuned
-from beit3_dist.tasks.task import TaskInputs
 
 BOS, PAD, EOS, MASK = 0, 1, 2, 301
 TOKENIZER: Any = SimpleNamespace(bos=BOS, pad=PAD, mask=MASK, words=range(4, 300))
@@ -48,7 +47,7 @@ def test_late_in_training_the_worst_words_do_not_count() -> None:
     words[:, 0], words[:, 9] = BOS, EOS
     shown, targets = captioning.mask(words, words == PAD, list(range(4)))
     inputs = TaskInputs(torch.randn(4, 1, 3, 16, 16), shown, words == PAD, torch.arange(4), torch.arange(4), targets)
-    model = FineTuned(MODEL, "captioning").eval()
+    model = Captioning.network(MODEL).eval()
     with torch.no_grad():
         early, late = (captioning.losses(model, replace(inputs, step=step)) for step in (10, 11))
     assert early.shape == (2, 28) and torch.equal(early[1], late[1])

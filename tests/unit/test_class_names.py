@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,9 @@ import torch
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.tasks.class_names import ImageNetRetrieval, losses_by_class
-from beit3_dist.tasks.heads import FineTuned
+from beit3_dist.tasks.base import TaskInputs
+from beit3_dist.tasks.imagenet_retrieval import ImageNetRetrieval, losses_by_class
 from beit3_dist.tasks.retrieval import contrastive_losses
-from beit3_dist.tasks.task import TaskInputs
 from tests.unit.tar_fixtures import train_tokenizer
 
 MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vocab_size=310,
@@ -57,10 +57,10 @@ def test_the_closest_names_are_found_and_read_once_for_the_same_weights(tmp_path
     tokenizer = TextTokenizer(str(tmp_path / "text.spm"))
     config: Any = SimpleNamespace(data=SimpleNamespace(text_length=10))
     task = ImageNetRetrieval(config, tokenizer, NAMES)
-    model = FineTuned(MODEL, "imagenet_retrieval", len(NAMES)).eval()
+    model = ImageNetRetrieval.network(MODEL).eval()
     read: list[int] = []
-    embed_texts = model.embed_texts
-    model.embed_texts = lambda words, padding: read.append(len(words)) or embed_texts(words, padding)  # type: ignore
+    embed_texts = partial(task.embed_texts, model)
+    task.embed_texts = lambda _, *texts: read.append(len(texts[0])) or embed_texts(*texts)  # type: ignore
     images = torch.randn(6, 1, 3, 16, 16)
     inputs = TaskInputs(images, torch.empty(6, 0, dtype=torch.int64), torch.empty(6, 0, dtype=torch.bool),
                         torch.arange(6), torch.arange(6))  # fmt: skip
@@ -68,13 +68,13 @@ def test_the_closest_names_are_found_and_read_once_for_the_same_weights(tmp_path
     def by_hand() -> list[list[int]]:
         words = [[tokenizer.bos, *tokenizer.encode(name)[:8], tokenizer.eos] for name in NAMES]
         texts = [embed_texts(torch.tensor([row]), torch.zeros(1, len(row), dtype=torch.bool))[0] for row in words]
-        scores = [[float(text @ image) for text in texts] for image in model.embed_images(images[:, 0])]
+        scores = [[float(text @ image) for text in texts] for image in task.embed_images(model, images[:, 0])]
         return [sorted(range(5), key=lambda name, row=row: -row[name]) for row in scores]
 
     with torch.no_grad():
-        assert task.predict(model, inputs, bool).tolist() == by_hand()
-        assert task.predict(model, inputs, bool).tolist() == by_hand() and read == [5]
+        assert task.predict(model, inputs).tolist() == by_hand()
+        assert task.predict(model, inputs).tolist() == by_hand() and read == [5]
         words = torch.tensor([[0, 7, 2]] * 6)
         task.losses(model, TaskInputs(images, words, words == 1, torch.arange(6) % 2, torch.arange(6)))
         model.task_head.language_head.weight.neg_()  # as a step would change it
-        assert task.predict(model, inputs, bool).tolist() == by_hand() and read == [5, 5]
+        assert task.predict(model, inputs).tolist() == by_hand() and read == [5, 5]

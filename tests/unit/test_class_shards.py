@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from beit3_dist.tasks.augmentation import Views
-from beit3_dist.tasks.batches import Examples, Places
-from beit3_dist.tasks.class_shards import ClassShards, read_class_shards
-from beit3_dist.tasks.examples import TarMember
+from beit3_dist.tasks.data.augmentation import Views
+from beit3_dist.tasks.data.batches import Examples, Places
+from beit3_dist.tasks.data.class_shards import ClassShards, read_class_shards
+from beit3_dist.tasks.data.examples import TarMember
 from tests.unit.tar_fixtures import picture, write_tar
 
 

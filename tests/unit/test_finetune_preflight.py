@@ -17,10 +17,10 @@ from beit3_dist.config import ModelConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.preflight_finetuning import check_mixing, prepare_finetuning, read_classes, resolve_epochs
+from beit3_dist.run.preflight_finetuning import check_mixing, names_of, prepare_finetuning, resolve_epochs
 from beit3_dist.run.sources import finetuning_sources, same_sources
 from beit3_dist.tasks.config import FinetuneConfig, TaskBatchConfig, TaskDataConfig, TaskEvalConfig
-from beit3_dist.tasks.heads import FineTuned
+from beit3_dist.tasks.registry import task_class
 from beit3_dist.train.optimizer import layered_groups
 from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
 
@@ -176,7 +176,7 @@ def test_answers_of_unilm_come_in_the_order_of_their_labels(folder: Path) -> Non
     file = folder / "answer2label.txt"
     file.write_text('{"answer": "yes", "label": 1}\n{"answer": "no", "label": 0}\n')
     config = run(folder)
-    assert read_classes(replace(config, data=replace(config.data, answers=str(file)))) == ["no", "yes"]
+    assert names_of(replace(config, data=replace(config.data, answers=str(file)))) == ["no", "yes"]
 
 
 def test_classes_from_tars(folder: Path) -> None:
@@ -195,7 +195,7 @@ def test_an_evaluation_alone_needs_a_fine_tuned_model_and_no_training_examples(f
     save_model_folder(tmp_path / "pretrained", BEiT3(MODEL).state_dict(), MODEL)
     with pytest.raises(ValueError, match="pretrained has no head of task=vqa"):
         prepare_finetuning(replace(config, init_from=str(tmp_path / "pretrained")), MESH)
-    weights = FineTuned(MODEL, "vqa", 2).state_dict()
+    weights = task_class("vqa").network(MODEL, 2).state_dict()
     save_model_folder(tmp_path / "tuned", weights, MODEL)
     _, ready = prepare_finetuning(replace(config, init_from=str(tmp_path / "tuned")), MESH)
     assert not ready.train and len(ready.validation) == 8
@@ -232,7 +232,7 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
     ("changes", "message"),
     [
         ({"task": "retrieval", "batch": TaskBatchConfig(size=4, accumulation=2)}, "use accumulation 1"),
-        ({"task": "nlvr2"}, "data.answers belongs to imagenet, imagenet_retrieval, vqa, text, not to task=nlvr2"),
+        ({"task": "nlvr2"}, "data.answers belongs to imagenet, imagenet_retrieval, text, vqa, not to task=nlvr2"),
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
         ({"layer_decay": 0.0}, "layer_decay=0.0 must be positive"),
@@ -283,7 +283,7 @@ def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path
 def test_layers_learn_at_their_own_rates() -> None:
     """Embeddings slowest, heads at the full rate (times their own factor, which is not the pooler's); every parameter
     in one group; matrices decay, and of the positions those of words, as in the released code."""
-    model = FineTuned(MODEL, "vqa", 2, device="meta")
+    model = task_class("vqa").network(MODEL, 2, device="meta")
     groups = layered_groups(model, 0.05, layers=2, decay=0.5, head=10.0)
     scale = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     parameters = dict(model.named_parameters())

@@ -20,7 +20,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value
-from beit3_dist.tasks.heads import FineTuned, build
+from beit3_dist.tasks.registry import task_class
 from tests.unit import test_neutral
 from tests.unit.tar_fixtures import train_tokenizer
 from tests.unit.test_inference import PIECES, tokenizer  # noqa: F401  (a fixture)
@@ -120,13 +120,13 @@ def test_a_fine_tuned_file_keeps_its_head(task: str, dtype: torch.dtype, tmp_pat
     folder = read_model_folder(tmp_path / "ours")
     named = {"answers": ANSWERS} if answers else {}
     assert folder.task == {"name": task} | ({"classes": CLASSES[task]} if task in CLASSES else {}) | named
-    model = build(folder.config, folder.task, "meta")
+    model = task_class(folder.task["name"]).network(folder.config, folder.task.get("classes", 0), device="meta")
     model.load_state_dict(
         {name: value for name, value in folder.weights.items() if "mask_token" not in name}, strict=False, assign=True
     )
     needed = {
         name: parameter.shape
-        for name, parameter in FineTuned(TINY, task, CLASSES.get(task, 0), device="meta").named_parameters()
+        for name, parameter in task_class(task).network(TINY, CLASSES.get(task, 0), device="meta").named_parameters()
     }
     assert {name: value.shape for name, value in folder.weights.items()} == needed
 
@@ -252,7 +252,7 @@ def test_groups_that_a_file_lacks_start_from_initial_values(tmp_path: Path, capl
 def test_a_task_starts_from_pretraining(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The fine-tuned model's own parameters: without the final norm and the heads of pretraining."""
     path = Path(save(released(), tmp_path / "pretrained.pth"))
-    task = FineTuned(TINY, "vqa", 9, device="meta")
+    task = task_class("vqa").network(TINY, 9, device="meta")
     shapes = {name: parameter.shape for name, parameter in task.named_parameters()}
     weights = read_initial_weights(path, TINY, shapes)
     assert set(shapes) - set(weights) == {name for name in shapes if name.startswith("task_head.")}
@@ -260,7 +260,7 @@ def test_a_task_starts_from_pretraining(tmp_path: Path, caplog: pytest.LogCaptur
         assert f"{path}: {group} is not used" in notes(caplog)
     assert "has no weights for the task's head" in notes(caplog)
     with pytest.raises(ValueError, match=r"head\.3\.(weight|bias).*\[9.*the model needs \[7.*--heads drop"):
-        other = FineTuned(TINY, "vqa", 7, device="meta")
+        other = task_class("vqa").network(TINY, 7, device="meta")
         read_initial_weights(
             Path(save(released("vqa"), tmp_path / "vqa.pth")), TINY, {n: p.shape for n, p in other.named_parameters()}
         )
@@ -373,7 +373,7 @@ def test_a_vqa_model_answers_after_its_conversion(tmp_path: Path, capsys: pytest
     """From a released file with --answers, and from a run with the list that it read."""
     train_tokenizer(tmp_path / "text.spm")
     config = replace(TINY, vocab_size=310)
-    network = FineTuned(config, "vqa", len(ANSWERS))
+    network = task_class("vqa").network(config, len(ANSWERS))
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     data = f"data: {{text_length: 12, answers: {write_answers(tmp_path)}}}"
     recipe = f"text_tokenizer: {tmp_path / 'text.spm'}\ntask: vqa\n{data}\n"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.model import BEiT3
-from beit3_dist.tasks.generation import generate
+from beit3_dist.tasks.parts.generation import generate
 from tests.unit.test_decoding import ARCHITECTURES, MASK, model_of, pictures, plain_logits
 
 

@@ -15,10 +15,9 @@ from PIL import Image
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.config import ModelConfig
 from beit3_dist.inference import Model, open_picture
-from beit3_dist.tasks import generation
-from beit3_dist.tasks.augmentation import IMAGENET
-from beit3_dist.tasks.config import NEED_CLASSES
-from beit3_dist.tasks.heads import FineTuned
+from beit3_dist.tasks.data.augmentation import IMAGENET
+from beit3_dist.tasks.parts import generation
+from beit3_dist.tasks.registry import task_class
 
 SENTENCES = [f"a {colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
 ANSWERS = ["yes", "no", "red", "green"]
@@ -30,9 +29,9 @@ def save(folder: Path, task: str | None, tokenizer: Path | None, **changes: obje
     """A tiny model with random weights of ordinary size."""
     fields = dict(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vl_expert_layers=1)
     config = ModelConfig(**{**fields, "vocab_size": PIECES + 10, "visual_vocab_size": 8, "max_text_length": 12})
-    network, draw = FineTuned(config, task or "retrieval", len(ANSWERS)), torch.Generator().manual_seed(0)
+    network, draw = task_class(task or "retrieval").network(config, len(ANSWERS)), torch.Generator().manual_seed(0)
     weights = {n: p.detach() + 0.2 * torch.randn(p.shape, generator=draw) for n, p in network.named_parameters()}
-    answers = ANSWERS if task in NEED_CLASSES else []
+    answers = ANSWERS if task and task_class(task).needs_names else []
     entry = None if task is None else {"name": task, "classes": len(ANSWERS), "answers": answers, **changes}
     save_model_folder(folder, weights, config, task=entry, text_tokenizer=tokenizer)
     return folder
@@ -106,7 +105,7 @@ def test_the_view_is_the_whole_picture_squashed(folders: dict[str, Path]) -> Non
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 50, 3), dtype=np.uint8))
     levels = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     pixels = torch.from_numpy((levels / 255 - 0.5) / 0.5).float()[None]
-    torch.testing.assert_close(model.embed_images([picture]), model.network.embed_images(pixels))
+    torch.testing.assert_close(model.embed_images([picture]), model.task.embed_images(model.network, pixels))
 
 
 def test_answers(folders: dict[str, Path], pictures: list[Path]) -> None:
@@ -124,8 +123,8 @@ def test_captions(folders: dict[str, Path], pictures: list[Path]) -> None:
     captions = model.caption(pictures, max_words=6)
     assert captions == [model.caption([picture], max_words=6)[0] for picture in pictures]
     assert len(set(captions)) > 1
-    words = generation.generate(model.network, model._pixels(pictures), model._tokenizer(), max_words=6)
-    assert captions == [model._tokenizer().decode(caption) for caption in words]
+    words = generation.generate(model.network, model._pixels(pictures), model.task.tokenizer, max_words=6)
+    assert captions == [model.task.tokenizer.decode(caption) for caption in words]
 
 
 def test_captions_are_as_long_as_in_training(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
@@ -147,14 +146,16 @@ def test_classes_of_pictures(folders: dict[str, Path], pictures: list[Path]) -> 
         square = picture.resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         pixels = torch.from_numpy(((np.asarray(square) / 255 - mean) / deviation).transpose(2, 0, 1)).float()
         torch.testing.assert_close(model._pixels([file])[0], pixels, atol=1e-5, rtol=0)
-        assert model.classify([file]) == [ANSWERS[int(model.network.class_logits(model._pixels([file])).argmax())]]
+        assert model.classify([file]) == [
+            ANSWERS[int(model.network.task_head(model.network.encode(model._pixels([file]))).argmax())]
+        ]
     many = model.classify(pictures * 20)
     assert many == model.classify(pictures) * 20 and len(set(many)) > 1
 
 
 def test_classes_of_sentences(folders: dict[str, Path], tokenizer: Path, tmp_path: Path) -> None:
     model = Model.load(folders["text"], device="cpu")
-    usual = model.network.sentence_logits(*model._words(SENTENCES)).mean(0)
+    usual = model.network.task_head(model.network.encode(None, *model._words(SENTENCES))).mean(0)
     model.network.task_head.head[3].bias -= usual  # or one class is the likeliest of all sentences
     classes = model.classify(SENTENCES)
     assert classes == [model.classify([sentence])[0] for sentence in SENTENCES] and len(set(classes)) > 1

@@ -20,7 +20,7 @@ from beit3_dist.data.kinds import (
     pictures_below,
     pictures_in,
 )
-from beit3_dist.tasks.benchmarks import imagenet
+from beit3_dist.tasks.data.benchmarks import imagenet
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "./a.jpg", "../a.jpg", "x/y.z/a.jpg", "a._b.jpg", "MACOSX/a.jpg"])

@@ -23,7 +23,7 @@ from beit3_dist.data.streaming import Members, Shards
 from beit3_dist.data.streams import PairStream, TextStream
 from beit3_dist.data.text import TextTokenizer, documents, pieces_of
 from beit3_dist.data.unpack import plain_tar
-from beit3_dist.tasks.pair_shards import PairShards
+from beit3_dist.tasks.data.pair_shards import PairShards
 from tests.unit.tar_fixtures import image_tar, picture, sentences, text_tar, train_tokenizer
 from tests.unit.test_index import raw_tar
 from tests.unit.test_tars import base_256, header

@@ -18,7 +18,7 @@ from beit3_dist.data.faults import BadSample
 from beit3_dist.data.metadata import without_metadata
 from beit3_dist.data.transforms import decode
 from beit3_dist.inference import open_picture
-from beit3_dist.tasks.batches import _decoded
+from beit3_dist.tasks.data.batches import _decoded
 from tools import build_shards
 
 LIMIT = 100_000_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3_dist.tasks.vqa_answers import read_answers
+from beit3_dist.tasks.data.names import read_names
 
 
 def lines(*names: object) -> str:
@@ -59,7 +59,7 @@ def test_what_cannot_be_meant_is_refused(case: str, tmp_path: Path) -> None:
     content, reason = REFUSED[case]
     (tmp_path / "names.txt").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=f"names.txt.*{reason}") as error:
-        read_answers(tmp_path / "names.txt")
+        read_names(tmp_path / "names.txt")
     assert "\n" not in str(error.value)
 
 
@@ -75,4 +75,4 @@ def test_what_cannot_be_meant_is_refused(case: str, tmp_path: Path) -> None:
 )
 def test_what_can_be_meant_is_read(content: str, names: list[str], tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text(content)
-    assert read_answers(tmp_path / "names.txt") == names
+    assert read_names(tmp_path / "names.txt") == names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ import torch
 from beit3_dist.run import preflight
 from beit3_dist.run import preflight_finetuning as finetune_preflight
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
-from beit3_dist.tasks.task import Task
+from beit3_dist.tasks.parts import heads
+from beit3_dist.tasks.registry import task_class
 from tests.parallel.training import run_config
 
 SHAPE = torch.Size([3, 2])
@@ -29,10 +30,10 @@ def test_only_a_new_run_draws_its_values(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def values(checkpoint: Path | None) -> list[torch.Tensor]:
         of_pretraining = preflight._values(pretraining, checkpoint)
-        of_tuning = finetune_preflight._values(tuning, cast(Task, None), checkpoint)
+        of_tuning = finetune_preflight._values(tuning, task_class("nlvr2")(tuning, None), checkpoint)
         return [of("blocks.0.ffn.vision.fc1.weight", SHAPE) for of in (of_pretraining, of_tuning)]
 
     assert all(value.any() for value in values(None))
     monkeypatch.setattr(preflight, "initial_value", not_to_be_called)
-    monkeypatch.setattr(finetune_preflight, "task_value", not_to_be_called)
+    monkeypatch.setattr(heads, "initial_value", not_to_be_called)
     assert all(value.shape == SHAPE and not value.any() for value in values(Path("checkpoint")))

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from beit3_dist.tasks.submissions import write_captions, write_classes, write_nlvr2, write_retrieval, write_vqa
+from beit3_dist.tasks.captioning import write_captions
+from beit3_dist.tasks.nlvr2 import write_nlvr2
+from beit3_dist.tasks.parts.submissions import write_classes
+from beit3_dist.tasks.retrieval import write_retrieval
+from beit3_dist.tasks.vqa import write_vqa
 
 
 def test_answers_and_captions_are_lists_with_integer_ids(tmp_path: Path) -> None:

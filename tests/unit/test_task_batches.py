@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import generator
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.tasks.augmentation import IMAGENET, Mixing, Views, _rand_augment, erased, globals_from
-from beit3_dist.tasks.batches import Examples, Places, TaskBatch, training_places, validation_places
-from beit3_dist.tasks.examples import Example, TarMember
-from beit3_dist.tasks.pair_shards import PairShards
+from beit3_dist.tasks.data.augmentation import IMAGENET, Mixing, Views, _rand_augment, erased, globals_from
+from beit3_dist.tasks.data.batches import Examples, Places, TaskBatch, training_places, validation_places
+from beit3_dist.tasks.data.examples import Example, TarMember
+from beit3_dist.tasks.data.pair_shards import PairShards
+from beit3_dist.tasks.vqa import VQA
 from tests.unit.tar_fixtures import image_tar, picture, train_tokenizer, write_tar
 
 COUNT = 23
@@ -154,7 +156,7 @@ def test_no_pictures_and_no_words_have_shapes_too(examples: list[Example]) -> No
 
 def test_scored_answers_become_a_row_of_scores(examples: list[Example]) -> None:
     scored = [replace(example, label={2: 0.3, 0: 1.0}) for example in examples]
-    batch = dataset(scored, answers=4)[Places((0, 1), (True, True))]
+    batch = dataset(scored, labels=partial(VQA.labels, classes=4))[Places((0, 1), (True, True))]
     assert torch.equal(batch.labels, torch.tensor([[1.0, 0.0, 0.3, 0.0]] * 2))
 
 

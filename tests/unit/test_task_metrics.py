@@ -10,9 +10,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from beit3_dist.tasks import metrics
-from beit3_dist.tasks.metrics import caption_scores, check_caption_metrics, recall, top_k
-from beit3_dist.tasks.vqa_answers import accuracy, normalised, soft_score, soft_scores
+from beit3_dist.tasks.data.vqa_answers import accuracy, normalised, soft_score, soft_scores
+from beit3_dist.tasks.parts import metrics
+from beit3_dist.tasks.parts.metrics import caption_scores, check_caption_metrics, recall, top_k
 
 # ------------------------------------------------------------------------------------------------------------- answers
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from beit3_dist.tasks.captioning import Captioning
-from beit3_dist.tasks.examples import Example
+from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.vqa import VQA
 
 WORDS = ["a", "red", "blue", "cat"]

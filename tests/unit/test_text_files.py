@@ -19,10 +19,11 @@ from beit3_dist.data.text import documents
 from beit3_dist.data.text_files import read_lines, read_records
 from beit3_dist.opening import read_json, read_yaml
 from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
-from beit3_dist.tasks import benchmarks
-from beit3_dist.tasks.class_shards import read_class_shards
-from beit3_dist.tasks.examples import read_index
-from beit3_dist.tasks.vqa_answers import read_answers
+from beit3_dist.tasks.data import benchmarks
+from beit3_dist.tasks.data.class_shards import read_class_shards
+from beit3_dist.tasks.data.examples import read_index
+from beit3_dist.tasks.data.names import read_names
+from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import picture, write_tar
 from tools import compare_tasks, report, train_text_tokenizer, verify_order
 
@@ -92,13 +93,13 @@ def index_lines(texts: list[str]) -> Lines:
 
 def index(path: Path) -> list[str]:
     (path.parent / "0.png").write_bytes(picture(0))
-    return [example.name for example in read_index(path, "nlvr2", path.parent)]
+    return [example.name for example in read_index(path, task_class("nlvr2"), path.parent)]
 
 
 READERS: dict[str, tuple[str, Form, Read]] = {
-    "answers": ("answers.txt", lambda texts: texts, read_answers),
-    "unilm's answers": ("answer2label.txt", records("answer"), read_answers),
-    "classes in JSON": ("classes.json", as_array, read_answers),
+    "answers": ("answers.txt", lambda texts: texts, read_names),
+    "unilm's answers": ("answer2label.txt", records("answer"), read_names),
+    "classes in JSON": ("classes.json", as_array, read_names),
     "a table of commas": ("a.csv", rows(","), captions),
     "a table of tabs": ("a.tsv", rows("\t"), captions),
     "a table of records": ("a.jsonl", records("caption", image="a.png"), captions),

@@ -1,9 +1,8 @@
-"""Classes of pictures by their names, the paper's way for ImageNet: a picture's text is the name of its class, and a
-picture's class is the name whose vector lies closest to its own."""
+"""Classes of images by their names, as in the paper: an image's class is the name with the closest vector."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +13,18 @@ from torch.nn.functional import cross_entropy
 
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.parallel.collectives import Gather, all_gather
-from beit3_dist.tasks.examples import Example
-from beit3_dist.tasks.heads import FineTuned
+from beit3_dist.tasks.base import HALF, TaskInputs
+from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.imagenet import ImageNet
-from beit3_dist.tasks.task import HALF, TaskInputs
+from beit3_dist.tasks.parts.heads import FineTuned
+from beit3_dist.tasks.registry import register
+from beit3_dist.tasks.retrieval import Contrastive
 
 NAMES_AT_ONCE = 256
 """Names of a forward pass in evaluation."""
 
 
-class NamedPictures(Sequence[Example]):
+class NamedImages(Sequence[Example]):
     """Examples with a class, whose text is the name of the class."""
 
     def __init__(self, examples: Sequence[Example], names: Sequence[tuple[int, ...]]) -> None:
@@ -52,23 +53,28 @@ def names_as_words(names: Sequence[str], tokenizer: TextTokenizer) -> list[tuple
     return words
 
 
-class ImageNetRetrieval(ImageNet):
-    """Image-text contrast over the examples of all ranks. Labels: classes int64 [B]."""
+@register("imagenet_retrieval")
+class ImageNetRetrieval(Contrastive, ImageNet):
+    """Image-text contrast over the examples of all ranks; an image's text is the name of its class. Labels: classes
+    int64 [B]."""
 
     statistics = HALF  # both sides as in pretraining, and as in the contrastive step before
+    has_classifier = mixes = False
     _names: Tensor | None = None
 
-    def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """Mean of the two cross-entropies of telling an example's name from all names and its picture from all."""
-        self._names = None  # the weights are about to change
-        keep = inputs.keep(inputs.keys), inputs.keep(~inputs.keys)  # either side draws for itself
-        images, texts, scale = model.embeddings(inputs.images[:, 0], inputs.words, inputs.padding, keep)
-        assert images is not None and texts is not None
-        return losses_by_class(images.float(), texts.float(), scale.float(), inputs.labels, self._group)
+    def examples(self, train: bool) -> Sequence[Example]:
+        """In training with the names of their classes."""
+        names = names_as_words(self.classes, self.tokenizer)
+        return NamedImages(super().examples(train), names) if train else super().examples(train)
 
-    def predict(self, model: FineTuned, inputs: TaskInputs, agree: Callable[[bool], bool]) -> Tensor:
+    def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """Mean of the two cross-entropies of telling an example's name from all names and its image from all."""
+        self._names = None  # the weights are about to change
+        return losses_by_class(*self.embeddings(model, inputs), inputs.labels, self._group)
+
+    def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """int64 [B, 5]: the classes with the closest names, closest first."""
-        images = model.embed_images(inputs.images[:, 0]).float()
+        images = self.embed_images(model, inputs.images[:, 0]).float()
         if self._names is None:
             self._names = self._embedded_names(model, images.device)
         return (images @ self._names.T).topk(min(5, len(self._names))).indices
@@ -79,7 +85,7 @@ class ImageNetRetrieval(ImageNet):
         names = names_as_words(self.classes, tokenizer)
         rows = [torch.tensor([tokenizer.bos, *name[:longest], tokenizer.eos]) for name in names]
         words = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad)
-        parts = [model.embed_texts(some.to(device), some == tokenizer.pad) for some in words.split(NAMES_AT_ONCE)]
+        parts = [self.embed_texts(model, some.to(device), some == tokenizer.pad) for some in words.split(NAMES_AT_ONCE)]
         return torch.cat(parts).float()
 
 

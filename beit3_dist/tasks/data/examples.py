@@ -12,11 +12,11 @@ import mmap
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -51,11 +51,11 @@ class Example:
     id: int
     """Position in the index, from 0."""
     images: tuple[Path | TarMember, ...]
-    """0, 1 or 2 pictures."""
+    """As many as the task has of each example."""
     words: tuple[int, ...] | None
     """Token ids without <s> and </s>; None where there is no text, or where the model is to write it."""
     label: Any
-    """vqa: {answer: score}; retrieval, captioning: image_id; otherwise the class. Ints, but for the scores."""
+    """What the task learns from it, or tells it by: its class, {answer: score}, the image's number, ..."""
     name: str
     """What a submission calls it: question_id, image_id, identifier, or the picture's file name."""
     references: tuple[str, ...] = ()
@@ -67,8 +67,8 @@ class Malformed(Exception):
     """A line does not describe an example of the task; the message is the reason."""
 
 
-def _integer(record: Record, field: str, end: int | None = None) -> int:
-    """The integer in a field, in range(end) where an end is given."""
+def integer(record: Record, field: str, end: int | None = None) -> int:
+    """The integer in a field, in range(end) where an end is given. Raises Malformed, as the next two do."""
     value = record.get(field)
     if type(value) is not int:
         raise Malformed(f"no integer in the field {field!r}")
@@ -77,8 +77,24 @@ def _integer(record: Record, field: str, end: int | None = None) -> int:
     return value
 
 
-def _string(record: Record, field: str) -> str:
-    """The string in a field."""
+def string(record: Record, field: str) -> str:
+    """The string in a field, which a submission can hold."""
+    value = _path(record, field)
+    _require_characters(value, field)
+    return value
+
+
+def strings(record: Record, field: str) -> tuple[str, ...]:
+    """The strings of a list; none where there is no such field."""
+    value = record.get(field, [])
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise Malformed(f"the field {field!r} is no list of strings")
+    _require_characters(value, field)
+    return tuple(value)
+
+
+def _path(record: Record, field: str) -> str:
+    """The string in a field; names of files may hold what is no character."""
     value = record.get(field)
     if not isinstance(value, str) or not value:
         raise Malformed(f"no string in the field {field!r}")
@@ -93,31 +109,22 @@ def _require_characters(value: str | list[str], field: str) -> None:
         raise Malformed(str(error)) from None
 
 
-def _strings(record: Record, field: str) -> tuple[str, ...]:
-    """The strings of a list; none where there is no such field."""
-    value = record.get(field, [])
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise Malformed(f"the field {field!r} is no list of strings")
-    _require_characters(value, field)
-    return tuple(value)
+class Reader(Protocol):
+    """What a task says of its index; a class, which loader processes find by its name."""
 
+    name: ClassVar[str]
+    one_prediction: ClassVar[str]
 
-def _words(record: Record, vocab_size: int | None) -> tuple[int, ...]:
-    """The token ids of `text_segment`, at least one."""
-    value = record.get("text_segment")
-    if not isinstance(value, list) or not value or not all(type(word) is int for word in value):
-        raise Malformed("no list of token ids in the field 'text_segment'")
-    if vocab_size is not None and not 0 <= min(value) <= max(value) < vocab_size:
-        raise Malformed(f"a token id is not in range({vocab_size}), the model's vocabulary")
-    return tuple(value)
+    @staticmethod
+    def read(number: int, record: Record, rules: Rules) -> Example: ...
 
 
 @dataclass(frozen=True)
 class Rules:
     """What an index is read by: root of its pictures, and the ends of what it may hold."""
 
-    task: str
-    """A key of TASKS."""
+    task: type[Reader]
+    """Whose index it is."""
     root: str
     """Folder that the paths of pictures are relative to."""
     train: bool
@@ -130,13 +137,18 @@ class Rules:
     def paths(self, record: Record, *fields: str) -> tuple[Path, ...]:
         """The pictures that the fields name. An index may come from elsewhere: what it names lies in the root."""
         try:
-            return tuple(inside(self.root, _string(record, field)) for field in fields)
+            return tuple(inside(self.root, _path(record, field)) for field in fields)
         except ValueError as error:
             raise Malformed(str(error)) from None
 
     def words(self, record: Record) -> tuple[int, ...]:
-        """The text."""
-        return _words(record, self.vocab_size)
+        """The token ids of `text_segment`, at least one."""
+        value = record.get("text_segment")
+        if not isinstance(value, list) or not value or not all(type(word) is int for word in value):
+            raise Malformed("no list of token ids in the field 'text_segment'")
+        if self.vocab_size is not None and not 0 <= min(value) <= max(value) < self.vocab_size:
+            raise Malformed(f"a token id is not in range({self.vocab_size}), the model's vocabulary")
+        return tuple(value)
 
     def parse(self, line: bytes, number: int) -> Example:
         """The example in a line, number `number` of the index. Raises Malformed."""
@@ -146,66 +158,7 @@ class Rules:
             raise Malformed("not JSON in UTF-8") from None
         if not isinstance(record, dict):
             raise Malformed("not a JSON object")
-        return TASKS[self.task](number, record, self)
-
-
-def _imagenet(id: int, record: Record, rules: Rules) -> Example:
-    (path,) = rules.paths(record, "image_path")
-    return Example(id, (path,), None, _integer(record, "label", rules.classes), path.name)
-
-
-def _retrieval(id: int, record: Record, rules: Rules) -> Example:
-    image = _integer(record, "image_id")
-    return Example(id, rules.paths(record, "image_path"), rules.words(record), image, str(image))
-
-
-def _captioning(id: int, record: Record, rules: Rules) -> Example:
-    image = _integer(record, "image_id")
-    to_write = not rules.train and record.get("text_segment") is None
-    words = None if to_write else rules.words(record)
-    return Example(id, rules.paths(record, "image_path"), words, image, str(image), _strings(record, "captions"))
-
-
-def _nlvr2(id: int, record: Record, rules: Rules) -> Example:
-    paths = rules.paths(record, "image_path", "image2_path")
-    name = _string(record, "identifier")
-    _require_characters(name, "identifier")
-    return Example(id, paths, rules.words(record), _integer(record, "label", 2), name)
-
-
-def _vqa(id: int, record: Record, rules: Rules) -> Example:
-    labels, scores = record.get("labels"), record.get("scores")
-    if not isinstance(labels, list) or not isinstance(scores, list) or len(labels) != len(scores):
-        raise Malformed("the fields 'labels' and 'scores' are not two lists of one length")
-    if rules.train and not labels:
-        raise Malformed("no answer to learn from: 'labels' is empty")
-    for label in labels:
-        _integer({"label": label}, "label", rules.classes)
-    if not all(type(score) in (int, float) and 0 <= score <= 1 for score in scores):
-        raise Malformed("a score is not in [0, 1]")
-    answers = {label: float(score) for label, score in zip(labels, scores, strict=True)}
-    name = str(_integer(record, "qid"))
-    people = _strings(record, "answers")
-    return Example(id, rules.paths(record, "image_path"), rules.words(record), answers, name, people)
-
-
-def _text(id: int, record: Record, rules: Rules) -> Example:
-    return Example(id, (), rules.words(record), _integer(record, "label", rules.classes), str(id))
-
-
-TASKS: Mapping[str, Callable[[int, Record, Rules], Example]] = {
-    "imagenet": _imagenet,
-    "vqa": _vqa,
-    "nlvr2": _nlvr2,
-    "captioning": _captioning,
-    "retrieval": _retrieval,
-    "text": _text,
-}
-"""Task -> how a record of its index becomes an example."""
-
-
-ONE_PREDICTION = {"vqa": "qid", "nlvr2": "identifier", "captioning": "image_id"}
-"""Task -> the field that a prediction is called by: the benchmarks take one of each."""
+        return self.task.read(number, record, self)
 
 
 class Lines(Sequence[bytes]):
@@ -289,7 +242,7 @@ class Index(Sequence[Example]):
 
 def read_index(
     path: Path | Sequence[Path],
-    task: str,
+    task: type[Reader],
     image_root: Path,
     *,
     train: bool = False,
@@ -306,15 +259,13 @@ def read_index(
 
     Raises ValueError with one line that counts all faulty lines and names the first by file and number.
     """
-    if task not in TASKS:
-        raise ValueError(f"there is no index of the task {task!r}, only of {', '.join(TASKS)}")
     paths = [path] if isinstance(path, str | Path) else path
     rules = Rules(task, str(image_root), train, vocab_size, classes)
     files = [Lines(Path(one)) for one in paths]
     index = Index(files, rules)
     malformed: dict[int, str] = {}
     needed: dict[str, set[str]] = defaultdict(set)
-    called = ONE_PREDICTION.get(task) if predicted else None
+    called = task.one_prediction if predicted else None
     first: dict[str, int] = {}
     for id in range(len(index)):
         try:
@@ -332,7 +283,7 @@ def read_index(
     if problems:
         more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         raise ValueError(
-            f"{len(problems)} faults in the {len(index)} lines of the {task} index: "
+            f"{len(problems)} faults in the {len(index)} lines of the {task.name} index: "
             f"{'; '.join(problems[:PROBLEMS_SHOWN])}{more}"
         )
     return index

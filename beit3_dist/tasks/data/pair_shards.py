@@ -11,7 +11,7 @@ from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.streams import LARGEST_CAPTION, caption_ids, captions_of
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.tasks.examples import Example, TarMember
+from beit3_dist.tasks.data.examples import Example, TarMember
 
 
 class PairShards(Sequence[Example]):

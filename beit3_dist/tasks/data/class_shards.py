@@ -15,7 +15,7 @@ from beit3_dist.data.kinds import IMAGE, KINDS, hidden, key_and_extension
 from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.unpack import plain_tar
 from beit3_dist.opening import without_mark
-from beit3_dist.tasks.examples import PROBLEMS_SHOWN, Example, TarMember
+from beit3_dist.tasks.data.examples import PROBLEMS_SHOWN, Example, TarMember
 
 CLASS = b"cls"
 """Extension of the members that hold classes."""

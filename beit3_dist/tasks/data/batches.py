@@ -7,7 +7,7 @@ through the stored order once: every rank gets as many batches as the others, an
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -25,8 +25,8 @@ from beit3_dist.data.order import generator, mix, permute
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.transforms import decode, largest_file, read_picture
 from beit3_dist.opening import open_regular
-from beit3_dist.tasks.augmentation import Mixing, Views
-from beit3_dist.tasks.examples import Example, TarMember
+from beit3_dist.tasks.data.augmentation import Mixing, Views
+from beit3_dist.tasks.data.examples import Example, TarMember
 
 ATTEMPTS = 100
 """Examples that are tried for one place of training before the run stops."""
@@ -92,7 +92,7 @@ class TaskBatch(Tensors):
     padding: torch.Tensor
     """bool [B, L], True at <pad>."""
     labels: torch.Tensor
-    """int64 [B]: class or image_id; float32 [B, answers] for scored answers, [B, classes] for mixed classes."""
+    """What the task's `labels` made, [B, ...]; float32 [B, classes] for mixed classes."""
     ids: torch.Tensor
     """int64 [B]: number of each example in the index."""
     places: torch.Tensor
@@ -101,6 +101,11 @@ class TaskBatch(Tensors):
     """bool [B]; False: the sample repeats another one and must not count."""
     faults: list[Fault]
     """Examples of training that had to be replaced."""
+
+
+def class_labels(examples: Sequence[Example]) -> torch.Tensor:
+    """The labels of examples that have an integer, int64 [B]."""
+    return torch.tensor([example.label for example in examples])
 
 
 class Examples(Dataset):
@@ -115,13 +120,13 @@ class Examples(Dataset):
         image_size: int,
         max_words: int,
         seed: int,
-        answers: int = 0,
+        labels: Callable[[Sequence[Example]], torch.Tensor] = class_labels,
         mixing: Mixing | None = None,
         max_pixels: int = DataConfig.max_pixels,
     ) -> None:
         """`train`: random views in keyed order; otherwise fixed views in stored order. `max_words`: longest text, <s>
-        and </s> included; what is longer is cut. `answers`: length of the labels where these are scored answers.
-        `mixing`: mixes neighbours of training, whose micro-batches must then be even.
+        and </s> included; what is longer is cut. `labels`: makes the labels of a batch. `mixing`: mixes neighbours of
+        training, whose micro-batches must then be even.
         """
         if max_words < 3:
             raise ValueError(f"max_words={max_words} has no room for a word between <s> and </s>")
@@ -133,7 +138,7 @@ class Examples(Dataset):
         self.image_size = image_size
         self.max_words = max_words
         self.seed = seed
-        self.answers = answers
+        self.labels = labels
         self.mixing = mixing
         self.max_pixels = max_pixels
 
@@ -154,7 +159,7 @@ class Examples(Dataset):
         side = self.image_size
         pixels = np.stack(views) if views else np.empty((0, side, side, 3), dtype=np.uint8)
         images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-        labels = self._labels(samples)
+        labels = self.labels(samples)
         if self.mixing is not None:
             keys = (generator(mix(self.seed, Draw.MIXING, place)) for place in request.places[::2])
             images, labels = self.mixing(images, labels, list(keys))
@@ -217,16 +222,6 @@ class Examples(Dataset):
             except BadSample as bad:
                 raise BadSample(f"{image}: {bad}") from None
         return pictures
-
-    def _labels(self, samples: list[Example]) -> torch.Tensor:
-        """Classes int64 [B], or scores float32 [B, answers]."""
-        if not self.answers:
-            return torch.tensor([example.label for example in samples])
-        scores = torch.zeros(len(samples), self.answers)
-        for row, example in enumerate(samples):
-            for answer, score in example.label.items():
-                scores[row, answer] = score
-        return scores
 
     def _words(self, samples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Words int64 and padding bool, [B, longest]; [B, 0] where no sample has words."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from beit3_dist.data.kinds import LeftOut, folders_in, pictures_in
 from beit3_dist.data.text_files import read_large_json, read_records, require_text
-from beit3_dist.tasks.vqa_answers import check_names, normalised, soft_scores
+from beit3_dist.tasks.data.names import check_names
+from beit3_dist.tasks.data.vqa_answers import normalised, soft_scores
 
 LEAST_ANSWERS = 9
 """Questions that must have an answer as their most frequent one for it to be learnt: 3,129 answers of VQA v2."""

@@ -1,0 +1,240 @@
+"""What a downstream task has to define, and the objective that trains any of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from beit3_dist.config import ModelConfig
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model.drop_path import drop_path_factors
+from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.data.batches import class_labels
+from beit3_dist.tasks.data.examples import Example, Record, Rules, read_index
+from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
+
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Mean and deviation of the channels that pretraining normalises by."""
+
+
+class Normalization:
+    """Images uint8 [..., 3, S, S] on a device -> fp32: (x / 255 - mean) / deviation, channel by channel."""
+
+    def __init__(self, statistics: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device) -> None:
+        self._mean, self._deviation = (torch.tensor(v, device=device).view(3, 1, 1) for v in statistics)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self._mean) / self._deviation
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """A micro-batch of B examples on the device."""
+
+    images: Tensor
+    """[B, k, 3, S, S], normalised; k images an example."""
+    words: Tensor
+    """int64 [B, L]."""
+    padding: Tensor
+    """bool [B, L], on the host: layouts are made there."""
+    labels: Tensor
+    """What the task's `labels` made; no prediction looks at them."""
+    keys: Tensor
+    """int64 [B]: what each sample draws its drop path by."""
+    targets: Tensor | None = None
+    """int64 [B, L]: what the task's `mask` wants recovered, -1 elsewhere."""
+    step: int = 0
+    """Steps of training before this one."""
+    keep: Callable[[Tensor], Tensor | None] = lambda keys: None
+    """keys int64 [S] -> drop-path factors [layers, 2, S]; None in evaluation."""
+    agree: Callable[[bool], bool] = lambda done: done
+    """Whether all ranks are done, for predictions in as many steps as it takes."""
+
+
+class Task(ABC):
+    """A downstream use, in one file: what it reads, its head, loss, predictions and score, and how it is used.
+
+    `registry.register` names it. A model folder remembers the name, and `inference.Model` finds the task by it.
+    """
+
+    name: ClassVar[str]
+    """What `task:` calls it; `register` sets it."""
+    metric: ClassVar[str]
+    """The score that says how good a model is."""
+
+    # What it takes.
+    images: ClassVar[int] = 1
+    """Images of an example."""
+    reads_text: ClassVar[bool] = False
+    """Whether a prediction depends on a text."""
+    statistics: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]] = HALF
+    """Mean and deviation that images are normalised by."""
+    evaluation: ClassVar[Literal["centre", "squash"]] = "squash"
+    """Which view of an image is evaluated: `Views.evaluation`."""
+    needs_names: ClassVar[bool] = False
+    """Whether data.answers names what the task tells apart, its answers or classes."""
+    keeps_names: ClassVar[bool] = False
+    """Whether a model without these names is of no use."""
+    one_prediction: ClassVar[str] = ""
+    """Field of the index of which the benchmark takes one prediction each; empty: names may come several times."""
+    usual_text_length: ClassVar[int | None] = None
+    """Longest text of a model whose folder does not say; None: as long as the model allows."""
+
+    # What the training allows.
+    has_classifier: ClassVar[bool] = False
+    """Whether the head has a part `head` of its own classes, whose rate head_lr_scale changes."""
+    mixes: ClassVar[bool] = False
+    """Whether Mixup and CutMix may mix its images and labels."""
+    contrastive: ClassVar[bool] = False
+    """Whether each example is told from all others of its step, image and text each encoded by itself."""
+
+    serves: ClassVar[tuple[str, ...]] = ()
+    """Methods of `inference.Model` that a model of this task has beside `predict`. answer, classify and is_true say
+    `predict` in other words; embed_images, embed_texts and caption are methods of the task, too."""
+
+    def __init__(self, config: FinetuneConfig, tokenizer: TextTokenizer | None, classes: Sequence[str] = ()) -> None:
+        """`classes`: names of what the head tells apart, where the task has such. `tokenizer`: only a model in use that
+        reads and writes no text may lack one."""
+        self.config, self.classes, self._tokenizer = config, list(classes), tokenizer
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """What makes texts token ids. Raises ValueError where a model folder has none."""
+        if self._tokenizer is None:
+            raise ValueError(f"{self.config.out} has no tokenizer.spm, which words need")
+        return self._tokenizer
+
+    def connect(self, data_group: dist.ProcessGroup) -> None:
+        """Learns the group of the replicas, for losses that look at all their examples."""
+        self._group = data_group
+
+    # The examples, before any process group.
+
+    def examples(self, train: bool) -> Sequence[Example]:
+        """Those of data.train, or of data.validation. Raises ValueError naming what is wrong with them, or missing for
+        the task to be trained, or evaluated."""
+        data = self.config.data
+        return read_index(
+            list(map(Path, data.files(train))),
+            type(self),
+            Path(data.images),
+            train=train,
+            predicted=not train,
+            vocab_size=self.config.model.vocab_size,
+            classes=len(self.classes) or None,
+        )
+
+    @staticmethod
+    @abstractmethod
+    def read(number: int, record: Record, rules: Rules) -> Example:
+        """The example of a line of the index. Raises `Malformed`."""
+
+    @staticmethod
+    def labels(examples: Sequence[Example], classes: int) -> Tensor:
+        """What `losses` learns from, of a batch: int64 [B] unless the task says otherwise. `classes`: how many names
+        the task tells apart."""
+        return class_labels(examples)
+
+    def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
+        """What the model reads of a training batch's words [B, L], and what it has to recover. On the host; `keys`: of
+        what each sample draws."""
+        return words, None
+
+    # The model.
+
+    @classmethod
+    @abstractmethod
+    def head(cls, config: ModelConfig, classes: int) -> TaskHead | None:
+        """The head on top of the encoder; None: the model's own head for words."""
+
+    @classmethod
+    def network(
+        cls, config: ModelConfig, classes: int = 0, *, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> FineTuned:
+        """The model with the task's head; `device="meta"` takes no memory, else values are those of (seed, name)."""
+        with torch.device("meta"):
+            head = cls.head(config, classes)
+        return FineTuned(config, head, seed=seed, device=device)
+
+    def describe(self) -> dict[str, Any]:
+        """What a model folder remembers of the task."""
+        return {
+            "name": self.name,
+            "classes": len(self.classes),
+            "answers": self.classes,
+            "text_length": self.config.data.text_length,
+        }
+
+    @abstractmethod
+    def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """[2, M]: losses, and how right each prediction is in [0, 1]; M = B, or the words of captions."""
+
+    @abstractmethod
+    def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """[B, ...]: what `score` needs, of one shape for all batches."""
+
+    # The predictions [N, ...] of all examples, on the CPU.
+
+    def results(self, predictions: Tensor) -> list[Any]:
+        """What a user of the model is given for each of them."""
+        return predictions.tolist()
+
+    @abstractmethod
+    def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
+        """The metrics, of predictions in the examples' order. Examples without a truth (an index for a test server) do
+        not count; none where no example has one."""
+
+    @abstractmethod
+    def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
+        """Writes them into a folder in the benchmark's submission format."""
+
+
+class TaskObjective(nn.Module):
+    """A model under a task's loss: the mean over the step's examples (captioning: masked words), in any layout."""
+
+    def __init__(self, model: FineTuned, task: Task, seed: int) -> None:
+        super().__init__()
+        self.model, self._task, self._seed = model, task, seed
+
+    def forward(
+        self,
+        inputs: TaskInputs,
+        step_counts: Tensor | None = None,
+        step: int = 0,
+        predict: Callable[[bool], bool] | None = None,
+    ) -> Any:
+        """The micro-batch's contribution to the step's loss, and the statistics [2, 1]: sums of losses and of right
+        predictions. `step_counts` [1]: what the sum is divided by. With `predict`, which tells whether all ranks are
+        done, the task's predictions."""
+        if predict is not None:
+            return self._task.predict(self.model, replace(inputs, agree=predict))
+        assert step_counts is not None
+        config = self.model.config
+        inputs = replace(inputs, step=step)
+        if self.training and config.drop_path > 0:
+
+            def factors(ids: Tensor) -> Tensor:
+                return drop_path_factors(ids, seed=self._seed, step=step, layers=config.layers, rate=config.drop_path)
+
+            inputs = replace(inputs, keep=factors)
+        sums = self._task.losses(self.model, inputs).sum(1)
+        return sums[0] / step_counts[0].clamp(min=1), sums.detach()[:, None]
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """float [B]: 1 where the largest logit is the label's."""
+    return (logits.argmax(-1) == labels).float()
+
+
+def cross_entropies(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[2, B] of logits [B, classes] and classes int64 [B] (or probabilities [B, classes]), in fp32."""
+    losses = nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+    return torch.stack([losses, hits(logits, labels if labels.ndim == 1 else labels.argmax(-1))])
