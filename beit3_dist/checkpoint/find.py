@@ -177,9 +177,11 @@ def read_state(path: Path, model: DataclassInstance) -> TrainState:
 def _train_state(content: dict[str, Any]) -> TrainState:
     """Raises ValueError, TypeError or KeyError where it is none."""
     values = {field.name: content[field.name] for field in fields(TrainState) if field.name in content}
-    images, texts, pairs = content["consumed"]
-    state = TrainState(**values | {"step": content["step"], "consumed": (images, texts, pairs)})
-    counts = (state.step, images, texts, pairs, state.bad_samples, state.skipped_steps)
+    consumed = content["consumed"]
+    if isinstance(consumed, list):  # by a former version, which had these three streams
+        consumed = dict(zip(("images", "texts", "pairs"), consumed, strict=True))
+    state = TrainState(**values | {"step": content["step"], "consumed": dict(consumed)})
+    counts = (state.step, *state.consumed.values(), state.bad_samples, state.skipped_steps)
     if not all(type(count) is int for count in (*counts, *chain(*state.readers))) or min(counts) < 0:
         raise ValueError("its counts are not all whole numbers")
     if not isinstance(state.sources, dict):

@@ -24,7 +24,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -54,8 +54,8 @@ class TrainState:
 
     step: int = 0
     """Optimizer steps taken."""
-    consumed: tuple[int, int, int] = (0, 0, 0)
-    """Samples consumed of images, texts and pairs."""
+    consumed: dict[str, int] = field(default_factory=dict)
+    """Stream -> samples consumed of it; a stream that is not named has none consumed."""
     bad_samples: int = 0
     """Samples that had to be replaced so far."""
     skipped_steps: int = 0
@@ -72,10 +72,9 @@ class TrainState:
         """The last step that was not skipped; 0: none. It shows that the weights which it has met are good."""
         return self.step - self.skipped_in_a_row
 
-    def advance(self, samples: tuple[int, int, int], replaced: int, skipped: bool = False) -> None:
-        """Counts one more step of so many samples of each kind."""
-        images, texts, pairs = (before + more for before, more in zip(self.consumed, samples, strict=True))
-        self.consumed = (images, texts, pairs)
+    def advance(self, samples: Mapping[str, int], replaced: int, skipped: bool = False) -> None:
+        """Counts one more step of so many `samples` of each stream."""
+        self.consumed = self.consumed | {name: self.consumed.get(name, 0) + more for name, more in samples.items()}
         self.step += 1
         self.bad_samples += replaced
         self.skipped_steps += skipped

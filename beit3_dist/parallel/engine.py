@@ -30,7 +30,6 @@ from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
 from beit3_dist.parallel.sharding import shard
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
-from beit3_dist.train.averages import WeightAverage
 
 
 @dataclass
@@ -62,7 +61,6 @@ class Engine:
     final form.
     plan: the stages of a pipeline; needed where there is one.
     columns: losses that the statistics tell apart.
-    average_decay: decay of a moving average of the weights; 0 keeps none.
     """
 
     def __init__(
@@ -75,7 +73,6 @@ class Engine:
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
         plan: StagePlan | None = None,
         columns: int = 4,
-        average_decay: float = 0.0,
     ) -> None:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
@@ -102,7 +99,6 @@ class Engine:
             )
         flatten_step(self.deepspeed)
         self.zero_stage = config.parallel.zero_stage
-        self.average = WeightAverage(self.model, self.optimizer, groups.data, average_decay) if average_decay else None
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
             if isinstance(module, Stages)
@@ -125,8 +121,6 @@ class Engine:
         totals = totals.to("cpu", non_blocking=True)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
         self._schedule.after_step()
-        if self.average is not None and math.isfinite(norm):  # else the step was left out
-            self.average.update()
         cross_entropy, correct = totals.tolist()
         return StepResult(cross_entropy, correct, norm)
 

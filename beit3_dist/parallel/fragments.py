@@ -16,8 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-AVERAGE = "ema"
-"""Where a moving average of the weights lies beside the moments, in runs that keep one."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +73,19 @@ def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
 
 
 def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
-    """The moments of a fragment, and its average if there is one: views into the state, which must exist."""
+    """The moments of a fragment: views into the state, which must exist."""
     state = inner_optimizer(optimizer).state[fragment.flat]
-    return {key: fragment.slice_of(state[key]) for key in (*MOMENTS, *([AVERAGE] if AVERAGE in state else []))}
+    return {key: fragment.slice_of(state[key]) for key in MOMENTS}
 
 
-def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int, average: bool = False) -> None:
-    """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps: moments zero, and the
-    average, if there is one, the weights as they are."""
+def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int) -> None:
+    """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, its moments zero."""
     inner = inner_optimizer(optimizer)
     for piece in pieces:
         state = inner.state[piece.flat]
         if MOMENTS[0] in state:
             continue
         state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in MOMENTS})
-        if average:
-            state[AVERAGE] = piece.flat.detach().to(torch.float32, copy=True)
         if isinstance(inner, torch.optim.AdamW):
             on_device = inner.defaults.get("fused")
             state["step"] = torch.tensor(float(steps), device=piece.flat.device if on_device else "cpu")

@@ -48,14 +48,14 @@ class BadSamples:
         """`state`: where the run goes on."""
         self._share, self._quarantine = config.data.max_bad_fraction, Path(config.out, "quarantine.jsonl")
         self._mesh = mesh
-        self._samples, self._bad = sum(state.consumed), state.bad_samples
+        self._samples, self._bad = sum(state.consumed.values()), state.bad_samples
         self._recent: deque[int] = deque(maxlen=RECENT_STEPS)
         """Replaced samples of the last steps; none of those before a resume."""
 
     def check(self, state: TrainState) -> None:
         """After a step. Raises RunStopped, on all ranks, when more than `data.max_bad_fraction` of all samples, or of
         those of RECENT_STEPS steps, had to be replaced. Collective where it does."""
-        samples, bad = sum(state.consumed), state.bad_samples
+        samples, bad = sum(state.consumed.values()), state.bad_samples
         in_step, replaced = samples - self._samples, bad - self._bad
         self._samples, self._bad = samples, bad
         self._recent.append(replaced)

@@ -11,6 +11,7 @@ from types import TracebackType
 
 import deepspeed
 import torch
+from torch import Tensor
 
 import beit3_dist
 from beit3_dist.checkpoint import read
@@ -21,7 +22,13 @@ from beit3_dist.command_line import to_yaml
 from beit3_dist.config import TrainingConfig, require
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.parallel.engine import Engine
-from beit3_dist.parallel.fragments import create_optimizer_state, fragments, optimizer_state, refresh_parameters
+from beit3_dist.parallel.fragments import (
+    Fragment,
+    create_optimizer_state,
+    fragments,
+    optimizer_state,
+    refresh_parameters,
+)
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.sharding import sharded_dimension
 from beit3_dist.run.bad_samples import RunStopped
@@ -146,29 +153,33 @@ def whole_checkpoint(
     return whole, replace(read_state(whole, config.model), sources=state.sources)  # as checked at the beginning
 
 
-def _pieces(engine: Engine) -> Iterator[Piece]:
+More = Callable[[Fragment], dict[str, Tensor]]
+"""What a job keeps of a fragment beside weights and moments: suffix of the parameter's name -> view, 1-D."""
+
+
+def _pieces(engine: Engine, more: More | None) -> Iterator[Piece]:
     """What this rank holds, replicated parameters included."""
     mesh, held = engine.mesh, list(fragments(engine.model, engine.optimizer))
-    # There is no state yet where every step so far was skipped.
-    create_optimizer_state(engine.optimizer, held, 0, engine.average is not None)
+    create_optimizer_state(engine.optimizer, held, 0)  # there is none yet where every step so far was skipped
     for fragment in held:
         moments = optimizer_state(engine.optimizer, fragment)
         tensors = {"": fragment.slice_of(fragment.flat.detach())} | {f"/{key}": view for key, view in moments.items()}
+        tensors |= more(fragment) if more else {}
         dimension = sharded_dimension(fragment.name) if mesh.tensor > 1 else None
         cut = None if dimension is None else Cut(dimension, mesh.tensor_rank, mesh.tensor)
         yield Piece(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
 
 
-def contribution(engine: Engine) -> Iterator[Piece]:
+def contribution(engine: Engine, more: More | None = None) -> Iterator[Piece]:
     """What this rank saves, so that over all ranks every element is saved once."""
     mesh = engine.mesh
     if engine.zero_stage > 0 or mesh.data_rank == 0:  # at ZeRO-0 all replicas hold the same
-        yield from (piece for piece in _pieces(engine) if piece.cut is not None or mesh.tensor_rank == 0)
+        yield from (piece for piece in _pieces(engine, more) if piece.cut is not None or mesh.tensor_rank == 0)
 
 
-def load_checkpoint(path: Path, engine: Engine, state: TrainState) -> None:
+def load_checkpoint(path: Path, engine: Engine, state: TrainState, more: More | None = None) -> None:
     """Fills the engine from a checkpoint of any layout. Collective."""
     held = list(fragments(engine.model, engine.optimizer))
-    create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps, average=engine.average is not None)
-    read.load(path, _pieces(engine))
+    create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps)
+    read.load(path, _pieces(engine, more))
     refresh_parameters(engine.model, engine.optimizer, held, engine.groups.data)

@@ -36,9 +36,10 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
     require_divides("the number of ranks", mesh.world, "batch", config.batch)
     check_shared_memory(config, mesh)
     checkpoint, state = starting_point(config)
+    consumed = state.consumed.get("images", 0)
     require(
-        state.consumed[0] == state.step * config.batch,
-        f"batch={config.batch}: {checkpoint} has taken {state.consumed[0]} pictures in {state.step} steps; "
+        consumed == state.step * config.batch,
+        f"batch={config.batch}: {checkpoint} has taken {consumed} pictures in {state.step} steps; "
         "a resumed run keeps its batch",
     )
     teacher = asdict(config.teacher)

@@ -1,44 +1,43 @@
-"""A moving average of the weights (Polyak and Juditsky 1992), kept in fp32 beside Adam's moments.
-
-It lives in the optimizer's state under the key `ema`, one tensor for each tensor that the optimizer steps on, so it is
-sharded, saved and resumed as the moments are.
-"""
+"""A moving average of the weights (Polyak and Juditsky 1992) in fp32, sharded, saved and resumed like the moments."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from beit3_dist.parallel.fragments import AVERAGE, MOMENTS, fragments, inner_optimizer, refresh_parameters
+from beit3_dist.checkpoint.read import AVERAGE
+from beit3_dist.parallel.engine import Engine
+from beit3_dist.parallel.fragments import Fragment, fragments, refresh_parameters
 
 
 class WeightAverage:
     """average <- decay * average + (1 - decay) * weights after every step; it begins with the first step's weights."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, data_group: dist.ProcessGroup, decay: float) -> None:
-        self._model, self._optimizer, self._data_group, self._decay = model, optimizer, data_group, decay
-
-    def _masters(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """What the optimizer steps on, and its state; nothing before the first step."""
-        state = inner_optimizer(self._optimizer).state
-        masters = {id(fragment.flat): fragment.flat for fragment in fragments(self._model, self._optimizer)}
-        for weights in masters.values():
-            if MOMENTS[0] in state[weights]:
-                yield weights, state[weights]
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self._engine, self._decay = engine, decay
+        self._averages: dict[Tensor, Tensor] = {}
+        """Master weights, as the optimizer steps on them -> their average."""
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the step's new weights in."""
-        for weights, state in self._masters():
-            if AVERAGE in state:
-                state[AVERAGE].lerp_(weights.detach().float(), 1 - self._decay)
+        for weights in {fragment.flat for fragment in fragments(self._engine.model, self._engine.optimizer)}:
+            if weights in self._averages:
+                self._averages[weights].lerp_(weights.detach().float(), 1 - self._decay)
             else:
-                state[AVERAGE] = weights.detach().float().clone()
+                self._begin(weights)
+
+    def of_fragment(self, fragment: Fragment) -> dict[str, Tensor]:
+        """What a checkpoint holds of the average: suffix of the parameter's name -> view of this rank's elements."""
+        if fragment.flat not in self._averages:  # every step so far was skipped, or it will be read from a checkpoint
+            self._begin(fragment.flat)
+        return {AVERAGE: fragment.slice_of(self._averages[fragment.flat])}
+
+    def _begin(self, weights: Tensor) -> None:
+        self._averages[weights] = weights.detach().to(torch.float32, copy=True)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -51,10 +50,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for weights, state in self._masters():
-            if AVERAGE in state:
-                average = state[AVERAGE].clone()
-                state[AVERAGE].copy_(weights)
-                weights.data.copy_(average)
-        held = list(fragments(self._model, self._optimizer))
-        refresh_parameters(self._model, self._optimizer, held, self._data_group)
+        engine = self._engine
+        for weights, average in self._averages.items():
+            former = weights.detach().clone()
+            weights.data.copy_(average)
+            average.copy_(former)
+        held = list(fragments(engine.model, engine.optimizer))
+        refresh_parameters(engine.model, engine.optimizer, held, engine.groups.data)

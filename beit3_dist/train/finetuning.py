@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import find
+from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.data.faults import Fault
@@ -26,7 +27,7 @@ from beit3_dist.model.layout import to_device
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
-from beit3_dist.run.checkpointing import load_checkpoint, whole_checkpoint
+from beit3_dist.run.checkpointing import contribution, load_checkpoint, whole_checkpoint
 from beit3_dist.run.preemption import Together, by_itself
 from beit3_dist.run.preflight_finetuning import FinetuneReady
 from beit3_dist.run.records import JsonLines
@@ -35,6 +36,7 @@ from beit3_dist.tasks.base import Normalization, TaskInputs, TaskObjective
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.data.batches import Draw, Examples, TaskBatch, training_places, validation_places
 from beit3_dist.tasks.data.examples import Example
+from beit3_dist.train.averages import WeightAverage
 from beit3_dist.train.feed import StepBatch, timed
 from beit3_dist.train.flops import training_flops
 from beit3_dist.train.loop import train
@@ -60,9 +62,9 @@ def evaluate(job: FineTuning) -> None:
     config = job.config
     groups = connect(job.mesh, patience(config.guards.step_timeout_s))
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
-    engine = job.start_engine(groups)
+    job.start_engine(groups)
     if job.checkpoint is not None:
-        load_checkpoint(job.checkpoint, engine, job.state)
+        job.load(job.checkpoint)
     Path(config.out).mkdir(parents=True, exist_ok=True)
     scores = job.evaluate()
     if scores:
@@ -78,7 +80,7 @@ class FineTuning:
     def __init__(self, config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
         self.config, self.mesh, self.task = config, mesh, ready.task
         self.state, self.checkpoint = ready.state, ready.checkpoint
-        self.samples = (config.batch.size, 0, 0)
+        self.samples = {"examples": config.batch.size}
         self._values, self._validation = ready.values, ready.validation
         self._views, self._mixing = ready.views, ready.mixing
         self._train_data = self._dataset(ready.train, train=True)
@@ -97,16 +99,19 @@ class FineTuning:
             max_pixels=data.max_pixels,
         )
 
-    def start(self, groups: Groups) -> Engine:
-        engine, batch = self.start_engine(groups), self.config.batch
-        places = training_places(
-            self.state.consumed[0], batch.size, batch.accumulation, self.mesh.data_rank, self.mesh.data
-        )
+    @property
+    def _consumed(self) -> int:
+        """Training examples so far; checkpoints of former versions call them images."""
+        return sum(self.state.consumed.values())
+
+    def start(self, groups: Groups) -> None:
+        self.start_engine(groups)
+        batch, mesh = self.config.batch, self.mesh
+        places = training_places(self._consumed, batch.size, batch.accumulation, mesh.data_rank, mesh.data)
         # Tensor ranks read the same examples, each for itself: fine-tuning data are small beside pretraining's.
         self._batches = iter(self._loader(self._train_data, places))
-        return engine
 
-    def start_engine(self, groups: Groups) -> Engine:
+    def start_engine(self, groups: Groups) -> None:
         """The model in this rank's layout. Collective."""
         config, mesh, layers = self.config, self.mesh, self.config.model.layers
         self.task.connect(groups.data)
@@ -125,9 +130,15 @@ class FineTuning:
                 layered_groups(model, config.optim.weight_decay, layers, config.layer_decay, config.head_lr_scale),
             ),
             columns=1,
-            average_decay=config.ema_decay,
         )
-        return self._engine
+        self._average = WeightAverage(self._engine, config.ema_decay) if config.ema_decay else None
+        self._more = self._average.of_fragment if self._average else None
+
+    def pieces(self) -> Iterator[Piece]:
+        return contribution(self._engine, self._more)
+
+    def load(self, checkpoint: Path) -> None:
+        load_checkpoint(checkpoint, self._engine, self.state, self._more)
 
     def _loader(self, data: Examples, places: Iterator[Any]) -> Any:
         pin = self.mesh.device.type == "cuda"
@@ -166,13 +177,16 @@ class FineTuning:
             samples = (0, lengths.repeat(pictures), none)
         flops = training_flops(model, *samples, 0, masked, whole_last_block=True)
         tokens = examples.images.shape[0] * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
-        first = self.state.consumed[0]
-        terms = mix_arrays((examples.places - first).numpy(), examples.ids.numpy())
+        terms = mix_arrays((examples.places - self._consumed).numpy(), examples.ids.numpy())
         hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
         return Totals([count], tokens, flops, len(examples.faults), hash_terms)
 
-    def prepare(self, batch: StepBatch) -> Iterator[tuple[TaskInputs]]:
-        return ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)
+    def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
+        inputs = ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)
+        result = self._engine.train_step(inputs, batch.step_counts, step, lr)
+        if self._average and not result.skipped:
+            self._average.update()
+        return result
 
     def _inputs(self, batch: TaskBatch, words: Tensor, targets: Tensor | None = None) -> TaskInputs:
         move = lambda t: to_device(t, self.mesh.device)  # noqa: E731
@@ -203,8 +217,7 @@ class FineTuning:
 
     def evaluate(self, together: Together = by_itself) -> dict[str, float]:
         """The scores, on the first rank alone, as some metrics start programs; the others wait for it."""
-        average = self._engine.average
-        with nullcontext() if average is None else average.applied():
+        with self._average.applied() if self._average else nullcontext():
             predictions = self._predictions(together)
         scores = self._scores(predictions) if self.mesh.is_first else {}
         self._groups.wait_for_all()

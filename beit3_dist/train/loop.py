@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import TrainingConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.device import prepare_device
-from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
-from beit3_dist.run.checkpointing import Checkpoints, contribution, load_checkpoint, whole_checkpoint
+from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
 from beit3_dist.run.lock import RunLock
@@ -37,14 +38,20 @@ class Job(Protocol):
     """Where the run goes on."""
     checkpoint: Path | None
     """The checkpoint that holds its weights; None: a new run."""
-    samples: tuple[int, int, int]
-    """Images, texts and pairs (fine-tuning: examples, 0, 0) of a step."""
+    samples: dict[str, int]
+    """Stream -> samples of a step."""
 
     @property
     def config(self) -> TrainingConfig: ...
 
-    def start(self, groups: Groups) -> Engine:
-        """The model in this rank's layout; opens the stream of batches behind `state`. Collective."""
+    def start(self, groups: Groups) -> None:
+        """Builds the model in this rank's layout and opens the stream of batches behind `state`. Collective."""
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank saves, so that over all ranks every element is saved once."""
+
+    def load(self, checkpoint: Path) -> None:
+        """Fills what `start` has built from a checkpoint of any layout. Collective."""
 
     def first_faults(self) -> list[Fault]:
         """What the data had to leave out before the first step."""
@@ -52,8 +59,8 @@ class Job(Protocol):
     def next_batch(self, together: Together) -> StepBatch:
         """The next step's micro-batches of this rank, which are read by `together`. Collective."""
 
-    def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
-        """The step's micro-batches as the objective takes them, on the device."""
+    def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
+        """Step number `step` = 0, 1, ...: forward, backward and the optimizer's step. Collective."""
 
     def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl; the step took `step_s` seconds."""
@@ -87,22 +94,22 @@ def _train(job: Job, groups: Groups) -> None:
     state = job.state
     run = RunFolder(Path(config.out), config, mesh, state.step)
     guards = Guards(config, groups, run)
-    engine = job.start(groups)
+    job.start(groups)
     if mesh.is_first and state.step == 0:
         run.quarantine(0, job.first_faults())
     if job.checkpoint is not None:
-        load_checkpoint(job.checkpoint, engine, state)
+        job.load(job.checkpoint)
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
     profiler = StepProfiler(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
-    checkpoints = Checkpoints(config, mesh, job.checkpoint, state.step, lambda: contribution(engine))
+    checkpoints = Checkpoints(config, mesh, job.checkpoint, state.step, job.pieces)
     with profiler, GarbageCollection() as garbage, checkpoints, parting(run, checkpoints, state):
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
             started = time.perf_counter()
             batch = job.next_batch(guards.together)
             lr = learning_rate(step, config.steps, config.optim)
-            result = engine.train_step(job.prepare(batch), batch.step_counts, step, lr)
+            result = job.train_step(batch, step, lr)
 
             state.advance(job.samples, batch.replaced, result.skipped)
             if batch.replaced and mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import requests_from
 from beit3_dist.data.faults import Fault
@@ -21,6 +23,7 @@ from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.run.bad_samples import BadSamples
+from beit3_dist.run.checkpointing import contribution, load_checkpoint
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
 from beit3_dist.train.feed import Feed, StepBatch
@@ -60,9 +63,9 @@ class Pretraining:
     def __init__(self, config: RunConfig, mesh: Mesh, ready: Ready) -> None:
         self.config, self.mesh, self._ready = config, mesh, ready
         self.state, self.checkpoint = ready.state, ready.checkpoint
-        self.samples = (config.batch.images, config.batch.texts, config.batch.pairs)
+        self.samples = {"images": config.batch.images, "texts": config.batch.texts, "pairs": config.batch.pairs}
 
-    def start(self, groups: Groups) -> Engine:
+    def start(self, groups: Groups) -> None:
         config, mesh, ready = self.config, self.mesh, self._ready
         pictures = sum(config.micro_batch(mesh.data)[::2])
         flops = target_flops(ready.image_tokenizer, pictures) if ready.train_codes is None else 0.0
@@ -78,12 +81,18 @@ class Pretraining:
         self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
         self._target_watch = TargetWatch(config.model, mesh)
         self._feed, self._bad_samples = Feed(config, groups), BadSamples(config, mesh, self.state)
-        requests, data, pin = requests_from(self.state.consumed, config.batch), config.data, mesh.device.type == "cuda"
+        images, texts, pairs = (self.state.consumed.get(stream, 0) for stream in self.samples)
+        requests, data = requests_from((images, texts, pairs), config.batch), config.data
         ready.train.restore(self.state.readers, self.state.step > 0)
         self._data_ranks = groups.data
-        reads = self._feed.reads
+        pin, reads = mesh.device.type == "cuda", self._feed.reads
         self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
-        return self._engine
+
+    def pieces(self) -> Iterator[Piece]:
+        return contribution(self._engine)
+
+    def load(self, checkpoint: Path) -> None:
+        load_checkpoint(checkpoint, self._engine, self.state)
 
     def first_faults(self) -> list[Fault]:
         return self._ready.train.faults()
@@ -97,7 +106,10 @@ class Pretraining:
             self.state.readers = furthest([*self.state.readers, *chain(*everyones)])
         return batch
 
-    def prepare(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
+    def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
+        return self._engine.train_step(self._prepared(batch), batch.step_counts, step, lr)
+
+    def _prepared(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
         watched = self._target_watch.is_due(self.state.step + 1)
         for micro_batch in batch.micro_batches:
             tokenize = targets_of(micro_batch, self._ready.train_codes, self._tokenize)

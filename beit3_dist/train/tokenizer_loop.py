@@ -80,7 +80,7 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
             result = engine.train_step(pictures, step, lr)
             replaced, hash_terms, longest_wait_s = agreed(len(batch.faults), batch.ids, waited_s, mesh)
 
-            state.advance((config.batch, 0, 0), replaced, result.skipped)
+            state.advance({"images": config.batch}, replaced, result.skipped)
             if replaced:
                 run.quarantine(state.step, of_all(batch.faults, None))
             if not collapsed and result.usage and result.usage.perplexity < math.exp(COLLAPSED):

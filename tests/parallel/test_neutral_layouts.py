@@ -20,7 +20,7 @@ from tests.parallel.training import MODELS, build, run_config
 from tests.parallel.workers import run_workers
 from tests.unit.test_neutral import write_checkpoint
 
-STATE = TrainState(step=7, consumed=(1, 2, 3))
+STATE = TrainState(step=7, consumed={"images": 1, "texts": 2, "pairs": 3})
 
 
 def load_and_save(groups: Groups, config: RunConfig, source: str, folder: str) -> None:

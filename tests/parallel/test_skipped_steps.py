@@ -43,7 +43,7 @@ class SometimesBad(MaskedDataModeling):
 
 
 def state_of(engine: Engine) -> dict[str, np.ndarray]:
-    """A copy of all that a step changes on this rank, by name: weights, moments, average, the optimizer's counts."""
+    """A copy of all that a step changes on this rank, by name: weights, moments, the optimizer's counts."""
     state: dict[str, np.ndarray] = {}
     for piece in fragments(engine.model, engine.optimizer):
         state[piece.name] = piece.slice_of(piece.flat.detach()).numpy().copy()
@@ -72,7 +72,6 @@ def run(groups: Groups, config: RunConfig, steps: list[int], bad: bool) -> dict[
         plan=plan_stages(config, mesh.data, 0.0) if mesh.pipeline > 1 else None,
         objective=lambda model: SometimesBad(model, config.objective, config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd=False),
-        average_decay=0.9,
     )
     module = engine.deepspeed.module
     objective = getattr(module, "objective", module)

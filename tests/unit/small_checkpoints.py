@@ -16,7 +16,12 @@ from beit3_dist.checkpoint.store import Store, TrainState
 from beit3_dist.config import ModelConfig
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, ffn_width=12, vl_expert_layers=1)
-STATE = TrainState(step=7, consumed=(70, 14, 21), bad_samples=3, sources={"seed": 0, "data.images": {"shards": 2}})
+STATE = TrainState(
+    step=7,
+    consumed={"images": 70, "texts": 14, "pairs": 21},
+    bad_samples=3,
+    sources={"seed": 0, "data.images": {"shards": 2}},
+)
 SHAPES = {"a.weight": (3, 5), "a.bias": (5,), "single": (1,)}
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
 

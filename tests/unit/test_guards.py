@@ -94,24 +94,24 @@ def fault(step: int, shard: str = "a.tar", reason: str = "undecodable picture: 7
 def test_the_report_of_bad_samples_does_without_lines_that_are_not_whole(tmp_path: Path) -> None:
     (tmp_path / "quarantine.jsonl").write_text("\n".join([*[fault(9)] * 3, fault(9)[:30], "", "null", "{}"]) + "\n")
     guard = watched(tmp_path, 0.5, TrainState())
-    guard.check(TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_000))
+    guard.check(TrainState(step=9, consumed={"images": 20_000}, bad_samples=10_000))
     with pytest.raises(RunStopped) as stop:
-        guard.check(TrainState(step=9, consumed=(20_000, 0, 0), bad_samples=10_001))
+        guard.check(TrainState(step=9, consumed={"images": 20_000}, bad_samples=10_001))
     for part in ("10,001 of 20,000 samples", "a.tar (3)", "undecodable picture (3)", "4 of its lines cannot be read"):
         assert part in str(stop.value)
 
 
 def test_data_that_go_bad_late_in_a_run_stop_it_soon(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Half of the samples from step 500,001 on: 3,072 of 6,144 a step, against 61,440 in a thousand steps."""
-    state = TrainState(step=500_000, consumed=(500_000 * 6_144, 0, 0), bad_samples=500_000)
+    state = TrainState(step=500_000, consumed={"images": 500_000 * 6_144}, bad_samples=500_000)
     guard = watched(tmp_path, 0.01, state)
     lines = [*[fault(step, "old.tar", "empty caption") for step in range(9)], fault(500_001), fault(500_020)]
     (tmp_path / "quarantine.jsonl").write_text("\n".join(lines) + "\n")
     for _ in range(20):
-        state.advance((6_144, 0, 0), 3_072)
+        state.advance({"images": 6_144}, 3_072)
         guard.check(state)
     assert len(caplog.messages) == 20 and "step 500001: 3072 bad samples" in caplog.messages[0]
-    state.advance((6_144, 0, 0), 3_072)
+    state.advance({"images": 6_144}, 3_072)
     with pytest.raises(RunStopped, match="64,512 samples .* in steps 500001 to 500021, more than .*6,144,000") as stop:
         guard.check(state)
     assert "most of them in a.tar (2); reasons: undecodable picture (2);" in str(stop.value), "of these steps"
@@ -121,7 +121,7 @@ def test_few_bad_samples_stop_and_warn_at_no_time(tmp_path: Path, caplog: pytest
     state = TrainState()
     guard = watched(tmp_path, 0.01, state)
     for _ in range(2_100):
-        state.advance((200, 0, 0), 2)
+        state.advance({"images": 200}, 2)
         guard.check(state)
     assert caplog.messages == []
 

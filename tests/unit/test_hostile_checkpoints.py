@@ -275,6 +275,8 @@ STATES: dict[str, Any] = {
     "counts in words": {"consumed": ["1", "2", "3"]},
     "no counts": {"consumed": None},
     "negative counts": {"consumed": [-1, 0, 0]},
+    "counts in words by stream": {"consumed": {"images": "1"}},
+    "negative counts by stream": {"consumed": {"images": -1}},
     "skipped steps in words": {"skipped_steps": "many"},
     "readers that are a number": {"readers": 3},
     "readers of words": {"readers": [["a", "b"]]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -12,10 +13,12 @@ from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.image_tokenizer.images import PictureBatch
+from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.bad_samples import RunStopped
 from beit3_dist.run.preemption import AskedToGo, Preempted, by_itself
 from beit3_dist.train import loop, tokenizer_loop
+from beit3_dist.train.finetuning import FineTuning
 
 
 @pytest.fixture
@@ -38,9 +41,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
         checkpoint=CheckpointConfig(every=2),
     )
     parts.job.mesh = Mesh(0, 1, 0, 1, torch.device("cpu"))
-    parts.job.samples = (1, 0, 0)
+    parts.job.samples = {"images": 1}
     parts.job.next_batch().replaced = 0
-    parts.job.start().train_step().skipped = False
+    parts.job.train_step().skipped = False
     parts.job.record.return_value = {"step": 1, "loss": 1.0}
     parts.job.evaluation_due.return_value = False
     parts.reset_mock()
@@ -115,6 +118,16 @@ def test_where_nothing_is_new_nothing_is_saved(parts: Any) -> None:
     with pytest.raises(Preempted, match="after step 0"):
         loop.train(parts.job)
     assert "Checkpoints().save" not in calls_of(parts)
+
+
+def test_a_moving_average_leaves_skipped_steps_out() -> None:
+    """Where the step is not finite, it has changed nothing."""
+    job = FineTuning.__new__(FineTuning)
+    job._engine, job._average = MagicMock(), MagicMock()
+    for norm in (math.nan, 1.0):
+        job._engine.train_step.return_value = StepResult([1.0], [1.0], norm)
+        job.train_step(MagicMock(), 0, 1e-3)
+        assert job._average.update.called == math.isfinite(norm)
 
 
 def test_the_samples_that_end_a_run_are_written_down(parts: Any) -> None:

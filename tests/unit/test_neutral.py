@@ -99,7 +99,7 @@ def test_it_is_a_checkpoint_that_any_layout_loads(tensor: int, data: int, tmp_pa
     """neutral -> what the ranks of a layout hold -> neutral, bit for bit."""
     write_neutral(write_checkpoint(tmp_path / "source", 3, 2), tmp_path / "neutral")
     assert find(str(tmp_path / "neutral"), tmp_path) == tmp_path / "neutral"
-    assert read_state(tmp_path / "neutral", MODEL) == TrainState(step=7, consumed=(1, 2, 3))
+    assert read_state(tmp_path / "neutral", MODEL) == TrainState(step=7, consumed={"images": 1, "texts": 2, "pairs": 3})
     for name, weight in VALUES.items():
         dimension = sharded_dimension(name) if tensor > 1 else None
         for tensor_rank in range(tensor):

@@ -103,8 +103,8 @@ def test_the_target_may_be_strided(checkpoint: Path) -> None:
 def test_advancing_counts_samples() -> None:
     state = TrainState()
     for replaced in (0, 2):
-        state.advance((6, 4, 2), replaced)
-    assert state == TrainState(step=2, consumed=(12, 8, 4), bad_samples=2)
+        state.advance({"images": 6, "texts": 4}, replaced)
+    assert state == TrainState(step=2, consumed={"images": 12, "texts": 8}, bad_samples=2)
 
 
 def test_missing_elements_are_counted(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_only_finite_steps_let_older_checkpoints_go(tmp_path: Path) -> None:
     kept = lambda: sorted(int(p.name[5:]) for p in tmp_path.glob("step_???????"))  # noqa: E731
     to, state = open_store(tmp_path, keep=1), TrainState()
     for step in range(1, 12):
-        state.advance((1, 1, 1), 0, skipped=step > 5)
+        state.advance({"images": 1}, 0, skipped=step > 5)
         if step % 2 == 0:
             to.save(pieces(0, 1), state, MODEL, "", {})
             to.wait()
@@ -220,13 +220,13 @@ def test_only_finite_steps_let_older_checkpoints_go(tmp_path: Path) -> None:
 
     to, state = open_store(tmp_path, keep=1, start=4), TrainState(step=4)
     for _ in range(3):
-        state.advance((1, 1, 1), 0)
+        state.advance({"images": 1}, 0)
         to.vouch(state)
     assert [path.name for path in to.good()] == ["step_0000004"], "6 is of the attempt that went wrong"
     to.save(pieces(0, 1), state, MODEL, "", {})
     to.wait()
     assert kept() == [4, 7] and sorted(p.name[-2:] for p in tmp_path.glob("abandoned_*")) == ["06", "08", "10"]
-    state.advance((1, 1, 1), 0)
+    state.advance({"images": 1}, 0)
     to.vouch(state)
     deadline = time.monotonic() + 10
     while kept() != [7]:
