@@ -14,17 +14,10 @@ import yaml
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from beit3_dist.launched import rank, take_place
-from beit3_dist.leaving import leave_when_asked
+from beit3_dist.leaving import ExitCode, leave_when_asked
 from beit3_dist.recipe import read_recipe
 
 Config = TypeVar("Config")
-
-FAILED = 1
-"""Exit code of a run that an error has ended: started again, it may well go on."""
-MISTAKE = 2
-"""Exit code of a run that was asked for in a way that cannot work."""
-STOPPED = 3
-"""Exit code of a run that ended itself before its last step, where it would end again."""
 
 
 def is_first_process() -> bool:
@@ -37,11 +30,11 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
-def refuse(program: str, error: BaseException | str, exit_code: int = MISTAKE) -> NoReturn:
-    """Ends the process with an exit code; the first process prints the error as one line."""
+def refuse(program: str, error: BaseException | str) -> NoReturn:
+    """Ends the process for a mistake of the user's; the first process prints the error as one line."""
     if is_first_process():
         print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
-    sys.exit(exit_code)
+    sys.exit(ExitCode.MISTAKE)
 
 
 def begin(program: str) -> None:

@@ -17,14 +17,29 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from enum import IntEnum
 from types import FrameType
 from typing import NoReturn
 
 from beit3_dist import launched
 
-PREEMPTED = 75
-"""Exit code of a run that was asked to go, and has saved or had nothing to save yet: it can be started again
-(EX_TEMPFAIL of sysexits.h)."""
+
+class ExitCode(IntEnum):
+    """What a program's end says to whoever has started it; run/endings.py lists how a run comes to each."""
+
+    DONE = 0
+    FAILED = 1
+    """An error has ended it: started again, it may well go on."""
+    MISTAKE = 2
+    """It was asked for in a way that cannot work."""
+    STOPPED = 3
+    """It has ended itself before its last step, where it would end again."""
+    PREEMPTED = 75
+    """It was asked to go, and has saved or had nothing to save yet: it can be started again (EX_TEMPFAIL of
+    sysexits.h)."""
+    INTERRUPTED = 130
+    """Ctrl-C has ended it; the code is a shell's (128 + SIGINT)."""
+
 
 _UNDER_NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, *(() if _UNDER_NOHUP else (signal.SIGHUP,)))
@@ -65,14 +80,14 @@ class _Listener:
         if launched.rank() == 0:  # not by `print`, in the middle of which the signal may have come
             with suppress(OSError):  # nobody may be there to hear it
                 os.write(STDERR, f"{self.program}: asked to go before the training has begun\n".encode())
-        end(PREEMPTED)
+        end(ExitCode.PREEMPTED)
 
 
 _listener: _Listener | None = None
 
 
 def leave_when_asked(program: str) -> None:
-    """From here on a signal to go ends the process at once, with PREEMPTED, wherever it is. In the main thread."""
+    """From here on a signal to go ends the process at once, wherever it is. In the main thread."""
     global _listener
     if _listener is None:
         _listener = _Listener(program)

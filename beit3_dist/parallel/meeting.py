@@ -14,7 +14,6 @@ from threading import Timer
 import torch
 import torch.distributed as dist
 
-from beit3_dist.command_line import FAILED, MISTAKE
 from beit3_dist.launched import ALONE
 
 PATIENCE = timedelta(minutes=10)
@@ -27,9 +26,9 @@ SILENCE_S = 20.0
 class NotMet(Exception):
     """The processes have not found one another; in one line."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+
+class PortInUse(NotMet):
+    """Another program has the port at which they were to meet."""
 
 
 def meet(backend: str, rank: int, world: int, device: torch.device | None) -> None:
@@ -71,17 +70,15 @@ def _telling(who: str, what: str) -> Iterator[None]:
 
 
 def _not_met(error: Exception, rank: int, world: int) -> NotMet:
-    """What has kept the processes from meeting, with the remedy. A port that is taken is a mistake of the command."""
+    """What has kept the processes from meeting, with the remedy."""
     port, reason = os.environ["MASTER_PORT"], str(error).partition("\n")[0]
     if errno.errorcode[errno.EADDRINUSE] in reason or "address already in use" in reason.lower():
-        return NotMet(
+        return PortInUse(
             f"MASTER_PORT={port} is in use on {socket.gethostname()}, perhaps by another run: choose another one, by "
-            "--master_port of the launcher or by MASTER_PORT",
-            MISTAKE,
+            "--master_port of the launcher or by MASTER_PORT"
         )
     return NotMet(
         f"rank {rank} of {world} on {socket.gethostname()} has waited in vain for {_waited_for(rank, world)} "
         f"({reason[:300]}): the launcher must start every rank, and they must reach MASTER_ADDR and MASTER_PORT; "
-        f"{ALONE}",
-        FAILED,
+        f"{ALONE}"
     )

@@ -31,7 +31,7 @@ from beit3_dist.parallel.fragments import (
 )
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.sharding import sharded_dimension
-from beit3_dist.run.bad_samples import RunStopped
+from beit3_dist.run.endings import RunStopped
 
 
 class Checkpoints(AbstractContextManager["Checkpoints"]):

@@ -1,8 +1,8 @@
 """When one process fails: all end within seconds, and the first error is what is shown last.
 
 A process that fails leaves the others waiting in a collective, for NCCL half an hour long. So it puts a mark into the
-key-value store through which the processes found one another. Every process looks there once a second (watchdog.py)
-and ends silently when it sees the mark; the errors that its death causes elsewhere are only consequences and are
+key-value store through which the processes found one another. Every process's watchdog looks there once a second, and
+ends it silently when it sees the mark; the errors that its death causes elsewhere are only consequences and are
 kept out of the terminal. The process that failed first waits for the others to go, and then prints its error. The
 store lives in the first process, which therefore lets the others go before it.
 """
@@ -22,14 +22,13 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from beit3_dist.command_line import FAILED
 from beit3_dist.leaving import end
 
 WAIT_S = 5.0
 """How long a process waits for the others to be gone, and for an answer of the store."""
 
-ending = threading.Event()
-"""Set once this process ends because of its own failure."""
+ends_by_itself = threading.Event()
+"""Set once this process ends for a reason of its own, so that its watchdog has nothing to end any more."""
 
 _one_thread = threading.Lock()
 """Held from then on: while one thread ends the process, the end of the others may break what another thread is in."""
@@ -95,11 +94,11 @@ def failure_board() -> FailureBoard:
     return FailureBoard()
 
 
-def end_after_failure(message: str, exit_code: int = FAILED) -> NoReturn:
+def end_after_failure(message: str, exit_code: int) -> NoReturn:
     """Ends this process at once, in whatever state it is, and all others with the same code; prints the message if no
     other process failed before it."""
     _one_thread.acquire()  # for ever: a second thread waits here until the process is gone
-    ending.set()
+    ends_by_itself.set()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends us when it sees another one end
     if _is_first(exit_code):
@@ -107,7 +106,7 @@ def end_after_failure(message: str, exit_code: int = FAILED) -> NoReturn:
     end_now(exit_code)
 
 
-def end_now(exit_code: int = FAILED) -> NoReturn:
+def end_now(exit_code: int) -> NoReturn:
     """Ends this process without Python's orderly end, which would wait for threads and collectives, some for ever."""
     logging.shutdown()
     sys.stdout.flush()

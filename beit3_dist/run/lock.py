@@ -17,9 +17,8 @@ import torch.distributed as dist
 
 from beit3_dist.config import TrainingConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig
-from beit3_dist.run.bad_samples import RunStopped
 from beit3_dist.run.checkpointing import starting_point
-from beit3_dist.run.preemption import Preempted
+from beit3_dist.run.endings import FolderInUse, Preempted, RunStopped
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What a file system answers that has no locks, as Lustre does that is mounted without `flock`."""
@@ -28,10 +27,6 @@ LEASE_S = 180.0
 """After so many seconds a file server has given up the locks of a node that has died, and of no other (NFS: 90)."""
 
 log = logging.getLogger(__name__)
-
-
-class FolderInUse(ValueError):
-    """OUT belongs to another run for now."""
 
 
 class RunLock(AbstractContextManager["RunLock"]):

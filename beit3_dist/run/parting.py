@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from beit3_dist.checkpoint.store import TrainState
-from beit3_dist.run.bad_samples import RunStopped
 from beit3_dist.run.checkpointing import Checkpoints
+from beit3_dist.run.endings import Preempted, RunStopped
 from beit3_dist.run.folder import RunFolder
-from beit3_dist.run.preemption import AskedToGo, Preempted
+from beit3_dist.run.preemption import AskedToGo
 
 
 @contextmanager

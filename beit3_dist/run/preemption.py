@@ -19,17 +19,13 @@ import torch.distributed as dist
 
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.leaving import ignore, when_asked
-from beit3_dist.run.bad_samples import RunStopped
+from beit3_dist.run.endings import RunStopped
 from beit3_dist.run.failure import failure_board
 
 Read = TypeVar("Read")
 
 READ, ASKED, FAILED = range(3)
 """What has become of a process's reading; the worst of all is what all act on."""
-
-
-class Preempted(Exception):
-    """The run was asked to go, and has saved where it was."""
 
 
 class AskedToGo(Exception):

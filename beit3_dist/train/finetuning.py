@@ -28,10 +28,10 @@ from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.run.checkpointing import contribution, load_checkpoint, whole_checkpoint
+from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.preemption import Together, by_itself
 from beit3_dist.run.preflight_finetuning import FinetuneReady
 from beit3_dist.run.records import JsonLines
-from beit3_dist.run.watchdog import patience
 from beit3_dist.tasks.base import Normalization, TaskInputs, TaskObjective
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.data.batches import Draw, Examples, TaskBatch, training_places, validation_places
@@ -81,6 +81,7 @@ class FineTuning:
         self.config, self.mesh, self.task = config, mesh, ready.task
         self.state, self.checkpoint = ready.state, ready.checkpoint
         self.samples = {"examples": config.batch.size}
+        self.max_bad_fraction: float | None = None
         self._values, self._validation = ready.values, ready.validation
         self._views, self._mixing = ready.views, ready.mixing
         self._train_data = self._dataset(ready.train, train=True)
@@ -251,9 +252,6 @@ class FineTuning:
         flag = torch.tensor(int(done), device=self.mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)
-
-    def check(self) -> None:
-        """Nothing stops a fine-tuning run but its own guards."""
 
     def finish(self) -> None:
         """The last checkpoint's weights (their average, where there is one) as a folder for inference. Collective: the

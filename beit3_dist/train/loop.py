@@ -18,10 +18,10 @@ from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
+from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.lock import RunLock
 from beit3_dist.run.parting import check_finished, parting
 from beit3_dist.run.preemption import Together, by_itself
-from beit3_dist.run.watchdog import patience
 from beit3_dist.train.feed import StepBatch
 from beit3_dist.train.garbage import GarbageCollection
 from beit3_dist.train.profiling import StepProfiler
@@ -40,6 +40,8 @@ class Job(Protocol):
     """The checkpoint that holds its weights; None: a new run."""
     samples: dict[str, int]
     """Stream -> samples of a step."""
+    max_bad_fraction: float | None
+    """The run stops itself where a larger share of its samples had to be replaced; None: at no share."""
 
     @property
     def config(self) -> TrainingConfig: ...
@@ -72,9 +74,6 @@ class Job(Protocol):
         """Held-out validation, whose samples are read by `together`; the first rank's scores are recorded, where there
         are any. Collective."""
 
-    def check(self) -> None:
-        """Raises RunStopped where the run should not go on."""
-
     def finish(self) -> None:
         """After the last step, its checkpoint whole: writes what else the run leaves. Collective."""
 
@@ -93,7 +92,7 @@ def _train(job: Job, groups: Groups) -> None:
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     state = job.state
     run = RunFolder(Path(config.out), config, mesh, state.step)
-    guards = Guards(config, groups, run)
+    guards = Guards(config, groups, run, state, job.max_bad_fraction)
     job.start(groups)
     if mesh.is_first and state.step == 0:
         run.quarantine(0, job.first_faults())
@@ -117,7 +116,7 @@ def _train(job: Job, groups: Groups) -> None:
                 run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, time.perf_counter() - started)
             run.step(record | {"skipped": int(result.skipped)})
-            guards.check(state, batch.micro_batches, record["loss"], checkpoints)
+            guards.check_step(state, batch.micro_batches, record["loss"], checkpoints)
             if state.step % config.checkpoint.every == 0 or state.step == config.steps:
                 run.sync()
                 checkpoints.save(state)
@@ -129,7 +128,7 @@ def _train(job: Job, groups: Groups) -> None:
                 # The last one is part of what the run leaves: nobody can go on to it.
                 if scores := job.evaluate(by_itself if is_last else guards.together):
                     run.evaluation({"step": state.step} | scores)
-            job.check()
+            guards.check_samples(state)
             profiler.step()
             garbage.after(state.step)
     if state.step == config.steps:

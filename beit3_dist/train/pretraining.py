@@ -22,7 +22,6 @@ from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.run.bad_samples import BadSamples
 from beit3_dist.run.checkpointing import contribution, load_checkpoint
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
@@ -64,6 +63,7 @@ class Pretraining:
         self.config, self.mesh, self._ready = config, mesh, ready
         self.state, self.checkpoint = ready.state, ready.checkpoint
         self.samples = {"images": config.batch.images, "texts": config.batch.texts, "pairs": config.batch.pairs}
+        self.max_bad_fraction: float | None = config.data.max_bad_fraction
 
     def start(self, groups: Groups) -> None:
         config, mesh, ready = self.config, self.mesh, self._ready
@@ -80,7 +80,7 @@ class Pretraining:
         )
         self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
         self._target_watch = TargetWatch(config.model, mesh)
-        self._feed, self._bad_samples = Feed(config, groups), BadSamples(config, mesh, self.state)
+        self._feed = Feed(config, groups)
         images, texts, pairs = (self.state.consumed.get(stream, 0) for stream in self.samples)
         requests, data = requests_from((images, texts, pairs), config.batch), config.data
         ready.train.restore(self.state.readers, self.state.step > 0)
@@ -132,6 +132,3 @@ class Pretraining:
 
     def finish(self) -> None:
         """Its checkpoints are all that pretraining leaves."""
-
-    def check(self) -> None:
-        self._bad_samples.check(self.state)

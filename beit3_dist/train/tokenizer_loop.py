@@ -18,14 +18,13 @@ from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.drawing import mosaic, nearest_patches, sheet
 from beit3_dist.image_tokenizer.network import save_vqkd
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
-from beit3_dist.run.bad_samples import BadSamples
 from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
+from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.lock import RunLock
 from beit3_dist.run.parting import check_finished, parting
 from beit3_dist.run.preflight_image_tokenizer import TokenizerReady
-from beit3_dist.run.watchdog import patience
 from beit3_dist.train.feed import timed
 from beit3_dist.train.metrics import peak_memory_gb
 from beit3_dist.train.schedule import learning_rate
@@ -51,7 +50,7 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
     checkpoint, state = whole_checkpoint(config, ready.checkpoint, ready.state)
     out = Path(config.out)
     run = RunFolder(out, config, mesh, state.step)
-    guards = Guards(config, groups, run)
+    guards = Guards(config, groups, run, state, config.data.max_bad_fraction)
     engine = TokenizerEngine(config, mesh, ready.teacher)
     if checkpoint is not None:
         engine.create_moments(state.step - state.skipped_steps)
@@ -60,7 +59,7 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
     elif mesh.is_first:
         run.quarantine(0, ready.train.stream.faults)  # what the shards' indexes had to leave out
     cuda = mesh.device.type == "cuda"
-    steps, bad_samples = range(state.step, config.steps), BadSamples(config, mesh, state)
+    steps = range(state.step, config.steps)
     batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
 
     pieces = lambda: engine.pieces() if mesh.is_first else ()  # noqa: E731
@@ -97,7 +96,7 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
                 | {"data_wait_s": longest_wait_s, "step_s": seconds, "memory_gb": peak_memory_gb(mesh.device)}
                 | {"replaced_samples": replaced, "sample_hash": f"{hash_terms % (1 << 64):016x}"}
             )
-            guards.check(state, [batch], result.loss, checkpoints)
+            guards.check_step(state, [batch], result.loss, checkpoints)
             is_last = state.step == config.steps
             if mesh.is_first and config.pictures_every and (state.step % config.pictures_every == 0 or is_last):
                 patches = nearest_patches(engine.tokenizer, [pictures])
@@ -109,7 +108,7 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
                 checkpoints.save(state)
             else:
                 checkpoints.check(state)
-            bad_samples.check(state)
+            guards.check_samples(state)
     guards.close()
     run.close()
     check_finished(state, config.steps)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from beit3_dist.checkpoint.find import find, read_manifest
-from beit3_dist.command_line import STOPPED
 from beit3_dist.config import CheckpointConfig, RunConfig
+from beit3_dist.leaving import ExitCode
 from tests.integration.runs import metrics, reproducible, run_config, start, train, write_recipe
 from tests.parallel.workers import free_port, run_workers
 
@@ -80,6 +80,6 @@ def test_a_full_disk_under_the_records_stops_all_processes_with_one_line(tmp_pat
                     str(free_port()), "launchers/pretrain.py", "--config", str(recipe), "--checkpoint.resume",
                     "auto")  # fmt: skip
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == STOPPED and "Traceback" not in output, output
+    assert process.returncode == ExitCode.STOPPED and "Traceback" not in output, output
     told = f"error: {metrics_file}: No space left on device: make room, then go on with --checkpoint.resume auto"
     assert output.count(told) == 1, output

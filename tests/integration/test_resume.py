@@ -18,7 +18,7 @@ from beit3_dist.checkpoint.find import find, read_manifest
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.config import CheckpointConfig, ParallelConfig, RunConfig
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.run.bad_samples import RunStopped
+from beit3_dist.run.endings import RunStopped
 from beit3_dist.train.pretraining import Pretraining
 from tests.integration.runs import (
     REPOSITORY,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from beit3_dist.parallel import mesh
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
-from beit3_dist.run.watchdog import BACKSTOP_S, FIRST_STEP, patience
+from beit3_dist.run.guards.watchdog import BACKSTOP_S, FIRST_STEP, patience
 from tests.parallel.workers import Workers
 
 WORLD = [0, 1, 2, 3]

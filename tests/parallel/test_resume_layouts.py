@@ -12,8 +12,8 @@ import torch
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import BatchConfig, CheckpointConfig, ParallelConfig, RunConfig
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.run.endings import Preempted
 from beit3_dist.run.guards import Guards
-from beit3_dist.run.preemption import Preempted
 from tests.equality import assert_close
 from tests.integration.runs import metrics, run_config, train
 from tests.parallel.workers import run_workers

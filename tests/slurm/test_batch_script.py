@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3_dist.command_line import FAILED, MISTAKE, STOPPED
-from beit3_dist.leaving import PREEMPTED
+from beit3_dist.leaving import ExitCode
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = {
@@ -79,19 +78,19 @@ def cluster(tmp_path: Path) -> Cluster:
 
 
 def test_a_busy_controller_is_asked_again(cluster: Cluster) -> None:
-    job = cluster.job(PREEMPTED, SQUEUE_FAILS="2", REQUEUE_FAILS="3")
-    assert job.returncode == PREEMPTED and "error" not in job.stderr
+    job = cluster.job(ExitCode.PREEMPTED, SQUEUE_FAILS="2", REQUEUE_FAILS="3")
+    assert job.returncode == ExitCode.PREEMPTED and "error" not in job.stderr
     assert (cluster.count("squeue"), cluster.count("scontrol requeue")) == (6, 4), "the last one was taken"
 
 
 def test_a_controller_that_never_answers_is_given_up(cluster: Cluster) -> None:
-    job = cluster.job(PREEMPTED, REQUEUE_FAILS="1000")
-    assert job.returncode == PREEMPTED and "sbatch it again" in job.stderr.splitlines()[-1]
+    job = cluster.job(ExitCode.PREEMPTED, REQUEUE_FAILS="1000")
+    assert job.returncode == ExitCode.PREEMPTED and "sbatch it again" in job.stderr.splitlines()[-1]
     assert cluster.count("scontrol requeue") == 30
 
 
 def test_a_job_that_is_being_cancelled_stays_so(cluster: Cluster) -> None:
-    assert cluster.job(PREEMPTED, JOB_STATE="COMPLETING").returncode == PREEMPTED
+    assert cluster.job(ExitCode.PREEMPTED, JOB_STATE="COMPLETING").returncode == ExitCode.PREEMPTED
     assert cluster.count("scontrol requeue") == 0
 
 
@@ -113,14 +112,14 @@ KILLED = 128 + 9
     ("code", "saved", "signal", "requeued"),
     [
         (0, "step_0002000", "", False),
-        (PREEMPTED, "", "", True),
-        (MISTAKE, "step_0002000", "", False),
-        (STOPPED, "step_0002000", "", False),
-        (STOPPED, "step_0002000", "USR1", False),
-        (FAILED, "step_0002000", "", True),
+        (ExitCode.PREEMPTED, "", "", True),
+        (ExitCode.MISTAKE, "step_0002000", "", False),
+        (ExitCode.STOPPED, "step_0002000", "", False),
+        (ExitCode.STOPPED, "step_0002000", "USR1", False),
+        (ExitCode.FAILED, "step_0002000", "", True),
         (KILLED, "step_0002000", "", True),
-        (FAILED, "", "", False),
-        (FAILED, "step_0001000", "", False),  # as before
+        (ExitCode.FAILED, "", "", False),
+        (ExitCode.FAILED, "step_0001000", "", False),  # as before
         (KILLED, "", "USR1", True),  # some ended before the others knew
     ],
 )
@@ -133,5 +132,5 @@ def test_who_goes_back_into_the_queue(code: int, saved: str, signal: str, requeu
 
 
 def test_the_first_checkpoint_is_a_new_one(cluster: Cluster) -> None:
-    assert cluster.job(FAILED, SAVED="step_0001000").returncode == FAILED
+    assert cluster.job(ExitCode.FAILED, SAVED="step_0001000").returncode == ExitCode.FAILED
     assert cluster.count("scontrol requeue") == 1

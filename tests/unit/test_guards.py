@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from beit3_dist.checkpoint.store import TrainState
-from beit3_dist.config import DataConfig, GuardConfig, RunConfig
+from beit3_dist.config import GuardConfig
 from beit3_dist.leaving import SIGNALS
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.bad_samples import BadSamples, RunStopped
-from beit3_dist.run.guards import last_losses
+from beit3_dist.run.endings import RunStopped
+from beit3_dist.run.guards.bad_samples import BadSamples
+from beit3_dist.run.guards.spikes import SpikeMonitor, last_losses
 from beit3_dist.run.preemption import AskedToGo, StopRequest, interrupt_main_thread
-from beit3_dist.run.spikes import SpikeMonitor
 
 
 def falling_losses(steps: int) -> list[float]:
@@ -82,9 +82,7 @@ def same_signals() -> Iterator[None]:
 
 
 def watched(folder: Path, share: float, state: TrainState) -> BadSamples:
-    data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar", max_bad_fraction=share)
-    config = RunConfig(out=str(folder), data=data, image_tokenizer="i", text_tokenizer="t")
-    return BadSamples(config, Mesh(0, 1, 0, 1, torch.device("cpu")), state)
+    return BadSamples(share, folder, Mesh(0, 1, 0, 1, torch.device("cpu")), state)
 
 
 def fault(step: int, shard: str = "a.tar", reason: str = "undecodable picture: 7 bytes") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -20,14 +22,16 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from beit3_dist import launched, leaving
-from beit3_dist.command_line import FAILED, STOPPED
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
-from beit3_dist.leaving import PREEMPTED, SIGNALS
+from beit3_dist.leaving import SIGNALS, ExitCode
 from beit3_dist.run import launch as module
-from beit3_dist.run.bad_samples import RunStopped
+from beit3_dist.run.endings import ENDINGS, STARTED_AGAIN, FolderInUse, RunStopped, ending_of
 from beit3_dist.run.launch import launch
-from beit3_dist.run.lock import FolderInUse
+
+REPOSITORY = Path(__file__).parents[2]
+README = (REPOSITORY / "README.md").read_text()
+SBATCH = (REPOSITORY / "launchers" / "slurm" / "pretrain.sbatch").read_text()
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +100,9 @@ def failing_run(kind: str) -> None:
     launch("program", lambda: None, train)
 
 
-@pytest.mark.parametrize(("kind", "code"), [("error", FAILED), ("interrupt", module.INTERRUPTED), ("stop", STOPPED)])
+@pytest.mark.parametrize(
+    ("kind", "code"), [("error", ExitCode.FAILED), ("interrupt", ExitCode.INTERRUPTED), ("stop", ExitCode.STOPPED)]
+)
 def test_a_run_of_one_process_ends_after_an_error_an_interrupt_and_by_itself(kind: str, code: int) -> None:
     result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=300)
     assert result.returncode == code, result.stderr
@@ -122,11 +128,11 @@ def behind(error: OSError) -> RuntimeError:
 @pytest.mark.parametrize(
     ("error", "said", "code"),
     [
-        (FULL, "program: error: run/metrics.jsonl: No space left on device: make room, then", STOPPED),
-        (behind(OSError(errno.EDQUOT, "Disk quota exceeded", "a")), "program: error: a: Disk quota exceeded:", STOPPED),
-        (WorkerKilled("loader process 7 was killed by SIGKILL"), "program: error: loader process 7 was killed", FAILED),
-        (StreamFailed("example a.jpg cannot be evaluated"), "program: error: example a.jpg cannot be", STOPPED),
-        (OSError(errno.EIO, "Input/output error", "a"), "Traceback", FAILED),
+        (FULL, "program: error: run/metrics.jsonl: No space left on device: make room, then", ExitCode.STOPPED),
+        (behind(OSError(errno.EDQUOT, "Disk quota exceeded", "a")), "program: error: a: Disk quota", ExitCode.STOPPED),
+        (WorkerKilled("loader process 7 was killed by SIGKILL"), "program: error: loader process 7", ExitCode.FAILED),
+        (StreamFailed("example a.jpg cannot be evaluated"), "program: error: example a.jpg", ExitCode.STOPPED),
+        (OSError(errno.EIO, "Input/output error", "a"), "Traceback", ExitCode.FAILED),
     ],
     ids=["full disk", "quota", "killed worker", "validation example", "another error"],
 )
@@ -134,9 +140,22 @@ def test_what_tells_all_is_told_in_one_line_with_its_exit_code(error: Exception,
     try:
         raise error
     except Exception as caught:
-        words, found = module._last_words("program", caught)
-    assert words.startswith(said) and found == code
+        ending, told = ending_of(caught)
+        words = module._last_words("program", ending, told)
+    assert words.startswith(said) and ending.exit_code == code
     assert ("\n" in words) == (said == "Traceback")
+
+
+def test_every_way_in_which_a_run_ends_is_in_the_readme_and_in_the_batch_script() -> None:
+    """With its exit code, and a job of Slurm's is started again where that is worth it."""
+    words = README.partition("Exit codes: ")[2].partition(".")[0]
+    assert {0, *map(int, re.findall(r"(\d+) [a-zC]", words))} == {*ExitCode}
+    assert {ending.exit_code for ending in ENDINGS} == {*ExitCode}
+    codes = re.findall(r"(\w+)=(\d+)", SBATCH.partition(" # exit codes of")[0].rpartition("\n")[2])
+    numbers = {"0": 0, **{f'"${name}"': int(code) for name, code in codes}}
+    ((ends, requeued),) = re.findall(r"^(0 \| .*)\) ;;\n(.*)\) requeue ;;$", SBATCH, re.M)
+    assert {numbers[name] for name in ends.split(" | ")} == {*ExitCode} - {*STARTED_AGAIN, ExitCode.INTERRUPTED}
+    assert numbers[requeued] in STARTED_AGAIN
 
 
 def test_a_run_that_stops_itself_leaves_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,14 +164,14 @@ def test_a_run_that_stops_itself_leaves_no_process_group(monkeypatch: pytest.Mon
     monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(module.dist, "barrier", lambda: calls.append("met"))
     monkeypatch.setattr(module.dist, "destroy_process_group", lambda: calls.append("destroyed"))
-    monkeypatch.setattr(module, "ending", threading.Event())
+    monkeypatch.setattr(module, "ends_by_itself", threading.Event())
 
     def train(_: None) -> NoReturn:
         raise RunStopped("too many bad samples")
 
     with pytest.raises(SystemExit) as exit_:
         launch("program", lambda: None, train)
-    assert exit_.value.code == STOPPED and calls == ["met", "destroyed"]
+    assert exit_.value.code == ExitCode.STOPPED and calls == ["met", "destroyed"]
 
 
 def saying_run(kind: str) -> None:
@@ -173,7 +192,12 @@ def saying_run(kind: str) -> None:
 @pytest.mark.parametrize("how", [">/dev/full 2>&1", ">&- 2>&-", "2>&1 | true; exit ${PIPESTATUS[0]}"])
 def test_a_terminal_that_takes_nothing_changes_no_exit_code(how: str) -> None:
     """The disk of its log is full, it was never there, or its reader has gone."""
-    ends = {"says": 0, "says and stops": STOPPED, "says and fails": FAILED, "earlier": PREEMPTED}
+    ends = {
+        "says": 0,
+        "says and stops": ExitCode.STOPPED,
+        "says and fails": ExitCode.FAILED,
+        "earlier": ExitCode.PREEMPTED,
+    }
     command = f"{sys.executable} {__file__}"
     started = {kind: subprocess.Popen(["bash", "-c", f"{command} '{kind}' {how}"]) for kind in ends}
     assert {kind: process.wait(300) for kind, process in started.items()} == ends
@@ -200,7 +224,7 @@ def preempted_run(kind: str) -> None:
 def test_a_process_that_prepares_goes_when_it_is_asked(kind: str) -> None:
     """Hours of indexing under Slurm: the time limit must find a job that is back in the queue."""
     result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=300)
-    assert result.returncode == PREEMPTED, result.stderr
+    assert result.returncode == ExitCode.PREEMPTED, result.stderr
     assert result.stderr.endswith("program: asked to go before the training has begun\n")
 
 
@@ -221,7 +245,7 @@ def waiting_run(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["lock", "store"])
 def test_between_preparation_and_training_a_process_goes_as_well(kind: str) -> None:
     result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=60)
-    assert result.returncode == PREEMPTED, result.stderr
+    assert result.returncode == ExitCode.PREEMPTED, result.stderr
     assert result.stderr.endswith("program: asked to go before the training has begun\n")
 
 

@@ -93,12 +93,13 @@ def test_tools_speak_whatever_is_left_over(tmp_path: Path) -> None:
 MEET = """\
 import sys
 from beit3_dist.parallel import meeting
+from beit3_dist.run.endings import ending_of
 meeting.SILENCE_S, meeting.PATIENCE = 0.5, meeting.timedelta(seconds=4)
 try:
     meeting.meet("gloo", int(sys.argv[1]), 2, None)
 except meeting.NotMet as trouble:
     print(trouble)
-    sys.exit(trouble.exit_code)
+    sys.exit(ending_of(trouble)[0].exit_code)
 """
 
 

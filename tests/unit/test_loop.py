@@ -15,8 +15,8 @@ from beit3_dist.data.faults import Fault
 from beit3_dist.image_tokenizer.images import PictureBatch
 from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.bad_samples import RunStopped
-from beit3_dist.run.preemption import AskedToGo, Preempted, by_itself
+from beit3_dist.run.endings import Preempted, RunStopped
+from beit3_dist.run.preemption import AskedToGo, by_itself
 from beit3_dist.train import loop, tokenizer_loop
 from beit3_dist.train.finetuning import FineTuning
 
@@ -71,7 +71,7 @@ def test_so_they_are_where_the_image_tokenizer_is_trained(
 ) -> None:
     """And codes that have become one are told once."""
     parts = MagicMock()
-    names = "connect RunLock whole_checkpoint RunFolder Guards TokenizerEngine loader BadSamples Checkpoints agreed"
+    names = "connect RunLock whole_checkpoint RunFolder Guards TokenizerEngine loader Checkpoints agreed"
     for name in [*names.split(), "record", "save_vqkd", "learning_rate"]:
         monkeypatch.setattr(tokenizer_loop, name, getattr(parts, name))
     parts.Checkpoints.return_value.__exit__.return_value = False

@@ -19,8 +19,8 @@ import pytest
 
 from beit3_dist.config import CheckpointConfig, DataConfig, RunConfig
 from beit3_dist.run import lock as run_lock
-from beit3_dist.run.bad_samples import RunStopped
-from beit3_dist.run.lock import FolderInUse, RunLock
+from beit3_dist.run.endings import FolderInUse, RunStopped
+from beit3_dist.run.lock import RunLock
 from beit3_dist.train import loop, tokenizer_loop
 from tests.unit.small_checkpoints import MODEL, save
 from tests.unit.small_checkpoints import one_process as one_process

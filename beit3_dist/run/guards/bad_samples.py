@@ -1,25 +1,22 @@
-"""When a run has to stop by itself."""
+"""Samples that had to be replaced: too many of them end the run, with the shards and reasons that are most frequent."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.store import TrainState
-from beit3_dist.config import RunConfig
-from beit3_dist.data.faults import Fault
-from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.run.endings import RunStopped
 
 log = logging.getLogger(__name__)
 
 FEWEST_SAMPLES = 10_000
-"""A share of bad samples is taken of at least so many, or one bad picture could stop a run at its first step."""
+"""A share of bad samples is taken of at least so many, or one bad image could stop a run at its first step."""
 
 RECENT_STEPS = 1_000
 """The share is taken of so many steps, too: late in a run, that of all steps would hide for days that half of the data
@@ -32,22 +29,12 @@ SHOWN = 3
 """Shards and reasons that the report of a stopped run names."""
 
 
-class RunStopped(RuntimeError):
-    """The run ended itself for a reason that its message tells the user; nothing is wrong with the program."""
-
-    def __init__(self, message: str, faults: Sequence[Fault] = ()) -> None:
-        """`faults`: the samples that it ended for, where they are in no step's record yet."""
-        super().__init__(message)
-        self.faults = list(faults)
-
-
 class BadSamples:
     """Watches, step by step, how many samples have to be replaced."""
 
-    def __init__(self, config: RunConfig | TokenizerConfig, mesh: Mesh, state: TrainState) -> None:
-        """`state`: where the run goes on."""
-        self._share, self._quarantine = config.data.max_bad_fraction, Path(config.out, "quarantine.jsonl")
-        self._mesh = mesh
+    def __init__(self, share: float, out: Path, mesh: Mesh, state: TrainState) -> None:
+        """`share`: data.max_bad_fraction. `state`: where the run goes on."""
+        self._share, self._quarantine, self._mesh = share, out / "quarantine.jsonl", mesh
         self._samples, self._bad = sum(state.consumed.values()), state.bad_samples
         self._recent: deque[int] = deque(maxlen=RECENT_STEPS)
         """Replaced samples of the last steps; none of those before a resume."""

@@ -11,10 +11,10 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from beit3_dist.command_line import FAILED
 from beit3_dist.parallel.meeting import PATIENCE
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.failure import end_after_failure, end_now, ending, failure_board, leave_after_another
+from beit3_dist.run.endings import ANOTHER_FAILED, HANGING_STEP
+from beit3_dist.run.failure import end_after_failure, end_now, ends_by_itself, failure_board, leave_after_another
 from beit3_dist.run.preemption import interrupt_main_thread
 
 FIRST_STEP = 3
@@ -68,20 +68,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         asked = False
-        while not self._closed.wait(LOOK_S) and not ending.is_set():
+        while not self._closed.wait(LOOK_S) and not ends_by_itself.is_set():
             if time.monotonic() > self._deadline:
                 self._end_hanging_step()
             try:
                 if self._board and not asked and self._board.is_asked_to_go():
                     asked = True
                     interrupt_main_thread()
-                if self._board and self._board.is_posted() and not ending.is_set():
+                if self._board and self._board.is_posted() and not ends_by_itself.is_set():
                     self._end_with_the_others()
             except RuntimeError as error:
-                if not self._closed.wait(GONE_S) and not ending.is_set():
+                if not self._closed.wait(GONE_S) and not ends_by_itself.is_set():
                     logging.error("the process that holds the store is gone (%s): ending this one", error)
                     self._dump()
-                    end_now()
+                    end_now(ANOTHER_FAILED.exit_code)
                 return
 
     def _end_hanging_step(self) -> None:
@@ -92,12 +92,12 @@ class Watchdog:
             f"{Path(self._stacks.name).parent}/rank*.log"
         )
         logging.error(message)  # into this process's log only
-        end_after_failure(message)
+        end_after_failure(message, HANGING_STEP.exit_code)
 
     def _end_with_the_others(self) -> None:
         logging.error("another process has failed: ending this one")
         self._dump()
-        exit_code = FAILED
+        exit_code: int = ANOTHER_FAILED.exit_code
         with suppress(RuntimeError):
             assert self._board is not None
             exit_code = self._board.exit_code()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
 from statistics import median
+
+from beit3_dist.run.records import from_the_end
 
 SIGMA = 1.4826
 """Standard deviation of a normal distribution over its median distance from the median."""
@@ -39,3 +44,12 @@ class SpikeMonitor:
                 )
         self._losses.append(loss)
         return warning
+
+
+def last_losses(metrics: Path, count: int) -> list[float]:
+    """The losses of the last `count` steps in metrics.jsonl that were not skipped."""
+    if not metrics.exists():
+        return []
+    records = map(json.loads, from_the_end(metrics))
+    losses = list(islice((record["loss"] for record in records if not record.get("skipped")), count))
+    return losses[::-1]

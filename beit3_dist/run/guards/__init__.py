@@ -1,0 +1,71 @@
+"""What a run watches itself for while it trains: bad samples, skipped steps, loss spikes, steps that hang, a signal."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.config import TrainingConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.run.checkpointing import Checkpoints
+from beit3_dist.run.folder import RunFolder
+from beit3_dist.run.guards.bad_samples import BadSamples
+from beit3_dist.run.guards.skipped_steps import HasIds, SkippedSteps
+from beit3_dist.run.guards.spikes import SpikeMonitor, last_losses
+from beit3_dist.run.guards.watchdog import Watchdog
+from beit3_dist.run.preemption import Read, StopRequest
+
+log = logging.getLogger(__name__)
+
+
+class Guards:
+    """Every process has one, from before its model is built until its last step."""
+
+    def __init__(
+        self,
+        config: TrainingConfig | TokenizerConfig,
+        groups: Groups,
+        run: RunFolder,
+        state: TrainState,
+        max_bad_fraction: float | None,
+    ) -> None:
+        """`state`: where the run goes on. `max_bad_fraction`: see `Job`."""
+        settings, out, mesh = config.guards, Path(config.out), groups.mesh
+        self._watchdog = Watchdog(settings.step_timeout_s, mesh, run.log_file)
+        self._request = StopRequest(mesh.device)
+        self._skipped_steps = SkippedSteps(config, groups, run)
+        self._bad_samples = BadSamples(max_bad_fraction, out, mesh, state) if max_bad_fraction is not None else None
+        self._spikes = None
+        if mesh.is_first and settings.spike_factor:
+            losses = last_losses(out / "metrics.jsonl", settings.spike_window)
+            self._spikes = SpikeMonitor(settings.spike_window, settings.spike_factor, losses)
+
+    def begin(self, step: int) -> None:
+        """Step number `step` = 1, 2, ... begins."""
+        self._watchdog.begin(step)
+
+    def together(self, read: Callable[[], Read]) -> Read:
+        """What `read` gives in this process; see `StopRequest.together`. Collective."""
+        return self._request.together(read)
+
+    def check_step(
+        self, state: TrainState, micro_batches: Sequence[HasIds], loss: float, checkpoints: Checkpoints
+    ) -> None:
+        """After a step, its record written. Raises RunStopped, on all ranks, after too many skipped steps in a row."""
+        if state.skipped_in_a_row:
+            self._skipped_steps.check(state, micro_batches, checkpoints)
+        elif self._spikes and (warning := self._spikes.check(state.step, loss)):
+            log.warning(warning)
+
+    def check_samples(self, state: TrainState) -> None:
+        """After a step, its checkpoint begun. Raises RunStopped, on all ranks, after too many bad samples."""
+        if self._bad_samples:
+            self._bad_samples.check(state)
+
+    def close(self) -> None:
+        """The run is over."""
+        self._watchdog.close()
+        self._request.close()
