@@ -1,0 +1,124 @@
+"""Imports go one way: no module imports what stands above it, and none itself by way of others."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+FLOORS = (  # a floor imports those before it, and none of its own
+    ("kernels",),
+    ("model",),
+    ("data", "parallel", "checkpoint"),
+    ("objectives",),
+    ("image_tokenizer",),
+    ("tasks",),
+    ("run", "inference", "demo"),
+    ("train",),
+    ("tools", "launchers"),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+GROUND = -1
+"""Of all other modules at the top of the package (config, opening, ...): everything imports them, and they no room."""
+EXCEPTIONS = {
+    ("beit3_dist.model.vqkd", "beit3_dist.image_tokenizer.network"),  # an alias: the image tokenizer's public name
+    ("beit3_dist.data.batch", "beit3_dist.objectives.masking"),
+}
+
+Graph = dict[str, set[str]]
+"""Module -> modules that it imports, wherever in its text."""
+
+
+def graph_of(root: Path) -> Graph:
+    """The imports among the modules of a repository, but for its tests."""
+    paths = [path for folder in ("beit3_dist", *FLOORS[-1]) for path in (root / folder).rglob("*.py")]
+    modules = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    return {name: imports(ast.parse(path.read_text()), modules.keys()) - {name} for name, path in modules.items()}
+
+
+def imports(tree: ast.Module, modules: set[str]) -> set[str]:
+    """Those of `modules` that a module imports."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports name the whole path"
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & modules or {node.module}
+    return found & modules
+
+
+def floor(module: str) -> tuple[int, str]:
+    """The floor and the room of a module."""
+    parts = module.removeprefix("beit3_dist.").split(".")
+    return FLOOR.get(parts[0], GROUND), parts[0] if parts[0] in FLOOR else ""
+
+
+def upwards(graph: Graph) -> set[tuple[str, str]]:
+    """Imports of another room that does not stand below."""
+    pairs = {(module, other) for module, others in graph.items() for other in others}
+    return {(a, b) for a, b in pairs if floor(a)[0] <= floor(b)[0] and floor(a)[1] != floor(b)[1]}
+
+
+def circle(graph: Graph) -> list[str]:
+    """Modules of which each imports the next one, and the last one the first; none where there is no such circle."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return path[path.index(module) :]
+        if module in done:
+            return []
+        found = next((c for other in sorted(graph[module]) if (c := visit(other, [*path, module]))), [])
+        done.add(module)
+        return found
+
+    return next((found for module in graph if (found := visit(module, []))), [])
+
+
+def test_no_module_imports_upwards() -> None:
+    graph = graph_of(REPOSITORY)
+    rooms = {path.parent.name for path in REPOSITORY.glob("beit3_dist/*/__init__.py")}
+    assert rooms | {"inference", "tools", "launchers"} == FLOOR.keys()
+    assert len(graph) > 150 and "beit3_dist.config" in graph["beit3_dist.train.pretraining"]
+    assert upwards(graph) <= EXCEPTIONS
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = graph_of(REPOSITORY)
+    for module, other in EXCEPTIONS:
+        graph[module].discard(other)
+    assert circle(graph) == []
+
+
+def test_an_import_upwards_and_a_circle_are_seen(tmp_path: Path) -> None:
+    texts = {
+        "config": "import numpy",
+        "opening": "from beit3_dist.data import order",
+        "kernels/__init__": "",
+        "kernels/linear": "from beit3_dist.config import RunConfig",
+        "model/__init__": "from beit3_dist.kernels import linear\nfrom beit3_dist.model import head",
+        "model/head": "def f():\n    import beit3_dist.model.block",
+        "model/block": "from beit3_dist.model import head\nimport beit3_dist.train.loop",
+        "data/__init__": "",
+        "data/order": "import beit3_dist.checkpoint.store",
+        "checkpoint/__init__": "",
+        "checkpoint/store": "from beit3_dist.kernels.linear import Linear",
+        "train/__init__": "",
+        "train/loop": "import beit3_dist.data.order\nfrom beit3_dist import config",
+    }
+    for name, text in texts.items():
+        path = tmp_path / "beit3_dist" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    graph = graph_of(tmp_path)
+    assert graph["beit3_dist.model"] == {"beit3_dist.kernels.linear", "beit3_dist.model.head"}
+    assert upwards(graph) == {
+        ("beit3_dist.opening", "beit3_dist.data.order"),
+        ("beit3_dist.model.block", "beit3_dist.train.loop"),
+        ("beit3_dist.data.order", "beit3_dist.checkpoint.store"),
+    }
+    assert set(circle(graph)) == {"beit3_dist.model.head", "beit3_dist.model.block"}
+    graph["beit3_dist.model.block"].clear()
+    assert circle(graph) == []
