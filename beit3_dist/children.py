@@ -1,4 +1,4 @@
-"""Processes that multiprocessing has started, and how they end."""
+"""How processes that multiprocessing has started end with the one that started them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from beit3_dist.leaving import end
 
 
 def end_with_parent(*told: Connection) -> None:
-    """From here on this process ends, whatever it waits for, when the one that started it is gone, or has closed its
-    side of one of `told`. To be a pool's initializer: a worker whose parent was killed waits for work for ever.
+    """From here on this process ends, whatever it waits for, when its parent is gone, or has closed its end of one of
+    `told`. For a pool's initializer: a worker whose parent was killed would wait for work for ever.
     """
     parent = parent_process()
     assert parent is not None

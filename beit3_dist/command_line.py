@@ -21,7 +21,7 @@ Config = TypeVar("Config")
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for the run; in programs that no launcher starts it always does."""
+    """Whether this process speaks for the run; one that no launcher has started always does."""
     return rank() == 0
 
 
@@ -38,8 +38,8 @@ def refuse(program: str, error: BaseException | str) -> NoReturn:
 
 
 def begin(program: str) -> None:
-    """What the programs that launchers start do first: from here on a signal to go ends the process in order, and it
-    knows its place among the processes of the run. Ends it where what its environment says of that cannot be."""
+    """What every program of launchers/ does first: from here on a signal to go ends the process in order, and `rank`
+    is its rank in the run. Variables that no launcher sets like this end the process with one line."""
     leave_when_asked(program)
     try:
         take_place()
@@ -55,7 +55,7 @@ def log_to_console() -> None:
 
 
 class _Recipe(ActionConfigFile):
-    """--config FILE: the file is checked as a whole, then its fields; it is named with what is wrong in it."""
+    """--config FILE: checks the file as a whole, then its fields, and names it in what is wrong."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         for name, value in read_recipe(values).items():

@@ -8,17 +8,17 @@ from typing import Literal
 
 import torch
 
-HIDDEN = ("", "-1", "NoDevFiles")
+NO_GPU = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that leave no GPU; Slurm sets the last one."""
 DRIVER = Path("/dev/nvidiactl")
-"""There where a machine has an NVIDIA driver."""
+"""Exists where a machine has an NVIDIA driver."""
 
 
 def device_type() -> Literal["cuda", "cpu"]:
-    """cuda where there is a GPU, unless DS_ACCELERATOR=cpu, DeepSpeed's variable, says otherwise; else cpu.
+    """cuda where there is a GPU, unless DeepSpeed's variable DS_ACCELERATOR=cpu says otherwise; else cpu.
 
-    Raises ValueError where a GPU is there or is asked for, but cannot be used: a run on the CPU would look like a slow
-    one for hours.
+    Raises ValueError where there is a GPU, or one is asked for, that cannot be used: a run on the CPU in its place
+    would pass for a slow one for hours.
     """
     wanted = os.environ.get("DS_ACCELERATOR") or None
     if wanted not in (None, "cuda", "cpu"):
@@ -33,13 +33,13 @@ def device_type() -> Literal["cuda", "cpu"]:
 
 
 def gpu_is_meant() -> bool:
-    """Whether this machine shows a GPU, or is told to: not where CUDA_VISIBLE_DEVICES hides it."""
+    """Whether this process is meant to have a GPU: CUDA_VISIBLE_DEVICES names one, or, unset, there is a driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return DRIVER.exists() if visible is None else visible not in HIDDEN
+    return DRIVER.exists() if visible is None else visible not in NO_GPU
 
 
 def _reason() -> str:
-    """Why torch has no GPU, in its own words."""
+    """Why torch finds no GPU, in its own words."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

@@ -2,7 +2,7 @@
 
 torchrun, the deepspeed launcher and, for plain srun, `slurm.adopt_slurm` describe a process by RANK, WORLD_SIZE,
 LOCAL_RANK, LOCAL_WORLD_SIZE (deepspeed: LOCAL_SIZE), MASTER_ADDR and MASTER_PORT. torch and DeepSpeed read the same
-variables, and wait for ever for processes that nobody has started where these are left over.
+variables: where another job has left them behind, both wait for ever for processes that nobody has started.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from beit3_dist.slurm import adopt_slurm
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
 """Where the processes of a run meet."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", *MEETING)
-"""All that describes a process."""
-ALONE = f"where this process is meant to be alone, an earlier job has left it in the shell: unset {' '.join(VARIABLES)}"
-"""The remedy for variables that nobody wants."""
+"""All variables that describe a process."""
+UNSET = f"where this process is meant to be alone, an earlier job has left it in the shell: unset {' '.join(VARIABLES)}"
+"""The remedy for variables that another job has left behind."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Place:
 
 
 def read_place(environment: MutableMapping[str, str] = os.environ) -> Place:
-    """The place that the variables describe; that of one process where they are not set.
+    """The place that the variables describe; that of a single process where they are not set.
 
-    Raises ValueError, naming the variable and the remedy, for values that no launcher sets so.
+    Raises ValueError, naming the variable and the remedy, for values that no launcher sets.
     """
     rank, world = _number("RANK", environment, 0), _number("WORLD_SIZE", environment, 1)
     _check(world >= 1, "WORLD_SIZE", environment, "there is at least one process")
@@ -63,7 +63,7 @@ def _number(name: str, environment: MutableMapping[str, str], default: int) -> i
 
 def _check(condition: bool, name: str, environment: MutableMapping[str, str], problem: str) -> None:
     if not condition:
-        raise ValueError(f"{name}={environment.get(name, '')} in the environment: {problem}; {ALONE}")
+        raise ValueError(f"{name}={environment.get(name, '')} in the environment: {problem}; {UNSET}")
 
 
 _place: Place | None = None
@@ -71,8 +71,8 @@ _place: Place | None = None
 
 
 def take_place(environment: MutableMapping[str, str] = os.environ) -> Place:
-    """What a program that launchers start does first: from here on `rank` is what the launcher says. Variables that are
-    set to nothing are dropped, for torch and DeepSpeed. Raises ValueError as `read_place` does."""
+    """Reads this process's place once and for all; from here on `rank` is what the launcher says. Drops variables that
+    are set to nothing, which torch and DeepSpeed would not understand. Raises ValueError as `read_place` does."""
     global _place
     for name in VARIABLES:
         if environment.get(name) == "":
@@ -83,5 +83,5 @@ def take_place(environment: MutableMapping[str, str] = os.environ) -> Place:
 
 
 def rank() -> int:
-    """This process's number in the run; 0 in programs that no launcher starts, whatever is left in the shell."""
+    """This process's rank; 0 in programs that no launcher starts, whatever the shell's variables say."""
     return 0 if _place is None else _place.rank

@@ -1,12 +1,12 @@
-"""A signal that the process has to go soon, heeded wherever it waits.
+"""Signals that ask this process to go, heeded wherever it waits, and the codes with which it ends.
 
 Slurm sends SIGTERM or the signal of `--signal` before it takes a job's nodes away; other schedulers send SIGTERM, and
-a terminal that is closed SIGHUP, which a run under `nohup` goes on ignoring.
-Until the training begins there is nothing to save and the process ends at once: to index and tokenise new data takes
-hours, and what is finished of it stays in data.cache. From then on `run.preemption` saves first.
+a closed terminal sends SIGHUP, which a run under `nohup` goes on ignoring.
+Until the training begins there is nothing to save, and the process ends at once: to index and tokenise new data may
+take hours, and what is finished stays in data.cache. From then on `run.preemption` saves first.
 
-Python runs a signal's handler in the main thread, between two steps of the interpreter, and so not while that thread
-waits in C for other processes. A thread of its own hears of the signal in any case.
+Python runs a signal's handler in the main thread, between two instructions of the interpreter, and so not while that
+thread waits in C for other processes. A thread that does nothing else hears of the signal in any case.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ class ExitCode(IntEnum):
 
 _UNDER_NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, *(() if _UNDER_NOHUP else (signal.SIGHUP,)))
-"""The signals to go."""
+"""The signals that ask a process to go."""
 
 STDERR = 2
 
 at_the_end: list[Callable[[], None]] = []
-"""What must not outlive this process even where it ends without Python's orderly end: called by `end`."""
+"""Called by `end`: what must not outlive this process even though Python's own clean-up is left out."""
 
 
 def end(exit_code: int) -> NoReturn:
-    """Ends this process at once, without Python's orderly end, which would wait for threads."""
+    """Ends this process at once, without Python's own clean-up, which would wait for threads."""
     for call in at_the_end:
         call()
     os._exit(exit_code)
 
 
 class _Listener:
-    """Hears the signals, in whatever the main thread is. One a process, since a process has one handler for each."""
+    """Hears the signals, whatever the main thread does. One for a process, which has one handler for each signal."""
 
     def __init__(self, program: str) -> None:
         self.program = program
@@ -107,7 +107,7 @@ def when_asked(handler: Callable[[int, FrameType | None], None], asked: Callable
 
 
 def ignore() -> None:
-    """The run has saved and ends: from here on a signal can only spoil its end. A scheduler repeats its own, and a
-    launcher sends SIGTERM to the processes that are left as soon as one has ended with a code other than 0."""
+    """The run has saved and ends; from here on a signal could only spoil that. Schedulers repeat theirs, and a launcher
+    sends SIGTERM to the remaining processes as soon as one has ended with a code other than 0."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,8 @@
-"""Opening files that come from elsewhere: nothing that they say of themselves is believed before it is checked.
+"""Opening files that come from elsewhere: nothing in them is believed before it is checked.
 
-Regular files alone are opened: a FIFO would be waited for, a device read for ever. Small files are read under a limit,
-and the names that a file gives stay in its folder. Every refusal is one line that names the file: OSError where there
-is no such file, ValueError where its content is not to be used.
+Only regular files are opened: a FIFO would be waited for, a device read for ever. Small files are read up to a limit,
+and the names that a file gives must stay in its folder. Every refusal is one line that names the file: OSError where
+there is no such file, ValueError where its content must not be used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 
 MOST_TEXT = 1 << 24
-"""Bytes (16 MiB) of the largest manifest, state or config: that of 100,000 ranks."""
+"""Bytes (16 MiB) of the largest manifest, state or config; that of 100,000 ranks fits."""
 MOST_YAML, MOST_LEVELS = 1 << 18, 50
-"""Bytes (256 KiB) and nested brackets of the largest YAML file: its reader takes the square of either."""
+"""Bytes (256 KiB) and nested brackets of the largest YAML file: the time to read one grows with the square of both."""
 _OTHERS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -33,7 +33,7 @@ _OTHERS = {
     b"PK\3\4": "a zip archive, as .xlsx is",
     b"PAR1": "a Parquet file",
 }
-"""How files begin that are given for text."""
+"""First bytes of files that users take for text -> what they are."""
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe (FIFO)",
@@ -64,7 +64,7 @@ def regular_size(path: str | os.PathLike[str]) -> int:
 
 
 def _status(path: str | os.PathLike[str]) -> os.stat_result:
-    """What the file system says of a path. Raises ValueError for what can be none, which Python does without it."""
+    """What the file system says of a path. Raises ValueError that names it where it cannot be one."""
     try:
         return os.stat(path)
     except ValueError as error:  # a zero byte
@@ -94,7 +94,7 @@ def read_text(path: str | os.PathLike[str], most: int = MOST_TEXT) -> str:
 
 
 def without_mark(data: bytes) -> bytes:
-    """The beginning of a text without its byte order mark, which some editors write and no text means."""
+    """The beginning of a text without the byte order mark that some editors put there."""
     return data.removeprefix(codecs.BOM_UTF8)
 
 
@@ -107,13 +107,13 @@ def text_of(data: bytes) -> str:
 
 
 def not_utf8(data: bytes) -> str:
-    """Why bytes are no text in UTF-8, as their beginning tells."""
+    """Why bytes are no text in UTF-8, judged by the first of them."""
     kind = next((kind for start, kind in _OTHERS.items() if data.startswith(start)), "")
     return f"not UTF-8 but {kind}" if kind else "not UTF-8"
 
 
 def parse_json(text: str) -> Any:
-    """JSON as it is defined: no field twice, no NaN. Raises ValueError, also where it is nested too deeply."""
+    """Strict JSON: no field twice, no NaN. Raises ValueError, also where it is nested too deeply."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
     except RecursionError:
@@ -145,7 +145,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 class _PlainYaml(yaml.SafeLoader):
-    """YAML of moderate depth and without aliases, by which a few lines grow without end."""
+    """Safe YAML of limited depth, and without aliases, which let a few lines expand without end."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -7,8 +7,8 @@ from typing import Any
 
 
 def optional_module(name: str, use: str, remedy: str) -> Any:
-    """A module of such a package. Raises ValueError that says what `use` needs it, and the `remedy`, where it is not
-    there or cannot be imported."""
+    """Imports a module of such a package. Where that fails, raises ValueError that says which `use` needs it, and the
+    `remedy`."""
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another torch

@@ -1,4 +1,4 @@
-"""Recipes: YAML files of a run's fields, with an eye on what YAML itself lets pass."""
+"""Recipes: YAML files of a run's fields, checked for mistakes that YAML itself lets pass."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MERGE = "<<"
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The fields of a recipe, or of the config.yaml of a run.
 
-    Raises ValueError that names the file, and the line where there is one, for what is no readable YAML of fields, for
-    a field that is given twice, of which YAML would take the last, and for one without a value, as a section is whose
-    lines are all commented out.
+    Raises ValueError that names the file, and the line where there is one, for what is no readable YAML of fields; for
+    a field that is given twice, of which YAML would take the last; and for one without a value, such as a section
+    whose lines are all commented out.
     """
     try:
         text = read_text(path, MOST_YAML)
@@ -39,7 +39,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def read_sections(path: str | Path, *names: str) -> dict[str, Any]:
-    """The fields of a recipe that has these sections. Raises ValueError as `read_recipe` does, and where one lacks."""
+    """The fields of a recipe with these sections. Raises ValueError as `read_recipe` does, and where one is missing."""
     fields = read_recipe(path)
     if lacking := [name for name in names if not isinstance(fields.get(name), dict)]:
         raise ValueError(f"the recipe {path} has no section {', '.join(lacking)}")
@@ -47,7 +47,7 @@ def read_sections(path: str | Path, *names: str) -> dict[str, Any]:
 
 
 def _told(error: BaseException) -> str:
-    """What YAML says of a text, with the line."""
+    """What YAML's error says, with the line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
     return " ".join(str(error).split()) or type(error).__name__

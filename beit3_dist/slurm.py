@@ -1,7 +1,7 @@
-"""A Slurm step's description of a process, in the words that torch and DeepSpeed read.
+"""Translates Slurm's description of a process into the variables that torch and DeepSpeed read.
 
-Under plain `srun` nobody sets RANK and MASTER_ADDR. Slurm says the same in other variables (`man srun`, "OUTPUT
-ENVIRONMENT VARIABLES"). Only a step's variables count: in a batch script, outside `srun`, there is one process.
+Under plain `srun` nobody sets RANK and MASTER_ADDR. Slurm says the same in variables of its own (`man srun`, "OUTPUT
+ENVIRONMENT VARIABLES"). Only those of a step count: a batch script, outside `srun`, is one process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import MutableMapping
 
 FIRST_PORT, PORTS = 20_000, 10_000
-"""Ports of rank 0's rendezvous: below those that Linux hands out by itself (32,768 and up)."""
+"""Ports for rank 0's rendezvous: below those that Linux hands out by itself (32,768 and up)."""
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:

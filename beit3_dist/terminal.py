@@ -1,7 +1,7 @@
-"""What a program says to the person in front of it is not worth the program.
+"""Output that cannot be written does not end the program.
 
-A terminal may be closed, a log's disk may fill up, the reader of a pipe may go: whatever cannot be said then is lost,
-and the training goes on, ends with its own exit code, and is not told of it by Python's end either.
+A terminal may be closed, a log's disk may fill up, the reader of a pipe may go away. Then the output is lost, and the
+training goes on and ends with its own exit code; Python's clean-up raises nothing either.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, TextIO
 
 
 class Unfailing:
-    """A text stream that loses what cannot be written, where it would raise OSError. In all else it is `stream`."""
+    """`stream`, but for writing: what cannot be written is lost, where `stream` would raise OSError."""
 
     def __init__(self, stream: TextIO | None) -> None:
-        """`stream`: None where the process was started without it."""
+        """`stream`: None where the process was started without one."""
         self._stream = open(os.devnull, "w", encoding="utf-8") if stream is None else stream  # noqa: SIM115 (open as long as the process)
 
     def write(self, text: str) -> int:
@@ -43,7 +43,7 @@ class Unfailing:
 
 
 def make_output_unfailing() -> None:
-    """Standard output and standard error of this process lose what they cannot write, whoever writes to them."""
+    """From here on standard output and standard error lose what cannot be written, whoever writes to them."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, Unfailing):

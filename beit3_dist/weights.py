@@ -1,7 +1,7 @@
 """Files of weights from elsewhere, opened in one place: torch's, TorchScript's and safetensors'.
 
-No object but tensors and plain values is made of them, their sizes are checked against the file before anything is
-allocated, and what is not finite is refused before anything is computed with it.
+Only tensors and plain values are made from them. Sizes are checked against the file before memory is allocated, and
+weights that are not finite are refused before anything is computed with them.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from beit3_dist.opening import regular_size
 HOLDERS = ("state_dict", "model", "module", "teacher")
 """Where training programs keep the weights in their files."""
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
-"""What DataParallel, in front of a name, and torch.compile, before a module's part of it, add."""
+"""What DataParallel puts before a name, and torch.compile before each module's part of it."""
 UNPACKED = 1 << 28
-"""Bytes (256 MiB) that an archive may hold more than the file: torch packs nothing, TorchScript its code alone."""
+"""Bytes (256 MiB) by which an archive may be larger unpacked: torch compresses nothing, TorchScript only its code."""
 
 
 class Ignored:
-    """What stands beside the weights in a training program's file and is not needed: made of anything, it does nothing.
-
-    torch makes it in place of the object of the file's own class, so that nothing of numpy is handed bytes from there.
+    """Stands in for what a training program has saved beside the weights and nobody needs: it takes anything, and does
+    nothing. torch makes it in place of an object of the file's own class, so that numpy is handed no bytes from there.
     """
 
     def __init__(self, *parts: Any) -> None:
-        """Of whatever the object was made of."""
+        """Takes whatever the object was made from."""
 
     def __setstate__(self, state: Any) -> None:
-        """Of whatever it held."""
+        """Takes whatever it held."""
 
 
 IGNORED = (
@@ -48,12 +47,12 @@ IGNORED = (
     "numpy.ndarray",
     *(f"pathlib.{name}" for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
 )
-"""Names in the files of unilm's and others' training: learning rates from a table and states of generators (numpy's),
-and paths of the command line, whose own bag of values (argparse.Namespace) is made as it is."""
+"""Classes in the files of unilm's and others' training: numpy's, of learning rates and random states, and paths of the
+command line. The command line's own object, argparse.Namespace, is harmless and is made as it is."""
 
 
 def read_weights_file(path: str | os.PathLike[str], torchscript: bool = False) -> Any:
-    """What a file holds. `torchscript`: also an archive of it, whose own code may run.
+    """What a file of weights holds. `torchscript`: TorchScript archives too, whose code may run.
 
     Raises OSError where there is no regular file, ValueError for one that holds other things.
     """
@@ -114,8 +113,8 @@ def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
 
 
 def require_finite(weights: Iterable[tuple[str, Tensor]], source: str) -> None:
-    """Raises ValueError naming the first of the tensors that is not finite in float32: nothing can be learnt from it
-    or with it, and what is computed may look like success."""
+    """Raises ValueError naming the first tensor that is not finite in float32: whatever is computed with it is worth
+    nothing, and may not look it."""
     limit = torch.finfo(torch.float32).max
     for name, values in weights:
         if values.is_floating_point() and values.numel():

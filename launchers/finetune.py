@@ -31,11 +31,12 @@ def main(arguments: list[str]) -> None:
     from beit3_dist.run.preflight_finetuning import FinetuneReady, prepare_finetuning
     from beit3_dist.train.finetuning import finetune
 
-    def prepare() -> tuple[Mesh, FinetuneConfig, FinetuneReady]:
+    def prepare() -> tuple[FinetuneConfig, Mesh, FinetuneReady]:
         mesh = read_mesh(config.parallel.tensor)
-        return mesh, *prepare_finetuning(config, mesh)
+        with_steps, ready = prepare_finetuning(config, mesh)
+        return with_steps, mesh, ready
 
-    launch(PROGRAM, prepare, lambda ready: finetune(*ready))
+    launch(PROGRAM, prepare, lambda run: finetune(*run))
 
 
 if __name__ == "__main__":

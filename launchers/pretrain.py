@@ -32,11 +32,11 @@ def main(arguments: list[str]) -> None:
     from beit3_dist.run.preflight import Ready, prepare_run
     from beit3_dist.train.pretraining import pretrain
 
-    def prepare() -> tuple[Mesh, Ready]:
+    def prepare() -> tuple[RunConfig, Mesh, Ready]:
         mesh = read_mesh(config.parallel.tensor, config.parallel.pipeline)
-        return mesh, prepare_run(config, mesh)
+        return config, mesh, prepare_run(config, mesh)
 
-    launch(PROGRAM, prepare, lambda ready: pretrain(config, *ready))
+    launch(PROGRAM, prepare, lambda run: pretrain(*run))
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ def main(arguments: list[str]) -> None:
     from beit3_dist.run.preflight_image_tokenizer import TokenizerReady, prepare_tokenizer_run
     from beit3_dist.train.tokenizer_loop import train_tokenizer
 
-    def prepare() -> tuple[Mesh, TokenizerReady]:
+    def prepare() -> tuple[TokenizerConfig, Mesh, TokenizerReady]:
         mesh = read_mesh()
-        return mesh, prepare_tokenizer_run(config, mesh)
+        return config, mesh, prepare_tokenizer_run(config, mesh)
 
-    launch(PROGRAM, prepare, lambda ready: train_tokenizer(config, *ready))
+    launch(PROGRAM, prepare, lambda run: train_tokenizer(*run))
 
 
 if __name__ == "__main__":

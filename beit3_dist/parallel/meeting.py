@@ -14,7 +14,7 @@ from threading import Timer
 import torch
 import torch.distributed as dist
 
-from beit3_dist.launched import ALONE
+from beit3_dist.launched import UNSET
 
 PATIENCE = timedelta(minutes=10)
 """How long the processes wait for one another, and a collective for the ranks that it lacks where nobody says how long
@@ -58,7 +58,7 @@ def _telling(who: str, what: str) -> Iterator[None]:
     """Says on the terminal, after SILENCE_S, what is waited for. Every process does: the first one may not exist."""
     line = (
         f"{who} waits for {what}, for {PATIENCE.total_seconds() / 60:g} minutes at most: the launcher must start every "
-        f"rank, and they must reach MASTER_ADDR and MASTER_PORT; {ALONE}"
+        f"rank, and they must reach MASTER_ADDR and MASTER_PORT; {UNSET}"
     )
     timer = Timer(SILENCE_S, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
@@ -80,5 +80,5 @@ def _not_met(error: Exception, rank: int, world: int) -> NotMet:
     return NotMet(
         f"rank {rank} of {world} on {socket.gethostname()} has waited in vain for {_waited_for(rank, world)} "
         f"({reason[:300]}): the launcher must start every rank, and they must reach MASTER_ADDR and MASTER_PORT; "
-        f"{ALONE}"
+        f"{UNSET}"
     )

@@ -1,4 +1,4 @@
-"""Between a run and the checkpoint store."""
+"""What a run does with the checkpoint store: finds where to go on, loads, and saves while it trains."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from beit3_dist.run.endings import RunStopped
 
 
 class Checkpoints(AbstractContextManager["Checkpoints"]):
-    """Saves a run beside its training. Every method is collective, and ends the run where a checkpoint cannot be
-    written: with RunStopped, on all ranks at the same step.
+    """Saves a run beside its training. Every method is collective, and raises RunStopped, on all ranks at the same
+    step, where a checkpoint cannot be written.
 
     At the end of the context the last checkpoint is whole, also where the run stops itself, which all ranks do; after
-    any other error the other ranks may have gone, and what is on its way is left undone.
+    any other error the other ranks may be gone, and a checkpoint on its way is left unfinished.
 
     origin, start: the checkpoint that the run goes on from (None: a new run), and its step.
-    pieces: what this rank contributes at that moment.
+    pieces: what this rank contributes, at the moment of the call.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self.newest = state.step
 
     def check(self, state: TrainState) -> None:
-        """For every step that does not save: finishes what is on its way, without waiting for it."""
+        """After every step that does not save: finishes a checkpoint that is on its way, without waiting for it."""
         self._store.vouch(state)
         with _ending_the_run():
             self._store.check()
@@ -103,7 +103,7 @@ def _ending_the_run() -> Iterator[None]:
 
 
 def _versions() -> dict[str, str]:
-    """What checkpoints say of the programs that wrote them."""
+    """The versions of the programs, for a checkpoint."""
     return {
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
@@ -112,10 +112,10 @@ def _versions() -> dict[str, str]:
 
 
 def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
-    """The checkpoint that `checkpoint.resume` means, None for a new run, and the state to go on from.
+    """The checkpoint that `checkpoint.resume` means (None: a new run) and the state to go on from.
 
-    Raises ValueError where a new run would go into the folder of another one or cannot write into its own, or where a
-    run that `trains` has nothing left to train.
+    Raises ValueError where a new run would write into the folder of another one, where it cannot write into its own,
+    or where a run that `trains` has no step left.
     """
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")

@@ -1,4 +1,4 @@
-"""What computes a run: its log, metrics.jsonl and TensorBoard say it, so that no choice stays silent."""
+"""What computes a run, in words: the log, metrics.jsonl and TensorBoard show it, so that no choice is silent."""
 
 from __future__ import annotations
 

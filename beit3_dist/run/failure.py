@@ -1,10 +1,10 @@
-"""When one process fails: all end within seconds, and the first error is what is shown last.
+"""When one process fails, all end within seconds, and the first error is shown last.
 
-A process that fails leaves the others waiting in a collective, for NCCL half an hour long. So it puts a mark into the
-key-value store through which the processes found one another. Every process's watchdog looks there once a second, and
-ends it silently when it sees the mark; the errors that its death causes elsewhere are only consequences and are
-kept out of the terminal. The process that failed first waits for the others to go, and then prints its error. The
-store lives in the first process, which therefore lets the others go before it.
+A process that fails would leave the others waiting in a collective, with NCCL for half an hour. So it leaves a mark in
+the key-value store through which the processes found one another. Every process's watchdog looks there once a second,
+and ends its process silently when it sees the mark; errors that the first failure causes elsewhere are only
+consequences and are kept off the terminal. The process that failed first waits for the others to end, and then prints
+its error. The store lives in rank 0's process, which therefore ends after the others.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import torch.distributed as dist
 from beit3_dist.leaving import end
 
 WAIT_S = 5.0
-"""How long a process waits for the others to be gone, and for an answer of the store."""
+"""Seconds that a process waits for the others to end, and for an answer from the store."""
 
 ends_by_itself = threading.Event()
 """Set once this process ends for a reason of its own, so that its watchdog has nothing to end any more."""
 
 _one_thread = threading.Lock()
-"""Held from then on: while one thread ends the process, the end of the others may break what another thread is in."""
+"""Held from then on: while one thread ends this process, another may fail because the other processes have ended."""
 
 
 class FailureBoard:
-    """The mark in the store. A connection of its own, so that no other use of the store holds it up.
+    """The mark in the store, over a connection of its own, so that no other use of the store delays it.
 
-    Every method raises RuntimeError where the store, and so the process that holds it, is gone.
+    Every method raises RuntimeError where the store is gone, and with it the process that holds it.
     """
 
     def __init__(self) -> None:
@@ -95,8 +95,8 @@ def failure_board() -> FailureBoard:
 
 
 def end_after_failure(message: str, exit_code: int) -> NoReturn:
-    """Ends this process at once, in whatever state it is, and all others with the same code; prints the message if no
-    other process failed before it."""
+    """Ends this process at once, whatever it is doing, and all others with the same exit code. Prints the message
+    unless another process failed before."""
     _one_thread.acquire()  # for ever: a second thread waits here until the process is gone
     ends_by_itself.set()
     if threading.current_thread() is threading.main_thread():
@@ -107,7 +107,7 @@ def end_after_failure(message: str, exit_code: int) -> NoReturn:
 
 
 def end_now(exit_code: int) -> NoReturn:
-    """Ends this process without Python's orderly end, which would wait for threads and collectives, some for ever."""
+    """Ends this process without Python's own clean-up, which would wait for threads and collectives, some for ever."""
     logging.shutdown()
     sys.stdout.flush()
     end(exit_code)

@@ -22,13 +22,13 @@ from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.computing import computed_by
 from beit3_dist.run.records import JsonLines, Reporter, aside
 
-Item = TypeVar("Item")
+Entry = TypeVar("Entry")
 
 log = logging.getLogger(__name__)
 
 
 class _Log(logging.FileHandler):
-    """Loses what its disk does not take: that the disk is full is told once, by the files of records."""
+    """Loses what its disk does not take: the files of records say once that the disk is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
         """Nothing more."""
@@ -38,8 +38,8 @@ class RunFolder:
     """OUT: config.yaml and those of all stretches, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl,
     skipped.jsonl, logs/rank*.log.
 
-    Records after `step` (of a run that was killed and resumes at `step`) are moved aside. The first process writes all
-    but the logs.
+    Records after `step` (of a run that was killed and goes on after `step`) are moved aside. The first process writes
+    everything but the other processes' logs.
     """
 
     def __init__(self, out: Path, config: TrainingConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
@@ -58,8 +58,7 @@ class RunFolder:
         if mesh.is_first:
             self._reporter = Reporter(out, step, config.steps)
             self._reporter.text(step, "computes", self._computes)
-            # Before its first step a run writes what the data had to leave out, as step 0, and so it does again when it
-            # starts anew.
+            # A run that starts anew writes the faults of its step 0, what the data had to leave out, again.
             last = step or -1
             self._quarantine, self._skipped = (
                 JsonLines(out / name, last) for name in ("quarantine.jsonl", "skipped.jsonl")
@@ -76,10 +75,10 @@ class RunFolder:
         if self._reporter:
             self._reporter.evaluation(record)
 
-    def picture(self, step: int, name: str, picture: Tensor) -> None:
-        """A picture, uint8 [3, H, W], for TensorBoard."""
+    def image(self, step: int, name: str, image: Tensor) -> None:
+        """An image, uint8 [3, H, W], for TensorBoard."""
         if self._reporter:
-            self._reporter.picture(step, name, picture)
+            self._reporter.image(step, name, image)
 
     def quarantine(self, step: int, faults: list[Fault]) -> None:
         """One line for each sample that was replaced."""
@@ -94,8 +93,8 @@ class RunFolder:
                 self._skipped.write({"step": step, **ids})
 
     def sync(self) -> None:
-        """Returns when the records so far are on the disk. For a checkpoint: a run goes on behind it, so that what has
-        not survived until then is missing for ever."""
+        """Returns when the records so far are on the disk. Before a checkpoint: a run that goes on from it never writes
+        them again."""
         if self._reporter:
             for file in (self._reporter, self._quarantine, self._skipped):
                 file.sync()
@@ -108,8 +107,8 @@ class RunFolder:
 
 
 def keep_config(out: Path, recipe: str, step: int) -> None:
-    """Writes config.yaml, and config_step_NNNNNNN.yaml: the recipe of the stretch that begins after `step`. Those of
-    stretches behind which the run has gone back are moved aside."""
+    """Writes config.yaml, and as config_step_NNNNNNN.yaml the recipe of the stretch that begins after `step`. Recipes
+    of later stretches, before which the run has gone back, are moved aside."""
     for path in out.glob("config_step_*.yaml"):
         begun = re.fullmatch(r"config_step_(\d+)\.yaml", path.name)
         if begun and (int(begun[1]) > step or int(begun[1]) == step and read_text(path) != recipe):
@@ -118,11 +117,11 @@ def keep_config(out: Path, recipe: str, step: int) -> None:
         write_text(out / name, recipe)
 
 
-def of_all(mine: list[Item], group: dist.ProcessGroup | None) -> list[Item]:
+def of_all(mine: list[Entry], group: dist.ProcessGroup | None) -> list[Entry]:
     """The items of all processes of a group (None: of the run), one process after the other. Collective.
 
     Files are written by the first process alone: not every file system appends the lines of several in one piece.
     """
-    everyones: list[list[Item]] = [[] for _ in range(dist.get_world_size(group))]
+    everyones: list[list[Entry]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(everyones, mine, group=group)
     return [item for some in everyones for item in some]

@@ -20,13 +20,13 @@ from beit3_dist.run.endings import DONE, TRACEBACK, Ending, Mistake, Who, ending
 from beit3_dist.run.failure import end_after_failure, end_now, ends_by_itself
 from beit3_dist.terminal import make_output_unfailing
 
-Ready = TypeVar("Ready")
+Prepared = TypeVar("Prepared")
 
-WAIT_S = 5.0
+MISTAKE_WAIT_S = 5.0
 """How long another process waits with its mistake for the first one's."""
 
 
-def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], None]) -> None:
+def launch(program: str, prepare: Callable[[], Prepared], train: Callable[[Prepared], None]) -> None:
     """Runs `train(prepare())`. A ValueError or OSError of `prepare` is a mistake of the user's, and ends the process
     before any process group starts; see endings.py for all ways in which a run ends."""
     make_output_unfailing()
@@ -34,7 +34,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
     leave_when_asked(program)
     try:
         train(_prepared(prepare))
-        if _part():
+        if _leave_groups():
             atexit._run_exitfuncs()
             # What else Python's end does would abort now and then in a thread that a process group has left.
             end_now(DONE.exit_code)
@@ -42,7 +42,7 @@ def launch(program: str, prepare: Callable[[], Ready], train: Callable[[Ready], 
         _end(program, *ending_of(error))  # not raised any further: Python's end would wait for what a traceback holds
 
 
-def _prepared(prepare: Callable[[], Ready]) -> Ready:
+def _prepared(prepare: Callable[[], Prepared]) -> Prepared:
     try:
         return prepare()
     except (ValueError, OSError) as error:
@@ -58,9 +58,9 @@ def _end(program: str, ending: Ending, error: BaseException) -> NoReturn:
         end_after_failure(words, ending.exit_code)
     if who is Who.ALL:
         ends_by_itself.set()  # the processes end each a little later or earlier
-        _part()  # before its threads have done anything else, Python's end may abort in them
+        _leave_groups()  # before its threads have done anything else, Python's end may abort in them
     if who is Who.SOME and not is_first_process():
-        time.sleep(WAIT_S)  # where the first process fails too, its launcher ends this one meanwhile
+        time.sleep(MISTAKE_WAIT_S)  # where the first process fails too, its launcher ends this one meanwhile
     if who in (Who.SOME, Who.EACH) or is_first_process():
         print(words, file=sys.stderr, flush=True)
     if who in (Who.SOME, Who.ALL):
@@ -80,7 +80,7 @@ def _last_words(program: str, ending: Ending, error: BaseException) -> str:
     return traceback.format_exc() + (f"{program}: {where} is the first to fail, with the error above" if where else "")
 
 
-def _part() -> bool:
+def _leave_groups() -> bool:
     """Ends the process groups once all have come here: the store goes with the first process, and whoever still asks
     it would say that it failed. Whether there were any."""
     if not dist.is_initialized():

@@ -21,10 +21,10 @@ from beit3_dist.run.checkpointing import starting_point
 from beit3_dist.run.endings import FolderInUse, Preempted, RunStopped
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What a file system answers that has no locks, as Lustre does that is mounted without `flock`."""
+"""The errors of a file system without locks, such as Lustre mounted without `flock`."""
 
 LEASE_S = 180.0
-"""After so many seconds a file server has given up the locks of a node that has died, and of no other (NFS: 90)."""
+"""Seconds after which a file server has released the locks of a node that has died (NFS: 90)."""
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 class RunLock(AbstractContextManager["RunLock"]):
     """The first process's hold on OUT, by a lock on OUT/run.lock, which says who has it.
 
-    Two runs in one folder would remove each other's checkpoints and cut back each other's records. The lock is gone
-    with its process, however that ends, so that a run that is started again gets it at once; where the node itself has
-    died, once the file server notices. It is POSIX's: on NFS every lock is one, and forked loader processes, which may
-    outlive the first process for a while, do not hold it.
+    Two runs in one folder would remove each other's checkpoints and cut back each other's records. The lock ends with
+    its process, however that ends, so that a run which is started again gets it at once; where the node itself has
+    died, as soon as the file server notices. It is a POSIX lock, as every lock on NFS is: forked loader processes,
+    which may outlive the first process for a while, do not hold it.
 
-    At the end of the context it is given back; after an error that nobody expects, only with the end of the process,
-    whose threads may be writing until then.
+    The lock is released at the end of the context; after an unexpected error only with the end of the process, whose
+    threads may write until then.
     """
 
     def __init__(self, config: TrainingConfig | TokenizerConfig, checkpoint: Path | None) -> None:

@@ -14,8 +14,8 @@ from beit3_dist.run.preemption import AskedToGo
 
 @contextmanager
 def parting(run: RunFolder, checkpoints: Checkpoints, state: TrainState) -> Iterator[None]:
-    """Inside, AskedToGo ends the training after `state.step`, which is saved if it is not yet, and the samples that
-    RunStopped names are written down. Collective."""
+    """Inside, AskedToGo ends the training after `state.step`, whose checkpoint is begun unless it exists; samples that
+    RunStopped names are written to the quarantine. Collective."""
     try:
         yield
     except AskedToGo:

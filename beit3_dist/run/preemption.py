@@ -1,8 +1,8 @@
-"""A request that the run goes soon, turned into a checkpoint before the next step.
+"""A request to go soon, turned into a checkpoint before the next step.
 
-A signal may reach some processes earlier than others, or some not at all, so the one that hears it tells the others
-through the store, and all of them agree before every step. Whoever waits for data gives that up: a shard that nobody
-can read may be tried for minutes.
+A signal may reach some processes earlier than others, or some not at all. So the one that hears it tells the others
+through the store, and before every step all of them agree. A process that waits for data gives that up, since an
+unreadable shard may be tried for minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from beit3_dist.run.failure import failure_board
 Read = TypeVar("Read")
 
 READ, ASKED, FAILED = range(3)
-"""What has become of a process's reading; the worst of all is what all act on."""
+"""Outcomes of a process's reading; all processes act on the worst."""
 
 
 class AskedToGo(Exception):
@@ -44,11 +44,11 @@ def by_itself(read: Callable[[], Read]) -> Read:
 
 
 class _Interrupted(BaseException):
-    """Ends the waiting for data. No Exception, which whatever is running might take for a broken file's."""
+    """Ends the waiting for data. Not an Exception, which the code that reads might take for a broken file."""
 
 
 class StopRequest:
-    """Whether the run was asked to go. Listens from its making on."""
+    """Whether the run was asked to go, from when this is made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._asked, self._waits = device, False, False
@@ -61,7 +61,7 @@ class StopRequest:
             raise _Interrupted
 
     def _tell(self) -> None:
-        """The other processes, from a thread: the main one may be waiting for one of them."""
+        """Tells the other processes, from a thread: the main one may be waiting for one of them."""
         self._asked = True
         if dist.is_initialized() and dist.get_world_size() > 1:
             with suppress(RuntimeError):  # the store is gone, and with it the process that holds it

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard and a progress line."""
+"""What a run reports: metrics.jsonl, eval.jsonl, TensorBoard and a progress line."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ PROGRESS = {
 """Fields of a record that the progress line shows behind the losses, and how."""
 _CLEAR = "\r\x1b[K"
 """Takes a terminal back to the beginning of its line, and clears that."""
-BLOCK = 1 << 20
+READ_AT_ONCE = 1 << 20
 """Bytes of a file that are read at a time from its end."""
 IN_ORDER = 1000
-"""So many records in a row that stay: none before them goes. Steps ascend, but the processes of former versions wrote
-their faults into one file, each a little later or earlier."""
+"""After so many records in a row that stay, all before them stay. Steps ascend, but in files of former versions not
+strictly: each process wrote its faults by itself, a little later or earlier."""
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError inside that names no file, as that of a descriptor does, the name of its file."""
+    """Names the file in any OSError inside that names none, as those of a file descriptor do."""
     try:
         yield
     except OSError as error:
@@ -81,11 +81,11 @@ class JsonLines:
 
 
 def from_the_end(path: Path) -> Iterator[bytes]:
-    """The lines of a file, with their ends, from the last one to the first; read in blocks as they are asked for."""
+    """The lines of a file, with their line ends, from the last one to the first, read in blocks on demand."""
     with open(path, "rb") as file:
         start, first = file.seek(0, os.SEEK_END), b""
         while start > 0:
-            size = min(BLOCK, start)
+            size = min(READ_AT_ONCE, start)
             start -= size
             file.seek(start)
             first, *lines = io.BytesIO(file.read(size) + first).readlines()
@@ -95,7 +95,7 @@ def from_the_end(path: Path) -> Iterator[bytes]:
 
 
 def aside(path: Path) -> Path:
-    """Where that of a file goes behind which the run has gone back."""
+    """The name under which a file, or part of it, is kept that belongs to steps before which the run has gone back."""
     return path.with_name(f"{path.stem}.tail-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}{path.suffix}")
 
 
@@ -124,13 +124,13 @@ def _step_of(line: bytes) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a crash belongs to the tail
+        return math.inf  # a line that a crash has cut short belongs to the tail
 
 
 RECENT = 50
-"""Steps whose median time tells how long the others will take."""
+"""Steps whose median time predicts how long the remaining ones take."""
 FEWEST = 3
-"""Nothing is said of it before so many."""
+"""Nothing is predicted from fewer."""
 
 
 class Reporter:
@@ -146,8 +146,7 @@ class Reporter:
         self._steps, self._terminal = steps, Unfailing(terminal or sys.stdout)
         self._last_line = self._last_step = -math.inf
         self._seconds: deque[float] = deque(maxlen=RECENT)
-        """From the end of each of the last steps to that of the next; the first step has none, as it waits for much
-        that comes once."""
+        """Time of each of the last steps, from end to end, but for the first, which waits for much that comes once."""
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One training step."""
@@ -164,13 +163,13 @@ class Reporter:
         parts = f" ({'  '.join(losses)})" if losses else ""
         self.say(f"held-out after step {record['step']}: {'  '.join(others)}{parts}")
 
-    def picture(self, step: int, name: str, picture: torch.Tensor) -> None:
-        """A picture, uint8 [3, H, W], for TensorBoard."""
+    def image(self, step: int, name: str, image: torch.Tensor) -> None:
+        """An image, uint8 [3, H, W], for TensorBoard."""
         with naming(self._folder):
-            self._tensorboard.add_image(name, picture, step)
+            self._tensorboard.add_image(name, image, step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Words for TensorBoard."""
+        """A text for TensorBoard."""
         with naming(self._folder):
             self._tensorboard.add_text(name, text, step)
 
@@ -191,7 +190,7 @@ class Reporter:
             self._print("\n")
 
     def _scalars(self, kind: str, record: Mapping[str, Any]) -> None:
-        """The record's numbers, for TensorBoard, whose thread tells of a full disk at a later call."""
+        """The record's numbers, for TensorBoard, whose thread reports a full disk at a later call."""
         with naming(self._folder):
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class OnResume(Enum):
-    """What becomes of a resumed run with another value of a field."""
+    """What happens where a resumed run has another value of a field."""
 
     FIXED = "it is refused: the checkpoint is of another network"
     RECIPE = "it needs checkpoint.other_recipe: a step has other samples, or the moments are those of another loss"

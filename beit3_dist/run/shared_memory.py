@@ -1,4 +1,4 @@
-"""Whether /dev/shm has room for the pictures that loader processes hand over, found before a run starts.
+"""Whether /dev/shm has room for the images that loader processes hand over, found before a run starts.
 
 A container's default is 64 MB. Where it is full a loader process dies of SIGBUS in the middle of the run.
 """
@@ -19,11 +19,11 @@ from beit3_dist.tasks.registry import task_class
 SHARED = Path("/dev/shm")
 """Where torch puts the tensors that it passes between processes."""
 IN_USE = 2
-"""Micro-batches beyond those that are read ahead: one on its way, one that the trainer takes next."""
+"""Micro-batches beside those that are read ahead: one on its way, and the one that the trainer takes next."""
 
 
 def check_shared_memory(config: RunConfig | FinetuneConfig | TokenizerConfig, mesh: Mesh, view: int = 0) -> None:
-    """Raises ValueError, with the remedies, where the pictures that the loaders of this host may hold are more than
+    """Raises ValueError, with the remedies, where the images that the loaders of this host may hold are more than
     /dev/shm has room for. `view`: side of the image tokenizer's views, where pretraining has some of their own."""
     workers, prefetch = config.data.workers, config.data.prefetch
     if workers == 0 or not SHARED.is_dir():

@@ -35,9 +35,9 @@ CONSEQUENCES = {
     "data.answers": "that labels would mean something else from here on",
     "teacher.weights": "that codes would be taught by another network from here on",
 }
-"""What becomes of a run that goes on with another value of a field."""
+"""Field -> what going on with another value of it would mean."""
 OF_THE_ORDER = "that samples would come twice or not at all"
-"""The consequence for all other fields."""
+"""The same for all other fields."""
 
 
 def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
@@ -110,7 +110,7 @@ def same_sources(
 
 
 def _changes(name: str, kept: Any, found: Any) -> tuple[str, str]:
-    """What differs, before and now, in words; two equal ones where nothing does."""
+    """What differs, before and now, in words; two equal texts where nothing does."""
     if not isinstance(kept, dict) or not isinstance(found, dict):
         return f"{name}={kept}", f"{name}={found}"
     names = [key for key in found if kept.get(key) != found[key]]

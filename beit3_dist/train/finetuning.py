@@ -47,7 +47,7 @@ from beit3_dist.train.totals import Totals
 log = logging.getLogger(__name__)
 
 
-def finetune(mesh: Mesh, config: FinetuneConfig, ready: FinetuneReady) -> None:
+def finetune(config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
     """A fine-tuning run, or its validation alone. `ready`: what was checked and opened before any process group. A run
     leaves the model for use in OUT/model."""
     job = FineTuning(config, mesh, ready)

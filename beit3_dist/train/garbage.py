@@ -1,7 +1,7 @@
-"""Python's search for unreachable objects, at chosen steps.
+"""Python's garbage collection, on all ranks after the same steps.
 
-By itself it starts whenever enough objects were made: on each rank at another moment, and all others wait for that
-one. What training makes is freed by its counts of references; the search finds little.
+By itself it starts whenever enough objects have been made: on each rank at another moment, for which all others wait.
+What training makes is freed by reference counts, so that there is little to collect.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from typing import Self
 
 EVERY = 500
-"""Steps between two searches."""
+"""Steps between two collections."""
 
 
 class GarbageCollection(ExitStack):
-    """No automatic search inside; what was there before is never searched."""
+    """Inside, no automatic collection; objects that were there before are never searched."""
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -28,6 +28,6 @@ class GarbageCollection(ExitStack):
         return self
 
     def after(self, step: int) -> None:
-        """Searches where it is time to, on all ranks at the same step."""
+        """Collects after every EVERY-th step."""
         if step % EVERY == 0:
             gc.collect()

@@ -111,19 +111,20 @@ def _train(job: Job, groups: Groups) -> None:
             result = job.train_step(batch, step, lr)
 
             state.advance(job.samples, batch.replaced, result.skipped)
+            is_last = state.step == config.steps
             if batch.replaced and mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
                 faults = [fault for b in batch.micro_batches for fault in b.faults]
                 run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, time.perf_counter() - started)
             run.step(record | {"skipped": int(result.skipped)})
             guards.check_step(state, batch.micro_batches, record["loss"], checkpoints)
-            if state.step % config.checkpoint.every == 0 or state.step == config.steps:
+            if is_last or state.step % config.checkpoint.every == 0:
                 run.sync()
                 checkpoints.save(state)
             else:
                 checkpoints.check(state)
             if job.evaluation_due():
-                if is_last := state.step == config.steps:
+                if is_last:
                     checkpoints.wait()  # whatever becomes of the validation, the training is saved
                 # The last one is part of what the run leaves: nobody can go on to it.
                 if scores := job.evaluate(by_itself if is_last else guards.together):

@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 SKIPPED = 2
-"""Steps before the profiled ones: they allocate memory and choose algorithms."""
-ROWS = 40
+"""Steps before the profiled ones, which allocate memory and choose algorithms."""
+TOP_KERNELS = 40
 
 
 class StepProfiler:
@@ -21,8 +21,8 @@ class StepProfiler:
                 ...
                 profiler.step()
 
-    `trace.json` is for Perfetto; `kernels.txt` lists what took longest by itself. With 0 steps it does nothing. A run
-    that ends earlier profiles what there was.
+    `trace.json` is for Perfetto; `kernels.txt` lists the operations that took longest by themselves. With 0 steps it
+    does nothing. Of a run that ends earlier, the steps that there were are profiled.
     """
 
     def __init__(self, steps: int, folder: Path, device: torch.device) -> None:
@@ -58,5 +58,5 @@ class StepProfiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._folder / "trace.json"))
         by = "self_device_time_total" if self._cuda else "self_cpu_time_total"
-        table = finished.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=80)
+        table = finished.key_averages().table(sort_by=by, row_limit=TOP_KERNELS, max_name_column_width=80)
         (self._folder / "kernels.txt").write_text(table + "\n", encoding="utf-8")

@@ -100,7 +100,7 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
             is_last = state.step == config.steps
             if mesh.is_first and config.pictures_every and (state.step % config.pictures_every == 0 or is_last):
                 patches = nearest_patches(engine.tokenizer, [pictures])
-                run.picture(state.step, "codes", sheet([pictures[:SHOWN], mosaic(result.codes[:SHOWN], patches)]))
+                run.image(state.step, "codes", sheet([pictures[:SHOWN], mosaic(result.codes[:SHOWN], patches)]))
             if state.step % config.checkpoint.every == 0 or is_last:
                 if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
                     save_vqkd(engine.tokenizer, out / "image_tokenizer.pth")

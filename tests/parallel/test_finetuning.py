@@ -110,7 +110,8 @@ def run(groups: Groups, configs: list[FinetuneConfig]) -> None:
     """For `run_workers`: what launchers/finetune.py does after parsing, run after run."""
     operators = define_torchvision_operators()
     for config in configs:
-        finetune(groups.mesh, *prepare_finetuning(config, groups.mesh))
+        with_steps, ready = prepare_finetuning(config, groups.mesh)
+        finetune(with_steps, groups.mesh, ready)
     del operators
 
 

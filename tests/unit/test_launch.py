@@ -66,7 +66,7 @@ def test_a_mistake_is_told_by_whoever_meets_it(
     where = f"rank {rank} on {socket.gethostname()}: " if rank else ""
     assert exit_.value.code == 2
     assert capfd.readouterr().err == f"program: {where}error: data.images: /data is not there\n"
-    assert waited == ([module.WAIT_S] if rank else [])
+    assert waited == ([module.MISTAKE_WAIT_S] if rank else [])
 
 
 def test_a_folder_in_use_is_a_mistake(capfd: pytest.CaptureFixture[str]) -> None:

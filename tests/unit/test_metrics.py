@@ -156,7 +156,7 @@ def test_records_of_one_step_stay_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [1, 7, 50, 1 << 20])
 @pytest.mark.parametrize("content", [b"", b"a", b"a\n", b"\n", b"a\n\nbcd\n" + b"x" * 100 + b"\nend", b"ab\n" * 50])
 def test_lines_from_the_end(block: int, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "BLOCK", block)
+    monkeypatch.setattr(records, "READ_AT_ONCE", block)
     (tmp_path / "file").write_bytes(content)
     assert list(records.from_the_end(tmp_path / "file"))[::-1] == content.splitlines(keepends=True)
 

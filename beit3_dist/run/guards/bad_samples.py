@@ -16,17 +16,17 @@ from beit3_dist.run.endings import RunStopped
 log = logging.getLogger(__name__)
 
 FEWEST_SAMPLES = 10_000
-"""A share of bad samples is taken of at least so many, or one bad image could stop a run at its first step."""
+"""The share of bad samples is of at least so many samples; else one bad image could stop a run at its first step."""
 
 RECENT_STEPS = 1_000
-"""The share is taken of so many steps, too: late in a run, that of all steps would hide for days that half of the data
-have become unreadable."""
+"""The share of the last so many steps counts, too: late in a run, the share of all steps would hide for days that half
+of the data have become unreadable."""
 
 WORTH_A_WARNING = 0.01
 """Share of a step's samples."""
 
-SHOWN = 3
-"""Shards and reasons that the report of a stopped run names."""
+NAMED = 3
+"""Shards, and reasons, that a stopped run names."""
 
 
 class BadSamples:
@@ -57,7 +57,7 @@ class BadSamples:
             self._stop(f"{what}, more than that share of {RECENT_STEPS:,} steps ({in_recent:,} samples)", since=first)
 
     def _stop(self, what: str, since: int) -> None:
-        """The first process reads the report for all: it may have gigabytes, and none may end before it is told."""
+        """The first process reads the quarantine, perhaps gigabytes, for all: none of them ends before that is done."""
         report = [_most_frequent(self._quarantine, since) if self._mesh.is_first else ""]
         if self._mesh.world > 1:
             dist.broadcast_object_list(report)
@@ -81,7 +81,7 @@ def _most_frequent(quarantine: Path, since: int) -> str:
                 shards[shard] += 1
                 reasons[reason.partition(":")[0]] += 1  # what follows a colon is about one file: sizes, offsets
     shard_list, reason_list = (
-        ", ".join(f"{name} ({count:,})" for name, count in found.most_common(SHOWN)) for found in (shards, reasons)
+        ", ".join(f"{name} ({count:,})" for name, count in found.most_common(NAMED)) for found in (shards, reasons)
     )
     whole = f"names them, but {broken:,} of its lines cannot be read" if broken else "names every one"
     return f"most of them in {shard_list}; reasons: {reason_list}; {quarantine} {whole}"

@@ -15,14 +15,14 @@ SIGMA = 1.4826
 """Standard deviation of a normal distribution over its median distance from the median."""
 
 LEAST = 1e-3
-"""The deviation counts as at least so large a share of the median: a loss that hardly moves warns of nothing else."""
+"""The deviation is taken as at least this share of the median, so that a loss which hardly moves causes no warnings."""
 
 
 class SpikeMonitor:
     """Compares each loss with the median of the last `window` ones, in robust standard deviations.
 
-    A spike moves a median hardly and a mean a lot, so a second spike soon after the first is seen as well. All state
-    are the last losses, which metrics.jsonl holds too.
+    A spike hardly moves a median but moves a mean a lot, so a second spike soon after the first is seen as well. The
+    only state is the last losses, which metrics.jsonl holds too.
     """
 
     def __init__(self, window: int, factor: float, losses: Iterable[float] = ()) -> None:

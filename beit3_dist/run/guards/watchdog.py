@@ -24,17 +24,17 @@ LOOK_S = 1.0
 """Seconds between two looks at the clock and at the other processes."""
 
 GONE_S = 10.0
-"""A process that cannot reach the store any more has so long to end by itself: the one that holds it may have finished
-a moment before the others, or its end becomes an error in the collective that this one is in."""
+"""Seconds that a process which no longer reaches the store has to end by itself: the process that holds the store may
+have finished a moment before the others, or its end becomes an error in the collective that this one is in."""
 
 BACKSTOP_S = 60.0
-"""After so many seconds more the process is ended even where a hanging call in C keeps every Python thread waiting."""
+"""So many seconds later the process is ended even if a hanging call in C keeps every Python thread waiting."""
 
 
 def patience(limit_s: float) -> timedelta:
-    """How long a collective waits for the ranks that it lacks, where a step may take `limit_s` seconds (0: any time):
-    longer than the watchdog, whose words say more than a collective's; not shorter than torch's own time, since nobody
-    watches what comes before the first step."""
+    """How long a collective waits for missing ranks, where a step may take `limit_s` seconds (0: any time): longer than
+    the watchdog, which says more than a collective's error; not shorter than torch's own limit, since nobody watches
+    what comes before the first step."""
     return max(PATIENCE, timedelta(seconds=2 * FIRST_STEP * limit_s)) if limit_s else timedelta(days=7)
 
 
