@@ -31,54 +31,61 @@ from beit3_dist.parallel.fragments import (
 )
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.sharding import sharded_dimension
-from beit3_dist.run.endings import RunStopped
+from beit3_dist.run.endings import AskedToGo, RunStopped
+from beit3_dist.run.folder import RunFolder
 
 
 class Checkpoints(AbstractContextManager["Checkpoints"]):
     """Saves a run beside its training. Every method is collective, and raises RunStopped, on all ranks at the same
     step, where a checkpoint cannot be written.
 
-    At the end of the context the last checkpoint is whole, also where the run stops itself, which all ranks do; after
-    any other error the other ranks may be gone, and a checkpoint on its way is left unfinished.
+    At the end of the context the last checkpoint is whole. So it is where the run stops itself, which all ranks do, the
+    samples that it ends for being in the quarantine; and where it was asked to go, which ends the context without an
+    error after one more checkpoint, if a step is new. After any other error the other ranks may be gone, and a
+    checkpoint on its way is left unfinished.
 
-    origin, start: the checkpoint that the run goes on from (None: a new run), and its step.
+    state: of the run, after its last step; it begins as it is in `origin`, the checkpoint that the run goes on from
+    (None: a new run).
     pieces: what this rank contributes, at the moment of the call.
     """
 
     def __init__(
         self,
         config: TrainingConfig | TokenizerConfig,
+        run: RunFolder,
         mesh: Mesh,
+        state: TrainState,
         origin: Path | None,
-        start: int,
         pieces: Callable[[], Iterable[Piece]],
     ) -> None:
-        self._config, self._pieces, self._versions = config, pieces, _versions()
-        self._origin, self._start = origin, start
-        settings, folder = config.checkpoint, Path(config.out) / "checkpoints"
-        self._store = Store(folder, mesh.device, settings.keep, settings.keep_every, start)
-        self.newest = start
+        self._config, self._run, self._state, self._pieces, self._versions = config, run, state, pieces, _versions()
+        self._origin, self._start = origin, state.step
+        settings = config.checkpoint
+        self._store = Store(run.folder / "checkpoints", mesh.device, settings.keep, settings.keep_every, state.step)
+        self._newest = state.step
         """The step that was saved last."""
 
-    def save(self, state: TrainState) -> None:
-        """Begins to save everything that the run needs to go on after `state.step`."""
+    def save(self) -> None:
+        """Begins to save everything that the run needs to go on after the last step, its records first: whoever goes on
+        from there never writes them again."""
+        self._run.sync()
         with _ending_the_run():
-            self._store.save(self._pieces(), state, self._config.model, to_yaml(self._config), self._versions)
-        self.newest = state.step
+            self._store.save(self._pieces(), self._state, self._config.model, to_yaml(self._config), self._versions)
+        self._newest = self._state.step
 
-    def check(self, state: TrainState) -> None:
+    def check(self) -> None:
         """After every step that does not save: finishes a checkpoint that is on its way, without waiting for it."""
-        self._store.vouch(state)
+        self._store.vouch(self._state)
         with _ending_the_run():
             self._store.check()
 
-    def last_good(self, state: TrainState) -> Path | None:
+    def last_good(self) -> Path | None:
         """The newest whole checkpoint that a finite step has followed, so that training goes on from it; None where
         there is none."""
         self.wait()
-        self._store.vouch(state)
+        self._store.vouch(self._state)
         good = [(step_of(path), path) for path in self._store.good()]
-        if self._origin is not None and self._start < state.last_finite:
+        if self._origin is not None and self._start < self._state.last_finite:
             good.append((self._start, self._origin))  # which may lie in another run's folder
         return newest_whole(path for _, path in sorted(good))
 
@@ -89,9 +96,15 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None or isinstance(error, RunStopped):
+    ) -> bool:
+        if isinstance(error, RunStopped):
+            self._run.quarantine(self._state.step + 1, error.faults)
+            self._run.sync()
+        elif isinstance(error, AskedToGo) and self._state.step > self._newest:
+            self.save()
+        if error is None or isinstance(error, RunStopped | AskedToGo):
             self.wait()
+        return isinstance(error, AskedToGo)
 
 
 @contextmanager

@@ -35,6 +35,10 @@ class RunStopped(RuntimeError):
         self.faults = list(faults)
 
 
+class AskedToGo(Exception):
+    """The run has to save and go. Raised in all processes at the same place; it becomes Preempted."""
+
+
 class Preempted(Exception):
     """The run was asked to go, and has saved where it was."""
 

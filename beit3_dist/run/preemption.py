@@ -19,17 +19,13 @@ import torch.distributed as dist
 
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.leaving import ignore, when_asked
-from beit3_dist.run.endings import RunStopped
+from beit3_dist.run.endings import AskedToGo, RunStopped
 from beit3_dist.run.failure import failure_board
 
 Read = TypeVar("Read")
 
 READ, ASKED, FAILED = range(3)
 """Outcomes of a process's reading; all processes act on the worst."""
-
-
-class AskedToGo(Exception):
-    """The run has to save and go. Raised in all processes at the same place."""
 
 
 class Together(Protocol):

@@ -16,15 +16,15 @@ from beit3_dist.parallel.device import prepare_device
 from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
+from beit3_dist.run.endings import Preempted
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
 from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.lock import RunLock
-from beit3_dist.run.parting import check_finished, parting
 from beit3_dist.run.preemption import Together, by_itself
 from beit3_dist.train.feed import StepBatch
 from beit3_dist.train.garbage import GarbageCollection
-from beit3_dist.train.profiling import StepProfiler
+from beit3_dist.train.profiling import profiled
 from beit3_dist.train.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -100,9 +100,9 @@ def _train(job: Job, groups: Groups) -> None:
         job.load(job.checkpoint)
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
-    profiler = StepProfiler(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
-    checkpoints = Checkpoints(config, mesh, job.checkpoint, state.step, job.pieces)
-    with profiler, GarbageCollection() as garbage, checkpoints, parting(run, checkpoints, state):
+    profiling = profiled(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
+    checkpoints = Checkpoints(config, run, mesh, state, job.checkpoint, job.pieces)
+    with profiling as profile_step, GarbageCollection() as garbage, checkpoints:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
             started = time.perf_counter()
@@ -119,10 +119,9 @@ def _train(job: Job, groups: Groups) -> None:
             run.step(record | {"skipped": int(result.skipped)})
             guards.check_step(state, batch.micro_batches, record["loss"], checkpoints)
             if is_last or state.step % config.checkpoint.every == 0:
-                run.sync()
-                checkpoints.save(state)
+                checkpoints.save()
             else:
-                checkpoints.check(state)
+                checkpoints.check()
             if job.evaluation_due():
                 if is_last:
                     checkpoints.wait()  # whatever becomes of the validation, the training is saved
@@ -130,11 +129,12 @@ def _train(job: Job, groups: Groups) -> None:
                 if scores := job.evaluate(by_itself if is_last else guards.together):
                     run.evaluation({"step": state.step} | scores)
             guards.check_samples(state)
-            profiler.step()
+            profile_step()
             garbage.after(state.step)
     if state.step == config.steps:
         guards.begin(state.step)  # it may take as long as a step
         job.finish()
     guards.close()
     run.close()
-    check_finished(state, config.steps)
+    if state.step < config.steps:
+        raise Preempted(f"asked to go: saved after step {state.step} of {config.steps}")

@@ -19,11 +19,11 @@ from beit3_dist.image_tokenizer.drawing import mosaic, nearest_patches, sheet
 from beit3_dist.image_tokenizer.network import save_vqkd
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
+from beit3_dist.run.endings import Preempted
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
 from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.lock import RunLock
-from beit3_dist.run.parting import check_finished, parting
 from beit3_dist.run.preflight_image_tokenizer import TokenizerReady
 from beit3_dist.train.feed import timed
 from beit3_dist.train.metrics import peak_memory_gb
@@ -63,10 +63,7 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
     batches = iter(loader(ready.train, steps, config.data.workers, config.data.prefetch, pin=cuda))
 
     pieces = lambda: engine.pieces() if mesh.is_first else ()  # noqa: E731
-    with (
-        Checkpoints(config, mesh, checkpoint, state.step, pieces) as checkpoints,
-        parting(run, checkpoints, state),
-    ):
+    with Checkpoints(config, run, mesh, state, checkpoint, pieces) as checkpoints:
         collapsed = False
         for step in steps:
             guards.begin(step + 1)
@@ -104,14 +101,14 @@ def _train(config: TokenizerConfig, groups: Groups, ready: TokenizerReady) -> No
             if state.step % config.checkpoint.every == 0 or is_last:
                 if mesh.is_first:  # before the checkpoint: once that is whole, a finished run is not started again
                     save_vqkd(engine.tokenizer, out / "image_tokenizer.pth")
-                run.sync()
-                checkpoints.save(state)
+                checkpoints.save()
             else:
-                checkpoints.check(state)
+                checkpoints.check()
             guards.check_samples(state)
     guards.close()
     run.close()
-    check_finished(state, config.steps)
+    if state.step < config.steps:
+        raise Preempted(f"asked to go: saved after step {state.step} of {config.steps}")
 
 
 def agreed(replaced: int, ids: torch.Tensor, waited_s: float, mesh: Mesh) -> tuple[int, int, float]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from beit3_dist.checkpoint.store import TrainState, checkpoints
+from beit3_dist.checkpoint.store import checkpoints
 from beit3_dist.config import CheckpointConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.parallel.mesh import Groups
@@ -63,9 +63,9 @@ def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]]
     predictions, task = FineTuning._predictions, test_finetuning.prepare_finetuning(config, groups.mesh)[1].task
     score = type(task).score
 
-    def watched_save(self: Checkpoints, state: TrainState) -> None:
-        begun.append(state.step)
-        save(self, state)
+    def watched_save(self: Checkpoints) -> None:
+        begun.append(self._state.step)
+        save(self)
 
     def watched_predictions(self: FineTuning, together: Together) -> Tensor:
         at_validations.append(list(begun))

@@ -23,10 +23,10 @@ from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import GuardConfig
 from beit3_dist.leaving import SIGNALS
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.endings import RunStopped
+from beit3_dist.run.endings import AskedToGo, RunStopped
 from beit3_dist.run.guards.bad_samples import BadSamples
 from beit3_dist.run.guards.spikes import SpikeMonitor, last_losses
-from beit3_dist.run.preemption import AskedToGo, StopRequest, interrupt_main_thread
+from beit3_dist.run.preemption import StopRequest, interrupt_main_thread
 
 
 def falling_losses(steps: int) -> list[float]:

@@ -15,8 +15,9 @@ from beit3_dist.data.faults import Fault
 from beit3_dist.image_tokenizer.images import PictureBatch
 from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.endings import Preempted, RunStopped
-from beit3_dist.run.preemption import AskedToGo, by_itself
+from beit3_dist.run import checkpointing
+from beit3_dist.run.endings import AskedToGo, Preempted, RunStopped
+from beit3_dist.run.preemption import by_itself
 from beit3_dist.train import loop, tokenizer_loop
 from beit3_dist.train.finetuning import FineTuning
 
@@ -25,12 +26,11 @@ from beit3_dist.train.finetuning import FineTuning
 def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Notes the calls to all parts of a pretraining run of two steps, with a checkpoint after the second."""
     parts = MagicMock()
-    for name in ("connect", "RunLock", "whole_checkpoint", "RunFolder", "Guards", "StepProfiler", "Checkpoints"):
+    for name in ("connect", "RunLock", "whole_checkpoint", "RunFolder", "Guards"):
         monkeypatch.setattr(loop, name, getattr(parts, name))
-    for name in ("RunLock", "StepProfiler", "Checkpoints"):
-        getattr(parts, name).return_value.__exit__.return_value = False
+    monkeypatch.setattr(checkpointing, "Store", parts.Store)
+    parts.RunLock.return_value.__exit__.return_value = False
     parts.whole_checkpoint.return_value = (None, TrainState())
-    parts.Checkpoints().newest = 0
     parts.job.config = RunConfig(
         out="out",
         steps=2,
@@ -61,9 +61,9 @@ def last(calls: list[str], name: str) -> int:
 def test_records_are_on_the_disk_before_the_checkpoint_that_goes_on_behind_them(parts: Any) -> None:
     loop.train(parts.job)
     calls = calls_of(parts)
-    assert calls.count("Checkpoints().save") == 1
+    assert calls.count("Store().save") == 1
     assert last(calls, "RunFolder().step") < calls.index("RunFolder().sync")
-    assert calls.index("RunFolder().sync") < calls.index("Checkpoints().save")
+    assert calls.index("RunFolder().sync") < calls.index("Store().save")
 
 
 def test_so_they_are_where_the_image_tokenizer_is_trained(
@@ -71,10 +71,11 @@ def test_so_they_are_where_the_image_tokenizer_is_trained(
 ) -> None:
     """And codes that have become one are told once."""
     parts = MagicMock()
-    names = "connect RunLock whole_checkpoint RunFolder Guards TokenizerEngine loader Checkpoints agreed"
+    names = "connect RunLock whole_checkpoint RunFolder Guards TokenizerEngine loader agreed"
     for name in [*names.split(), "record", "save_vqkd", "learning_rate"]:
         monkeypatch.setattr(tokenizer_loop, name, getattr(parts, name))
-    parts.Checkpoints.return_value.__exit__.return_value = False
+    for name in ("Store", "to_yaml"):
+        monkeypatch.setattr(checkpointing, name, getattr(parts, name))
     parts.RunLock.return_value.__exit__.return_value = False
     parts.whole_checkpoint.return_value = (None, TrainState())
     parts.agreed.return_value = (0, 0, 0.0)
@@ -90,7 +91,7 @@ def test_so_they_are_where_the_image_tokenizer_is_trained(
     tokenizer_loop.train_tokenizer(config, Mesh(0, 1, 0, 1, torch.device("cpu")), MagicMock())
     calls = calls_of(parts)
     assert last(calls, "RunFolder().step") < calls.index("RunFolder().sync")
-    assert calls.index("RunFolder().sync") < calls.index("Checkpoints().__enter__().save")
+    assert calls.index("RunFolder().sync") < calls.index("Store().save")
     (message,) = [message for message in caplog.messages if "collapsed" in message]
     assert message.startswith("step 1: the codes have collapsed")
 
@@ -99,7 +100,7 @@ def test_what_the_run_leaves_is_written_while_it_is_watched(parts: Any) -> None:
     """Where the first process fails with a full disk, the others learn of it by their guards alone."""
     loop.train(parts.job)
     calls = calls_of(parts)
-    assert calls.index("Checkpoints().__exit__") < calls.index("job.finish") < calls.index("Guards().close")
+    assert last(calls, "Store().wait") < calls.index("job.finish") < calls.index("Guards().close")
     assert calls.index("Guards().close") < calls.index("RunLock().__exit__")
 
 
@@ -109,15 +110,15 @@ def test_a_run_that_was_asked_to_go_leaves_its_checkpoint_only(parts: Any) -> No
         loop.train(parts.job)
     assert "job.finish" not in calls_of(parts)
     calls = calls_of(parts)
-    assert calls.count("Checkpoints().save") == 1
-    assert calls.index("RunFolder().sync") < calls.index("Checkpoints().save")
+    assert calls.count("Store().save") == 1
+    assert calls.index("RunFolder().sync") < calls.index("Store().save")
 
 
 def test_where_nothing_is_new_nothing_is_saved(parts: Any) -> None:
     parts.job.next_batch.side_effect = AskedToGo
     with pytest.raises(Preempted, match="after step 0"):
         loop.train(parts.job)
-    assert "Checkpoints().save" not in calls_of(parts)
+    assert "Store().save" not in calls_of(parts)
 
 
 def test_a_moving_average_leaves_skipped_steps_out() -> None:

@@ -40,7 +40,7 @@ class SkippedSteps:
         log.warning("step %d was skipped: its loss or gradient is not finite; %s names its samples", state.step, report)
         if in_a_row < self._most and state.step < self._last_step:
             return
-        good = checkpoints.last_good(state)
+        good = checkpoints.last_good()
         last = (
             f"the last good checkpoint is {good}: go on from it by --checkpoint.resume {good}"
             if good
