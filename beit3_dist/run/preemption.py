@@ -24,7 +24,7 @@ from beit3_dist.run.failure import failure_board
 
 Read = TypeVar("Read")
 
-READ, ASKED, FAILED = range(3)
+DELIVERED, ASKED, BROKEN = range(3)
 """Outcomes of a process's reading; all processes act on the worst."""
 
 
@@ -69,7 +69,7 @@ class StopRequest:
         Raises AskedToGo in all of them where one was asked to go, before or meanwhile, whose reading is given up then,
         and RunStopped in all of them where a stream of one has failed.
         """
-        outcome, result, failure = READ, None, StreamFailed("")
+        outcome, result, failure = DELIVERED, None, StreamFailed("")
         try:
             try:
                 self._waits = True
@@ -81,12 +81,12 @@ class StopRequest:
         except _Interrupted:
             outcome = ASKED
         except StreamFailed as error:
-            outcome, failure = FAILED, error
-        worst = torch.tensor(ASKED if outcome == READ and self._asked else outcome, device=self._device)
+            outcome, failure = BROKEN, error
+        worst = torch.tensor(ASKED if outcome == DELIVERED and self._asked else outcome, device=self._device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if worst == ASKED:
             raise AskedToGo
-        if worst == FAILED:
+        if worst == BROKEN:
             _stop(failure)
         return result  # type: ignore[return-value]
 

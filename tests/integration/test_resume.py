@@ -16,10 +16,11 @@ import torch
 from beit3_dist.checkpoint import snapshot
 from beit3_dist.checkpoint.find import find, read_manifest
 from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import CheckpointConfig, ParallelConfig, RunConfig
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.endings import RunStopped
-from beit3_dist.train.pretraining import Pretraining
+from beit3_dist.run.guards import Guards
 from tests.integration.runs import (
     REPOSITORY,
     kill,
@@ -118,11 +119,11 @@ def stop_itself(groups: Groups, config: RunConfig) -> str:
         time.sleep(0.3)
         return write(path, parts)
 
-    def check(job: Pretraining) -> None:
-        if job.state.step == 2:
+    def check(guards: Guards, state: TrainState) -> None:
+        if state.step == 2:
             raise RunStopped("enough")
 
-    snapshot.write_hashed, Pretraining.check = slowly, check  # type: ignore[method-assign]
+    snapshot.write_hashed, Guards.check_samples = slowly, check  # type: ignore[method-assign]
     return train(groups, config)
 
 

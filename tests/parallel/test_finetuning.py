@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from beit3_dist.checkpoint.model_folder import read_model_folder
+from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.run.guards import Guards
 from beit3_dist.run.preflight_finetuning import prepare_finetuning
 from beit3_dist.tasks.config import (
     FinetuneConfig,
@@ -26,7 +28,7 @@ from beit3_dist.tasks.config import (
     TaskEvalConfig,
 )
 from beit3_dist.tasks.registry import task_class
-from beit3_dist.train.finetuning import FineTuning, finetune
+from beit3_dist.train.finetuning import finetune
 from tests.conftest import define_torchvision_operators
 from tests.integration.runs import metrics, reproducible
 from tests.parallel.workers import run_workers
@@ -118,11 +120,11 @@ def run(groups: Groups, configs: list[FinetuneConfig]) -> None:
 def run_and_die(groups: Groups, config: FinetuneConfig) -> None:
     """All processes are killed after step KILLED, whose record is written."""
 
-    def die(job: FineTuning) -> None:
-        if job.state.step == KILLED:
+    def die(guards: Guards, state: TrainState) -> None:
+        if state.step == KILLED:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    FineTuning.check = die  # type: ignore[method-assign]  # this process has nothing else to do
+    Guards.check_samples = die  # type: ignore[method-assign]  # this process has nothing else to do
     run(groups, [config])
 
 

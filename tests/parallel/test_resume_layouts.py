@@ -39,7 +39,7 @@ def train_until(groups: Groups, config: RunConfig, last: int) -> str:
     def asked_after(guards: Guards, state: TrainState, *_: Any) -> None:
         guards._request._asked = state.step == last
 
-    Guards.check = asked_after  # type: ignore[method-assign]
+    Guards.check_step = asked_after  # type: ignore[method-assign]
     try:
         return train(groups, config)
     except Preempted as stop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from beit3_dist.checkpoint.store import TrainState
@@ -16,7 +16,7 @@ from beit3_dist.run.guards.bad_samples import BadSamples
 from beit3_dist.run.guards.skipped_steps import HasIds, SkippedSteps
 from beit3_dist.run.guards.spikes import SpikeMonitor, last_losses
 from beit3_dist.run.guards.watchdog import Watchdog
-from beit3_dist.run.preemption import Read, StopRequest
+from beit3_dist.run.preemption import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -34,22 +34,14 @@ class Guards:
     ) -> None:
         """`state`: where the run goes on. `max_bad_fraction`: see `Job`."""
         settings, out, mesh = config.guards, Path(config.out), groups.mesh
-        self._watchdog = Watchdog(settings.step_timeout_s, mesh, run.log_file)
-        self._request = StopRequest(mesh.device)
+        self._watchdog, self._request = Watchdog(settings.step_timeout_s, mesh, run.log_file), StopRequest(mesh.device)
+        self.begin, self.together = self._watchdog.begin, self._request.together
         self._skipped_steps = SkippedSteps(config, groups, run)
         self._bad_samples = BadSamples(max_bad_fraction, out, mesh, state) if max_bad_fraction is not None else None
         self._spikes = None
         if mesh.is_first and settings.spike_factor:
             losses = last_losses(out / "metrics.jsonl", settings.spike_window)
             self._spikes = SpikeMonitor(settings.spike_window, settings.spike_factor, losses)
-
-    def begin(self, step: int) -> None:
-        """Step number `step` = 1, 2, ... begins."""
-        self._watchdog.begin(step)
-
-    def together(self, read: Callable[[], Read]) -> Read:
-        """What `read` gives in this process; see `StopRequest.together`. Collective."""
-        return self._request.together(read)
 
     def check_step(
         self, state: TrainState, micro_batches: Sequence[HasIds], loss: float, checkpoints: Checkpoints

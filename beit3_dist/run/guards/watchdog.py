@@ -52,7 +52,7 @@ class Watchdog:
         self._thread.start()
 
     def begin(self, step: int) -> None:
-        """Step number `step` begins, and the one before has ended."""
+        """Step number `step` = 1, 2, ... begins, and the one before has ended."""
         if self._limit_s:
             limit_s = self._limit_s * (FIRST_STEP if self._step == 0 else 1)
             self._step, self._deadline = step, time.monotonic() + limit_s
