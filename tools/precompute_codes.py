@@ -50,7 +50,7 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     from beit3_dist.data.loader import loader
     from beit3_dist.devices import device_type
     from beit3_dist.image_tokenizer.codes import CodesWriter, made_from, pictures_of, write_codes
-    from beit3_dist.image_tokenizer.network import load_vqkd
+    from beit3_dist.image_tokenizer.files import load_vqkd
     from beit3_dist.image_tokenizer.targets import ImageTargets, tokenizer_view_size
 
     require(not held_out or config.eval.every > 0, "eval.every=0: this recipe validates on nothing; set it and eval.*")

@@ -51,7 +51,8 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import views
 from beit3_dist.devices import device_type
 from beit3_dist.image_tokenizer.drawing import mosaic, patches_of
-from beit3_dist.image_tokenizer.network import VQKD, load_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd
+from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import ImageTargets, tokenizer_view_size
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets

@@ -30,8 +30,8 @@ from beit3_dist.command_line import parse, refuse
 from beit3_dist.data.batch import requests_from
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.drawing import mosaic, nearest_patches, sheet
+from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.images import ImageBatches
-from beit3_dist.image_tokenizer.network import load_vqkd
 from beit3_dist.train.inputs import views as views_of
 
 PROGRAM = "show_codes.py"

@@ -12,7 +12,8 @@ from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
-from beit3_dist.image_tokenizer.network import VQKD, load_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd
+from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
 from beit3_dist.model.initialization import Values, initial_value, zeros
 from beit3_dist.parallel.deepspeed_config import deepspeed_config

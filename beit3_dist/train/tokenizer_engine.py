@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.config import OptimConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig
-from beit3_dist.image_tokenizer.network import VQKD, CodeUsage
+from beit3_dist.image_tokenizer.network import VQKD
+from beit3_dist.image_tokenizer.quantizer import CodeUsage
 from beit3_dist.image_tokenizer.teachers import Teacher
 from beit3_dist.parallel.fragments import MOMENTS
 from beit3_dist.parallel.mesh import Mesh

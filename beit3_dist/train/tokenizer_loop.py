@@ -16,7 +16,7 @@ from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, mix_arrays
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.drawing import mosaic, nearest_patches, sheet
-from beit3_dist.image_tokenizer.network import save_vqkd
+from beit3_dist.image_tokenizer.files import save_vqkd
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.run.endings import Preempted

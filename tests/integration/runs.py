@@ -14,7 +14,8 @@ from typing import Any
 
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
-from beit3_dist.image_tokenizer.network import VQKD, save_vqkd
+from beit3_dist.image_tokenizer.files import save_vqkd
+from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.preflight import prepare_run
 from beit3_dist.train.pretraining import pretrain

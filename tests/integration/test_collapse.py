@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from beit3_dist.config import ParallelConfig
-from beit3_dist.image_tokenizer.network import load_vqkd, save_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd, save_vqkd
 from tests.integration.runs import metrics, run_config, save_random_tokenizer, train
 from tests.parallel.workers import run_workers
 from tools import report

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from beit3_dist.data.pictures import channels_first
 from beit3_dist.data.transforms import decode, resized
-from beit3_dist.image_tokenizer.network import VQKD, load_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd
+from beit3_dist.image_tokenizer.network import VQKD
 from tests.unit.tar_fixtures import write_tar
 
 easy_vqa = pytest.importorskip("easy_vqa")

@@ -10,7 +10,7 @@ import torch
 
 from beit3_dist.config import BatchConfig
 from beit3_dist.data.batch import MixedBatches, Request
-from beit3_dist.image_tokenizer.network import load_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling

@@ -27,7 +27,7 @@ from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
 from beit3_dist.data.views import views
-from beit3_dist.image_tokenizer.network import load_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling
 from beit3_dist.train.inputs import prepare

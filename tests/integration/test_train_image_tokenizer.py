@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from beit3_dist.image_tokenizer.network import load_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd
 from tests.unit.tar_fixtures import picture, write_tar
 
 pytest.importorskip("efficientnet_lite_pytorch")

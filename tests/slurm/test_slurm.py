@@ -17,7 +17,8 @@ import torch
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.data.cache import cache_folder, digest, locked
 from beit3_dist.data.index import expand
-from beit3_dist.image_tokenizer.network import VQKD, save_vqkd
+from beit3_dist.image_tokenizer.files import save_vqkd
+from beit3_dist.image_tokenizer.network import VQKD
 from tests.integration.runs import metrics, reproducible
 from tests.unit.tar_fixtures import small_run
 

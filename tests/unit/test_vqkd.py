@@ -14,7 +14,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_dist.image_tokenizer.network import VQKD, Quantizer, load_vqkd, save_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd, save_vqkd
+from beit3_dist.image_tokenizer.network import VQKD
+from beit3_dist.image_tokenizer.quantizer import Quantizer
 
 SMALL = {
     "patch_size": 8,

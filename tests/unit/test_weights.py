@@ -24,7 +24,8 @@ from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.released import weights_to_torchscale
 from beit3_dist.checkpoint.timm_form import weights_to_timm
 from beit3_dist.image_tokenizer import teachers as distillation
-from beit3_dist.image_tokenizer.network import VQKD, load_vqkd
+from beit3_dist.image_tokenizer.files import load_vqkd
+from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.teachers import build_teacher
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3

@@ -110,7 +110,8 @@ def shard(path: Path, samples: Iterator[dict[str, bytes]]) -> None:
 
 def image_tokenizer(path: Path, model: dict[str, Any], tiny: bool) -> None:
     """A network of base size for patches of 16 pixels, with random weights; `tiny`: a small one."""
-    from beit3_dist.image_tokenizer.network import VQKD, save_vqkd
+    from beit3_dist.image_tokenizer.files import save_vqkd
+    from beit3_dist.image_tokenizer.network import VQKD
 
     patch = model["patch_size"] if tiny else 16
     geometry = {"width": 16, "layers": 1, "heads": 2} if tiny else {"width": 768, "layers": 12, "heads": 12}
