@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from os.path import expanduser
-from typing import Literal
+from typing import Any, Literal
 
 SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the SentencePiece pieces: 64,000 pieces give the released 64,010 rows
@@ -31,11 +31,6 @@ def expand_home(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         setattr(config, name, list(map(expanduser, value)) if isinstance(value, list) else expanduser(value))
-
-
-def require_out(out: str) -> None:
-    """Raises ValueError where no run folder is named: the current folder would become one."""
-    require(bool(out), 'out is empty: name the run folder (was it a shell variable that is not set, --out "$OUT"?)')
 
 
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
@@ -435,17 +430,53 @@ class GuardConfig:
 
 
 @dataclass(kw_only=True)
-class TrainingConfig:
-    """What pretraining and fine-tuning share."""
+class JobConfig:
+    """What all training runs share, whatever they train."""
 
     out: str
     """Run folder: config.yaml, metrics.jsonl, tensorboard/, logs/, checkpoints/, quarantine.jsonl."""
-    text_tokenizer: str
-    """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
+    model: Any
+    """The network, a dataclass: a checkpoint goes on with the same one only."""
     seed: int = 0
     """Seed of everything that is drawn: initial values, order, crops, masks, drop path."""
     steps: int = 1_000_000
     """Optimizer steps of the whole run."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: matrix products in bf16. fp32: everything in fp32."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits at every run, so that a resumed run is the undisturbed one bit for bit there
+    too. Attention's and other gradients are then added in a fixed order, which costs some time. On a CPU it is so
+    anyway."""
+    profile: int = 0
+    """Steps that the first process profiles, after two others: OUT/profile/trace.json opens in Perfetto, kernels.txt
+    lists what took longest. 0: none."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    """Bad steps, loss spikes, hanging steps."""
+
+    def __post_init__(self) -> None:
+        expand_home(self, "out")
+        require(  # the current folder would become one
+            bool(self.out),
+            'out is empty: name the run folder (was it a shell variable that is not set, --out "$OUT"?)',
+        )
+        require(self.profile >= 0, f"profile={self.profile} is negative")
+        require(self.steps > 0, f"steps must be positive, not {self.steps}")
+        require(
+            self.optim.warmup_steps <= self.steps,
+            f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",
+        )
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(JobConfig):
+    """What pretraining and fine-tuning share."""
+
+    text_tokenizer: str
+    """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bf16 parameters and activations, fp32 masters and gradient accumulation; DeepSpeed sums gradients over the
     replicas in bf16 (a `deepspeed_config` with "communication_data_type": "fp32" sends twice as much and rounds less).
@@ -466,17 +497,10 @@ class TrainingConfig:
     torch's for samples of different lengths, without padding or copies. flash: the same by the package flash-attn-4,
     on H100 and newer. The last two need kernels=triton and bf16; masks that do more than hide padding always take
     padded. auto: flash where it is installed, else varlen, else padded."""
-    deterministic: bool = False
-    """Whether a GPU computes the same bits at every run, so that a resumed run is the undisturbed one bit for bit there
-    too. Attention's and other gradients are then added in a fixed order, which costs some time. On a CPU it is so
-    anyway."""
     deepspeed_config: str = ""
     """DeepSpeed JSON file. ds_configs/zero3_bf16.json and its fellows come with the program and are found from any
     folder that has none of that name. "auto" values come from this config; a value that contradicts it is an error.
     Empty: everything is auto."""
-    profile: int = 0
-    """Steps that the first process profiles, after two others: OUT/profile/trace.json opens in Perfetto, kernels.txt
-    lists what took longest. 0: none."""
     init_from: str = ""
     """Weights to start from: a file in the released form (or torchscale's), a model folder, a checkpoint of a run, or a
     run's folder, which means its newest whole checkpoint. A head that is not in it starts from random values, which is
@@ -485,22 +509,10 @@ class TrainingConfig:
     """The Multiway Transformer."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over the ranks."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW and its schedule."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving and resuming."""
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    """Bad steps, loss spikes, hanging steps."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "out", "deepspeed_config", "init_from")
-        require_out(self.out)
-        require(self.profile >= 0, f"profile={self.profile} is negative")
-        require(self.steps > 0, f"steps must be positive, not {self.steps}")
-        require(
-            self.optim.warmup_steps <= self.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",
-        )
+        super().__post_init__()
+        expand_home(self, "deepspeed_config", "init_from")
         require(
             self.precision == "fp32" or self.parallel.zero_stage > 0,
             "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "

@@ -5,17 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from beit3_dist.config import (
-    CheckpointConfig,
-    GuardConfig,
-    OptimConfig,
-    Patterns,
-    expand_home,
-    require,
-    require_divides,
-    require_out,
-    sources_of,
-)
+from beit3_dist.config import JobConfig, OptimConfig, Patterns, expand_home, require, require_divides, sources_of
 
 
 @dataclass(kw_only=True)
@@ -138,16 +128,11 @@ def _beit_v2() -> OptimConfig:
 
 
 @dataclass(kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(JobConfig):
     """A training run of the image tokenizer."""
 
-    out: str
-    """Run folder: image_tokenizer.pth, config.yaml, metrics.jsonl, tensorboard/, logs/, checkpoints/,
-    quarantine.jsonl."""
     data: TokenizerDataConfig
     """The pictures."""
-    seed: int = 0
-    """Seed of initial values, order, crops and codebook draws."""
     steps: int = 250_200
     """Optimizer steps (100 epochs of ImageNet-1k at batch 512)."""
     batch: int = 512
@@ -162,18 +147,8 @@ class TokenizerConfig:
     """The frozen network whose features are rebuilt from the codes."""
     optim: OptimConfig = field(default_factory=_beit_v2)
     """AdamW and its schedule. The defaults are BEiT v2's tokenizer recipe, not the pretraining's."""
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Saving and resuming."""
-    guards: GuardConfig = field(default_factory=GuardConfig)
-    """Bad steps, loss spikes, hanging steps."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "out")
-        require_out(self.out)
-        for name in ("steps", "batch"):
-            require(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
+        super().__post_init__()
+        require(self.batch > 0, f"batch must be positive, not {self.batch}")
         require(self.pictures_every >= 0, f"pictures_every={self.pictures_every} is negative")
-        require(
-            self.optim.warmup_steps <= self.steps,
-            f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",
-        )

@@ -19,8 +19,7 @@ from beit3_dist.checkpoint.find import find, newest_whole, read_state, verified
 from beit3_dist.checkpoint.layout import Cut, Piece
 from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, step_of
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import TrainingConfig, require
-from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.config import JobConfig, require
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import (
     Fragment,
@@ -51,7 +50,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
     def __init__(
         self,
-        config: TrainingConfig | TokenizerConfig,
+        config: JobConfig,
         run: RunFolder,
         mesh: Mesh,
         state: TrainState,
@@ -124,7 +123,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def starting_point(config: TrainingConfig | TokenizerConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
+def starting_point(config: JobConfig, trains: bool = True) -> tuple[Path | None, TrainState]:
     """The checkpoint that `checkpoint.resume` means (None: a new run) and the state to go on from.
 
     Raises ValueError where a new run would write into the folder of another one, where it cannot write into its own,
@@ -155,9 +154,7 @@ def _check_writable(out: Path) -> None:
         raise ValueError(f"out: {out} cannot be written to ({error.strerror}): choose another folder") from None
 
 
-def whole_checkpoint(
-    config: TrainingConfig | TokenizerConfig, checkpoint: Path | None, state: TrainState
-) -> tuple[Path | None, TrainState]:
+def whole_checkpoint(config: JobConfig, checkpoint: Path | None, state: TrainState) -> tuple[Path | None, TrainState]:
     """What a run goes on from: the checkpoint that was found and its state, or, where the content of a file is damaged
     and `checkpoint.resume` is auto, the newest whole one before it. Collective; raises Damaged on all ranks."""
     whole = verified(checkpoint, config.checkpoint.resume, Path(config.out) / "checkpoints")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import deepspeed
 import torch
 
-from beit3_dist.config import TrainingConfig
-from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.config import JobConfig, TrainingConfig
 from beit3_dist.kernels.layer_norm import apex_layer_norm
 from beit3_dist.parallel.kernels import chosen_attention, chosen_kernels
 
 
-def computed_by(config: TrainingConfig | TokenizerConfig, device: torch.device) -> str:
+def computed_by(config: JobConfig, device: torch.device) -> str:
     """The device, the programs and, of what a config leaves open, what was chosen: "NVIDIA H200, torch 2.11.0+cu130,
     DeepSpeed 0.19.8, bf16, kernels triton, attention varlen"."""
     on_gpu = device.type == "cuda"

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.files import write_text
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import TrainingConfig
+from beit3_dist.config import JobConfig
 from beit3_dist.data.faults import Fault
-from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.opening import read_text
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.computing import computed_by
@@ -42,7 +41,7 @@ class RunFolder:
     everything but the other processes' logs.
     """
 
-    def __init__(self, out: Path, config: TrainingConfig | TokenizerConfig, mesh: Mesh, step: int) -> None:
+    def __init__(self, out: Path, config: JobConfig, mesh: Mesh, step: int) -> None:
         self.folder = out
         """OUT."""
         (out / "logs").mkdir(parents=True, exist_ok=True)

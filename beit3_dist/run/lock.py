@@ -15,8 +15,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from beit3_dist.config import TrainingConfig
-from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.config import JobConfig
 from beit3_dist.run.checkpointing import starting_point
 from beit3_dist.run.endings import FolderInUse, Preempted, RunStopped
 
@@ -41,7 +40,7 @@ class RunLock(AbstractContextManager["RunLock"]):
     threads may write until then.
     """
 
-    def __init__(self, config: TrainingConfig | TokenizerConfig, checkpoint: Path | None) -> None:
+    def __init__(self, config: JobConfig, checkpoint: Path | None) -> None:
         """`checkpoint`: what the run has found to go on from. Collective. Raises FolderInUse on all ranks where
         another run has the folder, or has had it since."""
         self._file = -1
@@ -56,7 +55,7 @@ class RunLock(AbstractContextManager["RunLock"]):
         if mistake[0]:
             raise FolderInUse(mistake[0])
 
-    def _take(self, config: TrainingConfig | TokenizerConfig, checkpoint: Path | None) -> None:
+    def _take(self, config: JobConfig, checkpoint: Path | None) -> None:
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         self._file = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -14,8 +14,7 @@ from typing import Any
 import yaml
 
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import TrainingConfig
-from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.config import JobConfig
 from beit3_dist.opening import read_yaml
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ def fields_of(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def same_recipe(config: TrainingConfig | TokenizerConfig, checkpoint: Path | None) -> None:
+def same_recipe(config: JobConfig, checkpoint: Path | None) -> None:
     """Says in one line which fields differ from those of the checkpoint that the run goes on from.
 
     Raises ValueError naming them where a resumed run cannot change them, or may not without

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_dist.checkpoint.files import sha256
-from beit3_dist.config import Patterns, RunConfig, TrainingConfig, sources_of
+from beit3_dist.config import JobConfig, Patterns, RunConfig, TrainingConfig, sources_of
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
 from beit3_dist.data.index import expand
@@ -86,9 +86,7 @@ def _digest(names: Any) -> str:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
-def same_sources(
-    config: TrainingConfig | TokenizerConfig, checkpoint: Path | None, kept: Sources, found: Sources
-) -> Sources:
+def same_sources(config: JobConfig, checkpoint: Path | None, kept: Sources, found: Sources) -> Sources:
     """`found`, which the run's checkpoints keep from here on.
 
     Raises ValueError naming the field where `kept`, that of `checkpoint`, differs, unless `checkpoint.other_data`

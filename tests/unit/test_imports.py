@@ -23,6 +23,7 @@ GROUND = -1
 """Of all other modules at the top of the package (config, opening, ...): everything imports them, and they no room."""
 EXCEPTIONS = {
     ("beit3_dist.model.vqkd", "beit3_dist.image_tokenizer.network"),  # an alias: the image tokenizer's public name
+    ("beit3_dist.model.vqkd", "beit3_dist.image_tokenizer.files"),
     ("beit3_dist.data.batch", "beit3_dist.objectives.masking"),
 }
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from beit3_dist.checkpoint.store import TrainState
-from beit3_dist.config import TrainingConfig
-from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.config import JobConfig
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.checkpointing import Checkpoints
 from beit3_dist.run.folder import RunFolder
@@ -26,7 +25,7 @@ class Guards:
 
     def __init__(
         self,
-        config: TrainingConfig | TokenizerConfig,
+        config: JobConfig,
         groups: Groups,
         run: RunFolder,
         state: TrainState,

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from beit3_dist.checkpoint.store import TrainState
-from beit3_dist.config import TrainingConfig
-from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.config import JobConfig
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.checkpointing import Checkpoints
 from beit3_dist.run.endings import RunStopped
@@ -28,7 +27,7 @@ class HasIds(Protocol):
 class SkippedSteps:
     """Writes skipped.jsonl, and says from which checkpoint it is good to go on."""
 
-    def __init__(self, config: TrainingConfig | TokenizerConfig, groups: Groups, run: RunFolder) -> None:
+    def __init__(self, config: JobConfig, groups: Groups, run: RunFolder) -> None:
         self._groups, self._run, self._report = groups, run, Path(config.out) / "skipped.jsonl"
         self._most, self._last_step = config.guards.max_skipped_steps, config.steps
 
