@@ -79,19 +79,14 @@ def write_names(path: Path, names: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-def build_coco(options: Namespace) -> None:
-    tokenizer = TextTokenizer(options.text_tokenizer)
-    write_indexes(options.out, benchmarks.coco(options.source), tokenizer)
+def builder(read: Callable[[Path], Indexes]) -> Callable[[Namespace], None]:
+    """What builds the indexes that `read` makes of a source, and nothing else."""
 
+    def build(options: Namespace) -> None:
+        tokenizer = TextTokenizer(options.text_tokenizer)
+        write_indexes(options.out, read(options.source), tokenizer)
 
-def build_flickr30k(options: Namespace) -> None:
-    tokenizer = TextTokenizer(options.text_tokenizer)
-    write_indexes(options.out, benchmarks.flickr30k(options.source), tokenizer)
-
-
-def build_nlvr2(options: Namespace) -> None:
-    tokenizer = TextTokenizer(options.text_tokenizer)
-    write_indexes(options.out, benchmarks.nlvr2(options.source), tokenizer)
+    return build
 
 
 def build_vqa(options: Namespace) -> None:
@@ -178,14 +173,14 @@ def parse(arguments: list[str] | None) -> Namespace:
 
     command(
         "coco",
-        build_coco,
+        builder(benchmarks.coco),
         "Retrieval and captioning on COCO, in Karpathy's split. data.images is the folder of train2014 and val2014.",
         "dataset_coco.json",
         words=True,
     )
     command(
         "flickr30k",
-        build_flickr30k,
+        builder(benchmarks.flickr30k),
         "Retrieval on Flickr30k, in Karpathy's split. data.images is the folder of flickr30k-images.",
         "dataset_flickr30k.json",
         words=True,
@@ -207,7 +202,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     )
     command(
         "nlvr2",
-        build_nlvr2,
+        builder(benchmarks.nlvr2),
         "Whether a sentence is true of two pictures. data.images is the folder of images/train, dev and test1.",
         "folder of train.json, dev.json and test1.json",
         words=True,

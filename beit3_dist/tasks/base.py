@@ -66,8 +66,6 @@ class Task(ABC):
 
     name: ClassVar[str]
     """What `task:` calls it; `register` sets it."""
-    metric: ClassVar[str]
-    """The score that says how good a model is."""
 
     # What it takes.
     images: ClassVar[int] = 1
@@ -172,6 +170,12 @@ class Task(ABC):
             "answers": self.classes,
             "text_length": self.config.data.text_length,
         }
+
+    def logits(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """What the head makes of each example's one image and its text, as far as the task reads them: [B, ...]."""
+        image = inputs.images[:, 0] if self.images else None
+        words, padding = (inputs.words, inputs.padding) if self.reads_text else (None, None)
+        return model.task_head(model.encode(image, words, padding, keep=inputs.keep(inputs.keys)))
 
     @abstractmethod
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:

@@ -19,7 +19,7 @@ from beit3_dist.tasks.data.examples import Example, Record, Rules, integer, stri
 from beit3_dist.tasks.parts.generation import generate
 from beit3_dist.tasks.parts.heads import FineTuned
 from beit3_dist.tasks.parts.metrics import caption_scores, check_caption_metrics
-from beit3_dist.tasks.parts.submissions import write_json
+from beit3_dist.tasks.parts.submissions import write_results
 from beit3_dist.tasks.registry import register
 
 
@@ -49,7 +49,6 @@ def weights_of_the_better(losses: Tensor, worst: float, room: int, group: dist.P
 class Captioning(Task):
     """Labels: number of the image, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
 
-    metric = "exact_match"
     one_prediction = "image_id"
     usual_text_length = 32  # unilm's
     serves = ("caption",)
@@ -154,18 +153,5 @@ class Captioning(Task):
         )
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
-        written = self._written(predictions, examples).values()
-        write_captions(folder, [name for name, _ in written], [text for _, text in written])
-
-
-def write_captions(folder: Path, image_ids: Sequence[str], captions: Sequence[str]) -> Path:
-    """COCO's and NoCaps' captions_results.json: a list of {image_id, caption}.
-
-    Raises ValueError where an image comes twice: the evaluation would refuse the file.
-    """
-    path = folder / "captions_results.json"
-    if len(set(image_ids)) < len(image_ids):
-        raise ValueError(f"{path}: a picture has two captions, and the benchmark takes one")
-    return write_json(
-        path, [{"image_id": int(id), "caption": caption} for id, caption in zip(image_ids, captions, strict=True)]
-    )
+        ids, captions = zip(*self._written(predictions, examples).values(), strict=True)
+        write_results(folder / "captions_results.json", ids, "image_id", captions, "caption")

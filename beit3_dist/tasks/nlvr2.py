@@ -22,7 +22,6 @@ from beit3_dist.tasks.registry import register
 class NLVR2(Task):
     """Labels: int64 [B], 1 where the sentence is true."""
 
-    metric = "accuracy"
     images = 2
     reads_text = has_classifier = True
     one_prediction = "identifier"
@@ -62,7 +61,9 @@ class NLVR2(Task):
         return {"accuracy": right / len(examples)}
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
-        write_nlvr2(folder, [e.name for e in examples], self.results(predictions))
+        """`identifier,True` or `identifier,False` a line, without a header."""
+        rows = zip([example.name for example in examples], self.results(predictions), strict=True)
+        write_csv(folder / "nlvr2_predictions.csv", rows)
 
 
 class _TwoLayers(nn.Module):
@@ -89,9 +90,3 @@ class PairOfImagesHead(TaskHead):
 
     def forward(self, tokens_B4D: Tensor) -> Tensor:
         return self.head(tokens_B4D)
-
-
-def write_nlvr2(folder: Path, identifiers: Sequence[str], predictions: Sequence[bool]) -> Path:
-    """NLVR2's nlvr2_predictions.csv: `identifier,True` or `identifier,False` a line, without a header."""
-    rows = [(id, str(bool(truth))) for id, truth in zip(identifiers, predictions, strict=True)]
-    return write_csv(folder / "nlvr2_predictions.csv", rows)

@@ -19,15 +19,13 @@ from beit3_dist.parallel.collectives import Gather
 from beit3_dist.tasks.base import Task, TaskInputs, hits
 from beit3_dist.tasks.data.examples import Example, Record, Rules, integer
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
-from beit3_dist.tasks.parts.metrics import first_rows, recall
+from beit3_dist.tasks.parts.metrics import ROWS_AT_ONCE, first_rows, recall
 from beit3_dist.tasks.registry import register
 
 FIRST_TEMPERATURE = 0.07
 """Temperature that contrastive training starts from (CLIP, Radford et al. 2021)."""
 BEST = 10
 """Candidates that `write_retrieval` keeps of each ranking."""
-ROWS_AT_ONCE = 1024
-"""Rows of the score matrix that exist at a time."""
 
 
 class Contrastive(Task):
@@ -61,7 +59,6 @@ class Contrastive(Task):
 class Retrieval(Contrastive):
     """Image-text contrast over the examples of all ranks. Labels: number of the image, int64 [B]."""
 
-    metric = "mean_recall"
     reads_text = True
 
     @staticmethod

@@ -14,7 +14,7 @@ from beit3_dist.tasks.base import Task, TaskInputs
 from beit3_dist.tasks.data.examples import Example, Malformed, Record, Rules, integer, strings
 from beit3_dist.tasks.data.vqa_answers import accuracy
 from beit3_dist.tasks.parts.heads import FineTuned, PooledHead, TaskHead
-from beit3_dist.tasks.parts.submissions import write_json
+from beit3_dist.tasks.parts.submissions import write_results
 from beit3_dist.tasks.registry import register
 
 PEOPLE = 10
@@ -25,7 +25,6 @@ PEOPLE = 10
 class VQA(Task):
     """Labels: scores of the answers, float [B, answers] in [0, 1]; several answers may be right."""
 
-    metric = "vqa_accuracy"
     reads_text = needs_names = keeps_names = has_classifier = True
     one_prediction = "qid"
     serves = ("answer",)
@@ -57,11 +56,6 @@ class VQA(Task):
     def head(cls, config: ModelConfig, classes: int) -> TaskHead:
         return PooledHead(config.width, classes)
 
-    def logits(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """[B, answers]."""
-        hidden = model.encode(inputs.images[:, 0], inputs.words, inputs.padding, keep=inputs.keep(inputs.keys))
-        return model.task_head(hidden)
-
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Binary cross-entropy of every answer, summed over the answers."""
         logits = self.logits(model, inputs)
@@ -89,12 +83,5 @@ class VQA(Task):
         return {"vqa_accuracy": sum(scores) / len(scores)} if scores else {}
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
-        write_vqa(folder, [e.name for e in examples], self.results(predictions))
-
-
-def write_vqa(folder: Path, question_ids: Sequence[str], answers: Sequence[str]) -> Path:
-    """VQA v2's vqa_results.json: a list of {question_id, answer}."""
-    return write_json(
-        folder / "vqa_results.json",
-        [{"question_id": int(id), "answer": answer} for id, answer in zip(question_ids, answers, strict=True)],
-    )
+        ids = [example.name for example in examples]
+        write_results(folder / "vqa_results.json", ids, "question_id", self.results(predictions), "answer")

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -154,20 +154,16 @@ class FineTuning:
         totals = Totals.summed((self._totals(batch) for batch in micro_batches), losses=1)
         return StepBatch.agreed(self._groups, micro_batches, totals, waited_s)
 
-    def _masked(self, batch: TaskBatch) -> MaskedBatch:
+    def _masked(self, batch: TaskBatch) -> TaskBatch:
         keys = [mix(self.config.seed, Draw.MASK, place) for place in batch.places.tolist()]
         words, targets = self.task.mask(batch.words, batch.padding, keys)
-        return MaskedBatch(batch, words, targets)
+        return replace(batch, words=words, targets=targets)
 
-    def _totals(self, batch: MaskedBatch) -> Totals:
-        examples, model = batch.batch, self.config.model
-        count = len(examples.ids) if batch.targets is None else int((batch.targets >= 0).sum())
-        pictures, lengths, none = (
-            examples.images.shape[1],
-            (~examples.padding).sum(1),
-            torch.zeros(0, dtype=torch.int64),
-        )
-        masked = count if batch.targets is not None else 0
+    def _totals(self, batch: TaskBatch) -> Totals:
+        model, pictures, none = self.config.model, batch.images.shape[1], torch.zeros(0, dtype=torch.int64)
+        lengths = (~batch.padding).sum(1)
+        masked = 0 if batch.targets is None else int((batch.targets >= 0).sum())
+        count = len(batch.ids) if batch.targets is None else masked
         if pictures == 0:
             samples = (0, none, lengths)
         elif lengths.sum() == 0:
@@ -177,27 +173,27 @@ class FineTuning:
         else:
             samples = (0, lengths.repeat(pictures), none)
         flops = training_flops(model, *samples, 0, masked, whole_last_block=True)
-        tokens = examples.images.shape[0] * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
-        terms = mix_arrays((examples.places - self._consumed).numpy(), examples.ids.numpy())
+        tokens = len(lengths) * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
+        terms = mix_arrays((batch.places - self._consumed).numpy(), batch.ids.numpy())
         hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
-        return Totals([count], tokens, flops, len(examples.faults), hash_terms)
+        return Totals([count], tokens, flops, len(batch.faults), hash_terms)
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
-        inputs = ((self._inputs(b.batch, b.words, b.targets),) for b in batch.micro_batches)
+        inputs = ((self._inputs(micro_batch),) for micro_batch in batch.micro_batches)
         result = self._engine.train_step(inputs, batch.step_counts, step, lr)
         if self._average and not result.skipped:
             self._average.update()
         return result
 
-    def _inputs(self, batch: TaskBatch, words: Tensor, targets: Tensor | None = None) -> TaskInputs:
+    def _inputs(self, batch: TaskBatch) -> TaskInputs:
         move = lambda t: to_device(t, self.mesh.device)  # noqa: E731
         return TaskInputs(
             images=self._normalize(move(batch.images)),
-            words=move(words),
+            words=move(batch.words),
             padding=batch.padding,
             labels=move(batch.labels),
             keys=move(batch.places),
-            targets=None if targets is None else move(targets),
+            targets=None if batch.targets is None else move(batch.targets),
         )
 
     def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
@@ -243,7 +239,7 @@ class FineTuning:
         parts: list[Tensor] = []
         batches = iter(self._loader(self._dataset(self._validation, train=False), places))
         while (batch := together(lambda: next(batches, None))) is not None:
-            mine = self._engine.predict(self._inputs(batch, batch.words), self._all_done)
+            mine = self._engine.predict(self._inputs(batch), self._all_done)
             parts.append(all_gather(mine, groups.data).cpu())
         return torch.cat(parts)[: len(self._validation)]
 
@@ -272,23 +268,3 @@ class FineTuning:
             task=self.task.describe(),
             text_tokenizer=Path(self.task.tokenizer.path),
         )
-
-
-@dataclass
-class MaskedBatch:
-    """A micro-batch on the host with the words that the model reads."""
-
-    batch: TaskBatch
-    words: Tensor
-    """int64 [B, L]."""
-    targets: Tensor | None
-    """int64 [B, L]: what is to be recovered, -1 elsewhere; None where the task masks nothing."""
-
-    @property
-    def faults(self) -> list[Fault]:
-        """Examples that had to be replaced."""
-        return self.batch.faults
-
-    def ids_by_kind(self) -> dict[str, list[int]]:
-        """Numbers of the examples in their index."""
-        return {"examples": self.batch.ids.tolist()}

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from beit3_dist.tasks.captioning import write_captions
-from beit3_dist.tasks.nlvr2 import write_nlvr2
-from beit3_dist.tasks.parts.submissions import write_classes
+from beit3_dist.tasks.data.examples import Example
+from beit3_dist.tasks.nlvr2 import NLVR2
+from beit3_dist.tasks.parts.submissions import write_classes, write_results
 from beit3_dist.tasks.retrieval import write_retrieval
-from beit3_dist.tasks.vqa import write_vqa
 
 
 def test_answers_and_captions_are_lists_with_integer_ids(tmp_path: Path) -> None:
-    answers = write_vqa(tmp_path, ["7", "3"], ["yes", "café"])
+    answers = write_results(tmp_path / "a.json", ["7", "3"], "question_id", ["yes", "café"], "answer")
     assert json.loads(answers.read_text()) == [
         {"question_id": 7, "answer": "yes"},
         {"question_id": 3, "answer": "café"},
     ]
-    captions = write_captions(tmp_path, ["7"], ["a cat"])
-    assert json.loads(captions.read_text()) == [{"image_id": 7, "caption": "a cat"}]
 
 
 def test_two_captions_of_a_picture_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a picture has two captions"):
-        write_captions(tmp_path, ["7", "7"], ["a cat", "a dog"])
+    with pytest.raises(ValueError, match="one image_id has two of caption"):
+        write_results(tmp_path / "a.json", ["7", "7"], "image_id", ["a cat", "a dog"], "caption")
     assert not list(tmp_path.iterdir())
 
 
 def test_nlvr2_has_true_or_false_on_each_line(tmp_path: Path) -> None:
-    path = write_nlvr2(tmp_path, ["dev-0-0-0", "dev-0-1-0"], [True, False])
-    assert path.read_text() == "dev-0-0-0,True\ndev-0-1-0,False\n"
+    examples = [Example(n, (), (5,), 0, name) for n, name in enumerate(("dev-0-0-0", "dev-0-1-0"))]
+    task: Any = SimpleNamespace(results=partial(NLVR2.results, None))
+    NLVR2.write_predictions(task, tmp_path, torch.tensor([1, 0]), examples)
+    assert (tmp_path / "nlvr2_predictions.csv").read_text() == "dev-0-0-0,True\ndev-0-1-0,False\n"
 
 
 def test_classes_are_a_table(tmp_path: Path) -> None:

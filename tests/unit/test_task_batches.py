@@ -52,7 +52,7 @@ def dataset(examples: Sequence[Example], train: bool = True, **settings: Any) ->
 
 def joined(batches: list[TaskBatch]) -> dict[str, list[Any]]:
     """Each field's rows over all batches; words without padding."""
-    rows: dict[str, list[Any]] = {field.name: [] for field in fields(TaskBatch) if field.name != "faults"}
+    rows: dict[str, list[Any]] = {f.name: [] for f in fields(TaskBatch) if f.name not in ("faults", "targets")}
     for batch in batches:
         for name, column in rows.items():
             values = getattr(batch, name)

@@ -101,6 +101,12 @@ class TaskBatch(Tensors):
     """bool [B]; False: the sample repeats another one and must not count."""
     faults: list[Fault]
     """Examples of training that had to be replaced."""
+    targets: torch.Tensor | None = None
+    """int64 [B, L]: what the task's `mask` wants recovered, -1 elsewhere; then `words` are what the model reads."""
+
+    def ids_by_kind(self) -> dict[str, list[int]]:
+        """Numbers of the examples in their index."""
+        return {"examples": self.ids.tolist()}
 
 
 def class_labels(examples: Sequence[Example]) -> torch.Tensor:

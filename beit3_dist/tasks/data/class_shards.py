@@ -15,7 +15,7 @@ from beit3_dist.data.kinds import IMAGE, KINDS, hidden, key_and_extension
 from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.unpack import plain_tar
 from beit3_dist.opening import without_mark
-from beit3_dist.tasks.data.examples import PROBLEMS_SHOWN, Example, TarMember
+from beit3_dist.tasks.data.examples import Example, TarMember, first_of
 
 CLASS = b"cls"
 """Extension of the members that hold classes."""
@@ -58,8 +58,7 @@ def read_class_shards(pattern: str, field: str, cache: str, classes: int) -> Cla
         scans = list(pool.map(lambda number: _scan(tars[number], paths[number], number, classes), range(len(tars))))
     faults = [fault for scan in scans for fault in scan.faults]
     if faults:
-        more = f"; and {len(faults) - PROBLEMS_SHOWN} more" if len(faults) > PROBLEMS_SHOWN else ""
-        raise ValueError(f"{field}: {len(faults)} faults: {'; '.join(faults[:PROBLEMS_SHOWN])}{more}")
+        raise ValueError(f"{field}: {len(faults)} faults: {first_of(faults)}")
     rows = [row for scan in scans for row in scan.rows]
     if not rows:
         raise ValueError(f"{field}: no picture with a .cls member in {len(paths)} tars of {pattern!r}")

@@ -16,12 +16,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from beit3_dist.data.text_files import require_text
 from beit3_dist.opening import inside, open_regular
+
+if TYPE_CHECKING:
+    from beit3_dist.tasks.base import Task
 
 PROBLEMS_SHOWN = 5
 """Faulty lines that an error names."""
@@ -109,22 +112,12 @@ def _require_characters(value: str | list[str], field: str) -> None:
         raise Malformed(str(error)) from None
 
 
-class Reader(Protocol):
-    """What a task says of its index; a class, which loader processes find by its name."""
-
-    name: ClassVar[str]
-    one_prediction: ClassVar[str]
-
-    @staticmethod
-    def read(number: int, record: Record, rules: Rules) -> Example: ...
-
-
 @dataclass(frozen=True)
 class Rules:
     """What an index is read by: root of its pictures, and the ends of what it may hold."""
 
-    task: type[Reader]
-    """Whose index it is."""
+    task: type[Task]
+    """Whose index it is; loader processes find it by its module."""
     root: str
     """Folder that the paths of pictures are relative to."""
     train: bool
@@ -242,7 +235,7 @@ class Index(Sequence[Example]):
 
 def read_index(
     path: Path | Sequence[Path],
-    task: type[Reader],
+    task: type[Task],
     image_root: Path,
     *,
     train: bool = False,
@@ -281,12 +274,15 @@ def read_index(
             needed[folder].add(name)
     problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, _faults(needed))]
     if problems:
-        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        raise ValueError(
-            f"{len(problems)} faults in the {len(index)} lines of the {task.name} index: "
-            f"{'; '.join(problems[:PROBLEMS_SHOWN])}{more}"
-        )
+        lines = f"{len(index)} lines of the {task.name} index"
+        raise ValueError(f"{len(problems)} faults in the {lines}: {first_of(problems)}")
     return index
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """The first faults, and how many more there are."""
+    more = f"; and {len(faults) - PROBLEMS_SHOWN} more" if len(faults) > PROBLEMS_SHOWN else ""
+    return "; ".join(faults[:PROBLEMS_SHOWN]) + more
 
 
 def _faults(needed: Mapping[str, set[str]]) -> dict[str, str]:
