@@ -1,4 +1,4 @@
-"""What the README says exists."""
+"""What the README and docs/architecture.md say exists."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def test_files_that_it_names_exist() -> None:
     ]
     assert len(files) > 10
     assert not [name for name in files if not (REPOSITORY / name).exists()]
+
+
+def test_files_that_the_walks_through_the_code_name_exist() -> None:
+    """docs/architecture.md names them below the package."""
+    walks = (REPOSITORY / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([a-z_]+/[\w./]*)`", walks)
+    assert len(named) > 40
+    assert not [name for name in named if not (REPOSITORY / "beit3_dist" / name).exists()]
+    assert not re.findall(r"`\w+\.py`", walks), "without its folder"
 
 
 def test_layout_of_the_code_is_the_folders() -> None:
