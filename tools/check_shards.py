@@ -43,7 +43,7 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Job:
+class Work:
     """One shard to check, and how."""
 
     stream: Stream
@@ -75,7 +75,7 @@ class Report:
         self.problems.append({"kind": kind, "key": key.decode("utf-8", "replace"), "reason": reason})
 
 
-def check(job: Job) -> Report:
+def check(job: Work) -> Report:
     """Reads a whole shard."""
     report = Report(job.path, os.path.getsize(job.path))
     with Tar(job.file, job.path) as tar:
@@ -103,7 +103,7 @@ def check(job: Job) -> Report:
 
 
 def _sample_problems(
-    job: Job, tar: Tar, sample: dict[int, tuple[int, int]], report: Report
+    job: Work, tar: Tar, sample: dict[int, tuple[int, int]], report: Report
 ) -> Iterator[tuple[str, str]]:
     """Kind and reason of what is wrong with one sample of the job's stream."""
 
@@ -151,7 +151,7 @@ def check_all(options: Namespace) -> dict[str, Any]:
     for stream in Stream:
         pattern = getattr(options, stream.name.lower())
         paths = expand(pattern, f"--{stream.name.lower()}") if pattern else []
-        jobs += [Job(stream, path, plain_tar(path, folder), options.caption_key, options.max_pixels) for path in paths]
+        jobs += [Work(stream, path, plain_tar(path, folder), options.caption_key, options.max_pixels) for path in paths]
     if not jobs:
         raise ValueError("name shards by --images, --texts or --pairs")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
