@@ -161,38 +161,29 @@ def parse(arguments: list[str] | None) -> Namespace:
         dest="command", required=True, metavar="coco | flickr30k | vqa | nlvr2 | imagenet | demo"
     )
 
-    def command(name: str, build: Callable[[Namespace], None], text: str, source: str, words: bool) -> ArgumentParser:
+    def command(name: str, build: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
         sub = commands.add_parser(name, help=text.split(".")[0], description=text)
         sub.set_defaults(build=build)
         if source:
             sub.add_argument("source", type=Path, metavar="SOURCE", help=source)
         sub.add_argument("out", type=Path, metavar="OUT", help="folder of the indexes")
-        if words:
+        if build is not build_imagenet:  # which has no texts
             sub.add_argument("--text_tokenizer", required=True, metavar="FILE", help="SentencePiece model")
         return sub
 
-    command(
-        "coco",
-        builder(benchmarks.coco),
-        "Retrieval and captioning on COCO, in Karpathy's split. data.images is the folder of train2014 and val2014.",
-        "dataset_coco.json",
-        words=True,
-    )
-    command(
-        "flickr30k",
-        builder(benchmarks.flickr30k),
-        "Retrieval on Flickr30k, in Karpathy's split. data.images is the folder of flickr30k-images.",
-        "dataset_flickr30k.json",
-        words=True,
-    )
-    sub = command(
-        "vqa",
-        build_vqa,
+    text = "Retrieval and captioning on COCO, in Karpathy's split. data.images is the folder of train2014 and val2014."
+    command("coco", builder(benchmarks.coco), "dataset_coco.json", text)
+    text = "Retrieval on Flickr30k, in Karpathy's split. data.images is the folder of flickr30k-images."
+    command("flickr30k", builder(benchmarks.flickr30k), "dataset_flickr30k.json", text)
+    text = "Whether a sentence is true of two pictures. data.images is the folder of images/train, dev and test1."
+    command("nlvr2", builder(benchmarks.nlvr2), "folder of train.json, dev.json and test1.json", text)
+    text = "Classes of pictures, from a folder per class. data.images is SOURCE."
+    command("imagenet", build_imagenet, "folder of train and val, with a folder per class each", text)
+    text = (
         "Answers to questions, VQA v2. data.images is the folder of train2014, val2014 and test2015. The released "
-        f"models need the {ANSWERS} that they were trained with: --answers.",
-        "folder of the six files v2_*.json",
-        words=True,
+        f"models need the {ANSWERS} that they were trained with: --answers."
     )
+    sub = command("vqa", build_vqa, "folder of the six files v2_*.json", text)
     sub.add_argument(
         "--answers",
         type=Path,
@@ -200,30 +191,13 @@ def parse(arguments: list[str] | None) -> Namespace:
         help="list of answers, a line {answer, label} each; default: those that are the most frequent one of "
         f"{benchmarks.LEAST_ANSWERS} questions",
     )
-    command(
-        "nlvr2",
-        builder(benchmarks.nlvr2),
-        "Whether a sentence is true of two pictures. data.images is the folder of images/train, dev and test1.",
-        "folder of train.json, dev.json and test1.json",
-        words=True,
-    )
-    command(
-        "imagenet",
-        build_imagenet,
-        "Classes of pictures, from a folder per class. data.images is SOURCE.",
-        "folder of train and val, with a folder per class each",
-        words=False,
-    )
-    sub = command(
-        "demo",
-        build_demo,
+    text = (
         "Six small tasks from data sets that pip brings, with their pictures. vqa (and questions: the same without "
         "pictures, for task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's "
         "drawings and their names (CC-BY-SA-4.0); text: parts of speech of the GCIDE dictionary's definitions (GPL). "
-        "data.images is OUT. Returns at once if OUT is complete.",
-        "",
-        words=True,
+        "data.images is OUT. Returns at once if OUT is complete."
     )
+    sub = command("demo", build_demo, "", text)
     sub.add_argument(
         "--held-out",
         type=float,

@@ -176,7 +176,8 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
                     lines.append(record | {"answers": given})
                 elif scores:
                     lines.append(record)
-    held = set(sorted(pictures, key=lambda picture: _hash(pictures[picture]))[:VALIDATION_PICTURES])
+    by_hash = sorted(pictures, key=lambda picture: hashlib.sha256(str(pictures[picture]).encode()).hexdigest())
+    held = set(by_hash[:VALIDATION_PICTURES])
     validation = indexes["vqa.val.jsonl"]
     indexes["vqa.rest_val.jsonl"] = [record for record in validation if record["image_path"] in held]
     indexes["vqa.trainable_val.jsonl"] = [
@@ -193,11 +194,6 @@ def _by_question(path: Path) -> dict[int, dict[str, Any]]:
         annotations = load(path)["annotations"]
         once((annotation["question_id"] for annotation in annotations), f"{path}: question_id")
         return {annotation["question_id"]: annotation for annotation in annotations}
-
-
-def _hash(number: int) -> str:
-    """A fixed, but random, key to sort by."""
-    return hashlib.sha256(str(number).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- NLVR2 and ImageNet
@@ -268,6 +264,4 @@ def _folders(folder: Path, left_out: LeftOut) -> list[str]:
 
 def _pictures(folder: Path, left_out: LeftOut) -> list[str]:
     """Names of the pictures in a folder, sorted; none if there is no folder."""
-    if not folder.is_dir():
-        return []
-    return pictures_in(folder, left_out)
+    return pictures_in(folder, left_out) if folder.is_dir() else []
