@@ -29,13 +29,13 @@ def main(arguments: list[str]) -> None:
     from beit3_dist.parallel.mesh import Mesh, read_mesh
     from beit3_dist.run.launch import launch
     from beit3_dist.run.preflight_image_tokenizer import TokenizerReady, prepare_tokenizer_run
-    from beit3_dist.train.tokenizer_loop import train_tokenizer
+    from beit3_dist.train.image_tokenizer import train_image_tokenizer
 
     def prepare() -> tuple[TokenizerConfig, Mesh, TokenizerReady]:
         mesh = read_mesh()
         return config, mesh, prepare_tokenizer_run(config, mesh)
 
-    launch(PROGRAM, prepare, lambda run: train_tokenizer(*run))
+    launch(PROGRAM, prepare, lambda run: train_image_tokenizer(*run))
 
 
 if __name__ == "__main__":

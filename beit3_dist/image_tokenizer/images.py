@@ -1,4 +1,4 @@
-"""Batches of pictures alone."""
+"""Batches of images alone, for the image tokenizer's training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from beit3_dist.data.pictures import channels_first
 from beit3_dist.data.streams import Draw, ImageStream
 
 
-class PictureBatch(NamedTuple):
-    """One rank's b pictures of a step."""
+class ImageBatch(NamedTuple):
+    """One rank's b images of a step."""
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     """uint8 [b, 3, S, S]."""
     ids: torch.Tensor
     """int64 [b]: ids of the delivered samples."""
@@ -33,9 +33,9 @@ class PictureBatch(NamedTuple):
 
 
 class ImageBatches(Dataset):
-    """For the image tokenizer's training: `dataset[step]`.
+    """`dataset[step]` is this rank's `ImageBatch` of a step.
 
-    `batch` is the global number of pictures per step; b = batch / world. Crops and mirroring, no colour jitter.
+    `batch` is the global number of images per step; b = batch / world. Crops and mirroring, no colour jitter.
     """
 
     def __init__(
@@ -61,12 +61,7 @@ class ImageBatches(Dataset):
         self.min_crop_scale = min_crop_scale
         self.horizontal_flip = horizontal_flip
 
-    @property
-    def pictures(self) -> int:
-        """Pictures of one epoch."""
-        return len(self.stream)
-
-    def __getitem__(self, step: int) -> PictureBatch:
+    def __getitem__(self, step: int) -> ImageBatch:
         count = self.batch // self.world
         first = step * self.batch + self.rank * count
         samples, views = [], []
@@ -76,7 +71,7 @@ class ImageBatches(Dataset):
             views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, self.horizontal_flip))
             del sample.picture, picture
             samples.append(sample)
-        return PictureBatch(
+        return ImageBatch(
             channels_first(torch.from_numpy(np.stack(views))),
             torch.tensor([sample.id for sample in samples]),
             [fault for sample in samples for fault in sample.faults],

@@ -98,7 +98,7 @@ class Engine:
                 mpu=groups,
             )
         flatten_step(self.deepspeed)
-        self.zero_stage = config.parallel.zero_stage
+        self.zero_stage: int = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
             if isinstance(module, Stages)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -20,7 +21,6 @@ from beit3_dist.checkpoint.layout import Cut, Piece
 from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, step_of
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig, require
-from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import (
     Fragment,
     create_optimizer_state,
@@ -28,7 +28,7 @@ from beit3_dist.parallel.fragments import (
     optimizer_state,
     refresh_parameters,
 )
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.sharding import sharded_dimension
 from beit3_dist.run.endings import AskedToGo, RunStopped
 from beit3_dist.run.folder import RunFolder
@@ -46,6 +46,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     state: of the run, after its last step; it begins as it is in `origin`, the checkpoint that the run goes on from
     (None: a new run).
     pieces: what this rank contributes, at the moment of the call.
+    export: writes what else is to lie there before a checkpoint is whole: once the last one is, nobody goes on from it.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         state: TrainState,
         origin: Path | None,
         pieces: Callable[[], Iterable[Piece]],
+        export: Callable[[], None],
     ) -> None:
-        self._config, self._run, self._state, self._pieces, self._versions = config, run, state, pieces, _versions()
+        self._config, self._run, self._state, self._versions = config, run, state, _versions()
+        self._pieces, self._export = pieces, export
         self._origin, self._start = origin, state.step
         settings = config.checkpoint
         self._store = Store(run.folder / "checkpoints", mesh.device, settings.keep, settings.keep_every, state.step)
@@ -67,6 +70,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     def save(self) -> None:
         """Begins to save everything that the run needs to go on after the last step, its records first: whoever goes on
         from there never writes them again."""
+        self._export()
         self._run.sync()
         with _ending_the_run():
             self._store.save(self._pieces(), self._state, self._config.model, to_yaml(self._config), self._versions)
@@ -161,6 +165,18 @@ def whole_checkpoint(config: JobConfig, checkpoint: Path | None, state: TrainSta
     if whole is None or whole == checkpoint:
         return whole, state
     return whole, replace(read_state(whole, config.model), sources=state.sources)  # as checked at the beginning
+
+
+class Engine(Protocol):
+    """What checkpoints need to know of an engine: parallel.engine's or the image tokenizer's."""
+
+    mesh: Mesh
+    groups: Groups
+    model: Any
+    optimizer: Any
+    whole_shapes: dict[str, torch.Size]
+    """Shapes of the whole model's parameters."""
+    zero_stage: int
 
 
 More = Callable[[Fragment], dict[str, Tensor]]

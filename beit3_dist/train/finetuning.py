@@ -20,7 +20,6 @@ from beit3_dist.checkpoint.find import find
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.checkpoint.read import read_weights
-from beit3_dist.data.faults import Fault
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import mix, mix_arrays
 from beit3_dist.model.layout import to_device
@@ -39,7 +38,7 @@ from beit3_dist.tasks.data.examples import Example
 from beit3_dist.train.averages import WeightAverage
 from beit3_dist.train.feed import StepBatch, timed
 from beit3_dist.train.flops import training_flops
-from beit3_dist.train.loop import train
+from beit3_dist.train.loop import Job, train
 from beit3_dist.train.metrics import speed
 from beit3_dist.train.optimizer import build_optimizer, layered_groups
 from beit3_dist.train.totals import Totals
@@ -74,7 +73,7 @@ def evaluate(job: FineTuning) -> None:
         log.info("%s: %s", job.checkpoint or config.init_from, scores)
 
 
-class FineTuning:
+class FineTuning(Job[FinetuneConfig, StepResult]):
     """See `loop.Job`."""
 
     def __init__(self, config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
@@ -144,9 +143,6 @@ class FineTuning:
     def _loader(self, data: Examples, places: Iterator[Any]) -> Any:
         pin = self.mesh.device.type == "cuda"
         return loader(data, places, self.config.data.workers, self.config.data.prefetch, pin)
-
-    def first_faults(self) -> list[Fault]:
-        return []
 
     def next_batch(self, together: Together) -> StepBatch:
         batches, waited_s = together(lambda: timed(lambda: list(islice(self._batches, self.config.accumulation))))

@@ -1,19 +1,20 @@
-"""Training, from top to bottom: pretraining and every fine-tuning task run this loop."""
+"""Training, from top to bottom: pretraining, fine-tuning and the image tokenizer's training run this loop."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
 
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.store import TrainState
-from beit3_dist.config import TrainingConfig
+from beit3_dist.config import JobConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.device import prepare_device
-from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
 from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
 from beit3_dist.run.endings import Preempted
@@ -30,9 +31,22 @@ from beit3_dist.train.schedule import learning_rate
 log = logging.getLogger(__name__)
 
 
-class Job(Protocol):
-    """What is trained. The loop knows nothing else of it."""
+class Step(Protocol):
+    """What a step came to."""
 
+    @property
+    def skipped(self) -> bool:
+        """Whether it has changed nothing, on any rank, because its loss or its gradient was not finite."""
+
+
+Config = TypeVar("Config", bound=JobConfig)
+Result = TypeVar("Result", bound=Step)
+
+
+class Job(Protocol[Config, Result]):
+    """What is trained. The loop knows nothing else of it. Methods with a body are for the jobs that need no other."""
+
+    config: Config
     mesh: Mesh
     state: TrainState
     """Where the run goes on."""
@@ -42,9 +56,6 @@ class Job(Protocol):
     """Stream -> samples of a step."""
     max_bad_fraction: float | None
     """The run stops itself where a larger share of its samples had to be replaced; None: at no share."""
-
-    @property
-    def config(self) -> TrainingConfig: ...
 
     def start(self, groups: Groups) -> None:
         """Builds the model in this rank's layout and opens the stream of batches behind `state`. Collective."""
@@ -57,28 +68,40 @@ class Job(Protocol):
 
     def first_faults(self) -> list[Fault]:
         """What the data had to leave out before the first step."""
+        return []
 
     def next_batch(self, together: Together) -> StepBatch:
         """The next step's micro-batches of this rank, which are read by `together`. Collective."""
 
-    def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
+    def train_step(self, batch: StepBatch, step: int, lr: float) -> Result:
         """Step number `step` = 0, 1, ...: forward, backward and the optimizer's step. Collective."""
 
-    def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
+    def record(self, batch: StepBatch, result: Result, lr: float, step_s: float) -> dict[str, Any]:
         """The step's line of metrics.jsonl; the step took `step_s` seconds."""
+
+    def images(self) -> Mapping[str, Tensor]:
+        """What TensorBoard shows after `state.step`: the first rank's images by name, uint8 [3, H, W]."""
+        return {}
+
+    def export(self) -> None:
+        """Before every checkpoint: writes what of the run is used while it goes on."""
+        return None
 
     def evaluation_due(self) -> bool:
         """Whether there is a held-out validation after `state.step`; the same on all ranks."""
+        return False
 
     def evaluate(self, together: Together) -> dict[str, float]:
         """Held-out validation, whose samples are read by `together`; the first rank's scores are recorded, where there
         are any. Collective."""
+        return {}
 
     def finish(self) -> None:
         """After the last step, its checkpoint whole: writes what else the run leaves. Collective."""
+        return None
 
 
-def train(job: Job) -> None:
+def train(job: Job[Any, Any]) -> None:
     """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved, FolderInUse
     where another run has OUT."""
     prepare_device(job.config.deterministic)
@@ -87,7 +110,7 @@ def train(job: Job) -> None:
         _train(job, groups)
 
 
-def _train(job: Job, groups: Groups) -> None:
+def _train(job: Job[Any, Any], groups: Groups) -> None:
     config, mesh = job.config, job.mesh
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     state = job.state
@@ -101,7 +124,7 @@ def _train(job: Job, groups: Groups) -> None:
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
     profiling = profiled(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
-    checkpoints = Checkpoints(config, run, mesh, state, job.checkpoint, job.pieces)
+    checkpoints = Checkpoints(config, run, mesh, state, job.checkpoint, job.pieces, job.export)
     with profiling as profile_step, GarbageCollection() as garbage, checkpoints:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
@@ -117,6 +140,8 @@ def _train(job: Job, groups: Groups) -> None:
                 run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, time.perf_counter() - started)
             run.step(record | {"skipped": int(result.skipped)})
+            for name, image in job.images().items():
+                run.image(state.step, name, image)
             guards.check_step(state, batch.micro_batches, record["loss"], checkpoints)
             if is_last or state.step % config.checkpoint.every == 0:
                 checkpoints.save()

@@ -26,21 +26,28 @@ def losses_and_accuracies(
     return {"loss": total, **dict(zip(LOSSES, losses, strict=True)), **dict(zip(ACCURACIES, accuracies, strict=True))}
 
 
-def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:
-    """The fields of a record that tell the speed, the memory and the identity of a step of `samples` samples that took
+def pace(mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:
+    """The fields of a record that tell the pace, the memory and the identity of a step of `samples` samples that took
     `step_s` seconds."""
-    flops_per_device = batch.flops / mesh.world / step_s
-    peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
     return {
         "tokens_per_s": batch.tokens / step_s,
         "samples_per_s": samples / step_s,
-        "tflops_per_device": flops_per_device / 1e12,
-        "mfu": flops_per_device / peak if peak else None,
         "data_wait_s": batch.data_wait_s,
         "step_s": step_s,
         "memory_gb": peak_memory_gb(mesh.device),
         "replaced_samples": batch.replaced,
         "sample_hash": batch.sample_hash,
+    }
+
+
+def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:
+    """As `pace`, and how fast the devices compute."""
+    flops_per_device = batch.flops / mesh.world / step_s
+    peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
+    return {
+        **pace(mesh, samples, batch, step_s),
+        "tflops_per_device": flops_per_device / 1e12,
+        "mfu": flops_per_device / peak if peak else None,
     }
 
 

@@ -27,7 +27,7 @@ from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
 from beit3_dist.train.feed import Feed, StepBatch
 from beit3_dist.train.inputs import prepare
-from beit3_dist.train.loop import train
+from beit3_dist.train.loop import Job, train
 from beit3_dist.train.metrics import losses_and_accuracies, speed
 from beit3_dist.train.optimizer import build_optimizer
 from beit3_dist.train.target_watch import TargetWatch
@@ -56,7 +56,7 @@ def step_record(
     }
 
 
-class Pretraining:
+class Pretraining(Job[RunConfig, StepResult]):
     """See `loop.Job`."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, ready: Ready) -> None:
@@ -129,6 +129,3 @@ class Pretraining:
         config, engine, feed, ready = self.config, self._engine, self._feed, self._ready
         assert ready.held_out is not None
         return evaluate(config, engine, feed, ready.held_out, ready.held_out_codes, self._tokenize, together)
-
-    def finish(self) -> None:
-        """Its checkpoints are all that pretraining leaves."""

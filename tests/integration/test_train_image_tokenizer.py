@@ -116,7 +116,7 @@ def test_two_processes_train_the_same_tokenizer(trained: Path, shards: Path, tmp
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
-TIMES = ("samples_per_s", "data_wait_s", "step_s", "memory_gb")
+TIMES = ("tokens_per_s", "samples_per_s", "data_wait_s", "step_s", "memory_gb")
 
 
 def reproducible(out: Path) -> list[dict[str, object]]:
@@ -125,14 +125,17 @@ def reproducible(out: Path) -> list[dict[str, object]]:
     return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
 
 
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Weights, codebook and moments in the last checkpoint."""
-    return load_file(out / "checkpoints" / "step_0000040" / "shard_00000.safetensors")
+def tensors(out: Path, step: int = 40) -> dict[str, torch.Tensor]:
+    """Weights, codebook and moments in a checkpoint."""
+    return load_file(out / "checkpoints" / f"step_{step:07d}" / "shard_00000.safetensors")
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_bitwise_the_undisturbed_run(trained: Path, shards: Path, tmp_path: Path) -> None:
-    """SIGKILL between two checkpoints, --checkpoint.resume auto; weights, moments, codebook and metrics are equal."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ended_and_resumed_is_bitwise_the_undisturbed_run(
+    number: signal.Signals, trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    """A signal between two checkpoints, --checkpoint.resume auto; weights, moments, codebook and metrics are equal."""
     settings = small(shards, tmp_path / "run", {"checkpoint.every": 15})
     process = subprocess.Popen([sys.executable, str(LAUNCHER), *settings], stdout=subprocess.DEVNULL,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
@@ -140,21 +143,51 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(trained: Path, shards
     while not log.exists() or len(log.read_bytes().splitlines()) < 20:
         assert process.poll() is None and time.monotonic() < deadline, "the run did not get to step 20"
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(log.read_bytes().splitlines()) < 40, "the run ended before it was killed"
+    os.killpg(process.pid, number)
+    code, done = process.wait(), len(log.read_bytes().splitlines())
+    assert done < 40, "the run ended before the signal"
+    if number == signal.SIGTERM:
+        assert code == 75
+        exported = load_vqkd(tmp_path / "run" / "image_tokenizer.pth").state_dict()
+        saved = tensors(tmp_path / "run", done)
+        assert all(torch.equal(saved[name].flatten(), value.flatten()) for name, value in exported.items())
 
     again = launch(*settings)
     assert again.returncode == 2 and "--checkpoint.resume auto" in again.stderr, "a run was overwritten"
     resumed = launch(*settings, "--checkpoint.resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step" in resumed.stderr
+    assert f"going on after step {done if number == signal.SIGTERM else 15}" in resumed.stderr
     assert reproducible(tmp_path / "run") == reproducible(trained)  # JSON keeps every bit of a float
     ours, reference = tensors(tmp_path / "run"), tensors(trained)
     assert {"quantize.cluster_size", "encoder.cls_token/exp_avg_sq"} <= reference.keys()
     assert ours.keys() == reference.keys()
     assert all(torch.equal(ours[name], value) for name, value in reference.items())
-    assert list((tmp_path / "run").glob("metrics.tail-*.jsonl")), "the tail of the killed run is kept aside"
+    tails = list((tmp_path / "run").glob("metrics.tail-*.jsonl"))
+    assert len(tails) == (number == signal.SIGKILL), "the tail of a killed run is kept aside"
+
+
+HANGING = """
+import runpy, sys, time
+from beit3_dist.image_tokenizer.engine import TokenizerEngine
+train_step = TokenizerEngine.train_step
+def hanging_step(self, images, step, lr):
+    if step == 2:
+        time.sleep(1000)
+    return train_step(self, images, step, lr)
+TokenizerEngine.train_step = hanging_step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_hanging_step_is_ended_with_all_stacks(shards: Path, tmp_path: Path) -> None:
+    settings = small(shards, tmp_path / "run", {"guards.step_timeout_s": 5})
+    result = subprocess.run([sys.executable, "-c", HANGING, str(LAUNCHER), *settings], capture_output=True, text=True,
+                            timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "step 3 has taken longer than guards.step_timeout_s=5" in result.stderr
+    assert "in hanging_step" in (tmp_path / "run" / "logs" / "rank00000.log").read_text()
 
 
 @pytest.mark.slow

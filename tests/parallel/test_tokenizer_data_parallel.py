@@ -12,9 +12,9 @@ from torch import Tensor
 
 from beit3_dist.config import OptimConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig, TokenizerModelConfig
+from beit3_dist.image_tokenizer.engine import TokenizerEngine
 from beit3_dist.image_tokenizer.images import ImageBatches
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.train.tokenizer_engine import TokenizerEngine
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import image_tar
 
@@ -51,9 +51,9 @@ def tokenizer_config(folder: Path) -> TokenizerConfig:
 def five_steps(groups: Groups, config: TokenizerConfig, codebook: dict[str, np.ndarray] | None) -> dict[str, Any]:
     """For `run_workers`: codes [steps, b, N], losses and final weights; the codebook by k-means, or the given one."""
     mesh, data = groups.mesh, config.data
-    engine = TokenizerEngine(config, mesh, RandomTeacher())
+    engine = TokenizerEngine(config, groups, RandomTeacher())
     batches = ImageBatches(data.images, SIDE, config.seed, BATCH, mesh.rank, mesh.world, data.cache)
-    quantize = engine.tokenizer.quantize
+    quantize = engine.model.quantize
     if codebook is None:
         engine.start_codebook(batches[0][0])
     else:
@@ -64,7 +64,7 @@ def five_steps(groups: Groups, config: TokenizerConfig, codebook: dict[str, np.n
         "started": started,
         "codes": np.stack([result.codes.numpy() for result in results]),
         "losses": np.array([[r.loss, r.reconstruction, r.grad_norm, r.usage.perplexity] for r in results]),
-        "weights": {name: value.numpy() for name, value in engine.tokenizer.state_dict().items()},
+        "weights": {name: value.numpy() for name, value in engine.model.state_dict().items()},
     }
 
 
@@ -107,17 +107,22 @@ def bad_step(groups: Groups, config: TokenizerConfig, spoilt: str) -> tuple[bool
     """For `run_workers`: a good step, then one whose loss or gradient is not finite on the last rank. Whether it was
     skipped, and whether all is as the good step left it."""
     mesh = groups.mesh
-    engine = TokenizerEngine(config, mesh, RandomTeacher())
+    engine = TokenizerEngine(config, groups, RandomTeacher())
     pictures = torch.full((2, 3, SIDE, SIDE), 50 + mesh.rank, dtype=torch.uint8)
     engine.train_step(pictures, 0, lr=1e-3)
-    before = [piece.tensors[key].clone() for piece in engine.pieces() for key in piece.tensors]
+    before = [value.clone() for value in values_of(engine)]
     if mesh.rank == mesh.world - 1 and spoilt == "loss":
         engine.teacher.weight.fill_(float("inf"))
     elif mesh.rank == mesh.world - 1:
-        next(engine.tokenizer.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+        next(engine.model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     result = engine.train_step(pictures, 1, lr=1e-3)
-    after = [piece.tensors[key] for piece in engine.pieces() for key in piece.tensors]
-    return result.skipped, all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return result.skipped, all(torch.equal(a, b) for a, b in zip(before, values_of(engine), strict=True))
+
+
+def values_of(engine: TokenizerEngine) -> list[Tensor]:
+    """Weights, codebook and moments."""
+    moments = [value for state in engine.optimizer.state.values() for value in state.values()]
+    return [*engine.model.state_dict().values(), *moments]
 
 
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])

@@ -364,7 +364,7 @@ def test_a_worker_that_waits_does_not_hold_up_the_end(tmp_path: Path) -> None:
 def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
     settings = {"shards": run.data.images, "size": 24, "seed": 4, "batch": 8, "cache": run.data.cache}
     whole = ImageBatches(rank=0, world=1, **settings)
-    assert whole.pictures == 11
+    assert len(whole.stream) == 11
     halves = [ImageBatches(rank=rank, world=2, **settings) for rank in range(2)]
     seen = []
     for step in range(3):
@@ -376,7 +376,7 @@ def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
         seen += ids.tolist()
     assert set(seen[:11]) == {sample_id(Stream.IMAGES, 0, index) for index in range(11)}
     listed = ImageBatches(rank=0, world=1, **settings | {"shards": list(braceexpand(run.data.images))})
-    assert torch.equal(listed[0].pictures, whole[0].pictures)
+    assert torch.equal(listed[0].images, whole[0].images)
     [loaded] = loader(whole, [2], 0, 1, False)
     assert torch.equal(loaded[0], whole[2][0])
     with pytest.raises(ValueError, match="batch=8 is not divisible by 3"):

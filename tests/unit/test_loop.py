@@ -12,14 +12,15 @@ import torch
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import CheckpointConfig, DataConfig, OptimConfig, RunConfig
 from beit3_dist.data.faults import Fault
-from beit3_dist.image_tokenizer.images import PictureBatch
+from beit3_dist.image_tokenizer.engine import TokenizerStep
+from beit3_dist.image_tokenizer.quantizer import CodeUsage
 from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run import checkpointing
 from beit3_dist.run.endings import AskedToGo, Preempted, RunStopped
-from beit3_dist.run.preemption import by_itself
-from beit3_dist.train import loop, tokenizer_loop
+from beit3_dist.train import loop
 from beit3_dist.train.finetuning import FineTuning
+from beit3_dist.train.image_tokenizer import TokenizerTraining
 
 
 @pytest.fixture
@@ -66,34 +67,22 @@ def test_records_are_on_the_disk_before_the_checkpoint_that_goes_on_behind_them(
     assert calls.index("RunFolder().sync") < calls.index("Store().save")
 
 
-def test_so_they_are_where_the_image_tokenizer_is_trained(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """And codes that have become one are told once."""
-    parts = MagicMock()
-    names = "connect RunLock whole_checkpoint RunFolder Guards TokenizerEngine loader agreed"
-    for name in [*names.split(), "record", "save_vqkd", "learning_rate"]:
-        monkeypatch.setattr(tokenizer_loop, name, getattr(parts, name))
-    for name in ("Store", "to_yaml"):
-        monkeypatch.setattr(checkpointing, name, getattr(parts, name))
-    parts.RunLock.return_value.__exit__.return_value = False
-    parts.whole_checkpoint.return_value = (None, TrainState())
-    parts.agreed.return_value = (0, 0, 0.0)
-    parts.record.return_value = {}
-    parts.TokenizerEngine().train_step().usage.perplexity = 1.01
-    parts.TokenizerEngine().train_step().skipped = False
-    parts.loader.return_value = 2 * [PictureBatch(torch.zeros(1), torch.zeros(1), [])]
-    parts.Guards().together = by_itself
-    parts.connect().mesh = Mesh(0, 1, 0, 1, torch.device("cpu"))
-    config = MagicMock(steps=2, batch=1, pictures_every=0)
-    config.checkpoint.every, config.guards.step_timeout_s = 2, 0
-    config.optim.lr = 1e-3
-    tokenizer_loop.train_tokenizer(config, Mesh(0, 1, 0, 1, torch.device("cpu")), MagicMock())
+def test_what_the_run_is_used_by_is_written_before_a_checkpoint_that_nobody_may_go_on_from(parts: Any) -> None:
+    loop.train(parts.job)
     calls = calls_of(parts)
-    assert last(calls, "RunFolder().step") < calls.index("RunFolder().sync")
-    assert calls.index("RunFolder().sync") < calls.index("Store().save")
+    assert calls.count("job.export") == 1 and calls.index("job.export") < calls.index("Store().save")
+
+
+def test_codes_that_have_become_one_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    config, batch, mesh = MagicMock(), MagicMock(tokens=1), Mesh(0, 1, 0, 1, torch.device("cpu"))
+    config.optim.lr = 1e-3
+    job = TokenizerTraining(config, mesh, MagicMock(state=TrainState(step=1)))
+    for perplexity in (3.0, 1.01, 1.01):
+        usage = CodeUsage(0.1, perplexity)
+        job.record(batch, TokenizerStep(1.0, 1.0, 0.0, 1.0, usage, torch.zeros(1)), lr=1e-3, step_s=1.0)
+        job.state.step += 1
     (message,) = [message for message in caplog.messages if "collapsed" in message]
-    assert message.startswith("step 1: the codes have collapsed")
+    assert message.startswith("step 2: the codes have collapsed")
 
 
 def test_what_the_run_leaves_is_written_while_it_is_watched(parts: Any) -> None:

@@ -21,7 +21,7 @@ from beit3_dist.config import CheckpointConfig, DataConfig, RunConfig
 from beit3_dist.run import lock as run_lock
 from beit3_dist.run.endings import FolderInUse, RunStopped
 from beit3_dist.run.lock import RunLock
-from beit3_dist.train import loop, tokenizer_loop
+from beit3_dist.train import loop
 from tests.unit.small_checkpoints import MODEL, save
 from tests.unit.small_checkpoints import one_process as one_process
 
@@ -149,10 +149,8 @@ def test_where_there_are_no_locks_it_says_so(
 
 def test_training_touches_nothing_of_a_folder_in_use(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     job: Any = SimpleNamespace(mesh=None, config=config, checkpoint=None, state=None)
-    for module in (loop, tokenizer_loop):
-        monkeypatch.setattr(module, "connect", lambda *_: None)
+    monkeypatch.setattr(loop, "connect", lambda *_: None)
     with other_run(config.out, "{}"):
-        for run in (lambda: loop.train(job), lambda: tokenizer_loop.train_tokenizer(job.config, job.mesh, job)):
-            with pytest.raises(FolderInUse):
-                run()
+        with pytest.raises(FolderInUse):
+            loop.train(job)
         assert [path.name for path in Path(config.out).iterdir()] == ["run.lock"]

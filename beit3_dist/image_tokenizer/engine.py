@@ -1,28 +1,25 @@
-"""The image tokenizer under training: network, teacher, AdamW and codebook of one data-parallel rank.
+"""One training step of the image tokenizer: network, teacher, AdamW and codebook of a data-parallel rank.
 
-Ranks hold the same tables and equally many pictures. Gradients are averaged, the codebook's counts and sums are added
-up, so any number of ranks takes the same step.
+Ranks hold the same weights and tables and equally many images. Gradients are averaged, the codebook's counts and sums
+added up, so that any number of ranks takes the same step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.config import OptimConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.quantizer import CodeUsage
 from beit3_dist.image_tokenizer.teachers import Teacher
-from beit3_dist.parallel.fragments import MOMENTS
-from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.parallel.mesh import Groups
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class TokenizerStep:
     usage: CodeUsage | None
     """None of a step that was left out."""
     codes: Tensor
-    """[b, N] codes of this rank's pictures, before the step changed anything."""
+    """[b, N] codes of this rank's images, before the step changed anything."""
 
     @property
     def skipped(self) -> bool:
@@ -47,30 +44,33 @@ class TokenizerStep:
 class TokenizerEngine:
     """Takes training steps. Every method is collective."""
 
-    def __init__(self, config: TokenizerConfig, mesh: Mesh, teacher: Teacher) -> None:
-        self.config, self.mesh = config, mesh
-        self.teacher = teacher.to(mesh.device)
-        self.tokenizer = build_tokenizer(config, teacher.channels).to(mesh.device)
-        self.optimizer = build_optimizer(self.tokenizer, config.optim, mesh.device)
+    zero_stage = 0
 
-    def start_codebook(self, pictures: Tensor) -> None:
-        """k-means on the vectors of the first step's pictures, uint8 [b, 3, S, S]."""
+    def __init__(self, config: TokenizerConfig, groups: Groups, teacher: Teacher) -> None:
+        self.config, self.mesh, self.groups = config, groups.mesh, groups
+        self.teacher = teacher.to(self.mesh.device)
+        self.model = build_tokenizer(config, teacher.channels).to(self.mesh.device)
+        self.whole_shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.optimizer = build_optimizer(self.model, config.optim, self.mesh.device)
+
+    def start_codebook(self, images: Tensor) -> None:
+        """k-means on the vectors of the first step's images, uint8 [b, 3, S, S]."""
         with torch.no_grad(), self._autocast():
-            z = self.tokenizer.embed(pictures.float() / 255)
-        self.tokenizer.quantize.initialize(z, key=self.config.seed)
+            z = self.model.embed(images.float() / 255)
+        self.model.quantize.initialize(z, key=self.config.seed)
 
-    def train_step(self, pictures: Tensor, step: int, lr: float) -> TokenizerStep:
-        """Step number `step` = 0, 1, ... on this rank's pictures, uint8 [b, 3, S, S] on the device.
+    def train_step(self, images: Tensor, step: int, lr: float) -> TokenizerStep:
+        """Step number `step` = 0, 1, ... on this rank's images, uint8 [b, 3, S, S] on the device.
 
         Left out on all ranks, with nothing changed, where the loss or the gradient of any is not finite: it would spoil
         every weight and, through the running means, the codebook for good.
         """
-        pixels = pictures.float() / 255
+        pixels = images.float() / 255
         with self._autocast():
-            loss, result = self.tokenizer(pixels, self.teacher(pixels))
+            loss, result = self.model(pixels, self.teacher(pixels))
         self.optimizer.zero_grad()
         loss.backward()
-        parameters = list(self.tokenizer.parameters())
+        parameters = list(self.model.parameters())
         average_gradients(parameters, self.mesh.world)
         norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf"))
         means = torch.stack((loss.detach(), result.reconstruction, result.commitment, norm)) / self.mesh.world
@@ -81,32 +81,10 @@ class TokenizerEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        usage = self.tokenizer.quantize.update(
+        usage = self.model.quantize.update(
             result.z, result.codes, key=self.config.seed + 1 + step, decay=self.config.model.codebook_decay
         )
         return TokenizerStep(total, reconstruction, commitment, grad_norm, usage, result.codes)
-
-    def create_moments(self, step: int) -> None:
-        """Gives AdamW the state that it has after `step` steps, skipped ones not counted, its moments still zero, to be
-        filled from a file."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                device = parameter.device if group["fused"] else "cpu"
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step), device=device),
-                    **{name: torch.zeros_like(parameter) for name in MOMENTS},
-                }
-
-    def pieces(self) -> Iterator[Piece]:
-        """Views of all that a checkpoint holds: parameters with their moments, and the codebook's tables."""
-        if not self.optimizer.state:  # every step so far was skipped
-            self.create_moments(0)
-        for name, parameter in self.tokenizer.named_parameters():
-            moments = self.optimizer.state[parameter]
-            views = {f"/{key}": moments[key].view(-1) for key in MOMENTS}
-            yield Piece(name, tuple(parameter.shape), 0, {"": parameter.detach().view(-1), **views})
-        for name, table in self.tokenizer.named_buffers():
-            yield Piece(name, tuple(table.shape), 0, {"": table.view(-1)})
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -114,18 +92,8 @@ class TokenizerEngine:
 
 def build_tokenizer(config: TokenizerConfig, target_dim: int) -> VQKD:
     """The untrained tokenizer."""
-    model = config.model
-    tokenizer = VQKD(
-        model.image_size,
-        patch_size=model.patch_size,
-        width=model.width,
-        layers=model.layers,
-        heads=model.heads,
-        codebook_size=model.codebook_size,
-        code_dim=model.code_dim,
-        decoder_layers=model.decoder_layers,
-        target_dim=target_dim,
-    )
+    geometry = {name: value for name, value in asdict(config.model).items() if name != "codebook_decay"}
+    tokenizer = VQKD(**geometry, target_dim=target_dim)
     tokenizer.initialize(config.seed)
     return tokenizer
 
