@@ -15,7 +15,7 @@ FIRST, SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def hash64(value: int) -> int:
-    """Of one integer in [0, 2^64), without a device that would have to be waited for."""
+    """Hash of one integer in [0, 2^64), on the host, so that no device has to be waited for."""
     value = (value + GAMMA) & WORD
     value = ((value ^ (value >> 30)) * FIRST) & WORD
     value = ((value ^ (value >> 27)) * SECOND) & WORD
@@ -23,7 +23,7 @@ def hash64(value: int) -> int:
 
 
 def hash64_array(values: np.ndarray) -> np.ndarray:
-    """Of each element of a uint64 array."""
+    """Hash of each element of a uint64 array."""
     values = values + np.uint64(GAMMA)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(FIRST)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(SECOND)
@@ -31,7 +31,7 @@ def hash64_array(values: np.ndarray) -> np.ndarray:
 
 
 def hash64_tensor(values: Tensor) -> Tensor:
-    """Of each element of an int64 tensor, which stands for the uint64 with the same bits."""
+    """Hash of each element of an int64 tensor, which stands for the uint64 with the same bits."""
     values = values + signed(GAMMA)
     values = (values ^ right_shift(values, 30)) * signed(FIRST)
     values = (values ^ right_shift(values, 27)) * signed(SECOND)

@@ -1,4 +1,4 @@
-"""Why a run ends: every way, with what is raised for it, its exit code and who says what.
+"""Why a run ends: every way, with its exception, its exit code, and which process says what.
 
 `launch` acts on what the training raises. Where no exception tells, a thread ends the process: guards/watchdog.py after
 a hanging step or another process's failure, leaving.py before the training has begun.
@@ -48,7 +48,7 @@ class FullDisk(Exception):
 
     @classmethod
     def behind(cls, error: BaseException | None) -> FullDisk | None:
-        """What an error, or one behind it, says of a full disk."""
+        """The full disk that an error, or one behind it, is about; None: it is about none."""
         while error is not None:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 remedy = "make room, then go on with --checkpoint.resume auto"
@@ -76,11 +76,11 @@ class Ending:
 
     why: str
     error: type[BaseException] | None
-    """What is raised for it; None: nothing is."""
+    """The exception that tells of it; None: there is none."""
     exit_code: ExitCode
     who: Who
     says: str = "error: {error}"
-    """What is printed, in a line behind the program's name; TRACEBACK: that of the error."""
+    """What is printed, in one line after the program's name; TRACEBACK: the error's traceback."""
 
 
 DONE = Ending("the last step is done", None, ExitCode.DONE, Who.ALL, "")
@@ -104,14 +104,14 @@ ENDINGS = (
     ANOTHER_FAILED,
     Ending("an error that nobody expects", Exception, ExitCode.FAILED, Who.ONE, TRACEBACK),
 )
-"""All of them; of an error the first one counts that it is an instance of."""
+"""All of them; an error means the first one whose exception it is an instance of."""
 
 STARTED_AGAIN = (ExitCode.FAILED, ExitCode.PREEMPTED)
-"""What is worth a new start of the job, with --checkpoint.resume auto; the other ends would come again."""
+"""After these a job should be started again, with --checkpoint.resume auto; after the others it would end alike."""
 
 
 def ending_of(error: BaseException) -> tuple[Ending, BaseException]:
-    """The way in which an error ends a run, and the error whose message tells it, which may stand behind that one."""
+    """The way in which an error ends a run, and the error whose message says so: itself, or one behind it."""
     telling = (error, FullDisk.behind(error))
     return next(
         (ending, told) for ending in ENDINGS for told in telling if ending.error and isinstance(told, ending.error)

@@ -130,7 +130,7 @@ def _is_first(exit_code: int) -> bool:
 
 
 def leave_after_another() -> None:
-    """For a process that ends because another one failed: the first process lets the others go before it."""
+    """For a process that ends because another one failed: rank 0's, which holds the store, ends last."""
     if dist.get_rank() == 0:
         failure_board().wait_for_others(but=2)
     failure_board().leave()

@@ -41,7 +41,7 @@ OF_THE_ORDER = "that samples would come twice or not at all"
 
 
 def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
-    """Of the training streams, and of the image targets."""
+    """What pretraining depends on: its training streams, and what its targets are made with."""
     data, streams = config.data, (batches.images, batches.texts, batches.pairs)
     return {
         "seed": config.seed,
@@ -54,7 +54,7 @@ def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
 
 
 def stream_source(stream: SampleStream | SequentialStream, shards: Patterns) -> dict[str, Any]:
-    """Of one stream: files by name and size, wherever they lie; commands and addresses as they are named."""
+    """A stream's files by name and size, wherever they lie; commands and addresses as they are named."""
     weights = [source.weight for source in sources_of(shards, "data")]
     if isinstance(stream, SequentialStream):
         return {"shards": sum(map(len, stream.shards)), "weights": weights, "names": _digest(stream.shards)}
@@ -64,7 +64,7 @@ def stream_source(stream: SampleStream | SequentialStream, shards: Patterns) -> 
 
 
 def finetuning_sources(config: FinetuneConfig, examples: int, tokenizer: TextTokenizer) -> Sources:
-    """Of the training examples, which index files name or tars hold, and of their labels and words."""
+    """What fine-tuning depends on: its training examples, in index files or tars, and their labels and tokens."""
     paths = [
         path
         for name in config.data.files(train=True)
@@ -77,7 +77,7 @@ def finetuning_sources(config: FinetuneConfig, examples: int, tokenizer: TextTok
 
 
 def tokenizer_sources(config: TokenizerConfig, stream: SampleStream) -> Sources:
-    """Of the pictures that an image tokenizer is trained on, and of its teacher."""
+    """What the training of an image tokenizer depends on: its images and its teacher."""
     teacher = {"teacher.weights": sha256(Path(config.teacher.weights))[:16]} if config.teacher.weights else {}
     return {"seed": config.seed, "data.images": stream_source(stream, config.data.images), **teacher}
 

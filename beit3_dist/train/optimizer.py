@@ -18,8 +18,8 @@ def decays(name: str, shape: torch.Size) -> bool:
 
 
 def decays_in_fine_tuning(name: str, shape: torch.Size) -> bool:
-    """As `decays`, and the positions of words too: unilm's fine-tuning spares the pictures' positions only. (It lets
-    the mask token decay as well, which no task shows to the model.)"""
+    """As `decays`, but text positions decay too: unilm's fine-tuning spares only image positions. (It also decays the
+    mask token, which no task shows to the model.)"""
     return decays(name, shape) or name == "language_embedding.positions"
 
 

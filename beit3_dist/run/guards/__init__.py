@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Guards:
-    """Every process has one, from before its model is built until its last step."""
+    """Every process has this, from before its model is built until its last step."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class SkippedSteps:
         self._most, self._last_step = config.guards.max_skipped_steps, config.steps
 
     def check(self, state: TrainState, micro_batches: Sequence[HasIds], checkpoints: Checkpoints) -> None:
-        """After a step that was skipped. Raises RunStopped where so many in a row were. Collective."""
+        """After a step that was skipped. Raises RunStopped after too many in a row. Collective."""
         mesh, in_a_row, report = self._groups.mesh, state.skipped_in_a_row, self._report
         if mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have the same samples
             self._run.skipped(state.step, of_all([sample_ids(micro_batches)], self._groups.data))
