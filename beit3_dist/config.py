@@ -149,7 +149,26 @@ def sources_of(shards: Patterns, field: str) -> list[Source]:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class LoadingConfig:
+    """How samples are loaded, whatever they are."""
+
+    workers: int = 8
+    """Loader processes per rank; 0 reads in the training process."""
+    prefetch: int = 4
+    """Micro-batches that each worker prepares ahead."""
+    cache: str = "~/.cache/beit3_dist"
+    """Folder of the shard indexes; the data folders themselves are never written to."""
+    max_pixels: int = 100_000_000
+    """Pictures with more pixels than this are refused as image bombs and replaced."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"data.workers={self.workers} is negative")
+        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
+        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
+
+
+@dataclass(kw_only=True)
+class DataConfig(LoadingConfig):
     """The three streams. A stream is one pattern of tars, a list of patterns that are one source together, or a list of
     weighted sources.
 
@@ -188,14 +207,6 @@ class DataConfig:
     """Shards that are read at a time, over all ranks, in a stream of commands or addresses. Each step takes as many
     samples from each, so it divides the stream's batch and is a multiple of the data-parallel ranks. It cannot change
     in a run."""
-    workers: int = 8
-    """Loader processes per rank; 0 reads in the training process."""
-    prefetch: int = 4
-    """Micro-batches that each worker prepares ahead."""
-    cache: str = "~/.cache/beit3_dist"
-    """Folder of the shard indexes; the data folders themselves are never written to."""
-    max_pixels: int = 100_000_000
-    """Pictures with more pixels than this are refused as image bombs and replaced."""
     max_bad_fraction: float = 0.01
     """The run stops with a report when more than this share of all samples, or of those of 1,000 steps, had to be
     replaced. The share is taken of at least 10,000 samples: 0.01 stops no run before its 101st bad sample."""
@@ -211,15 +222,13 @@ class DataConfig:
         for name in ("horizontal_flip", "color_jitter", "max_bad_fraction"):
             require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
         require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
-        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
         require(self.shuffle_block >= 1, f"data.shuffle_block={self.shuffle_block} must be at least 1")
         require(
             self.shuffle_window >= self.shuffle_block,
             f"data.shuffle_window={self.shuffle_window} is smaller than data.shuffle_block={self.shuffle_block}",
         )
         require(self.virtual_readers >= 1, f"data.virtual_readers={self.virtual_readers} must be at least 1")
-        require(self.workers >= 0, f"data.workers={self.workers} is negative")
-        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)

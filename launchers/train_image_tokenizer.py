@@ -6,9 +6,10 @@ r"""Trains the BEiT v2 image tokenizer (VQ-KD): pictures in tars and a frozen te
         --config launchers/recipes/image_tokenizer_base.yaml --out OUT --data.images 'train-{0000..0146}.tar' \
         --teacher.kind clip --teacher.weights ViT-B-16.pt
 
-One process, or data parallel under torchrun, deepspeed or srun. --checkpoint.resume auto goes on after a crash, bit
-for bit. --print_config prints the resolved config and --help every field. A mistake in the config or the data is one
-line and exit code 2, before any process group starts.
+One process, or data parallel under torchrun, deepspeed or srun. SIGTERM, SIGUSR1 or SIGHUP to any process saves and
+ends with exit code 75, as in pretrain.py; --checkpoint.resume auto goes on bit for bit. --print_config prints the
+resolved config and --help every field. A mistake in the config or the data is one line and exit code 2, before any
+process group starts.
 """
 
 from __future__ import annotations

@@ -47,9 +47,8 @@ LEGIBLE = 128
 def tokenizer_rows(folder: Path, number: int) -> list[Tensor]:
     """Pictures of the run's training shards, and their codes."""
     config = parse(TokenizerConfig, PROGRAM, "", ["--config", str(folder / "config.yaml")])
-    tokenizer, data = load_vqkd(folder / "image_tokenizer.pth"), config.data
-    size = config.model.image_size
-    batches = ImageBatches(data.images, size, config.seed, AT_ONCE, 0, 1, data.cache, data.min_crop_scale)
+    tokenizer = load_vqkd(folder / "image_tokenizer.pth")
+    batches = ImageBatches(config.data, config.model.image_size, config.seed, AT_ONCE, 0, 1)
     shown = torch.cat([batches[step][0] for step in range(-(-number // AT_ONCE))])[:number]
     others = (batches[step][0] for step in range(number, number + OTHERS // AT_ONCE))
     codes = tokenizer.encode(shown.float() / 255)

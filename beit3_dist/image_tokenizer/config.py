@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from beit3_dist.config import JobConfig, OptimConfig, Patterns, expand_home, require, require_divides, sources_of
+from beit3_dist.config import (
+    JobConfig,
+    LoadingConfig,
+    OptimConfig,
+    Patterns,
+    expand_home,
+    require,
+    require_divides,
+    sources_of,
+)
 
 
 @dataclass(kw_only=True)
@@ -37,17 +46,8 @@ class TokenizerModelConfig:
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_size",
-            "patch_size",
-            "width",
-            "layers",
-            "heads",
-            "codebook_size",
-            "code_dim",
-            "decoder_layers",
-        ):
-            require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        for name, value in vars(self).items():
+            require(value > 0 or name == "codebook_decay", f"model.{name} must be positive, not {value}")
         require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
         require_divides("model.heads", self.heads, "model.width", self.width)
         require(0 <= self.codebook_decay < 1, f"model.codebook_decay={self.codebook_decay} is not in [0, 1)")
@@ -84,7 +84,7 @@ class TeacherConfig:
 
 
 @dataclass(kw_only=True)
-class TokenizerDataConfig:
+class TokenizerDataConfig(LoadingConfig):
     """The pictures."""
 
     images: Patterns
@@ -92,25 +92,17 @@ class TokenizerDataConfig:
     weighted sources."""
     min_crop_scale: float = 0.08
     """Smallest area of the random crop as a share of the picture."""
-    max_pixels: int = 100_000_000
-    """Pictures with more pixels than this are refused as image bombs and replaced."""
     max_bad_fraction: float = 0.01
     """The run stops with a report when more than this share of all pictures, or of those of 1,000 steps, had to be
     replaced. The share is taken of at least 10,000 pictures: 0.01 stops no run before its 101st bad picture."""
-    workers: int = 8
-    """Loader processes per rank; 0 reads in the training process."""
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
-    cache: str = "~/.cache/beit3_dist"
-    """Folder of the shard indexes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sources_of(self.images, "data.images")
         require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
         require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
-        require(self.max_pixels > 0, f"data.max_pixels must be positive, not {self.max_pixels}")
-        require(self.workers >= 0, f"data.workers={self.workers} is negative")
-        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
 
 
 def _beit_v2() -> OptimConfig:

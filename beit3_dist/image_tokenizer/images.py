@@ -8,13 +8,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from beit3_dist.config import Patterns
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Stream
 from beit3_dist.data.pictures import channels_first
 from beit3_dist.data.streams import Draw, ImageStream
+from beit3_dist.image_tokenizer.config import TokenizerDataConfig
+
+FLIPPED = 0.5
+"""Share of the images that are mirrored."""
 
 
 class ImageBatch(NamedTuple):
@@ -38,28 +41,17 @@ class ImageBatches(Dataset):
     `batch` is the global number of images per step; b = batch / world. Crops and mirroring, no colour jitter.
     """
 
-    def __init__(
-        self,
-        shards: Patterns,
-        size: int,
-        seed: int,
-        batch: int,
-        rank: int,
-        world: int,
-        cache: str,
-        min_crop_scale: float = 0.08,
-        max_pixels: int = 100_000_000,
-        horizontal_flip: float = 0.5,
-    ) -> None:
+    def __init__(self, data: TokenizerDataConfig, size: int, seed: int, batch: int, rank: int, world: int) -> None:
         if batch % world:
             raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
-        self.stream = ImageStream(shards, "data.images", seed, cache, max_pixels, share=Share(rank, world))
+        self.stream = ImageStream(
+            data.images, "data.images", seed, data.cache, data.max_pixels, share=Share(rank, world)
+        )
         self.size = size
         self.batch = batch
         self.rank = rank
         self.world = world
-        self.min_crop_scale = min_crop_scale
-        self.horizontal_flip = horizontal_flip
+        self.min_crop_scale = data.min_crop_scale
 
     def __getitem__(self, step: int) -> ImageBatch:
         count = self.batch // self.world
@@ -68,7 +60,7 @@ class ImageBatches(Dataset):
         for position in range(first, first + count):
             sample = self.stream.read(position)
             rng, picture = sample.generator(Draw.VIEW), sample.picture
-            views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, self.horizontal_flip))
+            views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, FLIPPED))
             del sample.picture, picture
             samples.append(sample)
         return ImageBatch(

@@ -23,7 +23,7 @@ from beit3_dist.parallel.pipeline import check_pipeline
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.run.checkpointing import starting_point
 from beit3_dist.run.resumption import same_recipe
-from beit3_dist.run.shared_memory import check_shared_memory
+from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import pretraining_sources, same_sources
 
 
@@ -59,7 +59,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     checkpoint, state = starting_point(config)
     image_tokenizer = load_vqkd(config.image_tokenizer)
     view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
-    check_shared_memory(config, mesh, view if view != config.model.image_size and not config.image_codes else 0)
+    check_loaders(config, mesh, view if view != config.model.image_size and not config.image_codes else 0)
     own = config.model.image_size  # looked up codes need no view for the tokenizer
     train = MixedBatches(config, own if config.image_codes else view, mesh.data_rank, mesh.data)
     train.restore(state.readers, state.step > 0)
@@ -73,6 +73,20 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
         held_out_codes = open_codes(config, view, True, held_out)
     values = _values(config, checkpoint)
     return Ready(state, checkpoint, values, image_tokenizer, train, held_out, train_codes, held_out_codes)
+
+
+def check_loaders(config: RunConfig, mesh: Mesh, view: int = 0) -> None:
+    """`check_shared_memory` for the loaders of pretraining. `view`: side of the image tokenizer's views, where it has
+    some of its own."""
+    # Where each process reads a part of every micro-batch, as streams without random access want it, it is less.
+    images, _, pairs = config.micro_batch(mesh.data)
+    size = (images + pairs) * image_bytes(config.model.image_size, view)
+    check_shared_memory(config.data, mesh, size, config.accumulation, config.eval.every > 0, _reads)
+
+
+def _reads(mesh: Mesh) -> bool:
+    """Whether a process has loaders; see `feed.Feed`."""
+    return mesh.tensor_rank == 0 and mesh.pipeline_rank in (0, mesh.pipeline - 1)
 
 
 def _values(config: RunConfig, checkpoint: Path | None) -> Values:

@@ -19,7 +19,7 @@ from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.run.checkpointing import starting_point
 from beit3_dist.run.resumption import same_recipe
-from beit3_dist.run.shared_memory import check_shared_memory
+from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import finetuning_sources, same_sources
 from beit3_dist.tasks.base import Task
 from beit3_dist.tasks.config import FinetuneConfig
@@ -64,7 +64,8 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
     """Opens and checks everything; the config comes back with its steps. Raises ValueError with one line that names
     the field or the file and the remedy."""
     check_mixing(config, mesh)
-    check_shared_memory(config, mesh)
+    size = config.micro_batch(mesh.data)[0] * task_class(config.task).images * image_bytes(config.model.image_size)
+    check_shared_memory(config.data, mesh, size, config.accumulation, bool(config.data.validation))
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
     check_kernels(config.kernels, config.attention_kernel, config.precision)

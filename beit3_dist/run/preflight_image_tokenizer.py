@@ -13,7 +13,7 @@ from beit3_dist.image_tokenizer.teachers import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.checkpointing import starting_point
 from beit3_dist.run.resumption import same_recipe
-from beit3_dist.run.shared_memory import check_shared_memory
+from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import same_sources, tokenizer_sources
 
 
@@ -28,13 +28,13 @@ class TokenizerReady:
     teacher: Teacher
     """The frozen teacher, on the CPU."""
     train: ImageBatches
-    """The pictures of this rank."""
+    """The images of this rank."""
 
 
 def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady:
     """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
     require_divides("the number of ranks", mesh.world, "batch", config.batch)
-    check_shared_memory(config, mesh)
+    check_shared_memory(config.data, mesh, config.batch // mesh.world * image_bytes(config.model.image_size))
     checkpoint, state = starting_point(config)
     consumed = state.consumed.get("images", 0)
     require(
@@ -42,19 +42,8 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
         f"batch={config.batch}: {checkpoint} has taken {consumed} pictures in {state.step} steps; "
         "a resumed run keeps its batch",
     )
-    teacher = asdict(config.teacher)
-    train = ImageBatches(
-        config.data.images,
-        config.model.image_size,
-        config.seed,
-        config.batch,
-        mesh.rank,
-        mesh.world,
-        config.data.cache,
-        min_crop_scale=config.data.min_crop_scale,
-        max_pixels=config.data.max_pixels,
-    )
-    frozen = build_teacher(teacher.pop("kind"), config.model.grid, **teacher)
+    train = ImageBatches(config.data, config.model.image_size, config.seed, config.batch, mesh.rank, mesh.world)
+    teacher = build_teacher(grid=config.model.grid, **asdict(config.teacher))
     state.sources = same_sources(config, checkpoint, state.sources, tokenizer_sources(config, train.stream))
     same_recipe(config, checkpoint)
-    return TokenizerReady(state, checkpoint, frozen, train)
+    return TokenizerReady(state, checkpoint, teacher, train)

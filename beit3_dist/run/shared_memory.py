@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from beit3_dist.config import RunConfig, require
-from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.config import LoadingConfig, require
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.tasks.config import FinetuneConfig
-from beit3_dist.tasks.registry import task_class
 
 SHARED = Path("/dev/shm")
 """Where torch puts the tensors that it passes between processes."""
@@ -22,26 +20,32 @@ IN_USE = 2
 """Micro-batches beside those that are read ahead: one on its way, and the one that the trainer takes next."""
 
 
-def check_shared_memory(config: RunConfig | FinetuneConfig | TokenizerConfig, mesh: Mesh, view: int = 0) -> None:
+def image_bytes(*sides: int) -> int:
+    """Bytes of square images of these sides."""
+    return sum(3 * side**2 for side in sides)
+
+
+def check_shared_memory(
+    data: LoadingConfig,
+    mesh: Mesh,
+    micro_batch: int,
+    accumulation: int = 1,
+    validates: bool = False,
+    reads: Callable[[Mesh], bool] = lambda _: True,
+) -> None:
     """Raises ValueError, with the remedies, where the images that the loaders of this host may hold are more than
-    /dev/shm has room for. `view`: side of the image tokenizer's views, where pretraining has some of their own."""
-    workers, prefetch = config.data.workers, config.data.prefetch
+    /dev/shm has room for.
+
+    micro_batch: bytes of the images of a process's micro-batch.
+    validates: whether loaders of held-out samples are kept beside those of the training.
+    reads: whether a process has loaders.
+    """
+    workers, prefetch = data.workers, data.prefetch
     if workers == 0 or not SHARED.is_dir():
         return
-    if isinstance(config, RunConfig):
-        # Where each process reads a part of every micro-batch, as streams without random access want it, it is less.
-        images, _, pairs = config.micro_batch(mesh.data)
-        size, steps = (images + pairs) * 3 * (config.model.image_size**2 + view**2), config.accumulation
-        readers = sum(_reads(replace(mesh, rank=rank)) for rank in _ranks_of_this_host(mesh))
-        validates = config.eval.every > 0
-    elif isinstance(config, FinetuneConfig):
-        size = config.micro_batch(mesh.data)[0] * task_class(config.task).images * 3 * config.model.image_size**2
-        steps, readers, validates = config.accumulation, mesh.local_world, bool(config.data.validation)
-    else:
-        size, steps = config.batch // mesh.world * 3 * config.model.image_size**2, 1
-        readers, validates = mesh.local_world, False
+    readers = sum(reads(replace(mesh, rank=rank)) for rank in _ranks_of_this_host(mesh))
     ahead = workers * prefetch
-    need = readers * size * (ahead * (1 + validates) + steps + IN_USE)
+    need = readers * micro_batch * (ahead * (1 + validates) + accumulation + IN_USE)
     room = os.statvfs(SHARED)
     free = room.f_bavail * room.f_frsize
     require(
@@ -56,8 +60,3 @@ def _ranks_of_this_host(mesh: Mesh) -> range:
     """Launchers number the processes of a host one after the other."""
     first = mesh.rank - mesh.local_rank
     return range(first, first + mesh.local_world)
-
-
-def _reads(mesh: Mesh) -> bool:
-    """Whether a process of pretraining has loader processes; see `feed.Feed`."""
-    return mesh.tensor_rank == 0 and mesh.pipeline_rank in (0, mesh.pipeline - 1)

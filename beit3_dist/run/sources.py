@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_dist.checkpoint.files import sha256
-from beit3_dist.config import JobConfig, Patterns, RunConfig, TrainingConfig, sources_of
+from beit3_dist.config import JobConfig, Patterns, RunConfig, sources_of
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
 from beit3_dist.data.index import expand
@@ -98,7 +98,7 @@ def same_sources(config: JobConfig, checkpoint: Path | None, kept: Sources, foun
             continue
         change = f"{name}: {checkpoint} was trained with {before}, this run has {now}"
         if not config.checkpoint.other_data:
-            weights = f" with --init_from {checkpoint}" if isinstance(config, TrainingConfig) else ""
+            weights = f" with --init_from {checkpoint}" if hasattr(config, "init_from") else ""
             raise ValueError(
                 f"{change}, so {CONSEQUENCES.get(name, OF_THE_ORDER)}: bring the former back, or start a new run"
                 f"{weights}, or go on all the same by --checkpoint.other_data true"

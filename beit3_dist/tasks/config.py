@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from beit3_dist.config import OptimConfig, TrainingConfig, expand_home, require
+from beit3_dist.config import LoadingConfig, OptimConfig, TrainingConfig, expand_home, require
 from beit3_dist.tasks.registry import task_class, task_names
 
 
 @dataclass(kw_only=True)
-class TaskDataConfig:
+class TaskDataConfig(LoadingConfig):
     """Examples of a downstream task, as unilm's jsonl indexes; tools/build_index.py makes them."""
 
     train: str | list[str] = ""
@@ -36,16 +36,9 @@ class TaskDataConfig:
     beit3, unilm's for vqa and captioning: two draws of strength 7. Empty: none."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle (unilm: 0.25)."""
-    workers: int = 8
-    """Loader processes per rank; 0 reads in the training process."""
-    prefetch: int = 4
-    """Micro-batches that each worker prepares ahead."""
-    cache: str = "~/.cache/beit3_dist"
-    """Folder of the shard indexes (itc from tar shards)."""
-    max_pixels: int = 100_000_000
-    """Pictures with more pixels than this are refused as image bombs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         expand_home(self, "train", "validation", "images", "answers")
         require(
             self.text_length >= 3, f"data.text_length={self.text_length}: a text needs at least <s>, a word and </s>"
@@ -53,9 +46,6 @@ class TaskDataConfig:
         require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
         for name in ("horizontal_flip", "random_erasing"):
             require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
-        require(self.workers >= 0, f"data.workers={self.workers} is negative")
-        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
-        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
 
     def files(self, train: bool) -> list[str]:
         """The one or more files that `train`, or `validation`, names."""

@@ -50,9 +50,9 @@ def tokenizer_config(folder: Path) -> TokenizerConfig:
 
 def five_steps(groups: Groups, config: TokenizerConfig, codebook: dict[str, np.ndarray] | None) -> dict[str, Any]:
     """For `run_workers`: codes [steps, b, N], losses and final weights; the codebook by k-means, or the given one."""
-    mesh, data = groups.mesh, config.data
+    mesh = groups.mesh
     engine = TokenizerEngine(config, groups, RandomTeacher())
-    batches = ImageBatches(data.images, SIDE, config.seed, BATCH, mesh.rank, mesh.world, data.cache)
+    batches = ImageBatches(config.data, SIDE, config.seed, BATCH, mesh.rank, mesh.world)
     quantize = engine.model.quantize
     if codebook is None:
         engine.start_codebook(batches[0][0])

@@ -26,6 +26,7 @@ from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, hash_terms,
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, mix, sample_id
 from beit3_dist.hashing import signed
+from beit3_dist.image_tokenizer.config import TokenizerDataConfig
 from beit3_dist.image_tokenizer.images import ImageBatches
 from tests.unit.tar_fixtures import picture, small_run, write_tar
 
@@ -362,7 +363,8 @@ def test_a_worker_that_waits_does_not_hold_up_the_end(tmp_path: Path) -> None:
 
 
 def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
-    settings = {"shards": run.data.images, "size": 24, "seed": 4, "batch": 8, "cache": run.data.cache}
+    data = TokenizerDataConfig(images=run.data.images, cache=run.data.cache)
+    settings = {"data": data, "size": 24, "seed": 4, "batch": 8}
     whole = ImageBatches(rank=0, world=1, **settings)
     assert len(whole.stream) == 11
     halves = [ImageBatches(rank=rank, world=2, **settings) for rank in range(2)]
@@ -375,7 +377,8 @@ def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
         assert torch.cat([part[1] for part in parts]).tolist() == ids.tolist()
         seen += ids.tolist()
     assert set(seen[:11]) == {sample_id(Stream.IMAGES, 0, index) for index in range(11)}
-    listed = ImageBatches(rank=0, world=1, **settings | {"shards": list(braceexpand(run.data.images))})
+    some = replace(data, images=list(braceexpand(run.data.images)))
+    listed = ImageBatches(rank=0, world=1, **settings | {"data": some})
     assert torch.equal(listed[0].images, whole[0].images)
     [loaded] = loader(whole, [2], 0, 1, False)
     assert torch.equal(loaded[0], whole[2][0])

@@ -9,11 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from beit3_dist.config import BatchConfig, DataConfig, EvalConfig, ModelConfig, ParallelConfig, RunConfig
-from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig
+from beit3_dist.config import (
+    BatchConfig,
+    DataConfig,
+    EvalConfig,
+    LoadingConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run import shared_memory
-from beit3_dist.run.shared_memory import check_shared_memory
+from beit3_dist.run.preflight import check_loaders
+from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 
 CPU = torch.device("cpu")
 PICTURE = 3 * 32**2
@@ -42,13 +50,13 @@ def room(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=size, f_frsize=1))
 
 
-def least(monkeypatch: pytest.MonkeyPatch, config: RunConfig | TokenizerConfig, where: Mesh, pictures: int) -> None:
+def least(monkeypatch: pytest.MonkeyPatch, config: RunConfig, where: Mesh, pictures: int) -> None:
     """Asserts that so many pictures of 32 pixels must fit."""
     room(monkeypatch, pictures * PICTURE)
-    check_shared_memory(config, where)
+    check_loaders(config, where)
     room(monkeypatch, pictures * PICTURE - 1)
     with pytest.raises(ValueError, match=r"data.workers=2: .*--shm-size or --ipc=host.*data.workers=0"):
-        check_shared_memory(config, where)
+        check_loaders(config, where)
 
 
 def test_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,23 +67,26 @@ def test_pretraining(monkeypatch: pytest.MonkeyPatch) -> None:
     least(monkeypatch, run_config(2), mesh(1, 4, 4, tensor=4), pictures=16 * (2 * 3 + 2 + 2))
     least(monkeypatch, run_config(2), mesh(0, 4, 4, pipeline=4), pictures=2 * 16 * (2 * 3 + 2 + 2))
     room(monkeypatch, 0)
-    check_shared_memory(run_config(0), mesh(0, 1, 1))
+    check_loaders(run_config(0), mesh(0, 1, 1))
 
 
 def test_own_views_of_the_image_tokenizer_count(monkeypatch: pytest.MonkeyPatch) -> None:
     room(monkeypatch, 16 * 3 * (32**2 + 16**2) * 10)
-    check_shared_memory(run_config(2), mesh(0, 1, 1), view=16)
+    check_loaders(run_config(2), mesh(0, 1, 1), view=16)
     with pytest.raises(ValueError, match="may hold"):
-        check_shared_memory(run_config(2), mesh(0, 1, 1), view=17)
+        check_loaders(run_config(2), mesh(0, 1, 1), view=17)
 
 
-def test_the_image_tokenizers_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TokenizerConfig(out="out", data=TokenizerDataConfig(images="i", workers=2, prefetch=3), batch=16)
-    config.model.image_size = 32
-    least(monkeypatch, config, mesh(0, 2, 2), pictures=2 * 8 * (2 * 3 + 1 + 2))
+def test_every_process_of_the_host_has_loaders_where_nothing_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = LoadingConfig(workers=2, prefetch=3)
+    room(monkeypatch, need := 2 * image_bytes(32) * 8 * (2 * 3 + 1 + 2))
+    check_shared_memory(data, mesh(0, 4, 2), 8 * image_bytes(32))
+    room(monkeypatch, need - 1)
+    with pytest.raises(ValueError, match="the loaders of 2 process"):
+        check_shared_memory(data, mesh(0, 4, 2), 8 * image_bytes(32))
 
 
 def test_a_system_without_it_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room(monkeypatch, 0)
     monkeypatch.setattr(shared_memory, "SHARED", tmp_path / "shm")
-    check_shared_memory(run_config(2), mesh(0, 1, 1))
+    check_loaders(run_config(2), mesh(0, 1, 1))
