@@ -19,7 +19,6 @@ Notes of what a form leaves out go to standard error. A mistake is one line, exi
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -177,6 +176,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     """A file that is whole or absent, in the format that its name ends with."""
     import torch
 
+    from beit3_dist.checkpoint.files import replacing
     from beit3_dist.checkpoint.model_folder import save_safetensors
 
     if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
@@ -184,15 +184,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     if path.suffix == ".safetensors" and "model" in content:
         raise ValueError(f"{path}: the released form is a .pth file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
-    try:
+    with replacing(path) as aside:
         if path.suffix == ".safetensors":
             save_safetensors(aside, content)
         else:
             torch.save(content, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file in one step: after a crash it holds the old text or the new, never a mixture."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what then replaces a file in one step: after a crash it holds the old content or the new, never a
+    mixture. An error inside leaves the old file and nothing beside it."""
     aside = path.with_name(f".{path.name}.new")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync(path.parent)
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, path)
+        sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file's text in one step."""
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def as_json(value: Any) -> str:

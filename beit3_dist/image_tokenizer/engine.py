@@ -44,7 +44,7 @@ class TokenizerStep:
 class TokenizerEngine:
     """Takes training steps. Every method is collective."""
 
-    zero_stage = 0
+    zero_stage = 0  # every rank holds all of it
 
     def __init__(self, config: TokenizerConfig, groups: Groups, teacher: Teacher) -> None:
         self.config, self.mesh, self.groups = config, groups.mesh, groups

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from beit3_dist.checkpoint.files import replacing
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
@@ -19,17 +20,9 @@ TRAINING_ONLY = ("loss", "teacher", "scaling")
 
 def save_vqkd(model: VQKD, path: str | os.PathLike[str]) -> None:
     """Writes {model: tensors in the released layout, geometry: integers}; `path` is replaced in one step."""
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.tmp{os.getpid()}")
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    try:
-        with unfinished.open("wb") as file:
-            torch.save({"model": tensors, "geometry": model.geometry}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(Path(path)) as aside, open(aside, "wb") as file:
+        torch.save({"model": tensors, "geometry": model.geometry}, file)
 
 
 def load_vqkd(path: str | os.PathLike[str]) -> VQKD:
