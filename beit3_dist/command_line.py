@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from beit3_dist.launched import rank, take_place
 from beit3_dist.leaving import ExitCode, leave_when_asked
-from beit3_dist.recipe import read_recipe
+from beit3_dist.opening import MOST_YAML, read_text
+from beit3_dist.plugins import load_plugins
+from beit3_dist.recipe import current_name, current_names, read_recipe
 
 Config = TypeVar("Config")
 
@@ -54,43 +56,106 @@ def log_to_console() -> None:
     log.addHandler(logging.StreamHandler() if is_first_process() else logging.NullHandler())
 
 
+@dataclass(frozen=True)
+class Sections:
+    """Sections `FIELD.NAME` of a config that plugins can add to. A recipe or a command line that names one wants it."""
+
+    field: str
+    classes: Callable[[], Mapping[str, type]]
+    """Name -> dataclass of the section, once the plugins are imported."""
+    default: str
+    """The section of a config that names none."""
+
+    def named(self, recipes: Iterable[Mapping[str, Any]], arguments: Sequence[str]) -> list[str]:
+        """The sections that are wanted."""
+        in_recipes = [name for recipe in recipes for name in recipe.get(self.field) or ()]
+        return in_recipes + [a.split(".")[1].split("=")[0] for a in arguments if a.startswith(f"--{self.field}.")]
+
+    def check(self, named: Iterable[str]) -> None:
+        """Raises ValueError for a section that there is not."""
+        for name in named:
+            if name not in self.classes():
+                raise ValueError(
+                    f"{self.field}.{name}: there is no {name}, only {', '.join(self.classes())}; the file that defines "
+                    "another one is named by plugins"
+                )
+
+
 class _Recipe(ActionConfigFile):
-    """--config FILE: checks the file as a whole, then its fields, and names it in what is wrong."""
+    """--config FILE: the file is checked as a whole, then its fields; it is named with what is wrong in it."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         for name, value in read_recipe(values).items():
             if name in parser.groups and not isinstance(value, dict):
                 raise ValueError(f"the recipe {values}: {name} is a section of fields, not {value!r}")
+        text = read_text(values, MOST_YAML)
         try:
-            super().__call__(parser, cfg, values, option_string)
+            super().__call__(parser, cfg, values if current_names(text) == text else current_names(text), option_string)
             parser.validate(cfg, skip_required=True)  # what the command line has given so far is known to be right
         except (ArgumentError, TypeError, ValueError, KeyError) as error:
             raise ValueError(f"the recipe {values}: {error}") from None
 
 
-def parse(config_class: Callable[..., Config], program: str, description: str, arguments: Sequence[str]) -> Config:
+def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """What is given to an option, in either way of writing it."""
+    following = zip(arguments, [*arguments[1:], ""], strict=True)
+    return [
+        value if argument == option else argument.partition("=")[2]
+        for argument, value in following
+        if argument == option or argument.startswith(f"{option}=")
+    ]
+
+
+def parse(
+    config_class: Callable[..., Config],
+    program: str,
+    description: str,
+    arguments: Sequence[str],
+    sections: Sections | None = None,
+    trusted: bool = True,
+) -> Config:
     """The config that `--config RECIPE.yaml` and `--a.b VALUE` describe.
 
     `config_class` is a (nested) dataclass whose docstrings become the help. Unknown keys, wrong types and what its
-    `__post_init__` refuses end the process through `refuse`. `--print_config` prints the resolved config.
+    `__post_init__` refuses end the process through `refuse`. `--print_config` prints the resolved config. `trusted`:
+    the plugins that the recipe names are imported, and not only those of the command line.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=program,
-        description=description,
-        exit_on_error=False,
-        usage=f"{program} --config RECIPE.yaml [--field VALUE ...] [--print_config] [--help]",
-    )
-    parser.add_argument("--config", action=_Recipe, help="recipe: a YAML file with any of the fields below")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=SUPPRESS, help=SUPPRESS)  # set by launchers
-    parser.add_class_arguments(config_class)
+    arguments = [f"--{current_name(a[2:])}" if a.startswith("--") else a for a in arguments]
     # Under a launcher every process parses; the first one's --help and --print_config are enough.
     terminal = nullcontext() if is_first_process() else redirect_stdout(StringIO())
     try:
+        recipes = [read_recipe(path) for path in _values_of("--config", arguments)]
+        for plugins in (
+            *(recipe.get("plugins", []) for recipe in recipes if trusted),
+            *(yaml.safe_load(value) for value in _values_of("--plugins", arguments)),
+        ):
+            load_plugins([plugins] if isinstance(plugins, str) else plugins)
+        parser = ArgumentParser(
+            prog=program,
+            description=description,
+            exit_on_error=False,
+            usage=f"{program} --config RECIPE.yaml [--field VALUE ...] [--print_config] [--help]",
+        )
+        parser.add_argument("--config", action=_Recipe, help="recipe: a YAML file with any of the fields below")
+        parser.add_argument("--local_rank", "--local-rank", type=int, default=SUPPRESS, help=SUPPRESS)  # of launchers
+        parser.add_class_arguments(config_class, skip={sections.field} if sections else set())
+        named = sections.named(recipes, arguments) if sections else []
+        # Sections are classes beside code that needs torch: whoever names none is told of a typo seconds earlier.
+        if sections and (named or any(a in ("-h", "--help") or a.startswith("--print_config") for a in arguments)):
+            sections.check(named)
+            for name, section in sections.classes().items():
+                parser.add_class_arguments(section, f"{sections.field}.{name}")
         with terminal:
-            values = parser.instantiate(parser.parse_args(list(arguments)))
+            values = parser.instantiate(parser.parse_args(arguments))
         fields = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
-        return config_class(**fields)
+        if sections is None:
+            return config_class(**fields)
+        given = vars(fields.pop(sections.field, Namespace()))
+        config: Any = config_class(**fields)
+        chosen = {name: given[name] for name in given if name in named}
+        chosen = chosen or {sections.default: sections.classes()[sections.default]()}
+        return replace(config, **{sections.field: chosen})
     except (ArgumentError, ValueError, TypeError) as error:
         refuse(program, error)
 

@@ -120,6 +120,8 @@ class Source:
         require(self.weight > 0, f"the weight of source {self.shards!r} must be positive, not {self.weight}")
 
 
+STREAMS = ("images", "texts", "pairs")
+"""The streams of pretraining."""
 Patterns = str | list[str | Source]
 """One pattern of tars, several that are one source together, or weighted sources."""
 
@@ -177,12 +179,12 @@ class DataConfig(LoadingConfig):
     from front to back; see data.virtual_readers.
     """
 
-    images: Patterns
+    images: Patterns = ""
     """Pictures: members with extension jpg, jpeg, jfif, png, webp, gif, bmp, tif, avif or, where pillow-heif is
     installed, heic. A .tar.gz is unpacked into the cache."""
-    texts: Patterns
+    texts: Patterns = ""
     """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
-    pairs: Patterns
+    pairs: Patterns = ""
     """Pictures with captions: an image member and a .txt (or .json, see caption_key) member of the same key."""
     caption_key: str = "caption"
     """Field of a pair's .json member that holds the caption; used only where a sample has no .txt."""
@@ -212,8 +214,9 @@ class DataConfig(LoadingConfig):
     replaced. The share is taken of at least 10,000 samples: 0.01 stops no run before its 101st bad sample."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "texts", "pairs"):
-            sources_of(getattr(self, name), f"data.{name}")
+        for name in STREAMS:
+            if getattr(self, name) != "":
+                sources_of(getattr(self, name), f"data.{name}")
         for name in ("text_length", "caption_length"):
             require(
                 getattr(self, name) >= 3,
@@ -232,52 +235,8 @@ class DataConfig(LoadingConfig):
 
 
 @dataclass(kw_only=True)
-class ObjectiveConfig:
-    """Masked data modelling."""
-
-    image_mask_ratio: float = 0.4
-    """Share of patches masked, block-wise; the count is exact: round(ratio * patches)."""
-    text_mask_ratio: float = 0.15
-    """Share of a text's words masked; the count is exact: max(1, round(ratio * words))."""
-    caption_mask_ratio: float = 0.5
-    """Share of a caption's words masked; exact as above."""
-    mask_token_share: float = 0.8
-    """Share of the masked words that are replaced by <mask> (the paper is silent; BERT's 80/10/10)."""
-    random_token_share: float = 0.1
-    """Share of the masked words that are replaced by a random word; the rest keeps its word."""
-    mask_pairs: Literal["both", "one"] = "both"
-    """both: image and caption of a pair are masked in the same pass. one: one of the two, chosen per sample by a fair
-    keyed coin (the paper is silent; it gives both ratios without saying that they exclude one another)."""
-    image_weight: float = 1.0
-    """Weight of the image-only loss (the paper is silent; plain sum)."""
-    text_weight: float = 1.0
-    """Weight of the text-only loss."""
-    pair_image_weight: float = 1.0
-    """Weight of the image loss of pairs."""
-    pair_text_weight: float = 1.0
-    """Weight of the caption loss of pairs."""
-
-    @property
-    def weights(self) -> tuple[float, float, float, float]:
-        """Weights of the image, text, pair-image and pair-text losses."""
-        return self.image_weight, self.text_weight, self.pair_image_weight, self.pair_text_weight
-
-    def __post_init__(self) -> None:
-        for name in ("image_mask_ratio", "text_mask_ratio", "caption_mask_ratio"):
-            require(0 < getattr(self, name) < 1, f"objective.{name}={getattr(self, name)} is not in (0, 1)")
-        require(
-            min(self.mask_token_share, self.random_token_share) >= 0
-            and self.mask_token_share + self.random_token_share <= 1,
-            "objective.mask_token_share + objective.random_token_share must lie in [0, 1]",
-        )
-        for name in ("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"):
-            require(getattr(self, name) >= 0, f"objective.{name}={getattr(self, name)} is negative")
-        require(any(self.weights), "objective: all four weights are 0, so that nothing would be learnt")
-
-
-@dataclass(kw_only=True)
 class BatchConfig:
-    """Global numbers of samples per step, over all ranks and micro-batches."""
+    """Global numbers of samples per step, over all ranks and micro-batches. 0: the run does not have this stream."""
 
     images: int = 2048
     """Image-only samples per step."""
@@ -289,12 +248,9 @@ class BatchConfig:
     """Micro-batches per step; a rank's micro-batch of a stream is its count / data-parallel ranks / accumulation."""
 
     def __post_init__(self) -> None:
-        for name in ("images", "texts", "pairs"):
-            require(
-                getattr(self, name) > 0,
-                f"batch.{name} must be positive: every micro-batch holds all three streams, "
-                "or ranks would run different experts and ZeRO-3 would hang",
-            )
+        for name in STREAMS:
+            require(getattr(self, name) >= 0, f"batch.{name}={getattr(self, name)} is negative")
+        require(any(getattr(self, name) for name in STREAMS), "batch: images, texts and pairs are all 0")
         require(self.accumulation > 0, f"batch.accumulation must be positive, not {self.accumulation}")
 
 
@@ -407,12 +363,8 @@ class EvalConfig:
         expand_home(self, "image_codes")
         require(self.every >= 0, f"eval.every={self.every} is negative")
         require(self.batches > 0, f"eval.batches must be positive, not {self.batches}")
-        for name in ("images", "texts", "pairs"):
+        for name in STREAMS:
             sources_of(getattr(self, name), f"eval.{name}")
-            require(
-                not self.every or bool(getattr(self, name)),
-                f"eval.{name} is empty but eval.every={self.every}: name held-out shards or set eval.every to 0",
-            )
 
 
 @dataclass(kw_only=True)
@@ -510,6 +462,9 @@ class TrainingConfig(JobConfig):
     """DeepSpeed JSON file. ds_configs/zero3_bf16.json and its fellows come with the program and are found from any
     folder that has none of that name. "auto" values come from this config; a value that contradicts it is an error.
     Empty: everything is auto."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files or modules that are imported before this recipe is read, and register objectives, tasks or kernels
+    of their own."""
     init_from: str = ""
     """Weights to start from: a file in the released form (or torchscale's), a model folder, a checkpoint of a run, or a
     run's folder, which means its newest whole checkpoint. A head that is not in it starts from random values, which is
@@ -561,21 +516,32 @@ class RunConfig(TrainingConfig):
 
     data: DataConfig
     """The three streams of tars."""
-    image_tokenizer: str
-    """VQ-KD image tokenizer file; launchers/train_image_tokenizer.py makes one."""
+    image_tokenizer: str = ""
+    """VQ-KD image tokenizer file, for objectives with visual codes; launchers/train_image_tokenizer.py makes one."""
     image_codes: str = ""
     """Folder of the training views' visual codes, which tools/precompute_codes.py makes; empty: the image tokenizer
     computes them at every step."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     """Samples per step."""
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """Masked data modelling."""
+    objectives: dict[str, Any] = field(default_factory=dict)
+    """What is learnt: the section of each objective by its name (objectives/registry.py). Empty: masked data modelling
+    with its defaults."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expand_home(self, "image_tokenizer", "image_codes")
+        for name in STREAMS:
+            count = getattr(self.batch, name)
+            require(
+                not count or bool(getattr(self.data, name)),
+                f"data.{name} is not given, but batch.{name}={count}: name its shards, or set batch.{name}=0",
+            )
+            require(
+                not count or not self.eval.every or bool(getattr(self.eval, name)),
+                f"eval.{name} is empty but eval.every={self.eval.every}: name held-out shards or set eval.every to 0",
+            )
         for name in ("text_length", "caption_length"):
             require(
                 getattr(self.data, name) <= self.model.max_text_length,

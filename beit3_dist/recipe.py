@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,19 @@ from beit3_dist.opening import MOST_YAML, read_text
 NULL = "tag:yaml.org,2002:null"
 MERGE = "<<"
 """The key that YAML merges; it may come several times."""
+FORMER = {"objective": "objectives.masked_data_modeling"}
+"""Sections under the names that former versions gave them, which recipes and run folders still have."""
+
+
+def current_name(name: str) -> str:
+    """A field's name, dotted, as it is today."""
+    section, dot, rest = name.partition(".")
+    return FORMER.get(section, section) + dot + rest
+
+
+def current_names(recipe: str) -> str:
+    """The text of a recipe with today's names of sections."""
+    return re.sub(rf"^({'|'.join(FORMER)}):", lambda found: f"{FORMER[found[1]]}:", recipe, flags=re.MULTILINE)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -28,13 +42,21 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        fields = yaml.safe_load(text)
+        fields = yaml.safe_load(current_names(text))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"the recipe {path} is no YAML: {_told(error)}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"the recipe {path} sets no field: it must hold lines such as `steps: 1000`")
     for problem in _problems(root, ""):
         raise ValueError(f"the recipe {path}, {problem}")
+    return _nested(fields)
+
+
+def _nested(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with what stands under a dotted name in its section."""
+    for name in [name for name in fields if "." in name]:
+        section, _, rest = name.partition(".")
+        fields[section] = {**fields.get(section, {}), rest: fields.pop(name)}
     return fields
 
 

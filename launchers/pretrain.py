@@ -18,6 +18,7 @@ import sys
 
 from beit3_dist.command_line import begin, parse
 from beit3_dist.config import RunConfig
+from beit3_dist.objectives import SECTIONS
 
 PROGRAM = "pretrain.py"
 
@@ -25,7 +26,8 @@ PROGRAM = "pretrain.py"
 def main(arguments: list[str]) -> None:
     """Runs the command line."""
     begin(PROGRAM)
-    config = parse(RunConfig, PROGRAM, "Pretrains BEiT-3 on images, texts and image-text pairs.", arguments)
+    about = "Pretrains BEiT-3 on images, texts and image-text pairs."
+    config = parse(RunConfig, PROGRAM, about, arguments, SECTIONS)
     # torch takes seconds to import: a typo is reported before that.
     from beit3_dist.parallel.mesh import Mesh, read_mesh
     from beit3_dist.run.launch import launch

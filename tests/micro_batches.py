@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.data.batch import MicroBatch
+from beit3_dist.data.batch import MicroBatch, Samples
+from beit3_dist.model import BEiT3
+from beit3_dist.objectives.masked_data_modeling import NAME
+from beit3_dist.objectives.together import PretrainingModule
+from tools.benchmarks.step import objectives_for
+
+CPU = torch.device("cpu")
 
 
 def _texts(model: ModelConfig, samples: int, length: int, ratio: float, draw: torch.Generator) -> tuple[Tensor, ...]:
@@ -32,27 +40,42 @@ def random_micro_batch(
 ) -> MicroBatch:
     """A micro-batch of random pixels, words and masks."""
     draw = torch.Generator().manual_seed(seed)
-    captions, caption_targets, caption_mask, caption_lengths = _texts(model, pairs, caption_length, 0.5, draw)
-    words, text_targets, text_mask, text_lengths = _texts(model, texts, text_length, 0.15, draw)
-    side = model.image_size
+    captions = _texts(model, pairs, caption_length, 0.5, draw)
+    words = _texts(model, texts, text_length, 0.15, draw)
+    side, both = model.image_size, [images, pairs]
+    pixels = torch.randint(0, 256, (images + pairs, 3, side, side), dtype=torch.uint8, generator=draw).split(both)
+    masks = (torch.rand(images + pairs, model.patches, generator=draw) < 0.4).split(both)
     samples = images + pairs + texts
-    return MicroBatch(
-        images=torch.randint(0, 256, (images + pairs, 3, side, side), dtype=torch.uint8, generator=draw),
-        tokenizer_images=None,
-        image_mask=torch.rand(images + pairs, model.patches, generator=draw) < 0.4,
-        captions=captions,
-        caption_targets=caption_targets,
-        caption_mask=caption_mask,
-        caption_lengths=caption_lengths,
-        texts=words,
-        text_targets=text_targets,
-        text_mask=text_mask,
-        text_lengths=text_lengths,
-        sample_ids=torch.randint(-(2**62), 2**62, (samples,), generator=draw),
-        positions=torch.arange(samples),
-        streams=torch.tensor([0] * images + [2] * pairs + [1] * texts),
-        faults=[],
-    )
+    ids = torch.randint(-(2**62), 2**62, (samples,), generator=draw).split([*both, texts])
+    streams = {}
+    for number, (name, text) in enumerate({"images": None, "pairs": captions, "texts": words}.items()):
+        drawn = {"image_mask": masks[number]} if number < 2 else {}
+        if text is not None:
+            drawn |= {"text": text[0], "text_mask": text[2]}
+        streams[name] = Samples(
+            ids=ids[number],
+            positions=torch.arange(len(ids[number])),
+            images=pixels[number] if number < 2 else None,
+            text=None if text is None else text[1],
+            lengths=None if text is None else text[3],
+            annotations={NAME: drawn},
+        )
+    return MicroBatch(streams)
+
+
+def pretraining(model: BEiT3, seed: int = 0, **section: Any) -> PretrainingModule:
+    """A model under masked data modelling, with these fields of its section."""
+    return PretrainingModule(model, objectives_for(model.config, **section), seed)
+
+
+def counts_of(module: PretrainingModule, batch: MicroBatch, device: torch.device = CPU) -> Tensor:
+    """int64 [K]: the targets of each loss in a micro-batch."""
+    return torch.tensor(module.objectives.counts(batch), device=device)
+
+
+def prepared(module: PretrainingModule, batch: MicroBatch, device: torch.device = CPU) -> tuple[Any, ...]:
+    """A micro-batch on the device, with `precomputed_codes`."""
+    return module.objectives.prepare(batch, device, precomputed_codes(module.model.config))
 
 
 def precomputed_codes(model: ModelConfig, seed: int = 0):

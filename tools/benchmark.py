@@ -37,11 +37,10 @@ import torch
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import STREAMS
 from beit3_dist.parallel.host_memory import keep_freed_memory
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.train.flops import peak_flops
-from beit3_dist.train.inputs import host_totals, layout_of
+from beit3_dist.train.totals import host_totals
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.benchmarks import checkpoint, data, growth, kernels, recipe, torchscale, traffic  # noqa: E402
@@ -53,6 +52,7 @@ from tools.benchmarks.step import (  # noqa: E402
     activation_bytes,
     adamw,
     assert_equal_losses,
+    objectives_for,
     products_of,
     random_micro_batch,
     switch,
@@ -137,7 +137,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     process = {name: median(taken.process) for name, taken in zip(names, seconds, strict=True)}
     ours = names[0]
     ratio = lambda of, name: of[name] / of[ours] if name in of else None  # noqa: E731
-    flops = host_totals([batch], config).flops
+    objectives = objectives_for(config)
+    flops = host_totals([batch], objectives).flops
     peak = peak_flops(device) if options.precision == "bf16" else None
     record = {
         "ratio_vs_torchscale": ratio(wall, THEIRS),
@@ -154,12 +155,12 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
         "matmul_tflops": products.flops() / median(alone.wall) / 1e12,
         "model_tflops": flops / wall[ours] / 1e12,
         "mfu": None if peak is None else flops / wall[ours] / peak,
-        "losses": dict(zip(STREAMS, losses, strict=True)),
+        "losses": dict(zip((loss.name for loss in objectives.losses), losses, strict=True)),
         "contenders": [
             {"name": name, **taken.record(), "step_s": median(taken.wall), "activation_gb": memory.get(name)}
             for name, taken in zip(names, seconds, strict=True)
         ],
-        "tokens": sum(layout_of(batch).segments),
+        "tokens": sum(objectives.layout(batch).segments),
         "options": {
             name: value for name, value in vars(options).items() if name not in ("measure", "table", "check", "json")
         },

@@ -149,8 +149,8 @@ def check_all(options: Namespace) -> dict[str, Any]:
     jobs = []
     folder = cache_folder(options.cache, "--cache")
     for stream in Stream:
-        pattern = getattr(options, stream.name.lower())
-        paths = expand(pattern, f"--{stream.name.lower()}") if pattern else []
+        pattern = getattr(options, stream.field)
+        paths = expand(pattern, f"--{stream.field}") if pattern else []
         jobs += [Work(stream, path, plain_tar(path, folder), options.caption_key, options.max_pixels) for path in paths]
     if not jobs:
         raise ValueError("name shards by --images, --texts or --pairs")
@@ -162,7 +162,7 @@ def check_all(options: Namespace) -> dict[str, Any]:
     for stream in Stream:
         own = [report for job, report in zip(jobs, reports, strict=True) if job.stream is stream]
         if own:
-            streams[stream.name.lower()] = {
+            streams[stream.field] = {
                 "shards": len(own),
                 **{name: sum(getattr(r, name) for r in own) for name in ("bytes", "members", "samples", "documents")},
                 "ignored": sum((Counter({r: n for r, (n, _) in report.ignored.items()}) for report in own), Counter()),
@@ -170,9 +170,7 @@ def check_all(options: Namespace) -> dict[str, Any]:
             }
     return {
         "streams": streams,
-        "shards": [
-            vars(report) | {"stream": job.stream.name.lower()} for job, report in zip(jobs, reports, strict=True)
-        ],
+        "shards": [vars(report) | {"stream": job.stream.field} for job, report in zip(jobs, reports, strict=True)],
         "problems": sum(len(report.problems) for report in reports),
     }
 
@@ -202,7 +200,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     """The options."""
     parser = ArgumentParser(prog="check_shards.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for stream in Stream:
-        parser.add_argument(f"--{stream.name.lower()}", default="", metavar="PATTERN", help="brace or glob pattern")
+        parser.add_argument(f"--{stream.field}", default="", metavar="PATTERN", help="brace or glob pattern")
     parser.add_argument("--caption_key", default=DataConfig.caption_key, help="as data.caption_key of the run")
     parser.add_argument("--max_pixels", type=int, default=DataConfig.max_pixels, help="as data.max_pixels of the run")
     parser.add_argument("--cache", default=DataConfig.cache, help="where compressed tars are unpacked, as data.cache")

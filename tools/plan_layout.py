@@ -21,6 +21,8 @@ from itertools import product
 from beit3_dist.command_line import parse, refuse
 from beit3_dist.config import RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.objectives import SECTIONS
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
 from beit3_dist.parallel.memory import state_bytes
 
@@ -43,16 +45,13 @@ class Plan:
 
 def plan(config: RunConfig, model: BEiT3, ranks: int, zero_stage: int, tensor: int, pipeline: int) -> Plan:
     """Raises ValueError where the layout does not divide. `model`: on the meta device."""
-    records = state_bytes(
-        replace(
-            config,
-            parallel=replace(config.parallel, zero_stage=zero_stage, tensor=tensor, pipeline=pipeline, chunks=1),
-            batch=replace(config.batch, accumulation=max(config.batch.accumulation, pipeline)),
-            deepspeed_config=config.deepspeed_config if zero_stage == config.parallel.zero_stage else "",
-        ),
-        ranks,
-        model=model,
+    config = replace(
+        config,
+        parallel=replace(config.parallel, zero_stage=zero_stage, tensor=tensor, pipeline=pipeline, chunks=1),
+        batch=replace(config.batch, accumulation=max(config.batch.accumulation, pipeline)),
+        deepspeed_config=config.deepspeed_config if zero_stage == config.parallel.zero_stage else "",
     )
+    records = state_bytes(config, ranks, model, objectives_of(config).balance_flops)
     states, everything = max(r.states for r in records) / 1e9, max(r.total for r in records) / 1e9
     return Plan(ranks, zero_stage, tensor, pipeline, ranks // (tensor * pipeline), states, everything)
 
@@ -68,7 +67,7 @@ def plans(config: RunConfig, ranks: Sequence[int]) -> list[Plan]:
         activation_checkpointing="none",  # a list belongs to one number of stages; activations do not count here
         activation_checkpointing_every=1,
     )
-    model, found, reason = BEiT3(config.model, device="meta"), [], ""
+    model, found, reason = objectives_of(config).build(), [], ""
     without_file = replace(config, deepspeed_config="")
     for world, tensor, pipeline in product(ranks, (1, 2, 4, 8), (1, 2, 4)):
         try:
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     placeholders = [f"--{name}=unused" for name in UNUSED]
-    config = parse(RunConfig, "plan_layout.py", str(__doc__), [*placeholders, *rest])
+    config = parse(RunConfig, "plan_layout.py", str(__doc__), [*placeholders, *rest], SECTIONS)
     try:
         found = plans(config, options.ranks)
     except ValueError as error:

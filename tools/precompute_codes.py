@@ -23,6 +23,7 @@ from pathlib import Path
 
 from beit3_dist.command_line import log_to_console, parse, refuse
 from beit3_dist.config import RunConfig, require
+from beit3_dist.objectives import SECTIONS
 
 PROGRAM = "precompute_codes.py"
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", required=True, metavar="CODES", type=Path, help="new folder of codes")
     parser.add_argument("--held_out", action="store_true", help="the pictures of eval.*, not the training crops")
     options, recipe = parser.parse_known_args(arguments)
-    config = parse(RunConfig, PROGRAM, "Computes visual codes.", [*recipe, f"--out={options.out}"])
+    config = parse(RunConfig, PROGRAM, "Computes visual codes.", [*recipe, f"--out={options.out}"], SECTIONS)
     log_to_console()
     try:
         precompute(config, options.out, options.held_out)

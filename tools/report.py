@@ -11,15 +11,16 @@ stream, as the run crops and masks them.
 Hidden patches are drawn from codes: a code looks like the mean of all sampled training patches that carry it. The row
 drawn from the true codes is the best that the image tokenizer allows; no model can get past it.
 
-report.json lies beside the PNG. STREAM is image, text, pair_image or pair_text; a number that does not exist is null:
+report.json lies beside the PNG. LOSS is image, text, pair_image, pair_text or what other objectives name; a number
+that does not exist is null:
 
     run, checkpoint, checkpoint_step            the folder, the checkpoint whose weights draw the pictures, its step
     steps, planned_steps, wall_s                steps in metrics.jsonl, of the whole run; sum of the steps' seconds
     samples {images, texts, pairs}              samples seen
     samples_per_s, data_wait_share              over all steps
-    losses, accuracies {STREAM: {first, last, held_out}}   first step, mean of the last 20 steps, last validation
-    entropies, baselines {STREAM: number}       of the targets, as above; nats and a share
-    targets {STREAM: count}, sampled {images, texts, pairs}   masked positions and samples that these come from
+    losses, accuracies {LOSS: {first, last, held_out}}   first step, mean of the last 20 steps, last validation
+    entropies, baselines {LOSS: number}       of the targets, as above; nats and a share
+    targets {LOSS: count}, sampled {images, texts, pairs}   masked positions and samples that these come from
     held_out_step                               step of the last validation
     pictures                                    "held-out" or "training": which samples are drawn
     collapsed                                   what is to be said of streams whose targets are all but one
@@ -45,21 +46,23 @@ from beit3_dist.checkpoint.files import write_json
 from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import refuse
-from beit3_dist.config import BatchConfig, RunConfig
+from beit3_dist.config import STREAMS, BatchConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.data.views import views
+from beit3_dist.data.views import Tokenize, Views
 from beit3_dist.devices import device_type
 from beit3_dist.image_tokenizer.drawing import mosaic, patches_of
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import ImageTargets, tokenizer_view_size
-from beit3_dist.model.beit3 import BEiT3, MixedInputs
-from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.objectives.base import Loss
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import Objectives
 from beit3_dist.opening import open_regular
 from beit3_dist.optional import optional_module
 from beit3_dist.run.recorded_config import pretraining_config
-from beit3_dist.train.inputs import prepare
 from beit3_dist.train.target_watch import collapse, entropy
 
 if TYPE_CHECKING:
@@ -73,8 +76,6 @@ SAMPLES_AT_ONCE = 32
 """Of each stream. A sample does not depend on its batch, so this bounds the memory and changes nothing else."""
 LAST_STEPS = 20
 """Steps whose mean is the last training loss."""
-TITLES = {"image": "pictures", "text": "texts", "pair_image": "pictures of pairs", "pair_text": "captions of pairs"}
-UNITS = {"image": "patch", "text": "word", "pair_image": "patch", "pair_text": "word"}
 
 Record = dict[str, Any]
 
@@ -96,16 +97,18 @@ class Run:
     """The newest whole checkpoint."""
     step: int
     """Its step."""
-    image_tokenizer: VQKD
+    objectives: Objectives
+    image_tokenizer: VQKD | None
+    """None: no objective has visual codes."""
     train: MixedBatches
     """The training streams, `SAMPLES_AT_ONCE` samples of each at once."""
     shown: MixedBatches
     """The held-out streams, or the training streams of a run that names no held-out shards; one sample at once."""
 
 
-def open_run(folder: Path, program: str) -> Run:
+def open_run(folder: Path, program: str, plugins: Sequence[str] = ()) -> Run:
     """Raises ValueError or OSError with one line where something is missing or does not fit. `program`: who asks."""
-    config = pretraining_config(folder, program)
+    config = pretraining_config(folder, program, plugins)
     metrics = read_records(folder / "metrics.jsonl")
     if not metrics:
         raise ValueError(f"{folder} has no metrics.jsonl with a step in it: the run has not trained yet")
@@ -113,17 +116,22 @@ def open_run(folder: Path, program: str) -> Run:
     if checkpoint is None:
         raise ValueError(f"{folder / 'checkpoints'} holds no checkpoint yet: wait for step {config.checkpoint.every}")
     state = read_state(checkpoint, config.model)
-    image_tokenizer = load_vqkd(config.image_tokenizer)
-    view_size = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
-    has_held_out = all((config.eval.images, config.eval.texts, config.eval.pairs))
+    objectives, image_tokenizer, view_size = objectives_of(config), None, config.model.image_size
+    if objectives.needs_codes:
+        image_tokenizer = load_vqkd(config.image_tokenizer)
+        view_size = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
+    there = [name for name in STREAMS if getattr(config.batch, name)]
+    has_held_out = all(getattr(config.eval, name) for name in there)
 
     def streams(at_once: int, held_out: bool) -> MixedBatches:
-        batch = BatchConfig(images=at_once, texts=at_once, pairs=at_once)
-        return MixedBatches(replace(config, batch=batch), view_size, 0, 1, held_out)
+        # Nothing is trained here: a validation of the whole batch is none of this config's concern.
+        batch = BatchConfig(**{name: at_once * (name in there) for name in STREAMS})
+        return MixedBatches(replace(config, batch=batch), view_size, 0, 1, held_out, [*objectives])
 
     train, shown = streams(SAMPLES_AT_ONCE, held_out=False), streams(1, has_held_out)
     evaluations = read_records(folder / "eval.jsonl")
-    return Run(folder, config, metrics, evaluations, checkpoint, state.step, image_tokenizer, train, shown)
+    read = folder, config, metrics, evaluations, checkpoint, state.step
+    return Run(*read, objectives, image_tokenizer, train, shown)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -156,45 +164,53 @@ class TrainingSample:
     samples: int
     """Samples of each stream."""
     counts: dict[str, Tensor]
-    """Stream -> int64 [codes or words]: how often each is the target at a masked position."""
-    patches: Tensor
-    """uint8 [codes, 3, p, p]: what each code looks like."""
+    """Loss -> int64 [classes]: how often each code or word is its target."""
+    patches: Tensor | None
+    """uint8 [codes, 3, p, p]: what each code looks like; None: there are no codes."""
 
 
 @torch.no_grad()
 def sample_training(run: Run, device: torch.device) -> TrainingSample:
     """Tallies the targets and the patches of the first `SAMPLES` training samples of each stream."""
-    model, tokenize = run.config.model, ImageTargets(run.image_tokenizer, device)
-    sizes = {name: model.visual_vocab_size if "image" in name else model.vocab_size for name in STREAMS}
-    counts = {name: torch.zeros(size, dtype=torch.int64) for name, size in sizes.items()}
+    model = run.config.model
+    counts = {loss.name: torch.zeros(loss.classes, dtype=torch.int64) for loss in watched(run)}
     sums = torch.zeros(model.visual_vocab_size, 3 * model.patch_size**2, dtype=torch.float64)
     carriers = torch.zeros(model.visual_vocab_size, dtype=torch.int64)
     number = math.ceil(SAMPLES / SAMPLES_AT_ONCE)
     for request in islice(requests_from((0, 0, 0), run.train.config.batch), number):
         batch = run.train[request]
-        codes, _, targets = prepared(batch, tokenize, device)
-        for name, values in by_stream(targets, targets.codes, targets.words).items():
-            counts[name] += torch.bincount(values.cpu(), minlength=sizes[name])
-        pixels = patches_of(views(batch, torch.device("cpu"))[0], model.patch_size).flatten(1).double()
-        sums.index_add_(0, codes.flatten(), pixels)
-        carriers += torch.bincount(codes.flatten(), minlength=len(carriers))
+        codes = codes_of(run, batch, device)
+        _, reading, _ = run.objectives.prepare(batch, device, given(codes), embeds=False)
+        assert reading is not None
+        for loss, classes in run.objectives.classes(reading):
+            if loss.name in counts:
+                counts[loss.name] += torch.bincount(classes.cpu(), minlength=loss.classes)
+        if codes is not None:
+            pixels = patches_of(Views(batch, torch.device("cpu")).model, model.patch_size).flatten(1).double()
+            sums.index_add_(0, codes.cpu().flatten(), pixels)
+            carriers += torch.bincount(codes.cpu().flatten(), minlength=len(carriers))
+    if run.image_tokenizer is None:
+        return TrainingSample(number * SAMPLES_AT_ONCE, counts, None)
     codebook = run.image_tokenizer.quantize.embedding.weight.cpu()
     patches = mean_patches(sums, carriers, codebook).unflatten(1, (3, model.patch_size, model.patch_size))
     return TrainingSample(number * SAMPLES_AT_ONCE, counts, patches)
 
 
-def prepared(batch: MicroBatch, tokenize: ImageTargets, device: torch.device) -> tuple[Tensor, MixedInputs, Targets]:
-    """Codes of all patches, int64 [I + P, patches] on the host, and the inputs and targets as training makes them."""
-    codes = tokenize(views(batch, device)[1])
-    inputs, targets, _ = prepare(batch, device, lambda _: codes)
-    return codes.cpu(), inputs, targets
+def watched(run: Run) -> list[Loss]:
+    """The losses whose targets are classes."""
+    return [loss for loss in run.objectives.losses if loss.classes]
 
 
-def by_stream(targets: Targets, codes: Tensor, words: Tensor) -> dict[str, Tensor]:
-    """Values at the masked patches [Mi + Mpi] and at the masked words [Mpt + Mt], cut into the four streams'."""
-    image, text, pair_image, pair_text = targets.counts
-    parts = (*codes.split([image, pair_image]), *words.split([pair_text, text]))
-    return dict(zip(("image", "pair_image", "pair_text", "text"), parts, strict=True))
+def codes_of(run: Run, batch: MicroBatch, device: torch.device) -> Tensor | None:
+    """int64 [I, patches] on the device; None where there are no codes."""
+    if run.image_tokenizer is None:
+        return None
+    return ImageTargets(run.image_tokenizer, device)(Views(batch, device).tokenizer)
+
+
+def given(codes: Tensor | None) -> Tokenize | None:
+    """What gives codes that are there already."""
+    return None if codes is None else lambda _: codes
 
 
 def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
@@ -237,42 +253,49 @@ class Example:
 
 
 @torch.no_grad()
-def examples(run: Run, device: torch.device, number: int) -> tuple[list[Example], list[Example]]:
-    """`number` examples of the image stream and as many pairs, spread evenly over the shown streams."""
-    model = BEiT3(run.config.model, device="meta")
+def examples(run: Run, device: torch.device, number: int) -> dict[str, list[Example]]:
+    """`number` examples each of the image stream and of pairs, where the run masks them, spread evenly over the shown
+    streams."""
+    masked = next((objective for objective in run.objectives if isinstance(objective, MaskedDataModeling)), None)
+    if masked is None or not masked.needs_codes:
+        return {}
+    model = run.objectives.build()
     model.load_state_dict(read_weights(run.checkpoint), assign=True)
     model.to(device).eval()
-    tokenize = ImageTargets(run.image_tokenizer, device)
     images, _, pairs = run.shown.lengths()
-    number = min(number, images, pairs)
-    found = [
-        guess(model, run.shown[Request((i * images // number, 0, i * pairs // number), 0)], tokenize, run, device)
-        for i in range(number)
-    ]
-    return [image for image, _ in found], [pair for _, pair in found]
+    number = min(number, *(length for length in (images, pairs) if length))
+    shown: dict[str, list[Example]] = {}
+    for i in range(number):
+        batch = run.shown[Request((i * images // number, 0, i * pairs // number), 0)]
+        for name, example in guess(model, masked, batch, run, device).items():
+            shown.setdefault(name, []).append(example)
+    return shown
 
 
 def guess(
-    model: BEiT3, batch: MicroBatch, tokenize: ImageTargets, run: Run, device: torch.device
-) -> tuple[Example, Example]:
-    """The examples of a micro-batch with one image and one pair."""
-    codes, inputs, targets = prepared(batch, tokenize, device)
-    hidden_TD = model.hidden(inputs)
-    guessed = by_stream(
-        targets,
-        model.image_logits(hidden_TD[targets.image_rows]).argmax(-1).cpu(),
-        model.text_logits(hidden_TD[targets.text_rows]).argmax(-1).cpu(),
-    )
-    both = [
-        Example(picture, hidden, true, true.masked_scatter(hidden, guessed[name]), [])
-        for picture, hidden, true, name in zip(
-            views(batch, torch.device("cpu"))[0], batch.image_mask, codes, ("image", "pair_image"), strict=True
-        )
-    ]
-    words = batch.caption_targets[0, : int(batch.caption_lengths[0])]
-    mask = batch.caption_mask[0, : len(words)]
-    filled = words.masked_scatter(mask, guessed["pair_text"])
-    return both[0], replace(both[1], caption=chunks(run.shown.tokenizer, words, mask, filled))
+    model: BEiT3, masked: MaskedDataModeling, batch: MicroBatch, run: Run, device: torch.device
+) -> dict[str, Example]:
+    """The examples of a micro-batch with one image, one pair or both, by the name of their loss."""
+    codes = codes_of(run, batch, device)
+    inputs, reading, _ = Objectives(run.config, [masked]).prepare(batch, device, given(codes))
+    assert reading is not None and codes is not None
+    hidden_MD = model.hidden(inputs)[reading.selection.rows]
+    guessed = {name: some.cpu() for name, some in masked.guesses(model, hidden_MD, reading.targets[0]).items()}
+    seen, found = Views(batch, torch.device("cpu")), {}
+    pixels, true = seen.by_stream(seen.model), seen.by_stream(codes.cpu())
+    for stream, name in (("images", "image"), ("pairs", "pair_image")):
+        if stream in true:
+            hidden, codes_P = batch.streams[stream].annotations[masked.name]["image_mask"][0], true[stream][0]
+            filled = codes_P.masked_scatter(hidden, guessed[name])
+            found[name] = Example(pixels[stream][0], hidden, codes_P, filled, [])
+    if "pairs" in batch.streams:
+        samples = batch.streams["pairs"]
+        assert samples.text is not None and samples.lengths is not None
+        words = samples.text[0, : int(samples.lengths[0])]
+        mask = samples.annotations[masked.name]["text_mask"][0, : len(words)]
+        caption = chunks(run.shown.tokenizer, words, mask, words.masked_scatter(mask, guessed["pair_text"]))
+        found["pair_image"] = replace(found["pair_image"], caption=caption)
+    return found
 
 
 def chunks(tokenizer: TextTokenizer, words: Tensor, mask: Tensor, guesses: Tensor) -> list[Chunk]:
@@ -300,10 +323,10 @@ def spelled(tokenizer: TextTokenizer, word: int) -> str:
 # Summary --------------------------------------------------------------------------------------------------------------
 
 
-def summarize(run: Run, sample: TrainingSample, images: list[Example], pairs: list[Example]) -> Record:
+def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]]) -> Record:
     """The content of report.json."""
     wall = float(column(run.metrics, "step_s").sum())
-    samples = {name: int(column(run.metrics, name).sum()) for name in ("images", "texts", "pairs")}
+    samples = {name: int(column(run.metrics, name).sum()) for name in STREAMS}
 
     def course(name: str) -> Record:
         values = column(run.metrics, name)
@@ -324,16 +347,16 @@ def summarize(run: Run, sample: TrainingSample, images: list[Example], pairs: li
         "samples": samples,
         "samples_per_s": sum(samples.values()) / wall,
         "data_wait_share": float(column(run.metrics, "data_wait_s").sum()) / wall,
-        "losses": {name: course(f"loss_{name}") for name in STREAMS},
-        "accuracies": {name: course(f"acc_{name}") for name in STREAMS},
+        "losses": {loss.name: course(f"loss_{loss.name}") for loss in run.objectives.losses},
+        "accuracies": {loss.name: course(f"acc_{loss.name}") for loss in run.objectives.losses if loss.has_accuracy},
         "entropies": {name: entropy(counts) for name, counts in sample.counts.items()},
         "baselines": {name: float(counts.max() / counts.sum()) for name, counts in sample.counts.items()},
         "targets": {name: int(counts.sum()) for name, counts in sample.counts.items()},
-        "sampled": dict.fromkeys(("images", "texts", "pairs"), sample.samples),
+        "sampled": {name: sample.samples * bool(getattr(run.config.batch, name)) for name in STREAMS},
         "held_out_step": run.evaluations[-1]["step"] if run.evaluations else None,
         "pictures": "held-out" if run.shown.held_out else "training",
-        "collapsed": list(filter(None, (collapse(name, counts) for name, counts in sample.counts.items()))),
-        "codes_right": {"image": codes_right(images), "pair_image": codes_right(pairs)},
+        "collapsed": list(filter(None, (collapse(loss, sample.counts[loss.name]) for loss in watched(run)))),
+        "codes_right": {name: codes_right(some) for name, some in shown.items()},
     }
 
 
@@ -348,7 +371,7 @@ def codes_right(shown: list[Example]) -> float | None:
     return float(hits.float().mean()) if len(hits) else None
 
 
-def summary_lines(report: Record) -> Iterator[str]:
+def summary_lines(run: Run, report: Record) -> Iterator[str]:
     """The report for a person at the terminal."""
     samples, sampled = report["samples"], report["sampled"]
     yield (
@@ -361,16 +384,17 @@ def summary_lines(report: Record) -> Iterator[str]:
     )
     yield ""
     yield f"loss in nats        first step   last {LAST_STEPS} steps        held-out        entropy of the targets"
-    for name in STREAMS:
-        loss, bound = report["losses"][name], report["entropies"][name]
+    for kind in run.objectives.losses:
+        loss, bound = report["losses"][kind.name], report["entropies"].get(kind.name)
         last, held_out = (f"{digits(loss[key], '7.3f')} {verdict(loss[key], bound):5}" for key in ("last", "held_out"))
-        yield f"{TITLES[name]:18}  {digits(loss['first'], '10.3f')}  {last:>14}  {held_out:>14}  {bound:24.3f}"
+        yield f"{kind.title:18}  {digits(loss['first'], '10.3f')}  {last:>14}  {held_out:>14}  {digits(bound, '24.3f')}"
     yield ""
     yield f"accuracy            first step   last {LAST_STEPS} steps        held-out    most frequent target's share"
-    for name in STREAMS:
-        accuracy, share = report["accuracies"][name], report["baselines"][name]
-        first, last, held_out = (digits(accuracy[key], "7.1%") for key in ("first", "last", "held_out"))
-        yield f"{TITLES[name]:18}  {first:>10}  {last:>8}        {held_out:>8}        {share:24.1%}"
+    for kind in run.objectives.losses:
+        if kind.has_accuracy:
+            accuracy, share = report["accuracies"][kind.name], report["baselines"].get(kind.name)
+            first, last, held_out = (digits(accuracy[key], "7.1%") for key in ("first", "last", "held_out"))
+            yield f"{kind.title:18}  {first:>10}  {last:>8}        {held_out:>8}        {digits(share, '24.1%')}"
     yield ""
     yield from report["collapsed"]
     yield (
@@ -386,9 +410,9 @@ def digits(value: float | None, form: str) -> str:
     return "-".rjust(int(form.split(".")[0])) if value is None else format(value, form)
 
 
-def verdict(loss: float | None, bound: float) -> str:
+def verdict(loss: float | None, bound: float | None) -> str:
     """Where a loss lies beside the entropy of its targets."""
-    return "" if loss is None else "below" if loss < bound else "above"
+    return "" if loss is None or bound is None else "below" if loss < bound else "above"
 
 
 def clock(seconds: float) -> str:
@@ -405,8 +429,9 @@ LEFT, MARGIN = 150, 24
 """Room for the rows' names, and the margin on the other sides."""
 PANELS_LEFT, PANELS_TOP, PANELS_PITCH, PANELS_WIDTH, PANELS_HEIGHT = 62, 124, 340, 262, 250
 """Where the four panels of curves lie."""
-PICTURES_TOP = 430
-"""Where the pictures begin."""
+PANELS_IN_A_ROW = 4
+ROW_OF_PANELS = 306
+"""Height of a row of panels; the pictures begin below the last one."""
 GAP, LARGEST_TILE, HEADING = 8, 180, 56
 """Space between tiles, largest side of a tile, height of the heading above a block of tiles."""
 CHARACTER, CAPTION_LINE, CAPTION_LINES = 7, 15, 6
@@ -416,7 +441,8 @@ CAPTION_POINTS = CHARACTER / 0.602 * 72 / DPI
 MOST_PICTURES = 12
 GREY, GREY_EDGE = 150, 172
 """Levels of hidden patches and of two of their edges, which tell them from a grey picture."""
-COLORS = {"image": "#0072b2", "text": "#d55e00", "pair_image": "#008f68", "pair_text": "#b8488f"}
+COLORS = ("#0072b2", "#d55e00", "#008f68", "#b8488f")
+"""Of the losses, in turn."""
 INK, FAINT, RIGHT, WRONG = "#222222", "#6b6b6b", "#007a4d", "#c23b00"
 ROWS = (
     "original",
@@ -431,32 +457,35 @@ def matplotlib(module: str) -> Any:
     return optional_module(f"matplotlib.{module}", "a report's picture", "pip install -e '.[demo]' brings it")
 
 
-def draw(run: Run, report: Record, looks: Tensor, images: list[Example], pairs: list[Example]) -> Figure:
-    """The whole figure: the four losses, a block of pictures, a block of pairs with their captions."""
-    tile = min(LARGEST_TILE, (WIDTH - LEFT - MARGIN - GAP * (len(images) - 1)) // len(images))
-    block = HEADING + len(ROWS) * (tile + GAP)
-    lines = [caption_lines(pair.caption, tile // CHARACTER) for pair in pairs]
-    height = PICTURES_TOP + 2 * block + max(map(len, lines)) * CAPTION_LINE + 2 * MARGIN
+def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[Example]]) -> Figure:
+    """The whole figure: the losses, and blocks of pictures and of pairs with their captions where there are any."""
+    losses, most = run.objectives.losses, max(map(len, shown.values()), default=1)
+    rows = math.ceil(len(losses) / PANELS_IN_A_ROW)
+    tile = min(LARGEST_TILE, (WIDTH - LEFT - MARGIN - GAP * (most - 1)) // most)
+    block, top = HEADING + len(ROWS) * (tile + GAP), PANELS_TOP + rows * ROW_OF_PANELS
+    lines = [caption_lines(pair.caption, tile // CHARACTER) for pair in shown.get("pair_image", [])]
+    below = max(map(len, lines), default=0) * CAPTION_LINE + 2 * MARGIN
+    height = top + len(shown) * block + below
     figure = matplotlib("figure").Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
     page.axis("off")
     draw_title(page, report)
-    for number, name in enumerate(STREAMS):
-        left, bottom = PANELS_LEFT + number * PANELS_PITCH, height - PANELS_TOP - PANELS_HEIGHT
+    for number, loss in enumerate(losses):
+        row, place = divmod(number, PANELS_IN_A_ROW)
+        left, bottom = PANELS_LEFT + place * PANELS_PITCH, height - PANELS_TOP - row * ROW_OF_PANELS - PANELS_HEIGHT
         box = (left / WIDTH, bottom / height, PANELS_WIDTH / WIDTH, PANELS_HEIGHT / height)
-        draw_losses(figure.add_axes(box), run, report, name)
-    share = {
-        name: "nothing is hidden" if part is None else f"{part:.0%} of the hidden codes guessed"
-        for name, part in report["codes_right"].items()
-    }
-    kind, top = report["pictures"].capitalize(), PICTURES_TOP
-    draw_heading(page, top, f"{kind} pictures", share["image"])
-    draw_tiles(page, top + HEADING, tile, images, looks)
-    top += block + MARGIN
-    draw_heading(page, top, f"{kind} pairs", f"{share['pair_image']}; hidden words of the caption as [guess→truth]")
-    draw_tiles(page, top + HEADING, tile, pairs, looks)
-    for column_number, caption in enumerate(lines):
-        draw_caption(page, LEFT + column_number * (tile + GAP), top + block + 4, caption)
+        draw_losses(figure.add_axes(box), run, report, loss, COLORS[number % len(COLORS)])
+    for name, some in shown.items():
+        assert looks is not None
+        part, kind = report["codes_right"][name], report["pictures"].capitalize()
+        remark = "nothing is hidden" if part is None else f"{part:.0%} of the hidden codes guessed"
+        if name == "pair_image":
+            remark += "; hidden words of the caption as [guess→truth]"
+        draw_heading(page, top, f"{kind} {'pairs' if name == 'pair_image' else 'pictures'}", remark)
+        draw_tiles(page, top + HEADING, tile, some, looks)
+        top += block + (MARGIN if name == "image" else 0)
+    for place, caption in enumerate(lines):
+        draw_caption(page, LEFT + place * (tile + GAP), top + 4, caption)
     return figure
 
 
@@ -498,15 +527,15 @@ def draw_title(page: Axes, report: Record) -> None:
     )
 
 
-def draw_losses(axes: Axes, run: Run, report: Record, name: str) -> None:
-    """One stream's loss over the steps, beside the entropy of its targets."""
-    color, bound = COLORS[name], report["entropies"][name]
-    steps, losses = column(run.metrics, "step"), column(run.metrics, f"loss_{name}")
+def draw_losses(axes: Axes, run: Run, report: Record, loss: Loss, color: str) -> None:
+    """A loss over the steps, beside the entropy of its targets where they are classes."""
+    bound = report["entropies"].get(loss.name)
+    steps, losses = column(run.metrics, "step"), column(run.metrics, f"loss_{loss.name}")
     axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
     axes.plot(steps, running_mean(losses, max(1, len(losses) // 25)), color=color, linewidth=2)
     axes.plot(
         column(run.evaluations, "step"),
-        column(run.evaluations, f"loss_{name}"),
+        column(run.evaluations, f"loss_{loss.name}"),
         "o",
         color=color,
         markersize=5,
@@ -514,20 +543,21 @@ def draw_losses(axes: Axes, run: Run, report: Record, name: str) -> None:
         markeredgewidth=0.8,
         zorder=3,
     )
-    axes.axhline(bound, color=color, linestyle="--", linewidth=1.4)
-    axes.annotate(
-        f"{bound:.2f}",
-        (1, bound),
-        xycoords=axes.get_yaxis_transform(),
-        xytext=(3, 0),
-        textcoords="offset points",
-        va="center",
-        size=10,
-        color=color,
-        weight="bold",
-    )
-    axes.set_title(TITLES[name], loc="left", size=12, color=color, weight="bold")
-    axes.set_title(f"nats per {UNITS[name]}", loc="right", size=9.5, color=FAINT)
+    if bound is not None:
+        axes.axhline(bound, color=color, linestyle="--", linewidth=1.4)
+        axes.annotate(
+            f"{bound:.2f}",
+            (1, bound),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            size=10,
+            color=color,
+            weight="bold",
+        )
+    axes.set_title(loss.title, loc="left", size=12, color=color, weight="bold")
+    axes.set_title(f"nats per {loss.unit}" if loss.classes else loss.unit, loc="right", size=9.5, color=FAINT)
     axes.set_xlabel("step", size=9.5, color=INK)
     axes.tick_params(labelsize=9, colors=FAINT)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -627,6 +657,9 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run")
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write; RUN/report.png")
     parser.add_argument("--pictures", type=int, default=8, metavar="N", help="examples of each kind; 8")
+    parser.add_argument(
+        "--plugins", nargs="*", default=[], metavar="FILE", help="files that define objectives of the run"
+    )
     options = parser.parse_args(arguments)
     options.out = options.out or options.run / "report.png"
     if not 1 <= options.pictures <= MOST_PICTURES:
@@ -643,17 +676,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options = parse_arguments(arguments)
         matplotlib("figure")
-        run = open_run(options.run, PROGRAM)
+        run = open_run(options.run, PROGRAM, options.plugins)
         device = torch.device(device_type())
     except (ValueError, OSError) as error:
         refuse(PROGRAM, error)
     sample = sample_training(run, device)
-    images, pairs = examples(run, device, options.pictures)
-    report = summarize(run, sample, images, pairs)
-    draw(run, report, sample.patches, images, pairs).savefig(options.out)
+    shown = examples(run, device, options.pictures)
+    report = summarize(run, sample, shown)
+    draw(run, report, sample.patches, shown).savefig(options.out)
     as_json = options.out.with_suffix(".json")
     write_json(as_json, report)
-    print("\n".join(summary_lines(report)))
+    print("\n".join(summary_lines(run, report)))
     print(f"{options.out}\n{as_json}")
 
 

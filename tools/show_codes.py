@@ -28,11 +28,11 @@ from torch import Tensor
 
 from beit3_dist.command_line import parse, refuse
 from beit3_dist.data.batch import requests_from
+from beit3_dist.data.views import Views
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.drawing import mosaic, nearest_patches, sheet
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.images import ImageBatches
-from beit3_dist.train.inputs import views as views_of
 
 PROGRAM = "show_codes.py"
 OTHERS = 2048
@@ -58,7 +58,9 @@ def tokenizer_rows(folder: Path, number: int) -> list[Tensor]:
 def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
     """Pictures of the run, their codes, the masked input and the model's prediction."""
     run = open_run(folder, PROGRAM)
-    shown = [example for examples_of in examples(run, torch.device("cpu"), -(-number // 2)) for example in examples_of]
+    shown = [example for some in examples(run, torch.device("cpu"), -(-number // 2)).values() for example in some]
+    if run.image_tokenizer is None or not shown:
+        raise ValueError(f"{folder} masks no images, so that there are no codes to show")
     pictures = torch.stack([example.picture for example in shown])
     hidden = torch.stack([example.hidden for example in shown])
     looks = nearest_patches(run.image_tokenizer, islice(views(run), OTHERS // (2 * AT_ONCE)))
@@ -73,7 +75,7 @@ def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
 def views(run: Run) -> Iterator[Tensor]:
     """The image tokenizer's views of the training pictures."""
     for request in requests_from((0, 0, 0), run.train.config.batch):
-        yield views_of(run.train[request], torch.device("cpu"))[1]
+        yield Views(run.train[request], torch.device("cpu")).tokenizer
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:

@@ -5,28 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import pad
 
-
-@dataclass(frozen=True)
-class Cut:
-    """One of the equal parts that a parameter is cut into along a dimension; the last ones are padded with zeros."""
-
-    dimension: int
-    part: int
-    parts: int
-
-    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the part."""
-        return tuple(-(-n // self.parts) if d == self.dimension else n for d, n in enumerate(whole))
-
-    def of(self, whole: Tensor) -> Tensor:
-        """The part of a whole parameter."""
-        rows = self.shape(tuple(whole.shape))[self.dimension]
-        begin, end = (min(n * rows, whole.shape[self.dimension]) for n in (self.part, self.part + 1))
-        mine = whole.narrow(self.dimension, begin, end - begin)
-        missing = rows - mine.shape[self.dimension]
-        return pad(mine, (0, 0) * (whole.ndim - 1 - self.dimension) + (0, missing)) if missing else mine
+from beit3_dist.model.cut import Cut
 
 
 @dataclass

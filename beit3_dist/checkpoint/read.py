@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import Damaged, read_manifest, wrong_digests
-from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.model.cut import Cut
 from beit3_dist.opening import open_regular, parse_json
 from beit3_dist.weights import require_finite
 

@@ -6,7 +6,7 @@ loader processes hold no state: resuming is asking for the next request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count
 from typing import Any, NamedTuple, Self
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
+from beit3_dist.data.annotations import Annotator
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Numbers, Stream, mix_arrays
@@ -24,7 +25,6 @@ from beit3_dist.data.pictures import Pictures, channels_first
 from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
 
 
 class Request(NamedTuple):
@@ -40,100 +40,99 @@ class Request(NamedTuple):
     """Number of the parts."""
 
 
+def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """The same structure of batches and dicts with `change` of every `kind` in it."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(item, kind, change) for name, item in value.items()}
+    if isinstance(value, Tensors):
+        return replace(
+            value, **{field.name: mapped(getattr(value, field.name), kind, change) for field in fields(value)}
+        )
+    return value
+
+
 @dataclass
 class Tensors:
-    """A batch whose fields are tensors and other things."""
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        changed: dict[str, Any] = {name: change(value) for name, value in values if isinstance(value, torch.Tensor)}
-        return replace(self, **changed)
+    """A batch whose fields are tensors, dicts and batches of tensors, and other things."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """The same batch with its tensors on the device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return mapped(self, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
         """The same batch in page-locked memory."""
-        return self._map(torch.Tensor.pin_memory)
+        return mapped(self, torch.Tensor, torch.Tensor.pin_memory)
+
+
+@dataclass
+class Samples(Tensors):
+    """The n samples of one stream in a rank's micro-batch; S is the images' side, L the longest text."""
+
+    ids: torch.Tensor
+    """int64 [n]: ids of the delivered samples."""
+    positions: torch.Tensor
+    """int64 [n]: place of each sample in the stream's global batch of this step."""
+    images: torch.Tensor | None = None
+    """uint8 [n, 3, S, S], before the jitter, as are `tokenizer_images`; None: the stream has no images."""
+    tokenizer_images: torch.Tensor | None = None
+    """uint8 [n, 3, S2, S2]: the image tokenizer's views; None: the same as `images`."""
+    jitter: torch.Tensor | None = None
+    """float32 [n, 3]: `transforms.jitter_weights` of each image, for both its views; None: no jitter."""
+    text: torch.Tensor | None = None
+    """int64 [n, L] as it is, padded with <pad>; None: the stream has no text."""
+    lengths: torch.Tensor | None = None
+    """int64 [n]: tokens of each text, <s> and </s> included."""
+    annotations: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Objective -> field -> [n, ...]: what it has drawn; see `Annotator`."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass
 class MicroBatch(Tensors):
-    """One rank's micro-batch of I images, P pairs and T texts; S is the picture's side, L the longest text."""
+    """One rank's micro-batch."""
 
-    images: torch.Tensor
-    """uint8 [I + P, 3, S, S]: image-only samples first, then pairs; before the jitter, as are `tokenizer_images`."""
-    tokenizer_images: torch.Tensor | None
-    """uint8 [I + P, 3, S2, S2]: the image tokenizer's views; None: the same pictures as `images`."""
-    image_mask: torch.Tensor
-    """bool [I + P, patches], True = masked."""
-    captions: torch.Tensor
-    """int64 [P, L] after masking, padded with <pad>."""
-    caption_targets: torch.Tensor
-    """int64 [P, L] before masking."""
-    caption_mask: torch.Tensor
-    """bool [P, L], True = to be predicted."""
-    caption_lengths: torch.Tensor
-    """int64 [P], <s> and </s> included."""
-    texts: torch.Tensor
-    """int64 [T, L] after masking, padded with <pad>."""
-    text_targets: torch.Tensor
-    """int64 [T, L] before masking."""
-    text_mask: torch.Tensor
-    """bool [T, L], True = to be predicted."""
-    text_lengths: torch.Tensor
-    """int64 [T], <s> and </s> included."""
-    sample_ids: torch.Tensor
-    """int64 [I + P + T]: ids of the delivered samples; images, then pairs, then texts."""
-    positions: torch.Tensor
-    """int64 [I + P + T]: place of each sample in its stream's global batch of this step."""
-    streams: torch.Tensor
-    """int64 [I + P + T]: number of each sample's stream."""
-    faults: list[Fault]
+    streams: dict[str, Samples]
+    """The run's streams by name: images, pairs, texts, in this order."""
+    faults: list[Fault] = field(default_factory=list)
     """Samples that had to be replaced."""
-    jitter: torch.Tensor | None = None
-    """float32 [I + P, 3]: `transforms.jitter_weights` of each picture, for both its views; None: no jitter."""
     readers: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 6, dtype=torch.int64))
     """int64 [R, 6]: `streaming.Row` of each virtual reader that is read in this process, after this micro-batch."""
 
     @property
-    def num_pairs(self) -> int:
-        """P."""
-        return len(self.captions)
-
-    @property
-    def num_images(self) -> int:
-        """I."""
-        return len(self.images) - len(self.captions)
-
-    @property
-    def num_texts(self) -> int:
-        """T."""
-        return len(self.texts)
+    def with_images(self) -> list[Samples]:
+        """The streams with images."""
+        return [samples for samples in self.streams.values() if samples.images is not None]
 
     def ids_by_kind(self) -> dict[str, list[int]]:
         """Ids of the samples by the name of their stream."""
-        return {stream.name.lower(): self.sample_ids[self.streams == stream].tolist() for stream in Stream}
+        return {name: samples.ids.tolist() for name, samples in self.streams.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pictures stay tensors, which loader processes pass on in shared memory; the rest goes by value, as arrays: a
+        """Images stay tensors, which loader processes pass on in shared memory; the rest goes by value, as arrays: a
         file in shared memory for each of the small tensors would take longer than making them."""
-        return {
-            name: value.numpy() if isinstance(value, torch.Tensor) and value.dtype is not torch.uint8 else value
-            for name, value in self.__dict__.items()
-        }
+        by_value = mapped(self, torch.Tensor, lambda t: t if t.dtype is torch.uint8 else t.numpy())
+        return by_value.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            setattr(self, name, torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+            setattr(self, name, mapped(value, np.ndarray, torch.from_numpy))
 
 
 class MixedBatches(Dataset):
     """The micro-batches of one data-parallel rank: `dataset[request]`."""
 
     def __init__(
-        self, config: RunConfig, tokenizer_image_size: int, rank: int, world: int, held_out: bool = False
+        self,
+        config: RunConfig,
+        tokenizer_image_size: int,
+        rank: int,
+        world: int,
+        held_out: bool = False,
+        annotators: Sequence[Annotator] = (),
     ) -> None:
         """Opens the streams, building their indexes and token files where the cache has none.
 
@@ -146,59 +145,44 @@ class MixedBatches(Dataset):
         self.world = world
         self.held_out = held_out
         self.tokenizer_image_size = tokenizer_image_size
+        self.annotators = annotators
         self.micro_batch = config.micro_batch(world)
         self.tokenizer = TextTokenizer(config.text_tokenizer)
         self.tokenizer.check_vocab(config.model.vocab_size)
-        data, seed, shuffled, share = config.data, config.seed, not held_out, Share(rank, world)
-        shards, prefix = (config.eval, "eval") if held_out else (data, "data")
-        blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
-        self.images = self._sequential(Stream.IMAGES) or ImageStream(
-            shards.images, f"{prefix}.images", seed, data.cache, data.max_pixels, shuffled, blocks, share
-        )
-        self.texts = self._sequential(Stream.TEXTS) or TextStream(
-            shards.texts,
-            f"{prefix}.texts",
-            seed,
-            data.cache,
-            self.tokenizer,
-            data.text_length,
-            shuffled,
-            blocks,
-            share,
-        )
-        self.pairs = self._sequential(Stream.PAIRS) or PairStream(
-            shards.pairs,
-            f"{prefix}.pairs",
-            seed,
-            data.cache,
-            data.max_pixels,
-            self.tokenizer,
-            data.caption_length,
-            data.caption_key,
-            shuffled,
-            blocks,
-            share,
-        )
+        self.streams = {stream: self._open(stream) for stream in Stream if getattr(config.batch, stream.field)}
+        """Those that the run has."""
 
-    def _sequential(self, stream: Stream) -> SequentialStream | None:
-        """A training stream of shards that are no files."""
-        name, config = stream.name.lower(), self.config
-        shards = getattr(config.data, name)
-        if self.held_out or not sequential(shards, f"data.{name}"):
-            return None
-        batch = getattr(config.batch, name)
-        return SequentialStream(stream, shards, config.data, config.seed, self.tokenizer, batch, self.rank, self.world)
+    def _open(self, stream: Stream) -> SampleStream | SequentialStream:
+        config, data, seed = self.config, self.config.data, self.config.seed
+        shards, prefix = (config.eval, "eval") if self.held_out else (data, "data")
+        patterns, field = getattr(shards, stream.field), f"{prefix}.{stream.field}"
+        if not self.held_out and sequential(patterns, field):  # shards that are no files
+            batch = getattr(config.batch, stream.field)
+            return SequentialStream(stream, patterns, data, seed, self.tokenizer, batch, self.rank, self.world)
+        order: dict[str, Any] = {
+            "shuffled": not self.held_out,
+            "blocks": Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None,
+            "share": Share(self.rank, self.world),
+        }
+        tokenizer, cache = self.tokenizer, data.cache
+        match stream:
+            case Stream.IMAGES:
+                return ImageStream(patterns, field, seed, cache, data.max_pixels, **order)
+            case Stream.TEXTS:
+                return TextStream(patterns, field, seed, cache, tokenizer, data.text_length, **order)
+        words = tokenizer, data.caption_length, data.caption_key
+        return PairStream(patterns, field, seed, cache, data.max_pixels, *words, **order)
 
     @property
     def sequential(self) -> list[SequentialStream]:
         """The streams without random access."""
-        return [s for s in (self.images, self.texts, self.pairs) if isinstance(s, SequentialStream)]
+        return [stream for stream in self.streams.values() if isinstance(stream, SequentialStream)]
 
     def indexed(self, stream: Stream) -> SampleStream:
         """A stream with random access; ValueError if it has none."""
-        found = (self.images, self.texts, self.pairs)[stream]
+        found = self.streams[stream]
         if isinstance(found, SequentialStream):
-            raise ValueError(f"data.{stream.name.lower()} has no random access, which is needed here: name files")
+            raise ValueError(f"data.{stream.field} has no random access, which is needed here: name files")
         return found
 
     def restore(self, readers: list[list[int]], started: bool) -> None:
@@ -207,45 +191,37 @@ class MixedBatches(Dataset):
             stream.restore(readers, started)
 
     def lengths(self) -> tuple[int, int, int]:
-        """Images, texts (windows) and pairs of one epoch of each."""
-        images, texts, pairs = (len(self.indexed(stream)) for stream in Stream)
+        """Images, texts (windows) and pairs of one epoch of each; 0 of a stream that the run does not have."""
+        images, texts, pairs = (len(self.indexed(stream)) if stream in self.streams else 0 for stream in Stream)
         return images, texts, pairs
 
     def faults(self) -> list[Fault]:
         """What the indexes left out: damage of whole shards, documents that cannot be read."""
-        return self.images.faults + self.texts.faults + self.pairs.faults
+        return [fault for stream in self.streams.values() for fault in stream.faults]
 
     def __getitem__(self, request: Request) -> MicroBatch:
-        places = [self._places(stream, request) for stream in (self.images, self.pairs, self.texts)]
-        pictures = Pictures(len(places[0]) + len(places[1]), self.config, self.tokenizer_image_size)
-        images = self._read(self.images, request, places[0], pictures)
-        pairs = self._read(self.pairs, request, places[1], pictures)
-        texts = self._read(self.texts, request, places[2], None)
-        samples = images + pairs + texts
-        ratios = self.config.objective
-        picture_masked, caption_masked = self._masked_sides(pairs)
-        captions, caption_targets, caption_mask, caption_lengths = self._words(
-            pairs, ratios.caption_mask_ratio, caption_masked
-        )
-        words, text_targets, text_mask, text_lengths = self._words(texts, ratios.text_mask_ratio, [True] * len(texts))
-        return MicroBatch(
-            images=channels_first(pictures.model),
-            tokenizer_images=None if pictures.tokenizer is None else channels_first(pictures.tokenizer),
-            jitter=self._jitter(images + pairs) if self.config.data.color_jitter else None,
-            image_mask=self._image_masks(images + pairs, [True] * len(images) + picture_masked),
-            captions=captions,
-            caption_targets=caption_targets,
-            caption_mask=caption_mask,
-            caption_lengths=caption_lengths,
-            texts=words,
-            text_targets=text_targets,
-            text_mask=text_mask,
-            text_lengths=text_lengths,
-            sample_ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
-            positions=torch.tensor(sum(places, []), dtype=torch.int64),
-            streams=torch.tensor([int(sample.stream) for sample in samples], dtype=torch.int64),
-            faults=[fault for sample in samples for fault in sample.faults],
-            readers=torch.tensor([row for stream in self.sequential for row in stream.positions()]).long().view(-1, 6),
+        order = [stream for stream in (Stream.IMAGES, Stream.PAIRS, Stream.TEXTS) if stream in self.streams]
+        faults: list[Fault] = []
+        streams = {stream.field: self._samples_of(self.streams[stream], request, faults) for stream in order}
+        readers = torch.tensor([row for stream in self.sequential for row in stream.positions()])
+        return MicroBatch(streams, faults, readers.long().view(-1, 6))
+
+    def _samples_of(self, stream: SampleStream | SequentialStream, request: Request, faults: list[Fault]) -> Samples:
+        """This rank's samples of a stream; `faults` takes what they replace."""
+        places, kind = self._places(stream, request), stream.stream
+        pictures = Pictures(len(places), self.config, self.tokenizer_image_size) if kind.has_images else None
+        samples = self._read(stream, request, places, pictures)
+        faults += [fault for sample in samples for fault in sample.faults]
+        text = self._text(samples) if kind.has_text else None
+        return Samples(
+            ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
+            positions=torch.tensor(places, dtype=torch.int64),
+            images=None if pictures is None else channels_first(pictures.model),
+            tokenizer_images=None if pictures is None else channels_first(pictures.tokenizer),
+            jitter=self._jitter(samples) if kind.has_images and self.config.data.color_jitter else None,
+            text=None if text is None else torch.from_numpy(text),
+            lengths=None if text is None else torch.tensor([len(s.words) for s in samples], dtype=torch.int64),
+            annotations={a.name: a.annotate(kind, samples, text, self.tokenizer) for a in self.annotators},
         )
 
     def _places(self, stream: SampleStream | SequentialStream, request: Request) -> list[int]:
@@ -281,61 +257,27 @@ class MixedBatches(Dataset):
         stride = 1 if worker is None or request.parts > 1 else worker.num_workers
         for micro in count(request.micro, stride):
             step, number = divmod(micro, batches.accumulation)
-            begin = request.consumed[stream.stream] + step * getattr(batches, stream.stream.name.lower())
+            begin = request.consumed[stream.stream] + step * getattr(batches, stream.stream.field)
             yield from (begin + place for place in self._places(stream, request._replace(micro=number)))
 
     def _samples(self, stream: SampleStream | SequentialStream, positions: list[int]) -> Iterator[Sample]:
         """The samples at these positions of a stream."""
         return stream.read_all(positions)
 
-    def _masked_sides(self, pairs: list[Sample]) -> tuple[list[bool], list[bool]]:
-        """Whether the picture, and whether the caption, of each pair is masked."""
-        if self.config.objective.mask_pairs == "both":
-            return [True] * len(pairs), [True] * len(pairs)
-        coins = (_numbers(pairs, Draw.MASKED_SIDE)(0, 1)[:, 0] < 0.5).tolist()
-        return coins, [not coin for coin in coins]
-
     def _jitter(self, samples: list[Sample]) -> torch.Tensor:
         """float32 [samples, 3]."""
-        numbers = _numbers(samples, Draw.JITTER)(0, 4)
+        numbers = Numbers((sample.key for sample in samples), Draw.JITTER)(0, 4)
         return torch.from_numpy(
             transforms.jitter_weights(*transforms.draw_jitter(self.config.data.color_jitter, numbers))
         )
 
-    def _image_masks(self, samples: list[Sample], masked: list[bool]) -> torch.Tensor:
-        """bool [samples, patches]."""
-        model = self.config.model
-        grid = model.image_size // model.patch_size
-        count = mask_count(self.config.objective.image_mask_ratio, model.patches)
-        counts = np.where(np.array(masked, dtype=bool), count, 0)
-        return torch.from_numpy(block_masks(grid, counts, _numbers(samples, Draw.IMAGE_MASK)))
-
-    def _words(self, samples: list[Sample], ratio: float, masked: list[bool]) -> tuple[torch.Tensor, ...]:
-        """Inputs, targets, words to predict and lengths of the samples' words, padded to the longest."""
-        objective, tokenizer = self.config.objective, self.tokenizer
-        lengths = [len(sample.words) for sample in samples]
-        targets = np.full((len(samples), max(lengths, default=0)), tokenizer.pad, dtype=np.int64)
-        for row, sample in zip(targets, samples, strict=True):
+    def _text(self, samples: list[Sample]) -> np.ndarray:
+        """int64 [samples, longest], padded."""
+        longest = max((len(sample.words) for sample in samples), default=0)
+        text = np.full((len(samples), longest), self.tokenizer.pad, dtype=np.int64)
+        for row, sample in zip(text, samples, strict=True):
             row[: len(sample.words)] = sample.words
-        inputs, predict = mask_words(
-            targets,
-            _numbers(samples, Draw.WORD_MASK),
-            ratio=ratio,
-            specials=tokenizer.specials,
-            mask_id=tokenizer.mask,
-            words=tokenizer.words,
-            mask_token_share=objective.mask_token_share,
-            random_token_share=objective.random_token_share,
-        )
-        shown = ~np.array(masked, dtype=bool)
-        inputs[shown], predict[shown] = targets[shown], False
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(predict), sizes
-
-
-def _numbers(samples: list[Sample], use: Draw) -> Numbers:
-    """The samples' random numbers for one use."""
-    return Numbers((sample.key for sample in samples), use)
+        return text
 
 
 def requests_from(consumed: tuple[int, int, int], batch: BatchConfig) -> Iterator[Request]:
@@ -352,5 +294,9 @@ def hash_terms(batch: MicroBatch) -> int:
 
     Sums over the micro-batches and ranks of a step give the step's sample_hash, in any layout.
     """
-    terms = mix_arrays(*(part.cpu().numpy() for part in (batch.streams, batch.positions, batch.sample_ids)))
-    return int(terms.sum(dtype=np.uint64).astype(np.int64))
+    total = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for name, samples in batch.streams.items():
+            stream = np.full(len(samples), int(Stream[name.upper()]))
+            total += mix_arrays(stream, samples.positions.cpu().numpy(), samples.ids.cpu().numpy()).sum(dtype=np.uint64)
+    return int(total.astype(np.int64))

@@ -353,7 +353,7 @@ def _with_progress(results: Iterable[Result], stream: Stream, shards: int) -> It
         yield result
         if time.monotonic() - told > PROGRESS_SECONDS:
             told = time.monotonic()
-            log.info("indexing %s: %d of %d shards", stream.name.lower(), done, shards)
+            log.info("indexing %s: %d of %d shards", stream.field, done, shards)
 
 
 def _save(file: BinaryIO, parts: list[np.ndarray]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import count, islice
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
-from beit3_dist.data.batch import MicroBatch, MixedBatches, Request
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, Samples
 from beit3_dist.data.loader import loader
-from beit3_dist.data.order import Stream
 
 
 def micro_batches(
@@ -32,44 +32,28 @@ def micro_batches(
 
 
 def joined(parts: list[MicroBatch], padding: int) -> MicroBatch:
-    """The micro-batch that the parts make up, its samples in the order of their places in the step."""
-    streams, positions = (torch.cat([getattr(part, name) for part in parts]) for name in ("streams", "positions"))
-    order = positions.argsort()
-    images, texts, pairs = (order[streams[order] == stream] for stream in Stream)
-
-    def together(name: str, kinds: tuple[Stream, ...], rows: Tensor, fill: int = 0) -> Tensor:
-        """A field that only samples of these streams have, for the samples `rows`."""
-        values = [getattr(part, name) for part in parts]
-        if values[0].ndim == 2 and name != "image_mask":
-            width = max(value.shape[1] for value in values)
-            values = [pad(value, (0, width - value.shape[1]), value=fill) for value in values]
-        has = torch.isin(streams, torch.tensor(kinds))
-        return torch.cat(values)[(has.cumsum(0) - 1)[rows]]
-
-    def pictures(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        rows = torch.cat([images, pairs])
-        return None if values[0] is None else together(name, (Stream.IMAGES, Stream.PAIRS), rows)
-
-    def words(name: str, kind: Stream, rows: Tensor) -> dict[str, Tensor]:
-        return {
-            field: together(field, (kind,), rows, fill)
-            for field, fill in (
-                (f"{name}s", padding),
-                (f"{name}_targets", padding),
-                (f"{name}_mask", 0),
-                (f"{name}_lengths", 0),
-            )
-        }
-
-    rows = torch.cat([images, pairs, texts])
+    """The micro-batch of the parts' samples, in the order of their places in the step. `padding`: the id of <pad>."""
     return MicroBatch(
-        **{name: pictures(name) for name in ("images", "tokenizer_images", "jitter", "image_mask")},  # type: ignore[arg-type]
-        **words("caption", Stream.PAIRS, pairs),
-        **words("text", Stream.TEXTS, texts),
-        sample_ids=torch.cat([part.sample_ids for part in parts])[rows],
-        positions=positions[rows],
-        streams=streams[rows],
+        streams={name: _joined([part.streams[name] for part in parts], padding) for name in parts[0].streams},
         faults=[fault for part in parts for fault in part.faults],
         readers=torch.cat([part.readers for part in parts]),
     )
+
+
+def _joined(parts: list[Samples], padding: int) -> Samples:
+    order = torch.cat([part.positions for part in parts]).argsort()
+
+    def together(name: str, values: list[Any]) -> Any:
+        """A field of all parts' samples; what has an entry for each token is padded to one width."""
+        if isinstance(values[0], dict):
+            return {key: together(key, [value[key] for value in values]) for key in values[0]}
+        if values[0] is None:
+            return None
+        if name.startswith("text"):
+            width = max(value.shape[1] for value in values)
+            fill = False if values[0].dtype is torch.bool else padding
+            values = [pad(value, (0, width - value.shape[1]), value=fill) for value in values]
+        return torch.cat(values)[order]
+
+    names = [field.name for field in fields(Samples)]
+    return Samples(**{name: together(name, [getattr(part, name) for part in parts]) for name in names})

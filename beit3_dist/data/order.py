@@ -30,6 +30,21 @@ class Stream(IntEnum):
     TEXTS = 1
     PAIRS = 2
 
+    @property
+    def field(self) -> str:
+        """Its name in configs, batches and records."""
+        return self.name.lower()
+
+    @property
+    def has_images(self) -> bool:
+        """Whether its samples have an image."""
+        return self is not Stream.TEXTS
+
+    @property
+    def has_text(self) -> bool:
+        """Whether its samples have a text."""
+        return self is not Stream.IMAGES
+
 
 def mix_on(state: int, value: int) -> int:
     """`mix` of the integers that `state` is the hash of and one more."""

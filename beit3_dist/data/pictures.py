@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import overload
 
 import numpy as np
 import torch
@@ -49,6 +50,10 @@ def pixels(count: int, size: int) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(count, size, size, 3)
 
 
-def channels_first(pictures: torch.Tensor) -> torch.Tensor:
+@overload
+def channels_first(images: torch.Tensor) -> torch.Tensor: ...
+@overload
+def channels_first(images: torch.Tensor | None) -> torch.Tensor | None: ...
+def channels_first(images: torch.Tensor | None) -> torch.Tensor | None:
     """uint8 [N, S, S, 3] -> uint8 [N, 3, S, S] that lies in memory as it did: the device reorders it."""
-    return pictures.permute(0, 3, 1, 2)
+    return None if images is None else images.permute(0, 3, 1, 2)

@@ -267,7 +267,7 @@ class Shards:
             elif not done:
                 problem = "no sample in this shard"
             if problem:
-                yield kind(self.stream.name.lower(), address, "", problem)
+                yield kind(self.stream.field, address, "", problem)
             return
 
     def _once(self, pipe: Pipe, address: str) -> Iterator[Item]:
@@ -275,7 +275,7 @@ class Shards:
         try:
             yield from self._windows(pipe, address) if self.stream is Stream.TEXTS else self._samples(pipe, address)
         except (DamagedTar, ValueError) as damage:
-            yield Fault(self.stream.name.lower(), address, "", f"{damage}; what lies before is used")
+            yield Fault(self.stream.field, address, "", f"{damage}; what lies before is used")
 
     def _samples(self, pipe: Pipe, address: str) -> Iterator[Item]:
         """Pictures, or pictures with captions. The last ones before a cut are left out: more may have followed."""
@@ -355,7 +355,7 @@ class SequentialStream:
         world: int,
     ) -> None:
         """`batch`: samples of a step over all ranks. Raises ValueError naming the field that does not fit."""
-        name, readers = stream.name.lower(), data.virtual_readers
+        name, readers = stream.field, data.virtual_readers
         sources = sources_of(shards, f"data.{name}")
         self.stream, self.data, self.seed, self.tokenizer = stream, data, seed, tokenizer
         self.shards = [addresses(source.shards, f"data.{name}") for source in sources]
@@ -396,7 +396,7 @@ class SequentialStream:
         self.open: dict[tuple[int, int], Iterator[tuple[int, int, int, int, Item]]] = {}
         self.taken: dict[int, int] = {}
         known, readers = {reader for reader, _ in self.rows}, self.data.virtual_readers
-        name = self.stream.name.lower()
+        name = self.stream.field
         require(
             bool(known) or not started,
             f"data.{name}: the checkpoint comes from files; a stream cannot lose its random access within a run",
@@ -416,7 +416,7 @@ class SequentialStream:
         reader, number = position % self.data.virtual_readers, position // self.data.virtual_readers
         if self.taken.setdefault(reader, number) != number or (number and not self.rows):
             raise RuntimeError(
-                f"sample {number} of virtual reader {reader} of {self.stream.name.lower()} was asked for out of turn"
+                f"sample {number} of virtual reader {reader} of {self.stream.field} was asked for out of turn"
             )
         self.taken[reader] += 1
         source, _ = self.interleave.locate(number)
@@ -429,7 +429,7 @@ class SequentialStream:
                 faults.append(item)
                 self.silent += isinstance(item, Silent)
                 if not self.works and self.silent >= min(TRIED, len(self.shards[source])):
-                    name = self.stream.name.lower()
+                    name = self.stream.field
                     raise StreamFailed(f"data.{name}: no shard can be read: {item.shard}: {item.reason}", faults)
                 continue
             self.works = True
@@ -440,7 +440,7 @@ class SequentialStream:
                 return sample
             except BadSample as bad:
                 key = item.key if isinstance(item, Members) else f"window {place}"
-                faults.append(Fault(self.stream.name.lower(), self.shards[source][shard], key, str(bad)))
+                faults.append(Fault(self.stream.field, self.shards[source][shard], key, str(bad)))
         raise all_bad(self.stream, faults)
 
     def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:

@@ -120,7 +120,7 @@ class SampleStream(ABC):
 
     def _report(self, table: Table) -> list[Fault]:
         """Logs what the index of a source left out, and returns the faults of its shards."""
-        notes, name = table.notes, self.stream.name.lower()
+        notes, name = table.notes, self.stream.field
         for shard, damage in notes["damage"]:
             log.warning("%s: %s: %s", name, shard, damage)
         total: LeftOut = {}
@@ -180,7 +180,7 @@ class SampleStream(ABC):
                 self._load_picture(source, chosen, sample)
             except BadSample as bad:
                 table = self.tables[source]
-                faults.append(Fault(self.stream.name.lower(), table.shard(chosen), table.key(chosen), str(bad)))
+                faults.append(Fault(self.stream.field, table.shard(chosen), table.key(chosen), str(bad)))
                 continue
             yield sample
             return
@@ -246,7 +246,7 @@ def all_bad(stream: Stream, faults: list[Fault]) -> StreamFailed:
     """What ends the run when all samples that were tried for a position are bad."""
     last = faults[-1]
     return StreamFailed(
-        f"{len(faults)} bad samples in a row in the stream of {stream.name.lower()}; the last one is {last.key!r} of "
+        f"{len(faults)} bad samples in a row in the stream of {stream.field}; the last one is {last.key!r} of "
         f"{last.shard}: {last.reason}; tools/check_shards.py lists what is wrong with shards",
         faults,
     )

@@ -3,7 +3,7 @@
 The augmentation is BEiT's: one random crop that both views share, mirroring, and jitter of brightness, contrast and
 saturation. The jitter comes after the crop, not before it as in BEiT, so that it touches fewer pixels: contrast takes
 the mean grey of the crop and not of the whole picture. It is drawn here, as three numbers, and applied on the device
-in one go (`train/inputs.py`): levels are cut to 0 and 255 after all three changes, not after each.
+in one go (`data/views.py`): levels are cut to 0 and 255 after all three changes, not after each.
 """
 
 from __future__ import annotations

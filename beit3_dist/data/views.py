@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,9 +12,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model.layout import to_device
 
 Tokenize = Callable[[Tensor], Tensor]
-"""uint8 pictures [B, 3, S, S] on the device -> visual codes int64 [B, patches]."""
-
-
+"""uint8 images [B, 3, S, S] on the device -> visual codes int64 [B, patches]."""
 GREY = (0.299, 0.587, 0.114)
 """Weights of the channels in a colour's grey (ITU-R 601-2, as in Pillow)."""
 
@@ -31,13 +30,33 @@ def jittered(pictures: Tensor, weights: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], colour, own[:, None]).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def views(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The model's and the image tokenizer's pictures, uint8 [I + P, 3, S, S] and [I + P, 3, S2, S2], on the device."""
-    weights = None if batch.jitter is None else to_device(batch.jitter, device)
+class Views:
+    """The images of a micro-batch on the device, those of all its streams in one tensor: I images, stream by stream."""
 
-    def seen(pictures: Tensor) -> Tensor:
-        pictures = to_device(pictures, device)
-        return pictures if weights is None else jittered(pictures, weights)
+    def __init__(self, batch: MicroBatch, device: torch.device) -> None:
+        self._streams = {name: samples for name, samples in batch.streams.items() if samples.images is not None}
+        self._device = device
 
-    images = seen(batch.images)
-    return images, images if batch.tokenizer_images is None else seen(batch.tokenizer_images)
+    @cached_property
+    def model(self) -> Tensor:
+        """What the model sees, uint8 [I, 3, S, S]."""
+        return self._seen([samples.images for samples in self._streams.values()])
+
+    @cached_property
+    def tokenizer(self) -> Tensor:
+        """What the image tokenizer sees, uint8 [I, 3, S2, S2]."""
+        others = [samples.tokenizer_images for samples in self._streams.values()]
+        return self.model if others[0] is None else self._seen(others)
+
+    def by_stream(self, of_all: Tensor) -> dict[str, Tensor]:
+        """What belongs to each stream's images, of [I, ...]."""
+        return dict(zip(self._streams, of_all.split([len(s) for s in self._streams.values()]), strict=True))
+
+    def _seen(self, images: list[Tensor | None]) -> Tensor:
+        weights = [samples.jitter for samples in self._streams.values()]
+        seen = self._moved(images)
+        return seen if weights[0] is None else jittered(seen, self._moved(weights))
+
+    def _moved(self, parts: list[Tensor | None]) -> Tensor:
+        moved = [to_device(part, self._device) for part in parts if part is not None]
+        return moved[0] if len(moved) == 1 else torch.cat(moved)

@@ -28,9 +28,8 @@ from beit3_dist.checkpoint.files import sha256, write_json
 from beit3_dist.config import Patterns, RunConfig, require, sources_of
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
-from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import SampleStream
-from beit3_dist.data.views import Tokenize, views
+from beit3_dist.data.views import Tokenize, Views
 from beit3_dist.model.layout import to_device
 from beit3_dist.opening import read_json, regular_size
 
@@ -52,8 +51,11 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
         "image_tokenizer": sha256(Path(config.image_tokenizer)),
         "view": view,
         "seed": config.seed,
-        "images": sources_digest(batches.indexed(Stream.IMAGES), shards.images),
-        "pairs": sources_digest(batches.indexed(Stream.PAIRS), shards.pairs),
+        **{
+            s.field: sources_digest(batches.indexed(s), getattr(shards, s.field))
+            for s in batches.streams
+            if s.has_images
+        },
         **{f"data.{name}": getattr(config.data, name) for name in DRAWN_BY},
         **({} if held_out else {"data.shuffle": shuffle_of(config.data)}),  # which pictures come before the last step
     }
@@ -178,7 +180,7 @@ class PrecomputedCodes:
 
     def of(self, batch: MicroBatch) -> Tensor:
         """int64 [I + P, patches]: the codes of a micro-batch's pictures. KeyError for an unknown picture."""
-        wanted = batch.sample_ids[: len(batch.images)].numpy()
+        wanted = image_ids(batch).numpy()
         places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
         missing = np.count_nonzero(self.ids[places] != wanted)
         if missing:
@@ -193,6 +195,11 @@ class PrecomputedCodes:
         return torch.from_numpy(codes)
 
 
+def image_ids(batch: MicroBatch) -> Tensor:
+    """int64 [I]: ids of the samples with images."""
+    return torch.cat([samples.ids for samples in batch.with_images])
+
+
 def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Tokenize | None) -> Tokenize | None:
     """What gives the codes of a micro-batch's pictures: the precomputed ones where there are any, else `tokenize`; None
     on a pipeline stage that needs no targets."""
@@ -205,5 +212,4 @@ def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Toke
 def write_codes(writer: CodesWriter, batches: Iterable[MicroBatch], tokenize: Tokenize, device: torch.device) -> None:
     """Adds the codes of all pictures of the micro-batches."""
     for batch in batches:
-        _, pictures = views(batch, device)
-        writer.add(batch.sample_ids[: len(pictures)], tokenize(pictures))
+        writer.add(image_ids(batch), tokenize(Views(batch, device).tokenizer))

@@ -51,6 +51,7 @@ class TokenizerEngine:
         self.teacher = teacher.to(self.mesh.device)
         self.model = build_tokenizer(config, teacher.channels).to(self.mesh.device)
         self.whole_shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.cuts: dict[str, int] = {}
         self.optimizer = build_optimizer(self.model, config.optim, self.mesh.device)
 
     def start_codebook(self, images: Tensor) -> None:

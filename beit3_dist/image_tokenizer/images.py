@@ -32,7 +32,7 @@ class ImageBatch(NamedTuple):
 
     def ids_by_kind(self) -> dict[str, list[int]]:
         """Ids of the samples by the name of their stream."""
-        return {Stream.IMAGES.name.lower(): self.ids.tolist()}
+        return {Stream.IMAGES.field: self.ids.tolist()}
 
 
 class ImageBatches(Dataset):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.image_tokenizer.network import VQKD
+from beit3_dist.parallel.collectives import all_gather
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +38,26 @@ def target_flops(tokenizer: VQKD, pictures: int) -> float:
 
 
 class ImageTargets:
-    """Pictures uint8 [B, 3, S, S] -> codes int64 [B, patches], without gradients; bf16 on CUDA, fp32 on the CPU."""
+    """Images uint8 [B, 3, S, S] -> codes int64 [B, patches], without gradients; bf16 on CUDA, fp32 on the CPU.
 
-    def __init__(self, tokenizer: VQKD, device: torch.device) -> None:
+    Where the processes of `group` all have the same images, each makes the codes of its share of them; collective then.
+    """
+
+    def __init__(self, tokenizer: VQKD, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self._tokenizer = tokenizer.to(device).eval().requires_grad_(False)
-        self._device = device
+        self._device, self._group = device, group
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
+        ranks = 1 if self._group is None else self._group.size()
+        if self._group is None or ranks == 1 or not len(images):
+            return self._codes(images)
+        share = -(-len(images) // ranks)
+        # The last shares are filled up with the first images, so that all are of one size.
+        places = torch.arange(share, device=images.device) + self._group.rank() * share
+        codes = self._codes(images[places % len(images)])
+        return all_gather(codes, self._group)[: len(images)]
+
+    def _codes(self, images: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            return self._tokenizer.encode(pictures.float() / 255)
+            return self._tokenizer.encode(images.float() / 255)

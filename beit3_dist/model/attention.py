@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
+from beit3_dist.model.cut import cut
 from beit3_dist.model.layout import Group, Layout, Selection
 from beit3_dist.model.multiway import Multiway
 
@@ -35,13 +37,14 @@ def _part(joint: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     return patches, words if group.index is None else words.index_select(0, group.index)
 
 
-def _segments(slices: list[Tensor], layout: Layout) -> list[Tensor]:
-    """The four segments of tokens that the slices of one or two experts hold."""
-    sizes = list(layout.segments)
+def _pieces(slices: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
+    """The patches and the words of each group that has some, out of the slices of one or two experts."""
+    patches, words = layout.pieces
     if len(slices) == 1:
-        return list(slices[0].split(sizes))
+        pieces = slices[0].split([*patches, *words])
+        return list(pieces[: len(patches)]), list(pieces[len(patches) :])
     vision, language = slices
-    return [*vision.split(sizes[:2]), *language.split(sizes[2:])]
+    return list(vision.split(patches)) if patches else [], list(language.split(words)) if words else []
 
 
 def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: Layout) -> list[Tensor]:
@@ -50,20 +53,26 @@ def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: Layout) ->
     q, k, v and the result: the slices [T, H, d] of the experts that projected them, which are never joined: attention
     needs the tokens sample by sample, so that would be one more copy of everything.
     """
-    parts = [_segments(slices, layout) for slices in (q, k, v)]
-    out = list(parts[0])  # what stays is empty
-    for group, patches, words in ((layout.images, 0, None), (layout.pairs, 1, 2), (layout.texts, None, 3)):
+    parts = [_pieces(slices, layout) for slices in (q, k, v)]
+    patches, words = list(parts[0][0]), list(parts[0][1])  # what stays is empty
+    first_words = len(patches) - sum(group.fused for group in layout.groups)  # groups without words come first
+    for number, group in enumerate(layout.groups):
         if group.samples == 0:
             continue
+        of_patches = number if group.kind < 2 else None
+        of_words = number - first_words if group.kind > 0 else None
         q_BHND, k_BHND, v_BHND = (
-            _join(None if patches is None else part[patches], None if words is None else part[words], group)
-            for part in parts
+            _join(None if of_patches is None else p[of_patches], None if of_words is None else w[of_words], group)
+            for p, w in parts
         )
         mixed = _part(scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=group.mask), group)
-        for segment, part in zip((patches, words), mixed, strict=True):
-            if segment is not None:
-                out[segment] = part
-    return [torch.cat(out)] if len(q) == 1 else [torch.cat(out[:2]), torch.cat(out[2:])]
+        if of_patches is not None:
+            patches[of_patches] = mixed[0]
+        if of_words is not None:
+            words[of_words] = mixed[1]
+    if len(q) == 1:
+        return [torch.cat([*patches, *words])]
+    return [torch.cat(some) if some else empty for some, empty in zip((patches, words), q, strict=True)]
 
 
 def _select(slices: list[Tensor], selection: Selection) -> list[Tensor]:
@@ -76,20 +85,30 @@ def _select(slices: list[Tensor], selection: Selection) -> list[Tensor]:
 
 
 class Attention(nn.Module):
-    """Projections (shared, or one set per modality) around `attend`, with an optional sub-LayerNorm before `out`."""
+    """Projections (shared, or one set per modality) around `attend`, with an optional sub-LayerNorm before `out`.
+
+    `enter` and `leave` are where tensor parallelism communicates; without it they change nothing.
+    """
+
+    enter: Callable[[list[Tensor], Any], tuple[list[Tensor], Any]] = staticmethod(
+        lambda slices, layout: (slices, layout)
+    )
+    """(the experts' slices [T, D], the layout) -> both as the projections take them."""
+    leave: Callable[[list[Tensor], Any], list[Tensor]] = staticmethod(lambda slices, layout: slices)
+    """(the experts' slices of the output, the layout that `enter` gave) -> the slices."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts = ("shared",) if config.attention == "shared" else ("vision", "language")
         self.head_dim = config.width // config.heads
-        linear = lambda: Linear(config.width, config.width)  # noqa: E731
-        self.q = Multiway(experts, linear)
-        self.k = Multiway(experts, linear)
-        self.v = Multiway(experts, linear)
-        self.inner_norm = (
-            Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps)) if config.sub_layernorm else None
-        )
-        self.out = Multiway(experts, linear)
+        width, eps = config.width, config.layer_norm_eps
+        heads_of_rank = lambda: cut(Linear(width, width), weight=0, bias=0)  # noqa: E731
+        self.q = Multiway(experts, heads_of_rank)
+        self.k = Multiway(experts, heads_of_rank)
+        self.v = Multiway(experts, heads_of_rank)
+        inner_norm = lambda: cut(LayerNorm(width, eps), weight=0, bias=0)  # noqa: E731
+        self.inner_norm = Multiway(experts, inner_norm) if config.sub_layernorm else None
+        self.out = Multiway(experts, lambda: cut(Linear(width, width), weight=1))
         self.attend: Callable[[list[Tensor], list[Tensor], list[Tensor], Layout], list[Tensor]] = (
             attend  # decoding.py puts a cache here
         )
@@ -99,8 +118,9 @@ class Attention(nn.Module):
     ) -> list[Tensor]:
         """Each expert's slice of [T, D] -> the same, or of [M, D] for the tokens of `selection`. `recompute_core`:
         `attend` keeps nothing but q, k and v."""
+        slices, layout = self.enter(slices, layout)
         mixed = self.mix(self.project(slices), layout, recompute_core)
-        return self.output(mixed, selection)
+        return self.leave(self.output(mixed, selection), layout)
 
     def project(self, slices: list[Tensor]) -> list[list[Tensor]]:
         """q, k and v: each expert's slice [T, H, d]."""

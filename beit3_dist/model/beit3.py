@@ -20,18 +20,18 @@ from beit3_dist.model.multiway import Multiway
 
 @dataclass(frozen=True)
 class MixedInputs:
-    """What the model reads of a micro-batch: I image-only samples, P pairs, W real words (pairs' first)."""
+    """What the model reads of a micro-batch: I images and W real words, group by group."""
 
     images: Tensor
-    """[I + P, 3, S, S], normalised to [-1, 1]."""
+    """[I, 3, S, S], normalised to [-1, 1]."""
     words: Tensor
     """int64 [W], packed."""
     layout: Layout
     """Where the tokens lie."""
     image_mask: Tensor | None = None
-    """bool [I + P, patches], True where a patch is hidden."""
+    """bool [I, patches], True where a patch is hidden."""
     keep: Tensor | None = None
-    """Drop-path factors [layers, 2, samples]; None keeps all branches."""
+    """Drop-path factors [layers, 2, samples of all groups]; None keeps all branches."""
 
 
 class BEiT3(nn.Module):
@@ -53,10 +53,9 @@ class BEiT3(nn.Module):
 
     def embed(self, inputs: MixedInputs) -> Tensor:
         """Patches and words as vectors, [T, D] in the layout's order."""
-        layout, device = inputs.layout, inputs.words.device
-        positions = torch.cat([layout.pairs.positions(device), layout.texts.positions(device)])
         patches = self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1)
-        return torch.cat([patches, self.language_embedding(inputs.words, positions)])
+        words = self.language_embedding(inputs.words, inputs.layout.word_positions(inputs.words.device))
+        return torch.cat([patches, words])
 
     def hidden(self, inputs: MixedInputs, selection: Selection | None = None) -> Tensor:
         """Hidden states before the final norm, [T, D] in the layout's order, or [M, D] for the tokens of `selection`,
@@ -103,12 +102,11 @@ class BEiT3(nn.Module):
         patches = 0 if images is None else 1 + self.config.patches
         length = 0 if text is None else text.shape[1]
         one_group = group(batch, patches, text_padding if text is not None else None, length, attention_mask)
-        kind = "texts" if images is None else "images" if text is None else "pairs"
-        layout = Layout(**{kind: one_group}).to(device)
+        layout = Layout((one_group,)).to(device)
         size = self.config.image_size
         images = torch.zeros(0, 3, size, size, device=device) if images is None else images
         words = torch.zeros(0, dtype=torch.int64, device=device) if text is None else text.flatten()
-        real = getattr(layout, kind).index
+        real = layout.groups[0].index
         if real is not None:
             words = words[real]
         hidden_TD = self.norm(self.hidden(MixedInputs(images, words, layout, image_mask, keep)), layout)

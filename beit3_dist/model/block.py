@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,8 +69,14 @@ class Block(nn.Module):
 class Encoder(nn.ModuleDict):
     """The stack of blocks under their numbers; the top `vl_expert_layers` have a vision-language expert.
 
-    A dictionary and not a list, so that a pipeline stage can leave out blocks and the others keep their names.
+    A dictionary and not a list, so that a pipeline stage can leave out blocks and the others keep their names. `enter`
+    and `leave` are where sequence parallelism shares out the tokens; without it they change nothing.
     """
+
+    enter: Callable[[Tensor, Any, Any], tuple[Tensor, Any, Any]] = staticmethod(lambda *inputs: inputs)
+    """(x [T, D], layout, selection) -> what the blocks take."""
+    leave: Callable[[Tensor, Any], Tensor] = staticmethod(lambda x_TD, layout: x_TD)
+    """(the last block's output, the layout that `enter` gave) -> the output."""
 
     def __init__(self, config: ModelConfig) -> None:
         first_vl = config.layers - config.vl_expert_layers
@@ -89,6 +98,7 @@ class Encoder(nn.ModuleDict):
         `keep_L2S`: factors of `drop_path_factors` per layer, branch and sample; None in evaluation. `layers`: a
         pipeline stage's; None: all.
         """
+        x_TD, layout, selection = self.enter(x_TD, layout, selection)
         keep_L2T = None if keep_L2S is None else keep_L2S[:, :, layout.token_samples(x_TD.device)].to(x_TD.dtype)
         for layer, block in self.items():
             if layers is not None and int(layer) not in layers:
@@ -103,4 +113,4 @@ class Encoder(nn.ModuleDict):
                 )
             else:
                 x_TD = block(x_TD, layout, keep_2T, wanted, recompute)
-        return x_TD
+        return self.leave(x_TD, layout)

@@ -57,7 +57,7 @@ class Decoder:
         self.samples, self.device = len(images), images.device
         patches = 1 + model.config.patches
         self._caches = [_Cache(patches, captions, max_words + 1) for _ in model.blocks]
-        self._run(model.vision_embedding(images).flatten(0, 1), Group(self.samples, patches, 0))
+        self._run(model.vision_embedding(images).flatten(0, 1), Group(self.samples, patches, 0, fused=True))
 
     def step(self, words: Tensor, mask: int) -> Tensor:
         """Logits [B, K, vocabulary] of each caption's next word, after its last word of `words`, int64 [B, K].
@@ -67,7 +67,7 @@ class Decoder:
         pair = torch.stack([words, torch.full_like(words, mask)], dim=1)  # [B, 2, K]
         positions = torch.arange(self.written, self.written + 2, device=self.device)[:, None].expand_as(pair)
         embedded = self.model.language_embedding(pair.flatten(), positions.flatten())
-        hidden = self._run(embedded, Group(self.samples, 0, 2 * self.captions))
+        hidden = self._run(embedded, Group(self.samples, 0, 2 * self.captions, fused=True))
         self.written += 1
         at_mask = hidden.view(self.samples, 2, self.captions, -1)[:, 1]
         return self.model.text_logits(at_mask.flatten(0, 1)).unflatten(0, (self.samples, self.captions))
@@ -80,7 +80,7 @@ class Decoder:
     def _run(self, x_TD: Tensor, group: Group) -> Tensor:
         """The blocks' output for the next tokens of every sample: its patches or its words."""
         with _remembering(self.model, self._caches):
-            return self.model.blocks(x_TD, Layout(pairs=group), None)
+            return self.model.blocks(x_TD, Layout((group,)), None)
 
 
 class _Cache:
@@ -97,7 +97,7 @@ class _Cache:
     def __call__(self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], layout: Layout) -> list[Tensor]:
         """`attention.attend` for new tokens [B * n, H, d] that also see what is remembered. All patches stay; of
         words, only the first of a step's two."""
-        samples = layout.pairs.samples
+        samples = layout.groups[0].samples
         q, k, v = (torch.cat(slices).unflatten(0, (samples, -1)).transpose(1, 2) for slices in (queries, keys, values))
         start, end = self.length, self.length + q.shape[2]
         if start == 0:

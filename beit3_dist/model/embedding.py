@@ -11,6 +11,7 @@ from torch.nn.functional import embedding
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.linear import Linear
+from beit3_dist.model.cut import cut
 
 FIRST_POSITION = 2
 
@@ -47,7 +48,7 @@ class LanguageEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.words = nn.Embedding(config.vocab_size, config.width)
+        self.words = cut(nn.Embedding(config.vocab_size, config.width), weight=0)
         self.positions = nn.Parameter(torch.empty(FIRST_POSITION + config.max_text_length, config.width))
 
     def forward(self, words: Tensor, positions: Tensor) -> Tensor:

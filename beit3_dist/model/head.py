@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from beit3_dist.kernels.cross_entropy import cross_entropy_in_place
 from beit3_dist.kernels.linear import Product
+from beit3_dist.model.cut import cut
 
 
 class Head(nn.Module):
@@ -27,6 +28,7 @@ class Head(nn.Module):
         self.classes = classes
         self.weight = nn.Parameter(torch.empty(classes, width))
         self.bias = nn.Parameter(torch.empty(classes))
+        cut(self, weight=0, bias=0)
 
     def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
         return self.loss(self.logits(hidden_MD), targets)

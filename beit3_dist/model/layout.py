@@ -1,17 +1,20 @@
 """Where the tokens of a mixed micro-batch lie: one matrix, each expert's tokens one contiguous slice.
 
-    [ image-only patches | pair patches | pair words | text-only words ]
-      \\______ vision expert _________/   \\____ language expert ____/
-                          \\__ VL expert, top layers __/
+    [ patches of images alone | patches of pairs | words of pairs | words of texts alone ]
+      \\__________ vision expert ______________/   \\_________ language expert _________/
+                                \\___ VL expert, top layers ___/
 
-'Patches' means CLS + patches. Words are packed: padding exists only inside attention, which runs per group.
-Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H heads, D width.
+A micro-batch is a list of groups: samples of one kind, within each of which attention runs. There may be any number of
+groups of a kind, and the same sample in several of them, as a pair, say, and its image alone; inside each of the four
+segments the groups' tokens follow one another. 'Patches' means CLS + patches. Words are packed: padding exists only
+inside attention. Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H heads, D width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,6 +44,13 @@ class Group:
     """bool, broadcastable to [B, H, N, N], True where a query may attend to a key; None: everywhere."""
     whole: bool = True
     """Whether every token may attend to every other one of its sample; else `mask` says more than what is padding."""
+    fused: bool = False
+    """Whether these are pairs, whose tokens the vision-language experts take; else images or texts alone."""
+
+    @property
+    def kind(self) -> int:
+        """Its place in the order of groups: 0 images alone, 1 pairs, 2 texts alone."""
+        return 1 if self.fused else 0 if self.patches else 2
 
     @property
     def real_words(self) -> int:
@@ -60,33 +70,33 @@ class Group:
     def to(self, device: torch.device) -> Group:
         """The same group with its tensors on `device`."""
         move = lambda t: None if t is None else to_device(t, device)  # noqa: E731
-        return Group(self.samples, self.patches, self.words, move(self.index), move(self.mask), self.whole)
+        return replace(self, index=move(self.index), mask=move(self.mask))
 
 
 def group(
     samples: int, patches: int, padding: Tensor | None, words: int = 0, attention_mask: Tensor | None = None
 ) -> Group:
-    """The group of `samples` samples.
+    """The group of `samples` samples: pairs where they have patches and words, images or texts alone where not.
 
     `padding`: bool [B, words], True where the text is padding; None where nothing is. `attention_mask`: bool [N, N] or
     [B, N, N], True where a query may attend to a key. Looks at the values of `padding`, so call it on the host.
     """
-    mask, whole = None, attention_mask is None
+    mask, whole, fused = None, attention_mask is None, patches > 0 and (words > 0 or padding is not None)
     if attention_mask is not None:
         mask = attention_mask.bool().reshape(-1, 1, *attention_mask.shape[-2:])
     if padding is None or not bool(padding.any()):
-        return Group(samples, patches, words, None, mask, whole)
+        return Group(samples, patches, words, None, mask, whole, fused)
     real = ~padding.bool()
     keys = torch.cat([real.new_ones(samples, patches), real], dim=1)[:, None, None, :]
     index = real.flatten().nonzero().squeeze(1)
-    return Group(samples, patches, words, index, keys if mask is None else mask & keys, whole)
+    return Group(samples, patches, words, index, keys if mask is None else mask & keys, whole, fused)
 
 
 @dataclass(frozen=True)
 class Packing:
     """The tokens of a micro-batch sample by sample, as attention over samples of different lengths takes them:
 
-    [ images one by one | pairs one by one: CLS + patches, then words | texts one by one ]
+    [ images alone, one by one | pairs one by one: CLS + patches, then words | texts alone, one by one ]
     """
 
     place: Tensor
@@ -120,41 +130,68 @@ class Segments:
         raise AssertionError(f"no slices are defined for the experts {experts}")
 
 
-NO_SAMPLES = Group(0, 0, 0)
-
-
 @dataclass(frozen=True)
 class Layout(Segments):
     """The groups of a micro-batch and where their tokens lie."""
 
-    images: Group = NO_SAMPLES
-    """Image-only samples."""
-    pairs: Group = NO_SAMPLES
-    """Image-text pairs."""
-    texts: Group = NO_SAMPLES
-    """Text-only samples."""
+    groups: tuple[Group, ...]
+    """Groups of images alone, then of pairs, then of texts alone."""
+
+    def __post_init__(self) -> None:
+        if any(group.kind > after.kind for group, after in pairwise(self.groups)):
+            raise ValueError("a layout's groups are those of images alone, then of pairs, then of texts alone")
+
+    @property
+    def patch_groups(self) -> list[Group]:
+        """The groups with patches."""
+        return [group for group in self.groups if group.kind < 2]
+
+    @property
+    def word_groups(self) -> list[Group]:
+        """The groups with words."""
+        return [group for group in self.groups if group.kind > 0]
+
+    @property
+    def pieces(self) -> tuple[list[int], list[int]]:
+        """Tokens of each group with patches and of each group with words: the token matrix from top to bottom."""
+        return [g.samples * g.patches for g in self.patch_groups], [g.real_words for g in self.word_groups]
 
     @property
     def segments(self) -> tuple[int, int, int, int]:
+        def total(groups: list[Group], sizes: list[int], fused: bool) -> int:
+            return sum(size for group, size in zip(groups, sizes, strict=True) if group.fused is fused)
+
+        patches, words = self.pieces
         return (
-            self.images.samples * self.images.patches,
-            self.pairs.samples * self.pairs.patches,
-            self.pairs.real_words,
-            self.texts.real_words,
+            total(self.patch_groups, patches, False),
+            total(self.patch_groups, patches, True),
+            total(self.word_groups, words, True),
+            total(self.word_groups, words, False),
         )
 
+    def word_positions(self, device: torch.device) -> Tensor:
+        """Position of each real word in its text, int64 [words]."""
+        return _cat([group.positions(device) for group in self.word_groups], device)
+
     def token_samples(self, device: torch.device) -> Tensor:
-        """Sample of each token, int64 [T], counted over images, pairs, texts."""
-        of_patches = lambda g: torch.arange(g.samples, device=device).repeat_interleave(g.patches)  # noqa: E731
-        first_pair, first_text = self.images.samples, self.images.samples + self.pairs.samples
-        return torch.cat(
-            [
-                of_patches(self.images),
-                first_pair + of_patches(self.pairs),
-                first_pair + self.pairs.word_samples(device),
-                first_text + self.texts.word_samples(device),
-            ]
-        )
+        """Sample of each token, int64 [T], counted over the groups."""
+        patches, words, first = [], [], 0
+        for group in self.groups:
+            if group.kind < 2:
+                samples = torch.arange(group.samples, device=device)
+                patches.append(first + samples.repeat_interleave(group.patches))
+            if group.kind > 0:
+                words.append(first + group.word_samples(device))
+            first += group.samples
+        return torch.cat([*patches, *words])
+
+    def packed(self, words: list[Tensor]) -> Tensor:
+        """The real words of padded ones, [B, L] of each group with words, in the layout's order: [real words]."""
+        flat = [
+            padded.flatten() if group.index is None else padded.flatten()[group.index]
+            for group, padded in zip(self.word_groups, words, strict=True)
+        ]
+        return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.int64)
 
     @cached_property
     def _packings(self) -> dict[torch.device, Packing | None]:
@@ -166,17 +203,21 @@ class Layout(Segments):
         The groups' indexes are on `device`, which does not have to be waited for. Made once.
         """
         if device not in self._packings:
-            whole = all(g.whole for g in (self.images, self.pairs, self.texts))
-            self._packings[device] = _pack(self, device) if whole else None
+            self._packings[device] = _pack(self, device) if all(g.whole for g in self.groups) else None
         return self._packings[device]
 
     def to(self, device: torch.device) -> Layout:
         """The same layout with its tensors on `device`."""
-        return Layout(*(g.to(device) for g in (self.images, self.pairs, self.texts)))
+        return Layout(tuple(group.to(device) for group in self.groups))
+
+
+def _cat(parts: list[Tensor], device: torch.device) -> Tensor:
+    """int64 [n], also where there are no parts."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *parts])
 
 
 def _pack(layout: Layout, device: torch.device) -> Packing:
-    groups = (layout.images, layout.pairs, layout.texts)
+    groups = layout.groups
     samples = [g.word_samples(device) for g in groups]
     lengths = torch.cat(
         [
@@ -185,17 +226,13 @@ def _pack(layout: Layout, device: torch.device) -> Packing:
         ]
     )
     cumulative = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    image_patches, pair_patches, pair_words, text_words = layout.segments
-    before_texts = image_patches + pair_patches + pair_words
-    first = cumulative[layout.images.samples :][: layout.pairs.samples]  # of each pair
-    place = torch.cat(
-        [
-            torch.arange(image_patches, device=device),
-            (first[:, None] + torch.arange(layout.pairs.patches, device=device)).flatten(),
-            first[samples[1]] + layout.pairs.patches + layout.pairs.positions(device),
-            torch.arange(before_texts, before_texts + text_words, device=device),
-        ]
-    )
+    patches, words = [], []
+    for g, of_words, first in zip(groups, samples, cumulative[:-1].split([g.samples for g in groups]), strict=True):
+        if g.kind < 2:
+            patches.append((first[:, None] + torch.arange(g.patches, device=device)).flatten())
+        if g.kind > 0:
+            words.append(first[of_words] + g.patches + g.positions(device))
+    place = torch.cat([*patches, *words])
     order = torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=device))
     longest = max((g.patches + g.words for g in groups if g.samples), default=0)
     return Packing(place, order, cumulative.to(torch.int32), longest)

@@ -14,6 +14,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
+from beit3_dist.model.cut import cut
 from beit3_dist.model.layout import Segments
 
 
@@ -106,15 +107,22 @@ class _Merge(torch.autograd.Function):
 
 
 class FeedForward(nn.Module):
-    """One expert: LayerNorm, fc1 [F, D], GELU, (sub-LayerNorm,) fc2 [D, F]. The norm belongs to the expert."""
+    """One expert: LayerNorm, fc1 [F, D], GELU, (sub-LayerNorm,) fc2 [D, F]. The norm belongs to the expert.
+
+    `enter` and `leave` are where tensor parallelism communicates; without it they change nothing.
+    """
+
+    enter: Callable[[Tensor], Tensor] = staticmethod(lambda x_TD: x_TD)
+    leave: Callable[[Tensor], Tensor] = staticmethod(lambda x_TD: x_TD)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.norm = LayerNorm(config.width, config.layer_norm_eps)
-        self.fc1 = Linear(config.width, config.ffn_width)
-        self.inner_norm = GeluLayerNorm(config.ffn_width, config.layer_norm_eps) if config.sub_layernorm else None
-        self.fc2 = Linear(config.ffn_width, config.width)
+        width, inner, eps = config.width, config.ffn_width, config.layer_norm_eps
+        self.norm = LayerNorm(width, eps)
+        self.fc1 = cut(Linear(width, inner), weight=0, bias=0)
+        self.inner_norm = cut(GeluLayerNorm(inner, eps), weight=0, bias=0) if config.sub_layernorm else None
+        self.fc2 = cut(Linear(inner, width), weight=1)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        hidden_TF = self.fc1(self.norm(x_TD))
-        return self.fc2(gelu(hidden_TF) if self.inner_norm is None else self.inner_norm(hidden_TF))
+        hidden_TF = self.fc1(self.enter(self.norm(x_TD)))
+        return self.leave(self.fc2(gelu(hidden_TF) if self.inner_norm is None else self.inner_norm(hidden_TF)))

@@ -1,88 +1,222 @@
-"""The one objective: recover masked patches (as visual codes) and masked words, from images, texts and pairs alike.
-
-Each of the four losses is the sum of its cross-entropies over the whole step divided by the step's global number of
-masked positions. Means of means would be wrong: the counts differ per rank and micro-batch. A micro-batch therefore
-contributes `sum / count of the step`, and the contributions of all micro-batches and ranks add up to the loss.
-"""
+"""BEiT-3's objective: recover masked patches (as visual codes) and masked words, from images, texts and pairs alike."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from beit3_dist.config import ObjectiveConfig
-from beit3_dist.model.beit3 import BEiT3, MixedInputs
-from beit3_dist.model.drop_path import drop_path_factors
-from beit3_dist.model.layout import Selection
+from beit3_dist.config import RunConfig, require
+from beit3_dist.data.batch import MicroBatch
+from beit3_dist.data.order import Numbers, Stream
+from beit3_dist.data.streams import Draw, Sample
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.objectives.base import Codes, Loss, Objective, Places, View, grid_of
+from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
 
-STREAMS = ("image", "text", "pair_image", "pair_text")
-"""The four losses, in the order of every vector of statistics."""
+NAME = "masked_data_modeling"
+SECTION = f"objectives.{NAME}"
+
+
+@dataclass(kw_only=True)
+class MaskedDataModelingConfig:
+    """Masked data modelling."""
+
+    image_mask_ratio: float = 0.4
+    """Share of patches masked, block-wise; the count is exact: round(ratio * patches)."""
+    text_mask_ratio: float = 0.15
+    """Share of a text's words masked; the count is exact: max(1, round(ratio * words))."""
+    caption_mask_ratio: float = 0.5
+    """Share of a caption's words masked; exact as above."""
+    mask_token_share: float = 0.8
+    """Share of the masked words that are replaced by <mask> (the paper is silent; BERT's 80/10/10)."""
+    random_token_share: float = 0.1
+    """Share of the masked words that are replaced by a random word; the rest keeps its word."""
+    mask_pairs: Literal["both", "one"] = "both"
+    """both: image and caption of a pair are masked in the same pass. one: one of the two, chosen per sample by a fair
+    keyed coin (the paper is silent; it gives both ratios without saying that they exclude one another)."""
+    image_weight: float = 1.0
+    """Weight of the image-only loss (the paper is silent; plain sum)."""
+    text_weight: float = 1.0
+    """Weight of the text-only loss."""
+    pair_image_weight: float = 1.0
+    """Weight of the image loss of pairs."""
+    pair_text_weight: float = 1.0
+    """Weight of the caption loss of pairs."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_mask_ratio", "text_mask_ratio", "caption_mask_ratio"):
+            require(0 < getattr(self, name) < 1, f"{SECTION}.{name}={getattr(self, name)} is not in (0, 1)")
+        require(
+            min(self.mask_token_share, self.random_token_share) >= 0
+            and self.mask_token_share + self.random_token_share <= 1,
+            f"{SECTION}.mask_token_share + {SECTION}.random_token_share must lie in [0, 1]",
+        )
+        for name in ("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"):
+            require(getattr(self, name) >= 0, f"{SECTION}.{name}={getattr(self, name)} is negative")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the heads have to recover, and where. Image-only rows come before pairs', pairs' words before texts'."""
+    """What the heads have to recover. Image-only patches come before pairs', pairs' words before texts'."""
 
-    image_rows: Tensor
-    """int64 [Mi + Mpi]: masked patches as rows of the token matrix."""
     codes: Tensor
-    """int64 [Mi + Mpi]: their visual codes."""
-    text_rows: Tensor
-    """int64 [Mpt + Mt]: masked words as rows of the token matrix."""
+    """int64 [Mi + Mpi]: visual codes of the masked patches."""
     words: Tensor
-    """int64 [Mpt + Mt]: their ids."""
-    counts: tuple[int, int, int, int]
-    """Masked positions per loss, in the order of STREAMS."""
-
-    @property
-    def selection(self) -> Selection:
-        """The tokens whose last hidden states the heads read: the masked ones, patches before words."""
-        image, text, pair_image, pair_text = self.counts
-        return Selection(rows=torch.cat([self.image_rows, self.text_rows]), counts=(image, pair_image, pair_text, text))
+    """int64 [Mpt + Mt]: ids of the masked words."""
+    patch_counts: list[int]
+    """[Mi, Mpi], without those of streams that the run does not have."""
+    word_counts: list[int]
+    """[Mpt, Mt], likewise."""
 
 
-class MaskedDataModeling(nn.Module):
-    """The model under its objective."""
+CODE = "the code {}: look at image_tokenizer with tools/show_codes.py"
+WORD = "the word {}: does text_tokenizer know this language?"
 
-    def __init__(self, model: BEiT3, config: ObjectiveConfig, seed: int) -> None:
-        super().__init__()
-        self.model = model
-        self.seed = seed
-        self.weights = config.weights
 
-    def forward(
-        self, inputs: MixedInputs, targets: Targets, sample_ids: Tensor, step_counts: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
-        """One pass over the mixed micro-batch.
+class MaskedDataModeling(Objective):
+    """Up to four losses, each a cross-entropy: of the patches and the words of each stream that has them."""
 
-        Returns the micro-batch's contribution to the step's loss (a scalar to go backward from) and the statistics
-        [2, 4]: sums of cross-entropies and correct predictions, in the order of STREAMS. `step_counts` [4]: masked
-        positions of the whole step over all ranks. `sample_ids` [samples] and `step` key the drop path in training.
-        """
-        inputs = self.with_drop_path(inputs, sample_ids, step)
-        return self.losses(self.model.hidden(inputs, targets.selection), targets, step_counts)
+    name = NAME
+    Config = MaskedDataModelingConfig
 
-    def with_drop_path(self, inputs: MixedInputs, sample_ids: Tensor, step: int) -> MixedInputs:
-        """The inputs with the drop-path factors of this step; unchanged in evaluation."""
-        config = self.model.config
-        if not self.training or config.drop_path == 0:
-            return inputs
-        factors = drop_path_factors(sample_ids, seed=self.seed, step=step, layers=config.layers, rate=config.drop_path)
-        return replace(inputs, keep=factors)
+    def __init__(self, config: MaskedDataModelingConfig, run: RunConfig) -> None:
+        super().__init__(config, run)
+        self.views = [View(s.field, s.has_images, s.has_text, masked_by=self.name) for s in self.streams]
+        codes, words = self.model.visual_vocab_size, self.model.vocab_size
+        patch: dict[str, Any] = {"unit": "patch", "classes": codes, "remedy": CODE}
+        word: dict[str, Any] = {"unit": "word", "classes": words, "remedy": WORD}
+        of_streams = {
+            Stream.IMAGES: [Loss("image", config.image_weight, title="images", **patch)],
+            Stream.TEXTS: [Loss("text", config.text_weight, title="texts", **word)],
+            Stream.PAIRS: [
+                Loss("pair_image", config.pair_image_weight, title="images of pairs", **patch),
+                Loss("pair_text", config.pair_text_weight, title="captions of pairs", **word),
+            ],
+        }
+        self.losses = [loss for stream in self.streams for loss in of_streams[stream]]
+        self.needs_codes = any(stream.has_images for stream in self.streams)
+        self._images = [view for view in self.views if view.image]
+        self._texts = [view for view in self.views if view.text][::-1]  # pairs' words lie before texts'
 
-    def losses(self, hidden_MD: Tensor, targets: Targets, step_counts: Tensor) -> tuple[Tensor, Tensor]:
-        """The contribution to the loss and the statistics [2, 4] from the last block's hidden states of the selected
-        tokens."""
-        image, text, pair_image, pair_text = targets.counts
-        patches, words = hidden_MD.split([len(targets.image_rows), len(targets.text_rows)])
-        image_sums = _sums(self.model.image_losses(patches, targets.codes), [image, pair_image])
-        text_sums = _sums(self.model.text_losses(words, targets.words), [pair_text, text])
-        statistics = torch.stack([image_sums[0], text_sums[1], image_sums[1], text_sums[0]], dim=1)
-        # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
-        weighted = torch.stack([weight * loss for weight, loss in zip(self.weights, statistics[0], strict=True)])
-        return (weighted / step_counts.clamp(min=1)).sum(), statistics.detach()
+    def annotate(
+        self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
+    ) -> dict[str, Tensor]:
+        """`image_mask` bool [n, patches], `text` int64 [n, L] as it is shown, `text_mask` bool [n, L]."""
+        images_masked = texts_masked = np.ones(len(samples), dtype=bool)
+        if stream is Stream.PAIRS and self.config.mask_pairs == "one":
+            images_masked = _numbers(samples, Draw.MASKED_SIDE)(0, 1)[:, 0] < 0.5
+            texts_masked = ~images_masked
+        drawn: dict[str, Tensor] = {}
+        if stream.has_images:
+            count = mask_count(self.config.image_mask_ratio, self.model.patches)
+            numbers = _numbers(samples, Draw.IMAGE_MASK)
+            masks = block_masks(grid_of(self.model), np.where(images_masked, count, 0), numbers)
+            drawn["image_mask"] = torch.from_numpy(masks)
+        if text is not None:
+            ratio = self.config.text_mask_ratio if stream is Stream.TEXTS else self.config.caption_mask_ratio
+            shown, predict = mask_words(
+                text,
+                _numbers(samples, Draw.WORD_MASK),
+                ratio=ratio,
+                specials=tokenizer.specials,
+                mask_id=tokenizer.mask,
+                words=tokenizer.words,
+                mask_token_share=self.config.mask_token_share,
+                random_token_share=self.config.random_token_share,
+            )
+            shown[~texts_masked], predict[~texts_masked] = text[~texts_masked], False
+            drawn |= {"text": torch.from_numpy(shown), "text_mask": torch.from_numpy(predict)}
+        return drawn
+
+    def _masks(self, batch: MicroBatch, field: str, views: list[View]) -> list[Tensor]:
+        return [batch.streams[view.stream].annotations[self.name][field] for view in views]
+
+    def counts(self, batch: MicroBatch) -> list[int]:
+        masked = {
+            view.stream: [
+                int(mask.sum()) for mask in batch.streams[view.stream].annotations[self.name].values()
+                if mask.dtype is torch.bool
+            ]
+            for view in self.views
+        }  # fmt: skip
+        return [count for stream in self.streams for count in masked[stream.field]]
+
+    def rows(self, batch: MicroBatch, places: Places) -> Tensor:
+        patches, words = self._masks(batch, "image_mask", self._images), self._masks(batch, "text_mask", self._texts)
+        return torch.cat(
+            [
+                *(places.patches(view, mask) for view, mask in zip(self._images, patches, strict=True)),
+                *(places.words(view, mask) for view, mask in zip(self._texts, words, strict=True)),
+            ]
+        )
+
+    def targets(self, batch: MicroBatch, places: Places, codes: Codes, move: Callable[[Tensor], Tensor]) -> Targets:
+        patches, words = self._masks(batch, "image_mask", self._images), self._masks(batch, "text_mask", self._texts)
+        none = torch.zeros(0, dtype=torch.int64)
+        masked_codes = [
+            codes()[view.stream].flatten()[move(mask.flatten().nonzero().squeeze(1))]
+            for view, mask in zip(self._images, patches, strict=True)
+        ]
+        truths = [batch.streams[view.stream].text for view in self._texts]
+        masked_words = [
+            places.packed(view, truth)[places.packed(view, mask)]
+            for view, truth, mask in zip(self._texts, truths, words, strict=True)
+            if truth is not None
+        ]
+        return Targets(
+            codes=torch.cat(masked_codes) if masked_codes else move(none),
+            words=move(torch.cat([none, *masked_words])),
+            patch_counts=[int(mask.sum()) for mask in patches],
+            word_counts=[int(mask.sum()) for mask in words],
+        )
+
+    def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
+        patches, words = hidden_MD.split([len(targets.codes), len(targets.words)])
+        of_images = _sums(model.image_losses(patches, targets.codes), targets.patch_counts)
+        of_texts = _sums(model.text_losses(words, targets.words), targets.word_counts)
+        return torch.stack(self._ordered(of_images, of_texts), dim=1)
+
+    def guesses(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Loss -> int64 [m]: the likeliest code or word at each of its tokens, from what `sums` takes."""
+        patches, words = hidden_MD.split([len(targets.codes), len(targets.words)])
+        codes, ids = model.image_logits(patches).argmax(-1), model.text_logits(words).argmax(-1)
+        found = self._ordered(codes.split(targets.patch_counts), ids.split(targets.word_counts))
+        return {loss.name: guessed for loss, guessed in zip(self.losses, found, strict=True)}
+
+    def _ordered(self, of_images: Sequence[Tensor], of_texts: Sequence[Tensor]) -> list[Tensor]:
+        """What belongs to each loss, from what the views with images and those with texts have."""
+        images = {view.stream: value for view, value in zip(self._images, of_images, strict=True)}
+        texts = {view.stream: value for view, value in zip(self._texts, of_texts, strict=True)}
+        streams = [stream.field for stream in self.streams]
+        return [sides[stream] for stream in streams for sides in (images, texts) if stream in sides]
+
+    def classes(self, targets: Targets) -> list[Tensor]:
+        return self._ordered(targets.codes.split(targets.patch_counts), targets.words.split(targets.word_counts))
+
+    def head_flops(self, counts: Sequence[float]) -> float:
+        return sum(2 * self.model.width * count * loss.classes for loss, count in zip(self.losses, counts, strict=True))
+
+    def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
+        config, data = self.config, run.data
+        patches = self.model.patches * config.image_mask_ratio
+        per_sample = {
+            "image": ("images", patches),
+            "text": ("texts", data.text_length * config.text_mask_ratio),
+            "pair_image": ("pairs", patches),
+            "pair_text": ("pairs", data.caption_length * config.caption_mask_ratio),
+        }
+        return [samples[stream] * each for stream, each in (per_sample[loss.name] for loss in self.losses)]
+
+
+def _numbers(samples: Sequence[Sample], use: Draw) -> Numbers:
+    """The samples' random numbers for one use, by numbers that were given before objectives had names."""
+    return Numbers((sample.key for sample in samples), use)
 
 
 def _sums(losses_2M: Tensor, splits: list[int]) -> list[Tensor]:

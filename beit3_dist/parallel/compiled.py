@@ -88,10 +88,8 @@ def _before_attention(block: Block, inputs: _Inputs) -> list[list[Tensor]]:
     outside, _ = inputs.layouts()
     attention = block.attention
     norm = block.attention_norm
-    entering: Any = (norm.each(norm.slices(inputs.x_TD, outside)), outside, None)
-    for hook in attention._forward_pre_hooks.values():  # tensor parallelism's
-        entering = hook(attention, entering)
-    return attention.project(entering[0])
+    slices, _ = attention.enter(norm.each(norm.slices(inputs.x_TD, outside)), outside)
+    return attention.project(slices)
 
 
 def _after_attention(
@@ -113,9 +111,7 @@ def _after_attention(
     if rows is not None and selected is not None:
         selection = _Tokens(selected, rows)
         torch._check(rows.shape[0] == sum(selection.counts))
-    branch = attention.output(mixed, selection)
-    for hook in attention._forward_hooks.values():  # tensor parallelism's
-        branch = hook(attention, ([], inside), branch)
+    branch = attention.leave(attention.output(mixed, selection), inside)
     return block.after_attention(inputs.x_TD, branch, outside, keep_2T, selection, recompute)
 
 

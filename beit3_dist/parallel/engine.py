@@ -20,6 +20,7 @@ from beit3_dist.config import TrainingConfig
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
+from beit3_dist.model.cut import cut_for, cuts_of
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
@@ -28,7 +29,6 @@ from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
 from beit3_dist.parallel.kernels import chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
-from beit3_dist.parallel.sharding import shard
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
 
 
@@ -36,10 +36,10 @@ from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_para
 class StepResult:
     """What a step produced, summed over all ranks and micro-batches."""
 
-    cross_entropy: list[float]
-    """Sums of the four losses."""
+    losses: list[float]
+    """Sum of each loss [K]."""
     correct: list[float]
-    """Correct predictions."""
+    """Correct predictions of each [K]."""
     grad_norm: float
     """Norm of the whole model's gradient before clipping; not finite where the gradient or the loss was not; 0 in
     evaluation."""
@@ -56,11 +56,10 @@ class Engine:
     build: the whole model without memory, on the meta device.
     values: (name, shape) -> initial value of a parameter, fp32 on the CPU.
     objective: model -> module that is called as (*micro_batch, step_counts, step) and returns the micro-batch's
-    contribution to the loss, a scalar, and statistics [2, columns].
+    contribution to the loss, a scalar, and statistics [2, K] of its K losses; it has `columns` = K.
     optimizer: (model, whether its state is offloaded to the CPU) -> optimizer, called once the parameters have their
     final form.
     plan: the stages of a pipeline; needed where there is one.
-    columns: losses that the statistics tell apart.
     """
 
     def __init__(
@@ -72,11 +71,11 @@ class Engine:
         objective: Callable[[Any], nn.Module],
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
         plan: StagePlan | None = None,
-        columns: int = 4,
     ) -> None:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
-        self.model, self.whole_shapes = _build_model(config, build(), groups, settings, values, plan)
+        built = _build_model(config, build(), groups, settings, values, plan)
+        self.model, self.whole_shapes, self.cuts = built
         self.model.blocks.recompute = config.recompute(self.mesh.pipeline_rank)
         self.model.blocks.recompute_every = config.activation_checkpointing_every
         use_kernels(self.model, config.kernels, config.attention_kernel)
@@ -86,7 +85,7 @@ class Engine:
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
         zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, sum(_numel(p) for p in self.model.parameters())))
         settings["zero_allow_untested_optimizer"] = True
-        module = objective(self.model)
+        module: Any = objective(self.model)
         if plan is not None:
             check_order_within(groups.data)
             module = Stages(module, plan.of(self.mesh.pipeline_rank), config.model.layers, plan.tokens)
@@ -102,7 +101,7 @@ class Engine:
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
             if isinstance(module, Stages)
-            else Accumulation(config, groups, self.deepspeed, columns)
+            else Accumulation(config, groups, self.deepspeed, module.columns)
         )
 
     def train_step(
@@ -111,7 +110,7 @@ class Engine:
         """Forward and backward of the step's `accumulation` micro-batches, then the optimizer step, which is left out
         where the gradient or the loss is not finite: weights, moments and the optimizer's count stay as they were.
 
-        `step_counts` [columns]: masked positions (or samples) of the whole step over all ranks.
+        `step_counts` [K]: masked positions (or samples) of the whole step over all ranks.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -121,14 +120,14 @@ class Engine:
         totals = totals.to("cpu", non_blocking=True)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
         self._schedule.after_step()
-        cross_entropy, correct = totals.tolist()
-        return StepResult(cross_entropy, correct, norm)
+        losses, correct = totals.tolist()
+        return StepResult(losses, correct, norm)
 
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> StepResult:
         """Forward only of `accumulation` micro-batches, without drop path."""
         self.deepspeed.eval()
-        cross_entropy, correct = self._sum(self._schedule.evaluate(micro_batches)).tolist()
-        return StepResult(cross_entropy, correct, 0.0)
+        losses, correct = self._sum(self._schedule.evaluate(micro_batches)).tolist()
+        return StepResult(losses, correct, 0.0)
 
     @torch.no_grad()
     def predict(self, inputs: Any, agree: Callable[[bool], bool]) -> Any:
@@ -177,7 +176,7 @@ class Accumulation:
         self._columns = columns
 
     def train(self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int) -> Tensor:
-        """Forward and backward of a step's micro-batches; their statistics [2, columns]."""
+        """Forward and backward of a step's micro-batches; their statistics [2, K]."""
         totals = torch.zeros(2, self._columns, device=self._mesh.device, dtype=torch.float64)
         for number, micro_batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(number == self._micro_batches - 1)
@@ -211,21 +210,22 @@ def _build_model(
     settings: dict[str, Any],
     values: Values,
     plan: StagePlan | None,
-) -> tuple[BEiT3, dict[str, torch.Size]]:
-    """This rank's part of the model, and the shapes of all parameters of the whole one.
+) -> tuple[BEiT3, dict[str, torch.Size], dict[str, int]]:
+    """This rank's part of the model, and of the whole one the shapes of all parameters and how they are cut.
 
     `model` comes on the meta device and is cut to the rank's slices and stages; then it gets memory and values piece by
     piece; under ZeRO-3 each piece is sharded before the next one is made, so that no rank ever holds the whole model.
     """
     mesh, dtype = groups.mesh, torch.bfloat16 if config.precision == "bf16" else torch.float32
-    whole_shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    whole_shapes, cuts = {name: parameter.shape for name, parameter in model.named_parameters()}, cuts_of(model)
     if mesh.tensor > 1:
         apply_tensor_parallelism(model, groups.tensor, config.parallel.sequence)
     if plan is not None:
         keep_stages(model, plan.of(mesh.pipeline_rank), is_first=mesh.pipeline_rank == 0, is_last=mesh.is_last_stage)
 
     def slice_of_value(name: str, shape: torch.Size) -> Tensor:
-        return shard(name, values(name, whole_shapes[name]), mesh.tensor, mesh.tensor_rank)
+        value, cut = values(name, whole_shapes[name]), cut_for(cuts, name, mesh.tensor_rank, mesh.tensor)
+        return value if cut is None else cut.of(value)
 
     pieces = [(name, module) for name, module in model.named_children() if name != "blocks"]
     pieces += [(f"blocks.{i}", block) for i, block in model.blocks.items()]
@@ -243,8 +243,8 @@ def _build_model(
         for module in model.modules():
             if isinstance(module, (Linear, Head)):
                 module.compute = linear_that_lets_go
-    mark_model_parallel(model, mesh.tensor_rank)
-    return model, whole_shapes
+    mark_model_parallel(model, mesh.tensor_rank, cuts)
+    return model, whole_shapes, cuts
 
 
 def linear_that_lets_go(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -26,15 +26,17 @@ most 4 P / d more, when activations are gone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from beit3_dist.config import ParallelConfig, RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.cut import cut_for, cuts_of
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.pipeline import check_pipeline, keep_stages, plan_stages
-from beit3_dist.parallel.sharding import shard
 from beit3_dist.parallel.tensor import check_tensor
 
 ENGINE_BUCKET = 500_000_000
@@ -72,11 +74,11 @@ class StateBytes:
 
 
 def state_bytes(
-    config: RunConfig, world: int, target_flops: float = 0.0, model: BEiT3 | None = None
+    config: RunConfig, world: int, model: BEiT3, last_flops: Callable[[int], float] = lambda data: 0.0
 ) -> list[StateBytes]:
     """A record for each (pipeline rank, tensor rank) of `world` processes, pipeline ranks outermost.
 
-    target_flops: as for `plan_stages`. model: the whole model on the meta device, where the caller has it already.
+    model: the whole model on the meta device. last_flops: number of replicas -> what `plan_stages` takes.
     Raises ValueError where the layout does not divide the model, the batch or the processes, and where the DeepSpeed
     file moves states to the CPU: what then stays on the device is not known from arithmetic.
     """
@@ -92,8 +94,7 @@ def state_bytes(
     zero = deepspeed_config(config, data)["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
         require(section not in zero, f"deepspeed_config: {section} moves states to the CPU, which is not counted")
-    plan = plan_stages(config, data, target_flops)
-    model = model or BEiT3(config.model, device="meta")
+    plan = plan_stages(config, data, last_flops(data))
     records = []
     for pipeline_rank in range(parallel.pipeline):
         mine = [range(config.model.layers)] if plan is None else plan.of(pipeline_rank)
@@ -112,7 +113,11 @@ def _local_parameters(
     part.blocks = copy(model.blocks)
     part.blocks._modules = dict(model.blocks._modules)
     keep_stages(part, stages, is_first=pipeline_rank == 0, is_last=pipeline_rank == parallel.pipeline - 1)
-    return sum(shard(n, p.detach(), parallel.tensor, tensor_rank).numel() for n, p in part.named_parameters())
+    cuts, numbers = cuts_of(model), 0
+    for name, parameter in part.named_parameters():
+        cut = cut_for(cuts, name, tensor_rank, parallel.tensor)
+        numbers += prod(parameter.shape if cut is None else cut.shape(tuple(parameter.shape)))
+    return numbers
 
 
 def _record(

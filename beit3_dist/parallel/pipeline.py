@@ -90,25 +90,21 @@ class StagePlan:
         return self.stages[rank :: self.pipeline]
 
 
-def plan_stages(config: RunConfig, data_parallel: int, target_flops: float) -> StagePlan | None:
+def plan_stages(config: RunConfig, data_parallel: int, last_flops: float) -> StagePlan | None:
     """Stages balanced by FLOPs of a micro-batch at full lengths; None without a pipeline.
 
-    target_flops: forward FLOPs of a micro-batch's image targets, which the last stage makes.
+    last_flops: what the last stage has to do besides: forward and backward of the heads, and the image targets.
     """
     if config.parallel.pipeline == 1:
         return None
-    model, objective, d = config.model, config.objective, config.model.width
-    images, texts, pairs = config.micro_batch(data_parallel)
+    model, d = config.model, config.model.width
+    images, _, pairs = config.micro_batch(data_parallel)
     pictures, tokens = images + pairs, capacity(config, data_parallel)
-    masked_words = texts * config.data.text_length * objective.text_mask_ratio
-    masked_words += pairs * config.data.caption_length * objective.caption_mask_ratio
-    masked_patches = pictures * model.patches * objective.image_mask_ratio
     # Per block: projections and FFN; attention's own products are alike in all blocks and left out.
     block = 3.0 * tokens * (8 * d * d + 4 * d * model.ffn_width)
     embedding = 3.0 * 2 * pictures * model.patches * 3 * model.patch_size**2 * d
-    heads = 3.0 * 2 * d * (masked_patches * model.visual_vocab_size + masked_words * model.vocab_size)
     ranks, chunks = config.parallel.pipeline, config.parallel.chunks
-    stages = balanced_stages([block] * model.layers, embedding, heads + target_flops, ranks * chunks)
+    stages = balanced_stages([block] * model.layers, embedding, last_flops, ranks * chunks)
     return StagePlan(stages, ranks, tokens)
 
 
@@ -124,10 +120,10 @@ def keep_stages(model: BEiT3, stages: Iterable[range], is_first: bool, is_last: 
     kept = {str(layer) for layers in stages for layer in layers}
     for layer in [layer for layer in model.blocks if layer not in kept]:
         del model.blocks[layer]
-    if not is_first:
-        del model.vision_embedding, model.language_embedding
-    if not is_last:
-        del model.norm, model.image_head, model.text_head
+    for name, _ in list(model.named_children()):
+        of_first = name in ("vision_embedding", "language_embedding")
+        if name != "blocks" and not (is_first if of_first else is_last):  # norm and heads, whichever there are
+            delattr(model, name)
 
 
 class Stages(nn.Module):
@@ -141,29 +137,29 @@ class Stages(nn.Module):
         self._stages, self._layers, self.tokens = stages, layers, tokens
         self._micro_batches: list[tuple[MixedInputs, Any, Tensor]] = []
         self._coming: Iterator[tuple[MixedInputs, Any, Tensor]] = iter(())
-        self._step_counts, self._step = torch.ones(4), 0
-        self.statistics = torch.zeros(2, 4)
+        self._step_counts, self._step = torch.ones(objective.columns), 0
+        self.statistics = torch.zeros(2, objective.columns)
 
     def begin(self, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> None:
         """Takes the micro-batches of a step, which the schedule names by their numbers. Each is prepared when it is
         first asked for: the last stage tokenises its pictures while the former stages compute."""
         self._micro_batches, self._coming = [], iter(micro_batches)
         self._step_counts, self._step = step_counts, step
-        self.statistics = torch.zeros(2, 4, dtype=torch.float64, device=step_counts.device)
+        self.statistics = torch.zeros(2, self.objective.columns, dtype=torch.float64, device=step_counts.device)
 
     def forward(self, x: Tensor, number: int, chunk: int) -> Tensor:
         """x: the previous stage's padded activations [capacity, D]. Returns the same, or the loss [1] on the last."""
         while len(self._micro_batches) <= number:
             self._micro_batches.append(next(self._coming))
-        inputs, targets, sample_ids = self._micro_batches[number]
+        inputs, reading, sample_ids = self._micro_batches[number]
         inputs = self.objective.with_drop_path(inputs, sample_ids, self._step)
         layers, model = self._stages[chunk], self.objective.model
         tokens = sum(inputs.layout.segments)
         x_TD = model.embed(inputs) if layers.start == 0 else x[:tokens]
         is_last = layers.stop == self._layers
-        x_TD = model.blocks(x_TD, inputs.layout, inputs.keep, layers, targets.selection if is_last else None)
+        x_TD = model.blocks(x_TD, inputs.layout, inputs.keep, layers, reading.selection if is_last else None)
         if is_last:
-            contribution, statistics = self.objective.losses(x_TD, targets, self._step_counts)
+            contribution, statistics = self.objective.losses(x_TD, reading, self._step_counts)
             self.statistics += statistics
             return contribution[None]
         return torch.cat([x_TD, x_TD.new_zeros(self.tokens - tokens, x_TD.shape[1])])
@@ -248,14 +244,15 @@ class Pipeline:
         )
 
     def train(self, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> Tensor:
-        """Forward and backward of a step's micro-batches; statistics [2, 4] of the last stage, zeros elsewhere."""
+        """Forward and backward of a step's micro-batches; statistics [2, K] of the last stage, zeros elsewhere."""
         self._backwards = 0
         return self._run(self._schedule.step, micro_batches, step_counts, step)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Any]) -> Tensor:
         """Forward only."""
-        return self._run(self._schedule.eval, micro_batches, torch.ones(4, device=self._nothing.device), 0)
+        no_loss = torch.ones(self._module.objective.columns, device=self._nothing.device)
+        return self._run(self._schedule.eval, micro_batches, no_loss, 0)
 
     def _run(self, run: Any, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> Tensor:
         mesh = self._groups.mesh

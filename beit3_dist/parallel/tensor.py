@@ -1,7 +1,7 @@
 """Tensor parallelism: every layer's matrices are cut over neighbouring ranks, after the model is built.
 
-The model's files know nothing of it. Its linear layers keep their names and get the local shapes; what crosses ranks
-happens in hooks around attention and around an expert's two matrices, as in Megatron-LM (Shoeybi et al. 2019):
+The model's layers say how they are cut (model/cut.py); they keep their names and get the local shapes. What crosses
+ranks happens where attention and an expert's two matrices `enter` and `leave`, as in Megatron-LM (Shoeybi et al. 2019):
 
     attention and fc1 ... fc2:   copy in, all-reduce out
     with sequence parallelism:   all-gather in, reduce-scatter out, and norms, residuals and drop path in between
@@ -13,8 +13,7 @@ width reduce their moments.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +28,11 @@ from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.block import Encoder
+from beit3_dist.model.cut import cut_for, cuts_of, dimensions_of
 from beit3_dist.model.head import Head
-from beit3_dist.model.layout import Layout
-from beit3_dist.model.multiway import FeedForward, Multiway, join
+from beit3_dist.model.layout import Layout, Selection
+from beit3_dist.model.multiway import FeedForward, join
 from beit3_dist.parallel.collectives import (
     Copy,
     Gather,
@@ -42,7 +43,6 @@ from beit3_dist.parallel.collectives import (
     Share,
     all_gather,
 )
-from beit3_dist.parallel.sharding import shard, sharded_dimension
 
 
 def check_tensor(config: ModelConfig, ranks: int) -> None:
@@ -55,53 +55,52 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
     """Cuts a model on the meta device to this rank's slices. `sequence`: shard the tokens between the layers too."""
     ranks, rank = group.size(), group.rank()
     check_tensor(model.config, ranks)
-    language: Any = model.language_embedding
-    language.words = VocabParallelEmbedding(language.words, group)
-    for name, head in list(model.named_children()):
-        if isinstance(head, Head):
-            setattr(model, name, VocabParallelHead(head, group))
-    for module in list(model.blocks.modules()):
-        for name, child in list(module.named_children()):
-            experts = child if isinstance(child, Multiway) else None
-            if name == "inner_norm":
-                _replace(module, name, experts, lambda norm: ShardedLayerNorm(norm, group))
-            elif name in ("out", "fc2"):
-                _replace(module, name, experts, lambda projection: RowParallelLinear(projection, ranks))
-            elif sequence and isinstance(child, LayerNorm):
-                setattr(module, name, TokenParallelLayerNorm(child, group))
+    cuts = cuts_of(model)
+    for name, layer in list(model.named_modules()):
+        owner, _, leaf = name.rpartition(".")
+        if (parallel := _parallel_layer(layer, name.startswith("blocks."), group, sequence)) is not None:
+            setattr(model.get_submodule(owner), leaf, parallel)
     for module in model.blocks.modules():
         if isinstance(module, Attention):
-            _around(_SequenceAttention(group) if sequence else _WholeAttention(group), module, module)
+            communication: Any = _SequenceAttention(module, group) if sequence else _WholeAttention(group)
         elif isinstance(module, FeedForward):
-            _around(_Sequence(group) if sequence else _Whole(group), module.fc1, module.fc2)
-    if sequence:
-        _around(_TokenShares(group), model.blocks, model.blocks)
+            communication = _Sequence(group) if sequence else _Whole(group)
+        elif isinstance(module, Encoder) and sequence:
+            communication = _TokenShares(group)
+        else:
+            continue
+        module.enter, module.leave = communication.enter, communication.leave
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        local = shard(name, parameter.detach(), ranks, rank)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(local, parameter.requires_grad))
+        if (cut := cut_for(cuts, name, rank, ranks)) is not None:
+            local = nn.Parameter(cut.of(parameter.detach()), parameter.requires_grad)
+            setattr(model.get_submodule(owner), leaf, local)
 
 
-def _replace(owner: nn.Module, name: str, experts: Multiway | None, build: Callable[[Any], nn.Module]) -> None:
-    """Replaces a layer, or each expert's, by what `build` makes of it."""
-    if experts is None:
-        setattr(owner, name, build(getattr(owner, name)))
-    else:
-        for expert in experts.experts:
-            experts[expert] = build(experts[expert])
+def _parallel_layer(layer: nn.Module, in_block: bool, group: dist.ProcessGroup, sequence: bool) -> nn.Module | None:
+    """What stands in a layer's place, by how it is cut; None: the layer itself."""
+    dimension = dimensions_of(layer).get("weight")
+    match layer:
+        case nn.Embedding() if dimension == 0:
+            return VocabParallelEmbedding(layer, group)
+        case Head() if dimension == 0:
+            return VocabParallelHead(layer, group)
+        case Linear() if dimension == 1:
+            return RowParallelLinear(layer, group.size())
+        case nn.LayerNorm() if dimension == 0:
+            return ShardedLayerNorm(layer, group)
+        case LayerNorm() if sequence and in_block:
+            return TokenParallelLayerNorm(layer, group)
+    return None
 
 
-def _around(hooks: _Hooks, first: nn.Module, last: nn.Module) -> None:
-    first.register_forward_pre_hook(hooks.enter)
-    last.register_forward_hook(hooks.leave)
-
-
-def mark_model_parallel(model: nn.Module, tensor_rank: int) -> None:
-    """Tells DeepSpeed which parameters count on this rank in the norm of the whole model: its own slices, and what is
-    replicated over the tensor ranks once. An unmarked parameter would count on model-parallel rank 0 alone."""
+def mark_model_parallel(model: nn.Module, tensor_rank: int, cuts: Collection[str]) -> None:
+    """Tells DeepSpeed which parameters count on this rank in the norm of the whole model: its own slices, which `cuts`
+    names, and what is replicated over the tensor ranks once. An unmarked one would count on model-parallel rank 0
+    alone."""
     parameters: Iterable[tuple[str, Any]] = model.named_parameters()  # DeepSpeed reads an attribute of them
     for name, parameter in parameters:
-        parameter.model_parallel = sharded_dimension(name) is not None or tensor_rank == 0
+        parameter.model_parallel = name in cuts or tensor_rank == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -284,89 +283,80 @@ def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) ->
     place = torch.cat(rows)
     samples = torch.zeros(ranks * share, dtype=torch.int64, device=device)
     samples[place] = layout.token_samples(device)
-    groups: dict[str, Any] = {"images": layout.images, "pairs": layout.pairs, "texts": layout.texts}
-    whole = GatheredLayout(**groups, rows=place, share=share)
+    whole = GatheredLayout(layout.groups, rows=place, share=share)
     mine = samples[rank * share : (rank + 1) * share]
-    return SharedLayout(**groups, whole=whole, parts=parts, samples_of_tokens=mine)
+    return SharedLayout(layout.groups, whole=whole, parts=parts, samples_of_tokens=mine)
 
 
-class _Hooks(ABC):
-    """What happens to a module's inputs and to its output."""
+class _Whole:
+    """Around an expert, all of whose tokens every rank has."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    @abstractmethod
-    def enter(self, module: Any, inputs: Any) -> Any: ...
+    def enter(self, x_TD: Tensor) -> Tensor:
+        return Copy.apply(x_TD, self.group)
 
-    @abstractmethod
-    def leave(self, module: nn.Module, inputs: Any, output: Any) -> Any: ...
-
-
-class _Whole(_Hooks):
-    """Hooks around an expert, all of whose tokens every rank has."""
-
-    def enter(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (Copy.apply(inputs[0], self.group),)
-
-    def leave(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return Reduce.apply(output, self.group)
+    def leave(self, x_TD: Tensor) -> Tensor:
+        return Reduce.apply(x_TD, self.group)
 
 
-class _Sequence(_Hooks):
-    """Hooks around an expert: its order of tokens does not matter, so shares are gathered rank by rank."""
+class _Sequence(_Whole):
+    """Around an expert: its order of tokens does not matter, so shares are gathered rank by rank."""
 
-    def enter(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (Gather.apply(inputs[0], self.group),)
+    def enter(self, x_TD: Tensor) -> Tensor:
+        return Gather.apply(x_TD, self.group)
 
-    def leave(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return ReduceScatter.apply(output, self.group)
+    def leave(self, x_TD: Tensor) -> Tensor:
+        return ReduceScatter.apply(x_TD, self.group)
 
 
-class _WholeAttention(_Hooks):
-    """Hooks around attention, all of whose tokens every rank has; the experts' slices cross the ranks together."""
+class _WholeAttention:
+    """Around attention, all of whose tokens every rank has; the experts' slices cross the ranks together."""
 
-    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        slices: list[Tensor] = inputs[0]
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def enter(self, slices: list[Tensor], layout: Layout) -> tuple[list[Tensor], Layout]:
         x_TD = Copy.apply(join(slices), self.group)
-        return list(x_TD.split([len(part) for part in slices])), *inputs[1:]
+        return list(x_TD.split([len(part) for part in slices])), layout
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: list[Tensor]) -> list[Tensor]:
-        return [Reduce.apply(join(output), self.group)]
+    def leave(self, slices: list[Tensor], layout: Layout) -> list[Tensor]:
+        return [Reduce.apply(join(slices), self.group)]
 
 
-class _SequenceAttention(_Hooks):
-    """Hooks around attention, which needs the tokens in the layout's order and without the shares' padding."""
+class _SequenceAttention:
+    """Around attention, which needs the tokens in the layout's order and without the shares' padding."""
 
-    def enter(
-        self, module: Any, inputs: tuple[list[Tensor], SharedLayout, None]
-    ) -> tuple[list[Tensor], GatheredLayout]:
-        slices, layout, _ = inputs  # no selection: see _TokenShares
+    def __init__(self, attention: Attention, group: dist.ProcessGroup) -> None:
+        self.slices, self.group = attention.q.slices, group
+
+    def enter(self, slices: list[Tensor], layout: SharedLayout) -> tuple[list[Tensor], GatheredLayout]:
         assert layout.whole is not None and layout.whole.rows is not None
         x_TD = Gather.apply(join(slices), self.group).index_select(0, layout.whole.rows)
-        return module.q.slices(x_TD, layout.whole), layout.whole
+        return self.slices(x_TD, layout.whole), layout.whole
 
-    def leave(
-        self, module: nn.Module, inputs: tuple[list[Tensor], GatheredLayout], output: list[Tensor]
-    ) -> list[Tensor]:
-        layout, x_TD = inputs[1], join(output)
+    def leave(self, slices: list[Tensor], layout: GatheredLayout) -> list[Tensor]:
+        x_TD = join(slices)
         assert layout.rows is not None
         gathered = x_TD.new_zeros(self.group.size() * layout.share, x_TD.shape[1])
         return [ReduceScatter.apply(gathered.index_copy(0, layout.rows, x_TD), self.group)]
 
 
-class _TokenShares(_Hooks):
-    """Hooks around the stack of blocks: all tokens -> this rank's share, and back."""
+class _TokenShares:
+    """Around the stack of blocks: all tokens -> this rank's share, and back."""
 
-    def enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_TD, layout, keep, layers, selection = (*inputs, None, None)[:5]
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def enter(self, x_TD: Tensor, layout: Layout, selection: Selection | None) -> tuple[Tensor, SharedLayout, None]:
         shared = share_layout(layout, self.group.size(), self.group.rank(), x_TD.device)
         assert shared.whole is not None and shared.whole.rows is not None
         # Every rank's last block runs its whole share: shares of the selected tokens alone would need another layout.
         rows, share = shared.whole.rows, shared.whole.share
         shared = replace(shared, returned=rows if selection is None else rows[selection.rows])
         padded = x_TD.new_zeros(self.group.size() * share, x_TD.shape[1])
-        return Scatter.apply(padded.index_copy(0, rows, x_TD), self.group), shared, keep, layers
+        return Scatter.apply(padded.index_copy(0, rows, x_TD), self.group), shared, None
 
-    def leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        return GatherReplicated.apply(output, self.group).index_select(0, inputs[1].returned)
+    def leave(self, x_TD: Tensor, layout: SharedLayout) -> Tensor:
+        return GatherReplicated.apply(x_TD, self.group).index_select(0, layout.returned)

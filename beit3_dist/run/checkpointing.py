@@ -17,10 +17,11 @@ from torch import Tensor
 import beit3_dist
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.find import find, newest_whole, read_state, verified
-from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, step_of
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig, require
+from beit3_dist.model.cut import cut_for
 from beit3_dist.parallel.fragments import (
     Fragment,
     create_optimizer_state,
@@ -29,7 +30,6 @@ from beit3_dist.parallel.fragments import (
     refresh_parameters,
 )
 from beit3_dist.parallel.mesh import Groups, Mesh
-from beit3_dist.parallel.sharding import sharded_dimension
 from beit3_dist.run.endings import AskedToGo, RunStopped
 from beit3_dist.run.folder import RunFolder
 
@@ -176,6 +176,8 @@ class Engine(Protocol):
     optimizer: Any
     whole_shapes: dict[str, torch.Size]
     """Shapes of the whole model's parameters."""
+    cuts: dict[str, int]
+    """How tensor ranks cut them; see `model.cut`."""
     zero_stage: int
 
 
@@ -191,8 +193,7 @@ def _pieces(engine: Engine, more: More | None) -> Iterator[Piece]:
         moments = optimizer_state(engine.optimizer, fragment)
         tensors = {"": fragment.slice_of(fragment.flat.detach())} | {f"/{key}": view for key, view in moments.items()}
         tensors |= more(fragment) if more else {}
-        dimension = sharded_dimension(fragment.name) if mesh.tensor > 1 else None
-        cut = None if dimension is None else Cut(dimension, mesh.tensor_rank, mesh.tensor)
+        cut = cut_for(engine.cuts, fragment.name, mesh.tensor_rank, mesh.tensor)
         yield Piece(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
 
 

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.formats import read_initial_weights
 from beit3_dist.checkpoint.store import TrainState
-from beit3_dist.config import RunConfig
+from beit3_dist.config import RunConfig, require
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
 from beit3_dist.model.initialization import Values, initial_value, zeros
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
@@ -37,8 +39,10 @@ class Ready:
     """The checkpoint that holds its weights; None: a new run."""
     values: Values
     """Initial values of a new run; zeros for one that goes on."""
-    image_tokenizer: VQKD
-    """The tokenizer of the image targets, on the CPU."""
+    objectives: Objectives
+    """What is learnt."""
+    image_tokenizer: VQKD | None
+    """The tokenizer of the image targets, on the CPU; None: no objective has any."""
     train: MixedBatches
     """The training streams of this rank."""
     held_out: MixedBatches | None
@@ -56,12 +60,22 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     check_tensor(config.model, mesh.tensor)
     check_kernels(config.kernels, config.attention_kernel, config.precision)
     check_pipeline(config)
+    objectives = objectives_of(config)
+    for objective in objectives:
+        require(
+            not objective.second_pass or config.parallel.pipeline == 1,
+            f"parallel.pipeline={config.parallel.pipeline}: the objective {objective.name} takes a second pass over "
+            "the model, which a pipeline cannot: use parallel.pipeline=1",
+        )
     checkpoint, state = starting_point(config)
-    image_tokenizer = load_vqkd(config.image_tokenizer)
-    view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
-    check_loaders(config, mesh, view if view != config.model.image_size and not config.image_codes else 0)
-    own = config.model.image_size  # looked up codes need no view for the tokenizer
-    train = MixedBatches(config, own if config.image_codes else view, mesh.data_rank, mesh.data)
+    own = view = config.model.image_size  # looked up codes need no view for the tokenizer
+    image_tokenizer = None
+    if objectives.needs_codes:
+        image_tokenizer = load_vqkd(config.image_tokenizer)
+        view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
+    check_loaders(config, mesh, view if view != own and not config.image_codes else 0)
+    ranks = mesh.data_rank, mesh.data
+    train = MixedBatches(config, own if config.image_codes else view, *ranks, annotators=[*objectives])
     train.restore(state.readers, state.step > 0)
     state.sources = same_sources(config, checkpoint, state.sources, pretraining_sources(config, train))
     same_recipe(config, checkpoint)
@@ -69,10 +83,10 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     held_out = held_out_codes = None
     if config.eval.every:
         held_out_view = own if config.eval.image_codes else view
-        held_out = MixedBatches(config, held_out_view, mesh.data_rank, mesh.data, held_out=True)
+        held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, annotators=[*objectives])
         held_out_codes = open_codes(config, view, True, held_out)
     values = _values(config, checkpoint)
-    return Ready(state, checkpoint, values, image_tokenizer, train, held_out, train_codes, held_out_codes)
+    return Ready(state, checkpoint, values, objectives, image_tokenizer, train, held_out, train_codes, held_out_codes)
 
 
 def check_loaders(config: RunConfig, mesh: Mesh, view: int = 0) -> None:

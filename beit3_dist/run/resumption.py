@@ -7,6 +7,7 @@ run goes on from; a field that a former version did not have is not compared.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig
 from beit3_dist.opening import read_yaml
+from beit3_dist.recipe import current_name
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +42,6 @@ _FIELDS = {
     OnResume.RECIPE: """
         batch.images batch.texts batch.pairs batch.size
         data.caption_key data.max_pixels
-        objective.image_mask_ratio objective.text_mask_ratio objective.caption_mask_ratio objective.mask_token_share
-        objective.random_token_share objective.mask_pairs objective.image_weight objective.text_weight
-        objective.pair_image_weight objective.pair_text_weight
         optim.beta1 optim.beta2
         label_smoothing mixup cutmix caption_mask_ratio drop_worst_ratio drop_worst_after ema_decay
         teacher.kind teacher.name teacher.quick_gelu teacher.head_dim""",
@@ -63,11 +62,21 @@ _FIELDS = {
         checkpoint.every checkpoint.keep checkpoint.keep_every
         guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",
     OnResume.FREE: """
-        out init_from profile evaluate_only data.workers data.prefetch data.cache
+        out init_from plugins profile evaluate_only data.workers data.prefetch data.cache
         checkpoint.resume checkpoint.other_data checkpoint.other_recipe""",
 }
 ON_RESUME = {name: on_resume for on_resume, names in _FIELDS.items() for name in names.split()}
 """Dotted name of a field -> its class."""
+
+
+def on_resume(name: str) -> OnResume:
+    """The class of a field. Those of objectives, which plugins may bring, are all of one."""
+    return OnResume.RECIPE if name.startswith("objectives.") else ON_RESUME[name]
+
+
+def objectives_in(fields: Iterable[str]) -> set[str]:
+    """The objectives that a recipe with these dotted fields has."""
+    return {name.split(".")[1] for name in fields if name.startswith("objectives.")}
 
 
 def fields_of(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,12 +95,15 @@ def same_recipe(config: JobConfig, checkpoint: Path | None) -> None:
     """
     if checkpoint is None:
         return
-    former = fields_of(read_yaml(checkpoint / "config.yaml"))
+    recipe_before = fields_of(read_yaml(checkpoint / "config.yaml"))
+    former = {current_name(name): value for name, value in recipe_before.items()}
     now = fields_of(yaml.safe_load(to_yaml(config)))
     changes: dict[OnResume, list[str]] = {on_resume: [] for on_resume in OnResume}
     for name, value in now.items():
         if former.get(name, value) != value:
-            changes[ON_RESUME[name]].append(f"{name}: {former[name]} -> {value}")
+            changes[on_resume(name)].append(f"{name}: {former[name]} -> {value}")
+    for name in sorted(objectives_in(former) ^ objectives_in(now)):
+        changes[OnResume.RECIPE].append(f"objectives.{name}: {'left out' if name in objectives_in(former) else 'new'}")
     if fixed := changes[OnResume.FIXED]:
         raise ValueError(
             f"checkpoint.resume: {checkpoint} is of another network ({'; '.join(fixed)}): use its recipe, or another "

@@ -19,7 +19,6 @@ from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import is_jsonl
-from beit3_dist.data.order import Stream
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.text import TextTokenizer
@@ -42,14 +41,14 @@ OF_THE_ORDER = "that samples would come twice or not at all"
 
 def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
     """What pretraining depends on: its training streams, and what its targets are made with."""
-    data, streams = config.data, (batches.images, batches.texts, batches.pairs)
+    data = config.data
     return {
         "seed": config.seed,
         "data.shuffle": shuffle_of(data),
         "data.text_length": data.text_length,
         "text_tokenizer": batches.tokenizer.fingerprint[:16],
-        "image_tokenizer": sha256(Path(config.image_tokenizer))[:16],
-        **{f"data.{s.name.lower()}": stream_source(streams[s], getattr(data, s.name.lower())) for s in Stream},
+        **({"image_tokenizer": sha256(Path(config.image_tokenizer))[:16]} if config.image_tokenizer else {}),
+        **{f"data.{s.field}": stream_source(found, getattr(data, s.field)) for s, found in batches.streams.items()},
     }
 
 

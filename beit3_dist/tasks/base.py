@@ -204,6 +204,9 @@ class Task(ABC):
 class TaskObjective(nn.Module):
     """A model under a task's loss: the mean over the step's examples (captioning: masked words), in any layout."""
 
+    columns = 1
+    """Losses that the statistics tell apart."""
+
     def __init__(self, model: FineTuned, task: Task, seed: int) -> None:
         super().__init__()
         self.model, self._task, self._seed = model, task, seed

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.config import RunConfig
-from beit3_dist.data.batch import MicroBatch
-from beit3_dist.parallel.mesh import Groups
+from beit3_dist.data.batch import MicroBatch, Samples, mapped
+from beit3_dist.data.order import Stream
+from beit3_dist.data.views import Tokenize
+from beit3_dist.objectives.together import Objectives
+from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.run.preemption import Read, Together, by_itself
-from beit3_dist.train.inputs import host_totals
-from beit3_dist.train.totals import Totals
+from beit3_dist.train.totals import Totals, host_totals
 
 
 @dataclass
@@ -87,11 +89,16 @@ def timed(read: Callable[[], Read]) -> tuple[Read, float]:
     return read(), time.perf_counter() - started
 
 
+def prepared(objectives: Objectives, batch: MicroBatch, mesh: Mesh, tokenize: Tokenize | None) -> tuple[Any, ...]:
+    """A micro-batch as this process's part of the model takes it, on the device."""
+    return objectives.prepare(batch, mesh.device, tokenize, mesh.pipeline_rank == 0, mesh.is_last_stage)
+
+
 class Feed:
     """Reads a step's micro-batches where they are needed and tells the other processes what they must know."""
 
-    def __init__(self, config: RunConfig, groups: Groups) -> None:
-        self._config, self._groups = config, groups
+    def __init__(self, config: RunConfig, objectives: Objectives, groups: Groups) -> None:
+        self._config, self._objectives, self._groups = config, objectives, groups
         mesh = groups.mesh
         self._has_samples = mesh.pipeline_rank in (0, mesh.pipeline - 1)
         self.reads = self._has_samples and mesh.tensor_rank == 0
@@ -104,31 +111,23 @@ class Feed:
         if self._has_samples and mesh.tensor > 1:
             count = self._config.batch.accumulation
             batches = [_broadcast(self._groups, batches[n] if self.reads else None) for n in range(count)]
-        totals = host_totals(batches, self._config.model)
         if mesh.pipeline > 1:
-            batches, totals = self._agree(batches, totals)
+            batches, totals = self._agree(batches)
+        else:
+            totals = host_totals(batches, self._objectives)
         return StepBatch.agreed(self._groups, batches, totals, waited_s)
 
-    def _agree(self, batches: list[MicroBatch], totals: Totals) -> tuple[list[MicroBatch], Totals]:
+    def _agree(self, batches: list[MicroBatch]) -> tuple[list[MicroBatch], Totals]:
         """The first stage's table on all stages of the pipeline, checked or made into micro-batches without content."""
-        mesh, packed = self._groups.mesh, totals.pack()
-        images, texts, pairs = self._config.micro_batch(mesh.data)
-        sizes = [2, pairs, texts, images + pairs + texts]
+        mesh, config = self._groups.mesh, self._config
+        sizes = {s.field: n for s, n in zip(Stream, config.micro_batch(mesh.data), strict=True) if n}
         if batches:
-            rows = [
-                torch.cat(
-                    [
-                        torch.tensor([b.captions.shape[1], b.texts.shape[1]]),
-                        b.caption_lengths,
-                        b.text_lengths,
-                        b.sample_ids,
-                    ]
-                )
-                for b in batches
-            ]
-            mine = torch.cat([*rows, packed])
+            totals = host_totals(batches, self._objectives).pack()
+            mine = torch.cat([*(_outline(batch) for batch in batches), totals])
         else:
-            mine = torch.zeros(self._config.batch.accumulation * sum(sizes) + len(packed), dtype=torch.int64)
+            totals = torch.zeros(len(self._objectives.losses) + 4, dtype=torch.int64)
+            columns = sum(n + (Stream[name.upper()].has_text and 1 + n) for name, n in sizes.items())
+            mine = torch.zeros(config.batch.accumulation * columns + len(totals), dtype=torch.int64)
         table = mine.to(mesh.device, copy=True)
         dist.broadcast(table, src=dist.get_global_rank(self._groups.pipeline, 0), group=self._groups.pipeline)
         table = table.cpu()
@@ -136,65 +135,64 @@ class Feed:
             raise RuntimeError(
                 "the first and the last pipeline stage read different samples: do they see the same files?"
             )
-        content, packed = table[: -len(packed)], table[-len(packed) :]
+        content, totals = table[: -len(totals)], table[-len(totals) :]
         if not batches:
-            batches = [_without_content(self._config, *row.split(sizes)) for row in content.view(-1, sum(sizes))]
-        return batches, Totals.unpack(packed)
+            batches = [_without_content(row, sizes) for row in content.chunk(config.batch.accumulation)]
+        return batches, Totals.unpack(totals)
 
 
-def _without_content(config: RunConfig, widths: Tensor, captions: Tensor, texts: Tensor, ids: Tensor) -> MicroBatch:
-    """A micro-batch that has only its lengths and sample ids."""
-    caption_width, text_width = widths.tolist()
-    pictures = len(ids) - len(texts)
+def _outline(batch: MicroBatch) -> Tensor:
+    """int64: of each stream the sample ids and, where it has text, the padded length and the samples' lengths."""
+    numbers = []
+    for name in sorted(batch.streams):
+        samples = batch.streams[name]
+        numbers.append(samples.ids)
+        if samples.text is not None and samples.lengths is not None:
+            numbers += [torch.tensor([samples.text.shape[1]]), samples.lengths]
+    return torch.cat(numbers)
 
-    def words(samples: int, width: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(samples, width, dtype=torch.int64), torch.zeros(samples, width, dtype=torch.bool)
 
-    caption_words, no_captions = words(len(captions), caption_width)
-    text_words, no_texts = words(len(texts), text_width)
-    return MicroBatch(
-        images=torch.zeros(pictures, 3, 0, 0, dtype=torch.uint8),
-        tokenizer_images=None,
-        image_mask=torch.zeros(pictures, config.model.patches, dtype=torch.bool),
-        captions=caption_words,
-        caption_targets=caption_words,
-        caption_mask=no_captions,
-        caption_lengths=captions,
-        texts=text_words,
-        text_targets=text_words,
-        text_mask=no_texts,
-        text_lengths=texts,
-        sample_ids=ids,
-        positions=torch.zeros_like(ids),
-        streams=torch.zeros_like(ids),
-        faults=[],
-    )
+def _without_content(outline: Tensor, sizes: dict[str, int]) -> MicroBatch:
+    """A micro-batch that has only its lengths and sample ids, from its outline. `sizes`: samples of each stream."""
+    streams = {}
+    for name in sorted(sizes):
+        n = sizes[name]
+        ids, outline = outline.split([n, len(outline) - n])
+        streams[name] = Samples(ids, torch.zeros_like(ids))
+        if Stream[name.upper()].has_text:
+            width, lengths, outline = outline.split([1, n, len(outline) - n - 1])
+            streams[name] = replace(streams[name], text=torch.zeros(n, int(width), dtype=torch.int64), lengths=lengths)
+    return MicroBatch(streams)
+
+
+class _Shape(NamedTuple):
+    """Stands for a tensor that comes."""
+
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def _broadcast(groups: Groups, batch: MicroBatch | None) -> MicroBatch:
     """The first tensor rank's micro-batch on all of them, on the host."""
     device, group = groups.mesh.device, groups.tensor
     source = dist.get_global_rank(group, 0)
-    names = [f.name for f in fields(MicroBatch) if f.name != "faults"]
-    header: list[Any] = [None, None]
-    if batch is not None:
-        tensors = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
-        header = [
-            [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()],
-            batch.faults,
-        ]
+    tensors: list[Tensor] = []
+
+    def shape_of(tensor: Tensor) -> _Shape:
+        tensors.append(tensor)
+        return _Shape(tensor.shape, tensor.dtype)
+
+    header: list[Any] = [None if batch is None else mapped(batch, Tensor, shape_of)]
     dist.broadcast_object_list(header, src=source, group=group, device=device)
-    layout = [(name, shape, getattr(torch, dtype)) for name, shape, dtype in header[0]]
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in layout]
+    shapes: list[_Shape] = []
+    mapped(header[0], _Shape, shapes.append)
+    sizes = [shape.numel() * dtype.itemsize for shape, dtype in shapes]
     if batch is None:
         content = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     else:
-        content = torch.cat([tensors[name].flatten().view(torch.uint8) for name, _, _ in layout]).to(device)
+        content = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors]).to(device)
     dist.broadcast(content, src=source, group=group)
     if batch is not None:
         return batch
-    parts = content.cpu().split(sizes)
-    received: dict[str, Any] = {"tokenizer_images": None, "faults": header[1]}
-    for (name, shape, dtype), part in zip(layout, parts, strict=True):
-        received[name] = part.clone().view(dtype).view(shape)
-    return MicroBatch(**received)
+    parts = iter(content.cpu().split(sizes))
+    return mapped(header[0], _Shape, lambda to_be: next(parts).clone().view(to_be.dtype).view(to_be.shape))

@@ -37,7 +37,7 @@ from beit3_dist.tasks.data.batches import Draw, Examples, TaskBatch, training_pl
 from beit3_dist.tasks.data.examples import Example
 from beit3_dist.train.averages import WeightAverage
 from beit3_dist.train.feed import StepBatch, timed
-from beit3_dist.train.flops import training_flops
+from beit3_dist.train.flops import encoder_flops
 from beit3_dist.train.loop import Job, train
 from beit3_dist.train.metrics import speed
 from beit3_dist.train.optimizer import build_optimizer, layered_groups
@@ -129,7 +129,6 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
                 config.optim,
                 layered_groups(model, config.optim.weight_decay, layers, config.layer_decay, config.head_lr_scale),
             ),
-            columns=1,
         )
         self._average = WeightAverage(self._engine, config.ema_decay) if config.ema_decay else None
         self._more = self._average.of_fragment if self._average else None
@@ -168,7 +167,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             samples = (len(lengths), none, lengths)
         else:
             samples = (0, lengths.repeat(pictures), none)
-        flops = training_flops(model, *samples, 0, masked, whole_last_block=True)
+        flops = encoder_flops(model, *samples) + 3 * 2 * model.width * model.vocab_size * masked
         tokens = len(lengths) * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
         terms = mix_arrays((batch.places - self._consumed).numpy(), batch.ids.numpy())
         hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
@@ -196,7 +195,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         count = int(batch.step_counts[0])
         return {
             "step": self.state.step,
-            "loss": result.cross_entropy[0] / max(count, 1),
+            "loss": result.losses[0] / max(count, 1),
             "acc": result.correct[0] / max(count, 1),
             "lr": lr,
             "grad_norm": result.grad_norm,

@@ -34,29 +34,20 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
-def training_flops(
-    config: ModelConfig,
-    images: int,
-    caption_lengths: Tensor,
-    text_lengths: Tensor,
-    masked_patches: int,
-    masked_words: int,
-    whole_last_block: bool = False,
+def encoder_flops(
+    config: ModelConfig, images: int, caption_lengths: Tensor, text_lengths: Tensor, read: int | None = None
 ) -> int:
-    """FLOPs of forward and backward of one micro-batch on one rank.
+    """FLOPs of forward and backward of one micro-batch on one rank, heads left out.
 
-    caption_lengths [P], text_lengths [T]: int64, words of the pairs and texts; `images`: image-only samples.
-    `whole_last_block`: all of its tokens are read, as in fine-tuning, not the masked ones alone.
+    caption_lengths [P], text_lengths [T]: int64, words of the pairs and texts; `images`: those alone. `read`: tokens
+    that are read after the last block, which computes no others; None: all, as in fine-tuning.
     """
     d, f = config.width, config.ffn_width
     pairs, patches = len(caption_lengths), 1 + config.patches
     tokens = (images + pairs) * patches + int(caption_lengths.sum()) + int(text_lengths.sum())
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
-    masked = masked_patches + masked_words
     attention = 4 * d * int(lengths.square().sum())
     block = tokens * (8 * d * d + 4 * d * f) + attention
-    read = tokens if whole_last_block else masked  # only this goes on
-    last = tokens * 6 * d * d + attention + read * (2 * d * d + 4 * d * f)
+    last = tokens * 6 * d * d + attention + (tokens if read is None else read) * (2 * d * d + 4 * d * f)
     embedding = 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d
-    heads = 2 * d * (masked_patches * config.visual_vocab_size + masked_words * config.vocab_size)
-    return 3 * ((config.layers - 1) * block + last + embedding + heads)
+    return 3 * ((config.layers - 1) * block + last + embedding)

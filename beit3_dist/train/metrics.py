@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from beit3_dist.config import TrainingConfig
+from beit3_dist.objectives.base import Loss
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.train.feed import StepBatch
 from beit3_dist.train.flops import peak_flops
 
-LOSSES = ("loss_image", "loss_text", "loss_pair_image", "loss_pair_text")
-ACCURACIES = ("acc_image", "acc_text", "acc_pair_image", "acc_pair_text")
-
 
 def losses_and_accuracies(
-    cross_entropy: list[float], correct: list[float], counts: list[int], weights: tuple[float, ...]
+    losses: Sequence[Loss], totals: list[float], correct: list[float], counts: list[int]
 ) -> dict[str, float]:
-    """`loss` and the four losses and accuracies of a step, from sums and global counts of masked positions."""
-    losses = [c / max(n, 1) for c, n in zip(cross_entropy, counts, strict=True)]
-    accuracies = [c / max(n, 1) for c, n in zip(correct, counts, strict=True)]
-    total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
-    return {"loss": total, **dict(zip(LOSSES, losses, strict=True)), **dict(zip(ACCURACIES, accuracies, strict=True))}
+    """`loss` and each loss and accuracy of a step, from totals [K] and global counts [K] of targets."""
+    means = [c / max(n, 1) for c, n in zip(totals, counts, strict=True)]
+    accuracies = [(loss, c / max(n, 1)) for loss, c, n in zip(losses, correct, counts, strict=True)]
+    return {
+        "loss": sum(loss.weight * mean for loss, mean in zip(losses, means, strict=True)),
+        **{f"loss_{loss.name}": mean for loss, mean in zip(losses, means, strict=True)},
+        **{f"acc_{loss.name}": accuracy for loss, accuracy in accuracies if loss.has_accuracy},
+    }
 
 
 def pace(mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:

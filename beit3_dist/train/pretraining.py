@@ -1,4 +1,4 @@
-"""Pretraining as a job of the training loop: masked data modelling on the mixed stream."""
+"""Pretraining as a job of the training loop: any objectives on the mixed stream."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from beit3_dist.data.joining import micro_batches
 from beit3_dist.data.streaming import furthest
 from beit3_dist.image_tokenizer.codes import targets_of
 from beit3_dist.image_tokenizer.targets import ImageTargets, target_flops
-from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.base import Loss
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.run.checkpointing import contribution, load_checkpoint
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
-from beit3_dist.train.feed import Feed, StepBatch
-from beit3_dist.train.inputs import prepare
+from beit3_dist.train.feed import Feed, StepBatch, prepared
 from beit3_dist.train.loop import Job, train
 from beit3_dist.train.metrics import losses_and_accuracies, speed
 from beit3_dist.train.optimizer import build_optimizer
@@ -40,13 +39,20 @@ def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
 
 
 def step_record(
-    config: RunConfig, mesh: Mesh, step: int, batch: StepBatch, result: StepResult, lr: float, step_s: float
+    config: RunConfig,
+    losses: list[Loss],
+    mesh: Mesh,
+    step: int,
+    batch: StepBatch,
+    result: StepResult,
+    lr: float,
+    step_s: float,
 ) -> dict[str, Any]:
     """The line of metrics.jsonl of a step that took `step_s` seconds."""
     sizes, counts = config.batch, batch.step_counts.tolist()
     return {
         "step": step,
-        **losses_and_accuracies(result.cross_entropy, result.correct, counts, config.objective.weights),
+        **losses_and_accuracies(losses, result.losses, result.correct, counts),
         "lr": lr,
         "grad_norm": result.grad_norm,
         "images": sizes.images,
@@ -67,20 +73,24 @@ class Pretraining(Job[RunConfig, StepResult]):
 
     def start(self, groups: Groups) -> None:
         config, mesh, ready = self.config, self.mesh, self._ready
-        pictures = sum(config.micro_batch(mesh.data)[::2])
-        flops = target_flops(ready.image_tokenizer, pictures) if ready.train_codes is None else 0.0
+        self._objectives = objectives = ready.objectives
+        flops = objectives.balance_flops(mesh.data)
+        if ready.image_tokenizer is not None and ready.train_codes is None:
+            flops += target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))
         self._engine = Engine(
             config,
             groups,
-            build=lambda: BEiT3(config.model, device="meta"),
+            build=objectives.build,
             values=ready.values,
-            objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+            objective=lambda model: PretrainingModule(model, objectives, config.seed),
             optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
             plan=plan_stages(config, mesh.data, flops),
         )
-        self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device) if mesh.is_last_stage else None
-        self._target_watch = TargetWatch(config.model, mesh)
-        self._feed = Feed(config, groups)
+        self._tokenize = None
+        if ready.image_tokenizer is not None and mesh.is_last_stage:
+            self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device, groups.tensor)
+        self._target_watch = TargetWatch(objectives, mesh)
+        self._feed = Feed(config, objectives, groups)
         images, texts, pairs = (self.state.consumed.get(stream, 0) for stream in self.samples)
         requests, data = requests_from((images, texts, pairs), config.batch), config.data
         ready.train.restore(self.state.readers, self.state.step > 0)
@@ -113,19 +123,21 @@ class Pretraining(Job[RunConfig, StepResult]):
         watched = self._target_watch.is_due(self.state.step + 1)
         for micro_batch in batch.micro_batches:
             tokenize = targets_of(micro_batch, self._ready.train_codes, self._tokenize)
-            inputs, targets, ids = prepare(micro_batch, self.mesh.device, tokenize)
-            if watched and targets is not None:
-                self._target_watch.add(targets)
-            yield inputs, targets, ids
+            inputs, reading, ids = prepared(self._objectives, micro_batch, self.mesh, tokenize)
+            if watched and reading is not None:
+                self._target_watch.add(reading)
+            yield inputs, reading, ids
 
     def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
-        record = step_record(self.config, self.mesh, self.state.step, batch, result, lr, step_s)
+        losses = self._objectives.losses
+        record = step_record(self.config, losses, self.mesh, self.state.step, batch, result, lr, step_s)
         return record | self._target_watch.measure() if self._target_watch.is_due(self.state.step) else record
 
     def evaluation_due(self) -> bool:
         return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0
 
     def evaluate(self, together: Together) -> dict[str, float]:
-        config, engine, feed, ready = self.config, self._engine, self._feed, self._ready
+        engine, feed, ready, tokenize = self._engine, self._feed, self._ready, self._tokenize
         assert ready.held_out is not None
-        return evaluate(config, engine, feed, ready.held_out, ready.held_out_codes, self._tokenize, together)
+        codes = ready.held_out_codes
+        return evaluate(self.config, self._objectives, engine, feed, ready.held_out, codes, tokenize, together)

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from beit3_dist.config import ModelConfig
-from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
+from beit3_dist.objectives.base import Loss
+from beit3_dist.objectives.together import Objectives, Reading
 from beit3_dist.parallel.mesh import Mesh
 
 COLLAPSED = 0.05
@@ -22,13 +22,6 @@ FIRST, EVERY = 10, 100
 """Every one of the first steps is measured, and then one of so many."""
 ENOUGH = 50
 """Targets from which alone something is said."""
-NAMES = {
-    "image": ("pictures", "the code {}: look at image_tokenizer with tools/show_codes.py"),
-    "text": ("texts", "the word {}: does text_tokenizer know this language?"),
-    "pair_image": ("pictures of pairs", "the code {}: look at image_tokenizer with tools/show_codes.py"),
-    "pair_text": ("captions of pairs", "the word {}: does text_tokenizer know this language?"),
-}
-"""What a stream's targets are of, and what to do where they are one."""
 
 log = logging.getLogger(__name__)
 
@@ -42,27 +35,27 @@ def entropy(counts: Tensor) -> float:
     return abs(float((p * p.log()).sum()))
 
 
-def collapse(name: str, counts: Tensor) -> str:
-    """What is wrong with the targets of a stream, counted by code or word; empty if nothing is."""
+def collapse(loss: Loss, counts: Tensor) -> str:
+    """What is wrong with the targets of a loss, counted by class; empty if nothing is."""
     number, most = int(counts.sum()), int(counts.argmax())
     if number < ENOUGH or entropy(counts) >= COLLAPSED:
         return ""
-    titles, remedy = NAMES[name]
     return (
-        f"the targets of {titles} have collapsed: {float(counts[most]) / number:.1%} of {number:,} (entropy "
-        f"{entropy(counts):.3f} nats) are {remedy.format(most)}. The loss falls without anything being learnt"
+        f"the targets of {loss.title} have collapsed: {float(counts[most]) / number:.1%} of {number:,} (entropy "
+        f"{entropy(counts):.3f} nats) are {loss.remedy.format(most)}. The loss falls without anything being learnt"
     )
 
 
 class TargetWatch:
     """Counts the targets of the steps of a pretraining run that are measured. Every process has one."""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
-        self._mesh = mesh
-        self._sizes = [config.visual_vocab_size if "image" in name else config.vocab_size for name in STREAMS]
+    def __init__(self, objectives: Objectives, mesh: Mesh) -> None:
+        self._objectives, self._mesh = objectives, mesh
+        self._losses = [loss for loss in objectives.losses if loss.classes]
+        self._sizes = [loss.classes for loss in self._losses]
         self._step = torch.zeros(sum(self._sizes), dtype=torch.int64, device=mesh.device)
         self._recent = [torch.zeros(size, dtype=torch.int64) for size in self._sizes]
-        """Counted since a stream last had ENOUGH."""
+        """Counted since there last was ENOUGH of a loss."""
         self._told: set[str] = set()
 
     @staticmethod
@@ -70,14 +63,12 @@ class TargetWatch:
         """Whether a step, counted from 1, is measured."""
         return step <= FIRST or step % EVERY == 0
 
-    def add(self, targets: Targets) -> None:
+    def add(self, reading: Reading) -> None:
         """Counts the targets of one of the step's micro-batches. Does not wait for the device."""
         if self._mesh.tensor_rank:
             return  # neighbours have the same
-        image, text, pair_image, pair_text = targets.counts
-        codes, words = targets.codes.split([image, pair_image]), targets.words.split([pair_text, text])
-        streams = (codes[0], words[1], codes[1], words[0])  # in the order of STREAMS
-        for counts, values in zip(self._step.split(self._sizes), streams, strict=True):
+        watched = [classes for loss, classes in self._objectives.classes(reading) if loss.classes]
+        for counts, values in zip(self._step.split(self._sizes), watched, strict=True):
             counts.index_add_(0, values, torch.ones_like(values))
 
     def measure(self) -> dict[str, float]:
@@ -85,12 +76,12 @@ class TargetWatch:
         collapsed. Collective."""
         dist.all_reduce(self._step)
         counted = self._step.cpu().split(self._sizes)
-        entropies = {f"entropy_{name}": entropy(counts) for name, counts in zip(STREAMS, counted, strict=True)}
-        for name, recent, counts in zip(STREAMS, self._recent, counted, strict=True):
+        entropies = {f"entropy_{loss.name}": entropy(n) for loss, n in zip(self._losses, counted, strict=True)}
+        for loss, recent, counts in zip(self._losses, self._recent, counted, strict=True):
             recent += counts
             if recent.sum() >= ENOUGH:
-                if (words := collapse(name, recent)) and name not in self._told and self._mesh.is_first:
-                    self._told.add(name)
+                if (words := collapse(loss, recent)) and loss.name not in self._told and self._mesh.is_first:
+                    self._told.add(loss.name)
                     log.warning(words)
                 recent.zero_()
         self._step.zero_()

@@ -9,6 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from beit3_dist.data.batch import MicroBatch, hash_terms
+from beit3_dist.objectives.together import Objectives
+from beit3_dist.train.flops import encoder_flops
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -44,3 +48,25 @@ class Totals:
     def summed(cls, parts: Iterable[Self], losses: int) -> Self:
         """The sum of any number of parts, each with `losses` counts."""
         return cls.unpack(sum((part.pack() for part in parts), torch.zeros(losses + 4, dtype=torch.int64)))
+
+
+def host_totals(batches: list[MicroBatch], objectives: Objectives) -> Totals:
+    """Of a rank's micro-batches; the counts are those of the objectives' targets."""
+    return Totals.summed((_totals(batch, objectives) for batch in batches), len(objectives.losses))
+
+
+def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
+    counts, layout = objectives.counts(batch), objectives.layout(batch)
+    lengths: list[list[Tensor]] = [[], [], []]
+    for view in objectives.views:
+        samples = batch.streams[view.stream]
+        lengths[view.kind].append(torch.zeros(len(samples)) if samples.lengths is None else samples.lengths)
+    images, captions, texts = (torch.cat([torch.zeros(0, dtype=torch.int64), *some]) for some in lengths)
+    flops = encoder_flops(objectives.model, len(images), captions, texts, objectives.rows_read(batch, layout))
+    return Totals(
+        counts,
+        tokens=sum(layout.segments),
+        flops=flops + 3 * int(objectives.head_flops(counts)),
+        replaced=len(batch.faults),
+        hash_terms=hash_terms(batch),
+    )

@@ -11,15 +11,16 @@ from beit3_dist.data.batch import MixedBatches, requests_from
 from beit3_dist.data.loader import loader
 from beit3_dist.data.views import Tokenize
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, targets_of
+from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.run.preemption import Together, by_itself
-from beit3_dist.train.feed import Feed
-from beit3_dist.train.inputs import prepare
+from beit3_dist.train.feed import Feed, prepared
 from beit3_dist.train.metrics import losses_and_accuracies
 
 
 def evaluate(
     config: RunConfig,
+    objectives: Objectives,
     engine: Engine,
     feed: Feed,
     held_out: MixedBatches,
@@ -36,14 +37,15 @@ def evaluate(
     requests = list(islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.accumulation))
     workers, pin = min(config.data.workers, len(requests)), engine.mesh.device.type == "cuda"
     micro_batches = iter(loader(held_out, requests, workers, config.data.prefetch, pin) if feed.reads else ())
-    counts = torch.zeros(4, dtype=torch.int64, device=engine.mesh.device)
-    cross_entropy, correct = [0.0] * 4, [0.0] * 4
+    number = len(objectives.losses)
+    counts = torch.zeros(number, dtype=torch.int64, device=engine.mesh.device)
+    totals, correct = [0.0] * number, [0.0] * number
     for _ in range(config.eval.batches):
         batch = feed.step(lambda: list(islice(micro_batches, config.accumulation)), together)
         counts += batch.step_counts
         result = engine.evaluate(
-            prepare(b, engine.mesh.device, targets_of(b, codes, tokenize)) for b in batch.micro_batches
+            prepared(objectives, b, engine.mesh, targets_of(b, codes, tokenize)) for b in batch.micro_batches
         )
-        cross_entropy = [a + b for a, b in zip(cross_entropy, result.cross_entropy, strict=True)]
+        totals = [a + b for a, b in zip(totals, result.losses, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
-    return losses_and_accuracies(cross_entropy, correct, counts.tolist(), config.objective.weights)
+    return losses_and_accuracies(objectives.losses, totals, correct, counts.tolist())

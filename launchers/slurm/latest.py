@@ -10,10 +10,11 @@ from pathlib import Path
 
 from beit3_dist.command_line import parse, refuse
 from beit3_dist.config import RunConfig
+from beit3_dist.objectives import SECTIONS
 
 PROGRAM = "pretrain.sbatch"
 
-config = parse(RunConfig, PROGRAM, "Pretrains BEiT-3 on images, texts and image-text pairs.", sys.argv[1:])
+config = parse(RunConfig, PROGRAM, "Pretrains BEiT-3 on images, texts and image-text pairs.", sys.argv[1:], SECTIONS)
 checkpoints = Path(config.out, "checkpoints")
 if config.checkpoint.resume not in ("none", "auto"):
     refuse(

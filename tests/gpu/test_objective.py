@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.objectives.three_passes import three_passes
+from beit3_dist.objectives.three_passes import prepare_passes, three_passes
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.fused import FusedForward
 from beit3_dist.parallel.kernels import use_kernels
-from beit3_dist.train.inputs import masked_counts, prepare
 from tests.device import DEVICE, ON_GPU
 from tests.equality import assert_close, assert_tensors_close
-from tests.micro_batches import precomputed_codes, random_micro_batch
+from tests.micro_batches import counts_of, precomputed_codes, prepared, pretraining, random_micro_batch
 
 CPU = torch.device("cpu")
 GIANT = dict(layers=2, width=1408, heads=16, ffn_width=6144, patch_size=14, image_size=224)
@@ -36,10 +33,10 @@ Result = tuple[Tensor, dict[str, Tensor]]
 
 
 @cache
-def objective(released: bool) -> MaskedDataModeling:
+def objective(released: bool) -> PretrainingModule:
     """With biases and gains that are spread: zeros and ones hide mistakes."""
     model = BEiT3(RELEASED if released else PAPER, seed=3)
-    module = MaskedDataModeling(model, ObjectiveConfig(pair_text_weight=0.5), seed=5)
+    module = pretraining(model, 5, pair_text_weight=0.5)
     numbers = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -48,10 +45,10 @@ def objective(released: bool) -> MaskedDataModeling:
     return module.train()
 
 
-def copied(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: str = "torch") -> MaskedDataModeling:
+def copied(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernels: str = "torch") -> PretrainingModule:
     """The objective of a model on the device, computed by one kind of kernels."""
     original = objective(config is RELEASED)
-    module = MaskedDataModeling(BEiT3(config, device="meta"), ObjectiveConfig(pair_text_weight=0.5), seed=5).train()
+    module = pretraining(BEiT3(config, device="meta"), 5, pair_text_weight=0.5).train()
     module.to_empty(device=device)
     module.load_state_dict(original.state_dict())
     module.to(dtype)
@@ -61,14 +58,16 @@ def copied(config: ModelConfig, device: torch.device, dtype: torch.dtype, kernel
     return module
 
 
-def compute(module: MaskedDataModeling, batch: dict[str, int], passes: Callable[..., Any] | None = None) -> Result:
+def compute(module: PretrainingModule, batch: dict[str, int], by_stream: bool = False) -> Result:
     """The four sums of cross-entropies and the gradients, on the CPU."""
     device, config = next(module.parameters()).device, module.model.config
     micro_batch = random_micro_batch(config, **LENGTHS, **batch)
-    inputs = prepare(micro_batch, device, precomputed_codes(config))
-    counts = torch.tensor(masked_counts(micro_batch), device=device)
-    arguments = (*inputs, counts, 7)
-    loss, statistics = module(*arguments) if passes is None else passes(module, *arguments)
+    counts = counts_of(module, micro_batch, device)
+    if by_stream:
+        passes = prepare_passes(module, micro_batch, device, precomputed_codes(config))
+        loss, statistics = three_passes(passes, counts, 7)
+    else:
+        loss, statistics = module(*prepared(module, micro_batch, device), counts, 7)
     loss.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}
     module.zero_grad()
@@ -98,7 +97,7 @@ def test_one_pass_is_three_and_what_the_cpu_computes(config: ModelConfig) -> Non
     module = copied(config, DEVICE, torch.float32)
     one = compute(module, {"seed": 1})
     assert one[0].min() > 0
-    assert_same(one, compute(module, {"seed": 1}, three_passes))
+    assert_same(one, compute(module, {"seed": 1}, by_stream=True))
     assert_same(one, on_the_cpu(config is RELEASED))
 
 

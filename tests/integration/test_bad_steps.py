@@ -15,7 +15,7 @@ from torch import Tensor
 from beit3_dist.checkpoint.find import read_state
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.config import CheckpointConfig, GuardConfig, ParallelConfig, RunConfig
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
 from tests.integration.runs import metrics, reproducible, run_config, train
@@ -25,19 +25,19 @@ from tests.parallel.workers import run_workers
 def train_badly(groups: Groups, config: RunConfig, bad_steps: list[int]) -> str:
     """A run in which the last rank's loss is NaN in the steps of these numbers (1, 2, ...)."""
     now = {"step": 0}
-    step_of, losses_of = Engine.train_step, MaskedDataModeling.losses
+    step_of, losses_of = Engine.train_step, PretrainingModule.losses
 
     def train_step(engine: Engine, micro_batches: Any, counts: Tensor, step: int, lr: float) -> Any:
         now["step"] = step + 1
         return step_of(engine, micro_batches, counts, step, lr)
 
-    def losses(self: MaskedDataModeling, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def losses(self: PretrainingModule, *arguments: Any) -> tuple[Tensor, Tensor]:
         contribution, statistics = losses_of(self, *arguments)
         if now["step"] in bad_steps and groups.mesh.rank == groups.mesh.world - 1:
             return contribution * float("nan"), statistics * float("nan")
         return contribution, statistics
 
-    Engine.train_step, MaskedDataModeling.losses = train_step, losses  # type: ignore[method-assign]
+    Engine.train_step, PretrainingModule.losses = train_step, losses  # type: ignore[method-assign]
     return train(groups, config)
 
 

@@ -76,11 +76,11 @@ def test_the_codes_are_used_and_the_second_view_is_not_made(made: tuple[RunConfi
 
     ready = prepare_run(replace(with_codes(made), out=str(tmp_path / "run")), read_mesh())
     batch = ready.train[Request((0, 0, 0), 0)]
-    assert batch.tokenizer_images is None
+    assert batch.streams["images"].tokenizer_images is None
     assert ready.train_codes is not None and ready.held_out_codes is not None
     codes = ready.train_codes.of(batch)
-    assert codes.shape == (len(batch.images), 16)
-    batch.sample_ids[0] = 12345
+    assert codes.shape == (sum(map(len, batch.with_images)), 16)
+    batch.streams["images"].ids[0] = 12345
     with pytest.raises(KeyError, match="no codes of 1 pictures"):
         ready.train_codes.of(batch)
 

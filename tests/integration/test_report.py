@@ -26,17 +26,22 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
-from beit3_dist.data.views import views
+from beit3_dist.data.views import Views
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.objectives.masked_data_modeling import STREAMS, MaskedDataModeling
-from beit3_dist.train.inputs import prepare
+from beit3_dist.objectives.masked_data_modeling import NAME
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import PretrainingModule
 from tests.integration.runs import metrics, run_config, write_recipe
 from tools import report
 
 ROOT = Path(__file__).parents[2]
 STEPS = 24
 PICTURES = 4
+
+STREAMS = ("image", "text", "pair_image", "pair_text")
+TITLES = dict(zip(STREAMS, ("images", "texts", "images of pairs", "captions of pairs"), strict=True))
+PICTURES_TOP = report.PANELS_TOP + report.ROW_OF_PANELS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,20 +124,27 @@ def test_losses_and_times_are_those_of_the_metrics(config: RunConfig, content: r
 def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content: report.Record) -> None:
     """The same samples, one target after the other."""
     at_once = report.SAMPLES_AT_ONCE
-    batches = MixedBatches(replace(config, batch=BatchConfig(images=at_once, texts=at_once, pairs=at_once)), 32, 0, 1)
+    batch = BatchConfig(images=at_once, texts=at_once, pairs=at_once)
+    batches = MixedBatches(replace(config, batch=batch), 32, 0, 1, annotators=[*objectives_of(config)])
     tokenizer = load_vqkd(config.image_tokenizer)
     counts: dict[str, Counter[int]] = {name: Counter() for name in STREAMS}
     number = content["sampled"]["images"] // at_once
     assert number * at_once >= 2000
     for request in islice(requests_from((0, 0, 0), batches.config.batch), number):
-        batch = batches[request]
-        codes = tokenizer.encode(views(batch, torch.device("cpu"))[1].float() / 255)
-        for row, (picture, hidden) in enumerate(zip(codes, batch.image_mask, strict=True)):
-            counts["image" if row < at_once else "pair_image"].update(picture[hidden].tolist())
-        for words, hidden in zip(batch.text_targets, batch.text_mask, strict=True):
-            counts["text"].update(words[hidden].tolist())
-        for words, hidden in zip(batch.caption_targets, batch.caption_mask, strict=True):
-            counts["pair_text"].update(words[hidden].tolist())
+        micro_batch = batches[request]
+        seen = Views(micro_batch, torch.device("cpu"))
+        codes = seen.by_stream(tokenizer.encode(seen.tokenizer.float() / 255))
+        for stream, of_images, of_texts in (
+            ("images", "image", ""),
+            ("pairs", "pair_image", "pair_text"),
+            ("texts", "", "text"),
+        ):
+            samples = micro_batch.streams[stream]
+            drawn = samples.annotations[NAME]
+            for picture, hidden in zip(codes.get(stream, []), drawn.get("image_mask", []), strict=True):
+                counts[of_images].update(picture[hidden].tolist())
+            for words, hidden in zip(samples.text if of_texts else [], drawn.get("text_mask", []), strict=True):
+                counts[of_texts].update(words[hidden].tolist())
     for name, count in counts.items():
         total = count.total()
         assert content["targets"][name] == total > 2000
@@ -145,22 +157,23 @@ def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content:
 def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content: report.Record) -> None:
     """Right guesses of the examples, drawn one by one, against the training objective's count over the same samples."""
     run = report.open_run(Path(config.out), "report.py")
-    images, pairs = report.examples(run, torch.device("cpu"), PICTURES)
+    shown = report.examples(run, torch.device("cpu"), PICTURES)
+    images, pairs = shown["image"], shown["pair_image"]
     model = BEiT3(config.model, device="meta")
     checkpoint = find("auto", Path(config.out) / "checkpoints")
     assert checkpoint is not None
     model.load_state_dict(read_weights(checkpoint), assign=True)
-    objective = MaskedDataModeling(model.eval(), config.objective, config.seed).eval()
+    objective = PretrainingModule(model.eval(), run.objectives, config.seed).eval()
     right, hidden = torch.zeros(4), torch.zeros(4)
     lengths = run.shown.lengths()
     for i in range(PICTURES):
         batch = run.shown[Request((i * lengths[0] // PICTURES, 0, i * lengths[2] // PICTURES), 0)]
-        inputs, targets, ids = prepare(
+        inputs = run.objectives.prepare(
             batch, torch.device("cpu"), lambda p: run.image_tokenizer.encode(p.float() / 255)
         )
         with torch.no_grad():
-            right += objective(inputs, targets, ids, torch.ones(4), 0)[1][1]
-        hidden += torch.tensor(targets.counts)
+            right += objective(*inputs, torch.ones(4), 0)[1][1]
+        hidden += torch.tensor(run.objectives.counts(batch))
     image, _, pair_image, pair_text = right.tolist()
 
     def hits(examples: list[report.Example]) -> int:
@@ -177,16 +190,16 @@ def test_the_picture_is_drawn(config: RunConfig) -> None:
     height, width, _ = pixels.shape
     assert width == 1400 and height > 1400
     curves = pixels[report.PANELS_TOP : report.PANELS_TOP + report.PANELS_HEIGHT].reshape(-1, 3)
-    for color in report.COLORS.values():
+    for color in report.COLORS:
         assert (curves == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(1).any(), f"no curve is {color}"
-    first_tile = pixels[report.PICTURES_TOP + report.HEADING :, report.LEFT :][: report.LARGEST_TILE]
+    first_tile = pixels[PICTURES_TOP + report.HEADING :, report.LEFT :][: report.LARGEST_TILE]
     assert len(np.unique(first_tile.reshape(-1, 3), axis=0)) > 100
 
 
 def test_the_summary_says_below_or_above(config: RunConfig, content: report.Record) -> None:
     summary = (Path(config.out).parent / "summary.txt").read_text()
     for name in STREAMS:
-        line = next(line for line in summary.splitlines() if line.startswith(f"{report.TITLES[name]}  "))
+        line = next(line for line in summary.splitlines() if line.startswith(f"{TITLES[name]}  "))
         for key in ("last", "held_out"):
             loss = content["losses"][name][key]
             side = "below" if loss < content["entropies"][name] else "above"

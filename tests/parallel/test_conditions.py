@@ -54,7 +54,7 @@ MISTAKES = {  # what is left out -> (a layout of the table, where to put what in
         "tp2pp2-zero3-sequence-every-second",
         engine,
         "mark_model_parallel",
-        lambda model, rank: None,
+        lambda model, rank, cuts: None,
     ),
     "boundary of each chunk": (
         "dp2tp2pp2-zero1-sequence-interleaved-clip",

@@ -28,9 +28,10 @@ def wait_of_a_step(groups: Groups) -> float:
         return []
 
     # All that is needed where there are no samples.
-    config: Any = SimpleNamespace(batch=SimpleNamespace(accumulation=0), model=None)
+    config: Any = SimpleNamespace(batch=SimpleNamespace(accumulation=0))
+    objectives: Any = SimpleNamespace(losses=[])
     with patch.object(feed, "time", SimpleNamespace(perf_counter=lambda: now[0])):
-        return Feed(config, groups).step(read).data_wait_s
+        return Feed(config, objectives, groups).step(read).data_wait_s
 
 
 @pytest.mark.parametrize(("tensor", "expected"), [(1, [9.0] * 4), (2, [1.5] * 4)])

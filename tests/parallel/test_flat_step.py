@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_dist.config import RunConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel import engine as engine_module
 from beit3_dist.parallel import flat_step
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.train.inputs import host_totals, prepare
 from beit3_dist.train.optimizer import build_optimizer
+from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes
 from tests.parallel import training
 from tests.parallel.training import SMALL_PIECES, build, engine_run, micro_batches, run_config, starting_value
@@ -146,7 +147,7 @@ def operations_of_a_step(groups: Groups, config: RunConfig) -> Counter[str]:
         groups,
         lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: starting_value(name, shape, config),
-        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+        objective=lambda model: PretrainingModule(model, objectives_of(config), config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd=False),
     )
     operations = Operations()
@@ -161,8 +162,11 @@ def operations_of_a_step(groups: Groups, config: RunConfig) -> Counter[str]:
     for step in range(2):
         operations.counts.clear()
         batches = micro_batches(config.model, step, config.batch.accumulation, range(config.batch.accumulation))
-        counts = torch.tensor(host_totals(batches, config.model).counts)
-        prepared = (prepare(batch, groups.mesh.device, precomputed_codes(config.model)) for batch in batches)
+        counts = torch.tensor(host_totals(batches, objectives_of(config)).counts)
+        prepared = (
+            objectives_of(config).prepare(batch, groups.mesh.device, precomputed_codes(config.model))
+            for batch in batches
+        )
         engine.train_step(prepared, counts, step, 1e-3)
     return operations.counts
 

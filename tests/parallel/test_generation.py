@@ -28,6 +28,8 @@ ENDING = {"paper": 3.0, "released": 2.0, "shallow": 0.0}
 class Writer(nn.Module):
     """Stands where a task's objective does."""
 
+    columns = 1
+
     def __init__(self, model: BEiT3) -> None:
         super().__init__()
         self.model = model

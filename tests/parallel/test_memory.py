@@ -15,14 +15,15 @@ from torch import Tensor
 from beit3_dist.config import RunConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.flat_step import FlatBF16
 from beit3_dist.parallel.memory import state_bytes
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.train.inputs import host_totals, prepare
 from beit3_dist.train.optimizer import build_optimizer
+from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes
 from tests.parallel.training import micro_batches, run_config
 from tests.parallel.workers import run_workers
@@ -83,7 +84,7 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
         lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
         plan=plan_stages(config, mesh.data, 0.0),
-        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+        objective=lambda model: PretrainingModule(model, objectives_of(config), config.seed),
         optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
     )
     most: dict[str, int] = {}
@@ -118,9 +119,9 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
     for step in range(2):
         most.clear()
         mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
-        counts = torch.tensor(host_totals(mine, config.model).counts)
+        counts = torch.tensor(host_totals(mine, objectives_of(config)).counts)
         groups.sum_over_data(counts)
-        engine.train_step((prepare(b, mesh.device, tokenize) for b in mine), counts, step, 1e-3)
+        engine.train_step((objectives_of(config).prepare(b, mesh.device, tokenize) for b in mine), counts, step, 1e-3)
     return most
 
 
@@ -161,7 +162,8 @@ def test_arithmetic_is_what_the_tensors_hold(
     world = 2 * tensor * pipeline
     measured = run_workers(world, measure, configs, tensor=tensor, pipeline=pipeline)
     for number, config in enumerate(configs):
-        expected = {(r.pipeline_rank, r.tensor_rank): r for r in state_bytes(config, world)}
+        records = state_bytes(config, world, BEiT3(config.model, device="meta"))
+        expected = {(r.pipeline_rank, r.tensor_rank): r for r in records}
         for rank, of_rank in enumerate(measured):
             real, record = of_rank[number], expected[rank // (2 * tensor), rank % tensor]
             assert ("engine_bucket" in real) == (
@@ -185,10 +187,10 @@ def test_what_moves_to_the_cpu_is_not_guessed() -> None:
         deepspeed_config=str(Path(__file__).parents[2] / "ds_configs" / "zero3_bf16_offload.json"),
     )
     with pytest.raises(ValueError, match="offload_optimizer"):
-        state_bytes(config, 2)
+        state_bytes(config, 2, BEiT3(config.model, device="meta"))
 
 
 def test_layouts_that_do_not_divide_are_refused() -> None:
     config = run_config("paper", zero_stage=3, accumulation=1, data_parallel=2, tensor=2)
     with pytest.raises(ValueError, match="does not divide 3 processes"):
-        state_bytes(config, 3)
+        state_bytes(config, 3, BEiT3(config.model, device="meta"))

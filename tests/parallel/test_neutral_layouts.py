@@ -11,7 +11,8 @@ from beit3_dist.checkpoint.store import Store, TrainState
 from beit3_dist.config import RunConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
@@ -31,7 +32,7 @@ def load_and_save(groups: Groups, config: RunConfig, source: str, folder: str) -
         lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
         plan=plan_stages(config, groups.mesh.data, 0.0),
-        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+        objective=lambda model: PretrainingModule(model, objectives_of(config), config.seed),
         optimizer=lambda model, offload: build(model, offload, config, False),
     )
     load_checkpoint(Path(source), engine, STATE)

@@ -12,12 +12,13 @@ from torch import Tensor
 from beit3_dist.config import RunConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.initialization import initial_value
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.train.inputs import host_totals, prepare
+from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes
 from tests.parallel.training import build, micro_batches, run_config
 from tests.parallel.workers import run_workers
@@ -26,7 +27,7 @@ BAD_STEPS = {2: "loss", 3: "gradient"}
 STEPS = 5
 
 
-class SometimesBad(MaskedDataModeling):
+class SometimesBad(PretrainingModule):
     """In the last replica one micro-batch of a bad step has an infinite loss with a finite gradient, or a finite loss
     with a gradient that is NaN at one element."""
 
@@ -70,7 +71,7 @@ def run(groups: Groups, config: RunConfig, steps: list[int], bad: bool) -> dict[
         lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
         plan=plan_stages(config, mesh.data, 0.0) if mesh.pipeline > 1 else None,
-        objective=lambda model: SometimesBad(model, config.objective, config.seed),
+        objective=lambda model: SometimesBad(model, objectives_of(config), config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd=False),
     )
     module = engine.deepspeed.module
@@ -80,10 +81,10 @@ def run(groups: Groups, config: RunConfig, steps: list[int], bad: bool) -> dict[
     for step in steps:
         before = state_of(engine) if step in BAD_STEPS else {}
         mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
-        counts = torch.tensor(host_totals(mine, config.model).counts)
+        counts = torch.tensor(host_totals(mine, objectives_of(config)).counts)
         groups.sum_over_data(counts)
         objective.step, objective.calls = step, 0
-        prepared = (prepare(b, mesh.device, precomputed_codes(config.model)) for b in mine)
+        prepared = (objectives_of(config).prepare(b, mesh.device, precomputed_codes(config.model)) for b in mine)
         result = engine.train_step(prepared, counts, step, 1e-3)
         assert result.skipped == (step in BAD_STEPS), f"step {step}: gradient norm {result.grad_norm}"
         assert not result.skipped or same(before, state_of(engine)), f"step {step} has changed the state"

@@ -14,7 +14,6 @@ from beit3_dist.config import (
     BatchConfig,
     DataConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     Recompute,
@@ -23,16 +22,19 @@ from beit3_dist.config import (
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.views import Tokenize
 from beit3_dist.model import BEiT3
+from beit3_dist.model.cut import cut_for, cuts_of
 from beit3_dist.model.initialization import generator, initial_value, materialize
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
-from beit3_dist.parallel.sharding import shard, sharded_dimension
-from beit3_dist.train.inputs import host_totals, prepare
+from beit3_dist.train.feed import prepared
 from beit3_dist.train.optimizer import build_optimizer, parameter_groups
 from beit3_dist.train.schedule import learning_rate
+from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
 SMALL = dict(
@@ -94,7 +96,7 @@ def run_config(
         activation_checkpointing=activation_checkpointing,
         activation_checkpointing_every=activation_checkpointing_every,
         deepspeed_config=str(SMALL_PIECES),
-        objective=ObjectiveConfig(pair_image_weight=0.5),
+        objectives={NAME: MaskedDataModelingConfig(pair_image_weight=0.5)},
         batch=BatchConfig(images=SAMPLES, texts=SAMPLES, pairs=SAMPLES, accumulation=accumulation),
         parallel=ParallelConfig(
             zero_stage=zero_stage, tensor=tensor, sequence=sequence, pipeline=pipeline, chunks=chunks
@@ -149,14 +151,14 @@ def engine_run(
     groups: Groups, config: RunConfig, sgd: bool = False, tokenize: Tokenize | None = None
 ) -> dict[str, Any]:
     """One rank of a run by our engine. Returns plain numbers and arrays. `tokenize`: an image tokenizer that runs."""
-    mesh = groups.mesh
+    mesh, objectives = groups.mesh, objectives_of(config)
     engine = Engine(
         config,
         groups,
-        lambda: BEiT3(config.model, device="meta"),
+        objectives.build,
         lambda name, shape: starting_value(name, shape, config),
         plan=plan_stages(config, mesh.data, 0.0),
-        objective=lambda model: MaskedDataModeling(model, config.objective, config.seed),
+        objective=lambda model: PretrainingModule(model, objectives, config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd),
     )
     tokenize, parts = tokenize or precomputed_codes(config.model), mesh.data * config.batch.accumulation
@@ -165,15 +167,15 @@ def engine_run(
     for step in range(config.steps):
         # Micro-batch m of replica r is number m * data + r of the step's global batch.
         mine = micro_batches(config.model, step, parts, range(mesh.data_rank, parts, mesh.data))
-        counts = torch.tensor(host_totals(mine, config.model).counts, device=mesh.device)
+        counts = torch.tensor(host_totals(mine, objectives).counts, device=mesh.device)
         groups.sum_over_data(counts)
         result = engine.train_step(
-            (prepare(b, mesh.device, tokenize) for b in mine),
+            (prepared(objectives, b, mesh, tokenize) for b in mine),
             counts,
             step,
             learning_rate(step, config.steps, config.optim),
         )
-        record["losses"].append([c / n for c, n in zip(result.cross_entropy, counts.tolist(), strict=True)])
+        record["losses"].append([c / n for c, n in zip(result.losses, counts.tolist(), strict=True)])
         record["grad_norms"].append(result.grad_norm)
         if step == 0 and not sgd:
             record["first_moments"] = {
@@ -197,12 +199,13 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
     """The whole run from its ranks' records; all ranks must agree on what is global."""
     for record in records[1:]:
         assert record["losses"] == records[0]["losses"] and record["grad_norms"] == records[0]["grad_norms"]
-    shapes = {n: p.shape for n, p in BEiT3(config.model, device="meta").named_parameters()}
-
+    model = BEiT3(config.model, device="meta")
+    shapes, cuts = {n: p.shape for n, p in model.named_parameters()}, cuts_of(model)
     ranks = 1 + max(record["tensor_rank"] for record in records)
 
     def local(key: str, name: str, shape: torch.Size, tensor_rank: int) -> torch.Tensor:
-        slice_shape = shard(name, torch.empty(shape, device="meta"), ranks, tensor_rank).shape
+        cut = cut_for(cuts, name, tensor_rank, ranks)
+        slice_shape = shape if cut is None else torch.Size(cut.shape(tuple(shape)))
         flat = np.full(slice_shape.numel(), np.nan, dtype=np.float32)
         for record in records:
             if record["tensor_rank"] == tensor_rank and name in record[key]:
@@ -215,10 +218,10 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
         tensors = {}
         for name, shape in shapes.items():
             slices = [local(key, name, shape, rank) for rank in range(ranks)]
-            if sharded_dimension(name) is None:
+            if name not in cuts:
                 for other in slices[1:]:
                     assert torch.equal(slices[0], other), f"the tensor ranks' copies of {name} have drifted apart"
-            tensors[name] = unshard(name, slices, tuple(shape))
+            tensors[name] = unshard(cuts.get(name), slices, tuple(shape))
         return tensors
 
     first_gradients = {}
@@ -237,7 +240,8 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     """The definition: one process, fp32, plain torch, the whole global batch of `parts` micro-batches."""
     model = BEiT3(config.model, device="meta")
     materialize(model, lambda name, shape: starting_value(name, shape, config), "cpu")
-    objective = MaskedDataModeling(model, config.objective, config.seed).train()
+    objectives = objectives_of(config)
+    objective = PretrainingModule(model, objectives, config.seed).train()
     optim = config.optim
     if sgd:
         optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups(model, 0.0), lr=optim.lr)
@@ -249,10 +253,12 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     trace.initial = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(config.steps):
         batches = micro_batches(config.model, step, parts, range(parts))
-        counts = torch.tensor(host_totals(batches, config.model).counts)
+        counts = torch.tensor(host_totals(batches, objectives).counts)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            contribution, statistics = objective(*prepare(batch, torch.device("cpu"), tokenize), counts, step)
+            contribution, statistics = objective(
+                *objectives.prepare(batch, torch.device("cpu"), tokenize), counts, step
+            )
             contribution.backward()
             sums += statistics[0]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
@@ -268,9 +274,8 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     return trace
 
 
-def unshard(name: str, slices: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+def unshard(dimension: int | None, slices: list[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
     """The whole parameter from its ranks' slices, without padding."""
-    dimension = sharded_dimension(name)
     if dimension is None:
         return slices[0]
     return torch.cat(slices, dim=dimension).narrow(dimension, 0, shape[dimension])

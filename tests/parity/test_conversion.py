@@ -134,7 +134,7 @@ def test_timms_classifier_gives_our_logits(config: ModelConfig, tmp_path: Path) 
     ).eval()  # fmt: skip
     theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
     images = pictures(config, 2)
-    only_images = Layout(images=group(2, 1 + config.patches, None, 0, None))
+    only_images = Layout((group(2, 1 + config.patches, None),))
     with torch.no_grad():
         no_words = torch.zeros(0, dtype=torch.int64)
         hidden = model.hidden(MixedInputs(images, no_words, only_images)).view(2, -1, config.width)

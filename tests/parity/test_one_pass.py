@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.objectives.three_passes import three_passes
-from beit3_dist.train.inputs import masked_counts, prepare
+from beit3_dist.objectives.three_passes import prepare_passes, three_passes
+from beit3_dist.objectives.together import PretrainingModule
 from tests.equality import assert_close, assert_tensors_close
-from tests.micro_batches import precomputed_codes, random_micro_batch
+from tests.micro_batches import counts_of, precomputed_codes, prepared, pretraining, random_micro_batch
 
 SMALL = dict(
     layers=4,
@@ -30,29 +29,29 @@ RELEASED = ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl
 
 
 def objective_and_step(config: ModelConfig):
-    objective = MaskedDataModeling(BEiT3(config, seed=3), ObjectiveConfig(pair_text_weight=0.5), seed=5).train()
+    objective = pretraining(BEiT3(config, seed=3), 5, pair_text_weight=0.5).train()
     with torch.no_grad():
         for parameter in objective.parameters():  # zero biases and tiny weights would hide mistakes
             parameter.add_(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.05
             )
     batch = random_micro_batch(config)
-    inputs = prepare(batch, torch.device("cpu"), precomputed_codes(config))
-    return objective, (*inputs, torch.tensor(masked_counts(batch)), 7)
+    return objective, batch, (*prepared(objective, batch), counts_of(objective, batch), 7)
 
 
-def gradients(objective: MaskedDataModeling) -> dict[str, torch.Tensor]:
+def gradients(objective: PretrainingModule) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in objective.named_parameters()}
 
 
 @pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
 def test_one_pass_equals_three(config: ModelConfig) -> None:
-    objective, step = objective_and_step(config)
+    objective, batch, step = objective_and_step(config)
     loss, statistics = objective(*step)
     loss.backward()
     ours = gradients(objective)
     objective.zero_grad()
-    reference, reference_statistics = three_passes(objective, *step)
+    passes = prepare_passes(objective, batch, torch.device("cpu"), precomputed_codes(config))
+    reference, reference_statistics = three_passes(passes, *step[-2:])
     reference.backward()
     assert_close(loss, reference, "loss")
     assert_close(statistics[0], reference_statistics[0], "sums of cross-entropies")
@@ -61,7 +60,7 @@ def test_one_pass_equals_three(config: ModelConfig) -> None:
 
 
 def test_drop_path_is_on_and_depends_on_the_step_and_not_on_the_place_in_the_batch() -> None:
-    objective, step = objective_and_step(PAPER)
+    objective, _, step = objective_and_step(PAPER)
     losses = [objective(*step[:-1], number)[0].item() for number in (7, 7, 8)]
     assert losses[0] == losses[1] != losses[2]
     objective.eval()

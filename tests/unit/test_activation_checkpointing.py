@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from beit3_dist.command_line import parse
-from beit3_dist.config import ModelConfig, ObjectiveConfig, RunConfig
+from beit3_dist.config import ModelConfig, RunConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
-from beit3_dist.train.inputs import masked_counts, prepare
-from tests.micro_batches import precomputed_codes, random_micro_batch
+from beit3_dist.objectives.together import PretrainingModule
+from tests.micro_batches import counts_of, prepared, pretraining, random_micro_batch
 
 ARCHITECTURES = {
     "paper": {"attention": "shared", "sub_layernorm": False},
@@ -57,12 +56,11 @@ def model_config(architecture: str, layers: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def step_of(config: ModelConfig, recompute: str, every: int) -> tuple[MaskedDataModeling, tuple[Any, ...]]:
-    objective = MaskedDataModeling(BEiT3(config, seed=3), ObjectiveConfig(), seed=5).train()
+def step_of(config: ModelConfig, recompute: str, every: int) -> tuple[PretrainingModule, tuple[Any, ...]]:
+    objective = pretraining(BEiT3(config, seed=3), 5).train()
     objective.model.blocks.recompute, objective.model.blocks.recompute_every = recompute, every
     batch = random_micro_batch(config, images=2, pairs=2, texts=2, caption_length=60, text_length=80)
-    inputs = prepare(batch, torch.device("cpu"), precomputed_codes(config))
-    return objective, (*inputs, torch.tensor(masked_counts(batch)), 7)
+    return objective, (*prepared(objective, batch), counts_of(objective, batch), 7)
 
 
 def held_by(architecture: str, layers: int, recompute: str, every: int = 1) -> float:

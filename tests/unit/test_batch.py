@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,16 @@ from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beit3_dist.config import BatchConfig, EvalConfig, ObjectiveConfig, RunConfig
+from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
 from beit3_dist.data import loader as loader_module
-from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, hash_terms, requests_from
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, hash_terms, mapped, requests_from
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, mix, sample_id
 from beit3_dist.hashing import signed
 from beit3_dist.image_tokenizer.config import TokenizerDataConfig
 from beit3_dist.image_tokenizer.images import ImageBatches
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.objectives.registry import objectives_of
 from tests.unit.tar_fixtures import picture, small_run, write_tar
 
 STEPS = 4
@@ -39,6 +41,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     return small_run(tmp_path_factory.mktemp("run"))
 
 
+def opened(run: RunConfig, view: int = 32, rank: int = 0, world: int = 1) -> MixedBatches:
+    """The batches of a run, masked as its objective wants it."""
+    return MixedBatches(run, view, rank, world, annotators=[*objectives_of(run)])
+
+
 def read_steps(
     run: RunConfig, world: int, accumulation: int, workers: int = 0, first: int = 0
 ) -> list[list[MicroBatch]]:
@@ -46,7 +53,7 @@ def read_steps(
     run = replace(run, batch=replace(run.batch, accumulation=accumulation))
     steps: list[list[MicroBatch]] = [[] for _ in range(STEPS - first)]
     for rank in range(world):
-        dataset = MixedBatches(run, 48, rank, world)
+        dataset = opened(run, 48, rank, world)
         consumed = (first * SAMPLES,) * 3
         requests = itertools.islice(requests_from(consumed, run.batch), (STEPS - first) * accumulation)
         for number, batch in enumerate(loader(dataset, requests, workers, 2, pin=False)):
@@ -54,24 +61,21 @@ def read_steps(
     return steps
 
 
-def samples_of(batches: Iterable[MicroBatch]) -> dict[tuple[int, int], tuple]:
+def samples_of(batches: Iterable[MicroBatch]) -> dict[tuple[str, int], tuple]:
     """(stream, place in the step) -> everything that is known of the sample, without padding."""
     found = {}
     for batch in batches:
-        split = batch.num_images + batch.num_pairs
-        for row, (stream, place) in enumerate(zip(batch.streams.tolist(), batch.positions.tolist(), strict=True)):
-            parts = [batch.sample_ids[row]]
-            if row < split:
-                parts += [batch.images[row], batch.tokenizer_images[row], batch.image_mask[row]]
-            if stream == Stream.PAIRS:
-                number = row - batch.num_images
-                cut = slice(0, int(batch.caption_lengths[number]))
-                parts += [part[number, cut] for part in (batch.captions, batch.caption_targets, batch.caption_mask)]
-            if stream == Stream.TEXTS:
-                cut = slice(0, int(batch.text_lengths[row - split]))
-                parts += [part[row - split, cut] for part in (batch.texts, batch.text_targets, batch.text_mask)]
-            assert (stream, place) not in found
-            found[stream, place] = tuple(part.numpy().tobytes() for part in parts)
+        for name, samples in batch.streams.items():
+            drawn = samples.annotations[NAME]
+            for row, place in enumerate(samples.positions.tolist()):
+                parts = [samples.ids[row]]
+                if samples.images is not None:
+                    parts += [samples.images[row], samples.tokenizer_images[row], drawn["image_mask"][row]]
+                if samples.text is not None:
+                    cut = slice(0, int(samples.lengths[row]))
+                    parts += [part[row, cut] for part in (samples.text, drawn["text"], drawn["text_mask"])]
+                assert (name, place) not in found
+                found[name, place] = tuple(part.numpy().tobytes() for part in parts)
     return found
 
 
@@ -162,7 +166,7 @@ def test_each_epoch_delivers_each_sample_once(run: RunConfig) -> None:
     assert dataset.lengths()[0] == 11 and dataset.lengths()[2] == 13
     batches = list(loader(dataset, itertools.islice(requests_from((0, 0, 0), run.batch), 11), 0, 1, False))
     for stream, length in zip(Stream, dataset.lengths(), strict=True):
-        ids = [int(number) for batch in batches for number in batch.sample_ids[batch.streams == stream]]
+        ids = [int(number) for batch in batches for number in batch.streams[stream.field].ids]
         epochs = len(ids) // length
         expected = {sample_id(stream, epoch, index) for epoch in range(epochs) for index in range(length)}
         assert set(ids[: epochs * length]) == expected and epochs >= 1
@@ -170,16 +174,18 @@ def test_each_epoch_delivers_each_sample_once(run: RunConfig) -> None:
 
 def test_shapes_types_and_contents(run: RunConfig, reference: list[list[MicroBatch]]) -> None:
     [batch] = reference[0]
-    assert (batch.num_images, batch.num_pairs, batch.num_texts) == (8, 8, 8)
-    assert batch.images.shape == (16, 3, 32, 32) and batch.images.dtype == torch.uint8
-    assert batch.tokenizer_images.shape == (16, 3, 48, 48)
-    assert batch.image_mask.shape == (16, 16) and (batch.image_mask.sum(1) == round(0.4 * 16)).all()
-    assert batch.streams.tolist() == [0] * 8 + [2] * 8 + [1] * 8
-    assert batch.positions.tolist() == [*range(8)] * 3
-    for inputs, targets, mask, lengths, ratio in (
-        (batch.captions, batch.caption_targets, batch.caption_mask, batch.caption_lengths, 0.5),
-        (batch.texts, batch.text_targets, batch.text_mask, batch.text_lengths, 0.15),
-    ):
+    assert [*batch.streams] == ["images", "pairs", "texts"]
+    for samples in batch.streams.values():
+        assert samples.positions.tolist() == [*range(8)] and len(samples) == 8
+    for samples in batch.with_images:
+        mask = samples.annotations[NAME]["image_mask"]
+        assert samples.images.shape == (8, 3, 32, 32) and samples.images.dtype == torch.uint8
+        assert samples.tokenizer_images.shape == (8, 3, 48, 48)
+        assert mask.shape == (8, 16) and (mask.sum(1) == round(0.4 * 16)).all()
+    for name, ratio in (("pairs", 0.5), ("texts", 0.15)):
+        samples = batch.streams[name]
+        drawn = samples.annotations[NAME]
+        inputs, targets, mask, lengths = drawn["text"], samples.text, drawn["text_mask"], samples.lengths
         assert inputs.shape == targets.shape == mask.shape == (8, int(lengths.max()))
         assert inputs.dtype == targets.dtype == lengths.dtype == torch.int64 and mask.dtype == torch.bool
         padding = torch.arange(inputs.shape[1]) >= lengths[:, None]
@@ -191,27 +197,37 @@ def test_shapes_types_and_contents(run: RunConfig, reference: list[list[MicroBat
         words = (~special).sum(1)
         assert mask.sum(1).tolist() == [max(1, round(ratio * int(count))) for count in words]
     assert batch.faults == []
-    assert MixedBatches(run, 32, 0, 1)[Request((0, 0, 0), 0)].tokenizer_images is None
+    same_view = opened(run)[Request((0, 0, 0), 0)].streams["images"]
+    assert same_view.tokenizer_images is None
 
 
 def test_hash_is_the_sum_of_the_plain_hash(reference: list[list[MicroBatch]]) -> None:
     for [batch] in reference:
-        rows = zip(batch.streams.tolist(), batch.positions.tolist(), batch.sample_ids.tolist(), strict=True)
+        rows = [
+            (Stream[name.upper()], *row)
+            for name, samples in batch.streams.items()
+            for row in zip(samples.positions.tolist(), samples.ids.tolist(), strict=True)
+        ]
         assert hash_terms(batch) == signed(sum(mix(*row) for row in rows) & ((1 << 64) - 1))
 
 
 def test_one_side_of_a_pair(run: RunConfig, reference: list[list[MicroBatch]]) -> None:
-    run = replace(run, objective=ObjectiveConfig(mask_pairs="one"))
+    run = replace(run, objectives={NAME: MaskedDataModelingConfig(mask_pairs="one")})
     sides = []
     for step, [both] in enumerate(reference):
-        batch = MixedBatches(run, 48, 0, 1)[Request((step * SAMPLES,) * 3, 0)]
-        picture_masked, caption_masked = batch.image_mask[8:].any(1), batch.caption_mask.any(1)
-        assert (picture_masked ^ caption_masked).all()
-        assert torch.equal(batch.image_mask[:8], both.image_mask[:8]) and torch.equal(batch.text_mask, both.text_mask)
-        assert torch.equal(batch.image_mask[8:][picture_masked], both.image_mask[8:][picture_masked])
-        assert torch.equal(batch.captions[caption_masked], both.captions[caption_masked])
-        assert torch.equal(batch.captions[~caption_masked], both.caption_targets[~caption_masked])
-        sides += picture_masked.tolist()
+        batch = opened(run, 48)[Request((step * SAMPLES,) * 3, 0)]
+        (ours, theirs), (images, texts) = (
+            [one.streams["pairs"].annotations[NAME] for one in (batch, both)],
+            [[one.streams[name].annotations[NAME] for one in (batch, both)] for name in ("images", "texts")],
+        )
+        image_masked, caption_masked = ours["image_mask"].any(1), ours["text_mask"].any(1)
+        assert (image_masked ^ caption_masked).all()
+        assert torch.equal(*(drawn["image_mask"] for drawn in images))
+        assert torch.equal(*(drawn["text_mask"] for drawn in texts))
+        assert torch.equal(ours["image_mask"][image_masked], theirs["image_mask"][image_masked])
+        assert torch.equal(ours["text"][caption_masked], theirs["text"][caption_masked])
+        assert torch.equal(ours["text"][~caption_masked], both.streams["pairs"].text[~caption_masked])
+        sides += image_masked.tolist()
     assert 5 < sum(sides) < 27  # A fair coin thrown 32 times; outside once in 10,000 seeds.
 
 
@@ -238,18 +254,17 @@ def test_bad_samples_are_replaced_alike_in_every_layout(tmp_path: Path) -> None:
 def test_held_out_batches_never_change(run: RunConfig, tmp_path: Path) -> None:
     data = run.data
     held = replace(run, eval=EvalConfig(every=1, images=data.images, texts=data.texts, pairs=data.pairs))
-    dataset = MixedBatches(held, 32, 0, 1, held_out=True)
+    dataset = MixedBatches(held, 32, 0, 1, held_out=True, annotators=[*objectives_of(held)])
     first = dataset[Request((0, 0, 0), 0)]
-    ids = [sample_id(stream, 0, index) for stream in (Stream.IMAGES, Stream.PAIRS) for index in range(8)]
-    assert first.sample_ids[:16].tolist() == ids
+    for stream in (Stream.IMAGES, Stream.PAIRS):
+        assert first.streams[stream.field].ids.tolist() == [sample_id(stream, 0, index) for index in range(8)]
     around = dataset[Request((11, dataset.lengths()[1], 13), 0)]  # One whole round later: the same pictures and masks.
-    for field in fields(MicroBatch):
-        ours, theirs = getattr(first, field.name), getattr(around, field.name)
-        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert len(tensors_of(first)) == 21 and all(map(torch.equal, tensors_of(first), tensors_of(around)))
     listed = replace(
         run, eval=replace(held.eval, images=list(braceexpand(data.images)), texts=[data.texts], pairs=[data.pairs])
     )
-    assert torch.equal(MixedBatches(listed, 32, 0, 1, held_out=True)[Request((0, 0, 0), 0)].images, first.images)
+    again = MixedBatches(listed, 32, 0, 1, held_out=True)[Request((0, 0, 0), 0)]
+    assert torch.equal(again.streams["images"].images, first.streams["images"].images)
     with pytest.raises(ValueError, match="eval.images: no pattern"):
         MixedBatches(run, 32, 0, 1, held_out=True)
     with pytest.raises(ValueError, match="eval.texts: the list of sources is empty"):
@@ -279,10 +294,16 @@ def test_requests() -> None:
 def test_batches_move_as_a_whole(reference: list[list[MicroBatch]]) -> None:
     [batch] = reference[0]
     moved = batch.to("meta")
-    tensors = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), torch.Tensor)]
-    assert len(tensors) == 16 and all(getattr(moved, name).is_meta for name in tensors)
+    assert len(tensors_of(batch)) == 23 and all(tensor.is_meta for tensor in tensors_of(moved))
     assert moved.faults == batch.faults
-    assert replace(batch, tokenizer_images=None).to("cpu").tokenizer_images is None
+    samples = replace(batch.streams["images"], tokenizer_images=None).to("cpu")
+    assert samples.tokenizer_images is None
+
+
+def tensors_of(batch: MicroBatch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    mapped(batch, torch.Tensor, found.append)
+    return found
 
 
 def test_the_global_generators_are_left_alone(run: RunConfig) -> None:
@@ -325,7 +346,7 @@ class Announced(torch.utils.data.Dataset):
         self.batches = MixedBatches(run, 32, rank, 2)
 
     def __getitem__(self, request: Request) -> list[int]:
-        return list(itertools.islice(self.batches._upcoming(self.batches.images, request), 6))
+        return list(itertools.islice(self.batches._upcoming(self.batches.streams[Stream.IMAGES], request), 6))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

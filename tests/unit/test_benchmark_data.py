@@ -13,6 +13,8 @@ from PIL import Image
 
 from beit3_dist.data import transforms
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
+from beit3_dist.objectives.masked_data_modeling import NAME
+from beit3_dist.objectives.registry import objectives_of
 from tools import benchmark
 from tools.benchmarks import data
 
@@ -34,12 +36,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_contenders_make_equal_batches(folder: Path) -> None:
     """webdataset's samples come in another order, but a batch has the same tensors, and no picture is left over."""
     config = data.run_config(folder, 3)
-    ours = MixedBatches(config, 224, 0, 1)[Request((0, 0, 0), 0)]
-    theirs = data.ByWebdataset(config, 224, 0, 1)[Request((0, 0, 0), 0)]
-    assert ours.images.shape == theirs.images.shape == (6, 3, 224, 224)
-    assert ours.image_mask.sum() == theirs.image_mask.sum() and ours.num_texts == theirs.num_texts == 3
-    assert (theirs.caption_lengths > 4).all() and theirs.text_mask.any(1).all()
-    assert not torch.equal(theirs.images[0], theirs.images[1]) and theirs.faults == []
+    ours, theirs = (
+        batches(config, 224, 0, 1, annotators=[*objectives_of(config)])[Request((0, 0, 0), 0)]
+        for batches in (MixedBatches, data.ByWebdataset)
+    )
+    for name, samples in theirs.streams.items():
+        assert len(samples) == len(ours.streams[name]) == 3
+        for field, drawn in samples.annotations[NAME].items():
+            assert drawn.dtype == ours.streams[name].annotations[NAME][field].dtype
+    images, pairs, texts = (theirs.streams[name] for name in ("images", "pairs", "texts"))
+    assert images.images.shape == ours.streams["images"].images.shape == (3, 3, 224, 224)
+    assert images.annotations[NAME]["image_mask"].sum() == ours.streams["images"].annotations[NAME]["image_mask"].sum()
+    assert (pairs.lengths > 4).all() and texts.annotations[NAME]["text_mask"].any(1).all()
+    assert not torch.equal(images.images[0], images.images[1]) and theirs.faults == []
 
 
 def test_the_limit_crops_our_pictures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

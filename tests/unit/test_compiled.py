@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.kernels import check_kernels, use_kernels
-from beit3_dist.train.inputs import masked_counts, prepare
 from tests.equality import assert_close, assert_tensors_close
-from tests.micro_batches import precomputed_codes, random_micro_batch
+from tests.micro_batches import counts_of, prepared, pretraining, random_micro_batch
 from tests.unit.tar_fixtures import small_run
 from tools import benchmark
 
@@ -37,17 +36,16 @@ def one_thread() -> Any:
     torch.set_num_threads(usual)
 
 
-def objective(kernels: str) -> MaskedDataModeling:
+def objective(kernels: str) -> PretrainingModule:
     model = BEiT3(CONFIG, seed=3)
     use_kernels(model, kernels)
-    return MaskedDataModeling(model, ObjectiveConfig(), seed=5)
+    return pretraining(model, 5)
 
 
-def step(module: MaskedDataModeling, batch: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
+def step(module: PretrainingModule, batch: dict[str, int]) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses [4] of a micro-batch, and its gradients in training."""
     micro_batch = random_micro_batch(CONFIG, **batch)
-    inputs = prepare(micro_batch, torch.device("cpu"), precomputed_codes(CONFIG))
-    loss, statistics = module(*inputs, torch.tensor(masked_counts(micro_batch)), 7)
+    loss, statistics = module(*prepared(module, micro_batch), counts_of(module, micro_batch), 7)
     if module.training:
         loss.backward()
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()}

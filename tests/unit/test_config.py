@@ -13,16 +13,19 @@ from beit3_dist.config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
     Source,
 )
 from beit3_dist.image_tokenizer.config import TeacherConfig, TokenizerConfig, TokenizerDataConfig
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.tasks.config import TaskDataConfig
 
 STREAMS = {"images": "i.tar", "texts": "t.tar", "pairs": "p.tar"}
+
+MASKED = f"objectives.{NAME}"
 
 
 def run_config(**changes: Any) -> RunConfig:
@@ -33,7 +36,7 @@ def run_config(**changes: Any) -> RunConfig:
 
 SECTIONS = {
     "model": ModelConfig,
-    "objective": ObjectiveConfig,
+    MASKED: MaskedDataModelingConfig,
     "batch": BatchConfig,
     "parallel": ParallelConfig,
     "optim": OptimConfig,
@@ -55,11 +58,6 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("model", {"drop_path": 1.0}, "model.drop_path=1.0 is not in [0, 1)"),
     ("model", {"max_text_length": 2}, "model.max_text_length=2"),
     ("model", {"vocab_size": 10}, "model.vocab_size=10 leaves no room"),
-    (
-        "objective",
-        dict.fromkeys(("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"), 0.0),
-        "all four weights are 0",
-    ),
     ("data", {"text_length": 2}, "data.text_length=2"),
     ("data", {"caption_length": 0}, "data.caption_length=0"),
     ("data", {"horizontal_flip": 1.1}, "data.horizontal_flip=1.1 is not in [0, 1]"),
@@ -68,13 +66,34 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("data", {"min_crop_scale": 0}, "data.min_crop_scale=0 is not in (0, 1]"),
     ("data", {"workers": -1}, "data.workers=-1 is negative"),
     ("data", {"prefetch": 0}, "data.prefetch=0 must be at least 1"),
-    ("objective", {"image_mask_ratio": 1.0}, "objective.image_mask_ratio=1.0 is not in (0, 1)"),
-    ("objective", {"text_mask_ratio": 0}, "objective.text_mask_ratio=0"),
-    ("objective", {"caption_mask_ratio": -1}, "objective.caption_mask_ratio=-1"),
-    ("objective", {"mask_token_share": 0.95}, "objective.mask_token_share + objective.random_token_share"),
-    ("objective", {"random_token_share": -0.1}, "objective.mask_token_share + objective.random_token_share"),
-    ("objective", {"pair_text_weight": -1}, "objective.pair_text_weight=-1 is negative"),
-    ("batch", {"texts": 0}, "batch.texts must be positive"),
+    (
+        MASKED,
+        {"image_mask_ratio": 1.0},
+        f"{MASKED}.image_mask_ratio=1.0 is not in (0, 1)",
+    ),
+    (MASKED, {"text_mask_ratio": 0}, f"{MASKED}.text_mask_ratio=0"),
+    (
+        MASKED,
+        {"caption_mask_ratio": -1},
+        f"{MASKED}.caption_mask_ratio=-1",
+    ),
+    (
+        MASKED,
+        {"mask_token_share": 0.95},
+        f"{MASKED}.mask_token_share + {MASKED}.random_token_share",
+    ),
+    (
+        MASKED,
+        {"random_token_share": -0.1},
+        f"{MASKED}.mask_token_share + {MASKED}.random_token_share",
+    ),
+    (
+        MASKED,
+        {"pair_text_weight": -1},
+        f"{MASKED}.pair_text_weight=-1 is negative",
+    ),
+    ("batch", {"texts": -1}, "batch.texts=-1 is negative"),
+    ("batch", {"images": 0, "texts": 0, "pairs": 0}, "batch: images, texts and pairs are all 0"),
     ("batch", {"accumulation": 0}, "batch.accumulation must be positive, not 0"),
     ("parallel", {"tensor": 0}, "parallel.tensor must be positive, not 0"),
     ("parallel", {"chunks": 2}, "parallel.chunks=2 interleaves the stages of a pipeline"),
@@ -91,7 +110,6 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("checkpoint", {"every": 4, "keep_every": 6}, "checkpoint.keep_every=6 is not divisible by checkpoint.every=4"),
     ("eval", {"every": -1}, "eval.every=-1 is negative"),
     ("eval", {"batches": 0}, "eval.batches must be positive, not 0"),
-    ("eval", {"every": 5, "images": "i", "pairs": "p"}, "eval.texts is empty but eval.every=5"),
 ]
 
 
@@ -113,6 +131,8 @@ def test_refusals_of_a_section(section: str, change: dict[str, Any], words: str)
             ["data.text_length=2000", "model.max_text_length=1022"],
         ),
         ({"model": ModelConfig(max_text_length=60)}, ["model.max_text_length=60"]),
+        ({"eval": EvalConfig(every=5, images="i", pairs="p")}, ["eval.texts is empty but eval.every=5"]),
+        ({"data": DataConfig(images="i", pairs="p")}, ["data.texts is not given", "batch.texts=2048", "batch.texts=0"]),
         (
             {"parallel": ParallelConfig(zero_stage=0)},
             ["parallel.zero_stage=0", "parallel.zero_stage=1", "precision=fp32"],
@@ -157,7 +177,7 @@ def test_lists_that_are_no_source(stream: str, given: list, reason: str) -> None
 
 def test_the_defaults_are_the_papers_giant() -> None:
     config = run_config()
-    model, optim, batch, objective = config.model, config.optim, config.batch, config.objective
+    model, optim, batch, objective = config.model, config.optim, config.batch, MaskedDataModelingConfig()
     assert (model.layers, model.width, model.ffn_width, model.heads, model.patch_size) == (40, 1408, 6144, 16, 14)
     assert (model.attention, model.sub_layernorm, model.vl_expert_layers, model.drop_path) == ("shared", False, 3, 0.1)
     assert (config.steps, optim.warmup_steps, optim.lr, optim.weight_decay) == (1_000_000, 10_000, 1e-3, 0.05)
@@ -165,6 +185,12 @@ def test_the_defaults_are_the_papers_giant() -> None:
     assert (batch.images, batch.texts, batch.pairs) == (2048, 2048, 2048)
     assert (objective.image_mask_ratio, objective.text_mask_ratio, objective.caption_mask_ratio) == (0.4, 0.15, 0.5)
     assert model.patches == 256
+
+
+def test_something_has_to_be_learnt() -> None:
+    none = dict.fromkeys(("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"), 0.0)
+    with pytest.raises(ValueError, match="objectives: all weights are 0, so that nothing would be learnt"):
+        objectives_of(run_config(objectives={NAME: MaskedDataModelingConfig(**none)}))
 
 
 def test_borders_are_allowed() -> None:

@@ -15,6 +15,7 @@ import torch
 from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request
 from beit3_dist.data.faults import Fault
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.train import validation as evaluation
 from beit3_dist.train.feed import StepBatch
 from beit3_dist.train.totals import Totals
@@ -41,19 +42,20 @@ class Watching:
         return StepBatch(self.steps[-1], Totals([1] * 4, 1, 1, 1, 1).pack(), torch.zeros(()))
 
     def evaluate(self, micro_batches: Iterable[Any]) -> SimpleNamespace:
-        return SimpleNamespace(cross_entropy=[float(len(list(micro_batches)))] * 4, correct=[0.0] * 4)
+        return SimpleNamespace(losses=[float(len(list(micro_batches)))] * 4, correct=[0.0] * 4)
 
 
 def validated(config: RunConfig, watching: Watching) -> list[list[MicroBatch]]:
-    held_out = Signed(config, 32, 0, 1, held_out=True)
+    objectives = objectives_of(config)
+    held_out = Signed(config, 32, 0, 1, held_out=True, annotators=[*objectives])
     engine: Any = watching
-    scores = evaluation.evaluate(config, engine, engine, held_out, None, None)
+    scores = evaluation.evaluate(config, objectives, engine, engine, held_out, None, None)
     assert scores["loss_text"] == sum(map(len, watching.steps)) / config.eval.batches
     return watching.steps
 
 
 def test_loader_processes_read_what_the_trainer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "prepare", lambda batch, *_: batch)
+    monkeypatch.setattr(evaluation, "prepared", lambda _, batch, *more: batch)
     run = small_run(tmp_path, batch=BatchConfig(images=4, texts=4, pairs=4, accumulation=2))
     shards = {name: getattr(run.data, name) for name in ("images", "texts", "pairs")}
     run = replace(run, eval=EvalConfig(every=1, batches=3, **shards))
@@ -63,8 +65,10 @@ def test_loader_processes_read_what_the_trainer_would(tmp_path: Path, monkeypatc
     for alone, loaded in zip(*steps.values(), strict=True):
         assert len(alone) == len(loaded) == 2
         for ours, theirs in zip(alone, loaded, strict=True):
-            assert torch.equal(ours.images, theirs.images) and torch.equal(ours.texts, theirs.texts)
-            assert torch.equal(ours.sample_ids, theirs.sample_ids)
+            for name, samples in ours.streams.items():
+                assert torch.equal(samples.ids, theirs.streams[name].ids)
+            assert torch.equal(ours.streams["images"].images, theirs.streams["images"].images)
+            assert torch.equal(ours.streams["texts"].text, theirs.streams["texts"].text)
     readers = {workers: {b.faults[0].key for step in found for b in step} for workers, found in steps.items()}
     assert readers[0] == {str(os.getpid())} and len(readers[2]) == 2 and not readers[2] & readers[0]
     assert validated(run, Watching(reads=False)) == [[]] * 3

@@ -7,13 +7,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.train import flops
-from beit3_dist.train.flops import peak_flops, training_flops
-from beit3_dist.train.inputs import host_totals, masked_counts, prepare
-from tests.micro_batches import precomputed_codes, random_micro_batch
+from beit3_dist.train.flops import encoder_flops, peak_flops
+from beit3_dist.train.totals import host_totals
+from tests.micro_batches import counts_of, prepared, pretraining, random_micro_batch
+from tools.benchmarks.step import objectives_for
 
 SIZE = {
     "layers": 3,
@@ -34,9 +34,9 @@ CONFIGS = {
 
 
 def counted_by_torch(config: ModelConfig, batch, recompute: str = "none") -> int:
-    objective = MaskedDataModeling(BEiT3(config), ObjectiveConfig(), seed=0).train()
+    objective = pretraining(BEiT3(config)).train()
     objective.model.blocks.recompute = recompute
-    step = (*prepare(batch, torch.device("cpu"), precomputed_codes(config)), torch.tensor(masked_counts(batch)), 0)
+    step = (*prepared(objective, batch), counts_of(objective, batch), 0)
     # The plain attention is a few matrix products; a fused one on the CPU is an operation that torch does not count.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(*step)[0].backward()
@@ -45,16 +45,16 @@ def counted_by_torch(config: ModelConfig, batch, recompute: str = "none") -> int
 
 def patch_embedding(config: ModelConfig, batch) -> int:
     """FLOPs of one product of all pixels and the projection."""
-    patches = (batch.num_images + batch.num_pairs) * config.patches
+    patches = sum(map(len, batch.with_images)) * config.patches
     return 2 * patches * 3 * config.patch_size**2 * config.width
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_equals_torchs_counter(config: ModelConfig) -> None:
     batch = random_micro_batch(config)
-    batch.text_lengths[:] = batch.texts.shape[1]  # no padding, which torch would count inside attention
-    batch.caption_lengths[:] = batch.captions.shape[1]
-    ours = host_totals([batch], config).flops
+    for name in ("pairs", "texts"):  # no padding, which torch would count inside attention
+        batch.streams[name].lengths[:] = batch.streams[name].text.shape[1]
+    ours = host_totals([batch], objectives_for(config)).flops
     theirs = counted_by_torch(config, batch)
     assert theirs == pytest.approx(ours, rel=0.01)
     # What differs is known: pixels need no gradient, so the patch embedding's backward pass costs once, not twice.
@@ -65,8 +65,9 @@ def test_padding_and_recomputation_do_not_count() -> None:
     """They cost time, so torch counts more; the model's FLOPs, and with them the MFU, must not grow by them."""
     config = CONFIGS["paper"]
     batch = random_micro_batch(config)
-    assert batch.text_lengths.min() < batch.texts.shape[1]
-    ours = host_totals([batch], config).flops - patch_embedding(config, batch)
+    texts = batch.streams["texts"]
+    assert texts.lengths.min() < texts.text.shape[1]
+    ours = host_totals([batch], objectives_for(config)).flops - patch_embedding(config, batch)
     plain = counted_by_torch(config, batch)
     assert ours < plain < 1.05 * ours  # padding exists inside attention only
     # All blocks run forward once more: a third of what they cost, and they cost most.
@@ -90,13 +91,15 @@ def test_by_hand() -> None:
     projections, experts = 3 * 2 * 3 * 4 * 4 + 2 * 2 * 4 * 4, 2 * 2 * 2 * 4 * 8
     attention = 2 * 2 * 3 * 3 * 4  # scores, then the mixture
     none = torch.zeros(0, dtype=torch.int64)
-    text = training_flops(config, 0, none, torch.tensor([3]), 0, 2)
-    assert text == 3 * (projections + experts + attention + 2 * 2 * 4 * 20)
+    text = encoder_flops(config, 0, none, torch.tensor([3]), 2)
+    assert text == 3 * (projections + experts + attention)
     # One picture: CLS and one patch of 12 pixel values, masked, 5 codes.
-    picture = training_flops(config, 1, none, none, 1, 0)
-    assert picture == 3 * (3 * 2 * 2 * 16 + 2 * 16 + 2 * 2 * 32 + 2 * 2 * 2 * 2 * 4 + 2 * 12 * 4 + 2 * 4 * 5)
+    picture = encoder_flops(config, 1, none, none, 1)
+    assert picture == 3 * (3 * 2 * 2 * 16 + 2 * 16 + 2 * 2 * 32 + 2 * 2 * 2 * 2 * 4 + 2 * 12 * 4)
+    heads = objectives_for(config).head_flops([1, 2, 0, 0])  # an image's patch of 5 codes, two words of 20
+    assert heads == 2 * 4 * 5 + 2 * 2 * 4 * 20
     # A pair attends jointly: 2 + 3 tokens.
-    pair = training_flops(config, 0, torch.tensor([3]), none, 1, 2)
+    pair = encoder_flops(config, 0, torch.tensor([3]), none, 1 + 2)
     assert pair - text - picture == 3 * 2 * 2 * 4 * (5 * 5 - 3 * 3 - 2 * 2)
 
 
@@ -107,8 +110,8 @@ def test_fine_tuning_reads_all_of_the_last_block() -> None:
     none, lengths = torch.zeros(0, dtype=torch.int64), torch.tensor([5, 5])
     images, words = torch.randn(2, 3, 16, 16), torch.full((2, 5), 7)
     cases = [
-        (training_flops(config, 2, none, none, 0, 0, whole_last_block=True), None, images),
-        (training_flops(config, 0, lengths, none, 0, 0, whole_last_block=True), words, images),
+        (encoder_flops(config, 2, none, none), None, images),
+        (encoder_flops(config, 0, lengths, none), words, images),
     ]
     for ours, text, pictures in cases:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -162,7 +162,7 @@ def layout() -> Layout:
     """Two images, three pairs and two texts; captions and texts of different lengths."""
     captions = torch.arange(5) >= torch.tensor([[5], [1], [3]])
     texts = torch.arange(6) >= torch.tensor([[2], [6]])
-    return Layout(group(2, 4, None), group(3, 4, captions, 5), group(2, 0, texts, 6)).to(torch.device(DEVICE))
+    return Layout((group(2, 4, None), group(3, 4, captions, 5), group(2, 0, texts, 6))).to(torch.device(DEVICE))
 
 
 def test_packing_is_sample_by_sample() -> None:
@@ -177,7 +177,7 @@ def test_packing_is_sample_by_sample() -> None:
 
 def test_a_mask_beyond_padding_has_no_packing() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
-    assert Layout(texts=group(2, 0, None, 4, mask)).packing(torch.device("cpu")) is None
+    assert Layout((group(2, 0, None, 4, mask),)).packing(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("core", [None, plain_varlen_attention], ids=["padded", "varlen"])

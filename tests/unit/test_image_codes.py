@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import EvalConfig
-from beit3_dist.data.batch import MixedBatches
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Samples
 from beit3_dist.image_tokenizer.codes import FILES, CodesWriter, PrecomputedCodes, made_from
 from tests.unit.tar_fixtures import small_run
 
@@ -41,9 +40,10 @@ def codes_of(ids: Tensor) -> Tensor:
     return torch.stack([ids % 65_521, ids % 7, ids % 65_536], dim=1).abs()
 
 
-def batch_of(ids: Tensor) -> SimpleNamespace:
-    """Pictures, and a text behind them."""
-    return SimpleNamespace(images=ids, sample_ids=torch.cat([ids, torch.tensor([5])]))
+def batch_of(ids: Tensor) -> MicroBatch:
+    """Images, and a text."""
+    text = torch.tensor([5])
+    return MicroBatch({"images": Samples(ids, ids, images=ids), "texts": Samples(text, text)})
 
 
 def test_codes_of_any_number_of_pictures_are_found_with_few_open_files(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_codes_of_any_number_of_pictures_are_found_with_few_open_files(tmp_path:
     before = len(os.listdir("/proc/self/fd"))
     codes = PrecomputedCodes(tmp_path / "codes", "image_codes", 1 << 16)
     for some in ids[torch.from_numpy(draw.permutation(3_000))].split(64):
-        assert torch.equal(codes.of(batch_of(some)), codes_of(some))  # type: ignore[arg-type]
+        assert torch.equal(codes.of(batch_of(some)), codes_of(some))
     assert len(os.listdir("/proc/self/fd")) - before <= 3
     with pytest.raises(KeyError, match="no codes of 2 pictures"):
         codes.of(batch_of(torch.tensor([1, ids[0], 2])))  # type: ignore[arg-type]

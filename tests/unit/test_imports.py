@@ -24,7 +24,6 @@ GROUND = -1
 EXCEPTIONS = {
     ("beit3_dist.model.vqkd", "beit3_dist.image_tokenizer.network"),  # an alias: the image tokenizer's public name
     ("beit3_dist.model.vqkd", "beit3_dist.image_tokenizer.files"),
-    ("beit3_dist.data.batch", "beit3_dist.objectives.masking"),
 }
 
 Graph = dict[str, set[str]]

@@ -17,18 +17,14 @@ def padding(lengths: list[int], longest: int) -> torch.Tensor:
 
 
 CAPTIONS, TEXTS = [2, 4], [3, 1, 5]
-MIXED = Layout(
-    images=group(3, 5, None),
-    pairs=group(2, 5, padding(CAPTIONS, 4), 4),
-    texts=group(3, 0, padding(TEXTS, 6), 6),
-)
-FULL = Layout(images=group(1, 3, None), pairs=group(2, 3, None, 4), texts=group(2, 0, padding([2, 2], 2), 2))
+MIXED = Layout((group(3, 5, None), group(2, 5, padding(CAPTIONS, 4), 4), group(3, 0, padding(TEXTS, 6), 6)))
+FULL = Layout((group(1, 3, None), group(2, 3, None, 4), group(2, 0, padding([2, 2], 2), 2)))
 
 
 def test_segments_by_hand() -> None:
     assert MIXED.segments == (15, 10, 6, 9)
     assert FULL.segments == (3, 6, 8, 4)
-    assert Layout(texts=FULL.texts).segments == (0, 0, 0, 4)
+    assert Layout(FULL.groups[2:]).segments == (0, 0, 0, 4)
 
 
 def test_slices_of_the_experts_by_hand() -> None:
@@ -41,7 +37,7 @@ def test_slices_of_the_experts_by_hand() -> None:
 
 def plain_tokens(layout: Layout, captions: list[int], texts: list[int]) -> list[tuple[int, int]]:
     """(sample, position in its modality) of each token, by the picture in layout.py."""
-    image, pair, text = layout.images, layout.pairs, layout.texts
+    image, pair, text = layout.groups
     tokens = [(s, p) for s in range(image.samples) for p in range(image.patches)]
     tokens += [(image.samples + s, p) for s in range(pair.samples) for p in range(pair.patches)]
     tokens += [(image.samples + s, p) for s, length in enumerate(captions) for p in range(length)]
@@ -57,20 +53,20 @@ def test_samples_and_positions_against_a_loop(layout: Layout, captions: list[int
     tokens = plain_tokens(layout, captions, texts)
     assert layout.token_samples(CPU).tolist() == [sample for sample, _ in tokens]
     words = tokens[sum(layout.segments[:2]) :]
-    positions = torch.cat([layout.pairs.positions(CPU), layout.texts.positions(CPU)])
-    assert positions.tolist() == [position for _, position in words]
+    assert layout.word_positions(CPU).tolist() == [position for _, position in words]
 
 
 def test_without_padding_there_is_neither_index_nor_mask() -> None:
-    assert FULL.texts == Group(2, 0, 2) and FULL.images == Group(1, 3, 0)
+    assert FULL.groups[2] == Group(2, 0, 2) and FULL.groups[0] == Group(1, 3, 0)
 
 
 def test_padded_words_are_no_keys() -> None:
-    mask = MIXED.pairs.mask
+    pairs = MIXED.groups[1]
+    mask = pairs.mask
     assert mask is not None and mask.shape == (2, 1, 1, 5 + 4)  # [B, H, queries, keys]
     assert mask[0, 0, 0].tolist() == [True] * (5 + 2) + [False] * 2
     assert mask[1].all()
-    assert MIXED.pairs.index is not None and MIXED.pairs.index.tolist() == [0, 1, 4, 5, 6, 7]
+    assert pairs.index is not None and pairs.index.tolist() == [0, 1, 4, 5, 6, 7]
 
 
 def test_attention_mask_and_padding_both_hold() -> None:
@@ -86,14 +82,14 @@ def test_attention_mask_and_padding_both_hold() -> None:
 def test_moving_moves_all_and_keeps_the_rest() -> None:
     moved = MIXED.to(torch.device("meta"))
     assert moved.segments == MIXED.segments
-    for ours, theirs in ((moved.images, MIXED.images), (moved.pairs, MIXED.pairs), (moved.texts, MIXED.texts)):
+    for ours, theirs in zip(moved.groups, MIXED.groups, strict=True):
         assert (ours.samples, ours.patches, ours.words) == (theirs.samples, theirs.patches, theirs.words)
         for tensor, of in ((ours.index, theirs.index), (ours.mask, theirs.mask)):
             assert (tensor is None) == (of is None)
             if tensor is not None and of is not None:
                 assert tensor.is_meta and tensor.shape == of.shape and tensor.dtype == of.dtype
     again = MIXED.to(CPU)
-    for ours, theirs in ((again.pairs, MIXED.pairs), (again.texts, MIXED.texts)):
+    for ours, theirs in zip(again.groups[1:], MIXED.groups[1:], strict=True):
         assert ours.index is not None and ours.mask is not None
         assert torch.equal(ours.index, theirs.index) and torch.equal(ours.mask, theirs.mask)
 

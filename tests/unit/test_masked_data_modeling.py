@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beit3_dist.config import ObjectiveConfig
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling, Targets
+from beit3_dist.config import ModelConfig
+from beit3_dist.model.layout import Selection
+from beit3_dist.objectives.masked_data_modeling import Targets
+from beit3_dist.objectives.together import PretrainingModule, Reading
+from tools.benchmarks.step import objectives_for
 
 
 class Operations(TorchDispatchMode):
@@ -25,21 +28,24 @@ class Operations(TorchDispatchMode):
 
 
 def test_weights_are_numbers_not_tensors() -> None:
-    objective = MaskedDataModeling(torch.nn.Identity(), ObjectiveConfig(), seed=0)  # type: ignore[arg-type]
-    objective.weights = (1.0, 0.3, 2.5, 0.7)
+    names = ("image_weight", "text_weight", "pair_image_weight", "pair_text_weight")
+    weights = (1.0, 0.3, 2.5, 0.7)
+    objectives = objectives_for(ModelConfig(), **dict(zip(names, weights, strict=True)))
+    objective = PretrainingModule(torch.nn.Identity(), objectives, seed=0)  # type: ignore[arg-type]
     losses = torch.rand(2, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
     losses_of: Any = objective.model
     losses_of.image_losses = lambda patches, codes: losses[:, :8]
     losses_of.text_losses = lambda words, ids: losses[:, 8:]
     rows = torch.arange(20)
-    targets = Targets(rows[:8], rows[:8], rows[8:], rows[8:], counts=(5, 7, 3, 5))
+    reading = Reading(Selection(rows, (5, 3, 5, 7)), [None], [Targets(rows[:8], rows[8:], [5, 3], [5, 7])])
     step_counts = torch.tensor([11, 13, 0, 17])
     with Operations() as operations:
-        contribution, statistics = objective.losses(torch.zeros(20, 4), targets, step_counts)
+        contribution, statistics = objective.losses(torch.zeros(20, 4), reading, step_counts)
         contribution.backward()
     assert operations.copies == []
     sums = [part.sum(1) for part in losses.detach().split([5, 3, 5, 7], dim=1)]
     expected = torch.stack([sums[0], sums[3], sums[1], sums[2]], dim=1)
     assert torch.equal(statistics, expected)
-    weights = torch.tensor(objective.weights)
-    assert torch.equal(contribution, (weights * expected[0] / step_counts.clamp(min=1)).sum())  # bit for bit
+    assert torch.equal(
+        contribution, (torch.tensor(weights) * expected[0] / step_counts.clamp(min=1)).sum()
+    )  # bit for bit

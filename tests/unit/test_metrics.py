@@ -14,7 +14,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from beit3_dist.config import BatchConfig, DataConfig, ObjectiveConfig, RunConfig
+from beit3_dist.config import BatchConfig, DataConfig, RunConfig
+from beit3_dist.objectives.base import Loss
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run import records
@@ -31,13 +34,15 @@ grad_norm images texts pairs tokens_per_s samples_per_s tflops_per_device mfu da
 """.split()
 
 
+LOSSES = [Loss(name, 1.0) for name in ("image", "text", "pair_image", "pair_text")]
+
+
 def test_losses_are_sums_over_counts() -> None:
     """Two ranks with 10 and 30 masked patches: the step's loss is 70 / 40, not the mean of 1 and 2."""
-    record = losses_and_accuracies(
-        [10.0 + 60.0, 6.0, 0.0, 4.0], [20.0, 1.0, 0.0, 8.0], [40, 3, 0, 8], (1.0, 2.0, 1.0, 0.5)
-    )
-    assert [record[name] for name in metrics.LOSSES] == [1.75, 2.0, 0.0, 0.5]
-    assert [record[name] for name in metrics.ACCURACIES] == [0.5, 1 / 3, 0.0, 1.0]
+    losses = [Loss("a", 1.0), Loss("b", 2.0), Loss("c", 1.0), Loss("d", 0.5, has_accuracy=False)]
+    record = losses_and_accuracies(losses, [10.0 + 60.0, 6.0, 0.0, 4.0], [20.0, 1.0, 0.0, 8.0], [40, 3, 0, 8])
+    assert [record[f"loss_{name}"] for name in "abcd"] == [1.75, 2.0, 0.0, 0.5]
+    assert [record[f"acc_{name}"] for name in "abc"] == [0.5, 1 / 3, 0.0] and "acc_d" not in record
     assert record["loss"] == 1.75 + 2 * 2.0 + 0.5 * 0.5
 
 
@@ -48,14 +53,14 @@ def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         image_tokenizer="",
         data=DataConfig(images="i", texts="t", pairs="p"),
         batch=BatchConfig(images=8, texts=4, pairs=4),
-        objective=ObjectiveConfig(text_weight=0.0),
+        objectives={NAME: MaskedDataModelingConfig(text_weight=0.0)},
     )
     mesh = Mesh(rank=0, world=2, local_rank=0, local_world=2, device=torch.device("cpu"))
     # four counts, tokens, FLOPs, replaced samples, hash terms (a sum that wrapped below zero)
     totals = Totals([10, 2, 5, 4], tokens=1000, flops=6 * 10**12, replaced=3, hash_terms=-1)
     batch = StepBatch([], totals.pack(), torch.tensor(0.25))
     result = StepResult([20.0, 8.0, 5.0, 6.0], [5.0, 1.0, 0.0, 4.0], grad_norm=1.5)
-    record = step_record(config, mesh, 7, batch, result, 1e-4, 2.0)
+    record = step_record(config, objectives_of(config).losses, mesh, 7, batch, result, 1e-4, 2.0)
     assert set(CONTRACT) <= set(record)
     expected = {
         "step": 7,
@@ -76,7 +81,7 @@ def test_step_record_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: record[name] for name in expected} == expected
     assert record["memory_gb"] > 0.01
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 6e12)
-    assert step_record(config, mesh, 7, batch, result, 1e-4, 2.0)["mfu"] == 0.25
+    assert step_record(config, objectives_of(config).losses, mesh, 7, batch, result, 1e-4, 2.0)["mfu"] == 0.25
 
 
 def test_a_number_that_is_not_finite_is_null_and_flagged() -> None:
@@ -196,7 +201,7 @@ def test_a_line_is_written_to_its_end_or_fails(tmp_path: Path, monkeypatch: pyte
 
 
 def record_of(step: int) -> dict:
-    losses = {name: 1.0 + number for number, name in enumerate(metrics.LOSSES)}
+    losses = {name: 1.0 + number for number, name in enumerate([f"loss_{loss.name}" for loss in LOSSES])}
     return {"step": step, "loss": 10.25, **losses, "samples_per_s": 123.4, "mfu": None, "sample_hash": "00ff"}
 
 
@@ -311,7 +316,7 @@ def test_days_are_told(tmp_path: Path, clock: SimpleNamespace) -> None:
 def test_evaluation_goes_to_its_own_file(tmp_path: Path) -> None:
     terminal = io.StringIO()
     reporter = Reporter(tmp_path, 0, 2, terminal)
-    reporter.evaluation({"step": 2, **losses_and_accuracies([4.0] * 4, [1.0] * 4, [2] * 4, (1.0,) * 4)})
+    reporter.evaluation({"step": 2, **losses_and_accuracies(LOSSES, [4.0] * 4, [1.0] * 4, [2] * 4)})
     reporter.close()
     (record,) = lines(tmp_path / "eval.jsonl")
     assert (record["loss"], record["acc_text"]) == (8.0, 0.5)

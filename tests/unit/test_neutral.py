@@ -16,12 +16,13 @@ from torch import Tensor
 from beit3_dist.checkpoint import neutral, read
 from beit3_dist.checkpoint.files import sha256, write_json
 from beit3_dist.checkpoint.find import damaged, find, read_state
-from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.neutral import write_neutral
 from beit3_dist.checkpoint.snapshot import Snapshot
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import ModelConfig
-from beit3_dist.parallel.sharding import sharded_dimension
+from beit3_dist.model import BEiT3
+from beit3_dist.model.cut import cut_for, cuts_of
 from tools.convert_checkpoint import main
 
 MODEL = ModelConfig(layers=2, width=8, heads=2, ffn_width=12, vl_expert_layers=1)
@@ -32,6 +33,7 @@ SHAPES = {
     "blocks.0.ffn.vl.fc2.weight": (5, 7),  # cut along its columns
     "norm.shared.weight": (5,),  # replicated
 }
+CUTS = cuts_of(BEiT3(MODEL, device="meta"))
 VALUES = {
     name: torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     for seed, (name, shape) in enumerate(SHAPES.items())
@@ -57,8 +59,7 @@ def write_checkpoint(
     for rank in range(tensor * data):
         (tensor_rank, data_rank), pieces = divmod(rank, data), []
         for name, weight in values.items():
-            dimension = sharded_dimension(name) if tensor > 1 else None
-            place = None if dimension is None else Cut(dimension, tensor_rank, tensor)
+            place = cut_for(CUTS, name, tensor_rank, tensor)
             if place is None and tensor_rank:
                 continue  # replicated: the first tensor rank's copy is saved
             wholes = {suffix: stored(weight, suffix) for suffix in SUFFIXES}
@@ -101,9 +102,8 @@ def test_it_is_a_checkpoint_that_any_layout_loads(tensor: int, data: int, tmp_pa
     assert find(str(tmp_path / "neutral"), tmp_path) == tmp_path / "neutral"
     assert read_state(tmp_path / "neutral", MODEL) == TrainState(step=7, consumed={"images": 1, "texts": 2, "pairs": 3})
     for name, weight in VALUES.items():
-        dimension = sharded_dimension(name) if tensor > 1 else None
         for tensor_rank in range(tensor):
-            place = None if dimension is None else Cut(dimension, tensor_rank, tensor)
+            place = cut_for(CUTS, name, tensor_rank, tensor)
             for suffix in SUFFIXES:
                 whole = stored(weight, suffix)
                 expected = (place.of(whole) if place else whole).reshape(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import DataConfig, RunConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.run.recorded_config import pretraining_config
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from tools import report, verify_order
@@ -24,7 +26,10 @@ OTHERS = {
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(PRETRAINING))
-    assert pretraining_config(tmp_path, "tool.py") == PRETRAINING
+    found = pretraining_config(tmp_path, "tool.py")
+    assert found == replace(PRETRAINING, objectives={NAME: MaskedDataModelingConfig()})
+    (tmp_path / "config.yaml").write_text(to_yaml(found).replace("objectives:\n  masked_data_modeling:", "objective:"))
+    assert pretraining_config(tmp_path, "tool.py") == found, "as former versions wrote it"
     with pytest.raises(ValueError, match="is not a run folder: it has no config.yaml"):
         pretraining_config(tmp_path / "none", "tool.py")
 

@@ -26,7 +26,7 @@ def opened(run: RunConfig, accumulation: int, rank: int = 0, world: int = 1, wor
 
 
 def ids(batches: list[MicroBatch]) -> list[list[int]]:
-    return [batch.sample_ids.tolist() for batch in batches]
+    return [[samples.ids.tolist() for samples in batch.streams.values()] for batch in batches]
 
 
 def test_goes_on_after_what_was_handed_out(run: RunConfig) -> None:
@@ -53,9 +53,9 @@ def test_other_layouts_go_on_between_steps_only(run: RunConfig) -> None:
     for half in halves:
         half.load_state_dict(before.state_dict())
     found = [next(iter(half)) for half in halves]
-    for name in ("images", "captions", "texts"):
-        assert getattr(expected, name).dtype == getattr(found[0], name).dtype
-    images = [torch.cat([batch.images[: batch.num_images] for batch in part]) for part in (found, [expected])]
+    for name, samples in expected.streams.items():
+        assert samples.ids.dtype == found[0].streams[name].ids.dtype
+    images = [torch.cat([batch.streams["images"].images for batch in part]) for part in (found, [expected])]
     assert torch.equal(*images)
 
     inside = opened(run, 2)

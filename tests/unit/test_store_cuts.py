@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from beit3_dist.checkpoint import read
-from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.snapshot import Snapshot
+from beit3_dist.model.cut import Cut
 
 SHAPES = {
     "rows": ((7, 3), 0),
@@ -89,7 +90,8 @@ LIMITED = """
 import resource, sys
 import torch
 from pathlib import Path
-from beit3_dist.checkpoint.layout import Cut, Piece
+from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.model.cut import Cut
 from beit3_dist.checkpoint.read import load
 
 folder, budget, cut = Path(sys.argv[1]), int(sys.argv[2]), eval(sys.argv[3])

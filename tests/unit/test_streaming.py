@@ -27,6 +27,7 @@ from beit3_dist.data.order import Stream
 from beit3_dist.data.stateful import StatefulLoader
 from beit3_dist.data.streaming import Members, SequentialStream, Shards, command_of, furthest, sequential
 from beit3_dist.data.text import TextTokenizer, TokenWindows
+from beit3_dist.objectives.registry import objectives_of
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, small_run, text_tar, write_tar
 
 READERS, STEPS, SHARDS = 4, 7, 6
@@ -93,7 +94,7 @@ class Read:
         self.batches: list[MicroBatch] = []
         consumed = (first * config.batch.images, first * config.batch.texts, first * config.batch.pairs)
         for rank in range(world):
-            batches = MixedBatches(config, 32, rank, world)
+            batches = MixedBatches(config, 32, rank, world, annotators=[*objectives_of(config)])
             batches.restore(rows or [], first > 0)
             found = micro_batches(batches, requests_from(consumed, config.batch), workers, 2, pin=False)
             for number, batch in enumerate(islice(found, len(self.hashes) * accumulation)):
@@ -137,7 +138,8 @@ def test_parts_are_put_together_as_one_process_makes_them(run: RunConfig, refere
         for name, value in vars(theirs).items():
             if isinstance(value, torch.Tensor) and name != "readers":
                 assert torch.equal(getattr(ours, name), value), name
-    assert found.batches[0].tokenizer_images is None and found.batches[0].num_pairs == 4
+    first = found.batches[0].streams
+    assert first["images"].tokenizer_images is None and len(first["pairs"]) == 4
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))

@@ -10,21 +10,26 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.objectives.masked_data_modeling import STREAMS, Targets
+from beit3_dist.model.layout import Selection
+from beit3_dist.objectives.base import Loss
+from beit3_dist.objectives.masked_data_modeling import Targets
+from beit3_dist.objectives.together import Reading
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.train.target_watch import ENOUGH, TargetWatch, collapse, entropy
 from tests.parallel.workers import run_workers
 from tests.unit.small_checkpoints import one_process as one_process
+from tools.benchmarks.step import objectives_for
 
 MODEL = ModelConfig(layers=1, width=8, heads=2, ffn_width=8, vocab_size=30, visual_vocab_size=20, vl_expert_layers=0)
 MANY = 60
+STREAMS = ("image", "text", "pair_image", "pair_text")
 
 
-def targets(image: Tensor, text: Tensor, pair_image: Tensor, pair_text: Tensor) -> Targets:
+def targets(image: Tensor, text: Tensor, pair_image: Tensor, pair_text: Tensor) -> Reading:
     """With these codes and words."""
-    counts = (len(image), len(text), len(pair_image), len(pair_text))
-    rows = torch.zeros(0, dtype=torch.int64)
-    return Targets(rows, torch.cat([image, pair_image]), rows, torch.cat([pair_text, text]), counts)
+    counts = [len(image), len(pair_image)], [len(pair_text), len(text)]
+    found = Targets(torch.cat([image, pair_image]), torch.cat([pair_text, text]), *counts)
+    return Reading(Selection(torch.zeros(0, dtype=torch.int64), (0, 0, 0, 0)), [None], [found])
 
 
 def drawn(stream: str, number: int = MANY) -> Tensor:
@@ -32,14 +37,14 @@ def drawn(stream: str, number: int = MANY) -> Tensor:
     return (torch.arange(number) * 7 + STREAMS.index(stream)) % 19
 
 
-def with_one(stream: str, value: int, number: int = MANY) -> Targets:
+def with_one(stream: str, value: int, number: int = MANY) -> Reading:
     """Targets of which one stream's are all alike."""
     return targets(*(torch.full((number,), value) if name == stream else drawn(name, number) for name in STREAMS))
 
 
 @pytest.fixture
 def watch(one_process: None) -> TargetWatch:
-    return TargetWatch(MODEL, Mesh(0, 1, 0, 1, torch.device("cpu")))
+    return TargetWatch(objectives_for(MODEL), Mesh(0, 1, 0, 1, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -50,7 +55,7 @@ def test_one_target_is_told_once_and_by_name(stream: str, watch: TargetWatch, ca
         assert found[f"entropy_{stream}"] == 0
         assert all(found[f"entropy_{other}"] > 2.5 for other in STREAMS if other != stream)
     (message,) = caplog.messages
-    titles = {"image": "pictures", "text": "texts", "pair_image": "pictures of pairs", "pair_text": "captions of pairs"}
+    titles = {"image": "images", "text": "texts", "pair_image": "images of pairs", "pair_text": "captions of pairs"}
     kind, field = ("code", "image_tokenizer") if "image" in stream else ("word", "text_tokenizer")
     assert message.startswith(f"the targets of {titles[stream]} have collapsed: 100.0% of {MANY} ")
     assert f"are the {kind} 11" in message and field in message
@@ -93,7 +98,8 @@ def test_micro_batches_of_a_step_are_counted_together_and_steps_apart(watch: Tar
 
 def test_nothing_counted_is_no_collapse() -> None:
     assert (
-        entropy(torch.zeros(5, dtype=torch.int64)) == 0 and collapse("image", torch.zeros(5, dtype=torch.int64)) == ""
+        entropy(torch.zeros(5, dtype=torch.int64)) == 0
+        and collapse(Loss("image", 1.0), torch.zeros(5, dtype=torch.int64)) == ""
     )
 
 
@@ -106,7 +112,7 @@ def measured(groups: Groups, tensor: int) -> tuple[dict[str, float], list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("beit3_dist").addHandler(handler)
-    watch = TargetWatch(MODEL, groups.mesh)
+    watch = TargetWatch(objectives_for(MODEL), groups.mesh)
     watch.add(with_one("image", groups.mesh.data_rank + 3))
     return watch.measure(), messages
 

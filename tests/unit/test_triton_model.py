@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig
+from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.parallel import kernels
 from beit3_dist.parallel.kernels import check_kernels, use_kernels
-from beit3_dist.train.inputs import masked_counts, prepare
 from tests.equality import assert_close, assert_tensors_close
-from tests.micro_batches import precomputed_codes, random_micro_batch
+from tests.micro_batches import counts_of, prepared, pretraining, random_micro_batch
 from tests.unit.tar_fixtures import small_run
 
 CONFIG = ModelConfig(
@@ -30,10 +28,10 @@ def losses_and_gradients(kernels: str) -> tuple[Tensor, dict[str, Tensor]]:
     model = BEiT3(CONFIG, seed=3).to(DEVICE)
     use_kernels(model, kernels)
     assert all((m.compute.__module__.split(".")[2] == "triton") == (kernels == "triton") for m in norms(model))
-    objective = MaskedDataModeling(model, ObjectiveConfig(), seed=5).train()
+    objective = pretraining(model, 5).train()
     micro_batch = random_micro_batch(CONFIG, images=1, texts=1, pairs=1)
-    inputs = prepare(micro_batch, DEVICE, precomputed_codes(CONFIG))
-    loss, statistics = objective(*inputs, torch.tensor(masked_counts(micro_batch), device=DEVICE), 7)
+    inputs = prepared(objective, micro_batch, DEVICE)
+    loss, statistics = objective(*inputs, counts_of(objective, micro_batch, DEVICE), 7)
     loss.backward()
     return statistics[0], {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
 

@@ -36,6 +36,7 @@ from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, generator, mix
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import Draw, Sample, SampleStream
+from beit3_dist.objectives.registry import objectives_of
 
 WIDTH, HEIGHT = 500, 375
 """Pixels of a picture: the usual size in ImageNet."""
@@ -204,8 +205,8 @@ def benchmark_data(options: Namespace) -> dict[str, Any]:
         folder = Path(name)
         build(folder)
         config = run_config(folder, options.batch)
-        ours = MixedBatches(config, config.model.image_size, 0, 1)
-        theirs = ByWebdataset(config, config.model.image_size, 0, 1)
+        ours = MixedBatches(config, config.model.image_size, 0, 1, annotators=[*objectives_of(config)])
+        theirs = ByWebdataset(config, config.model.image_size, 0, 1, annotators=[*objectives_of(config)])
         record: dict[str, Any] = {"workers": {}}
         for workers in options.workers:
             requests = list(itertools.islice(requests_from((0, 0, 0), config.batch), workers * options.micro_batches))

@@ -42,20 +42,11 @@ class Pair:
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The definition, sample by sample: q, k, v [T, H, d] in the layout's order, no padding computed."""
-    out, (of_images, of_pairs, of_captions, _) = torch.empty_like(q), layout.segments
-    pieces = []
-    for one, patches_start, words_start in (
-        (layout.images, 0, 0),
-        (layout.pairs, of_images, of_images + of_pairs),
-        (layout.texts, 0, of_images + of_pairs + of_captions),
-    ):
-        lengths = one.word_samples(q.device).bincount(minlength=one.samples).tolist()
-        for sample in range(one.samples):
-            patches = torch.arange(one.patches, device=q.device) + patches_start + sample * one.patches
-            words = torch.arange(lengths[sample], device=q.device) + words_start + sum(lengths[:sample])
-            rows = torch.cat([patches, words])
-            scores = torch.einsum("qhd,khd->hqk", q[rows], k[rows]) * q.shape[-1] ** -0.5
-            pieces.append((rows, torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[rows])))
+    out, pieces, samples = torch.empty_like(q), [], layout.token_samples(q.device)
+    for sample in samples.unique():
+        rows = (samples == sample).nonzero().squeeze(1)
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[rows]) * q.shape[-1] ** -0.5
+        pieces.append((rows, torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[rows])))
     return out.index_copy(0, torch.cat([rows for rows, _ in pieces]), torch.cat([mixed for _, mixed in pieces]))
 
 
@@ -79,9 +70,11 @@ def attention_pairs(options: Namespace, device: torch.device) -> list[Pair]:
     captions = torch.randint(8, 65, (options.samples,), generator=draw)
     padding = torch.arange(64) >= captions[:, None]
     layout = Layout(
-        Group(options.samples, options.patches, 0),
-        group(options.samples, options.patches, padding, 64),
-        Group(options.samples, 0, options.text_length),
+        (
+            Group(options.samples, options.patches, 0),
+            group(options.samples, options.patches, padding, 64),
+            Group(options.samples, 0, options.text_length),
+        )
     ).to(device)
     for width in (64, 88):
         q, k, v = (torch.randn(sum(layout.segments), options.heads, width, generator=draw) for _ in range(3))

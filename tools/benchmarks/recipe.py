@@ -22,9 +22,16 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
 from beit3_dist.train.flops import peak_flops
-from beit3_dist.train.inputs import layout_of
 from tools.benchmarks.measure import in_turns, profile_table, synchronize, threads
-from tools.benchmarks.step import Contender, MasterAdamW, OurStep, products_of, random_micro_batch, switch
+from tools.benchmarks.step import (
+    Contender,
+    MasterAdamW,
+    OurStep,
+    objectives_for,
+    products_of,
+    random_micro_batch,
+    switch,
+)
 
 SHORTEST_CAPTION = 8
 KERNELS = ("torch", "triton", "compiled")
@@ -58,7 +65,8 @@ def _rows(
         name = {"kernels": kernels, "samples": samples}
         try:
             batch = micro_batch(model.config, recipe["data"], samples)
-            step, tokens = OurStep(model, batch, device), sum(layout_of(batch).segments)
+            step = OurStep(model, batch, device)
+            tokens = sum(objectives_for(model.config).layout(batch).segments)
             if optimizer is None:
                 switch(step, kernels, options.precision)
                 optimizer = MasterAdamW(model, OptimConfig(**recipe["optim"]).clip_norm)

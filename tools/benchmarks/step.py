@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from beit3_dist.config import SPECIAL_ROWS, ModelConfig, ObjectiveConfig
-from beit3_dist.data.batch import MicroBatch
+from beit3_dist.config import SPECIAL_ROWS, DataConfig, ModelConfig, RunConfig
+from beit3_dist.data.batch import MicroBatch, Samples
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.base import grid_of
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.objectives.masking import Numbers, block_masks, mask_count, mask_words
-from beit3_dist.objectives.three_passes import three_passes
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.three_passes import prepare_passes, three_passes
+from beit3_dist.objectives.together import Objectives, PretrainingModule
 from beit3_dist.parallel.kernels import use_kernels
-from beit3_dist.train.inputs import host_totals, masked_counts, prepare
+from beit3_dist.train.totals import host_totals
 from tools.benchmarks.measure import MatrixProducts, peak_bytes
 
 PADDING = 1
@@ -28,81 +30,83 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 bits."""
 
 
+def objectives_for(model: ModelConfig, **section: Any) -> Objectives:
+    """Masked data modelling of a model, with these fields of its section."""
+    streams = DataConfig(images="unused", texts="unused", pairs="unused", text_length=3, caption_length=3)
+    run = RunConfig(out="unused", text_tokenizer="unused", data=streams, model=model)
+    return objectives_of(replace(run, objectives={NAME: MaskedDataModelingConfig(**section)}))
+
+
 def random_micro_batch(
     model: ModelConfig, images: int, texts: int, pairs: int, text_length: int, caption_lengths: tuple[int, int]
 ) -> MicroBatch:
     """Random pixels and words under the paper's masks; texts are full, captions have uniformly drawn lengths."""
-    rng, objective = np.random.default_rng(0), ObjectiveConfig()
-    grid = model.image_size // model.patch_size
+    rng, section = np.random.default_rng(0), MaskedDataModelingConfig()
     last_word = model.vocab_size - SPECIAL_ROWS
 
     def numbers(samples: int) -> Numbers:
         return lambda first, count: rng.random((samples, count))
 
-    def words(lengths: np.ndarray, ratio: float) -> list[Tensor]:
-        targets = np.full((len(lengths), int(lengths.max())), PADDING)
+    def words(lengths: np.ndarray, ratio: float) -> dict[str, Tensor]:
+        text = np.full((len(lengths), int(lengths.max())), PADDING)
         for row, length in enumerate(lengths):
-            targets[row, :length] = 0, *rng.integers(4, last_word + 1, length - 2), 2
-        inputs, predict = mask_words(
-            targets,
+            text[row, :length] = 0, *rng.integers(4, last_word + 1, length - 2), 2
+        shown, predict = mask_words(
+            text,
             numbers(len(lengths)),
             ratio=ratio,
             specials=(0, PADDING, 2),
             mask_id=last_word + 1,
             words=range(4, last_word + 1),
-            mask_token_share=objective.mask_token_share,
-            random_token_share=objective.random_token_share,
+            mask_token_share=section.mask_token_share,
+            random_token_share=section.random_token_share,
         )
-        return [torch.from_numpy(array) for array in (inputs, targets, predict, lengths)]
+        arrays = {"text": text, "lengths": lengths, "shown": shown, "predict": predict}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    captions = words(rng.integers(caption_lengths[0], caption_lengths[1] + 1, pairs), objective.caption_mask_ratio)
-    full = words(np.full(texts, text_length), objective.text_mask_ratio)
-    counts = np.full(images + pairs, mask_count(objective.image_mask_ratio, grid**2))
-    masks = block_masks(grid, counts, numbers(images + pairs))
-    pixels = rng.integers(0, 256, (images + pairs, 3, model.image_size, model.image_size), dtype=np.uint8)
-    samples = images + pairs + texts
-    return MicroBatch(
-        images=torch.from_numpy(pixels),
-        tokenizer_images=None,
-        image_mask=torch.from_numpy(masks),
-        captions=captions[0],
-        caption_targets=captions[1],
-        caption_mask=captions[2],
-        caption_lengths=captions[3],
-        texts=full[0],
-        text_targets=full[1],
-        text_mask=full[2],
-        text_lengths=full[3],
-        sample_ids=torch.arange(samples),
-        positions=torch.arange(samples),
-        streams=torch.tensor([0] * images + [2] * pairs + [1] * texts),
-        faults=[],
-    )
+    captions = words(rng.integers(caption_lengths[0], caption_lengths[1] + 1, pairs), section.caption_mask_ratio)
+    full = words(np.full(texts, text_length), section.text_mask_ratio)
+    counts = np.full(images + pairs, mask_count(section.image_mask_ratio, model.patches))
+    masks = torch.from_numpy(block_masks(grid_of(model), counts, numbers(images + pairs))).split([images, pairs])
+    side = model.image_size
+    pixels = rng.integers(0, 256, (images + pairs, 3, side, side), dtype=np.uint8)
+    of_streams = torch.from_numpy(pixels).split([images, pairs])
+    ids = torch.arange(images + pairs + texts).split([images, pairs, texts])
+
+    def samples(number: int, image: int | None, text: dict[str, Tensor]) -> Samples:
+        drawn = {} if image is None else {"image_mask": masks[image]}
+        drawn |= {"text": text["shown"], "text_mask": text["predict"]} if text else {}
+        own = ids[number], torch.arange(len(ids[number]))
+        shown = None if image is None else of_streams[image]
+        return Samples(*own, shown, text=text.get("text"), lengths=text.get("lengths"), annotations={NAME: drawn})
+
+    return MicroBatch({"images": samples(0, 0, {}), "pairs": samples(1, 1, captions), "texts": samples(2, None, full)})
 
 
 class OurStep:
     """A micro-batch on the device and how our model computes its losses. Codes are drawn: no image tokenizer runs."""
 
     def __init__(self, model: BEiT3, batch: MicroBatch, device: torch.device) -> None:
-        draw = torch.Generator().manual_seed(0)
-        self.codes = torch.randint(model.config.visual_vocab_size, batch.image_mask.shape, generator=draw).to(device)
-        self.model, self.objective = model, MaskedDataModeling(model, ObjectiveConfig(), seed=0)
-        self.counts = torch.tensor(masked_counts(batch), device=device)
-        self.arguments = (*prepare(batch, device, lambda _: self.codes), self.counts, 0)
-        self.flops = host_totals([batch], model.config).flops
+        draw, images = torch.Generator().manual_seed(0), sum(map(len, batch.with_images))
+        shape = images, model.config.patches
+        self.codes = torch.randint(model.config.visual_vocab_size, shape, generator=draw).to(device)
+        objectives = objectives_for(model.config)
+        self.model, self.module = model, PretrainingModule(model, objectives, seed=0)
+        self.counts = torch.tensor(objectives.counts(batch), device=device)
+        self._prepared = objectives.prepare(batch, device, lambda _: self.codes)
+        codes = iter(self.codes.split([len(samples) for samples in batch.with_images]))
+        self._passes = prepare_passes(self.module, batch, device, lambda _: next(codes))
+        self.flops = host_totals([batch], objectives).flops
         """Of forward and backward."""
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """One pass: the loss, and the losses [4] that it is the sum of."""
-        return self.by(self.objective)
+        loss, statistics = self.module(*self._prepared, self.counts, 0)
+        return loss, statistics[0] / self.counts
 
     def three_passes(self) -> tuple[Tensor, Tensor]:
         """As `forward`, stream by stream."""
-        return self.by(partial(three_passes, self.objective))
-
-    def by(self, compute: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """What `compute` makes of the micro-batch."""
-        loss, statistics = compute(*self.arguments)
+        loss, statistics = three_passes(self._passes, self.counts, 0)
         return loss, statistics[0] / self.counts
 
 

@@ -18,7 +18,8 @@ from beit3_dist.checkpoint.formats import to_released
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
-from beit3_dist.train.inputs import normalize
+from beit3_dist.objectives.masked_data_modeling import NAME
+from beit3_dist.objectives.together import normalized
 from tools.benchmarks.step import PADDING, Contender, adamw
 
 THEIRS, THEIRS_FUSED = "torchscale, three passes", "torchscale, fused AdamW"
@@ -132,13 +133,15 @@ class CompiledLayers:
 
 
 def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor, beit3: Any = None) -> Tensor:
-    """The four losses [4], in the order of `STREAMS`, by three forward passes and heads at masked positions only.
+    """The losses [4] of masked data modelling, by three forward passes and heads at masked positions only.
 
     `batch` lies on the model's device. `codes`: int64 [I + P, patches]. `beit3`: what runs in place of `model.beit3`.
     """
     beit3 = model.beit3 if beit3 is None else beit3
-    images, num_images, mask = normalize(batch.images), batch.num_images, batch.image_mask
-    patches = 1 + mask.shape[1]
+    images, pairs, texts = (batch.streams[name] for name in ("images", "pairs", "texts"))
+    masked, of_pairs, of_texts = (samples.annotations[NAME] for samples in (images, pairs, texts))
+    codes_of_images, codes_of_pairs = codes.split([len(images), len(pairs)])
+    patches = 1 + codes.shape[1]
 
     def at_patches(hidden: Tensor, mask: Tensor, codes: Tensor) -> Tensor:
         return cross_entropy(model.mim_head(hidden[:, 1:patches][mask]), codes[mask])
@@ -149,20 +152,20 @@ def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor, beit3: Any =
     def encode(**inputs: Tensor) -> Tensor:
         return beit3(**inputs)["encoder_out"]
 
-    image = encode(visual_tokens=images[:num_images], vision_masked_position=mask[:num_images])
-    text = encode(textual_tokens=batch.texts)  # texts are full: no padding
+    image = encode(visual_tokens=normalized(images.images), vision_masked_position=masked["image_mask"])
+    text = encode(textual_tokens=of_texts["text"])  # texts are full: no padding
     pair = encode(
-        visual_tokens=images[num_images:],
-        textual_tokens=batch.captions,
-        text_padding_position=batch.captions == PADDING,
-        vision_masked_position=mask[num_images:],
+        visual_tokens=normalized(pairs.images),
+        textual_tokens=of_pairs["text"],
+        text_padding_position=of_pairs["text"] == PADDING,
+        vision_masked_position=of_pairs["image_mask"],
     )
     return torch.stack(
         [
-            at_patches(image, mask[:num_images], codes[:num_images]),
-            at_words(text, batch.text_mask, batch.text_targets),
-            at_patches(pair, mask[num_images:], codes[num_images:]),
-            at_words(pair[:, patches:], batch.caption_mask, batch.caption_targets),
+            at_patches(image, masked["image_mask"], codes_of_images),
+            at_words(text, of_texts["text_mask"], texts.text),
+            at_patches(pair, of_pairs["image_mask"], codes_of_pairs),
+            at_words(pair[:, patches:], of_pairs["text_mask"], pairs.text),
         ]
     )
 

@@ -42,20 +42,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from beit3_dist.config import ModelConfig, ObjectiveConfig, OptimConfig
+from beit3_dist.config import ModelConfig, OptimConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.kernels import use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
 from beit3_dist.recipe import read_sections
-from beit3_dist.train.inputs import masked_counts, prepare
 from beit3_dist.train.optimizer import build_optimizer
 from tools.benchmarks.recipe import SECTIONS, micro_batch
+from tools.benchmarks.step import objectives_for
 
 META = torch.device("meta")
 PROCESSORS = 132
@@ -351,17 +351,17 @@ def account(
     """
     from beit3_dist.parallel.engine import Accumulation  # imports DeepSpeed, as no other part of benchmark.py does
 
-    traffic = Traffic()
+    traffic, objectives = Traffic(), objectives_for(model)
     meta_groups = SimpleNamespace(mesh=SimpleNamespace(device=META, data=1))
     with on_meta(traffic), redirect_stdout(StringIO()):
         network = BEiT3(model, device="meta").to(torch.bfloat16)
-        mark_model_parallel(network, 0)
+        mark_model_parallel(network, 0, ())
         _use_kernels(traffic, network, kernels, attention)
         optimizer = _optimizer(network, optim, groups)
-        engine = _Engine(MaskedDataModeling(network, ObjectiveConfig(), seed=0), optimizer)
+        engine = _Engine(PretrainingModule(network, objectives, seed=0), optimizer)
         optimizer.take_over(engine)
-        schedule = Accumulation(SimpleNamespace(accumulation=len(batches)), meta_groups, engine, 4)
-        counts = torch.tensor([sum(c) for c in zip(*map(masked_counts, batches), strict=True)], device=META)
+        schedule = Accumulation(SimpleNamespace(accumulation=len(batches)), meta_groups, engine, len(objectives.losses))
+        counts = torch.tensor([sum(c) for c in zip(*map(objectives.counts, batches), strict=True)], device=META)
 
         def tokenize(pictures: Tensor) -> Tensor:
             if tokenizer is None:
@@ -371,7 +371,7 @@ def account(
 
         for _ in range(2):
             traffic.rows.clear()
-            schedule.train((prepare(batch, META, tokenize) for batch in batches), counts, 0).to("cpu")
+            schedule.train((objectives.prepare(batch, META, tokenize) for batch in batches), counts, 0).to("cpu")
             optimizer.step()
             optimizer.zero_grad()
     return traffic

@@ -1,0 +1,164 @@
+"""What a pretraining objective is: one file that defines an `Objective` and registers it.
+
+On the host it draws for each sample what it needs (`annotate`), says which views of the samples it wants encoded, and
+which tokens it reads of them. The model runs once over the views of all objectives, its last block over the tokens that
+any of them reads. On the device the objective makes its losses from the hidden states of its own tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit3_dist.config import ModelConfig, RunConfig
+from beit3_dist.data.batch import MicroBatch
+from beit3_dist.data.order import Numbers, Stream, mix
+from beit3_dist.data.streams import Sample
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.layout import Layout
+
+
+@dataclass(frozen=True)
+class View:
+    """Samples of a stream as the model sees them: a group of the layout, shared by the objectives that want it."""
+
+    stream: str
+    image: bool
+    """Whether it sees their images, alone or before the texts."""
+    text: bool
+    """Whether it sees their texts."""
+    masked_by: str = ""
+    """The objective whose annotations hide some of it: `image_mask` bool [n, patches] and `text` int64 [n, L], the
+    words as they are shown. Empty: the samples as they are."""
+
+    @property
+    def kind(self) -> int:
+        """The place of its group in a layout, see `Group.kind`."""
+        return 1 if self.image and self.text else 0 if self.image else 2
+
+
+class Places:
+    """Where the tokens of the views lie in a micro-batch's token matrix. On the host."""
+
+    def __init__(self, layout: Layout, views: Sequence[View]) -> None:
+        patches, words = layout.pieces
+        starts = np.cumsum([0, *patches, *words]).tolist()
+        self._groups = dict(zip(views, layout.groups, strict=True))
+        self._patches = dict(zip([v for v in views if v.image], starts, strict=False))
+        self._words = dict(zip([v for v in views if v.text], starts[len(patches) :], strict=False))
+
+    def patches(self, view: View, mask: Tensor) -> Tensor:
+        """Rows, int64 [M], of the patches in `mask`, bool [n, patches]."""
+        masked, patches = mask.flatten().nonzero().squeeze(1), mask.shape[1]
+        # CLS stands before each image's patches.
+        return self._patches[view] + masked // patches * (1 + patches) + 1 + masked % patches
+
+    def words(self, view: View, mask: Tensor) -> Tensor:
+        """Rows, int64 [M], of the words in `mask`, bool [n, L]."""
+        return self._words[view] + self.packed(view, mask).nonzero().squeeze(1)
+
+    def packed(self, view: View, words: Tensor) -> Tensor:
+        """The entries of [n, L] at tokens that are no padding."""
+        index = self._groups[view].index
+        return words.flatten() if index is None else words.flatten()[index]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One of the losses that are told apart in all records."""
+
+    name: str
+    """`loss_NAME` and `acc_NAME` in records."""
+    weight: float
+    has_accuracy: bool = True
+    title: str = ""
+    """What it is the loss of, for people."""
+    unit: str = ""
+    """What one of its targets is, for people."""
+    classes: int = 0
+    """Of its targets, where it tells classes apart; their entropy is watched then."""
+    remedy: str = ""
+    """What is wrong where nearly all its targets are one class, for `str.format(class)`."""
+
+
+Codes = Callable[[], dict[str, Tensor]]
+"""Visual codes int64 [n, patches] on the device of each stream's images; made when they are first asked for."""
+
+
+class Objective(ABC):
+    """An objective of one run. `name` is that of its section in `objectives`, `Config` the section's dataclass."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    second_pass: ClassVar[bool] = False
+    """Whether it needs a second pass over the model, which a pipeline cannot make."""
+    needs_codes: bool = False
+    """Whether it asks for visual codes, which need an image tokenizer."""
+
+    losses: list[Loss]
+    """What it tells apart, in the order of its counts and sums."""
+    views: list[View]
+    """What it wants encoded."""
+
+    def __init__(self, config: Any, run: RunConfig) -> None:
+        """`config`: its section. Raises ValueError naming the field where the run cannot have it."""
+        self.config: Any = config
+        self.model = run.model
+        self.streams = [stream for stream in Stream if getattr(run.batch, stream.field)]
+        """Those that the run has."""
+
+    def add_heads(self, model: BEiT3) -> None:  # noqa: B027 (most need none)
+        """Gives a model on the meta device the layers that it lacks, under names of their own."""
+
+    def annotate(
+        self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
+    ) -> dict[str, Tensor]:
+        """See `Annotator`. Draw by `numbers`."""
+        return {}
+
+    def numbers(self, samples: Sequence[Sample], use: int) -> Numbers:
+        """Random numbers of the samples for a use of this objective's own."""
+        name = int.from_bytes(self.name.encode()[:7].ljust(7), "big")
+        return Numbers((sample.key for sample in samples), mix(name, len(self.name), use))
+
+    @abstractmethod
+    def counts(self, batch: MicroBatch) -> list[int]:
+        """What each loss is divided by, summed over the step: its targets in the micro-batch."""
+
+    @abstractmethod
+    def rows(self, batch: MicroBatch, places: Places) -> Tensor:
+        """int64 [M] on the host: the tokens that it reads, ascending."""
+
+    @abstractmethod
+    def targets(self, batch: MicroBatch, places: Places, codes: Codes, move: Callable[[Tensor], Tensor]) -> Any:
+        """What `sums` compares its tokens with. `move` brings a tensor to the device without waiting for it."""
+
+    @abstractmethod
+    def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
+        """[2, losses]: the sum of each loss, with its gradient, and of correct predictions (0 where there are none),
+        from the last block's hidden states of `rows`, before the final norm."""
+
+    def classes(self, targets: Any) -> list[Tensor]:
+        """int64 [m] for each loss: the classes of its targets, to be watched."""
+        return [torch.zeros(0, dtype=torch.int64)] * len(self.losses)
+
+    def head_flops(self, counts: Sequence[float]) -> float:
+        """FLOPs of its heads, forward, for so many targets of each loss."""
+        return 0
+
+    def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
+        """About how many targets each loss has in a micro-batch of so many samples of each stream, for the balance of a
+        pipeline's stages."""
+        return [0.0] * len(self.losses)
+
+
+def grid_of(model: ModelConfig) -> int:
+    """Patches along one side of an image."""
+    return model.image_size // model.patch_size

@@ -1,0 +1,240 @@
+"""All objectives of a run, in one pass over the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beit3_dist.config import STREAMS, ModelConfig, RunConfig, require
+from beit3_dist.data.batch import MicroBatch
+from beit3_dist.data.views import Tokenize, Views
+from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.model.drop_path import drop_path_factors
+from beit3_dist.model.layout import Layout, Selection, group, to_device
+from beit3_dist.objectives.base import Loss, Objective, Places, View
+
+NONE = torch.zeros(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the objectives read of a micro-batch, on the device."""
+
+    selection: Selection
+    """The tokens that any of them reads."""
+    rows: list[Tensor | None]
+    """int64 [M] for each objective: which of these are its own; None: all."""
+    targets: list[Any]
+    """Of each objective."""
+
+
+class Objectives:
+    """The objectives of a run."""
+
+    def __init__(self, run: RunConfig, objectives: Sequence[Objective]) -> None:
+        self.run, self.model, self._each = run, run.model, list(objectives)
+        self.losses: list[Loss] = [loss for objective in objectives for loss in objective.losses]
+        """Of all objectives, in the order of every vector of statistics."""
+        require(
+            any(loss.weight for loss in self.losses), "objectives: all weights are 0, so that nothing would be learnt"
+        )
+        names = [loss.name for loss in self.losses]
+        require(len({*names}) == len(names), f"objectives: two losses have one name among {', '.join(names)}")
+        self.views: list[View] = sorted(
+            dict.fromkeys(view for objective in objectives for view in objective.views), key=lambda view: view.kind
+        )
+        """What is encoded, in the order of a layout's groups."""
+
+    def __iter__(self) -> Any:
+        return iter(self._each)
+
+    @property
+    def needs_codes(self) -> bool:
+        """Whether an image tokenizer has to run, or codes to be looked up."""
+        return any(objective.needs_codes for objective in self)
+
+    def build(self) -> BEiT3:
+        """The model with all heads, on the meta device."""
+        model = BEiT3(self.model, device="meta")
+        with torch.device("meta"):
+            for objective in self:
+                objective.add_heads(model)
+        return model
+
+    def counts(self, batch: MicroBatch) -> list[int]:
+        """[K]: targets of each loss in a micro-batch."""
+        return [count for objective in self for count in objective.counts(batch)]
+
+    def layout(self, batch: MicroBatch) -> Layout:
+        """The layout of a micro-batch that lies on the host."""
+        return Layout(tuple(_group(batch, view, self.model) for view in self.views))
+
+    def rows_read(self, batch: MicroBatch, layout: Layout) -> int:
+        """How many tokens any objective reads."""
+        places = Places(layout, self.views)
+        rows = [objective.rows(batch, places) for objective in self]
+        return len(rows[0]) if len(rows) == 1 else len(torch.cat(rows).unique())
+
+    def classes(self, reading: Reading) -> list[tuple[Loss, Tensor]]:
+        """Each loss with the classes of its targets in a micro-batch."""
+        found = [c for each, targets in zip(self, reading.targets, strict=True) for c in each.classes(targets)]
+        return list(zip(self.losses, found, strict=True))
+
+    def head_flops(self, counts: Sequence[float]) -> float:
+        """FLOPs of all heads, forward, for so many targets of each loss [K]."""
+        total, left = 0.0, list(counts)
+        for objective in self:
+            total += objective.head_flops(left[: len(objective.losses)])
+            del left[: len(objective.losses)]
+        return total
+
+    def balance_flops(self, data_parallel: int) -> float:
+        """About the FLOPs of all heads, forward and backward, in a rank's micro-batch: for the balance of stages."""
+        samples = dict(zip(STREAMS, self.run.micro_batch(data_parallel), strict=True))
+        return 3 * sum(each.head_flops(each.expected_counts(samples, self.run)) for each in self)
+
+    def prepare(
+        self,
+        batch: MicroBatch,
+        device: torch.device,
+        tokenize: Tokenize | None = None,
+        embeds: bool = True,
+        reads: bool = True,
+    ) -> tuple[MixedInputs, Reading | None, Tensor]:
+        """Inputs, what is read, and sample ids [samples of all groups] on `device`, of a micro-batch on the host.
+
+        `tokenize` makes visual codes, where they are needed. `embeds`: this process needs the inputs themselves, not
+        only their layout. `reads`: it needs the targets; else they are None. Every index is made on the host, so that
+        the device never has to be waited for.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            return to_device(tensor, device)
+
+        layout, seen = self.layout(batch), Views(batch, device)
+        inputs = MixedInputs(
+            images=normalized(self._images(batch, seen, device) if embeds else torch.zeros(0, device=device)),
+            words=move(layout.packed([_text(batch, view) for view in self.views if view.text]) if embeds else NONE),
+            layout=layout.to(device),
+            image_mask=self._image_mask(batch, move) if embeds else None,
+        )
+        ids = move(torch.cat([batch.streams[view.stream].ids for view in self.views]))
+        if not reads:
+            return inputs, None, ids
+        made: dict[str, Tensor] = {}
+
+        def codes() -> dict[str, Tensor]:
+            assert tokenize is not None
+            return made or made.update(seen.by_stream(tokenize(seen.tokenizer))) or made
+
+        places = Places(layout, self.views)
+        rows = [objective.rows(batch, places) for objective in self]
+        targets = [objective.targets(batch, places, codes, move) for objective in self]
+        united = rows[0] if len(rows) == 1 else torch.cat(rows).unique()
+        own = [None if len(rows) == 1 else move(torch.searchsorted(united, some)) for some in rows]
+        return inputs, Reading(_selection(move(united), united, layout), own, targets), ids
+
+    def _images(self, batch: MicroBatch, seen: Views, device: torch.device) -> Tensor:
+        """uint8 [images of all views, 3, S, S]."""
+        wanted = [view.stream for view in self.views if view.image]
+        if not wanted:
+            side = self.model.image_size
+            return torch.zeros(0, 3, side, side, dtype=torch.uint8, device=device)
+        if wanted == [name for name, samples in batch.streams.items() if samples.images is not None]:
+            return seen.model
+        streams = seen.by_stream(seen.model)
+        return torch.cat([streams[name] for name in wanted])
+
+    def _image_mask(self, batch: MicroBatch, move: Any) -> Tensor | None:
+        """bool [images of all views, patches]; None where nothing is hidden."""
+        views = [view for view in self.views if view.image]
+        if not any(view.masked_by for view in views):
+            return None
+        masks = []
+        for view in views:
+            samples = batch.streams[view.stream]
+            shown = torch.zeros(len(samples), self.model.patches, dtype=torch.bool)
+            masks.append(samples.annotations[view.masked_by]["image_mask"] if view.masked_by else shown)
+        return move(torch.cat(masks))
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """uint8 images -> [-1, 1] (mean and deviation 0.5, as in the released models' fine-tuning)."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def _group(batch: MicroBatch, view: View, model: ModelConfig) -> Any:
+    samples = batch.streams[view.stream]
+    patches = 1 + model.patches if view.image else 0
+    if not view.text:
+        return group(len(samples), patches, None)
+    assert samples.text is not None and samples.lengths is not None
+    width = samples.text.shape[1]
+    return group(len(samples), patches, torch.arange(width) >= samples.lengths[:, None], width)
+
+
+def _text(batch: MicroBatch, view: View) -> Tensor:
+    """int64 [n, L]: the words that the model is shown."""
+    samples = batch.streams[view.stream]
+    text = samples.annotations[view.masked_by]["text"] if view.masked_by else samples.text
+    assert text is not None
+    return text
+
+
+def _selection(rows: Tensor, on_host: Tensor, layout: Layout) -> Selection:
+    """Rows that ascend, with how many of them each segment has."""
+    ends = torch.tensor(layout.segments).cumsum(0)
+    a, b, c, d = torch.searchsorted(on_host, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+    return Selection(rows, (a, b, c, d))
+
+
+class PretrainingModule(nn.Module):
+    """The model under its objectives.
+
+    Each loss is its sum over the whole step divided by the step's global number of its targets. Means of means would be
+    wrong: the numbers differ per rank and micro-batch. A micro-batch therefore contributes `sum / count of the step`,
+    and the contributions of all micro-batches and ranks add up to the loss.
+    """
+
+    def __init__(self, model: BEiT3, objectives: Objectives, seed: int) -> None:
+        super().__init__()
+        self.model, self.objectives, self.seed = model, objectives, seed
+        self.columns = len(objectives.losses)
+        """K."""
+
+    def forward(
+        self, inputs: MixedInputs, reading: Reading, sample_ids: Tensor, step_counts: Tensor, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over the micro-batch.
+
+        Returns its contribution to the step's loss (a scalar to go backward from) and the statistics [2, K]: sums of
+        the losses and of correct predictions. `step_counts` [K]: targets of the whole step over all ranks. `sample_ids`
+        [samples of all groups] and `step` key the drop path in training.
+        """
+        inputs = self.with_drop_path(inputs, sample_ids, step)
+        return self.losses(self.model.hidden(inputs, reading.selection), reading, step_counts)
+
+    def with_drop_path(self, inputs: MixedInputs, sample_ids: Tensor, step: int) -> MixedInputs:
+        """The inputs with the drop-path factors of this step; unchanged in evaluation."""
+        config = self.model.config
+        if not self.training or config.drop_path == 0:
+            return inputs
+        factors = drop_path_factors(sample_ids, seed=self.seed, step=step, layers=config.layers, rate=config.drop_path)
+        return replace(inputs, keep=factors)
+
+    def losses(self, hidden_MD: Tensor, reading: Reading, step_counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The contribution to the loss and the statistics [2, K] from the last block's hidden states of the selected
+        tokens."""
+        sums = [
+            objective.sums(self.model, hidden_MD if rows is None else hidden_MD.index_select(0, rows), targets)
+            for objective, rows, targets in zip(self.objectives, reading.rows, reading.targets, strict=True)
+        ]
+        statistics = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+        # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
+        losses = zip(self.objectives.losses, statistics[0], strict=True)
+        weighted = torch.stack([loss.weight * value for loss, value in losses])
+        return (weighted / step_counts.clamp(min=1)).sum(), statistics.detach()
