@@ -462,7 +462,7 @@ class TrainingConfig(JobConfig):
     """DeepSpeed JSON file. ds_configs/zero3_bf16.json and its fellows come with the program and are found from any
     folder that has none of that name. "auto" values come from this config; a value that contradicts it is an error.
     Empty: everything is auto."""
-    plugins: list[str] = field(default_factory=list)
+    plugins: list[str] | str = field(default_factory=list)
     """Python files or modules that are imported before this recipe is read, and register objectives, tasks or kernels
     of their own."""
     init_from: str = ""
@@ -477,6 +477,7 @@ class TrainingConfig(JobConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         expand_home(self, "deepspeed_config", "init_from")
+        self.plugins = [self.plugins] if isinstance(self.plugins, str) else self.plugins
         require(
             self.precision == "fp32" or self.parallel.zero_stage > 0,
             "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "

@@ -49,7 +49,7 @@ from beit3_dist.command_line import refuse
 from beit3_dist.config import STREAMS, BatchConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.data.views import Tokenize, Views
+from beit3_dist.data.views import SeenImages, Tokenize
 from beit3_dist.devices import device_type
 from beit3_dist.image_tokenizer.drawing import mosaic, patches_of
 from beit3_dist.image_tokenizer.files import load_vqkd
@@ -186,7 +186,7 @@ def sample_training(run: Run, device: torch.device) -> TrainingSample:
             if loss.name in counts:
                 counts[loss.name] += torch.bincount(classes.cpu(), minlength=loss.classes)
         if codes is not None:
-            pixels = patches_of(Views(batch, torch.device("cpu")).model, model.patch_size).flatten(1).double()
+            pixels = patches_of(SeenImages(batch, torch.device("cpu")).model, model.patch_size).flatten(1).double()
             sums.index_add_(0, codes.cpu().flatten(), pixels)
             carriers += torch.bincount(codes.cpu().flatten(), minlength=len(carriers))
     if run.image_tokenizer is None:
@@ -205,7 +205,7 @@ def codes_of(run: Run, batch: MicroBatch, device: torch.device) -> Tensor | None
     """int64 [I, patches] on the device; None where there are no codes."""
     if run.image_tokenizer is None:
         return None
-    return ImageTargets(run.image_tokenizer, device)(Views(batch, device).tokenizer)
+    return ImageTargets(run.image_tokenizer, device)(SeenImages(batch, device).tokenizer)
 
 
 def given(codes: Tensor | None) -> Tokenize | None:
@@ -281,7 +281,7 @@ def guess(
     assert reading is not None and codes is not None
     hidden_MD = model.hidden(inputs)[reading.selection.rows]
     guessed = {name: some.cpu() for name, some in masked.guesses(model, hidden_MD, reading.targets[0]).items()}
-    seen, found = Views(batch, torch.device("cpu")), {}
+    seen, found = SeenImages(batch, torch.device("cpu")), {}
     pixels, true = seen.by_stream(seen.model), seen.by_stream(codes.cpu())
     for stream, name in (("images", "image"), ("pairs", "pair_image")):
         if stream in true:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from beit3_dist.command_line import parse, refuse
 from beit3_dist.data.batch import requests_from
-from beit3_dist.data.views import Views
+from beit3_dist.data.views import SeenImages
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.drawing import mosaic, nearest_patches, sheet
 from beit3_dist.image_tokenizer.files import load_vqkd
@@ -75,7 +75,7 @@ def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
 def views(run: Run) -> Iterator[Tensor]:
     """The image tokenizer's views of the training pictures."""
     for request in requests_from((0, 0, 0), run.train.config.batch):
-        yield Views(run.train[request], torch.device("cpu")).tokenizer
+        yield SeenImages(run.train[request], torch.device("cpu")).tokenizer
 
 
 def resized(pictures: Tensor, size: int) -> Tensor:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Shows that a run has read exactly the samples that its config stands for.
 
-    python tools/verify_order.py OUT [--json]
+    python tools/verify_order.py OUT [--json] [--plugins FILE ...]
 
 The sample hash of every step in OUT/metrics.jsonl is computed again from OUT/config.yaml, the shards' indexes and the
 replaced samples in OUT/quarantine.jsonl; no picture is decoded. Exit code 0: all hashes are equal. 1: a hash differs,
@@ -15,6 +15,7 @@ import logging
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Keys:
         return self.shards[shard].get(key)
 
 
-def replaced(streams: tuple[SampleStream, ...], faults: list[dict[str, Any]]) -> Bad:
+def replaced(streams: Sequence[SampleStream], faults: list[dict[str, Any]]) -> Bad:
     """The samples that quarantine.jsonl names; those of step 0 are faults of the index and in no order."""
     bad: Bad = defaultdict(set)
     keys = {stream.stream: [Keys(table) for table in stream.tables] for stream in streams}
@@ -92,15 +93,15 @@ def stream_terms(stream: SampleStream, first: int, count: int, bad: set[tuple[in
     return int(terms.sum(dtype=np.uint64))
 
 
-def verify(out: Path) -> dict[str, Any]:
+def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
     """The report on a run. Raises ValueError where it cannot be verified."""
     steps = records(out / "metrics.jsonl")
     if not steps:
         raise ValueError(f"{out / 'metrics.jsonl'} holds no step")
     quarantine = out / "quarantine.jsonl"
-    config = pretraining_config(out, "verify_order.py")
+    config = pretraining_config(out, "verify_order.py", plugins)
     batches = MixedBatches(config, config.model.image_size, 0, 1)
-    streams = tuple(batches.indexed(stream) for stream in Stream)
+    streams = tuple(batches.indexed(stream) for stream in batches.streams)
     bad = replaced(streams, records(quarantine) if quarantine.exists() else [])
     mistakes: list[dict[str, Any]] = []
     consumed = dict.fromkeys(Stream, 0)
@@ -145,6 +146,9 @@ def parse(arguments: list[str] | None) -> Namespace:
     parser = ArgumentParser(prog="verify_order.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--plugins", nargs="*", default=[], metavar="FILE", help="files that define objectives of the run"
+    )
     return parser.parse_args(arguments)
 
 
@@ -153,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.ERROR)  # the run's own log has the warnings of its shards
     try:
-        report = verify(options.out)
+        report = verify(options.out, options.plugins)
     except ValueError as error:
         print(f"verify_order.py: error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from beit3_dist.checkpoint.model_folder import TASK_HEAD, block_count, check_blocks
+from beit3_dist.checkpoint.model_folder import OBJECTIVE_HEADS, TASK_HEAD, block_count, check_blocks
 from beit3_dist.checkpoint.positions import FIRST_PATCH, interpolate_positions
 from beit3_dist.checkpoint.released import released_name
 from beit3_dist.config import ModelConfig
@@ -23,10 +23,17 @@ from beit3_dist.model.beit3 import BEiT3
 
 POSITIONS = "vision_embedding.positions"
 
-_HEADS = {"the image head": r"image_head\..*", "the text head": r"text_head\..*", "the task's head": r"task_head\..*"}
-_USE_OF_TASK = {**_HEADS, "the final norm": r"norm\..*"}
+_OWN_HEADS = {
+    "the image head": r"image_head\..*",
+    "the text head": r"text_head\..*",
+    "the task's head": r"task_head\..*",
+}
+_NORM = {"the final norm": r"norm\..*"}
+_HEADS = {**_OWN_HEADS, "heads of objectives": rf"{re.escape(OBJECTIVE_HEADS)}.*"}
+_USE_OF_TASK = {**_HEADS, **_NORM}
 _GROUPS = {
-    **_USE_OF_TASK,
+    **_OWN_HEADS,
+    **_NORM,
     "the mask token": r"vision_embedding\.mask_token",
     "the language side": r"language_embedding\..*|(.*\.)?language\..*",
 }
@@ -88,7 +95,9 @@ def absent_groups(names: Iterable[str], needed: Iterable[str]) -> list[str]:
     needed = set(needed)
     missing = needed - set(names)
     absent, excused = [], set()
-    for group, pattern in _GROUPS.items():
+    objectives = {name.split(".")[1] for name in needed if name.startswith(OBJECTIVE_HEADS)}
+    heads = {f"the head of {name}": rf"{re.escape(OBJECTIVE_HEADS + name)}\..*" for name in sorted(objectives)}
+    for group, pattern in {**_GROUPS, **heads}.items():
         members = {name for name in needed if re.fullmatch(pattern, name)}
         if members and members <= missing:
             absent.append(group)
@@ -120,7 +129,7 @@ def check_whole(weights: Mapping[str, Tensor], config: ModelConfig) -> None:
     shapes = shapes_of(config)
     absent_groups(weights, shapes)
     for name in weights:
-        if name not in shapes and not name.startswith(TASK_HEAD):
+        if name not in shapes and not name.startswith((TASK_HEAD, OBJECTIVE_HEADS)):
             raise ValueError(f"{_in_both_forms(name)} is no weight of a model with {_architecture(config)}")
     check_shapes(weights, shapes)
 

@@ -38,6 +38,8 @@ MOST = 1 << 24
 
 TASK_HEAD = "task_head."
 """Where a downstream head's weights stand in a model that has one."""
+OBJECTIVE_HEADS = "objective_heads."
+"""Before the name of a pretraining objective: where the weights of the head that it has of its own stand."""
 
 
 @dataclass(frozen=True)

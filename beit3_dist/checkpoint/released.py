@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from beit3_dist.checkpoint.model_folder import TASK_HEAD
+from beit3_dist.checkpoint.model_folder import OBJECTIVE_HEADS, TASK_HEAD
 
 PREFIX = "beit3."
 
@@ -127,8 +127,12 @@ def weights_to_released(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         log.warning("shared attention and norms are written twice, for vision and for language: the form has no other")
     if not any(".inner_norm." in name for name in weights):
         log.warning("the model has no sub-LayerNorm: build torchscale's with EncoderConfig(subln=False, ...)")
+    if left_out := sorted({name.split(".")[1] for name in weights if name.startswith(OBJECTIVE_HEADS)}):
+        log.warning("the released form has no place for the heads of %s", ", ".join(left_out))
     released = {}
     for name, value in weights.items():
+        if name.startswith(OBJECTIVE_HEADS):
+            continue
         sides = [name.replace(".shared.", f".{side}.") for side in _SIDES] if ".shared." in name else [name]
         for side in sides:
             released[released_name(side)] = _in_released_shape(name, value).contiguous()

@@ -30,12 +30,13 @@ def jittered(pictures: Tensor, weights: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], colour, own[:, None]).round_().clamp_(0, 255).to(torch.uint8)
 
 
-class Views:
-    """The images of a micro-batch on the device, those of all its streams in one tensor: I images, stream by stream."""
+class SeenImages:
+    """The images of a micro-batch on the device, those of all its streams in one tensor: I images, stream by stream.
+    What nobody asks for is not made. `tokenize` makes visual codes."""
 
-    def __init__(self, batch: MicroBatch, device: torch.device) -> None:
+    def __init__(self, batch: MicroBatch, device: torch.device, tokenize: Tokenize | None = None) -> None:
         self._streams = {name: samples for name, samples in batch.streams.items() if samples.images is not None}
-        self._device = device
+        self._device, self._tokenize = device, tokenize
 
     @cached_property
     def model(self) -> Tensor:
@@ -47,6 +48,17 @@ class Views:
         """What the image tokenizer sees, uint8 [I, 3, S2, S2]."""
         others = [samples.tokenizer_images for samples in self._streams.values()]
         return self.model if others[0] is None else self._seen(others)
+
+    @cached_property
+    def images(self) -> dict[str, Tensor]:
+        """What the model sees of each stream, uint8 [n, 3, S, S]."""
+        return self.by_stream(self.model)
+
+    @cached_property
+    def codes(self) -> dict[str, Tensor]:
+        """Visual codes of each stream's images, int64 [n, patches]."""
+        assert self._tokenize is not None
+        return self.by_stream(self._tokenize(self.tokenizer))
 
     def by_stream(self, of_all: Tensor) -> dict[str, Tensor]:
         """What belongs to each stream's images, of [I, ...]."""

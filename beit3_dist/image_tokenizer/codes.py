@@ -29,7 +29,7 @@ from beit3_dist.config import Patterns, RunConfig, require, sources_of
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
 from beit3_dist.data.streams import SampleStream
-from beit3_dist.data.views import Tokenize, Views
+from beit3_dist.data.views import SeenImages, Tokenize
 from beit3_dist.model.layout import to_device
 from beit3_dist.opening import read_json, regular_size
 
@@ -212,4 +212,4 @@ def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Toke
 def write_codes(writer: CodesWriter, batches: Iterable[MicroBatch], tokenize: Tokenize, device: torch.device) -> None:
     """Adds the codes of all pictures of the micro-batches."""
     for batch in batches:
-        writer.add(image_ids(batch), tokenize(Views(batch, device).tokenizer))
+        writer.add(image_ids(batch), tokenize(SeenImages(batch, device).tokenizer))

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from beit3_dist.config import ModelConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.order import Numbers, Stream, mix
 from beit3_dist.data.streams import Sample
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.layout import Layout
 
@@ -88,10 +89,6 @@ class Loss:
     """What is wrong where nearly all its targets are one class, for `str.format(class)`."""
 
 
-Codes = Callable[[], dict[str, Tensor]]
-"""Visual codes int64 [n, patches] on the device of each stream's images; made when they are first asked for."""
-
-
 class Objective(ABC):
     """An objective of one run. `name` is that of its section in `objectives`, `Config` the section's dataclass."""
 
@@ -114,8 +111,9 @@ class Objective(ABC):
         self.streams = [stream for stream in Stream if getattr(run.batch, stream.field)]
         """Those that the run has."""
 
-    def add_heads(self, model: BEiT3) -> None:  # noqa: B027 (most need none)
-        """Gives a model on the meta device the layers that it lacks, under names of their own."""
+    def head(self) -> nn.Module | None:
+        """Layers that the model lacks, `objective_heads.NAME` of it: with the pipeline's last stage, in checkpoints."""
+        return None
 
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
@@ -137,7 +135,7 @@ class Objective(ABC):
         """int64 [M] on the host: the tokens that it reads, ascending."""
 
     @abstractmethod
-    def targets(self, batch: MicroBatch, places: Places, codes: Codes, move: Callable[[Tensor], Tensor]) -> Any:
+    def targets(self, batch: MicroBatch, places: Places, seen: SeenImages, move: Callable[[Tensor], Tensor]) -> Any:
         """What `sums` compares its tokens with. `move` brings a tensor to the device without waiting for it."""
 
     @abstractmethod

@@ -15,8 +15,9 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.order import Numbers, Stream
 from beit3_dist.data.streams import Draw, Sample
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.objectives.base import Codes, Loss, Objective, Places, View, grid_of
+from beit3_dist.objectives.base import Loss, Objective, Places, View, grid_of
 from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
 
 NAME = "masked_data_modeling"
@@ -156,11 +157,11 @@ class MaskedDataModeling(Objective):
             ]
         )
 
-    def targets(self, batch: MicroBatch, places: Places, codes: Codes, move: Callable[[Tensor], Tensor]) -> Targets:
+    def targets(self, batch: MicroBatch, places: Places, seen: SeenImages, move: Callable[[Tensor], Tensor]) -> Targets:
         patches, words = self._masks(batch, "image_mask", self._images), self._masks(batch, "text_mask", self._texts)
         none = torch.zeros(0, dtype=torch.int64)
         masked_codes = [
-            codes()[view.stream].flatten()[move(mask.flatten().nonzero().squeeze(1))]
+            seen.codes[view.stream].flatten()[move(mask.flatten().nonzero().squeeze(1))]
             for view, mask in zip(self._images, patches, strict=True)
         ]
         truths = [batch.streams[view.stream].text for view in self._texts]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from beit3_dist.config import STREAMS, ModelConfig, RunConfig, require
 from beit3_dist.data.batch import MicroBatch
-from beit3_dist.data.views import Tokenize, Views
+from beit3_dist.data.views import SeenImages, Tokenize
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.model.layout import Layout, Selection, group, to_device
@@ -44,6 +44,14 @@ class Objectives:
         )
         names = [loss.name for loss in self.losses]
         require(len({*names}) == len(names), f"objectives: two losses have one name among {', '.join(names)}")
+        for objective in objectives:
+            require(bool(objective.views), f"objectives.{objective.name} reads none of the streams that batch has")
+        for view in (view for objective in objectives for view in objective.views if view.masked_by):
+            require(
+                view.masked_by in {objective.name for objective in objectives},
+                f"objectives: one of them reads what {view.masked_by} hides: give the section "
+                f"objectives.{view.masked_by}, too",
+            )
         self.views: list[View] = sorted(
             dict.fromkeys(view for objective in objectives for view in objective.views), key=lambda view: view.kind
         )
@@ -61,8 +69,9 @@ class Objectives:
         """The model with all heads, on the meta device."""
         model = BEiT3(self.model, device="meta")
         with torch.device("meta"):
-            for objective in self:
-                objective.add_heads(model)
+            heads = {objective.name: head for objective in self if (head := objective.head()) is not None}
+        if heads:
+            model.objective_heads = nn.ModuleDict(heads)
         return model
 
     def counts(self, batch: MicroBatch) -> list[int]:
@@ -115,7 +124,7 @@ class Objectives:
         def move(tensor: Tensor) -> Tensor:
             return to_device(tensor, device)
 
-        layout, seen = self.layout(batch), Views(batch, device)
+        layout, seen = self.layout(batch), SeenImages(batch, device, tokenize)
         inputs = MixedInputs(
             images=normalized(self._images(batch, seen, device) if embeds else torch.zeros(0, device=device)),
             words=move(layout.packed([_text(batch, view) for view in self.views if view.text]) if embeds else NONE),
@@ -125,20 +134,14 @@ class Objectives:
         ids = move(torch.cat([batch.streams[view.stream].ids for view in self.views]))
         if not reads:
             return inputs, None, ids
-        made: dict[str, Tensor] = {}
-
-        def codes() -> dict[str, Tensor]:
-            assert tokenize is not None
-            return made or made.update(seen.by_stream(tokenize(seen.tokenizer))) or made
-
         places = Places(layout, self.views)
         rows = [objective.rows(batch, places) for objective in self]
-        targets = [objective.targets(batch, places, codes, move) for objective in self]
+        targets = [objective.targets(batch, places, seen, move) for objective in self]
         united = rows[0] if len(rows) == 1 else torch.cat(rows).unique()
         own = [None if len(rows) == 1 else move(torch.searchsorted(united, some)) for some in rows]
         return inputs, Reading(_selection(move(united), united, layout), own, targets), ids
 
-    def _images(self, batch: MicroBatch, seen: Views, device: torch.device) -> Tensor:
+    def _images(self, batch: MicroBatch, seen: SeenImages, device: torch.device) -> Tensor:
         """uint8 [images of all views, 3, S, S]."""
         wanted = [view.stream for view in self.views if view.image]
         if not wanted:
@@ -146,8 +149,7 @@ class Objectives:
             return torch.zeros(0, 3, side, side, dtype=torch.uint8, device=device)
         if wanted == [name for name, samples in batch.streams.items() if samples.images is not None]:
             return seen.model
-        streams = seen.by_stream(seen.model)
-        return torch.cat([streams[name] for name in wanted])
+        return torch.cat([seen.images[name] for name in wanted])
 
     def _image_mask(self, batch: MicroBatch, move: Any) -> Tensor | None:
         """bool [images of all views, patches]; None where nothing is hidden."""

@@ -85,7 +85,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
         held_out_view = own if config.eval.image_codes else view
         held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, annotators=[*objectives])
         held_out_codes = open_codes(config, view, True, held_out)
-    values = _values(config, checkpoint)
+    values = _values(config, checkpoint, objectives)
     return Ready(state, checkpoint, values, objectives, image_tokenizer, train, held_out, train_codes, held_out_codes)
 
 
@@ -103,14 +103,15 @@ def _reads(mesh: Mesh) -> bool:
     return mesh.tensor_rank == 0 and mesh.pipeline_rank in (0, mesh.pipeline - 1)
 
 
-def _values(config: RunConfig, checkpoint: Path | None) -> Values:
+def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives) -> Values:
     """Initial values of a new run: of `init_from` where that has them, else a function of (seed, name). Zeros for one
     that goes on."""
     if checkpoint is not None:
         return zeros
     weights: dict[str, Tensor] = {}
     if config.init_from:
-        weights = read_initial_weights(Path(config.init_from), config.model)
+        shapes = {name: parameter.shape for name, parameter in objectives.build().named_parameters()}
+        weights = read_initial_weights(Path(config.init_from), config.model, shapes)
     return lambda name, shape: (
         weights[name] if name in weights else initial_value(name, shape, config.model, config.seed)
     )

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,16 +23,15 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
-from beit3_dist.data.views import Views
+from beit3_dist.data.views import SeenImages
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.masked_data_modeling import NAME
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
-from tests.integration.runs import metrics, run_config, write_recipe
+from tests.integration.runs import metrics, program, run_config, write_recipe
 from tools import report
 
-ROOT = Path(__file__).parents[2]
 STEPS = 24
 PICTURES = 4
 
@@ -51,18 +47,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program of the repository on one core."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +116,7 @@ def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content:
     assert number * at_once >= 2000
     for request in islice(requests_from((0, 0, 0), batches.config.batch), number):
         micro_batch = batches[request]
-        seen = Views(micro_batch, torch.device("cpu"))
+        seen = SeenImages(micro_batch, torch.device("cpu"))
         codes = seen.by_stream(tokenizer.encode(seen.tokenizer.float() / 255))
         for stream, of_images, of_texts in (
             ("images", "image", ""),
