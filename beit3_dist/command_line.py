@@ -15,9 +15,8 @@ from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentPars
 
 from beit3_dist.launched import rank, take_place
 from beit3_dist.leaving import ExitCode, leave_when_asked
-from beit3_dist.opening import MOST_YAML, read_text
 from beit3_dist.plugins import load_plugins
-from beit3_dist.recipe import current_name, current_names, read_recipe
+from beit3_dist.recipe import current_name, read_recipe, recipe_texts
 
 Config = TypeVar("Config")
 
@@ -88,12 +87,12 @@ class _Recipe(ActionConfigFile):
         for name, value in read_recipe(values).items():
             if name in parser.groups and not isinstance(value, dict):
                 raise ValueError(f"the recipe {values}: {name} is a section of fields, not {value!r}")
-        text = read_text(values, MOST_YAML)
-        try:
-            super().__call__(parser, cfg, values if current_names(text) == text else current_names(text), option_string)
-            parser.validate(cfg, skip_required=True)  # what the command line has given so far is known to be right
-        except (ArgumentError, TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"the recipe {values}: {error}") from None
+        for path, text in recipe_texts(values):
+            try:
+                super().__call__(parser, cfg, text, option_string)
+                parser.validate(cfg, skip_required=True)  # what the command line has given so far is known to be right
+            except (ArgumentError, TypeError, ValueError, KeyError) as error:
+                raise ValueError(f"the recipe {path}: {error}") from None
 
 
 def _values_of(option: str, arguments: Sequence[str]) -> list[str]:

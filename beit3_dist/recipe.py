@@ -30,26 +30,51 @@ def current_names(recipe: str) -> str:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The fields of a recipe, or of the config.yaml of a run.
+    """The fields of a recipe, or of the config.yaml of a run, and of the recipes that it is based on.
 
     Raises ValueError that names the file, and the line where there is one, for what is no readable YAML of fields; for
     a field that is given twice, of which YAML would take the last; and for one without a value, such as a section
     whose lines are all commented out.
     """
-    try:
-        text = read_text(path, MOST_YAML)
-    except OSError as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        fields = yaml.safe_load(current_names(text))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ValueError(f"the recipe {path} is no YAML: {_told(error)}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"the recipe {path} sets no field: it must hold lines such as `steps: 1000`")
-    for problem in _problems(root, ""):
-        raise ValueError(f"the recipe {path}, {problem}")
-    return _nested(fields)
+    fields: dict[str, Any] = {}
+    for one, text in recipe_texts(path):
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+            own = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise ValueError(f"the recipe {one} is no YAML: {_told(error)}") from None
+        if not isinstance(root, yaml.MappingNode):
+            raise ValueError(f"the recipe {one} sets no field: it must hold lines such as `steps: 1000`")
+        for problem in _problems(root, ""):
+            raise ValueError(f"the recipe {one}, {problem}")
+        fields = _over(fields, _nested(own))
+    return fields
+
+
+def recipe_texts(path: str | Path) -> list[tuple[Path, str]]:
+    """The recipe, after those that it is based on, whose fields it changes: `based_on: FILE`, beside itself. Each with
+    its text under today's names. Raises ValueError for a file that cannot be read, or that is based on itself."""
+    texts: list[tuple[Path, str]] = []
+    following: Path | None = Path(path)
+    while following is not None:
+        path = following
+        if path.resolve() in [other.resolve() for other, _ in texts]:
+            raise ValueError(f"the recipe {path} is based on itself")
+        try:
+            text = read_text(path, MOST_YAML)
+        except OSError as error:
+            raise ValueError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
+        base = re.search(r"^based_on: *(\S+) *$", text, flags=re.MULTILINE)
+        following = path.parent / base[1] if base else None
+        # A line that is a comment keeps the numbers of the others.
+        texts.insert(0, (path, current_names(text.replace(base[0], f"# {base[0]}") if base else text)))
+    return texts
+
+
+def _over(below: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields over those below, section by section."""
+    both = {n: _over(below[n], v) for n, v in fields.items() if isinstance(v, dict) and isinstance(below.get(n), dict)}
+    return below | fields | both
 
 
 def _nested(fields: dict[str, Any]) -> dict[str, Any]:

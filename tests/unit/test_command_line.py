@@ -17,6 +17,9 @@ from beit3_dist import launched
 from beit3_dist.command_line import parse, to_yaml
 from beit3_dist.config import RunConfig, Source, sources_of
 from beit3_dist.image_tokenizer.config import TokenizerConfig
+from beit3_dist.objectives import SECTIONS
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.recipe import read_recipe
 
 RECIPE = """\
 out: runs/test
@@ -33,6 +36,9 @@ data:
 model: {layers: 2, width: 64, heads: 4, ffn_width: 128, vl_expert_layers: 1}
 optim: {lr: 5e-4, warmup_steps: 5}
 """
+
+
+FILES = ("--out", "o", "--text_tokenizer", "t", "--data.images", "i", "--data.texts", "t", "--data.pairs", "p")
 
 
 @pytest.fixture
@@ -259,3 +265,56 @@ def test_the_launcher_refuses_before_it_imports_torch(recipe: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == "2 False\n"
     assert done.stderr == "pretrain.py: error: steps must be positive, not 0\n"
+
+
+def test_a_recipe_changes_the_one_that_it_is_based_on(tmp_path: Path) -> None:
+    """Field by field, through any number of them; its own path is where the next one is looked for."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "small.yaml").write_text("model: {layers: 2, width: 64, heads: 4}\nseed: 3\n")
+    (tmp_path / "middle.yaml").write_text("based_on: models/small.yaml\nmodel: {width: 32, vl_expert_layers: 1}\n")
+    (tmp_path / "top.yaml").write_text("steps: 20\nbased_on: middle.yaml\nmodel:\n  heads: 2\n")
+    expected = {"model": {"layers": 2, "width": 32, "heads": 2, "vl_expert_layers": 1}, "seed": 3, "steps": 20}
+    assert read_recipe(tmp_path / "top.yaml") == expected
+    config = config_of("--config", tmp_path / "top.yaml", "--optim.warmup_steps", 0, *FILES)
+    model = config.model
+    assert (model.layers, model.width, model.heads, model.vl_expert_layers) == (2, 32, 2, 1)
+    assert (config.seed, config.steps) == (3, 20)
+
+
+@pytest.mark.parametrize(
+    ("below", "said"),
+    [
+        ("based_on: top.yaml\n", "top.yaml is based on itself"),
+        (None, "below.yaml cannot be read: No such file"),
+        ("model: {layer: 2}\n", "below.yaml: "),
+        ("model: {layers: }\n", "below.yaml, line 1: model.layers has no value"),
+    ],
+    ids=["circle", "missing", "typo", "no value"],
+)
+def test_what_is_wrong_with_a_recipe_below_is_named(
+    below: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "top.yaml").write_text("based_on: below.yaml\nsteps: 20\n")
+    if below is not None:
+        (tmp_path / "below.yaml").write_text(below)
+    with pytest.raises(SystemExit, match="2"):
+        config_of("--config", tmp_path / "top.yaml", *FILES)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_sections_of_objectives(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under their own names, and masked data modelling's under that of former recipes; one that there is not."""
+    both = [
+        pretraining_of("--config", recipe, f"--{section}.text_mask_ratio", "0.3")
+        for section in ("objectives.masked_data_modeling", "objective")
+    ]
+    assert both[0].objectives == both[1].objectives == {NAME: MaskedDataModelingConfig(text_mask_ratio=0.3)}
+    assert pretraining_of("--config", recipe).objectives == {NAME: MaskedDataModelingConfig()}
+    with pytest.raises(SystemExit, match="2"):
+        pretraining_of("--config", recipe, "--objectives.contrast.weight", "1")
+    assert "objectives.contrast: there is no contrast, only masked_data_modeling" in capsys.readouterr().err
+
+
+def pretraining_of(*arguments: object) -> RunConfig:
+    return parse(RunConfig, "pretrain.py", "", list(map(str, arguments)), SECTIONS)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-import yaml
 
 from beit3_dist.config import ModelConfig, RunConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.model import BEiT3, parameter_counts
+from beit3_dist.recipe import read_recipe
 from beit3_dist.tasks.config import FinetuneConfig
 
 REPOSITORY = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_options_that_it_names_are_fields() -> None:
 def test_parameters_of_the_recipes(recipe: str) -> None:
     row = re.search(rf"\| `{recipe}` \| ([\d.]+)([MB])", README)
     assert row
-    model = ModelConfig(**yaml.safe_load((REPOSITORY / f"launchers/recipes/{recipe}.yaml").read_text())["model"])
+    model = ModelConfig(**read_recipe(REPOSITORY / f"launchers/recipes/{recipe}.yaml")["model"])
     total = sum(parameter_counts(BEiT3(model, device="meta")).values())
     stated = float(row[1]) * {"M": 1e6, "B": 1e9}[row[2]]
     assert total == pytest.approx(stated, rel=0.03 if recipe == "giant" else 0.005)  # the paper rounds to 1.9B
