@@ -398,8 +398,8 @@ def summary_lines(run: Run, report: Record) -> Iterator[str]:
     yield ""
     yield from report["collapsed"]
     yield (
-        f"The targets were counted at {sum(report['targets'].values()):,} masked positions of {sampled['images']:,} "
-        f"training samples of each stream."
+        f"The targets were counted at {sum(report['targets'].values()):,} masked positions of "
+        f"{max(sampled.values()):,} training samples of each stream."
     )
     if report["held_out_step"] is not None:
         yield f"Held-out: the validation after step {report['held_out_step']:,}."

@@ -46,6 +46,8 @@ def load_vqkd(path: str | os.PathLike[str]) -> VQKD:
 
 def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int | None]:
     """The tokenizer's tensors by name and its number of heads, if the file says so."""
+    if not path:
+        raise ValueError("image_tokenizer is not given, but visual codes of images are learnt: name its file")
     if Path(path).is_dir():
         raise ValueError(f"image_tokenizer={path} is a folder: name its file, as {path}/image_tokenizer.pth of a run")
     if not Path(path).is_file():
