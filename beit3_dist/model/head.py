@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from beit3_dist.kernels.cross_entropy import cross_entropy_in_place
+from beit3_dist.kernels.cross_entropy.in_place import cross_entropy_in_place
 from beit3_dist.kernels.linear import Product
 from beit3_dist.model.cut import cut
 

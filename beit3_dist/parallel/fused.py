@@ -1,4 +1,4 @@
-"""Blocks whose arithmetic between matrix products and attention's core runs in few kernels (kernels/triton).
+"""Blocks whose arithmetic between matrix products and attention's core runs in few kernels of Triton.
 
     norm                         normal tokens, which lie sample by sample where the projections are shared
     q, k and v                   one product; attention over samples of different lengths, without padding
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import Recompute
+from beit3_dist.kernels.gelu_layer_norm.triton import linear_gelu_layer_norm
 from beit3_dist.kernels.linear import Linear
-from beit3_dist.kernels.residual_norm import Branch, Norms
-from beit3_dist.kernels.triton.gelu import linear_gelu
-from beit3_dist.kernels.triton.gelu_layer_norm import linear_gelu_layer_norm
-from beit3_dist.kernels.triton.residual_norm import gathered_norm, residual_norm
+from beit3_dist.kernels.linear_gelu.triton import linear_gelu
+from beit3_dist.kernels.residual_norm.definition import Branch, Norms
+from beit3_dist.kernels.residual_norm.triton import gathered_norm, residual_norm
 from beit3_dist.kernels.triton.sums import column_sums
-from beit3_dist.kernels.varlen_attention import VarlenAttention
+from beit3_dist.kernels.varlen_attention.definition import VarlenAttention
 from beit3_dist.model.attention import attend
 from beit3_dist.model.block import Block
 from beit3_dist.model.layout import Layout, Packing, Segments, Selection

@@ -1,20 +1,19 @@
-"""Who computes what is no matrix product: `kernels` and `attention_kernel` of the config, applied in one place."""
+"""Who computes what: `kernels` and `attention_kernel` of the config, applied in one place, operation by operation."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from beit3_dist.config import require
-from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
+from beit3_dist.kernels.registry import Function, Place, Version, operations
+from beit3_dist.kernels.triton import lacks as triton_lacks
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
@@ -25,28 +24,31 @@ OLDEST_TORCH = (2, 10)
 dimensions that are unknown, kernels that no timing chooses, 32-bit indexes)."""
 
 
+def _place(dtype: torch.dtype, width: int = 0) -> Place:
+    """This process's device."""
+    return Place("cuda" if torch.cuda.is_available() else "cpu", dtype, width)
+
+
 def chosen_kernels(choice: str) -> str:
     """Who computes, where `kernels` leaves it open: on CUDA what was fastest there, on the CPU torch."""
     if choice != "auto":
         return choice
-    return "triton" if torch.cuda.is_available() and _installed("triton") else "torch"
+    return "triton" if torch.cuda.is_available() and not triton_lacks(_place(torch.float32)) else "torch"
+
+
+def chosen_versions(kernels: str, dtype: torch.dtype) -> dict[str, Version]:
+    """Of each operation the preferred version among those that `kernels` (as chosen) may mean and that may serve; none
+    where the model computes it by its definition."""
+    serving = {name: operation.serving(_place(dtype), kernels) for name, operation in operations().items()}
+    return {name: versions[0] for name, versions in serving.items() if versions}
 
 
 def chosen_attention(choice: str, kernels: str, dtype: torch.dtype, head_dim: int) -> str:
     """Who computes attention's core, where `attention_kernel` leaves it open. `kernels`: as chosen."""
-    narrow = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0  # what the kernels take
-    if choice != "auto" or kernels != "triton" or not narrow or not torch.cuda.is_available():
-        return "padded" if choice == "auto" else choice
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
-    usable = (name for name, it in VARLEN_ATTENTION.items() if _installed(it.module) and (hopper or not it.hopper))
-    return next(usable, "padded")
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
-        return False
+    if choice != "auto":
+        return choice
+    serving = VARLEN_ATTENTION.serving(_place(dtype, head_dim)) if kernels == "triton" else []
+    return serving[0].name if serving else "padded"
 
 
 def check_kernels(kernels: str, attention: str = "auto", precision: str = "bf16") -> None:
@@ -65,60 +67,52 @@ def check_kernels(kernels: str, attention: str = "auto", precision: str = "bf16"
             "environment's CXX, or use kernels=torch",
         )
     if kernels == "triton":
-        require(
-            _installed("triton"),
-            "kernels=triton needs the package triton, which comes with CUDA builds of torch: use kernels=torch",
-        )
-        require(
-            torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
-            "kernels=triton needs a CUDA device: use kernels=torch",
-        )
-    if attention in VARLEN_ATTENTION:
-        it = VARLEN_ATTENTION[attention]
+        lacking = triton_lacks(_place(torch.float32))
+        require(not lacking, f"kernels=triton needs {lacking}: use kernels=torch")
+    if attention not in ("auto", "padded"):
         require(
             chosen_kernels(kernels) == "triton" and precision == "bf16" and torch.cuda.is_available(),
             f"attention_kernel={attention} needs kernels=triton, precision=bf16 and a CUDA device: use "
             "attention_kernel=padded",
         )
-        require(_installed(it.module), f"attention_kernel={attention} needs {it.needs}: use attention_kernel=auto")
+        lacking = VARLEN_ATTENTION.version(attention).lacks(_place(torch.bfloat16))
+        require(not lacking, f"attention_kernel={attention} needs {lacking}: use attention_kernel=auto")
 
 
 def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
     """Makes the model compute by `kernels` and `attention_kernel`. Call it once it is cut to the rank's slices and
     stages."""
-    choice = chosen_kernels(choice)
-    if choice == "compiled":
+    kernels, dtype = chosen_kernels(choice), next(model.parameters()).dtype
+    functions = {name: operations()[name].function(v) for name, v in chosen_versions(kernels, dtype).items()}
+    for module in model.modules():
+        if isinstance(module, (LayerNorm, Linear)) and module.operation in functions:
+            module.compute = functions[module.operation]
+        elif type(module) is Head and "head_cross_entropy" in functions:
+            module.forward = partial(_head_losses, module, functions["head_cross_entropy"])  # type: ignore[method-assign]
+        elif isinstance(module, Head) and "cross_entropy_in_place" in functions:
+            module.loss = functions["cross_entropy_in_place"]
+    if kernels == "compiled":
         from beit3_dist.parallel.compiled import CompiledForward  # needs a newer torch than all else
 
         for block in model.blocks.values():
             assert isinstance(block, Block)
             block.forward = CompiledForward(block)  # type: ignore[method-assign]
-    elif choice == "triton":
-        dtype, head_dim = next(model.parameters()).dtype, model.config.width // model.config.heads
-        _use_triton(model, chosen_attention(attention, choice, dtype, head_dim))
+    elif kernels == "triton":
+        _fuse_blocks(model, chosen_attention(attention, kernels, dtype, model.config.width // model.config.heads))
 
 
-def _use_triton(model: BEiT3, attention: str) -> None:
-    """Blocks in few kernels; where they are cut over tensor ranks, their modules one by one."""
-    from beit3_dist.kernels.triton import cross_entropy, gelu_layer_norm, layer_norm  # need triton
-    from beit3_dist.parallel.fused import FusedForward
+def _fuse_blocks(model: BEiT3, attention: str) -> None:
+    """Blocks in few kernels; those that are cut over tensor ranks keep to kernels one by one."""
+    from beit3_dist.parallel.fused import FusedForward  # needs triton
 
-    core = None if attention == "padded" else VARLEN_ATTENTION[attention].compute
-    for module in model.modules():
-        if isinstance(module, GeluLayerNorm):
-            module.compute = gelu_layer_norm.gelu_layer_norm
-        elif isinstance(module, LayerNorm):
-            module.compute = layer_norm.layer_norm
-        elif type(module) is Head:
-            module.forward = partial(_head_losses, module, cross_entropy.head_cross_entropy)  # type: ignore[method-assign]
-        elif isinstance(module, Head):
-            module.loss = cross_entropy.cross_entropy_in_place
+    versions = VARLEN_ATTENTION
+    core = None if attention == "padded" else versions.function(versions.version(attention))
     for block in model.blocks.values():
         assert isinstance(block, Block)
         if all(type(projection) is Linear for projection in block.attention.out.values()):
             block.forward = FusedForward(block, core)  # type: ignore[method-assign]
 
 
-def _head_losses(head: Head, compute: Callable[..., Tensor], hidden_MD: Tensor, targets: Tensor) -> Tensor:
+def _head_losses(head: Head, compute: Function, hidden_MD: Tensor, targets: Tensor) -> Tensor:
     """`Head.forward`."""
     return compute(hidden_MD, head.weight, head.bias, targets)

@@ -6,8 +6,7 @@ import deepspeed
 import torch
 
 from beit3_dist.config import JobConfig, TrainingConfig
-from beit3_dist.kernels.layer_norm import apex_layer_norm
-from beit3_dist.parallel.kernels import chosen_attention, chosen_kernels
+from beit3_dist.parallel.kernels import chosen_attention, chosen_kernels, chosen_versions
 
 
 def computed_by(config: JobConfig, device: torch.device) -> str:
@@ -26,6 +25,6 @@ def computed_by(config: JobConfig, device: torch.device) -> str:
         head_dim = config.model.width // config.model.heads
         attention = chosen_attention(config.attention_kernel, kernels, dtype, head_dim)
         parts += [f"kernels {kernels}", f"attention {attention}"]
-        if kernels == "torch":
-            parts.append(f"LayerNorm {'torch' if not on_gpu or apex_layer_norm() is None else 'Apex'}")
+        usual = (kernels, "torch")
+        parts += [f"{o} {v.name}" for o, v in chosen_versions(kernels, dtype).items() if v.name not in usual]
     return ", ".join(parts)

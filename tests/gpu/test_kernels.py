@@ -1,103 +1,65 @@
-"""Every kernel against its definition in fp64, at the recipes' widths: values and all gradients."""
+"""Every version of every operation against its definition in fp64, at the recipes' widths: values and all gradients."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
+from beit3_dist.kernels.registry import Case, Operation, Place, Sizes, Version, operations
 from tests.device import DEVICE, ON_GPU
-from tests.gpu.kernels import KERNELS, Function, Kernel
+from tests.kernels import assert_near, check, draw, versions
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-"""Relative, by norms: some tens of fp32 roundings; two of fp16's 11 bits and of bf16's 8 bits."""
+GIANT = Sizes(tokens=4099, width=1408, ffn_width=6144, heads=16, masked=515, classes=64_010)
+"""The giant's widths, rows that no power of two is, and of the recipes' text head no multiple of 16 bytes in bf16."""
+SIZES = GIANT if ON_GPU else Sizes(tokens=5, width=24, ffn_width=40, heads=3, masked=3, classes=70)
 LAST = 8
 """Rows of a large matrix that are compared."""
 
 
-def available(kernel: Kernel) -> None:
-    """Skips the test where there is nothing to compute it."""
-    if kernel.needs:
-        try:
-            found = importlib.util.find_spec(kernel.needs) is not None
-        except ModuleNotFoundError:
-            found = False
-        if not (found and ON_GPU):
-            pytest.skip(f"needs {kernel.needs} and a GPU")
+@pytest.mark.parametrize(("operation", "version", "dtype"), versions())
+def test_kernels_equal_their_definitions(operation: Operation, version: Version, dtype: torch.dtype) -> None:
+    check(operation, version, SIZES, DEVICE, dtype)
 
 
-def draw(kernel: Kernel, dtype: torch.dtype, rows: int | None = None) -> list[Tensor]:
-    """The leaves, rounded to `dtype`; matrices of weights are as large as keeps a product's deviation near 1."""
-    numbers, leaves = torch.Generator(DEVICE).manual_seed(1), []
-    for number, shape in enumerate(kernel.shapes):
-        if rows is not None and number < kernel.rowwise:
-            shape = (rows, *shape[1:])
-        leaf = torch.randn(shape, generator=numbers, device=DEVICE, dtype=torch.float32 if rows is None else dtype)
-        if number >= kernel.rowwise and len(shape) == 2:
-            leaf /= math.sqrt(shape[1])
-        leaves.append(leaf.to(dtype))
-    return leaves
-
-
-def results(compute: Function, leaves: list[Tensor], last: int | None = None) -> list[Tensor]:
-    """Results and gradients. `last`: the gradient of all rows but so many at the end is zero, and only these come."""
-    inputs = [leaf.detach().requires_grad_() for leaf in leaves]
-    out = compute(*inputs)
-    outputs = [out] if isinstance(out, Tensor) else out
-    given = []
-    for number, output in enumerate(outputs):
-        shape = output.shape if last is None else (last, *output.shape[1:])
-        numbers = torch.Generator(DEVICE).manual_seed(100 + number)
-        gradient = torch.randn(shape, generator=numbers, device=DEVICE).to(torch.bfloat16)
-        if last is not None and len(output) > last:
-            whole = torch.zeros_like(output)
-            whole[-last:] = gradient
-            gradient = whole
-        given.append(gradient.to(output.dtype))
-    gradients = torch.autograd.grad(outputs, inputs, given)
-    return [*(output.detach() for output in outputs), *gradients]
-
-
-def assert_near(ours: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
-    """By norms: single elements may cancel to nearly nothing."""
-    assert ours.shape == exact.shape, what
-    difference, scale = (ours.double() - exact.double()).norm().item(), exact.double().norm().item()
-    assert difference <= tolerance * scale, f"{what}: {difference / max(scale, 1e-30):.1e} exceeds {tolerance:.0e}"
-
-
-@pytest.mark.parametrize(
-    ("kernel", "dtype"),
-    [pytest.param(k, t, id=f"{k.name}-{str(t).split('.')[1]}") for k in KERNELS for t in k.dtypes],
-)
-def test_kernels_equal_their_definitions(kernel: Kernel, dtype: torch.dtype) -> None:
-    available(kernel)
-    leaves = draw(kernel, dtype)
-    ours = results(kernel.ours, leaves)
-    exact = results(kernel.definition, [leaf.double() for leaf in leaves])
-    assert len(ours) == len(exact)
-    for number, (mine, theirs) in enumerate(zip(ours, exact, strict=True)):
-        assert_near(mine, theirs, kernel.slack * TOLERANCE[dtype], f"{kernel.name}, tensor {number} of {len(ours)}")
+def large(operation: Operation, number: int) -> tuple[int, Case]:
+    """A case of so many rows that a matrix has more elements than 32 bits count, and the columns of the widest one."""
+    case = operation.cases(GIANT)[number]
+    widest = max(n for i, shape in enumerate(case.shapes) for n in (shape[1:] if i < case.rowwise else shape))
+    rows = (1 << 31) // widest + 2 * LAST
+    return widest, operation.cases(replace(GIANT, tokens=rows, masked=rows))[number]
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU's memory")
-@pytest.mark.parametrize("kernel", [k for k in KERNELS if k.widest], ids=lambda k: k.name)
-def test_more_elements_than_32_bits_count(kernel: Kernel) -> None:
+@pytest.mark.parametrize(
+    ("operation", "number"),
+    [
+        pytest.param(operation, number, id=f"{operation.name}, {case.label}")
+        for operation in operations().values()
+        for number, case in enumerate(operation.cases(GIANT))
+        if case.separate and any(version.name == "triton" for version in operation.versions)
+    ],
+)
+def test_more_elements_than_32_bits_count(operation: Operation, number: int) -> None:
     """The last rows, where a number of 32 bits would have wrapped around."""
-    rows, dtype = (1 << 31) // kernel.widest + 2 * LAST, torch.bfloat16
-    needed = (3 + 4 * kernel.rowwise) * 2 * rows * kernel.widest
+    (widest, case), dtype, version = large(operation, number), torch.bfloat16, operation.version("triton")
+    assert not version.lacks(Place("cuda", dtype))
+    rows = case.shapes[0][0]
+    needed = (3 + 4 * case.rowwise) * 2 * rows * widest
     free, _ = torch.cuda.mem_get_info()
     if free < needed:
         pytest.skip(f"{free / 1e9:.0f} GB are free of the GPU's memory, {needed / 1e9:.0f} GB needed")
-    leaves = draw(kernel, dtype, rows)
-    ours = results(kernel.ours, leaves, LAST)
-    ends = [leaf[-LAST:].double() if n < kernel.rowwise else leaf.double() for n, leaf in enumerate(leaves)]
-    exact = results(kernel.definition, ends, LAST)
-    del leaves
-    for number, (mine, theirs) in enumerate(zip(ours, exact, strict=True)):
-        mine = mine[-LAST:] if mine.shape != theirs.shape else mine
-        assert_near(mine, theirs, kernel.slack * TOLERANCE[dtype], f"{kernel.name}, tensor {number} of {len(ours)}")
+    leaves = case.leaves(DEVICE, dtype)
+    ends = [
+        (leaf[-LAST:] if n < case.rowwise else leaf).detach().double().requires_grad_() for n, leaf in enumerate(leaves)
+    ]
+    last = draw(case.call(operation.definition, *ends))
+    given = [torch.cat([end.new_zeros(rows - LAST, *end.shape[1:], dtype=dtype), end.to(dtype)]) for end in last]
+    ours = case.train(operation.function(version), leaves, given)
+    exact = case.train(operation.definition, ends, last)
+    del leaves, given
+    ours = [mine[-LAST:] if mine.shape != theirs.shape else mine for mine, theirs in zip(ours, exact, strict=True)]
+    assert_near(ours, exact, version.roundings, dtype, f"{operation.name}, {case.label}")
     del ours
     torch.cuda.empty_cache()

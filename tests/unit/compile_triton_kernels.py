@@ -16,7 +16,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from beit3_dist.kernels.triton import cross_entropy, gelu, layer_norm, residual_norm, sums
+from beit3_dist.kernels.cross_entropy import triton as cross_entropy
+from beit3_dist.kernels.layer_norm import triton as layer_norm
+from beit3_dist.kernels.linear_gelu import triton as gelu
+from beit3_dist.kernels.residual_norm import triton as residual_norm
+from beit3_dist.kernels.triton import sums
 from beit3_dist.kernels.triton.launch import backward_shape, forward_shape
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -61,7 +65,7 @@ def compile_kernel(kernel: Any, options: dict[str, Any], **constants: Any) -> No
         },
     )
     code = triton.compile(source, target=TARGET, options=options).asm["cubin"]
-    name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.__name__}"
+    name = f"{kernel.fn.__module__.removeprefix('beit3_dist.kernels.')}.{kernel.__name__}"
     print(f"{name} {constants}: {len(code)} bytes of machine code, {resources(code)}", flush=True)
 
 

@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from beit3_dist.kernels import layer_norm
-from beit3_dist.kernels.layer_norm import LayerNorm, apex_layer_norm
+from beit3_dist.kernels.layer_norm import LayerNorm, apex
+from beit3_dist.kernels.layer_norm.apex import apex_layer_norm
 
 KERNELS, MODULE, FUNCTION = "fused_layer_norm_cuda", "apex.normalization.fused_layer_norm", "fused_layer_norm_affine"
 
@@ -71,7 +71,7 @@ def test_the_fused_norm_runs_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> No
         calls.append((shape, eps))
         return "fused"
 
-    monkeypatch.setattr(layer_norm, "apex_layer_norm", lambda: fused)
+    monkeypatch.setattr(apex, "apex_layer_norm", lambda: fused)
     norm = LayerNorm(4, 1e-5)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(norm(x), torch.nn.functional.layer_norm(x, (4,), norm.weight, norm.bias, 1e-5)) and not calls
@@ -79,7 +79,7 @@ def test_the_fused_norm_runs_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_cuda_gets_torchs_without_apex_and_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_norm, "plain_layer_norm", lambda *_: "plain")
-    for apex, elements in ((None, 12), (lambda *_: "fused", 0)):
-        monkeypatch.setattr(layer_norm, "apex_layer_norm", lambda apex=apex: apex)
+    monkeypatch.setattr(apex, "plain_layer_norm", lambda *_: "plain")
+    for fused, elements in ((None, 12), (lambda *_: "fused", 0)):
+        monkeypatch.setattr(apex, "apex_layer_norm", lambda fused=fused: fused)
         assert LayerNorm(4, 1e-5)(SimpleNamespace(is_cuda=True, numel=lambda n=elements: n)) == "plain"

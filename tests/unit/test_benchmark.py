@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.registry import Case, operations
 from beit3_dist.parallel import compiled
 from tools import benchmark
 from tools.benchmarks import growth, kernels, recipe
@@ -198,7 +199,8 @@ SMALL = {
 
 
 @pytest.mark.parametrize("command", SMALL)
-def test_operations(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_operations(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert run(command, *SMALL[command], "--repeats", 2, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 2 or torch.cuda.is_available()  # then others are compared too
@@ -215,22 +217,27 @@ def test_the_contenders_of_a_gpu(precision: str) -> None:
     """In Triton's interpreter, where there is none."""
     options = benchmark.parse(["kernels", *map(str, SMALL["kernels"]), "--width", "12", "--precision", precision])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = kernels.norms_and_losses(options, device, on_gpu=True)
-    assert sum("Triton" in pair.name for pair in pairs) == 3
+    pairs = kernels.kernel_pairs(options, device)
+    of_triton = {name for name, o in operations().items() if any(v.name == "triton" for v in o.versions)}
+    assert {pair.name.split(",")[0] for pair in pairs} >= {f"{name} triton" for name in of_triton}
     for pair in pairs:
-        kernels.assert_equal(pair)
+        kernels.assert_equal(pair, pair.case.leaves(device, kernels.DTYPES[precision]))
 
 
-def test_without_a_gpu_it_says_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_what_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = benchmark.parse(["kernels", *map(str, SMALL["kernels"])])
     assert len(kernels.kernel_pairs(options, CPU)) == 2
-    assert capsys.readouterr().err == "benchmark.py: no CUDA device, so the Triton kernels are left out\n"
+    assert "benchmark.py: without a CUDA device, left out: column_sums triton, " in capsys.readouterr().err
 
 
 def test_operations_are_not_timed_unless_equal() -> None:
-    pair = kernels.Pair("this", [torch.ones(3, requires_grad=True)], lambda x: x * 1.001, lambda x: x * 1)
+    case = Case([(3,)], lambda compute, x: [compute(x)])
+    pair = kernels.Pair("this", case, lambda x: x * 1.001, lambda x: x * 1)
     with pytest.raises(AssertionError, match="this differs from its definition by 1.0e-03"):
-        kernels.assert_equal(pair)
+        kernels.assert_equal(pair, case.leaves(CPU, torch.float32))
 
 
 def test_growth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,14 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 from beit3_dist.config import ModelConfig, Recompute
-from beit3_dist.kernels.cross_entropy import plain_cross_entropy
-from beit3_dist.kernels.residual_norm import Branch, Norms, plain_residual_norm
-from beit3_dist.kernels.triton import cross_entropy, launch, residual_norm, sums
-from beit3_dist.kernels.triton.gelu import linear_gelu
-from beit3_dist.kernels.triton.gelu_layer_norm import linear_gelu_layer_norm
-from beit3_dist.kernels.varlen_attention import VarlenAttention, plain_varlen_attention
+from beit3_dist.kernels.cross_entropy import triton as cross_entropy
+from beit3_dist.kernels.cross_entropy.definition import plain_cross_entropy
+from beit3_dist.kernels.gelu_layer_norm.triton import linear_gelu_layer_norm
+from beit3_dist.kernels.linear_gelu.triton import linear_gelu
+from beit3_dist.kernels.residual_norm import triton as residual_norm
+from beit3_dist.kernels.residual_norm.definition import Branch, Norms, plain_residual_norm
+from beit3_dist.kernels.triton import launch, sums
+from beit3_dist.kernels.varlen_attention.definition import VarlenAttention, plain_varlen_attention
 from beit3_dist.model import BEiT3
 from beit3_dist.model.layout import Layout, Selection, group
 from beit3_dist.parallel.fused import FusedForward

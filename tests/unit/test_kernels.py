@@ -1,4 +1,4 @@
-"""Every fused operation against its plain definition: values and gradients; in fp64 by differences too."""
+"""Every version of every operation against its definition, and what is special of those in torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,30 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from beit3_dist.kernels import cross_entropy
-from beit3_dist.kernels.cross_entropy import cross_entropy_in_place, plain_cross_entropy
-from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm, gelu_layer_norm, plain_gelu_layer_norm
+from beit3_dist.kernels.cross_entropy import in_place
+from beit3_dist.kernels.cross_entropy.definition import plain_cross_entropy
+from beit3_dist.kernels.cross_entropy.in_place import cross_entropy_in_place
+from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
+from beit3_dist.kernels.gelu_layer_norm.recomputed import gelu_layer_norm
+from beit3_dist.kernels.registry import Operation, Sizes, Version
+from tests.kernels import check, versions
+
+SIZES = {
+    "odd widths": Sizes(tokens=21, width=21, ffn_width=37, heads=3, masked=7, classes=29),
+    "one row": Sizes(tokens=1, width=24, ffn_width=40, heads=3, masked=1, classes=64),
+    "no rows": Sizes(tokens=0, width=24, ffn_width=40, heads=3, masked=0, classes=70),
+    "narrow": Sizes(tokens=5, width=3, ffn_width=7, heads=1, masked=7, classes=3),
+    "the giant's widths": Sizes(tokens=3, width=1408, ffn_width=6144, heads=16, masked=2, classes=10_001),
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("operation", "version", "dtype"), versions())
+def test_versions_equal_their_definitions(
+    operation: Operation, version: Version, dtype: torch.dtype, sizes: str
+) -> None:
+    check(operation, version, SIZES[sizes], torch.device("cpu"), dtype)
+
 
 EPS = 1e-5
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -26,20 +47,6 @@ def assert_near(ours: Tensor, plain: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- GELU and LayerNorm
-
-
-@pytest.mark.parametrize("dtype", ROUNDING)
-def test_gelu_layer_norm_equals_its_definition(dtype: torch.dtype) -> None:
-    x, weight, bias, gradient = normal(7, 24), 1 + normal(24, seed=1), normal(24, seed=2), normal(7, 24, seed=3)
-    results = []
-    for function, kind in ((gelu_layer_norm, dtype), (plain_gelu_layer_norm, torch.float64)):
-        leaves = [t.to(dtype).to(kind).requires_grad_() for t in (x, weight, bias)]
-        y = function(*leaves, EPS)
-        y.backward(gradient.to(dtype).to(kind))
-        results.append([y, *(leaf.grad for leaf in leaves)])
-    for ours, plain in zip(*results, strict=True):
-        assert ours.dtype == dtype
-        assert_near(ours, plain)
 
 
 def test_gelu_layer_norms_gradient_by_differences() -> None:
@@ -66,7 +73,7 @@ def test_gelu_layer_norm_keeps_its_input_alone() -> None:
 
 @pytest.fixture(params=[1 << 24, 60], ids=["one chunk", "two rows a chunk"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "CHUNK", request.param)
+    monkeypatch.setattr(in_place, "CHUNK", request.param)
 
 
 @pytest.mark.usefixtures("chunk")

@@ -74,7 +74,7 @@ def test_what_computes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     computes = record["computes"]
     assert computes.startswith(f"CPU, torch {torch.__version__}, DeepSpeed ")
-    assert computes.endswith(", bf16, kernels torch, attention padded, LayerNorm torch")
+    assert computes.endswith(", bf16, kernels torch, attention padded")
     assert f"computed by {computes}" in caplog.messages[:2]
     run.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -85,8 +85,8 @@ def test_what_computes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     ("kernels", "apex", "end"),
     [
         ("auto", True, "kernels triton, attention varlen"),
-        ("torch", True, "kernels torch, attention padded, LayerNorm Apex"),
-        ("torch", False, "kernels torch, attention padded, LayerNorm torch"),
+        ("torch", True, "kernels torch, attention padded, layer_norm apex"),
+        ("torch", False, "kernels torch, attention padded"),
     ],
 )
 def test_what_computes_on_a_gpu(kernels: str, apex: bool, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +94,8 @@ def test_what_computes_on_a_gpu(kernels: str, apex: bool, end: str, monkeypatch:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     installed = ("triton", "torch.nn.attention.varlen")
-    monkeypatch.setattr("beit3_dist.parallel.kernels._installed", lambda module: module in installed)
-    monkeypatch.setattr("beit3_dist.run.computing.apex_layer_norm", lambda: print if apex else None)
+    monkeypatch.setattr("beit3_dist.kernels.registry.find_spec", lambda module: module in installed or None)
+    monkeypatch.setattr("beit3_dist.kernels.layer_norm.apex.apex_layer_norm", lambda: print if apex else None)
     data = DataConfig(images="a.tar", texts="b.tar", pairs="c.tar")
     config = RunConfig(out="out", data=data, image_tokenizer="i", text_tokenizer="t", kernels=kernels)
     computes = computed_by(config, torch.device("cuda", 0))

@@ -21,13 +21,13 @@ if sys.platform != "linux":
 
 from triton.runtime.interpreter import InterpretedFunction
 
-from beit3_dist.kernels.cross_entropy import plain_cross_entropy
-from beit3_dist.kernels.gelu_layer_norm import plain_gelu_layer_norm
-from beit3_dist.kernels.triton import cross_entropy
-from beit3_dist.kernels.triton import layer_norm as layer_norm_file
-from beit3_dist.kernels.triton.cross_entropy import cross_entropy_in_place
-from beit3_dist.kernels.triton.gelu_layer_norm import gelu_layer_norm
-from beit3_dist.kernels.triton.layer_norm import layer_norm
+from beit3_dist.kernels.cross_entropy import triton as cross_entropy
+from beit3_dist.kernels.cross_entropy.definition import plain_cross_entropy
+from beit3_dist.kernels.cross_entropy.triton import cross_entropy_in_place
+from beit3_dist.kernels.gelu_layer_norm.definition import plain_gelu_layer_norm
+from beit3_dist.kernels.gelu_layer_norm.triton import gelu_layer_norm
+from beit3_dist.kernels.layer_norm import triton as layer_norm_file
+from beit3_dist.kernels.layer_norm.triton import layer_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5

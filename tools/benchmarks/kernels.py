@@ -8,36 +8,34 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
-from beit3_dist.kernels.cross_entropy import cross_entropy_in_place, plain_cross_entropy
-from beit3_dist.kernels.gelu_layer_norm import gelu_layer_norm, plain_gelu_layer_norm
-from beit3_dist.kernels.layer_norm import apex_layer_norm
-from beit3_dist.kernels.residual_norm import Branch, Norms, plain_residual_norm
+from beit3_dist.kernels.registry import Case, Function, Place, Sizes, operations
 from beit3_dist.model.attention import attend
 from beit3_dist.model.layout import Group, Layout, group
 from tools.benchmarks.measure import in_turns, kept_bytes, peak_bytes, threads
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Largest relative difference, by norms, of results and gradients."""
+"""Largest relative difference, by norms, of results and gradients, for each rounding on the way."""
 
 
 @dataclass
 class Pair:
-    """One operation in two ways. Both take the same leaves and return one tensor."""
+    """An operation in two ways."""
 
     name: str
-    leaves: list[Tensor]
-    ours: Callable[..., Tensor]
-    plain: Callable[..., Tensor]
+    case: Case
+    ours: Function
+    plain: Function
+    roundings: int = 1
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -50,18 +48,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return out.index_copy(0, torch.cat([rows for rows, _ in pieces]), torch.cat([mixed for _, mixed in pieces]))
 
 
-def assert_equal(pair: Pair) -> None:
-    """Raises AssertionError where results or gradients differ: there would be nothing to compare."""
-    results = []
-    for compute in (pair.ours, pair.plain):
-        out = compute(*pair.leaves)
-        draw = torch.Generator(out.device).manual_seed(1)
-        gradient = torch.randn(out.shape, generator=draw, device=out.device, dtype=out.dtype)
-        results.append([out, *torch.autograd.grad(out, pair.leaves, gradient)])
+def assert_equal(pair: Pair, leaves: list[Tensor]) -> list[Tensor]:
+    """Gradients of the results, for what is timed afterwards. Raises AssertionError where results or gradients differ:
+    there would be nothing to compare."""
+    given = [torch.randn_like(result) for result in pair.case.call(pair.plain, *leaves)]
+    results = (pair.case.train(function, leaves, given) for function in (pair.ours, pair.plain))
     for ours, plain in zip(*results, strict=True):
-        difference = ((ours - plain).norm() / plain.norm()).item()
-        if not difference <= TOLERANCE[pair.leaves[0].dtype]:
-            raise AssertionError(f"{pair.name} differs from its definition by {difference:.1e}")
+        difference, scale = (ours - plain).norm().item(), plain.norm().item()
+        if not difference <= pair.roundings * TOLERANCE[leaves[0].dtype] * scale:
+            raise AssertionError(f"{pair.name} differs from its definition by {difference / (scale or 1.0):.1e}")
+    return given
 
 
 def attention_pairs(options: Namespace, device: torch.device) -> list[Pair]:
@@ -77,89 +73,28 @@ def attention_pairs(options: Namespace, device: torch.device) -> list[Pair]:
         )
     ).to(device)
     for width in (64, 88):
-        q, k, v = (torch.randn(sum(layout.segments), options.heads, width, generator=draw) for _ in range(3))
-        leaves = [t.to(device, DTYPES[options.precision]).requires_grad_() for t in (q, k, v)]
-        pairs.append(
-            Pair(
-                f"attention, heads of {width}",
-                leaves,
-                lambda q, k, v: attend([q], [k], [v], layout)[0],
-                lambda q, k, v: plain_attention(q, k, v, layout),
-            )
-        )
+        case = Case([(sum(layout.segments), options.heads, width)] * 3, lambda compute, *qkv: [compute(*qkv, layout)])
+        ours = lambda q, k, v, layout: attend([q], [k], [v], layout)[0]  # noqa: E731
+        pairs.append(Pair(f"attention, heads of {width}", case, ours, plain_attention))
     return pairs
 
 
 def kernel_pairs(options: Namespace, device: torch.device) -> list[Pair]:
-    """Our kernels at the shapes of base; on a GPU also those in Triton and, where it is installed, Apex's LayerNorm."""
-    on_gpu = device.type == "cuda"
-    if not on_gpu:
-        print("benchmark.py: no CUDA device, so the Triton kernels are left out", file=sys.stderr)
-    return norms_and_losses(options, device, on_gpu)
-
-
-def norms_and_losses(options: Namespace, device: torch.device, on_gpu: bool) -> list[Pair]:
-    """Each operation by each contender, all against plain torch and from the same leaves."""
-    draw, dtype = torch.Generator().manual_seed(0), DTYPES[options.precision]
-    normal = lambda *shape: torch.randn(shape, generator=draw).to(device, dtype).requires_grad_()  # noqa: E731
-    affine = lambda width: [normal(options.tokens, width), normal(width), normal(width)]  # noqa: E731
-    targets = torch.randint(options.classes, (options.masked,), generator=draw).to(device)
-    wide, logits = affine(options.ffn_width), [normal(options.masked, options.classes)]
-
-    def norm(name: str, ours: Callable[..., Tensor], plain: Callable[..., Tensor], leaves: list[Tensor]) -> Pair:
-        return Pair(name, leaves, lambda *tensors: ours(*tensors, 1e-5), lambda *tensors: plain(*tensors, 1e-5))
-
-    def entropy(name: str, ours: Callable[..., Tensor]) -> Pair:
-        # The copy that keeps the leaf is made for both.
-        either = lambda compute: lambda logits: compute(logits * 1, targets)[0]  # noqa: E731
-        return Pair(name, logits, either(ours), either(plain_cross_entropy))
-
-    pairs = [
-        norm("GELU + LayerNorm", gelu_layer_norm, plain_gelu_layer_norm, wide),
-        entropy("cross-entropy", cross_entropy_in_place),
-    ]
-    if on_gpu:
-        from beit3_dist.kernels.triton import cross_entropy as triton_cross_entropy
-        from beit3_dist.kernels.triton import gelu_layer_norm as triton_gelu_layer_norm
-        from beit3_dist.kernels.triton import layer_norm as triton_layer_norm
-        from beit3_dist.kernels.triton import residual_norm as triton_residual_norm
-
-        narrow = affine(options.width)
-        pairs += [
-            norm("GELU + LayerNorm, Triton", triton_gelu_layer_norm.gelu_layer_norm, plain_gelu_layer_norm, wide),
-            entropy("cross-entropy, Triton", triton_cross_entropy.cross_entropy_in_place),
-            norm("LayerNorm, Triton", triton_layer_norm.layer_norm, plain_layer_norm, narrow),
-            Pair(
-                "residual, drop path, norm",
-                [*narrow, normal(options.tokens, options.width), normal(options.width)],
-                partial(residual_and_norm, triton_residual_norm.residual_norm),
-                partial(residual_and_norm, plain_residual_norm),
-            ),
-        ]
-        fused = apex_layer_norm()
-        if fused is not None:
-            by_apex = lambda x, weight, bias, eps: fused(x, weight, bias, weight.shape, eps)  # noqa: E731
-            pairs.append(norm("LayerNorm, Apex", by_apex, plain_layer_norm, narrow))
+    """Every version of every operation that may serve here."""
+    sizes, dtype = Sizes(**{size: getattr(options, size) for size in asdict(Sizes())}), DTYPES[options.precision]
+    pairs, left_out = [], defaultdict[str, list[str]](list)
+    for operation in operations().values():
+        for case, version in product(operation.cases(sizes), operation.versions):
+            name = f"{operation.name} {version.name}"
+            lacking = version.lacks(Place(device.type, dtype, case.shapes[0][-1]))
+            if lacking:
+                left_out[lacking] += [name] * (name not in left_out[lacking])
+                continue
+            name = f"{name}, {case.label}".removesuffix(", ")
+            pairs.append(Pair(name, case, operation.function(version), operation.definition, version.roundings))
+    for lacking, names in left_out.items():
+        print(f"benchmark.py: without {lacking}, left out: {', '.join(names)}", file=sys.stderr)
     return pairs
-
-
-def residual_and_norm(
-    compute: Callable[..., tuple[Tensor, list[Tensor]]],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    branch: Tensor,
-    added: Tensor,
-) -> Tensor:
-    """The residual stream behind a branch, with drop path, and its norm, added up so that both are read."""
-    keep = (torch.arange(len(x), device=x.device) % 10 > 0).to(x.dtype)
-    r, (y,) = compute(x, Branch([branch], [added]), keep, Norms([len(x)], [weight], [bias], 1e-5))
-    return torch.cat([r, y])
-
-
-def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """torch's."""
-    return layer_norm(x, weight.shape, weight, bias, eps)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -172,15 +107,13 @@ def benchmark_pairs(options: Namespace) -> dict[str, Any]:
     with threads(options.threads):
         copy_rate = bytes_per_second_of_a_copy(device)
         for pair in options.pairs(options, device):
-            assert_equal(pair)
-
-            def train(compute: Callable[..., Tensor], leaves: list[Tensor] = pair.leaves) -> None:
-                torch.autograd.grad(compute(*leaves).sum(), leaves)
-
-            actions = [lambda p=pair, t=train: t(p.ours), lambda p=pair, t=train: t(p.plain)]
+            leaves = pair.case.leaves(device, DTYPES[options.precision])
+            given, functions = assert_equal(pair, leaves), (pair.ours, pair.plain)
+            actions = [partial(pair.case.train, function, leaves, given) for function in functions]
             ours, plain = in_turns(actions, options.repeats, device)
-            kept = [kept_bytes(partial(compute, *pair.leaves), device) for compute in (pair.ours, pair.plain)]
+            kept = [kept_bytes(partial(pair.case.call, function, *leaves), device) for function in functions]
             peak = [peak_bytes(action, device) for action in actions]
+            floor = sum(3 * leaf.nbytes for leaf in leaves) + sum(2 * gradient.nbytes for gradient in given)
             rows.append(
                 {
                     "name": pair.name,
@@ -188,9 +121,9 @@ def benchmark_pairs(options: Namespace) -> dict[str, Any]:
                     "plain": plain.record() | {"kept_mb": kept[1] / 1e6, "peak_mb": peak[1] / 1e6},
                     "ratio": median(plain.wall) / median(ours.wall),
                     "cpu_ratio": median(plain.process) / median(ours.process),
-                    "kept_ratio": kept[0] / kept[1],
+                    "kept_ratio": kept[0] / max(1, kept[1]),
                     "peak_ratio": peak[0] / peak[1],
-                    "copy_share": floor_bytes(pair) / median(ours.wall) / copy_rate,
+                    "copy_share": floor / median(ours.wall) / copy_rate,
                 }
             )
     return {
@@ -208,26 +141,18 @@ def bytes_per_second_of_a_copy(device: torch.device) -> float:
     return 2 * 4 * count / median(in_turns([lambda: target.copy_(source)], 5, device)[0].wall)
 
 
-def floor_bytes(pair: Pair) -> int:
-    """The fewest bytes that forward and backward can move: leaves are read twice and their gradients written, the
-    result is written and its gradient read."""
-    with torch.no_grad():
-        out = pair.ours(*pair.leaves)
-    return sum(3 * leaf.nbytes for leaf in pair.leaves) + 2 * out.nbytes
-
-
 def table(record: dict[str, Any]) -> str:
     """`benchmark_pairs`'s record for people."""
     lines = [
         f"forward and backward, {record['device']}, {record['precision']}; "
         f"a copy moves {record['copy_gb_per_s']:,.0f} GB/s",
-        f"{'':26}{'ours ms':>9}{'fastest':>9}{'slowest':>9}{'plain ms':>10}{'fastest':>9}{'slowest':>9}"
+        f"{'':44}{'ours ms':>9}{'fastest':>9}{'slowest':>9}{'plain ms':>10}{'fastest':>9}{'slowest':>9}"
         f"{'plain / ours':>14}{'CPU':>7}{'kept, ours / plain':>20}{'peak':>7}{'of a copy':>11}",
     ]
     for row in record["rows"]:
         times = [row[who][key] * 1e3 for who in ("ours", "plain") for key in ("median_s", "fastest_s", "slowest_s")]
         lines.append(
-            f"{row['name']:26}{times[0]:9.2f}{times[1]:9.2f}{times[2]:9.2f}{times[3]:10.2f}{times[4]:9.2f}"
+            f"{row['name']:44}{times[0]:9.2f}{times[1]:9.2f}{times[2]:9.2f}{times[3]:10.2f}{times[4]:9.2f}"
             f"{times[5]:9.2f}{row['ratio']:14.2f}{row['cpu_ratio']:7.2f}{row['kept_ratio']:20.2f}{row['peak_ratio']:7.2f}"
             f"{row['copy_share']:11.0%}"
         )
@@ -238,7 +163,7 @@ def add_commands(commands: Any) -> None:
     """`attention` and `kernels`."""
     sizes = {
         "attention": {"samples": 4, "patches": 197, "text_length": 128, "heads": 12},
-        "kernels": {"tokens": 1536, "width": 768, "ffn_width": 3072, "masked": 152, "classes": 64010},
+        "kernels": asdict(Sizes()),
     }
     for name, pairs in (("attention", attention_pairs), ("kernels", kernel_pairs)):
         command = commands.add_parser(

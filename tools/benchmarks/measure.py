@@ -104,17 +104,17 @@ def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:
     return allocations.peak
 
 
-def kept_bytes(action: Callable[[], Tensor], device: torch.device) -> int:
-    """What still exists of the tensors that `action` makes while its result is held: a forward pass's graph."""
+def kept_bytes(action: Callable[[], Any], device: torch.device) -> int:
+    """What still exists of the tensors that `action` makes while its results are held: a forward pass's graph."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         held = action()
         torch.cuda.synchronize(device)
         kept = torch.cuda.memory_allocated(device) - before
-        return kept if held.requires_grad else 0
+        return kept if any(t.requires_grad for t in tree_iter(held)) else 0
     with Allocations() as allocations:
         held = action()
-        return allocations.now if held.requires_grad else 0
+        return allocations.now if any(t.requires_grad for t in tree_iter(held)) else 0
 
 
 # -------------------------------------------------------------------------------------------------- matrix products

@@ -25,7 +25,7 @@ import textwrap
 from argparse import ArgumentDefaultsHelpFormatter, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -379,11 +379,11 @@ def account(
 
 def _use_kernels(traffic: Traffic, network: BEiT3, kernels: str, attention: str) -> None:
     """`use_kernels` as on a GPU that has all kernels."""
-    packed = {
-        name: replace(kernel, compute=lambda qkv, cumulative, longest: _PackedCore.apply(traffic, qkv))
-        for name, kernel in VARLEN_ATTENTION.items()
-    }
-    with patch.dict(VARLEN_ATTENTION, packed), patch("torch.cuda.is_available", lambda: True):
+    with ExitStack() as stack:
+        for version in VARLEN_ATTENTION.versions:
+            core = lambda qkv, cumulative, longest: _PackedCore.apply(traffic, qkv)  # noqa: E731
+            stack.enter_context(patch(f"{version.module}.{VARLEN_ATTENTION.name}", core))
+        stack.enter_context(patch("torch.cuda.is_available", lambda: True))
         use_kernels(network, kernels, attention)
 
 
@@ -480,7 +480,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--samples", type=int, default=32, help="images, texts and pairs of a micro-batch, each")
     command.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     command.add_argument("--kernels", choices=("torch", "triton"), default="triton", help="as in a run's config")
-    attentions = ("padded", *VARLEN_ATTENTION)
+    attentions = ("padded", *(version.name for version in VARLEN_ATTENTION.versions))
     command.add_argument("--attention", choices=attentions, default="varlen", help="who computes attention's core")
     command.add_argument("--codes", action="store_true", help="visual codes are there already: no image tokenizer runs")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit3_dist.kernels.layer_norm.triton import Normalize, normalize_backward, normalize_forward
 from beit3_dist.kernels.triton.launch import require_narrow
-from beit3_dist.kernels.triton.layer_norm import Normalize, normalize_backward, normalize_forward
 
 
 def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

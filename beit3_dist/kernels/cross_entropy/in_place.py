@@ -10,25 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+
+from beit3_dist.kernels.cross_entropy.definition import at_least_fp32
 
 CHUNK = 1 << 24
 """Logits that are widened to fp32 at a time: 64 MB."""
-
-
-def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The definition. logits: [M, classes]; targets: int64 [M].
-
-    -> [2, M], at least fp32: cross-entropies, and 1 where the largest logit (of equal ones the first) is the target's.
-    """
-    wide = _wide(logits)
-    correct = (wide.argmax(-1) == targets).float()
-    return torch.stack([cross_entropy(wide, targets, reduction="none"), correct])
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """At least fp32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -55,7 +41,7 @@ def _losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 
     The 1 is taken off in fp32: a share near 1 is 1 in bf16, but its distance from 1 keeps 8 bits.
     """
-    wide = _wide(logits)  # the same tensor if it is fp32
+    wide = at_least_fp32(logits)
     top, prediction = wide.max(-1, keepdim=True)
     picked = wide.gather(1, targets[:, None]) - top
     total = wide.sub_(top).exp_().sum(-1, keepdim=True)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from beit3_dist.kernels.residual_norm import Branch, Norms
+from beit3_dist.kernels.residual_norm.definition import Branch, Norms
 from beit3_dist.kernels.triton.launch import backward_shape, forward_shape, launch, require_narrow
 from beit3_dist.kernels.triton.sums import sum_programs
 

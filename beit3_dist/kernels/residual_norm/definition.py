@@ -36,7 +36,7 @@ class Norms:
 def plain_residual_norm(
     x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None, place_T: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """The definition: r [T, D], and y for each expert of `norms` [T_e, D].
+    """r [T, D], and y for each expert of `norms` [T_e, D].
 
     keep_T: drop path's factor of each token; None: ones. place_T: int64 [T], the row of each token in `branch` (without
     one in `y`), where it lies in another order and belongs to one expert; None: the same order.
@@ -55,3 +55,8 @@ def plain_residual_norm(
     if place_T is not None and branch is None:
         normal = [torch.empty_like(normal[0]).index_copy(0, place_T, normal[0])]
     return x_TD, normal
+
+
+def plain_gathered_norm(x_TD: Tensor, place_T: Tensor, norms: Norms) -> list[Tensor]:
+    """The LayerNorms of x[place], for each expert [T_e, D]. place_T: int64 [T], a permutation; nobody else reads x."""
+    return plain_residual_norm(x_TD[place_T], None, None, norms)[1]

@@ -1,7 +1,6 @@
-"""LayerNorm(GELU(x)) that keeps x alone for the backward pass: the experts' sub-LayerNorm behind their activation.
+"""LayerNorm(GELU(x)) that keeps x alone for the backward pass.
 
-GELU (Hendrycks and Gimpel 2016, the exact form) costs far less to compute again than its result costs to keep: four
-times the model's width for each token.
+GELU costs far less to compute again than its result costs to keep: four times the model's width for each token.
 """
 
 from __future__ import annotations
@@ -10,14 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
-
-from beit3_dist.kernels.layer_norm import LayerNorm
-
-
-def plain_gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The definition. x: [..., F]; weight, bias: [F]."""
-    return layer_norm(gelu(x), weight.shape, weight, bias, eps)
+from torch.nn.functional import gelu
 
 
 class _GeluLayerNorm(torch.autograd.Function):
@@ -41,9 +33,3 @@ class _GeluLayerNorm(torch.autograd.Function):
 def gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`plain_gelu_layer_norm`, which forgets GELU's result."""
     return _GeluLayerNorm.apply(x, weight, bias, eps)
-
-
-class GeluLayerNorm(LayerNorm):
-    """A LayerNorm whose input is the one of the GELU before it."""
-
-    compute = staticmethod(gelu_layer_norm)

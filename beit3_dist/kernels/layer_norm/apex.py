@@ -1,4 +1,4 @@
-"""LayerNorm (Ba et al. 2016) over the last dimension: Apex's fused kernel on CUDA where installed, else torch's."""
+"""LayerNorm by Apex's fused kernel on CUDA where it is installed, else by torch's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import layer_norm as plain_layer_norm
+from torch import Tensor
 
-Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-"""(x [..., D], weight [D], bias [D], eps) -> [..., D]."""
+from beit3_dist.kernels.layer_norm.definition import plain_layer_norm
 
 
 @cache
@@ -37,13 +35,4 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         fused = apex_layer_norm()
     if fused is not None:
         return fused(x, weight, bias, weight.shape, eps)
-    return plain_layer_norm(x, weight.shape, weight, bias, eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """torch's LayerNorm. `compute` may be replaced by another kernel of the same signature."""
-
-    compute: Norm = staticmethod(layer_norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.weight, self.bias, self.eps)
+    return plain_layer_norm(x, weight, bias, eps)
