@@ -1,8 +1,12 @@
-"""What the engine does to the model it does to no other network: targets do not depend on the ZeRO stage."""
+"""What the engine does to the model it does to no other network: targets do not depend on the ZeRO stage, nor on how
+many tensor ranks share the images out."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from beit3_dist.config import RunConfig
+from beit3_dist.config import BatchConfig, ParallelConfig, RunConfig
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
+from tests.integration.runs import metrics, run_config, train
 from tests.parallel.test_layouts import Layout
 from tests.parallel.training import SMALL, engine_run
 from tests.parallel.workers import Workers, run_workers
@@ -70,6 +75,66 @@ def test_targets_are_those_of_every_stage(model: str) -> None:
         assert run["torch's linear"], f"ZeRO-{stage} has replaced torch's linear in the whole process"
         np.testing.assert_allclose(run["losses"], plain["losses"], rtol=1e-6)
         np.testing.assert_allclose(run["grad_norms"], plain["grad_norms"], rtol=1e-5)
+
+
+def shared_codes(groups: Groups, numbers: list[int]) -> list[tuple[int, list[list[int]]]]:
+    """For each of these numbers of images: how many this rank encodes, and the codes of all."""
+    draw, found = torch.Generator().manual_seed(0), []
+    tokenizer = VQKD(16, patch_size=8, width=32, layers=1, heads=2, code_dim=8, codebook_size=40, decoder_layers=1,
+                     target_dim=8)  # fmt: skip
+    tokenizer.initialize(0)
+    targets = ImageTargets(tokenizer, groups.mesh.device, groups.tensor)
+    for number in numbers:
+        images = torch.randint(0, 256, (number, 3, 16, 16), dtype=torch.uint8, generator=draw)
+        with patch.object(tokenizer, "encode", wraps=tokenizer.encode) as encode:
+            codes = targets(images.to(groups.mesh.device))
+        found.append((len(encode.call_args.args[0]), codes.tolist()))
+    return found
+
+
+@pytest.mark.slow
+def test_tensor_ranks_share_the_images_out() -> None:
+    """Whether their number divides by the ranks or not; each encodes its share and has all codes."""
+    numbers = [6, 7, 3, 2, 1, 0]
+    (alone,) = run_workers(1, shared_codes, numbers)
+    assert [encoded for encoded, _ in alone] == numbers
+    assert len({code for _, images in alone for codes in images for code in codes}) > 4, "hardly any code is used"
+    for ranks in (2, 3):
+        for rank in run_workers(ranks, shared_codes, numbers, tensor=ranks):
+            assert [encoded for encoded, _ in rank] == [-(-number // ranks) for number in numbers]
+            assert [codes for _, codes in rank] == [codes for _, codes in alone]
+
+
+def codes_of_run(groups: Groups, config: RunConfig) -> list[list[int]]:
+    """Of a run with an image tokenizer: the codes of its micro-batches, on a process that makes targets."""
+    codes: list[list[int]] = []
+    call = ImageTargets.__call__
+
+    def watched(targets: ImageTargets, images: Tensor) -> Tensor:
+        found = call(targets, images)
+        codes.append(found.flatten().tolist())
+        return found
+
+    with patch.object(ImageTargets, "__call__", watched):
+        assert train(groups, config) == ""
+    return codes
+
+
+@pytest.mark.slow
+def test_a_run_has_the_codes_of_one_process(tmp_path: Path) -> None:
+    """Three images in each micro-batch, over two tensor ranks; behind a pipeline's first stage, too."""
+    batch = BatchConfig(images=2, texts=4, pairs=4, accumulation=2)
+    config = run_config(tmp_path, steps=3, batch=batch, out=str(tmp_path / "one"))
+    ((*alone,),) = run_workers(1, codes_of_run, config)
+    assert len(alone) == 6 and {len(codes) for codes in alone} == {3 * config.model.patches}
+    for world, pipeline in ((2, 1), (4, 2)):
+        out = str(tmp_path / f"{world}")
+        parallel = ParallelConfig(zero_stage=1, tensor=2, pipeline=pipeline)
+        ranks = run_workers(world, codes_of_run, replace(config, out=out, parallel=parallel), tensor=2,
+                            pipeline=pipeline)  # fmt: skip
+        assert ranks == [[]] * (world - 2) + [alone] * 2
+        expected = [record["loss"] for record in metrics(config.out)]
+        assert [record["loss"] for record in metrics(out)] == pytest.approx(expected, rel=1e-5)
 
 
 def kept_views(groups: Groups, config: RunConfig) -> tuple[int, list[list[int]]]:
