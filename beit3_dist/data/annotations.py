@@ -24,5 +24,5 @@ class Annotator(Protocol):
         """Field -> tensor [samples, ...] for n samples and their text [n, L] (None: the stream has none).
 
         What is drawn for a sample is a function of its key alone. A field whose name begins with `text` has an entry
-        for each token, [n, L]: where batches are joined it is padded, with <pad> or False.
+        for each token, [n, L]: where batches are joined it is padded: int64 with <pad>, else with 0 (False).
         """

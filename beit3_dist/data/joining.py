@@ -51,7 +51,7 @@ def _joined(parts: list[Samples], padding: int) -> Samples:
             return None
         if name.startswith("text"):
             width = max(value.shape[1] for value in values)
-            fill = False if values[0].dtype is torch.bool else padding
+            fill = padding if values[0].dtype is torch.int64 else 0
             values = [pad(value, (0, width - value.shape[1]), value=fill) for value in values]
         return torch.cat(values)[order]
 
