@@ -1,4 +1,4 @@
-"""Blocks whose arithmetic between matrix products and attention's core runs in few kernels of Triton.
+"""Blocks whose arithmetic between matrix products and attention's core runs in few kernels.
 
     norm                         normal tokens, which lie sample by sample where the projections are shared
     q, k and v                   one product; attention over samples of different lengths, without padding
@@ -11,6 +11,7 @@ Only what crosses no ranks: with tensor parallelism the modules' own kernels are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,12 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import Recompute
-from beit3_dist.kernels.gelu_layer_norm.triton import linear_gelu_layer_norm
 from beit3_dist.kernels.linear import Linear
-from beit3_dist.kernels.linear_gelu.triton import linear_gelu
+from beit3_dist.kernels.registry import Function
 from beit3_dist.kernels.residual_norm.definition import Branch, Norms
-from beit3_dist.kernels.residual_norm.triton import gathered_norm, residual_norm
-from beit3_dist.kernels.triton.sums import column_sums
 from beit3_dist.kernels.varlen_attention.definition import VarlenAttention
 from beit3_dist.model.attention import attend
 from beit3_dist.model.block import Block
@@ -32,11 +30,11 @@ from beit3_dist.model.multiway import FeedForward, Multiway
 
 
 class FusedForward:
-    """`Block.forward` of one block. `core`: attention over samples of different lengths, or None for torch's over
-    padded ones."""
+    """`Block.forward` of one block. `kernels`: who computes each operation. `core`: attention over samples of
+    different lengths, or None for torch's over padded ones."""
 
-    def __init__(self, block: Block, core: VarlenAttention | None) -> None:
-        self._block, self._core = block, core
+    def __init__(self, block: Block, kernels: Mapping[str, Function], core: VarlenAttention | None) -> None:
+        self._block, self._kernels, self._core = block, kernels, core
 
     def __call__(
         self,
@@ -46,7 +44,7 @@ class FusedForward:
         selection: Selection | None = None,
         recompute: Recompute = "none",
     ) -> Tensor:
-        block, attention = self._block, self._block.attention
+        block, attention, residual_norm = self._block, self._block.attention, self._kernels["residual_norm"]
         if attention.attend is not attend:  # someone keeps keys and values: decoding.py
             return Block.forward(block, x_TD, layout, keep_2T, selection, recompute)
         packing = layout.packing(x_TD.device) if self._core is not None else None
@@ -76,9 +74,9 @@ class FusedForward:
         x_TD, slices = residual_norm(x_TD, branch, keep[0], _norms(block.ffn, tokens), place)
 
         if recompute == "selective":
-            hidden = checkpoint(_experts, experts, slices, use_reentrant=False, preserve_rng_state=False)
+            hidden = checkpoint(self._experts, experts, slices, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = _experts(experts, slices)
+            hidden = self._experts(experts, slices)
         return residual_norm(x_TD, Branch(hidden, [e.fc2.bias for e in experts]), keep[1], None)[0]
 
     def _project(self, slices: list[Tensor], layout: Layout, packing: Packing | None) -> Tensor:
@@ -94,7 +92,7 @@ class FusedForward:
         if packing is not None:
             first, pair_patches, pair_words, _ = layout.segments
             pairs = slice(first, first + pair_patches + pair_words), packing
-        qkv = _Projection.apply(pairs, len(slices), *slices, *parameters)
+        qkv = _Projection.apply(self._kernels["column_sums"], pairs, len(slices), *slices, *parameters)
         return qkv.view(len(qkv), 3, -1, attention.head_dim)
 
     def _inner_norm(self, mixed_TD: Tensor, layout: Segments, packing: Packing | None) -> list[Tensor]:
@@ -107,8 +105,8 @@ class FusedForward:
             return attention.out.slices(mixed_TD, layout)
         norms = _norms(attention.inner_norm, layout)
         if packing is not None:
-            return gathered_norm(mixed_TD, packing.place, norms)
-        return residual_norm(mixed_TD, None, None, norms)[1]
+            return self._kernels["gathered_norm"](mixed_TD, packing.place, norms)
+        return self._kernels["residual_norm"](mixed_TD, None, None, norms)[1]
 
     def _mix(self, qkv: Tensor, layout: Layout, packing: Packing | None) -> Tensor:
         """Attention's core, [T, H * d] in the order of qkv."""
@@ -116,6 +114,19 @@ class FusedForward:
             return self._core(qkv, packing.cumulative, packing.longest).flatten(1)
         q, k, v = qkv.unbind(1)
         return attend([q], [k], [v], layout)[0].flatten(1)
+
+    def _experts(self, experts: list[FeedForward], slices: list[Tensor]) -> list[Tensor]:
+        """Each expert's output without the bias of fc2."""
+        kernels, outputs = self._kernels, []
+        for expert, x_TD in zip(experts, slices, strict=True):
+            fc1, norm = expert.fc1, expert.inner_norm
+            if norm is None:
+                hidden_TF = kernels["linear_gelu"](x_TD, fc1.weight, fc1.bias)
+            else:
+                affine = (norm.weight, norm.bias, norm.eps)
+                hidden_TF = kernels["linear_gelu_layer_norm"](x_TD, fc1.weight, fc1.bias, *affine)
+            outputs.append(_product(expert.fc2, hidden_TF))
+        return outputs
 
 
 def _modules(multiway: Multiway) -> list[Any]:
@@ -128,19 +139,6 @@ def _norms(multiway: Multiway, layout: Segments) -> Norms:
     norms: list[nn.LayerNorm] = [m.norm if isinstance(m, FeedForward) else m for m in _modules(multiway)]
     sizes = layout.sizes(multiway.experts)
     return Norms(sizes, [norm.weight for norm in norms], [norm.bias for norm in norms], norms[0].eps)
-
-
-def _experts(experts: list[FeedForward], slices: list[Tensor]) -> list[Tensor]:
-    """Each expert's output without the bias of fc2."""
-    outputs = []
-    for expert, x_TD in zip(experts, slices, strict=True):
-        fc1, norm = expert.fc1, expert.inner_norm
-        if norm is None:
-            hidden_TF = linear_gelu(x_TD, fc1.weight, fc1.bias)
-        else:
-            hidden_TF = linear_gelu_layer_norm(x_TD, fc1.weight, fc1.bias, norm.weight, norm.bias, norm.eps)
-        outputs.append(_product(expert.fc2, hidden_TF))
-    return outputs
 
 
 def _product(linear: Linear, x: Tensor) -> Tensor:
@@ -167,7 +165,9 @@ class _Projection(torch.autograd.Function):
     which costs little beside the product."""
 
     @staticmethod
-    def forward(ctx: Any, pairs: tuple[slice, Packing] | None, experts: int, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, column_sums: Function, pairs: tuple[slice, Packing] | None, experts: int, *tensors: Tensor
+    ) -> Tensor:
         slices, parameters = tensors[:experts], tensors[experts:]
         weights, biases = parameters[: 3 * experts], parameters[3 * experts :]
         sizes = [len(part) for part in slices]
@@ -178,7 +178,7 @@ class _Projection(torch.autograd.Function):
         if pairs is not None:
             _reorder(qkv, pairs[0], pairs[1].order)
         ctx.save_for_backward(*slices, *weights)
-        ctx.pairs, ctx.sizes = pairs, sizes
+        ctx.column_sums, ctx.pairs, ctx.sizes = column_sums, pairs, sizes
         return qkv
 
     @staticmethod
@@ -194,8 +194,8 @@ class _Projection(torch.autograd.Function):
         for e, (part, of_qkv) in enumerate(zip(slices, gradient.split(ctx.sizes), strict=True)):
             of_slices.append(of_qkv @ torch.cat(weights[3 * e : 3 * e + 3]))
             of_weights += (of_qkv.t() @ part).chunk(3)
-            of_biases += column_sums(of_qkv).chunk(3)
-        return None, None, *of_slices, *of_weights, *of_biases
+            of_biases += ctx.column_sums(of_qkv).chunk(3)
+        return None, None, None, *of_slices, *of_weights, *of_biases
 
 
 def _reorder(x: Tensor, rows: slice, places: Tensor) -> None:

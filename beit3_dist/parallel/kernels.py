@@ -18,6 +18,7 @@ from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
 from beit3_dist.model.head import Head
+from beit3_dist.parallel.fused import FusedForward
 
 OLDEST_TORCH = (2, 10)
 """For compiled blocks: the first whose compiler takes all that parallel/compiled.py asks of it (a typical length for
@@ -82,8 +83,8 @@ def check_kernels(kernels: str, attention: str = "auto", precision: str = "bf16"
 def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
     """Makes the model compute by `kernels` and `attention_kernel`. Call it once it is cut to the rank's slices and
     stages."""
-    kernels, dtype = chosen_kernels(choice), next(model.parameters()).dtype
-    functions = {name: operations()[name].function(v) for name, v in chosen_versions(kernels, dtype).items()}
+    kernels, dtype, known = chosen_kernels(choice), next(model.parameters()).dtype, operations()
+    functions = {name: known[name].function(version) for name, version in chosen_versions(kernels, dtype).items()}
     for module in model.modules():
         if isinstance(module, (LayerNorm, Linear)) and module.operation in functions:
             module.compute = functions[module.operation]
@@ -98,19 +99,14 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
             assert isinstance(block, Block)
             block.forward = CompiledForward(block)  # type: ignore[method-assign]
     elif kernels == "triton":
-        _fuse_blocks(model, chosen_attention(attention, kernels, dtype, model.config.width // model.config.heads))
-
-
-def _fuse_blocks(model: BEiT3, attention: str) -> None:
-    """Blocks in few kernels; those that are cut over tensor ranks keep to kernels one by one."""
-    from beit3_dist.parallel.fused import FusedForward  # needs triton
-
-    versions = VARLEN_ATTENTION
-    core = None if attention == "padded" else versions.function(versions.version(attention))
-    for block in model.blocks.values():
-        assert isinstance(block, Block)
-        if all(type(projection) is Linear for projection in block.attention.out.values()):
-            block.forward = FusedForward(block, core)  # type: ignore[method-assign]
+        head_dim = model.config.width // model.config.heads
+        attention, varlen = chosen_attention(attention, kernels, dtype, head_dim), VARLEN_ATTENTION
+        core = None if attention == "padded" else varlen.function(varlen.version(attention))
+        of_blocks = {name: operation.definition for name, operation in known.items()} | functions
+        for block in model.blocks.values():
+            assert isinstance(block, Block)
+            if all(type(projection) is Linear for projection in block.attention.out.values()):  # else it is cut
+                block.forward = FusedForward(block, of_blocks, core)  # type: ignore[method-assign]
 
 
 def _head_losses(head: Head, compute: Function, hidden_MD: Tensor, targets: Tensor) -> Tensor:

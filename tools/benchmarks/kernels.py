@@ -21,6 +21,7 @@ from torch import Tensor
 from beit3_dist.kernels.registry import Case, Function, Place, Sizes, operations
 from beit3_dist.model.attention import attend
 from beit3_dist.model.layout import Group, Layout, group
+from beit3_dist.plugins import load_plugins
 from tools.benchmarks.measure import in_turns, kept_bytes, peak_bytes, threads
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -81,6 +82,7 @@ def attention_pairs(options: Namespace, device: torch.device) -> list[Pair]:
 
 def kernel_pairs(options: Namespace, device: torch.device) -> list[Pair]:
     """Every version of every operation that may serve here."""
+    load_plugins(options.plugins)
     sizes, dtype = Sizes(**{size: getattr(options, size) for size in asdict(Sizes())}), DTYPES[options.precision]
     pairs, left_out = [], defaultdict[str, list[str]](list)
     for operation in operations().values():
@@ -176,6 +178,7 @@ def add_commands(commands: Any) -> None:
         command.add_argument("--repeats", type=int, default=9, help="timed rounds, after one that warms up")
         command.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    command.add_argument("--plugins", nargs="*", default=[], metavar="FILE", help="files that define kernels")
 
 
 def check(options: Namespace) -> None:
