@@ -94,18 +94,9 @@ def _to_gradient(logits: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor
     out = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     if rows:  # no device starts nothing
         launch(
-            _forward_kernel,
-            (rows,),
-            logits,
-            logits if bias is None else bias,
-            targets.contiguous(),
-            out,
-            CLASSES=classes,
-            STRIDE=stride,
-            BLOCK=_block(classes),
-            BIAS=bias is not None,
-            num_warps=WARPS,
-        )
+            _forward_kernel, (rows,), logits, logits if bias is None else bias, targets.contiguous(), out,
+            CLASSES=classes, STRIDE=stride, BLOCK=_block(classes), BIAS=bias is not None, num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 
@@ -114,15 +105,9 @@ def _scale(gradient: Tensor, factors: Tensor) -> None:
     (rows, classes), stride, block = gradient.shape, gradient.stride(0), _block(gradient.shape[1])
     if rows:
         launch(
-            _scale_kernel,
-            (rows, triton.cdiv(classes, block)),
-            gradient,
-            factors.contiguous(),
-            CLASSES=classes,
-            STRIDE=stride,
-            BLOCK=block,
-            num_warps=WARPS,
-        )
+            _scale_kernel, (rows, triton.cdiv(classes, block)), gradient, factors.contiguous(),
+            CLASSES=classes, STRIDE=stride, BLOCK=block, num_warps=WARPS,
+        )  # fmt: skip
 
 
 def _block(classes: int) -> int:

@@ -115,20 +115,9 @@ def normalize_forward(
     shape = forward_shape(width)
     if rows:  # no device starts nothing
         launch(
-            _forward_kernel,
-            (rows,),
-            x,
-            weight,
-            bias,
-            y,
-            mean,
-            scale,
-            eps,
-            WIDTH=width,
-            BLOCK=shape.block,
-            GELU=of_gelu,
-            num_warps=shape.warps,
-        )
+            _forward_kernel, (rows,), x, weight, bias, y, mean, scale, eps,
+            WIDTH=width, BLOCK=shape.block, GELU=of_gelu, num_warps=shape.warps,
+        )  # fmt: skip
     return y, mean, scale
 
 
@@ -143,23 +132,9 @@ def normalize_backward(
     partial = torch.empty(programs, kinds, width, dtype=torch.float32, device=x.device)
     if rows:
         launch(
-            _backward_kernel,
-            (programs,),
-            gradient.contiguous(),
-            x,
-            weight,
-            mean,
-            scale,
-            of_x,
-            partial,
-            rows,
-            KINDS=kinds,
-            WIDTH=width,
-            BLOCK=shape.block,
-            GELU=of_gelu,
-            num_warps=shape.warps,
-            maxnreg=shape.registers,
-        )
+            _backward_kernel, (programs,), gradient.contiguous(), x, weight, mean, scale, of_x, partial, rows,
+            KINDS=kinds, WIDTH=width, BLOCK=shape.block, GELU=of_gelu, num_warps=shape.warps, maxnreg=shape.registers,
+        )  # fmt: skip
     return of_x, sum_programs(partial, [(kind, 0, programs) for kind in range(kinds)], weight.dtype)
 
 

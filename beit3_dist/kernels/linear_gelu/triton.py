@@ -57,17 +57,9 @@ def gelu_backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     of_x = torch.empty_like(x)
     partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
     launch(
-        _backward_kernel,
-        (columns, programs),
-        gradient.contiguous(),
-        x,
-        of_x,
-        partial,
-        rows,
-        WIDTH=width,
-        ROWS=ROWS,
-        COLUMNS=STRIPE_COLUMNS,
-    )
+        _backward_kernel, (columns, programs), gradient.contiguous(), x, of_x, partial, rows,
+        WIDTH=width, ROWS=ROWS, COLUMNS=STRIPE_COLUMNS,
+    )  # fmt: skip
     return of_x, sum_programs(partial, [(0, 0, programs)], x.dtype)[0]
 
 

@@ -33,10 +33,9 @@ def _case(sizes: Sizes, branches: int, norms: int, keep: bool, moved: bool = Fal
     rows, width, matrices = sizes.tokens, sizes.width, 1 + (branches > 0)
 
     def call(compute: Function, x: Tensor, *leaves: Tensor) -> list[Tensor]:
-        vectors = leaves[matrices - 1 :]
-        branch = (
-            Branch(list(leaves[0].split(_shares(len(x), branches))), list(vectors[:branches])) if branches else None
-        )
+        vectors, branch = leaves[matrices - 1 :], None
+        if branches:
+            branch = Branch(list(leaves[0].split(_shares(len(x), branches))), list(vectors[:branches]))
         factors = (x.detach()[:, 0] > 0).to(x.dtype) * 1.25 if keep else None
         after = _norms(len(x), vectors[branches:]) if norms else None
         r, y = compute(x, branch, factors, after, _order(x) if moved else None)

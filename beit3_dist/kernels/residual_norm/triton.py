@@ -283,30 +283,14 @@ class _ResidualNorm(torch.autograd.Function):
         mean, scale = torch.empty(2, rows if norms else 0, dtype=torch.float32, device=x.device)
         if rows:
             launch(
-                _forward_kernel,
-                (rows,),
-                x,
-                *(parts[e] if branches else x for e in plan.branch),
-                *(added[e] if branches else x for e in plan.branch),
-                x if keep is None else keep,
-                x if place is None else place,
-                *(weights[e] if norms else x for e in plan.norm),
-                *(biases[e] if norms else x for e in plan.norm),
-                r,
-                y,
-                mean,
-                scale,
-                *plan.ends[:3],
-                *plan.branch_starts[1:],
-                eps,
-                WIDTH=width,
-                BLOCK=shape.block,
-                BRANCH=branches > 0,
-                KEEP=keep is not None,
-                NORM=norms > 0,
-                PLACE=2 if gathered else int(place is not None),
-                num_warps=shape.warps,
-            )
+                _forward_kernel, (rows,), x, *(parts[e] if branches else x for e in plan.branch),
+                *(added[e] if branches else x for e in plan.branch), x if keep is None else keep,
+                x if place is None else place, *(weights[e] if norms else x for e in plan.norm),
+                *(biases[e] if norms else x for e in plan.norm), r, y, mean, scale, *plan.ends[:3],
+                *plan.branch_starts[1:], eps,
+                WIDTH=width, BLOCK=shape.block, BRANCH=branches > 0, KEEP=keep is not None, NORM=norms > 0,
+                PLACE=2 if gathered else int(place is not None), num_warps=shape.warps,
+            )  # fmt: skip
         ctx.save_for_backward(r if norms else None, mean, scale, keep, place, *weights)
         ctx.plan, ctx.sizes, ctx.gathered = plan, sizes, gathered
         ctx.set_materialize_grads(False)
@@ -336,31 +320,13 @@ class _ResidualNorm(torch.autograd.Function):
         partial = torch.empty(plan.programs[-1], 3, width, dtype=torch.float32, device=of_r.device)
         if rows:
             launch(
-                _backward_kernel,
-                (plan.programs[-1],),
-                of_r,
-                *(parts[e] if norms else of_r for e in plan.norm),
-                of_r if r is None else r,
-                mean,
-                scale,
-                of_r if keep is None else keep,
-                of_r if place is None else place,
-                *(weights[e] if norms else of_r for e in plan.norm),
-                of_x,
-                of_branches,
-                partial,
-                *plan.ends,
-                *plan.norm_starts[1:],
-                *plan.programs,
-                WIDTH=width,
-                BLOCK=shape.block,
-                BRANCH=branches > 0,
-                KEEP=keep is not None,
-                NORM=norms > 0,
-                PLACE=2 if ctx.gathered else int(place is not None),
-                num_warps=shape.warps,
-                maxnreg=shape.registers,
-            )
+                _backward_kernel, (plan.programs[-1],), of_r, *(parts[e] if norms else of_r for e in plan.norm),
+                of_r if r is None else r, mean, scale, of_r if keep is None else keep,
+                of_r if place is None else place, *(weights[e] if norms else of_r for e in plan.norm), of_x,
+                of_branches, partial, *plan.ends, *plan.norm_starts[1:], *plan.programs,
+                WIDTH=width, BLOCK=shape.block, BRANCH=branches > 0, KEEP=keep is not None, NORM=norms > 0,
+                PLACE=2 if ctx.gathered else int(place is not None), num_warps=shape.warps, maxnreg=shape.registers,
+            )  # fmt: skip
         sums = sum_programs(partial, plan.sums, of_r.dtype)
         return of_x, *[None] * 6, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
 

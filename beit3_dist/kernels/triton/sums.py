@@ -69,16 +69,9 @@ def sum_programs(partial: Tensor, wanted: list[tuple[int, int, int]], dtype: tor
     codes = [kind + 4 * first + 131072 * end for kind, first, end in wanted] + [0] * (MOST_SUMS - len(wanted))
     out = torch.empty(len(wanted), width, dtype=dtype, device=partial.device)
     launch(
-        _sum_kernel,
-        (len(wanted), triton.cdiv(width, COLUMNS)),
-        partial,
-        out,
-        *codes,
-        KINDS=kinds,
-        WIDTH=width,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-    )
+        _sum_kernel, (len(wanted), triton.cdiv(width, COLUMNS)), partial, out, *codes,
+        KINDS=kinds, WIDTH=width, ROWS=ROWS, COLUMNS=COLUMNS,
+    )  # fmt: skip
     return out.unbind(0)
 
 
@@ -122,13 +115,7 @@ def column_sums(x: Tensor) -> Tensor:
     columns, programs = stripes(rows, width, x.device)
     partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
     launch(
-        _columns_kernel,
-        (columns, programs),
-        x.contiguous(),
-        partial,
-        rows,
-        WIDTH=width,
-        ROWS=STRIPE_ROWS,
-        COLUMNS=STRIPE_COLUMNS,
-    )
+        _columns_kernel, (columns, programs), x.contiguous(), partial, rows,
+        WIDTH=width, ROWS=STRIPE_ROWS, COLUMNS=STRIPE_COLUMNS,
+    )  # fmt: skip
     return sum_programs(partial, [(0, 0, programs)], x.dtype)[0]
