@@ -10,6 +10,8 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch, Samples
 from beit3_dist.model import BEiT3
+from beit3_dist.model.beit3 import MixedInputs
+from beit3_dist.model.layout import Layout, group
 from beit3_dist.objectives.masked_data_modeling import NAME
 from beit3_dist.objectives.together import PretrainingModule
 from tools.benchmarks.step import objectives_for
@@ -76,6 +78,59 @@ def counts_of(module: PretrainingModule, batch: MicroBatch, device: torch.device
 def prepared(module: PretrainingModule, batch: MicroBatch, device: torch.device = CPU) -> tuple[Any, ...]:
     """A micro-batch on the device, with `precomputed_codes`."""
     return module.objectives.prepare(batch, device, precomputed_codes(module.model.config))
+
+
+def fused_and_alone(model: ModelConfig, seed: int = 0) -> tuple[MixedInputs, list[dict[str, Tensor]]]:
+    """Images, pairs and texts, and the pairs' images and captions alone, too, hidden there and seen whole in the pairs:
+    in one micro-batch, and as arguments of `BEiT3.encode`, kind by kind."""
+    draw = torch.Generator().manual_seed(seed)
+    side, samples = model.image_size, [3, 2, 2, 2, 4]
+    images, of_pairs = torch.randn(5, 3, side, side, generator=draw).split([3, 2])
+    keeps = (1.0 + (torch.rand(model.layers, 2, sum(samples), generator=draw) < 0.5)).split(samples, dim=2)
+    hidden = (torch.rand(5, model.patches, generator=draw) < 0.4).split([3, 2])
+    padding, texts = [], []
+    for number, length in ((2, 9), (4, 14)):
+        padding.append(torch.arange(length) >= torch.randint(3, length, (number, 1), generator=draw))
+        texts.append(torch.randint(4, model.vocab_size, (number, length), generator=draw))
+    captions: dict[str, Any] = {"text": texts[0], "text_padding": padding[0]}
+    kinds = [
+        {"images": images, "image_mask": hidden[0]},
+        {"images": of_pairs, "image_mask": hidden[1]},
+        {"images": of_pairs, **captions},
+        captions,
+        {"text": texts[1], "text_padding": padding[1]},
+    ]
+    patches = 1 + model.patches
+    layout = Layout(
+        tuple(
+            group(
+                n,
+                patches * ("images" in kind),
+                kind.get("text_padding"),
+                kind["text"].shape[1] if "text" in kind else 0,
+            )
+            for n, kind in zip(samples, kinds, strict=True)
+        )
+    )
+    inputs = MixedInputs(
+        images=torch.cat([images, of_pairs, of_pairs]),
+        words=layout.packed([texts[0], texts[0], texts[1]]),
+        layout=layout,
+        image_mask=torch.cat([*hidden, torch.zeros_like(hidden[1])]),
+        keep=torch.cat(keeps, dim=2),
+    )
+    return inputs, [kind | {"keep": keep} for kind, keep in zip(kinds, keeps, strict=True)]
+
+
+def encoded_one_by_one(model: BEiT3, kinds: list[dict[str, Tensor]]) -> Tensor:
+    """[T, D], as the model has the same in one micro-batch: all patches, then all words that are no padding."""
+    patches, words = [], []
+    for kind in kinds:
+        hidden_BND, count = model.encode(**kind), (1 + model.config.patches) * ("images" in kind)
+        patches.append(hidden_BND[:, :count].flatten(0, 1))
+        if "text" in kind:
+            words.append(hidden_BND[:, count:][~kind["text_padding"]])
+    return torch.cat([*patches, *words])
 
 
 def precomputed_codes(model: ModelConfig, seed: int = 0):

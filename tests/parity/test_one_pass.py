@@ -10,7 +10,15 @@ from beit3_dist.model import BEiT3
 from beit3_dist.objectives.three_passes import prepare_passes, three_passes
 from beit3_dist.objectives.together import PretrainingModule
 from tests.equality import assert_close, assert_tensors_close
-from tests.micro_batches import counts_of, precomputed_codes, prepared, pretraining, random_micro_batch
+from tests.micro_batches import (
+    counts_of,
+    encoded_one_by_one,
+    fused_and_alone,
+    precomputed_codes,
+    prepared,
+    pretraining,
+    random_micro_batch,
+)
 
 SMALL = dict(
     layers=4,
@@ -57,6 +65,23 @@ def test_one_pass_equals_three(config: ModelConfig) -> None:
     assert_close(statistics[0], reference_statistics[0], "sums of cross-entropies")
     assert torch.equal(statistics[1], reference_statistics[1]) and statistics[0].min() > 0
     assert_tensors_close(ours, gradients(objective))
+
+
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_a_pair_is_encoded_fused_and_alone(config: ModelConfig) -> None:
+    """Its image and its caption by themselves beside the pair: hidden states and gradients are those of one `encode`
+    for each kind. They differ where products of other sizes add in another order: the bound of tests/equality.py."""
+    model = objective_and_step(config)[0].model
+    inputs, kinds = fused_and_alone(config)
+    results = []
+    for encode in (lambda: model.norm(model.hidden(inputs), inputs.layout), lambda: encoded_one_by_one(model, kinds)):
+        hidden_TD = encode()
+        hidden_TD.backward(torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(1)))
+        results.append((hidden_TD, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+        model.zero_grad()
+    (ours, our_gradients), (theirs, their_gradients) = results
+    assert_close(ours, theirs, "hidden states")
+    assert_tensors_close(our_gradients, their_gradients)
 
 
 def test_drop_path_is_on_and_depends_on_the_step_and_not_on_the_place_in_the_batch() -> None:

@@ -7,7 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.varlen_attention.definition import plain_varlen_attention
+from beit3_dist.model.attention import attend
 from beit3_dist.model.layout import Group, Layout, group, to_device
+from beit3_dist.parallel.tensor import share_layout
+from tests.micro_batches import fused_and_alone
 
 CPU = torch.device("cpu")
 
@@ -92,6 +97,37 @@ def test_moving_moves_all_and_keeps_the_rest() -> None:
     for ours, theirs in zip(again.groups[1:], MIXED.groups[1:], strict=True):
         assert ours.index is not None and ours.mask is not None
         assert torch.equal(ours.index, theirs.index) and torch.equal(ours.mask, theirs.mask)
+
+
+def test_attention_sample_by_sample_is_that_of_the_groups() -> None:
+    """Groups of one kind follow one another, and the same samples are fused and alone."""
+    layout = fused_and_alone(ModelConfig(layers=1, vl_expert_layers=0, patch_size=8, image_size=16))[0].layout
+    packing = layout.packing(CPU)
+    assert packing is not None and packing.cumulative[-1] == sum(layout.segments)
+    assert len(packing.cumulative) == 1 + sum(group.samples for group in layout.groups)
+    qkv = torch.randn(sum(layout.segments), 3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (expected,) = attend(*([part] for part in qkv.unbind(1)), layout)
+    mixed = plain_varlen_attention(qkv[packing.order], packing.cumulative, packing.longest)
+    torch.testing.assert_close(mixed[packing.place], expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shares_of_ranks_hold_all_tokens_of_each_segment(ranks: int) -> None:
+    layout = fused_and_alone(ModelConfig(layers=1, vl_expert_layers=0, patch_size=8, image_size=16))[0].layout
+    shares = [share_layout(layout, ranks, rank, CPU) for rank in range(ranks)]
+    whole, parts = shares[0].whole, shares[0].parts
+    assert whole is not None and whole.rows is not None and whole.groups == layout.groups
+    assert all(share.segments == parts and torch.equal(share.whole.rows, whole.rows) for share in shares)
+    tokens = torch.full((ranks * whole.share,), -1)
+    tokens[whole.rows] = torch.arange(sum(layout.segments))
+    of_ranks = [rows.split(parts) for rows in tokens.view(ranks, whole.share)]  # what each has of each segment
+    for segment, found in zip(
+        torch.arange(sum(layout.segments)).split(layout.segments), zip(*of_ranks, strict=True), strict=True
+    ):
+        together = torch.cat(found)
+        assert together[together >= 0].tolist() == segment.tolist()
+    samples = torch.cat([share.token_samples(CPU) for share in shares])
+    assert torch.equal(samples[whole.rows], layout.token_samples(CPU))
 
 
 @pytest.mark.parametrize(("source", "target", "pinned"), [("cpu", "cuda", 1), ("cuda", "cuda", 0), ("cpu", "cpu", 0)])
