@@ -58,7 +58,7 @@ from tests.unit.test_examples import RECORDS
 from tests.unit.test_formats import TINY
 from tests.unit.test_inference import save as save_model
 from tests.unit.test_neutral import write_checkpoint
-from tools.check_shards import Job, check
+from tools.check_shards import Work, check
 
 MEMORY = 300 << 20
 """Bytes that a reader may take beyond what the process has."""
@@ -356,7 +356,7 @@ def use_tar(files: Originals, place: Path, draw: random.Random) -> None:
         with suppress(DamagedTar, ValueError):  # as a stream, whose end is not known
             for _ in headers(lambda at, size: data[at : at + size], math.inf, str(tar)):
                 pass
-        check(Job(stream, str(tar), str(tar), "caption", 10**6))
+        check(Work(stream, str(tar), str(tar), "caption", 10**6))
     if stream is Stream.IMAGES and draw.random() < 0.2:
         list(read_class_shards(str(tar), "data.train", cache, 3))
     if stream is Stream.IMAGES:
