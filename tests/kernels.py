@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from beit3_dist.kernels.registry import Operation, Place, Sizes, Version, operations
+from beit3_dist.kernels.registry import Operation, Sizes, Version, operations
 from tests.device import ON_GPU
 
 TOLERANCE = {
@@ -37,7 +37,7 @@ def versions() -> list[object]:
 def check(operation: Operation, version: Version, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
     """Compares all cases. Skips the test where the version does not serve."""
     for case in operation.cases(sizes):
-        lacking = version.lacks(Place(device.type, dtype, case.shapes[0][-1]))
+        lacking = version.lacks(case.place(device.type, dtype))
         if lacking:
             pytest.skip(f"needs {lacking}")
         leaves = case.leaves(device, dtype)

@@ -26,8 +26,8 @@ class Place(NamedTuple):
     device: str
     """cuda or cpu."""
     dtype: torch.dtype
-    width: int = 0
-    """Numbers of a row, in attention of a head; 0: any."""
+    width: int
+    """Numbers of a row of what it takes, in attention of a head; 0: not known."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class Case:
     """So many of the first leaves have a row for each row of the results."""
     separate: bool = True
     """Whether no row of the results knows another row."""
+
+    def place(self, device: str, dtype: torch.dtype) -> Place:
+        """Where the case would be computed."""
+        return Place(device, dtype, self.shapes[0][-1])
 
     def leaves(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Normal numbers; matrices of weights are as small as keeps a product's deviation near 1."""

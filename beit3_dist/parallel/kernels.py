@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from beit3_dist.config import require
+from beit3_dist.config import ModelConfig, require
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
-from beit3_dist.kernels.registry import Function, Place, Version, operations
+from beit3_dist.kernels.registry import Function, Place, Sizes, Version, operations
 from beit3_dist.kernels.triton import lacks as triton_lacks
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model.beit3 import BEiT3
@@ -25,30 +25,40 @@ OLDEST_TORCH = (2, 10)
 dimensions that are unknown, kernels that no timing chooses, 32-bit indexes)."""
 
 
-def _place(dtype: torch.dtype, width: int = 0) -> Place:
-    """This process's device."""
-    return Place("cuda" if torch.cuda.is_available() else "cpu", dtype, width)
+def _device() -> str:
+    """This process's."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _triton_lacks() -> str:
+    """What is missing for the kernels in Triton, in words."""
+    return triton_lacks(Place(_device(), torch.float32, 0))
 
 
 def chosen_kernels(choice: str) -> str:
     """Who computes, where `kernels` leaves it open: on CUDA what was fastest there, on the CPU torch."""
     if choice != "auto":
         return choice
-    return "triton" if torch.cuda.is_available() and not triton_lacks(_place(torch.float32)) else "torch"
+    return "triton" if torch.cuda.is_available() and not _triton_lacks() else "torch"
 
 
-def chosen_versions(kernels: str, dtype: torch.dtype) -> dict[str, Version]:
+def chosen_versions(kernels: str, dtype: torch.dtype, model: ModelConfig) -> dict[str, Version]:
     """Of each operation the preferred version among those that `kernels` (as chosen) may mean and that may serve; none
     where the model computes it by its definition."""
-    serving = {name: operation.serving(_place(dtype), kernels) for name, operation in operations().items()}
-    return {name: versions[0] for name, versions in serving.items() if versions}
+    sizes = Sizes(width=model.width, ffn_width=model.ffn_width, heads=model.heads, classes=model.vocab_size)
+    chosen = {}
+    for name, operation in operations().items():
+        serving = operation.serving(operation.cases(sizes)[0].place(_device(), dtype), kernels)
+        if serving:
+            chosen[name] = serving[0]
+    return chosen
 
 
 def chosen_attention(choice: str, kernels: str, dtype: torch.dtype, head_dim: int) -> str:
     """Who computes attention's core, where `attention_kernel` leaves it open. `kernels`: as chosen."""
     if choice != "auto":
         return choice
-    serving = VARLEN_ATTENTION.serving(_place(dtype, head_dim)) if kernels == "triton" else []
+    serving = VARLEN_ATTENTION.serving(Place(_device(), dtype, head_dim)) if kernels == "triton" else []
     return serving[0].name if serving else "padded"
 
 
@@ -68,7 +78,7 @@ def check_kernels(kernels: str, attention: str = "auto", precision: str = "bf16"
             "environment's CXX, or use kernels=torch",
         )
     if kernels == "triton":
-        lacking = triton_lacks(_place(torch.float32))
+        lacking = _triton_lacks()
         require(not lacking, f"kernels=triton needs {lacking}: use kernels=torch")
     if attention not in ("auto", "padded"):
         require(
@@ -76,7 +86,7 @@ def check_kernels(kernels: str, attention: str = "auto", precision: str = "bf16"
             f"attention_kernel={attention} needs kernels=triton, precision=bf16 and a CUDA device: use "
             "attention_kernel=padded",
         )
-        lacking = VARLEN_ATTENTION.version(attention).lacks(_place(torch.bfloat16))
+        lacking = VARLEN_ATTENTION.version(attention).lacks(Place(_device(), torch.bfloat16, 0))
         require(not lacking, f"attention_kernel={attention} needs {lacking}: use attention_kernel=auto")
 
 
@@ -84,7 +94,8 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
     """Makes the model compute by `kernels` and `attention_kernel`. Call it once it is cut to the rank's slices and
     stages."""
     kernels, dtype, known = chosen_kernels(choice), next(model.parameters()).dtype, operations()
-    functions = {name: known[name].function(version) for name, version in chosen_versions(kernels, dtype).items()}
+    chosen = chosen_versions(kernels, dtype, model.config)
+    functions = {name: known[name].function(version) for name, version in chosen.items()}
     for module in model.modules():
         if isinstance(module, (LayerNorm, Linear)) and module.operation in functions:
             module.compute = functions[module.operation]

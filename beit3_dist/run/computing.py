@@ -25,6 +25,6 @@ def computed_by(config: JobConfig, device: torch.device) -> str:
         head_dim = config.model.width // config.model.heads
         attention = chosen_attention(config.attention_kernel, kernels, dtype, head_dim)
         parts += [f"kernels {kernels}", f"attention {attention}"]
-        usual = (kernels, "torch")
-        parts += [f"{o} {v.name}" for o, v in chosen_versions(kernels, dtype).items() if v.name not in usual]
+        versions = chosen_versions(kernels, dtype, config.model).items()
+        parts += [f"{operation} {it.name}" for operation, it in versions if it.name not in (kernels, "torch")]
     return ", ".join(parts)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from beit3_dist.kernels.registry import Case, Operation, Place, Sizes, Version, operations
+from beit3_dist.kernels.registry import Case, Operation, Sizes, Version, operations
 from tests.device import DEVICE, ON_GPU
 from tests.kernels import assert_near, check, draw, versions
 
@@ -44,7 +44,7 @@ def large(operation: Operation, number: int) -> tuple[int, Case]:
 def test_more_elements_than_32_bits_count(operation: Operation, number: int) -> None:
     """The last rows, where a number of 32 bits would have wrapped around."""
     (widest, case), dtype, version = large(operation, number), torch.bfloat16, operation.version("triton")
-    assert not version.lacks(Place("cuda", dtype))
+    assert not version.lacks(case.place("cuda", dtype))
     rows = case.shapes[0][0]
     needed = (3 + 4 * case.rowwise) * 2 * rows * widest
     free, _ = torch.cuda.mem_get_info()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
-from beit3_dist.kernels.registry import Operation, operations
+from beit3_dist.kernels.registry import Operation, Place, Version, operations, register, register_version
 from beit3_dist.model import BEiT3
-from beit3_dist.parallel.kernels import use_kernels
+from beit3_dist.parallel.kernels import chosen_versions, use_kernels
 from beit3_dist.plugins import load_plugins
 from beit3_dist.run.computing import computed_by
 from tests.equality import assert_close
@@ -81,3 +82,15 @@ def test_a_name_is_given_once(layer_norm: Operation) -> None:
     del sys.modules["two_moments"]
     with pytest.raises(ValueError, match="two_moments.py cannot be imported: .*layer_norm has a version 'two_moments'"):
         load_plugins([PLUGIN])
+    other = Operation("layer_norm", layer_norm.definition, layer_norm.cases)
+    with pytest.raises(ValueError, match="there is an operation 'layer_norm' already"):
+        register(other)
+
+
+def test_it_serves_no_width_but_its_own(layer_norm: Operation) -> None:
+    def lacks(place: Place) -> str:
+        return "" if (place.device, place.width) == ("cpu", 32) else "rows of 32 numbers on a CPU"
+
+    register_version("layer_norm", Version("of_32", "two_moments", ("torch",), lacks))
+    chosen = [chosen_versions("torch", torch.float32, replace(CONFIG, width=width)) for width in (32, 64)]
+    assert [versions["layer_norm"].name for versions in chosen if "layer_norm" in versions] == ["of_32"]

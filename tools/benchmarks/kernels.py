@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_dist.kernels.registry import Case, Function, Place, Sizes, operations
+from beit3_dist.kernels.registry import Case, Function, Sizes, operations
 from beit3_dist.model.attention import attend
 from beit3_dist.model.layout import Group, Layout, group
 from beit3_dist.plugins import load_plugins
@@ -88,7 +88,7 @@ def kernel_pairs(options: Namespace, device: torch.device) -> list[Pair]:
     for operation in operations().values():
         for case, version in product(operation.cases(sizes), operation.versions):
             name = f"{operation.name} {version.name}"
-            lacking = version.lacks(Place(device.type, dtype, case.shapes[0][-1]))
+            lacking = version.lacks(case.place(device.type, dtype))
             if lacking:
                 left_out[lacking] += [name] * (name not in left_out[lacking])
                 continue

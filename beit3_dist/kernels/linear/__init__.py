@@ -14,7 +14,8 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Linear(nn.Linear):
-    """torch's linear layer. `compute` may be replaced by another version of `operation`."""
+    """torch's linear layer. `compute` may be replaced by another version of `operation`: also with ZeRO-3, for which
+    parallel/engine.py has a product that keeps no gathered weights. Fused blocks join q, k and v by torch's."""
 
     operation = "linear"
     compute: Product = staticmethod(linear)
