@@ -237,7 +237,10 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def machine() -> dict[str, str]:
-    """What the bits of fp32 depend on."""
+    """What the bits of fp32 depend on: which code torch and its libraries choose on this processor."""
     with open("/proc/cpuinfo") as lines:
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        first = dict(map(str.strip, line.split(":", 1)) for line in lines.read().split("\n\n")[0].splitlines())
+    names = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
+    about = hashlib.sha256(json.dumps([first.get(name, "") for name in names]).encode()).hexdigest()[:16]
+    cpu = f"{first.get('model name', platform.machine())}, {about}"
     return {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability(), "cpu": cpu}
