@@ -26,7 +26,7 @@ def test_one_code_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [r.get("entropy_image") for r in records] == [0.0] * 10 + [None] * 2
     assert all(record["entropy_text"] > 1 for record in records[:10])
     log = Path(config.out, "logs", "rank00000.log").read_text()
-    for titles in ("pictures", "pictures of pairs"):
+    for titles in ("images", "images of pairs"):
         assert log.count(f"the targets of {titles} have collapsed: 100.0% of ") == 1
     assert "texts have collapsed" not in log
     report.main([config.out, "--pictures", "1"])
