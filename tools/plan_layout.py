@@ -51,7 +51,7 @@ def plan(config: RunConfig, model: BEiT3, ranks: int, zero_stage: int, tensor: i
         batch=replace(config.batch, accumulation=max(config.batch.accumulation, pipeline)),
         deepspeed_config=config.deepspeed_config if zero_stage == config.parallel.zero_stage else "",
     )
-    records = state_bytes(config, ranks, model, objectives_of(config).balance_flops)
+    records = state_bytes(config, ranks, model, objectives_of(config).largest)
     states, everything = max(r.states for r in records) / 1e9, max(r.total for r in records) / 1e9
     return Plan(ranks, zero_stage, tensor, pipeline, ranks // (tensor * pipeline), states, everything)
 

@@ -65,6 +65,13 @@ class Places:
         """Rows, int64 [M], of the words in `mask`, bool [n, L]."""
         return self._words[view] + self.packed(view, mask).nonzero().squeeze(1)
 
+    def first(self, view: View) -> Tensor:
+        """Rows, int64 [n], of each sample's first token: CLS, or <s> where there are texts alone."""
+        group = self._groups[view]
+        if view.image:
+            return self._patches[view] + torch.arange(group.samples) * group.patches
+        return self._words[view] + (group.positions(torch.device("cpu")) == 0).nonzero().squeeze(1)
+
     def packed(self, view: View, words: Tensor) -> Tensor:
         """The entries of [n, L] at tokens that are no padding."""
         index = self._groups[view].index

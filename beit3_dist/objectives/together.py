@@ -101,10 +101,17 @@ class Objectives:
             del left[: len(objective.losses)]
         return total
 
-    def balance_flops(self, data_parallel: int) -> float:
-        """About the FLOPs of all heads, forward and backward, in a rank's micro-batch: for the balance of stages."""
+    def largest(self, data_parallel: int) -> tuple[Layout, float]:
+        """For a pipeline's stages: the layout of a rank's micro-batch with all texts at full length, and about the
+        FLOPs of all heads in it, forward and backward."""
         samples = dict(zip(STREAMS, self.run.micro_batch(data_parallel), strict=True))
-        return 3 * sum(each.head_flops(each.expected_counts(samples, self.run)) for each in self)
+        lengths = {"texts": self.run.data.text_length, "pairs": self.run.data.caption_length}
+        groups = (
+            group(samples[v.stream], v.image * (1 + self.model.patches), None, lengths[v.stream] if v.text else 0)
+            for v in self.views
+        )
+        flops = 3 * sum(each.head_flops(each.expected_counts(samples, self.run)) for each in self)
+        return Layout(tuple(groups)), flops
 
     def prepare(
         self,

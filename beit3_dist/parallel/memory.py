@@ -35,6 +35,7 @@ from typing import Any
 from beit3_dist.config import ParallelConfig, RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.cut import cut_for, cuts_of
+from beit3_dist.model.layout import Layout
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.pipeline import check_pipeline, keep_stages, plan_stages
 from beit3_dist.parallel.tensor import check_tensor
@@ -74,11 +75,11 @@ class StateBytes:
 
 
 def state_bytes(
-    config: RunConfig, world: int, model: BEiT3, last_flops: Callable[[int], float] = lambda data: 0.0
+    config: RunConfig, world: int, model: BEiT3, largest: Callable[[int], tuple[Layout, float]]
 ) -> list[StateBytes]:
     """A record for each (pipeline rank, tensor rank) of `world` processes, pipeline ranks outermost.
 
-    model: the whole model on the meta device. last_flops: number of replicas -> what `plan_stages` takes.
+    model: the whole model on the meta device. largest: number of replicas -> what `plan_stages` takes.
     Raises ValueError where the layout does not divide the model, the batch or the processes, and where the DeepSpeed
     file moves states to the CPU: what then stays on the device is not known from arithmetic.
     """
@@ -94,7 +95,7 @@ def state_bytes(
     zero = deepspeed_config(config, data)["zero_optimization"]
     for section in ("offload_optimizer", "offload_param"):
         require(section not in zero, f"deepspeed_config: {section} moves states to the CPU, which is not counted")
-    plan = plan_stages(config, data, last_flops(data))
+    plan = plan_stages(config, *largest(data))
     records = []
     for pipeline_rank in range(parallel.pipeline):
         mine = [range(config.model.layers)] if plan is None else plan.of(pipeline_rank)

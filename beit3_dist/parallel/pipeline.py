@@ -23,6 +23,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from beit3_dist.config import RunConfig, TrainingConfig, require
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.model.layout import Layout
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.mesh import Groups
 
@@ -90,29 +91,22 @@ class StagePlan:
         return self.stages[rank :: self.pipeline]
 
 
-def plan_stages(config: RunConfig, data_parallel: int, last_flops: float) -> StagePlan | None:
-    """Stages balanced by FLOPs of a micro-batch at full lengths; None without a pipeline.
+def plan_stages(config: RunConfig, largest: Layout, last_flops: float) -> StagePlan | None:
+    """Stages balanced by FLOPs; None without a pipeline.
 
-    last_flops: what the last stage has to do besides: forward and backward of the heads, and the image targets.
+    largest: of a micro-batch with all texts at full length. last_flops: what the last stage has to do with it besides:
+    forward and backward of the heads, and the image targets.
     """
     if config.parallel.pipeline == 1:
         return None
     model, d = config.model, config.model.width
-    images, _, pairs = config.micro_batch(data_parallel)
-    pictures, tokens = images + pairs, capacity(config, data_parallel)
+    images, tokens = sum(group.samples for group in largest.patch_groups), sum(largest.segments)
     # Per block: projections and FFN; attention's own products are alike in all blocks and left out.
     block = 3.0 * tokens * (8 * d * d + 4 * d * model.ffn_width)
-    embedding = 3.0 * 2 * pictures * model.patches * 3 * model.patch_size**2 * d
+    embedding = 3.0 * 2 * images * model.patches * 3 * model.patch_size**2 * d
     ranks, chunks = config.parallel.pipeline, config.parallel.chunks
     stages = balanced_stages([block] * model.layers, embedding, last_flops, ranks * chunks)
     return StagePlan(stages, ranks, tokens)
-
-
-def capacity(config: RunConfig, data_parallel: int) -> int:
-    """Tokens of a micro-batch with all texts at full length: what crosses between stages."""
-    images, texts, pairs = config.micro_batch(data_parallel)
-    patches = (images + pairs) * (1 + config.model.patches)
-    return patches + pairs * config.data.caption_length + texts * config.data.text_length
 
 
 def keep_stages(model: BEiT3, stages: Iterable[range], is_first: bool, is_last: bool) -> None:

@@ -74,7 +74,7 @@ class Pretraining(Job[RunConfig, StepResult]):
     def start(self, groups: Groups) -> None:
         config, mesh, ready = self.config, self.mesh, self._ready
         self._objectives = objectives = ready.objectives
-        flops = objectives.balance_flops(mesh.data)
+        largest, flops = objectives.largest(mesh.data)
         if ready.image_tokenizer is not None and ready.train_codes is None:
             flops += target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))
         self._engine = Engine(
@@ -84,7 +84,7 @@ class Pretraining(Job[RunConfig, StepResult]):
             values=ready.values,
             objective=lambda model: PretrainingModule(model, objectives, config.seed),
             optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
-            plan=plan_stages(config, mesh.data, flops),
+            plan=plan_stages(config, largest, flops),
         )
         self._tokenize = None
         if ready.image_tokenizer is not None and mesh.is_last_stage:

@@ -83,7 +83,7 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
         groups,
         lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
-        plan=plan_stages(config, mesh.data, 0.0),
+        plan=plan_stages(config, *objectives_of(config).largest(mesh.data)),
         objective=lambda model: PretrainingModule(model, objectives_of(config), config.seed),
         optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
     )
@@ -162,7 +162,7 @@ def test_arithmetic_is_what_the_tensors_hold(
     world = 2 * tensor * pipeline
     measured = run_workers(world, measure, configs, tensor=tensor, pipeline=pipeline)
     for number, config in enumerate(configs):
-        records = state_bytes(config, world, BEiT3(config.model, device="meta"))
+        records = state_bytes(config, world, BEiT3(config.model, device="meta"), objectives_of(config).largest)
         expected = {(r.pipeline_rank, r.tensor_rank): r for r in records}
         for rank, of_rank in enumerate(measured):
             real, record = of_rank[number], expected[rank // (2 * tensor), rank % tensor]
@@ -187,10 +187,10 @@ def test_what_moves_to_the_cpu_is_not_guessed() -> None:
         deepspeed_config=str(Path(__file__).parents[2] / "ds_configs" / "zero3_bf16_offload.json"),
     )
     with pytest.raises(ValueError, match="offload_optimizer"):
-        state_bytes(config, 2, BEiT3(config.model, device="meta"))
+        state_bytes(config, 2, BEiT3(config.model, device="meta"), objectives_of(config).largest)
 
 
 def test_layouts_that_do_not_divide_are_refused() -> None:
     config = run_config("paper", zero_stage=3, accumulation=1, data_parallel=2, tensor=2)
     with pytest.raises(ValueError, match="does not divide 3 processes"):
-        state_bytes(config, 3, BEiT3(config.model, device="meta"))
+        state_bytes(config, 3, BEiT3(config.model, device="meta"), objectives_of(config).largest)

@@ -31,7 +31,7 @@ def load_and_save(groups: Groups, config: RunConfig, source: str, folder: str) -
         groups,
         lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
-        plan=plan_stages(config, groups.mesh.data, 0.0),
+        plan=plan_stages(config, *objectives_of(config).largest(groups.mesh.data)),
         objective=lambda model: PretrainingModule(model, objectives_of(config), config.seed),
         optimizer=lambda model, offload: build(model, offload, config, False),
     )

@@ -26,7 +26,8 @@ from tests.integration.runs import metrics, program, reproducible, run_config, t
 from tests.parallel.workers import Workers
 from tools import convert_checkpoint
 
-PLUGIN = str(Path(__file__).parents[1] / "plugins" / "mean_colour.py")
+PLUGIN, OTHER = (str(Path(__file__).parents[1] / "plugins" / f"{name}_colour.py") for name in ("mean", "whole"))
+"""The other one wants pairs alone that masked data modelling wants fused, and nothing of them hidden."""
 STEPS = 6
 ALONE = Mesh(0, 1, 0, 1, torch.device("cpu"))
 LAYOUTS = {
@@ -40,13 +41,14 @@ HEAD = "objective_heads.mean_colour"
 
 
 def with_mean_colour(folder: Path, out: str, **changes: Any) -> RunConfig:
-    """A run that learns mean colours beside masked data modelling, and is validated twice."""
-    load_plugins([PLUGIN])
+    """A run that learns colours beside masked data modelling, and is validated twice."""
+    load_plugins([PLUGIN, OTHER])
     config = run_config(folder)
     held_out = {name: getattr(config.data, name) for name in ("images", "texts", "pairs")}
     objectives = {NAME: MaskedDataModelingConfig(), "mean_colour": OBJECTIVES["mean_colour"].Config(weight=0.5)}
+    objectives["whole_colour"] = OBJECTIVES["whole_colour"].Config()
     settings: dict[str, Any] = {
-        "out": str(folder / out), "steps": STEPS, "plugins": [PLUGIN], "objectives": objectives,
+        "out": str(folder / out), "steps": STEPS, "plugins": [PLUGIN, OTHER], "objectives": objectives,
         "parallel": LAYOUTS["one"], "checkpoint": CheckpointConfig(every=3),
         "eval": EvalConfig(every=3, batches=1, **held_out),
     }  # fmt: skip
@@ -89,7 +91,8 @@ def test_losses_are_those_of_one_process(folder: Path, layout: str) -> None:
         for record, expected in zip(ours, reference, strict=True):
             assert record.get("sample_hash") == expected.get("sample_hash")
             losses = {name: value for name, value in expected.items() if name.startswith("loss")}
-            assert set(losses) > {FIELD, "loss_image"} and "acc_mean_colour" not in record
+            assert set(losses) > {FIELD, "loss_image", "loss_colour_of_image", "loss_colour_of_caption"}
+            assert not any(name.startswith("acc") and "colour" in name for name in record)
             assert {name: record[name] for name in losses} == pytest.approx(losses, rel=1e-5)
             assert losses["loss"] == pytest.approx(
                 sum(value * (0.5 if name == FIELD else 1) for name, value in losses.items() if name != "loss")
@@ -128,7 +131,7 @@ def test_others_take_its_run(folder: Path, tmp_path: Path) -> None:
     for config, objectives in ((with_it, 1), (without, 0)):
         values, model = prepare_run(config, ALONE).values, objectives_of(config).build()
         found = {name: parameter.shape for name, parameter in model.named_parameters()}
-        assert sum(name.startswith(HEAD) for name in found) == 2 * objectives
+        assert sum(name.startswith("objective_heads") for name in found) == 6 * objectives
         assert all(torch.equal(values(name, shape), saved[name]) for name, shape in found.items())
     convert_checkpoint.main([checkpoint, str(tmp_path / "model"), "--to", "safetensors"])
     assert set(read_model_folder(tmp_path / "model").weights) == set(saved)
@@ -147,7 +150,7 @@ def test_tools_import_what_their_own_command_line_names(folder: Path, tmp_path: 
         refused = program(f"tools/{tool}", str(run))
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
         assert "objectives.mean_colour: there is no mean_colour" in refused.stderr and "plugins" in refused.stderr
-        done = program(f"tools/{tool}", str(run), "--plugins", PLUGIN)
+        done = program(f"tools/{tool}", str(run), "--plugins", PLUGIN, OTHER)
         assert done.returncode == 0, done.stderr
     report = json.loads((run / "report.json").read_text())
     records = metrics(run)
@@ -162,9 +165,9 @@ def test_tools_import_what_their_own_command_line_names(folder: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["recipe", "command line"])
 def test_from_the_command_line_with_loader_processes(folder: Path, tmp_path: Path, where: str) -> None:
-    config = with_mean_colour(folder, "one", plugins=[PLUGIN] if where == "recipe" else [])
+    config = with_mean_colour(folder, "one", plugins=[PLUGIN, OTHER] if where == "recipe" else [])
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
-    given = [] if where == "recipe" else ["--plugins", PLUGIN]
+    given = [] if where == "recipe" else [f"--plugins=[{PLUGIN},{OTHER}]"]
     out = tmp_path / "run"
     done = program("launchers/pretrain.py", "--config", str(recipe), "--out", str(out), "--data.workers", "1", *given)
     assert done.returncode == 0, done.stderr

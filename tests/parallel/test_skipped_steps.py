@@ -70,7 +70,7 @@ def run(groups: Groups, config: RunConfig, steps: list[int], bad: bool) -> dict[
         groups,
         lambda: BEiT3(config.model, device="meta"),
         lambda name, shape: initial_value(name, shape, config.model, config.seed),
-        plan=plan_stages(config, mesh.data, 0.0) if mesh.pipeline > 1 else None,
+        plan=plan_stages(config, *objectives_of(config).largest(mesh.data)) if mesh.pipeline > 1 else None,
         objective=lambda model: SometimesBad(model, objectives_of(config), config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd=False),
     )

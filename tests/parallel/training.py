@@ -157,7 +157,7 @@ def engine_run(
         groups,
         objectives.build,
         lambda name, shape: starting_value(name, shape, config),
-        plan=plan_stages(config, mesh.data, 0.0),
+        plan=plan_stages(config, *objectives.largest(mesh.data)),
         objective=lambda model: PretrainingModule(model, objectives, config.seed),
         optimizer=lambda model, offload: build(model, offload, config, sgd),
     )

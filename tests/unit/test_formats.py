@@ -178,6 +178,18 @@ def test_what_fp16_cannot_hold_is_refused(tmp_path: Path, capsys: pytest.Capture
 # --------------------------------------------------------------------------------------- architectures that do not fit
 
 
+@pytest.mark.parametrize("form", ["released", "torchscale", "timm"])
+def test_other_forms_have_no_heads_of_objectives(form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = {name: parameter.detach() for name, parameter in BEiT3(TINY).named_parameters()}
+    head = {"objective_heads.contrast.weight": torch.ones(3, 4)}
+    for name, content in (("without", weights), ("with", weights | head)):
+        save_model_folder(tmp_path / name, content, TINY)
+        main([str(tmp_path / name), str(tmp_path / f"{name}.pth"), "--to", form])
+    ours, theirs = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("with", "without"))
+    assert_identical(ours.get("model", ours), theirs.get("model", theirs))
+    assert form == "timm" or "has no place for the heads of contrast" in notes(caplog)
+
+
 @pytest.mark.parametrize("form", ["released", "torchscale"])
 def test_vl_experts_are_refused_with_the_reason(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_model_folder(tmp_path / "ours", dict(BEiT3(PAPER).named_parameters()), PAPER)
