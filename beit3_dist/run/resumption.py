@@ -16,6 +16,7 @@ import yaml
 
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig
+from beit3_dist.objectives import SECTIONS
 from beit3_dist.opening import read_yaml
 from beit3_dist.recipe import current_name
 
@@ -75,8 +76,8 @@ def on_resume(name: str) -> OnResume:
 
 
 def objectives_in(fields: Iterable[str]) -> set[str]:
-    """The objectives that a recipe with these dotted fields has."""
-    return {name.split(".")[1] for name in fields if name.startswith("objectives.")}
+    """The objectives that a recipe with these dotted fields has, the default one where it names none."""
+    return {name.split(".")[1] for name in fields if name.startswith("objectives.")} or {SECTIONS.default}
 
 
 def fields_of(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

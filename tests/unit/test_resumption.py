@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -114,3 +114,14 @@ def test_the_recipe_of_every_stretch_is_kept(tmp_path: Path) -> None:
     assert sorted(found.values()) == ["first", "fourth", "fourth", "second", "third"]
     assert found["config.yaml"] == found["config_step_0000012.yaml"] == "fourth"
     assert "config_step_0000020.yaml" not in found
+
+
+@pytest.mark.parametrize("named", ["now", "before"])
+def test_the_default_objective_is_the_same_named_or_not(
+    named: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    explicit = CONFIGS["pretraining"]
+    both = {"now": explicit, "before": replace(explicit, objectives={})}
+    (tmp_path / "config.yaml").write_text(to_yaml(both["before" if named == "now" else "now"]))
+    same_recipe(both[named], tmp_path)
+    assert caplog.messages == []
