@@ -157,9 +157,8 @@ def parse(arguments: list[str] | None) -> Namespace:
         "  build_index.py imagenet /data/imagenet indexes\n"
         "  build_index.py demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
     )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="coco | flickr30k | vqa | nlvr2 | imagenet | demo"
-    )
+    names = "coco | flickr30k | vqa | nlvr2 | imagenet | demo"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     def command(name: str, build: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
         sub = commands.add_parser(name, help=text.split(".")[0], description=text)
@@ -184,13 +183,11 @@ def parse(arguments: list[str] | None) -> Namespace:
         f"models need the {ANSWERS} that they were trained with: --answers."
     )
     sub = command("vqa", build_vqa, "folder of the six files v2_*.json", text)
-    sub.add_argument(
-        "--answers",
-        type=Path,
-        metavar="FILE",
-        help="list of answers, a line {answer, label} each; default: those that are the most frequent one of "
-        f"{benchmarks.LEAST_ANSWERS} questions",
+    text = (
+        "list of answers, a line {answer, label} each; default: those that are the most frequent one of "
+        f"{benchmarks.LEAST_ANSWERS} questions"
     )
+    sub.add_argument("--answers", type=Path, metavar="FILE", help=text)
     text = (
         "Six small tasks from data sets that pip brings, with their pictures. vqa (and questions: the same without "
         "pictures, for task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's "
@@ -198,21 +195,13 @@ def parse(arguments: list[str] | None) -> Namespace:
         "data.images is OUT. Returns at once if OUT is complete."
     )
     sub = command("demo", build_demo, "", text)
-    sub.add_argument(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="share of drawings and dictionary entries that is tested on; 0.05. As for build_shards.py demo: then no "
-        "model that was pretrained on its train side has seen them",
+    text = (
+        "share of drawings and dictionary entries that is tested on; 0.05. As for build_shards.py demo: then no model "
+        "that was pretrained on its train side has seen them"
     )
-    sub.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that draw; one per core",
-    )
+    sub.add_argument("--held-out", type=float, default=0.05, metavar="SHARE", help=text)
+    cores = len(os.sched_getaffinity(0))
+    sub.add_argument("--workers", type=int, default=cores, metavar="N", help="processes that draw; one per core")
     options = parser.parse_args(arguments)
     if not 0 < getattr(options, "held_out", 0.5) < 1:
         raise ValueError(f"--held-out {options.held_out:g} is not in (0, 1)")

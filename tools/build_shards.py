@@ -53,6 +53,8 @@ DEMO_PER_SHARD = 100
 """Pictures or pairs per shard of the demo: few, so that its held-out side has several shards, too."""
 DEMO_DOCUMENTS_PER_MEMBER = 20
 """Documents per member of the demo's texts: with as many members per shard as pictures, 2,000 a shard."""
+ASKED = ("command", "held_out", "limit")
+"""Options that shards.json remembers."""
 Skipped = list[tuple[str, str]]
 """Path and reason of each picture that was left out."""
 Shards = list[dict[str, Any]]
@@ -120,11 +122,8 @@ def prepared(picture: Picture, size: int) -> Picture:
     width, height = (max(1, round(length * size / shorter)) for length in image.size)
     buffer = io.BytesIO()
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
-    if extension == "png":
-        scaled.save(buffer, "PNG")
-    else:
-        extension = "jpg"
-        scaled.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    extension, form = ("png", "PNG") if extension == "png" else ("jpg", "JPEG")
+    scaled.save(buffer, form, quality=JPEG_QUALITY)  # which PNG does not look at
     return replace(picture, original=data, stored=buffer.getvalue(), extension=extension)
 
 
@@ -207,22 +206,14 @@ def write(folder: Path, source: str, samples: Iterable[Sample], per_shard: int, 
     """Writes FOLDER/{train,held_out}/NNNNNN.tar, `per_shard` samples each. ValueError if there are none, naming their
     source, and if a side stays empty."""
     writers: dict[str, ShardWriter] = {}
-    keys: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    keys, counts = Counter[str](), Counter[str]()
     with ExitStack() as opened:  # what an error leaves open would complain when it is collected
         for sample in samples:
             if sample.side not in writers:
                 target = folder.absolute() / sample.side
                 target.mkdir(parents=True)
-                writer = ShardWriter(
-                    str(target).replace("%", "%%") + "/%06d.tar",
-                    maxcount=per_shard,
-                    verbose=0,
-                    encoder=False,
-                    mtime=0,
-                    user="",
-                    group="",
-                )
+                pattern, nobody = str(target).replace("%", "%%") + "/%06d.tar", {"mtime": 0, "user": "", "group": ""}
+                writer = ShardWriter(pattern, maxcount=per_shard, verbose=0, encoder=False, **nobody)
                 writers[sample.side] = opened.enter_context(writer)
             writer = writers[sample.side]
             writer.write({"__key__": f"{keys[sample.side]:09d}", **sample.members})
@@ -241,10 +232,8 @@ def write(folder: Path, source: str, samples: Iterable[Sample], per_shard: int, 
 
 def describe(path: Path, count: int) -> dict[str, Any]:
     """The entry of shards.json for one tar."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, "sha256")
     return {"file": str(path), "samples": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
@@ -275,14 +264,8 @@ def build(options: Namespace) -> None:
             print(f"skipped {len(skipped)} pictures in all; shards.json lists those of a whole build", file=sys.stderr)
     for shard in shards:
         shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
-    record = {
-        "command": options.command,
-        "held_out": options.held_out,
-        "limit": options.limit,
-        "skipped": skipped,
-        "left_out": options.left_out,
-        "shards": shards,
-    }
+    asked = {name: getattr(options, name) for name in ASKED}
+    record = asked | {"skipped": skipped, "left_out": options.left_out, "shards": shards}
     (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(options.out)
     print(*summary(shards), sep="\n")
@@ -333,7 +316,7 @@ def is_complete(options: Namespace) -> bool:
     if not listed.is_file():
         return False
     record = read_json(listed)
-    if any(record.get(name) != getattr(options, name) for name in ("command", "held_out", "limit")):
+    if any(record.get(name) != getattr(options, name) for name in ASKED):
         raise ValueError(f"{options.out} was built with other options; remove it or name another folder")
     for shard in record["shards"]:
         path = options.out / shard["file"]
@@ -360,30 +343,15 @@ def parse(arguments: list[str] | None) -> Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="images | pairs | texts | demo")
 
     common = ArgumentParser(add_help=False)
-    common.add_argument(
-        "--held-out",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="share of the samples that goes to OUT/held_out and not to OUT/train, in [0, 1); 0.05",
-    )
+    text = "share of the samples that goes to OUT/held_out and not to OUT/train, in [0, 1); 0.05"
+    common.add_argument("--held-out", type=float, default=0.05, metavar="SHARE", help=text)
     common.add_argument("--limit", type=int, metavar="N", help="only the first N samples of a stream")
     parallel = ArgumentParser(add_help=False)
-    parallel.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes that decode or draw; one per core",
-    )
+    cores, text = len(os.sched_getaffinity(0)), "processes that decode or draw; one per core"
+    parallel.add_argument("--workers", type=int, default=cores, metavar="N", help=text)
     pictures = ArgumentParser(add_help=False, parents=[common, parallel])
-    pictures.add_argument(
-        "--size",
-        type=int,
-        default=0,
-        metavar="PIXELS",
-        help="scale pictures down to this shorter side, never up; 0, the default: as they are",
-    )
+    text = "scale pictures down to this shorter side, never up; 0, the default: as they are"
+    pictures.add_argument("--size", type=int, default=0, metavar="PIXELS", help=text)
     pictures.add_argument("--per-shard", type=int, default=10_000, metavar="N", help="pictures per tar; 10000")
 
     def command(name: str, build: Callable[..., Shards], text: str, *parents: ArgumentParser) -> ArgumentParser:
@@ -391,71 +359,54 @@ def parse(arguments: list[str] | None) -> Namespace:
         sub.set_defaults(build=build, left_out={})
         return sub
 
-    sub = command(
-        "images",
-        build_images,
-        "The image-only stream from a folder of pictures. They are taken "
-        "in the order of their paths, from all folders below.",
-        pictures,
+    text = (
+        "The image-only stream from a folder of pictures. They are taken in the order of their paths, from all "
+        "folders below."
     )
+    sub = command("images", build_images, text, pictures)
     sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for .{', .'.join(PICTURES)}")
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
 
-    sub = command(
-        "pairs",
-        build_pairs,
-        "Image-text pairs from a table. Each row names a picture and its "
-        "caption; rows of one picture that follow one another become one pair with several captions, of "
-        "which training draws one each time.",
-        pictures,
+    text = (
+        "Image-text pairs from a table. Each row names a picture and its caption; rows of one picture that follow one "
+        "another become one pair with several captions, of which training draws one each time."
     )
-    sub.add_argument(
-        "table",
-        type=Path,
-        metavar="TABLE",
-        help=".tsv or .csv with a header row, .jsonl, or .json with an array; with columns "
-        "(fields) image and caption, or those that --image and --caption name",
+    sub = command("pairs", build_pairs, text, pictures)
+    text = (
+        ".tsv or .csv with a header row, .jsonl, or .json with an array; with columns (fields) image and caption, or "
+        "those that --image and --caption name"
     )
+    sub.add_argument("table", type=Path, metavar="TABLE", help=text)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the picture's path; image")
     sub.add_argument("--caption", default="caption", metavar="COLUMN", help="column of the caption; caption")
-    sub.add_argument(
-        "--rest-is-caption",
-        action="store_true",
-        help="the caption is the last column, and what a row holds beyond it, separators and all, belongs to it: for "
-        "tables whose captions hold commas (tabs) without quotes; by default such a row is an error",
+    text = (
+        "the caption is the last column, and what a row holds beyond it, separators and all, belongs to it: for "
+        "tables whose captions hold commas (tabs) without quotes; by default such a row is an error"
     )
+    sub.add_argument("--rest-is-caption", action="store_true", help=text)
     sub.add_argument("--root", type=Path, metavar="FOLDER", help="what the paths are relative to; the table's folder")
 
-    sub = command(
-        "texts",
-        build_texts,
-        "The text-only stream from text files. A tar member holds up to "
-        f"{DOCUMENTS_PER_MEMBER} documents, or short texts would grow tenfold.",
-        common,
+    text = (
+        f"The text-only stream from text files. A tar member holds up to {DOCUMENTS_PER_MEMBER} documents, or short "
+        "texts would grow tenfold."
     )
-    sub.add_argument(
-        "files",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="plain text with one document a line, .jsonl with a field 'text', or .json with an array of texts or of "
-        "objects with that field",
+    sub = command("texts", build_texts, text, common)
+    text = (
+        "plain text with one document a line, .jsonl with a field 'text', or .json with an array of texts or of "
+        "objects with that field"
     )
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help=text)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--per-shard", type=int, default=100_000, metavar="N", help="documents per tar; 100000")
 
-    sub = command(
-        "demo",
-        build_demo,
-        "All three streams from data sets that pip brings. images: easy-VQA (MIT); "
-        "pairs: OpenMoji's drawings and their English names (CC-BY-SA-4.0), and easy-VQA's training pictures with "
-        "captions such as 'a red circle'; texts: the GCIDE dictionary (GPL). "
-        "OUT/{images,pairs,texts} have a folder train and a folder held_out each. Returns at once "
-        "if OUT is complete.",
-        common,
-        parallel,
+    text = (
+        "All three streams from data sets that pip brings. images: easy-VQA (MIT); pairs: OpenMoji's drawings and "
+        "their English names (CC-BY-SA-4.0), and easy-VQA's training pictures with captions such as 'a red circle'; "
+        "texts: the GCIDE dictionary (GPL). OUT/{images,pairs,texts} have a folder train and a folder held_out each. "
+        "Returns at once if OUT is complete."
     )
+    sub = command("demo", build_demo, text, common, parallel)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.set_defaults(size=0)
 

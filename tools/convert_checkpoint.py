@@ -30,41 +30,35 @@ from beit3_dist.command_line import log_to_console, refuse
 
 log = logging.getLogger("beit3_dist.convert_checkpoint")
 
+PROGRAM = "convert_checkpoint.py"
 DTYPES = ("fp16", "fp32")
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(
-        prog="convert_checkpoint.py",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
     parser.add_argument("--to", required=True, choices=("neutral", "safetensors", "released", "torchscale", "timm"))
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in SOURCE)")
     parser.add_argument("--image_size", type=int, help="interpolate the vision positions for pictures of this size")
-    parser.add_argument(
-        "--heads", choices=("keep", "drop"), default="keep", help="drop: the encoder alone (default: keep)"
+    text = "drop: the encoder alone (default: keep)"
+    parser.add_argument("--heads", choices=("keep", "drop"), default="keep", help=text)
+    text = "of a file whose width is not a released model's: weights do not tell"
+    parser.add_argument("--attention_heads", type=int, help=text)
+    text = (
+        "file of a VQA model's answers (or of a classifier's class names) for the model folder: one a line in the "
+        "order of the labels, or unilm's answer2label.txt (default: the run's data.answers)"
     )
-    parser.add_argument(
-        "--attention_heads", type=int, help="of a file whose width is not a released model's: weights do not tell"
-    )
-    parser.add_argument(
-        "--answers",
-        type=Path,
-        help="file of a VQA model's answers (or of a classifier's class names) for the model folder: one a line in the "
-        "order of the labels, or unilm's answer2label.txt (default: the run's data.answers)",
-    )
-    parser.add_argument(
-        "--text_tokenizer", type=Path, help="SentencePiece file for the model folder (default: the run's, if it exists)"
-    )
+    parser.add_argument("--answers", type=Path, help=text)
+    text = "SentencePiece file for the model folder (default: the run's, if it exists)"
+    parser.add_argument("--text_tokenizer", type=Path, help=text)
     options = parser.parse_args(list(arguments))
     try:
         convert(options)
     except (ValueError, OSError) as error:
-        refuse("convert_checkpoint.py", error)
+        refuse(PROGRAM, error)
     print(f"wrote {options.destination}")
 
 

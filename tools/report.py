@@ -34,6 +34,7 @@ import math
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -302,13 +303,10 @@ def chunks(tokenizer: TextTokenizer, words: Tensor, mask: Tensor, guesses: Tenso
     """The caption without <s> and </s>: words as they are, hidden ones as [guess→truth]."""
     result = []
     for true, hidden, guessed in zip(words.tolist()[1:-1], mask.tolist()[1:-1], guesses.tolist()[1:-1], strict=True):
-        piece = spelled(tokenizer, true)
-        if hidden:
-            space = " " if piece.startswith(" ") else ""
-            text = f"{space}[{spelled(tokenizer, guessed).strip()}→{piece.strip()}]"
-            result.append(Chunk(text, guessed == true))
-        else:
-            result.append(Chunk(piece, None))
+        piece, guess = spelled(tokenizer, true), spelled(tokenizer, guessed)
+        space = " " if piece.startswith(" ") else ""
+        shown = f"{space}[{guess.strip()}→{piece.strip()}]" if hidden else piece
+        result.append(Chunk(shown, guessed == true if hidden else None))
     return result
 
 
@@ -329,13 +327,9 @@ def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]])
     samples = {name: int(column(run.metrics, name).sum()) for name in STREAMS}
 
     def course(name: str) -> Record:
-        values = column(run.metrics, name)
-        held_out = column(run.evaluations[-1:], name)
-        return {
-            "first": number_or_none(values[0]),
-            "last": number_or_none(values[-LAST_STEPS:].mean()),
-            "held_out": number_or_none(held_out[0]) if len(held_out) else None,
-        }
+        values, held_out = column(run.metrics, name), column(run.evaluations[-1:], name)
+        course = {"first": values[0], "last": values[-LAST_STEPS:].mean(), "held_out": (*held_out, math.nan)[0]}
+        return {when: number_or_none(value) for when, value in course.items()}
 
     return {
         "run": str(run.folder),
@@ -492,39 +486,22 @@ def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[E
 def draw_title(page: Axes, report: Record) -> None:
     """What run this is, and what the lines of the curves mean."""
     page.text(MARGIN, 36, f"What {report['run']} has learnt", size=16, weight="bold", color=INK, parse_math=False)
-    page.text(
-        MARGIN,
-        60,
+    remark = (
         f"{report['steps']:,} of {report['planned_steps']:,} steps, {sum(report['samples'].values()):,} samples in "
-        f"{clock(report['wall_s'])}; pictures drawn with the checkpoint of step {report['checkpoint_step']:,}",
-        size=10.5,
-        color=FAINT,
+        f"{clock(report['wall_s'])}; pictures drawn with the checkpoint of step {report['checkpoint_step']:,}"
     )
-    line = matplotlib("lines").Line2D
+    page.text(MARGIN, 60, remark, size=10.5, color=FAINT)
+    line = partial(matplotlib("lines").Line2D, [], [], color=INK)
+    bound = "entropy of the targets: the loss of knowing only how often each occurs"
     keys = [
-        line([], [], color=INK, alpha=0.3, linewidth=0.8, label="training step"),
-        line([], [], color=INK, linewidth=2, label="training, running mean"),
-        line([], [], color=INK, linestyle="", marker="o", markersize=5, label="held-out"),
-        line(
-            [],
-            [],
-            color=INK,
-            linestyle="--",
-            linewidth=1.4,
-            label="entropy of the targets: the loss of knowing only how often each occurs",
-        ),
+        line(alpha=0.3, linewidth=0.8, label="training step"),
+        line(linewidth=2, label="training, running mean"),
+        line(linestyle="", marker="o", markersize=5, label="held-out"),
+        line(linestyle="--", linewidth=1.4, label=bound),
     ]
-    page.legend(
-        handles=keys,
-        loc="upper left",
-        bbox_to_anchor=((MARGIN - 6) / WIDTH, 1 - 66 / page.get_ylim()[0]),
-        ncols=len(keys),
-        frameon=False,
-        fontsize=9.5,
-        handlelength=2.2,
-        columnspacing=2.2,
-        borderpad=0.2,
-    )
+    corner = (MARGIN - 6) / WIDTH, 1 - 66 / page.get_ylim()[0]
+    legend = partial(page.legend, frameon=False, fontsize=9.5, handlelength=2.2, columnspacing=2.2, borderpad=0.2)
+    legend(handles=keys, loc="upper left", bbox_to_anchor=corner, ncols=len(keys))
 
 
 def draw_losses(axes: Axes, run: Run, report: Record, loss: Loss, color: str) -> None:
@@ -533,29 +510,12 @@ def draw_losses(axes: Axes, run: Run, report: Record, loss: Loss, color: str) ->
     steps, losses = column(run.metrics, "step"), column(run.metrics, f"loss_{loss.name}")
     axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
     axes.plot(steps, running_mean(losses, max(1, len(losses) // 25)), color=color, linewidth=2)
-    axes.plot(
-        column(run.evaluations, "step"),
-        column(run.evaluations, f"loss_{loss.name}"),
-        "o",
-        color=color,
-        markersize=5,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        zorder=3,
-    )
+    held_out = column(run.evaluations, "step"), column(run.evaluations, f"loss_{loss.name}")
+    axes.plot(*held_out, "o", color=color, markersize=5, markeredgecolor="white", markeredgewidth=0.8, zorder=3)
     if bound is not None:
         axes.axhline(bound, color=color, linestyle="--", linewidth=1.4)
-        axes.annotate(
-            f"{bound:.2f}",
-            (1, bound),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            size=10,
-            color=color,
-            weight="bold",
-        )
+        beside = partial(axes.annotate, xycoords=axes.get_yaxis_transform(), xytext=(3, 0), textcoords="offset points")
+        beside(f"{bound:.2f}", (1, bound), va="center", size=10, color=color, weight="bold")
     axes.set_title(loss.title, loc="left", size=12, color=color, weight="bold")
     axes.set_title(f"nats per {loss.unit}" if loss.classes else loss.unit, loc="right", size=9.5, color=FAINT)
     axes.set_xlabel("step", size=9.5, color=INK)
@@ -596,17 +556,14 @@ def tiles(example: Example, looks: Tensor) -> list[np.ndarray]:
 
 def draw_tiles(page: Axes, top: float, tile: int, shown: list[Example], looks: Tensor) -> None:
     """A column of tiles for each example, and the rows' names."""
+    rectangle = partial(matplotlib("patches").Rectangle, fill=False, edgecolor="#c8c8c8", linewidth=0.6)
     for row, title in enumerate(ROWS):
         page.text(MARGIN, top + row * (tile + GAP) + tile / 2, title, size=9.5, color=INK, va="center", linespacing=1.3)
     for number, example in enumerate(shown):
         for row, picture in enumerate(tiles(example, looks)):
             left, upper = LEFT + number * (tile + GAP), top + row * (tile + GAP)
             page.imshow(picture, extent=(left, left + tile, upper + tile, upper), aspect="auto")
-            page.add_patch(
-                matplotlib("patches").Rectangle(
-                    (left, upper), tile, tile, fill=False, edgecolor="#c8c8c8", linewidth=0.6
-                )
-            )
+            page.add_patch(rectangle((left, upper), tile, tile))
 
 
 Line = list[tuple[int, Chunk]]
@@ -634,18 +591,11 @@ def caption_lines(caption: list[Chunk], width: int) -> list[Line]:
 
 def draw_caption(page: Axes, left: float, top: float, lines: list[Line]) -> None:
     """The caption, guessed words in green and missed ones in red."""
+    write = partial(page.text, family="DejaVu Sans Mono", size=CAPTION_POINTS, parse_math=False)
     for row, line in enumerate(lines):
         for place, chunk in line:
             color = INK if chunk.right is None else RIGHT if chunk.right else WRONG
-            page.text(
-                left + place * CHARACTER,
-                top + (row + 0.8) * CAPTION_LINE,
-                chunk.text,
-                color=color,
-                family="DejaVu Sans Mono",
-                size=CAPTION_POINTS,
-                parse_math=False,
-            )
+            write(left + place * CHARACTER, top + (row + 0.8) * CAPTION_LINE, chunk.text, color=color)
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -657,9 +607,8 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a pretraining run")
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write; RUN/report.png")
     parser.add_argument("--pictures", type=int, default=8, metavar="N", help="examples of each kind; 8")
-    parser.add_argument(
-        "--plugins", nargs="*", default=[], metavar="FILE", help="files that define objectives of the run"
-    )
+    text = "files that define objectives of the run"
+    parser.add_argument("--plugins", nargs="*", default=[], metavar="FILE", help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or options.run / "report.png"
     if not 1 <= options.pictures <= MOST_PICTURES:

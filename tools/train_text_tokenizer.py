@@ -122,42 +122,22 @@ def plain(error: str, options: Namespace) -> str:
 
 def parse(arguments: list[str] | None) -> Namespace:
     """The command line. Raises ValueError for a number out of range; exits with code 2 on anything else wrong."""
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        epilog="Example:\n"
-        "  train_text_tokenizer.py --shards 'data/texts/train/*.tar' 'data/pairs/train/*.tar' --out text.spm",
+    text = "  train_text_tokenizer.py --shards 'data/texts/train/*.tar' 'data/pairs/train/*.tar' --out text.spm"
+    example = f"Example:\n{text}"
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, epilog=example)
+    text = (
+        "brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and .jsonl files, one "
+        "document or caption a line, or .json files with an array of them"
     )
-    parser.add_argument(
-        "--shards",
-        nargs="+",
-        required=True,
-        metavar="PATTERN",
-        help="brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and "
-        ".jsonl files, one document or caption a line, or .json files with an array of them",
-    )
+    parser.add_argument("--shards", nargs="+", required=True, metavar="PATTERN", help=text)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write, or to replace")
     parser.add_argument("--pieces", type=int, default=64000, metavar="N", help="size of the vocabulary; 64000")
-    parser.add_argument(
-        "--model-type",
-        choices=("unigram", "bpe"),
-        default="unigram",
-        help="unigram, as released; bpe trains ten times as fast",
-    )
-    parser.add_argument(
-        "--coverage",
-        type=float,
-        default=0.99999,
-        metavar="SHARE",
-        help="share of the text's characters that get a piece; 0.99999",
-    )
-    parser.add_argument(
-        "--max-sentences",
-        type=int,
-        default=15_000_000,
-        metavar="N",
-        help="train on N random sentences where there are more; 15000000",
-    )
+    text = "unigram, as released; bpe trains ten times as fast"
+    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram", help=text)
+    text = "share of the text's characters that get a piece; 0.99999"
+    parser.add_argument("--coverage", type=float, default=0.99999, metavar="SHARE", help=text)
+    text = "train on N random sentences where there are more; 15000000"
+    parser.add_argument("--max-sentences", type=int, default=15_000_000, metavar="N", help=text)
     parser.add_argument("--cache", default=DataConfig.cache, help="where compressed tars are unpacked, as data.cache")
     options = parser.parse_args(arguments)
     for name in ("pieces", "max_sentences"):
@@ -186,13 +166,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train_text_tokenizer.py: {error}", file=sys.stderr)
         return 2
     sample = first[:80]
-    print(
-        f"{options.out}: {tokenizer.pieces} pieces\n"
-        f"model.vocab_size: {tokenizer.rows}\n"
-        f"id of <mask>: {tokenizer.mask}\n"
-        f"sample: {sample}\n"
-        f"        {' '.join(tokenizer.model.encode(sample, out_type=str))}"
-    )
+    print(f"{options.out}: {tokenizer.pieces} pieces\nmodel.vocab_size: {tokenizer.rows}")
+    print(f"id of <mask>: {tokenizer.mask}\nsample: {sample}")
+    print(f"        {' '.join(tokenizer.model.encode(sample, out_type=str))}")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,10 +25,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIDES = ("train", "test")
 SENTENCES = {"train": 8000, "test": 1000}
 """Examples of the task with two pictures."""
-PARTS_OF_SPEECH = {
-    "n.": "noun",
-    "a.": "adjective",
-    "adj.": "adjective",
+PARTS_OF_SPEECH = {"n.": "noun", "a.": "adjective", "adj.": "adjective"} | {
     "v. t.": "verb",
     "v. i.": "verb",
     "adv.": "adverb",
@@ -109,20 +106,13 @@ def answers() -> list[str]:
 def vqa(easy: dict[str, EasySide]) -> Indexes:
     """Every question with its one answer."""
     numbers = {answer: number for number, answer in enumerate(answers())}
-    return {
-        f"vqa.{split}.jsonl": [
-            {
-                "image_path": source.picture(picture, split),
-                "text": question,
-                "labels": [numbers[answer]],
-                "scores": [1.0],
-                "answers": [answer],
-                "qid": number,
-            }
-            for number, (picture, question, answer) in enumerate(source.questions)
-        ]
-        for split, source in easy.items()
-    }
+
+    def records(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
+        for number, (picture, question, answer) in enumerate(source.questions):
+            answered = {"labels": [numbers[answer]], "scores": [1.0], "answers": [answer]}
+            yield {"image_path": source.picture(picture, split), "text": question, **answered, "qid": number}
+
+    return {f"vqa.{split}.jsonl": list(records(source, split)) for split, source in easy.items()}
 
 
 def questions(asked: Indexes) -> Indexes:
@@ -139,16 +129,20 @@ def shape_classes() -> list[str]:
     return [str(Shape(color, kind)) for color in COLORS for kind in SHAPES]
 
 
+def _of_shapes(name: str, easy: dict[str, EasySide], fields: Callable[[int, Shape], dict[str, Any]]) -> Indexes:
+    """A record for each picture whose shape is known: its path and these fields, of its number and its shape."""
+
+    def records(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
+        for picture, shape in source.shapes().items():
+            yield {"image_path": source.picture(picture, split), **fields(picture, shape)}
+
+    return {f"{name}.{split}.jsonl": list(records(source, split)) for split, source in easy.items()}
+
+
 def shapes(easy: dict[str, EasySide]) -> Indexes:
     """Classification by colour and kind."""
     numbers = {name: number for number, name in enumerate(shape_classes())}
-    return {
-        f"shapes.{split}.jsonl": [
-            {"image_path": source.picture(picture, split), "label": numbers[str(shape)]}
-            for picture, shape in source.shapes().items()
-        ]
-        for split, source in easy.items()
-    }
+    return _of_shapes("shapes", easy, lambda _, shape: {"label": numbers[str(shape)]})
 
 
 def caption(shape: Shape) -> str:
@@ -158,18 +152,11 @@ def caption(shape: Shape) -> str:
 
 def captioning(easy: dict[str, EasySide]) -> Indexes:
     """A caption such as 'a red circle' for each picture."""
-    return {
-        f"captioning.{split}.jsonl": [
-            {
-                "image_path": source.picture(picture, split),
-                "text": caption(shape),
-                "captions": [caption(shape)],
-                "image_id": picture,
-            }
-            for picture, shape in source.shapes().items()
-        ]
-        for split, source in easy.items()
-    }
+
+    def fields(picture: int, shape: Shape) -> dict[str, Any]:
+        return {"text": caption(shape), "captions": [caption(shape)], "image_id": picture}
+
+    return _of_shapes("captioning", easy, fields)
 
 
 # ------------------------------------------------------------------------------------------ sentences on two pictures
@@ -237,13 +224,8 @@ def _sentences(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
             first, step = int(rng.integers(len(pictures))), int(rng.integers(1, len(pictures)))
             two = [pictures[first], pictures[(first + step) % len(pictures)]]
             sentence = say([known[picture] for picture in two], truth, rng)
-        yield {
-            "image_path": source.picture(two[0], split),
-            "image2_path": source.picture(two[1], split),
-            "text": sentence,
-            "label": int(truth),
-            "identifier": f"{split}-{number}",
-        }
+        paths = {"image_path": source.picture(two[0], split), "image2_path": source.picture(two[1], split)}
+        yield paths | {"text": sentence, "label": int(truth), "identifier": f"{split}-{number}"}
 
 
 # ------------------------------------------------------------------------------------------------ drawings, dictionary
