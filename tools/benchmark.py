@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -44,7 +45,7 @@ from beit3_dist.train.totals import host_totals
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.benchmarks import checkpoint, data, growth, kernels, recipe, torchscale, traffic  # noqa: E402
-from tools.benchmarks.measure import in_turns, profile_table, threads  # noqa: E402
+from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, profile_table, threads  # noqa: E402
 from tools.benchmarks.step import (  # noqa: E402
     Contender,
     MasterAdamW,
@@ -59,16 +60,16 @@ from tools.benchmarks.step import (  # noqa: E402
 )
 from tools.benchmarks.torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED  # noqa: E402
 
-GEOMETRY = {
-    "layers": 6,
-    "width": 768,
-    "heads": 12,
-    "ffn_width": 3072,
-    "patch_size": 16,
-    "image_size": 224,
-    "vocab_size": 64010,
-    "visual_vocab_size": 8192,
-}
+GEOMETRY = dict(
+    layers=6,
+    width=768,
+    heads=12,
+    ffn_width=3072,
+    patch_size=16,
+    image_size=224,
+    vocab_size=64010,
+    visual_vocab_size=8192,
+)
 """Fields of the model that `model` takes, and its defaults: base at half its depth, for a step of seconds on a CPU."""
 
 
@@ -107,7 +108,7 @@ def model_contenders(
 
 def benchmark_model(options: Namespace) -> dict[str, Any]:
     """What `model` was asked to compare, and the figures."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = gpu_or_cpu()
     released = {"attention": "per_modality", "sub_layernorm": True, "vl_expert_layers": 0, "drop_path": 0.0}
     config = ModelConfig(**{name: getattr(options, name) for name in GEOMETRY}, **released)
     batch = random_micro_batch(
@@ -140,6 +141,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     objectives = objectives_for(config)
     flops = host_totals([batch], objectives).flops
     peak = peak_flops(device) if options.precision == "bf16" else None
+    compared = {ours, theirs} <= memory.keys()
+    left_out = ("measure", "table", "check", "json")
     record = {
         "ratio_vs_torchscale": ratio(wall, THEIRS),
         "ratio_vs_torchscale_fused_adamw": ratio(wall, THEIRS_FUSED),
@@ -147,9 +150,7 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
         "ratio_vs_three_passes": ratio(wall, "ours, three passes"),
         "cpu_ratio_vs_torchscale": ratio(process, THEIRS),
         "cpu_ratio_vs_torchscale_fused_adamw": ratio(process, THEIRS_FUSED),
-        "activation_memory_ratio_vs_torchscale": (
-            memory[ours] / memory[theirs] if {ours, theirs} <= memory.keys() else None
-        ),
+        "activation_memory_ratio_vs_torchscale": memory[ours] / memory[theirs] if compared else None,
         "matmul_share": median(alone.wall) / wall[ours],
         "cpu_matmul_share": median(alone.process) / process[ours],
         "matmul_tflops": products.flops() / median(alone.wall) / 1e12,
@@ -161,16 +162,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
             for name, taken in zip(names, seconds, strict=True)
         ],
         "tokens": sum(objectives.layout(batch).segments),
-        "options": {
-            name: value for name, value in vars(options).items() if name not in ("measure", "table", "check", "json")
-        },
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "precision": options.precision,
-            "torch": torch.__version__,
-            "torchscale": torchscale_version(),
-        },
+        "options": {name: value for name, value in vars(options).items() if name not in left_out},
+        "machine": machine(device) | {"precision": options.precision, "torchscale": torchscale_version()},
     }
     if options.profile:
         record["profile"] = profile_table(contenders[0].step, device)
@@ -226,8 +219,9 @@ def parse(arguments: list[str] | None) -> Namespace:
     """The options. Raises ValueError for what cannot be measured; argparse ends the process for what it does not
     know, with exit code 2 as well."""
     parser = ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    model = commands.add_parser("model", help="a training step", formatter_class=ArgumentDefaultsHelpFormatter)
+    with_defaults: Any = partial(ArgumentParser, formatter_class=ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=with_defaults)
+    model = commands.add_parser("model", help="a training step")
     model.set_defaults(measure=benchmark_model, table=model_table, check=check)
     for name, default in GEOMETRY.items():
         model.add_argument(f"--{name}", type=int, default=default, help="as in a recipe's model section")
@@ -235,18 +229,13 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument("--texts", type=int, default=4, help="text-only samples")
     model.add_argument("--pairs", type=int, default=4, help="image-text pairs")
     model.add_argument("--text_length", type=int, default=128, help="words of every text")
-    model.add_argument(
-        "--caption_lengths", type=int, nargs=2, default=(8, 64), metavar="N", help="fewest and most words of a caption"
-    )
+    text = "fewest and most words of a caption"
+    model.add_argument("--caption_lengths", type=int, nargs=2, default=(8, 64), metavar="N", help=text)
     model.add_argument("--repeats", type=int, default=7, help="timed steps of each, in turns, after one to warm up")
     model.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
     model.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: torchscale in autocast")
-    model.add_argument(
-        "--kernels",
-        choices=("torch", "triton", "compiled"),
-        default="torch",
-        help="who computes our blocks, as in a run's config",
-    )
+    text = "who computes our blocks, as in a run's config"
+    model.add_argument("--kernels", choices=recipe.KERNELS, default="torch", help=text)
     model.add_argument("--compile", action="store_true", help="also torchscale compiled and with fused attention")
     model.add_argument("--alone", action="store_true", help="only ours: for sizes at which torchscale does not fit")
     model.add_argument("--profile", action="store_true", help="also the operations that our step spends its time in")
@@ -265,13 +254,9 @@ def parse(arguments: list[str] | None) -> Namespace:
 def check(options: Namespace) -> None:
     """Raises ValueError for what `model` cannot measure."""
     check_kernels(options.kernels)
-    for name in ("images", "texts", "pairs", "repeats"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} is less than 1")
-    for name, shortest, longest in (
-        ("text_length", options.text_length, options.text_length),
-        ("caption_lengths", *options.caption_lengths),
-    ):
+    check_positive(("images", "texts", "pairs", "repeats"), options)
+    lengths = {"text_length": [options.text_length] * 2, "caption_lengths": options.caption_lengths}
+    for name, (shortest, longest) in lengths.items():
         if not 3 <= shortest <= longest <= ModelConfig.max_text_length:
             raise ValueError(f"--{name} must lie between 3 and {ModelConfig.max_text_length} words and rise")
 

@@ -13,10 +13,9 @@ import shutil
 import tempfile
 import time
 import warnings
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from beit3_dist.checkpoint.store import Store, TrainState, step_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
+from tools.benchmarks.measure import check_positive, machine, spread
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
@@ -121,11 +121,6 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def summary(taken: list[float]) -> dict[str, float]:
-    """Median and spread, in seconds."""
-    return {"median_s": median(taken), "fastest_s": min(taken), "slowest_s": max(taken)}
-
-
 def benchmark_checkpoint(options: Namespace) -> dict[str, Any]:
     """What `checkpoint` was asked to compare, and the figures."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -153,7 +148,7 @@ def benchmark_checkpoint(options: Namespace) -> dict[str, Any]:
     finally:
         shutil.rmtree(folder)
         dist.destroy_process_group()
-    figures = {name: summary(values) for name, values in taken.items()}
+    figures = {name: spread(values) for name, values in taken.items()}
     copy, pause, ours, torch_save, distributed = (figures[name]["median_s"] for name in taken)
     giant = BYTES_PER_PARAMETER * sum(shape.numel() for shape in shapes_of(ModelConfig()).values())
     return {
@@ -168,11 +163,7 @@ def benchmark_checkpoint(options: Namespace) -> dict[str, Any]:
         "giant": {"bytes": giant, "pause_s": giant / size * pause, "durable_s": giant / size * ours},
         "recipe": str(options.recipe),
         "folder": str(options.folder or tempfile.gettempdir()),
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "machine": machine(device),
     }
 
 
@@ -212,7 +203,7 @@ def checkpoint_table(record: dict[str, Any]) -> str:
 
 def add_command(commands: Any) -> None:
     """Adds `checkpoint` to the benchmark's commands."""
-    command = commands.add_parser("checkpoint", help="saving", formatter_class=ArgumentDefaultsHelpFormatter)
+    command = commands.add_parser("checkpoint", help="saving")
     command.set_defaults(measure=benchmark_checkpoint, table=checkpoint_table, check=check)
     command.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", help="whose model is saved")
     command.add_argument("--folder", type=Path, help="where to write; the default is the system's temporary folder")
@@ -222,7 +213,6 @@ def add_command(commands: Any) -> None:
 
 def check(options: Namespace) -> None:
     """Raises ValueError for options of `checkpoint` that cannot be measured."""
-    if options.rounds < 1:
-        raise ValueError(f"--rounds {options.rounds} is less than 1")
+    check_positive(["rounds"], options)
     if options.folder is not None and not options.folder.is_dir():
         raise ValueError(f"--folder {options.folder} is no folder")

@@ -17,8 +17,9 @@ import itertools
 import pydoc_data.topics
 import tempfile
 import time
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
-from beit3_dist.config import SPECIAL_ROWS, BatchConfig, DataConfig, ModelConfig, RunConfig
+from beit3_dist.config import SPECIAL_ROWS, STREAMS, BatchConfig, DataConfig, ModelConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
 from beit3_dist.data.loader import loader
@@ -37,6 +38,7 @@ from beit3_dist.data.order import Stream, generator, mix
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import Draw, Sample, SampleStream
 from beit3_dist.objectives.registry import objectives_of
+from tools.benchmarks.measure import check_positive
 
 WIDTH, HEIGHT = 500, 375
 """Pixels of a picture: the usual size in ImageNet."""
@@ -52,9 +54,8 @@ WARM_UP = 2
 def photograph(seed: int) -> bytes:
     """A JPEG with broad shapes, fine texture and noise: about 80 KB, as heavy to decode as a photograph."""
     rng = np.random.default_rng(seed)
-    shapes = cv2.resize(
-        rng.integers(0, 256, (24, 32, 3), dtype=np.uint8), (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC
-    )
+    coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    shapes = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
     noisy = np.clip(shapes + rng.normal(0, 12, shapes.shape), 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=JPEG_QUALITY)
@@ -88,15 +89,10 @@ def build(folder: Path) -> None:
 def run_config(folder: Path, batch: int) -> RunConfig:
     """Pictures of 14 x 14 patches over the shards in `folder`, `batch` samples of each stream per micro-batch."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "text.spm")).get_piece_size()
+    shards = {name: str(folder / f"{name}-*.tar") for name in STREAMS}
     return RunConfig(
         out=str(folder / "out"),
-        data=DataConfig(
-            images=str(folder / "images-*.tar"),
-            texts=str(folder / "texts-*.tar"),
-            pairs=str(folder / "pairs-*.tar"),
-            cache=str(folder / "cache"),
-            text_length=128,
-        ),
+        data=DataConfig(**shards, cache=str(folder / "cache"), text_length=128),
         text_tokenizer=str(folder / "text.spm"),
         image_tokenizer="none",
         model=ModelConfig(patch_size=16, vocab_size=pieces + SPECIAL_ROWS),
@@ -136,14 +132,8 @@ class ByWebdataset(MixedBatches):
     """Our batches, but that webdataset reads the samples: its shuffle buffer, its splitting by worker, its order."""
 
     def _pipeline(self, pattern: str) -> Iterator[dict[str, Any]]:
-        return iter(
-            webdataset.WebDataset(
-                [str(path) for path in sorted(Path(pattern).parent.glob(Path(pattern).name))],
-                resampled=True,
-                shardshuffle=False,
-                nodesplitter=None,
-            ).shuffle(100)
-        )
+        paths = [str(path) for path in sorted(Path(pattern).parent.glob(Path(pattern).name))]
+        return iter(webdataset.WebDataset(paths, resampled=True, shardshuffle=False, nodesplitter=None).shuffle(100))
 
     def _samples(self, stream: SampleStream | SequentialStream, positions: list[int]) -> Iterator[Sample]:
         if not hasattr(self, "pipelines"):
@@ -249,19 +239,11 @@ def data_table(record: dict[str, Any]) -> str:
 
 def add_command(commands: Any) -> None:
     """Adds `data` to the benchmark's commands."""
-    data = commands.add_parser("data", help="the loader", formatter_class=ArgumentDefaultsHelpFormatter)
+    data = commands.add_parser("data", help="the loader")
+    check = partial(check_positive, ("batch", "micro_batches", "rounds", "workers"))
     data.set_defaults(measure=benchmark_data, table=data_table, check=check)
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of loader processes")
     data.add_argument("--batch", type=int, default=32, help="images, texts and pairs of a micro-batch, each")
     data.add_argument("--micro_batches", type=int, default=6, help="timed micro-batches per worker and round")
     data.add_argument("--rounds", type=int, default=10, help="times that each micro-batch is read")
     data.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-
-
-def check(options: Namespace) -> None:
-    """Raises ValueError for options of `data` that cannot be measured."""
-    for name in ("batch", "micro_batches", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} is less than 1")
-    if min(options.workers) < 1:
-        raise ValueError(f"--workers {min(options.workers)} is less than 1")

@@ -10,7 +10,8 @@ parameters however small the batch is. Both are timed alone at every size; what 
 from __future__ import annotations
 
 import math
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
+from functools import partial
 from statistics import linear_regression, median
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from tools.benchmarks.measure import in_turns, threads
+from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, threads
 from tools.benchmarks.step import Contender, OurStep, adamw, products_of, random_micro_batch
 
 BASE = {"layers": 4, "width": 512, "batch": 2, "text_length": 128}
@@ -33,16 +34,8 @@ SERIES = {
 
 def growing_step(layers: int, width: int, batch: int, text_length: int, device: torch.device) -> tuple[Contender, int]:
     """Ours in the paper's architecture, `batch` samples of each stream, and the FLOPs of a training step."""
-    config = ModelConfig(
-        layers=layers,
-        width=width,
-        heads=width // 64,
-        ffn_width=4 * width,
-        patch_size=16,
-        vl_expert_layers=0,
-        drop_path=0.0,
-        vocab_size=8010,
-    )
+    sizes = {"layers": layers, "width": width, "heads": width // 64, "ffn_width": 4 * width}
+    config = ModelConfig(**sizes, patch_size=16, vl_expert_layers=0, drop_path=0.0, vocab_size=8010)
     micro_batch = random_micro_batch(config, batch, batch, batch, text_length, (8, 64))
     step = OurStep(BEiT3(config).to(device), micro_batch, device)
     return Contender("ours", step.model, step.forward, adamw(step.model, fused=True)), step.flops
@@ -50,7 +43,7 @@ def growing_step(layers: int, width: int, batch: int, text_length: int, device: 
 
 def benchmark_growth(options: Namespace) -> dict[str, Any]:
     """Times every series."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = gpu_or_cpu()
     series = {}
     with threads(options.threads):
         for axis in options.axes:
@@ -73,12 +66,8 @@ def measure(contender: Contender, repeats: int, device: torch.device) -> dict[st
     optimizer = in_turns([contender.optimizer.step], repeats, device)[0]
     contender.optimizer.zero_grad()
     taken, alone = in_turns([contender.step, products.alone(device)], repeats, device)
-    return {
-        "step_s": median(taken.wall),
-        "cpu_s": spent(taken),
-        "products_cpu_s": spent(alone),
-        "optimizer_cpu_s": spent(optimizer),
-    }
+    parts = {"products_cpu_s": spent(alone), "optimizer_cpu_s": spent(optimizer)}
+    return {"step_s": median(taken.wall), "cpu_s": spent(taken)} | parts
 
 
 def exponent(flops: list[float], seconds: list[float]) -> float:
@@ -102,24 +91,15 @@ def table(record: dict[str, Any]) -> str:
                 cells += f"{point[clock]:9.3f}{relative:10.3f}"
             products, optimizer = (point[f"{part}_cpu_s"] / point["cpu_s"] for part in ("products", "optimizer"))
             lines.append(f"{cells}{products:10.1%}{products + optimizer:9.1%}")
-        lines.append(
-            f"{'':>20}time = c * FLOPs^{series['exponent_step_s']:.3f}; CPU time {series['exponent_cpu_s']:.3f}"
-        )
+        exponents = f"{series['exponent_step_s']:.3f}; CPU time {series['exponent_cpu_s']:.3f}"
+        lines.append(f"{'':>20}time = c * FLOPs^{exponents}")
     return "\n".join(lines)
-
-
-def check(options: Namespace) -> None:
-    """Raises ValueError for what cannot be measured."""
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats} is less than 1")
 
 
 def add_command(commands: Any) -> None:
     """`growth`."""
-    command = commands.add_parser(
-        "growth", help="step time against FLOPs", formatter_class=ArgumentDefaultsHelpFormatter
-    )
-    command.set_defaults(measure=benchmark_growth, table=table, check=check)
+    command = commands.add_parser("growth", help="step time against FLOPs")
+    command.set_defaults(measure=benchmark_growth, table=table, check=partial(check_positive, ["repeats"]))
     command.add_argument("--axes", nargs="+", choices=tuple(SERIES), default=tuple(SERIES), help="what grows")
     command.add_argument("--repeats", type=int, default=3, help="timed steps of each size, after one that warms up")
     command.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +31,23 @@ class Seconds:
 
     def record(self) -> dict[str, float]:
         """For --json."""
-        return {
-            "median_s": median(self.wall),
-            "fastest_s": min(self.wall),
-            "slowest_s": max(self.wall),
-            "cpu_s": median(self.process),
-        }
+        return spread(self.wall) | {"cpu_s": median(self.process)}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, fastest and slowest."""
+    return {"median_s": median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds)}
+
+
+def gpu_or_cpu() -> torch.device:
+    """What the benchmarks compute on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it is that was measured, for --json."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def synchronize(device: torch.device) -> None:
@@ -57,6 +69,15 @@ def in_turns(actions: Sequence[Callable[[], Any]], repeats: int, device: torch.d
                 seconds.wall.append(time.perf_counter() - wall)
                 seconds.process.append(time.process_time() - process)
     return taken
+
+
+def check_positive(names: Sequence[str], options: Namespace) -> None:
+    """Raises ValueError where one of these options is, or holds, a number less than 1."""
+    for name in names:
+        given = getattr(options, name)
+        least = min(given) if isinstance(given, list) else given
+        if least < 1:
+            raise ValueError(f"--{name} {least} is less than 1")
 
 
 # ----------------------------------------------------------------------------------------------------------- memory

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
 from beit3_dist.train.flops import peak_flops
-from tools.benchmarks.measure import in_turns, profile_table, synchronize, threads
+from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, profile_table, synchronize, threads
 from tools.benchmarks.step import (
     Contender,
     MasterAdamW,
@@ -42,7 +42,7 @@ SECTIONS = ("model", "data", "optim")
 def benchmark_recipe(options: Namespace) -> dict[str, Any]:
     """Times every kind of kernels at every number of samples."""
     recipe = read_sections(options.recipe, *SECTIONS)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = gpu_or_cpu()
     rows: list[dict[str, Any]] = []
     with threads(options.threads):
         drawn = BEiT3(ModelConfig(**recipe["model"]))
@@ -146,16 +146,12 @@ def table(record: dict[str, Any]) -> str:
 def check(options: Namespace) -> None:
     """Raises ValueError for what cannot be measured."""
     read_sections(options.recipe, *SECTIONS)
-    for name, least in (("repeats", options.repeats), ("samples", min(options.samples))):
-        if least < 1:
-            raise ValueError(f"--{name} {least} is less than 1")
+    check_positive(("repeats", "samples"), options)
 
 
 def add_command(commands: Any) -> None:
     """`recipe`."""
-    command = commands.add_parser(
-        "recipe", help="training steps of a recipe's model", formatter_class=ArgumentDefaultsHelpFormatter
-    )
+    command = commands.add_parser("recipe", help="training steps of a recipe's model")
     command.set_defaults(measure=benchmark_recipe, table=table, check=check)
     recipes = Path(__file__).parents[2] / "launchers" / "recipes"
     command.add_argument("--recipe", type=Path, default=recipes / "demo.yaml", help="whose model, lengths and clipping")

@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
+STREAMS = ("images", "texts", "pairs")
 SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the tokenizer's pieces."""
 SHORTEST_CAPTION = 8
@@ -132,14 +133,10 @@ def command(options: Namespace, arguments: list[str], out: Path) -> list[str]:
         "out": out,
         "text_tokenizer": folder / "text.spm",
         "image_tokenizer": folder / "image_tokenizer.pth",
-        "data.images": folder / "images.tar",
-        "data.pairs": folder / "pairs.tar",
-        "data.texts": folder / "texts.tar",
+        **{f"data.{name}": folder / f"{name}.tar" for name in STREAMS},
         "data.cache": folder / "cache",
         "data.workers": max(1, min(12, (os.cpu_count() or 1) - 3)),
-        "batch.images": options.samples,
-        "batch.texts": options.samples,
-        "batch.pairs": options.samples,
+        **{f"batch.{name}": options.samples for name in STREAMS},
         "parallel.zero_stage": options.zero_stage,
         "activation_checkpointing": "none",
         "checkpoint.every": 10**9,
@@ -155,12 +152,8 @@ def command(options: Namespace, arguments: list[str], out: Path) -> list[str]:
 
 def measure(options: Namespace, arguments: list[str]) -> dict[str, Any]:
     """The figures, or under `left_out` why there are none."""
-    record: dict[str, Any] = {
-        "recipe": options.recipe.stem,
-        "samples": options.samples,
-        "zero_stage": options.zero_stage,
-        "arguments": arguments,
-    }
+    record: dict[str, Any] = {"recipe": options.recipe.stem, "samples": options.samples}
+    record |= {"zero_stage": options.zero_stage, "arguments": arguments}
     if not (options.folder / "made").exists():
         raise ValueError(f"{options.folder} holds no data: call `make` first")
     out = options.folder / f"run-{os.getpid()}"

@@ -43,6 +43,12 @@ def random_micro_batch(
     """Random pixels and words under the paper's masks; texts are full, captions have uniformly drawn lengths."""
     rng, section = np.random.default_rng(0), MaskedDataModelingConfig()
     last_word = model.vocab_size - SPECIAL_ROWS
+    vocabulary: dict[str, Any] = {
+        "specials": (0, PADDING, 2),
+        "mask_id": last_word + 1,
+        "words": range(4, last_word + 1),
+    }
+    shares = {name: getattr(section, name) for name in ("mask_token_share", "random_token_share")}
 
     def numbers(samples: int) -> Numbers:
         return lambda first, count: rng.random((samples, count))
@@ -51,16 +57,7 @@ def random_micro_batch(
         text = np.full((len(lengths), int(lengths.max())), PADDING)
         for row, length in enumerate(lengths):
             text[row, :length] = 0, *rng.integers(4, last_word + 1, length - 2), 2
-        shown, predict = mask_words(
-            text,
-            numbers(len(lengths)),
-            ratio=ratio,
-            specials=(0, PADDING, 2),
-            mask_id=last_word + 1,
-            words=range(4, last_word + 1),
-            mask_token_share=section.mask_token_share,
-            random_token_share=section.random_token_share,
-        )
+        shown, predict = mask_words(text, numbers(len(lengths)), ratio=ratio, **vocabulary, **shares)
         arrays = {"text": text, "lengths": lengths, "shown": shown, "predict": predict}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 

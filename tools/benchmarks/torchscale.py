@@ -154,20 +154,15 @@ def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor, beit3: Any =
 
     image = encode(visual_tokens=normalized(images.images), vision_masked_position=masked["image_mask"])
     text = encode(textual_tokens=of_texts["text"])  # texts are full: no padding
-    pair = encode(
-        visual_tokens=normalized(pairs.images),
-        textual_tokens=of_pairs["text"],
-        text_padding_position=of_pairs["text"] == PADDING,
-        vision_masked_position=of_pairs["image_mask"],
-    )
-    return torch.stack(
-        [
-            at_patches(image, masked["image_mask"], codes_of_images),
-            at_words(text, of_texts["text_mask"], texts.text),
-            at_patches(pair, of_pairs["image_mask"], codes_of_pairs),
-            at_words(pair[:, patches:], of_pairs["text_mask"], pairs.text),
-        ]
-    )
+    captions = {"textual_tokens": of_pairs["text"], "text_padding_position": of_pairs["text"] == PADDING}
+    pair = encode(visual_tokens=normalized(pairs.images), vision_masked_position=of_pairs["image_mask"], **captions)
+    losses = [
+        at_patches(image, masked["image_mask"], codes_of_images),
+        at_words(text, of_texts["text_mask"], texts.text),
+        at_patches(pair, of_pairs["image_mask"], codes_of_pairs),
+        at_words(pair[:, patches:], of_pairs["text_mask"], pairs.text),
+    ]
+    return torch.stack(losses)
 
 
 def torchscale_contenders(ours: BEiT3, batch: MicroBatch, codes: Tensor, bf16: bool, compiled: bool) -> list[Contender]:

@@ -22,11 +22,11 @@ import inspect
 import math
 import os
 import textwrap
-from argparse import ArgumentDefaultsHelpFormatter, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
@@ -54,6 +54,7 @@ from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
 from beit3_dist.recipe import read_sections
 from beit3_dist.train.optimizer import build_optimizer
+from tools.benchmarks.measure import check_positive
 from tools.benchmarks.recipe import SECTIONS, micro_batch
 from tools.benchmarks.step import objectives_for
 
@@ -222,39 +223,21 @@ class Traffic(TorchDispatchMode):
 
 
 class _Core(torch.autograd.Function):
-    """Attention's core: one launch forward; backward one and two helpers."""
+    """Attention's core, of q, k and v or of all three packed [T, 3, H, d]: one launch forward; backward one and two
+    helpers."""
 
     @staticmethod
-    def forward(ctx: Any, traffic: Traffic, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ctx.traffic = traffic
-        ctx.save_for_backward(q, k, v)
-        moved = sum(map(size_of, (q, k, v, q)))
-        traffic.record(ATTENTION, 1, moved, moved)
+    def forward(ctx: Any, traffic: Traffic, *qkv: Tensor) -> Tensor:
+        q = qkv[0] if len(qkv) == 3 else qkv[0][:, 0]
+        ctx.traffic, ctx.moved = traffic, sum(map(size_of, (*qkv, q)))
+        ctx.save_for_backward(*qkv)
+        traffic.record(ATTENTION, 1, ctx.moved, ctx.moved)
         return torch.empty_like(q)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
-        q, k, v = ctx.saved_tensors
-        moved = 2 * sum(map(size_of, (q, k, v, q)))
-        ctx.traffic.record(ATTENTION, 3, moved, moved)
-        return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-class _PackedCore(torch.autograd.Function):
-    """The same for packed q, k and v [T, 3, H, d], whose gradient is one tensor too."""
-
-    @staticmethod
-    def forward(ctx: Any, traffic: Traffic, qkv: Tensor) -> Tensor:
-        ctx.traffic = traffic
-        ctx.save_for_backward(qkv)
-        traffic.record(ATTENTION, 1, size_of(qkv) * 4 // 3, size_of(qkv) * 4 // 3)
-        return qkv.new_empty(len(qkv), *qkv.shape[2:])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        (qkv,) = ctx.saved_tensors
-        ctx.traffic.record(ATTENTION, 3, size_of(qkv) * 8 // 3, size_of(qkv) * 8 // 3)
-        return None, torch.empty_like(qkv)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.traffic.record(ATTENTION, 3, 2 * ctx.moved, 2 * ctx.moved)
+        return None, *map(torch.empty_like, ctx.saved_tensors)
 
 
 class _Autocast(TorchFunctionMode):
@@ -323,9 +306,8 @@ def on_meta(traffic: Traffic) -> Iterator[None]:
             stack.enter_context(patch(f"{place}.scaled_dot_product_attention", core))
         stack.enter_context(patch("torch.distributed.all_reduce", lambda *_, **__: None))
         stack.enter_context(patch("torch.autocast", lambda *_, **__: nullcontext()))
-        stack.enter_context(
-            patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cuda"])
-        )
+        fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
+        stack.enter_context(patch(fused, lambda: ["meta", "cuda"]))
         if find_spec("triton") is not None:
             triton = import_module("triton")
             run = lambda kernel, *args, **kwargs: traffic.launch(kernel, *args, **kwargs)  # noqa: E731
@@ -381,7 +363,7 @@ def _use_kernels(traffic: Traffic, network: BEiT3, kernels: str, attention: str)
     """`use_kernels` as on a GPU that has all kernels."""
     with ExitStack() as stack:
         for version in VARLEN_ATTENTION.versions:
-            core = lambda qkv, cumulative, longest: _PackedCore.apply(traffic, qkv)  # noqa: E731
+            core = lambda qkv, cumulative, longest: _Core.apply(traffic, qkv)  # noqa: E731
             stack.enter_context(patch(f"{version.module}.{VARLEN_ATTENTION.name}", core))
         stack.enter_context(patch("torch.cuda.is_available", lambda: True))
         use_kernels(network, kernels, attention)
@@ -394,16 +376,11 @@ def _optimizer(network: BEiT3, optim: OptimConfig, groups: Groups) -> Any:
 
     from beit3_dist.parallel.flat_step import FlatBF16
 
-    optimizer: Any = BF16_Optimizer(
-        build_optimizer(network, False, optim),
-        {parameter: name for name, parameter in network.named_parameters()},
-        SimpleNamespace(enabled=True, immediate_grad_update=False),
-        mpu=groups,
-        clip_grad=optim.clip_norm,
-        dp_process_group=groups.data,
-        timers=NoopTimer(),
-        grad_acc_dtype=torch.float32,
-    )
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    settings = SimpleNamespace(enabled=True, immediate_grad_update=False)
+    make = partial(BF16_Optimizer, mpu=groups, dp_process_group=groups.data, timers=NoopTimer())
+    adamw = build_optimizer(network, False, optim)
+    optimizer: Any = make(adamw, names, settings, clip_grad=optim.clip_norm, grad_acc_dtype=torch.float32)
     optimizer.__class__ = FlatBF16
     return optimizer
 
@@ -443,21 +420,15 @@ def table(record: dict[str, Any]) -> str:
     ]
     lines += [
         f"{name:>36}{row['launches']:10,}{row['bytes'] / 1e9:9.2f}{row['floor_bytes'] / 1e9:9.2f}"
-        for name, row in record["operations"].items()
+        for name, row in (record["operations"] | {"all but products and core": record}).items()
     ]
-    lines.append(
-        f"{'all but products and core':>36}{record['launches']:10,}{record['bytes'] / 1e9:9.2f}"
-        f"{record['floor_bytes'] / 1e9:9.2f}   ({record['all_launches']:,} launches with them)"
-    )
-    return "\n".join(lines)
+    return "\n".join(lines) + f"   ({record['all_launches']:,} launches with them)"
 
 
 def check(options: Namespace) -> None:
     """Raises ValueError for what cannot be counted."""
     read_sections(options.recipe, *SECTIONS)
-    for name in ("samples", "accumulation"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)} is less than 1")
+    check_positive(("samples", "accumulation"), options)
     if options.kernels == "triton":
         if find_spec("triton") is None:
             raise ValueError("--kernels triton needs the package triton: use --kernels torch")
@@ -469,11 +440,8 @@ def check(options: Namespace) -> None:
 
 def add_command(commands: Any) -> None:
     """`traffic`."""
-    command = commands.add_parser(
-        "traffic",
-        help="kernel launches and bytes of a training step on a GPU, counted without one",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+    text = "kernel launches and bytes of a training step on a GPU, counted without one"
+    command = commands.add_parser("traffic", help=text)
     command.set_defaults(measure=benchmark_traffic, table=table, check=check)
     giant = Path(__file__).parents[2] / "launchers" / "recipes" / "giant.yaml"
     command.add_argument("--recipe", type=Path, default=giant, help="whose model, lengths and clipping")
