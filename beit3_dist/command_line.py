@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from io import StringIO
 from typing import Any, NoReturn, TypeVar
@@ -36,6 +36,15 @@ def refuse(program: str, error: BaseException | str) -> NoReturn:
     if is_first_process():
         print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(ExitCode.MISTAKE)
+
+
+@contextmanager
+def refusing(program: str) -> Iterator[None]:
+    """Inside, a ValueError or an OSError is a mistake of the user's: `refuse`."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        refuse(program, error)
 
 
 def begin(program: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.command_line import refuse
+from beit3_dist.command_line import refusing
 from beit3_dist.data.cache import write_whole
 from beit3_dist.data.kinds import LeftOut, told
 from beit3_dist.data.text import TextTokenizer
@@ -212,11 +212,9 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Builds what the command line asks for; exits with code 2 after one line where it cannot."""
-    try:
+    with refusing("build_index.py"):
         options = parse(arguments)
         options.build(options)
-    except (ValueError, OSError) as error:
-        refuse("build_index.py", error)
 
 
 if __name__ == "__main__":

@@ -93,18 +93,13 @@ class Picture:
     """Why it cannot be used; empty if it can."""
 
 
-def extension_of(path: Path) -> str:
-    """Extension in lower case, without the dot."""
-    return path.suffix.lower().removeprefix(".")
-
-
 def prepared(picture: Picture, size: int) -> Picture:
     """The picture with its content, or with its fault.
 
     With `size`, a picture whose shorter side is longer than that is scaled down to it and encoded anew: PNG stays
     PNG, everything else becomes JPEG. Other files are stored as they are.
     """
-    extension = extension_of(Path(picture.path))
+    extension = Path(picture.path).suffix.lower().removeprefix(".")
     if extension not in PICTURES:
         return replace(picture, fault=f"the extension is none of {', '.join(PICTURES)}")
     if picture.text == "":
@@ -186,17 +181,6 @@ def emoji_samples(options: Namespace) -> Iterator[Sample]:
     """A pair per emoji: its drawing and its English name."""
     for emoji in emoji_pictures(options.workers):
         yield Sample(side(emoji.identity, options.held_out), {"png": emoji.png, "txt": emoji.name.encode()})
-
-
-def easy_vqa_pictures() -> list[Picture]:
-    """easy-VQA's pictures of one coloured shape each. Its test side is left to the tasks."""
-    return [Picture(path) for path in easy_vqa()["train"].paths.values()]
-
-
-def easy_vqa_pairs() -> list[Picture]:
-    """Those pictures whose questions tell what they show, with captions such as 'a red circle'."""
-    train = easy_vqa()["train"]
-    return [Picture(train.paths[number], caption(shape)) for number, shape in train.shapes().items()]
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -296,11 +280,11 @@ def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
 
 def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """The three streams of the demo, from installed packages."""
-    pictures = picture_samples(easy_vqa_pictures()[: options.limit], options, skipped)
-    pairs = itertools.chain(
-        itertools.islice(emoji_samples(options), options.limit),
-        picture_samples(easy_vqa_pairs()[: options.limit], options, skipped),
-    )
+    train = easy_vqa()["train"]  # its test side is left to the tasks
+    shapes = [Picture(path) for path in train.paths.values()]
+    captions = [Picture(train.paths[number], caption(shape)) for number, shape in train.shapes().items()]
+    pictures, shown = (picture_samples(some[: options.limit], options, skipped) for some in (shapes, captions))
+    pairs = itertools.chain(itertools.islice(emoji_samples(options), options.limit), shown)
     texts = itertools.islice(dictionary_documents(), options.limit)
     members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
     return [

@@ -15,7 +15,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from beit3_dist.command_line import refuse
+from beit3_dist.command_line import refusing
 from beit3_dist.data.text_files import read_records
 from beit3_dist.opening import read_yaml
 
@@ -59,10 +59,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(arguments))
-    try:
+    with refusing("compare_tasks.py"):
         rows = compare(options.folder)
-    except (ValueError, OSError) as error:
-        refuse("compare_tasks.py", error)
     if options.json:
         print(json.dumps(rows, indent=1))
         return

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.command_line import log_to_console, refuse
+from beit3_dist.command_line import log_to_console, refusing
 
 log = logging.getLogger("beit3_dist.convert_checkpoint")
 
@@ -55,10 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     text = "SentencePiece file for the model folder (default: the run's, if it exists)"
     parser.add_argument("--text_tokenizer", type=Path, help=text)
     options = parser.parse_args(list(arguments))
-    try:
+    with refusing(PROGRAM):
         convert(options)
-    except (ValueError, OSError) as error:
-        refuse(PROGRAM, error)
     print(f"wrote {options.destination}")
 
 

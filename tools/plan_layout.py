@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
-from beit3_dist.command_line import parse, refuse
+from beit3_dist.command_line import parse, refusing
 from beit3_dist.config import RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives import SECTIONS
@@ -89,10 +89,8 @@ def main(arguments: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(arguments)
     placeholders = [f"--{name}=unused" for name in UNUSED]
     config = parse(RunConfig, "plan_layout.py", str(__doc__), [*placeholders, *rest], SECTIONS)
-    try:
+    with refusing("plan_layout.py"):
         found = plans(config, options.ranks)
-    except ValueError as error:
-        refuse("plan_layout.py", error)
     if options.json:
         print(json.dumps([asdict(p) | {"fits": p.all_gb <= options.device_gb} for p in found]))
         return

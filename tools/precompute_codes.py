@@ -21,7 +21,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from itertools import islice
 from pathlib import Path
 
-from beit3_dist.command_line import log_to_console, parse, refuse
+from beit3_dist.command_line import log_to_console, parse, refusing
 from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives import SECTIONS
 
@@ -36,10 +36,8 @@ def main(arguments: list[str]) -> None:
     options, recipe = parser.parse_known_args(arguments)
     config = parse(RunConfig, PROGRAM, "Computes visual codes.", [*recipe, f"--out={options.out}"], SECTIONS)
     log_to_console()
-    try:
+    with refusing(PROGRAM):
         precompute(config, options.out, options.held_out)
-    except (ValueError, OSError) as error:
-        refuse(PROGRAM, error)
 
 
 def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:

@@ -46,7 +46,7 @@ from torch import Tensor
 from beit3_dist.checkpoint.files import write_json
 from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.read import read_weights
-from beit3_dist.command_line import refuse
+from beit3_dist.command_line import refusing
 from beit3_dist.config import STREAMS, BatchConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
@@ -622,13 +622,11 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    try:
+    with refusing(PROGRAM):
         options = parse_arguments(arguments)
         matplotlib("figure")
         run = open_run(options.run, PROGRAM, options.plugins)
         device = torch.device(device_type())
-    except (ValueError, OSError) as error:
-        refuse(PROGRAM, error)
     sample = sample_training(run, device)
     shown = examples(run, device, options.pictures)
     report = summarize(run, sample, shown)

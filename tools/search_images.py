@@ -20,7 +20,6 @@ import sys
 import time
 import zipfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from beit3_dist.command_line import refuse
+from beit3_dist.command_line import refusing
 from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
 from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below, told
 from beit3_dist.data.transforms import resized
@@ -67,13 +66,6 @@ class Index:
     """float32 [D], unit vectors."""
     unreadable: dict[str, str]
     """Why a file is no picture."""
-
-
-def picture_files(folder: Path, left_out: LeftOut) -> Iterator[tuple[str, File]]:
-    """Every file below the folder that is named like a picture; what else is there is counted."""
-    for path in pictures_below(folder, left_out):
-        status = path.stat()
-        yield os.path.relpath(path, folder), File(status.st_size, status.st_mtime_ns)
 
 
 def index_file(folder: Path, model: Path, cache: str) -> Path:
@@ -133,7 +125,8 @@ def reason_of(error: OSError | ValueError, path: Path) -> str:
 def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
     """Brings the index up to date, batch by batch; the number of files that had to be read. What is no picture is
     counted."""
-    now = dict(picture_files(folder, left_out))
+    found = ((os.path.relpath(path, folder), path.stat()) for path in pictures_below(folder, left_out))
+    now = {name: File(status.st_size, status.st_mtime_ns) for name, status in found}
     for name in [name for name, file in index.files.items() if now.get(name) != file]:
         del index.files[name]
         index.vectors.pop(name, None)
@@ -224,11 +217,8 @@ def page(words: str, folder: Path, matches: list[Match], index: Index) -> str:
         f"<li>{html.escape(printable(name))}: {html.escape(printable(reason))}</li>"
         for name, reason in sorted(index.unreadable.items())
     )
-    listed = (
-        f"<details><summary>{len(index.unreadable)} files could not be read</summary><ul>{faults}</ul></details>"
-        if index.unreadable
-        else ""
-    )
+    summary = f"<summary>{len(index.unreadable)} files could not be read</summary>"
+    listed = f"<details>{summary}<ul>{faults}</ul></details>" if faults else ""
     title, searched = html.escape(printable(words)), html.escape(printable(str(folder)))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -305,7 +295,7 @@ def in_hidden_folder(path: Path, folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    try:
+    with refusing(PROGRAM):
         options = parse_arguments(arguments)
         model = Model.load(options.model, options.device)
         words = model.embed_texts([options.words])[0]
@@ -328,8 +318,6 @@ def main(arguments: list[str] | None = None) -> None:
         content = page(options.words, options.folder, matches, index).encode()
         write_whole(options.out, lambda out: out.write(content), "--out")
         write_whole(picture, lambda out: sheet(options.words, matches).save(out, "PNG"), "--out")
-    except (ValueError, OSError) as error:
-        refuse(PROGRAM, error)
     for name, score, _ in matches:
         print(f"{score:.3f}  {printable(name)}")
     print(f"{options.out} and {picture.name}: {len(index.vectors)} pictures, {fresh} of them newly read")

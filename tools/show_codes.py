@@ -26,7 +26,7 @@ from PIL import Image
 from report import Run, examples, open_run
 from torch import Tensor
 
-from beit3_dist.command_line import parse, refuse
+from beit3_dist.command_line import parse, refusing
 from beit3_dist.data.batch import requests_from
 from beit3_dist.data.views import SeenImages
 from beit3_dist.image_tokenizer.config import TokenizerConfig
@@ -108,15 +108,13 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line."""
-    try:
+    with refusing(PROGRAM):
         options = parse_arguments(arguments)
         is_tokenizer = (options.run / "image_tokenizer.pth").is_file()
         rows = (tokenizer_rows if is_tokenizer else pretraining_rows)(options.run, options.pictures)
         picture = Image.fromarray(sheet(rows).permute(1, 2, 0).numpy())
         zoom = max(1, LEGIBLE // rows[0].shape[-1])
         picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(options.out)
-    except (ValueError, OSError) as error:
-        refuse(PROGRAM, error)
     print(options.out)
 
 
