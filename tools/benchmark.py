@@ -60,16 +60,16 @@ from tools.benchmarks.step import (  # noqa: E402
 )
 from tools.benchmarks.torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED  # noqa: E402
 
-GEOMETRY = dict(
-    layers=6,
-    width=768,
-    heads=12,
-    ffn_width=3072,
-    patch_size=16,
-    image_size=224,
-    vocab_size=64010,
-    visual_vocab_size=8192,
-)
+GEOMETRY = {
+    "layers": 6,
+    "width": 768,
+    "heads": 12,
+    "ffn_width": 3072,
+    "patch_size": 16,
+    "image_size": 224,
+    "vocab_size": 64010,
+    "visual_vocab_size": 8192,
+}
 """Fields of the model that `model` takes, and its defaults: base at half its depth, for a step of seconds on a CPU."""
 
 
@@ -139,7 +139,7 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     ours = names[0]
     ratio = lambda of, name: of[name] / of[ours] if name in of else None  # noqa: E731
     objectives = objectives_for(config)
-    flops = host_totals([batch], objectives).flops
+    totals = host_totals([batch], objectives)
     peak = peak_flops(device) if options.precision == "bf16" else None
     compared = {ours, theirs} <= memory.keys()
     left_out = ("measure", "table", "check", "json")
@@ -154,14 +154,14 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
         "matmul_share": median(alone.wall) / wall[ours],
         "cpu_matmul_share": median(alone.process) / process[ours],
         "matmul_tflops": products.flops() / median(alone.wall) / 1e12,
-        "model_tflops": flops / wall[ours] / 1e12,
-        "mfu": None if peak is None else flops / wall[ours] / peak,
+        "model_tflops": totals.flops / wall[ours] / 1e12,
+        "mfu": None if peak is None else totals.flops / wall[ours] / peak,
         "losses": dict(zip((loss.name for loss in objectives.losses), losses, strict=True)),
         "contenders": [
             {"name": name, **taken.record(), "step_s": median(taken.wall), "activation_gb": memory.get(name)}
             for name, taken in zip(names, seconds, strict=True)
         ],
-        "tokens": sum(objectives.layout(batch).segments),
+        "tokens": totals.tokens,
         "options": {name: value for name, value in vars(options).items() if name not in left_out},
         "machine": machine(device) | {"precision": options.precision, "torchscale": torchscale_version()},
     }

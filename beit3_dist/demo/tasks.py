@@ -25,7 +25,10 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIDES = ("train", "test")
 SENTENCES = {"train": 8000, "test": 1000}
 """Examples of the task with two pictures."""
-PARTS_OF_SPEECH = {"n.": "noun", "a.": "adjective", "adj.": "adjective"} | {
+PARTS_OF_SPEECH = {
+    "n.": "noun",
+    "a.": "adjective",
+    "adj.": "adjective",
     "v. t.": "verb",
     "v. i.": "verb",
     "adv.": "adverb",

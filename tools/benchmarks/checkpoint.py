@@ -30,8 +30,8 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
 from tools.benchmarks.measure import check_positive, machine, spread
+from tools.benchmarks.recipe import RECIPES
 
-RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
 BYTES_PER_PARAMETER = 4 * len(SUFFIXES)
 

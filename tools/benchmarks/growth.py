@@ -38,7 +38,7 @@ def growing_step(layers: int, width: int, batch: int, text_length: int, device: 
     config = ModelConfig(**sizes, patch_size=16, vl_expert_layers=0, drop_path=0.0, vocab_size=8010)
     micro_batch = random_micro_batch(config, batch, batch, batch, text_length, (8, 64))
     step = OurStep(BEiT3(config).to(device), micro_batch, device)
-    return Contender("ours", step.model, step.forward, adamw(step.model, fused=True)), step.flops
+    return Contender("ours", step.model, step.forward, adamw(step.model, fused=True)), step.totals.flops
 
 
 def benchmark_growth(options: Namespace) -> dict[str, Any]:

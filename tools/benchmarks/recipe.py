@@ -22,17 +22,11 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
 from beit3_dist.train.flops import peak_flops
+from beit3_dist.train.totals import Totals
 from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, profile_table, synchronize, threads
-from tools.benchmarks.step import (
-    Contender,
-    MasterAdamW,
-    OurStep,
-    objectives_for,
-    products_of,
-    random_micro_batch,
-    switch,
-)
+from tools.benchmarks.step import Contender, MasterAdamW, OurStep, products_of, random_micro_batch, switch
 
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 SHORTEST_CAPTION = 8
 KERNELS = ("torch", "triton", "compiled")
 SECTIONS = ("model", "data", "optim")
@@ -66,12 +60,11 @@ def _rows(
         try:
             batch = micro_batch(model.config, recipe["data"], samples)
             step = OurStep(model, batch, device)
-            tokens = sum(objectives_for(model.config).layout(batch).segments)
             if optimizer is None:
                 switch(step, kernels, options.precision)
                 optimizer = MasterAdamW(model, OptimConfig(**recipe["optim"]).clip_norm)
             contender = Contender(kernels, model, step.forward, optimizer)
-            row = name | {"tokens": tokens} | _measure(contender, tokens, step.flops, options, device)
+            row = name | {"tokens": step.totals.tokens} | _measure(contender, step.totals, options, device)
         except torch.OutOfMemoryError:
             yield name | {"left_out": "it does not fit"}
             return
@@ -90,9 +83,7 @@ def micro_batch(config: ModelConfig, data: dict[str, Any], samples: int) -> Micr
     return random_micro_batch(config, samples, samples, samples, text_length, captions)
 
 
-def _measure(
-    contender: Contender, tokens: int, flops: int, options: Namespace, device: torch.device
-) -> dict[str, float | None]:
+def _measure(contender: Contender, totals: Totals, options: Namespace, device: torch.device) -> dict[str, float | None]:
     products = products_of(contender)
     contender.optimizer.zero_grad()
     if device.type == "cuda":
@@ -104,9 +95,9 @@ def _measure(
     peak = peak_flops(device) if options.precision == "bf16" else None
     return {
         "step_s": step_s,
-        "tokens_per_s": tokens / step_s,
-        "model_tflops": flops / step_s / 1e12,
-        "mfu": flops / step_s / peak if peak else None,
+        "tokens_per_s": totals.tokens / step_s,
+        "model_tflops": totals.flops / step_s / 1e12,
+        "mfu": totals.flops / step_s / peak if peak else None,
         "products_tflops": products.flops() / products_s / 1e12,
         "products_share": products_s / step_s,
         "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
@@ -153,8 +144,7 @@ def add_command(commands: Any) -> None:
     """`recipe`."""
     command = commands.add_parser("recipe", help="training steps of a recipe's model")
     command.set_defaults(measure=benchmark_recipe, table=table, check=check)
-    recipes = Path(__file__).parents[2] / "launchers" / "recipes"
-    command.add_argument("--recipe", type=Path, default=recipes / "demo.yaml", help="whose model, lengths and clipping")
+    command.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", help="whose model, lengths and clipping")
     command.add_argument("--samples", type=int, nargs="+", default=[4], help="images, texts and pairs of a step, each")
     command.add_argument("--kernels", nargs="+", choices=KERNELS, default=["torch"], help="as in a run's config")
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")

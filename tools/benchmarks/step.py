@@ -43,11 +43,7 @@ def random_micro_batch(
     """Random pixels and words under the paper's masks; texts are full, captions have uniformly drawn lengths."""
     rng, section = np.random.default_rng(0), MaskedDataModelingConfig()
     last_word = model.vocab_size - SPECIAL_ROWS
-    vocabulary: dict[str, Any] = {
-        "specials": (0, PADDING, 2),
-        "mask_id": last_word + 1,
-        "words": range(4, last_word + 1),
-    }
+    ids: dict[str, Any] = {"specials": (0, PADDING, 2), "mask_id": last_word + 1, "words": range(4, last_word + 1)}
     shares = {name: getattr(section, name) for name in ("mask_token_share", "random_token_share")}
 
     def numbers(samples: int) -> Numbers:
@@ -57,7 +53,7 @@ def random_micro_batch(
         text = np.full((len(lengths), int(lengths.max())), PADDING)
         for row, length in enumerate(lengths):
             text[row, :length] = 0, *rng.integers(4, last_word + 1, length - 2), 2
-        shown, predict = mask_words(text, numbers(len(lengths)), ratio=ratio, **vocabulary, **shares)
+        shown, predict = mask_words(text, numbers(len(lengths)), ratio=ratio, **ids, **shares)
         arrays = {"text": text, "lengths": lengths, "shown": shown, "predict": predict}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -93,8 +89,7 @@ class OurStep:
         self._prepared = objectives.prepare(batch, device, lambda _: self.codes)
         codes = iter(self.codes.split([len(samples) for samples in batch.with_images]))
         self._passes = prepare_passes(self.module, batch, device, lambda _: next(codes))
-        self.flops = host_totals([batch], objectives).flops
-        """Of forward and backward."""
+        self.totals = host_totals([batch], objectives)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """One pass: the loss, and the losses [4] that it is the sum of."""

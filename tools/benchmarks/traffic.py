@@ -55,7 +55,7 @@ from beit3_dist.parallel.tensor import mark_model_parallel
 from beit3_dist.recipe import read_sections
 from beit3_dist.train.optimizer import build_optimizer
 from tools.benchmarks.measure import check_positive
-from tools.benchmarks.recipe import SECTIONS, micro_batch
+from tools.benchmarks.recipe import RECIPES, SECTIONS, micro_batch
 from tools.benchmarks.step import objectives_for
 
 META = torch.device("meta")
@@ -443,8 +443,8 @@ def add_command(commands: Any) -> None:
     text = "kernel launches and bytes of a training step on a GPU, counted without one"
     command = commands.add_parser("traffic", help=text)
     command.set_defaults(measure=benchmark_traffic, table=table, check=check)
-    giant = Path(__file__).parents[2] / "launchers" / "recipes" / "giant.yaml"
-    command.add_argument("--recipe", type=Path, default=giant, help="whose model, lengths and clipping")
+    text = "whose model, lengths and clipping"
+    command.add_argument("--recipe", type=Path, default=RECIPES / "giant.yaml", help=text)
     command.add_argument("--samples", type=int, default=32, help="images, texts and pairs of a micro-batch, each")
     command.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     command.add_argument("--kernels", choices=("torch", "triton"), default="triton", help="as in a run's config")
