@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.run import preflight
 from beit3_dist.run import preflight_finetuning as finetune_preflight
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
@@ -29,7 +30,7 @@ def test_only_a_new_run_draws_its_values(monkeypatch: pytest.MonkeyPatch) -> Non
     tuning = FinetuneConfig(task="nlvr2", out="unused", text_tokenizer="unused", model=pretraining.model, data=task)
 
     def values(checkpoint: Path | None) -> list[torch.Tensor]:
-        of_pretraining = preflight._values(pretraining, checkpoint)
+        of_pretraining = preflight._values(pretraining, checkpoint, objectives_of(pretraining))
         of_tuning = finetune_preflight._values(tuning, task_class("nlvr2")(tuning, None), checkpoint)
         return [of("blocks.0.ffn.vision.fc1.weight", SHAPE) for of in (of_pretraining, of_tuning)]
 
