@@ -266,7 +266,7 @@ def test_the_longest_progress_fits_a_screen_of_120_columns(
     columns: int, tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the parts of the loss where there is no room for them, and with nothing cut off."""
-    monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=columns))
+    monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: os.terminal_size((columns, 40)))
     terminal = Terminal()
     reporter = Reporter(tmp_path, 900_000, 1_000_000, terminal)
     for step in range(900_001, 900_005):
@@ -293,7 +293,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_screen_renews_one_line_that_fits(
     tmp_path: Path, clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: SimpleNamespace(columns=30))
+    monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: os.terminal_size((30, 40)))
     terminal = Terminal()
     reporter = Reporter(tmp_path, 0, 2, terminal)
     clock.now += 1
