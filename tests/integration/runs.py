@@ -66,6 +66,18 @@ def train(groups: Groups, config: RunConfig) -> str:
     return ""
 
 
+def train_in_turn(groups: Groups, configs: list[RunConfig]) -> None:
+    """For `Workers.run`: one run after the other, each to its end."""
+    for config in configs:
+        assert train(groups, config) == ""
+
+
+def second_half(config: RunConfig) -> RunConfig:
+    """The same run, resumed in a folder of its own from the checkpoint of its first half."""
+    half = f"{config.out}/checkpoints/step_{config.steps // 2:07}"
+    return replace(config, out=f"{config.out}-resumed", checkpoint=replace(config.checkpoint, resume=half))
+
+
 def start(*command: str) -> subprocess.Popen:
     """A Python command in the repository's root, with all its processes in a process group of their own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -102,6 +114,11 @@ def kill(process: subprocess.Popen) -> None:
 def metrics(out: str | Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def evaluations(out: str | Path) -> list[dict[str, Any]]:
+    """The records of eval.jsonl."""
+    return [json.loads(line) for line in (Path(out) / "eval.jsonl").read_text().splitlines()]
 
 
 TIMES = ("tokens_per_s", "samples_per_s", "tflops_per_device", "data_wait_s", "step_s", "memory_gb")

@@ -13,9 +13,9 @@ import torch
 
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.config import STREAMS, BatchConfig, CheckpointConfig, DataConfig, EvalConfig, ParallelConfig, RunConfig
-from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.preflight import prepare_run
-from tests.integration.runs import metrics, reproducible, run_config, train
+from tests.integration.runs import evaluations, metrics, reproducible, run_config, second_half, train_in_turn
 from tests.parallel.workers import Workers
 from tools import report, verify_order
 
@@ -58,18 +58,6 @@ def only(folder: Path, stream: str, layout: str, piped: bool = False) -> RunConf
     )
 
 
-def run(groups: Groups, configs: list[RunConfig]) -> None:
-    """For `Workers.run`: one run after the other."""
-    for config in configs:
-        assert train(groups, config) == ""
-
-
-def resumed(config: RunConfig) -> RunConfig:
-    """The second half of a run."""
-    half = f"{config.out}/checkpoints/step_0000002"
-    return replace(config, out=f"{config.out}-resumed", checkpoint=CheckpointConfig(every=2, resume=half))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, those of one layout in the same processes."""
@@ -79,14 +67,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if layout in ("one", "dp2"):
             configs.append(only(folder, PIPED, layout, piped=True))
         if layout == "one":
-            configs += [resumed(config) for config in configs]
+            configs += [second_half(config) for config in configs]
         with Workers(1 if layout == "one" else 2, parallel.tensor, parallel.pipeline) as workers:
-            workers.run(run, configs)
+            workers.run(train_in_turn, configs)
     return folder
-
-
-def evaluations(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
 
 
 Records = Callable[[Path], list[dict[str, Any]]]

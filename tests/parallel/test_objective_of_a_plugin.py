@@ -19,10 +19,19 @@ from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, Paralle
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.objectives.registry import OBJECTIVES, objectives_of, register
-from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.plugins import load_plugins
 from beit3_dist.run.preflight import prepare_run
-from tests.integration.runs import metrics, program, reproducible, run_config, train, write_recipe
+from tests.integration.runs import (
+    evaluations,
+    metrics,
+    program,
+    reproducible,
+    run_config,
+    second_half,
+    train_in_turn,
+    write_recipe,
+)
 from tests.parallel.workers import Workers
 from tools import convert_checkpoint
 
@@ -55,18 +64,6 @@ def with_mean_colour(folder: Path, out: str, **changes: Any) -> RunConfig:
     return replace(config, **settings | changes)
 
 
-def run(groups: Groups, configs: list[RunConfig]) -> None:
-    """For `Workers.run`: one run after the other."""
-    for config in configs:
-        assert train(groups, config) == ""
-
-
-def resumed(config: RunConfig) -> RunConfig:
-    """The second half of a run."""
-    half = f"{config.out}/checkpoints/step_0000003"
-    return replace(config, out=f"{config.out}-resumed", checkpoint=CheckpointConfig(every=3, resume=half))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of all layouts; those of one process and of two replicas are resumed in their middle, too."""
@@ -74,12 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layout, parallel in LAYOUTS.items():
         config = with_mean_colour(folder, layout, parallel=parallel)
         with Workers(1 if layout == "one" else 2, parallel.tensor, parallel.pipeline) as workers:
-            workers.run(run, [config] if layout in ("tp2", "pp2") else [config, resumed(config)])
+            workers.run(train_in_turn, [config] if layout in ("tp2", "pp2") else [config, second_half(config)])
     return folder
-
-
-def evaluations(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
