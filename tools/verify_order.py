@@ -23,7 +23,7 @@ import numpy as np
 
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Table, shard_scan
-from beit3_dist.data.order import Stream, mix_arrays, sample_id
+from beit3_dist.data.order import Stream, hash_sum, sample_id
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.text_files import read_records
 from beit3_dist.run.recorded_config import pretraining_config
@@ -89,8 +89,7 @@ def stream_terms(stream: SampleStream, first: int, count: int, bad: set[tuple[in
             (place for place in stream.candidates(position) if (place[0], place[2]) not in bad), (0, -1, -1)
         )
         ids.append(sample_id(stream.stream, epoch, stream.starts[source] + number))
-    terms = mix_arrays(np.full(count, int(stream.stream)), np.arange(count), np.array(ids, dtype=np.int64))
-    return int(terms.sum(dtype=np.uint64))
+    return hash_sum(np.full(count, int(stream.stream)), np.arange(count), np.array(ids, dtype=np.int64))
 
 
 def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from beit3_dist.data import transforms
 from beit3_dist.data.annotations import Annotator
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.index import Share
-from beit3_dist.data.order import Blocks, Numbers, Stream, mix_arrays
+from beit3_dist.data.order import Blocks, Numbers, Stream, hash_sum
 from beit3_dist.data.pictures import Pictures, channels_first
 from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
@@ -294,9 +294,8 @@ def hash_terms(batch: MicroBatch) -> int:
 
     Sums over the micro-batches and ranks of a step give the step's sample_hash, in any layout.
     """
-    total = np.uint64(0)
-    with np.errstate(over="ignore"):
-        for name, samples in batch.streams.items():
-            stream = np.full(len(samples), int(Stream[name.upper()]))
-            total += mix_arrays(stream, samples.positions.cpu().numpy(), samples.ids.cpu().numpy()).sum(dtype=np.uint64)
-    return int(total.astype(np.int64))
+    columns = (
+        (np.full(len(samples), int(Stream[name.upper()])), samples.positions.cpu().numpy(), samples.ids.cpu().numpy())
+        for name, samples in batch.streams.items()
+    )
+    return hash_sum(*map(np.concatenate, zip(*columns, strict=True)))

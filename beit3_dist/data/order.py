@@ -70,6 +70,11 @@ def mix_arrays(*values: np.ndarray) -> np.ndarray:
     return state
 
 
+def hash_sum(*values: np.ndarray) -> int:
+    """Sum of `mix_arrays`, modulo 2^64, as a signed integer: what the samples of a step add to its sample_hash."""
+    return int(mix_arrays(*values).sum(dtype=np.uint64).astype(np.int64))
+
+
 class Numbers:
     """Random numbers of many samples at once: number n of a sample is a hash of (the sample's key, use, n).
 

@@ -21,7 +21,7 @@ from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.data.loader import loader
-from beit3_dist.data.order import mix, mix_arrays
+from beit3_dist.data.order import hash_sum, mix
 from beit3_dist.model.layout import to_device
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
@@ -169,8 +169,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             samples = (0, lengths.repeat(pictures), none)
         flops = encoder_flops(model, *samples) + 3 * 2 * model.width * model.vocab_size * masked
         tokens = len(lengths) * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
-        terms = mix_arrays((batch.places - self._consumed).numpy(), batch.ids.numpy())
-        hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
+        hash_terms = hash_sum((batch.places - self._consumed).numpy(), batch.ids.numpy())
         return Totals([count], tokens, flops, len(batch.faults), hash_terms)
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:

@@ -16,7 +16,7 @@ from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.loader import loader
-from beit3_dist.data.order import Stream, mix_arrays
+from beit3_dist.data.order import Stream, hash_sum
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.drawing import mosaic, nearest_patches, sheet
 from beit3_dist.image_tokenizer.engine import TokenizerEngine, TokenizerStep
@@ -84,8 +84,8 @@ class TokenizerTraining(Job[TokenizerConfig, TokenizerStep]):
     def _totals(self, batch: ImageBatch) -> Totals:
         count = len(batch.ids)
         places = torch.arange(count) + self.mesh.data_rank * count
-        terms = mix_arrays(torch.full_like(batch.ids, Stream.IMAGES).numpy(), places.numpy(), batch.ids.numpy())
-        hash_terms = int(terms.sum(dtype="uint64").astype("int64"))
+        stream = torch.full_like(batch.ids, Stream.IMAGES)
+        hash_terms = hash_sum(stream.numpy(), places.numpy(), batch.ids.numpy())
         # FLOPs are not counted: nobody knows those of the teacher.
         return Totals([], count * (1 + self.config.model.grid**2), 0, len(batch.faults), hash_terms)
 

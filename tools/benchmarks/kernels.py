@@ -22,7 +22,7 @@ from beit3_dist.kernels.registry import Case, Function, Sizes, operations
 from beit3_dist.model.attention import attend
 from beit3_dist.model.layout import Group, Layout, group
 from beit3_dist.plugins import load_plugins
-from tools.benchmarks.measure import in_turns, kept_bytes, peak_bytes, threads
+from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, kept_bytes, peak_bytes, threads
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative difference, by norms, of results and gradients, for each rounding on the way."""
@@ -104,7 +104,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def benchmark_pairs(options: Namespace) -> dict[str, Any]:
     """Compares and times the pairs of a command."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = gpu_or_cpu()
     rows = []
     with threads(options.threads):
         copy_rate = bytes_per_second_of_a_copy(device)
@@ -183,6 +183,4 @@ def add_commands(commands: Any) -> None:
 
 def check(options: Namespace) -> None:
     """Raises ValueError for what cannot be measured."""
-    for name, value in vars(options).items():
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ValueError(f"--{name} {value} is less than 1")
+    check_positive([name for name, value in vars(options).items() if type(value) is int], options)
