@@ -36,6 +36,7 @@ venv=$(realpath -m "${BEIT3_VENV:-$root/.venv}")
 stamp=$venv/beit3-stamp.txt
 log=$venv/install.log
 python=$venv/bin/python
+PATH=${PATH//"$venv/bin:"/} # called from inside it: what makes it anew must be another python3 than its own
 
 # The path belongs to it: an environment that was moved has wrong paths in its scripts.
 recipe=$({ cat "$root"/{pyproject.toml,constraints.txt,launchers/environment.sh}; echo "$venv"; } | sha256sum | cut -d' ' -f1)
