@@ -1,18 +1,18 @@
-"""Using a fine-tuned model: embeddings of pictures and texts, answers to questions, captions, classes.
+"""Using a fine-tuned model: embeddings of images and texts, answers to questions, captions, classes.
 
     from beit3_dist.inference import Model
     model = Model.load("FOLDER")                        # config.json, model.safetensors, tokenizer.spm
     model.embed_images(["a.jpg", "b.png"])              # retrieval: unit vectors [2, D]
     model.embed_texts(["a red circle"])                 # retrieval: unit vectors [1, D]
-    model.answer(["a.jpg"], ["what shape is this?"])    # vqa: one answer for each picture and its question
+    model.answer(["a.jpg"], ["what shape is this?"])    # vqa: one answer for each image and its question
     model.caption(["a.jpg"])                            # captioning
-    model.classify(["a.jpg"])                           # imagenet: pictures; text: sentences
-    model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two pictures
+    model.classify(["a.jpg"])                           # imagenet: images; text: sentences
+    model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two images
     model.predict(images=["a.jpg"])                     # any task, one of a plugin that is imported too
 
-Every method takes lists and gives a result for each place. One picture or text that is in no list is refused: a text is
-a sequence of letters, too. A picture is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the
-validation of the model's task: whole, squashed to the model's square, and for the classes of pictures its largest
+Every method takes lists and gives a result for each place. One image or text that is in no list is refused: a text is
+a sequence of letters, too. An image is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the
+validation of the model's task: whole, squashed to the model's square, and for the classes of images its largest
 centred square.
 """
 
@@ -33,7 +33,7 @@ from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.text_files import require_text
-from beit3_dist.data.transforms import normalised, read_picture
+from beit3_dist.data.transforms import normalised, read_image
 from beit3_dist.devices import device_type
 from beit3_dist.tasks.base import Normalization, Task, TaskInputs
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
@@ -41,8 +41,8 @@ from beit3_dist.tasks.data.augmentation import Views
 from beit3_dist.tasks.parts.heads import FineTuned
 from beit3_dist.tasks.registry import task_class, task_names
 
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
-PICTURES = (str, os.PathLike, Image.Image, np.ndarray)
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
 """The same for `isinstance`."""
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
@@ -51,19 +51,19 @@ IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
 _T = TypeVar("_T")
 
 
-def open_picture(picture: Picture, max_pixels: int = DataConfig.max_pixels) -> Image.Image:
-    """The picture upright and in RGB. Raises one-line errors: OSError for a file that cannot be read, ValueError for
-    one that holds no picture, or one of more than `max_pixels` pixels (an image bomb)."""
+def open_image(image: ImageLike, max_pixels: int = DataConfig.max_pixels) -> Image.Image:
+    """The image upright and in RGB. Raises one-line errors: OSError for a file that cannot be read, ValueError for
+    one that holds no image, or one of more than `max_pixels` pixels (an image bomb)."""
     try:
-        if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
-                raise ValueError(f"an array must be uint8 [H, W, 3], not {picture.dtype} {list(picture.shape)}")
-            return Image.fromarray(picture)
-        if isinstance(picture, Image.Image):
-            return normalised(picture, max_pixels)
-        return read_picture(picture, max_pixels)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(f"an array must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+            return Image.fromarray(image)
+        if isinstance(image, Image.Image):
+            return normalised(image, max_pixels)
+        return read_image(image, max_pixels)
     except BadSample as bad:
-        name = f"{os.fspath(picture)}: " if isinstance(picture, str | os.PathLike) else ""
+        name = f"{os.fspath(image)}: " if isinstance(image, str | os.PathLike) else ""
         raise ValueError(f"{name}{bad}") from None
 
 
@@ -102,60 +102,60 @@ class Model:
         """What the model's task says of each sample: `Task.results`. `images`: those of each sample, a sequence where
         the task has several; `texts`: that of each sample. What the task does not read is left out."""
         several, task = self.task.images > 1, self.task
-        pictures = [_pictures(one) if several else _pictures([one]) for one in _listed(images, "images")]
+        per_sample = [_images(one) if several else _images([one]) for one in _listed(images, "images")]
         listed = _texts(texts)
-        for given, reads, what in ((pictures, task.images > 0, "images"), (listed, task.reads_text, "texts")):
+        for given, reads, what in ((per_sample, task.images > 0, "images"), (listed, task.reads_text, "texts")):
             if given and not reads:
                 raise ValueError(f"{self.name} was fine-tuned for {task.name}, which reads no {what}")
-        if wrong := [len(some) for some in pictures if len(some) != task.images]:
+        if wrong := [len(some) for some in per_sample if len(some) != task.images]:
             raise ValueError(f"a sample of {task.name} has {task.images} images, not {wrong[0]}")
-        if task.images and task.reads_text and len(pictures) != len(listed):
-            raise ValueError(f"{len(pictures)} samples' images and {len(listed)} texts: each sample has both")
-        return self._results(pictures, listed)
+        if task.images and task.reads_text and len(per_sample) != len(listed):
+            raise ValueError(f"{len(per_sample)} samples' images and {len(listed)} texts: each sample has both")
+        return self._results(per_sample, listed)
 
-    def embed_images(self, images: Sequence[Picture]) -> Tensor:
-        """Unit vectors of pictures, fp32 [N, D] on the CPU. Their products with texts' vectors are similarities."""
-        task, pictures = self._task_for("embed_images", "embeddings"), _pictures(images)
-        return self._run(lambda some: task.embed_images(self.network, self._pixels(some)), pictures, IMAGES_AT_ONCE)
+    def embed_images(self, images: Sequence[ImageLike]) -> Tensor:
+        """Unit vectors of images, fp32 [N, D] on the CPU. Their products with texts' vectors are similarities."""
+        task, images = self._task_for("embed_images", "embeddings"), _images(images)
+        return self._run(lambda some: task.embed_images(self.network, self._pixels(some)), images, IMAGES_AT_ONCE)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, fp32 [N, D] on the CPU. What is longer than the model's texts is cut."""
         task, listed = self._task_for("embed_texts", "embeddings"), _texts(texts)
         return self._run(lambda some: task.embed_texts(self.network, *self._words(some)), listed, TEXTS_AT_ONCE)
 
-    def answer(self, images: Sequence[Picture], questions: Sequence[str]) -> list[str]:
-        """The likeliest of the model's answers to each question about the picture in the same place."""
+    def answer(self, images: Sequence[ImageLike], questions: Sequence[str]) -> list[str]:
+        """The likeliest of the model's answers to each question about the image in the same place."""
         self._task_for("answer", "answers")
-        images, questions = _pictures(images), _texts(questions, "questions")
+        images, questions = _images(images), _texts(questions, "questions")
         if len(images) != len(questions):
-            raise ValueError(f"{len(images)} pictures and {len(questions)} questions: each question needs its picture")
+            raise ValueError(f"{len(images)} images and {len(questions)} questions: each question needs its image")
         return self._results([[image] for image in images], questions)
 
-    def classify(self, samples: Sequence[Picture]) -> list[str]:
-        """The likeliest class of each picture or sentence, whichever the model's task reads."""
+    def classify(self, samples: Sequence[ImageLike]) -> list[str]:
+        """The likeliest class of each image or sentence, whichever the model's task reads."""
         if self._task_for("classify", "classes").images:
-            return self._results([[picture] for picture in _pictures(samples)], [])
+            return self._results([[image] for image in _images(samples)], [])
         return self._results([], _texts(samples))
 
-    def is_true(self, images: Sequence[tuple[Picture, Picture]], sentences: Sequence[str]) -> list[bool]:
-        """Whether each sentence is true of the two pictures in the same place."""
+    def is_true(self, images: Sequence[tuple[ImageLike, ImageLike]], sentences: Sequence[str]) -> list[bool]:
+        """Whether each sentence is true of the two images in the same place."""
         self._task_for("is_true", "truths of sentences")
-        given = [_pictures(pair) for pair in _listed(images, "pairs of pictures")]
+        given = [_images(pair) for pair in _listed(images, "pairs of images")]
         sentences = _texts(sentences, "sentences")
         for pair in given:
             if len(pair) != 2:
-                raise ValueError(f"a sentence is about two pictures, not {len(pair)}")
+                raise ValueError(f"a sentence is about two images, not {len(pair)}")
         if len(given) != len(sentences):
-            raise ValueError(f"{len(given)} pairs of pictures and {len(sentences)} sentences: each needs the other")
+            raise ValueError(f"{len(given)} pairs of images and {len(sentences)} sentences: each needs the other")
         return self._results(given, sentences)
 
     def caption(
-        self, images: Sequence[Picture], *, beams: int = 3, length_penalty: float = 0.6, max_words: int | None = None
+        self, images: Sequence[ImageLike], *, beams: int = 3, length_penalty: float = 0.6, max_words: int | None = None
     ) -> list[str]:
-        """What the model says of each picture; see `tasks.parts.generation.generate` for the search's settings.
+        """What the model says of each image; see `tasks.parts.generation.generate` for the search's settings.
         `max_words`: as many as in the validation of the model's training, unless said otherwise."""
         task, captions = self._task_for("caption", "captions"), []
-        for some in _batches(_pictures(images), IMAGES_AT_ONCE):
+        for some in _batches(_images(images), IMAGES_AT_ONCE):
             written = task.caption(self.network, self._pixels(some), beams, length_penalty, max_words)
             captions += task.results(written)
         return captions
@@ -168,14 +168,14 @@ class Model:
         return self.task
 
     @torch.inference_mode()
-    def _results(self, images: Sequence[Sequence[Picture]], texts: Sequence[str]) -> list[Any]:
-        """The task's results for samples of its number of pictures and their texts; of what it does not read, none."""
+    def _results(self, images: Sequence[Sequence[ImageLike]], texts: Sequence[str]) -> list[Any]:
+        """The task's results for samples of its number of images and their texts; of what it does not read, none."""
         task, results = self.task, []
         if task.needs_names and len(task.classes) != self.classes:
             raise ValueError(f"{self.name}/config.json names {len(task.classes)} of {self.classes} classes")
         size, none = self.network.config.image_size, torch.empty(0, dtype=torch.int64)
         for rows in _batches(range(len(images or texts)), IMAGES_AT_ONCE if task.images else TEXTS_AT_ONCE):
-            pixels = self._pixels([picture for row in rows for picture in images[row]]) if task.images else none.float()
+            pixels = self._pixels([image for row in rows for image in images[row]]) if task.images else none.float()
             words, padding = self._words([texts[row] for row in rows]) if texts else (none.view(len(rows), 0),) * 2
             pixels = pixels.view(len(rows), task.images, 3, size, size)
             inputs = TaskInputs(pixels, words, padding.bool(), labels=none, keys=none)
@@ -187,10 +187,10 @@ class Model:
         parts = [embed(some).float().cpu() for some in _batches(samples, at_once)]
         return torch.cat([torch.empty(0, self.network.config.width), *parts])
 
-    def _pixels(self, images: Sequence[Picture]) -> Tensor:
+    def _pixels(self, images: Sequence[ImageLike]) -> Tensor:
         """[B, 3, S, S] on the device, normalised as in training."""
         size = self.network.config.image_size
-        views = np.stack([self._views.evaluate(open_picture(image), size) for image in images])
+        views = np.stack([self._views.evaluate(open_image(image), size) for image in images])
         return self._normalize(torch.from_numpy(views).permute(0, 3, 1, 2).to(self.device))
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -255,19 +255,19 @@ def _check_entry(entry: dict[str, Any]) -> None:
 
 def _listed(given: Any, what: str) -> list[Any]:
     """What was given as a list of `what`. Raises ValueError for a single one, which would be taken apart."""
-    one = given.ndim in (0, 2, 3) if isinstance(given, np.ndarray) else isinstance(given, (*PICTURES, bytes))
+    one = given.ndim in (0, 2, 3) if isinstance(given, np.ndarray) else isinstance(given, (*IMAGE_TYPES, bytes))
     if one or not isinstance(given, Iterable):
         raise ValueError(f"{what} are given as a list and have a result each; this is one {type(given).__name__}")
     return list(given)
 
 
-def _pictures(given: Any) -> list[Picture]:
-    """Pictures that were given as a list. Raises ValueError for anything else."""
-    pictures = _listed(given, "pictures")
-    for picture in pictures:
-        if not isinstance(picture, PICTURES):
-            raise ValueError(f"a picture is a path, a PIL image or an array, not {type(picture).__name__}")
-    return pictures
+def _images(given: Any) -> list[ImageLike]:
+    """Images that were given as a list. Raises ValueError for anything else."""
+    images = _listed(given, "images")
+    for image in images:
+        if not isinstance(image, IMAGE_TYPES):
+            raise ValueError(f"an image is a path, a PIL image or an array, not {type(image).__name__}")
+    return images
 
 
 def _texts(given: Any, what: str = "texts") -> list[str]:

@@ -19,7 +19,7 @@ say() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
 say "1/6 environment"
 source launchers/environment.sh
 
-say "2/6 tar shards: OpenMoji pictures with their names, easy-VQA pictures with captions, a dictionary's text"
+say "2/6 tar shards: OpenMoji images with their names, easy-VQA images with captions, a dictionary's text"
 python tools/build_shards.py demo "$demo/shards"
 
 say "3/6 text tokenizer"

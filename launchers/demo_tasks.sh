@@ -2,7 +2,7 @@
 # Fine-tunes the demo's model on six small tasks, on two CPU cores: bash launchers/demo_tasks.sh [TASK ...]
 #
 # Needs what launchers/demo.sh leaves in demo/, and most of an hour. Each task runs twice with the same steps: from the
-# demo's pretraining and from random weights; a question-only model shows what vqa is worth without pictures. The table
+# demo's pretraining and from random weights; a question-only model shows what vqa is worth without images. The table
 # at the end compares them. Everything lies in demo/tasks/; what is already there is not made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,4 +1,4 @@
-r"""Trains the BEiT v2 image tokenizer (VQ-KD): pictures in tars and a frozen teacher in, OUT/image_tokenizer.pth out.
+r"""Trains the BEiT v2 image tokenizer (VQ-KD): images in tars and a frozen teacher in, OUT/image_tokenizer.pth out.
 
     python launchers/train_image_tokenizer.py --config launchers/recipes/image_tokenizer_demo.yaml \
         --out OUT --data.images 'images-*.tar'

@@ -18,7 +18,7 @@ torch's fused AdamW, as in training; torchscale has torch's AdamW as it comes, a
 `attention`, `kernels`: our operations against their definitions in plain torch.
 `growth`: the step's time against its FLOPs, as depth, width, batch and sequence length grow.
 `checkpoint`: the pause of a training that saves, and how soon what it saved is on the disk.
-`data`: pictures per second and core of bare decoding and cropping, of our loader, and of webdataset beneath our
+`data`: images per second and core of bare decoding and cropping, of our loader, and of webdataset beneath our
 transforms.
 """
 

@@ -2,7 +2,7 @@
 """Makes the indexes that fine-tuning reads, from the official files of benchmarks, or from data sets that pip brings.
 
 The indexes have unilm/beit3's names and fields, and what it has not: `captions` and `answers` of people, where an
-evaluation needs them. The paths of pictures in them are relative to a folder that the training is told: data.images.
+evaluation needs them. The paths of images in them are relative to a folder that the training is told: data.images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from beit3_dist.data.cache import write_whole
 from beit3_dist.data.kinds import LeftOut, told
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.demo import tasks as demo
-from beit3_dist.demo.sources import emoji_pictures
+from beit3_dist.demo.sources import emoji_images
 from beit3_dist.opening import read_json
 from beit3_dist.tasks.data import benchmarks
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
@@ -109,7 +109,7 @@ def build_imagenet(options: Namespace) -> None:
 
 
 def build_demo(options: Namespace) -> None:
-    """Pictures and indexes aside, then renamed."""
+    """Images and indexes aside, then renamed."""
     listed = options.out / "demo.json"
     if listed.is_file():
         if read_json(listed)["held_out"] != options.held_out:
@@ -122,10 +122,10 @@ def build_demo(options: Namespace) -> None:
     partial = options.out.with_name(options.out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     easy = demo.easy_vqa()
-    drawings, files = demo.retrieval(list(emoji_pictures(options.workers)), options.held_out)
+    drawings, files = demo.retrieval(list(emoji_images(options.workers)), options.held_out)
     for split, source in easy.items():
         for number, path in source.paths.items():
-            files[source.picture(number, split)] = Path(path).read_bytes()
+            files[source.image_path(number, split)] = Path(path).read_bytes()
     for name, content in files.items():
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_bytes(content)
@@ -140,7 +140,7 @@ def build_demo(options: Namespace) -> None:
     if options.out.exists():
         options.out.rmdir()
     partial.rename(options.out)
-    print(f"{options.out}: {len(files):,} pictures")
+    print(f"{options.out}: {len(files):,} images")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -174,9 +174,9 @@ def parse(arguments: list[str] | None) -> Namespace:
     command("coco", builder(benchmarks.coco), "dataset_coco.json", text)
     text = "Retrieval on Flickr30k, in Karpathy's split. data.images is the folder of flickr30k-images."
     command("flickr30k", builder(benchmarks.flickr30k), "dataset_flickr30k.json", text)
-    text = "Whether a sentence is true of two pictures. data.images is the folder of images/train, dev and test1."
+    text = "Whether a sentence is true of two images. data.images is the folder of images/train, dev and test1."
     command("nlvr2", builder(benchmarks.nlvr2), "folder of train.json, dev.json and test1.json", text)
-    text = "Classes of pictures, from a folder per class. data.images is SOURCE."
+    text = "Classes of images, from a folder per class. data.images is SOURCE."
     command("imagenet", build_imagenet, "folder of train and val, with a folder per class each", text)
     text = (
         "Answers to questions, VQA v2. data.images is the folder of train2014, val2014 and test2015. The released "
@@ -189,8 +189,8 @@ def parse(arguments: list[str] | None) -> Namespace:
     )
     sub.add_argument("--answers", type=Path, metavar="FILE", help=text)
     text = (
-        "Six small tasks from data sets that pip brings, with their pictures. vqa (and questions: the same without "
-        "pictures, for task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's "
+        "Six small tasks from data sets that pip brings, with their images. vqa (and questions: the same without "
+        "images, for task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's "
         "drawings and their names (CC-BY-SA-4.0); text: parts of speech of the GCIDE dictionary's definitions (GPL). "
         "data.images is OUT. Returns at once if OUT is complete."
     )

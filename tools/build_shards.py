@@ -4,8 +4,8 @@
 Two builds from the same input are the same bytes: members carry no time and no user, and the held-out share is
 chosen by a hash of each sample, so a sample keeps its side when the data set grows. A build is written to OUT.partial
 and renamed when it is whole; a killed one leaves that folder, which the next build replaces. OUT/shards.json lists
-every shard with its count, size and SHA-256, every skipped picture with the reason, and by reason the number of files
-in the folder that are no pictures.
+every shard with its count, size and SHA-256, every skipped image with the reason, and by reason the number of files
+in the folder that are no images.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from webdataset import ShardWriter
 from beit3_dist.children import end_with_parent
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below, told
+from beit3_dist.data.kinds import IMAGE_EXTENSIONS, LeftOut, images_below, told
 from beit3_dist.data.sides import side
 from beit3_dist.data.tables import table_rows, texts_in
-from beit3_dist.data.transforms import read_picture
-from beit3_dist.demo.sources import dictionary_documents, emoji_pictures
+from beit3_dist.data.transforms import read_image
+from beit3_dist.demo.sources import dictionary_documents, emoji_images
 from beit3_dist.demo.tasks import caption, easy_vqa
 from beit3_dist.opening import read_json
 
@@ -46,17 +46,17 @@ DOCUMENTS_PER_MEMBER = 1000
 """A tar spends 1 KB on every member: one document each would make a dictionary ten times as large."""
 OUT_HELP = "folder to make; it must not exist yet, or be empty"
 SKIPPED_SHOWN = 10
-"""Skipped pictures that are printed; shards.json lists all."""
+"""Skipped images that are printed; shards.json lists all."""
 JPEG_QUALITY = 95
-"""Of pictures that were made smaller."""
+"""Of images that were made smaller."""
 DEMO_PER_SHARD = 100
-"""Pictures or pairs per shard of the demo: few, so that its held-out side has several shards, too."""
+"""Images or pairs per shard of the demo: few, so that its held-out side has several shards, too."""
 DEMO_DOCUMENTS_PER_MEMBER = 20
-"""Documents per member of the demo's texts: with as many members per shard as pictures, 2,000 a shard."""
+"""Documents per member of the demo's texts: with as many members per shard as images, 2,000 a shard."""
 ASKED = ("command", "held_out", "limit")
 """Options that shards.json remembers."""
 Skipped = list[tuple[str, str]]
-"""Path and reason of each picture that was left out."""
+"""Path and reason of each image that was left out."""
 Shards = list[dict[str, Any]]
 """Entries of shards.json: file, samples, bytes and sha256 of each tar."""
 
@@ -70,15 +70,15 @@ class Sample:
     members: dict[str, bytes]
     """Extension -> content."""
     count: int = 1
-    """Pictures, pairs or documents in it."""
+    """Images, pairs or documents in it."""
 
 
-# ---------------------------------------------------------------------------------------------------- pictures, pairs
+# ---------------------------------------------------------------------------------------------------- images, pairs
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture file on its way into a tar."""
+class ImageFile:
+    """An image file on its way into a tar."""
 
     path: str
     text: str | None = None
@@ -93,64 +93,64 @@ class Picture:
     """Why it cannot be used; empty if it can."""
 
 
-def prepared(picture: Picture, size: int) -> Picture:
-    """The picture with its content, or with its fault.
+def prepared(file: ImageFile, size: int) -> ImageFile:
+    """The file with its content, or with its fault.
 
-    With `size`, a picture whose shorter side is longer than that is scaled down to it and encoded anew: PNG stays
+    With `size`, an image whose shorter side is longer than that is scaled down to it and encoded anew: PNG stays
     PNG, everything else becomes JPEG. Other files are stored as they are.
     """
-    extension = Path(picture.path).suffix.lower().removeprefix(".")
-    if extension not in PICTURES:
-        return replace(picture, fault=f"the extension is none of {', '.join(PICTURES)}")
-    if picture.text == "":
-        return replace(picture, fault="empty caption")
+    extension = Path(file.path).suffix.lower().removeprefix(".")
+    if extension not in IMAGE_EXTENSIONS:
+        return replace(file, fault=f"the extension is none of {', '.join(IMAGE_EXTENSIONS)}")
+    if file.text == "":
+        return replace(file, fault="empty caption")
     try:
-        image = read_picture(picture.path, DataConfig.max_pixels)
-        data = Path(picture.path).read_bytes()
+        image = read_image(file.path, DataConfig.max_pixels)
+        data = Path(file.path).read_bytes()
     except OSError as error:
-        return replace(picture, fault=error.strerror or str(error))
+        return replace(file, fault=error.strerror or str(error))
     except BadSample as bad:
-        return replace(picture, fault=str(bad))
+        return replace(file, fault=str(bad))
     shorter = min(image.size)
     if not size or shorter <= size:
-        return replace(picture, original=data, stored=data, extension=extension)
+        return replace(file, original=data, stored=data, extension=extension)
     width, height = (max(1, round(length * size / shorter)) for length in image.size)
     buffer = io.BytesIO()
     scaled = image.resize((width, height), Image.Resampling.BICUBIC)
     extension, form = ("png", "PNG") if extension == "png" else ("jpg", "JPEG")
     scaled.save(buffer, form, quality=JPEG_QUALITY)  # which PNG does not look at
-    return replace(picture, original=data, stored=buffer.getvalue(), extension=extension)
+    return replace(file, original=data, stored=buffer.getvalue(), extension=extension)
 
 
-def picture_samples(pictures: Iterable[Picture], options: Namespace, skipped: Skipped) -> Iterator[Sample]:
-    """A sample for each picture that can be used, in their order; the others are added to `skipped`."""
+def image_samples(files: Iterable[ImageFile], options: Namespace, skipped: Skipped) -> Iterator[Sample]:
+    """A sample for each image that can be used, in their order; the others are added to `skipped`."""
     with multiprocessing.Pool(options.workers, end_with_parent) as pool:
-        for picture in pool.imap(functools.partial(prepared, size=options.size), pictures, chunksize=16):
-            if picture.fault:
-                skipped.append((picture.path, picture.fault))
+        for file in pool.imap(functools.partial(prepared, size=options.size), files, chunksize=16):
+            if file.fault:
+                skipped.append((file.path, file.fault))
                 continue
-            members = {picture.extension: picture.stored}
-            if picture.text is not None:
-                members["txt"] = picture.text.encode()
-            yield Sample(side(picture.original, options.held_out), members)
+            members = {file.extension: file.stored}
+            if file.text is not None:
+                members["txt"] = file.text.encode()
+            yield Sample(side(file.original, options.held_out), members)
 
 
-def pictures_of(folder: Path, left_out: LeftOut) -> list[Picture]:
-    """All picture files below a folder, in the order of their paths, and what else is there counted. Raises ValueError
+def files_of(folder: Path, left_out: LeftOut) -> list[ImageFile]:
+    """All image files below a folder, in the order of their paths, and what else is there counted. Raises ValueError
     if there is none."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
-    found = sorted(map(str, pictures_below(folder, left_out)))
+    found = sorted(map(str, images_below(folder, left_out)))
     if not found:
-        raise ValueError(f"no picture below {folder}: none of its files ends in {', '.join(PICTURES)}")
-    return [Picture(path) for path in found]
+        raise ValueError(f"no image below {folder}: none of its files ends in {', '.join(IMAGE_EXTENSIONS)}")
+    return [ImageFile(path) for path in found]
 
 
-def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[Picture]:
-    """The pictures of a table. Consecutive rows of the same picture become one, with a caption a line."""
+def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[ImageFile]:
+    """The images of a table. Consecutive rows of the same image become one, with a caption a line."""
     for path, group in itertools.groupby(rows, key=lambda row: row[0]):
         captions = (" ".join(caption.split()) for _, caption in group)
-        yield Picture(str(root / path), "\n".join(filter(None, captions)))
+        yield ImageFile(str(root / path), "\n".join(filter(None, captions)))
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
@@ -179,7 +179,7 @@ def text_samples(texts: Iterable[str], held_out: float, per_member: int) -> Iter
 
 def emoji_samples(options: Namespace) -> Iterator[Sample]:
     """A pair per emoji: its drawing and its English name."""
-    for emoji in emoji_pictures(options.workers):
+    for emoji in emoji_images(options.workers):
         yield Sample(side(emoji.identity, options.held_out), {"png": emoji.png, "txt": emoji.name.encode()})
 
 
@@ -245,7 +245,7 @@ def build(options: Namespace) -> None:
         for line in told(options.left_out):
             print(line, file=sys.stderr)
         if skipped:
-            print(f"skipped {len(skipped)} pictures in all; shards.json lists those of a whole build", file=sys.stderr)
+            print(f"skipped {len(skipped)} images in all; shards.json lists those of a whole build", file=sys.stderr)
     for shard in shards:
         shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
     asked = {name: getattr(options, name) for name in ASKED}
@@ -256,17 +256,17 @@ def build(options: Namespace) -> None:
 
 
 def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
-    """A member per picture below a folder."""
-    pictures = picture_samples(pictures_of(options.folder, options.left_out)[: options.limit], options, skipped)
-    return write(folder, str(options.folder), pictures, options.per_shard, options.held_out)
+    """A member per image below a folder."""
+    images = image_samples(files_of(options.folder, options.left_out)[: options.limit], options, skipped)
+    return write(folder, str(options.folder), images, options.per_shard, options.held_out)
 
 
 def build_pairs(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
-    """A picture and a .txt member per pair of a table."""
+    """An image and a .txt member per pair of a table."""
     rows = table_rows(options.table, options.image, options.caption, options.rest_is_caption)
     pairs = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
-    pictures = picture_samples(pairs, options, skipped)
-    return write(folder, str(options.table), pictures, options.per_shard, options.held_out)
+    images = image_samples(pairs, options, skipped)
+    return write(folder, str(options.table), images, options.per_shard, options.held_out)
 
 
 def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
@@ -281,14 +281,14 @@ def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
 def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """The three streams of the demo, from installed packages."""
     train = easy_vqa()["train"]  # its test side is left to the tasks
-    shapes = [Picture(path) for path in train.paths.values()]
-    captions = [Picture(train.paths[number], caption(shape)) for number, shape in train.shapes().items()]
-    pictures, shown = (picture_samples(some[: options.limit], options, skipped) for some in (shapes, captions))
+    shapes = [ImageFile(path) for path in train.paths.values()]
+    captions = [ImageFile(train.paths[number], caption(shape)) for number, shape in train.shapes().items()]
+    images, shown = (image_samples(some[: options.limit], options, skipped) for some in (shapes, captions))
     pairs = itertools.chain(itertools.islice(emoji_samples(options), options.limit), shown)
     texts = itertools.islice(dictionary_documents(), options.limit)
     members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
     return [
-        *write(folder / "images", "easy-VQA", pictures, DEMO_PER_SHARD, options.held_out),
+        *write(folder / "images", "easy-VQA", images, DEMO_PER_SHARD, options.held_out),
         *write(folder / "pairs", "OpenMoji with easy-VQA", pairs, DEMO_PER_SHARD, options.held_out),
         *write(folder / "texts", "the dictionary", members, DEMO_PER_SHARD, options.held_out),
     ]
@@ -333,10 +333,10 @@ def parse(arguments: list[str] | None) -> Namespace:
     parallel = ArgumentParser(add_help=False)
     cores, text = len(os.sched_getaffinity(0)), "processes that decode or draw; one per core"
     parallel.add_argument("--workers", type=int, default=cores, metavar="N", help=text)
-    pictures = ArgumentParser(add_help=False, parents=[common, parallel])
-    text = "scale pictures down to this shorter side, never up; 0, the default: as they are"
-    pictures.add_argument("--size", type=int, default=0, metavar="PIXELS", help=text)
-    pictures.add_argument("--per-shard", type=int, default=10_000, metavar="N", help="pictures per tar; 10000")
+    images = ArgumentParser(add_help=False, parents=[common, parallel])
+    text = "scale images down to this shorter side, never up; 0, the default: as they are"
+    images.add_argument("--size", type=int, default=0, metavar="PIXELS", help=text)
+    images.add_argument("--per-shard", type=int, default=10_000, metavar="N", help="images per tar; 10000")
 
     def command(name: str, build: Callable[..., Shards], text: str, *parents: ArgumentParser) -> ArgumentParser:
         sub = commands.add_parser(name, help=text.split(".")[0], description=text, parents=parents)
@@ -344,25 +344,25 @@ def parse(arguments: list[str] | None) -> Namespace:
         return sub
 
     text = (
-        "The image-only stream from a folder of pictures. They are taken in the order of their paths, from all "
+        "The image-only stream from a folder of images. They are taken in the order of their paths, from all "
         "folders below."
     )
-    sub = command("images", build_images, text, pictures)
-    sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for .{', .'.join(PICTURES)}")
+    sub = command("images", build_images, text, images)
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help=f"is searched for .{', .'.join(IMAGE_EXTENSIONS)}")
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
 
     text = (
-        "Image-text pairs from a table. Each row names a picture and its caption; rows of one picture that follow one "
+        "Image-text pairs from a table. Each row names an image and its caption; rows of one image that follow one "
         "another become one pair with several captions, of which training draws one each time."
     )
-    sub = command("pairs", build_pairs, text, pictures)
+    sub = command("pairs", build_pairs, text, images)
     text = (
         ".tsv or .csv with a header row, .jsonl, or .json with an array; with columns (fields) image and caption, or "
         "those that --image and --caption name"
     )
     sub.add_argument("table", type=Path, metavar="TABLE", help=text)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
-    sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the picture's path; image")
+    sub.add_argument("--image", default="image", metavar="COLUMN", help="column of the image's path; image")
     sub.add_argument("--caption", default="caption", metavar="COLUMN", help="column of the caption; caption")
     text = (
         "the caption is the last column, and what a row holds beyond it, separators and all, belongs to it: for "
@@ -386,7 +386,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
     text = (
         "All three streams from data sets that pip brings. images: easy-VQA (MIT); pairs: OpenMoji's drawings and "
-        "their English names (CC-BY-SA-4.0), and easy-VQA's training pictures with captions such as 'a red circle'; "
+        "their English names (CC-BY-SA-4.0), and easy-VQA's training images with captions such as 'a red circle'; "
         "texts: the GCIDE dictionary (GPL). OUT/{images,pairs,texts} have a folder train and a folder held_out each. "
         "Returns at once if OUT is complete."
     )

@@ -5,7 +5,7 @@
 
 Every member is read: cut, broken, empty and joined tars, second members of a key, members of one sample that are not
 neighbours (other loaders tear those apart), samples that lack a member, links and members of no known extension that
-are left out, pictures that cannot be decoded or have too many pixels, captions and documents that are empty or
+are left out, images that cannot be decoded or have too many pixels, captions and documents that are empty or
 malformed. Exit code 0: nothing is wrong. 1: something is. 2: the check cannot be done.
 """
 
@@ -119,10 +119,10 @@ def _sample_problems(
     report.samples += len(texts) if job.stream is Stream.TEXTS else 1
     if wants_image:
         try:
-            check_size("a picture", sample[IMAGE][1], largest_file(job.max_pixels))
+            check_size("an image", sample[IMAGE][1], largest_file(job.max_pixels))
             decode(content(IMAGE), job.max_pixels)
         except BadSample as bad:
-            yield "too many pixels" if "max_pixels" in str(bad) else "unreadable picture", str(bad)
+            yield "too many pixels" if "max_pixels" in str(bad) else "unreadable image", str(bad)
     if job.stream is Stream.PAIRS:
         try:
             written = TXT if TXT in sample else JSON

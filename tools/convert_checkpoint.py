@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("destination", type=Path)
     parser.add_argument("--to", required=True, choices=("neutral", "safetensors", "released", "torchscale", "timm"))
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in SOURCE)")
-    parser.add_argument("--image_size", type=int, help="interpolate the vision positions for pictures of this size")
+    parser.add_argument("--image_size", type=int, help="interpolate the vision positions for images of this size")
     text = "drop: the encoder alone (default: keep)"
     parser.add_argument("--heads", choices=("keep", "drop"), default="keep", help=text)
     text = "of a file whose width is not a released model's: weights do not tell"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-r"""Computes the visual codes of a pretraining run's pictures once, so that the run looks them up at every step.
+r"""Computes the visual codes of a pretraining run's images once, so that the run looks them up at every step.
 
     python tools/precompute_codes.py --out CODES --config RECIPE.yaml [--a.b VALUE ...]              training crops
-    python tools/precompute_codes.py --out CODES --held_out --config RECIPE.yaml [--a.b VALUE ...]   held-out pictures
+    python tools/precompute_codes.py --out CODES --held_out --config RECIPE.yaml [--a.b VALUE ...]   held-out images
 
 The recipe and its overrides are those of the run, but for --out. The run then takes --image_codes CODES (training)
 or --eval.image_codes CODES (held-out). Its crops are a function of its seed, so their codes are those that the
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     """Runs the command line."""
     parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="CODES", type=Path, help="new folder of codes")
-    parser.add_argument("--held_out", action="store_true", help="the pictures of eval.*, not the training crops")
+    parser.add_argument("--held_out", action="store_true", help="the images of eval.*, not the training crops")
     options, recipe = parser.parse_known_args(arguments)
     config = parse(RunConfig, PROGRAM, "Computes visual codes.", [*recipe, f"--out={options.out}"], SECTIONS)
     log_to_console()
@@ -66,7 +66,7 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     write_codes(writer, read, ImageTargets(tokenizer, device), device)
     written = writer.close(made, pictures_of(config, held_out))
     seconds = time.perf_counter() - started
-    print(f"wrote the codes of {written:,} pictures to {folder} in {seconds:.0f} s")
+    print(f"wrote the codes of {written:,} images to {folder} in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ drawn from the true codes is the best that the image tokenizer allows; no model 
 report.json lies beside the PNG. LOSS is image, text, pair_image, pair_text or what other objectives name; a number
 that does not exist is null:
 
-    run, checkpoint, checkpoint_step            the folder, the checkpoint whose weights draw the pictures, its step
+    run, checkpoint, checkpoint_step            the folder, the checkpoint whose weights draw the images, its step
     steps, planned_steps, wall_s                steps in metrics.jsonl, of the whole run; sum of the steps' seconds
     samples {images, texts, pairs}              samples seen
     samples_per_s, data_wait_share              over all steps
@@ -24,7 +24,7 @@ that does not exist is null:
     held_out_step                               step of the last validation
     pictures                                    "held-out" or "training": which samples are drawn
     collapsed                                   what is to be said of streams whose targets are all but one
-    codes_right {image, pair_image}             share of the drawn pictures' hidden patches whose code is guessed
+    codes_right {image, pair_image}             share of the drawn images' hidden patches whose code is guessed
 """
 
 from __future__ import annotations
@@ -239,9 +239,9 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, with or without a caption, and what the model makes of its hidden parts."""
+    """An image, with or without a caption, and what the model makes of its hidden parts."""
 
-    picture: Tensor
+    image: Tensor
     """uint8 [3, S, S]."""
     hidden: Tensor
     """bool [patches]."""
@@ -250,7 +250,7 @@ class Example:
     guesses: Tensor
     """int64 [patches]: the model's codes at hidden patches, the true ones elsewhere."""
     caption: list[Chunk]
-    """Empty for a picture of the image stream."""
+    """Empty for an image of the image stream."""
 
 
 @torch.no_grad()
@@ -425,16 +425,16 @@ PANELS_LEFT, PANELS_TOP, PANELS_PITCH, PANELS_WIDTH, PANELS_HEIGHT = 62, 124, 34
 """Where the four panels of curves lie."""
 PANELS_IN_A_ROW = 4
 ROW_OF_PANELS = 306
-"""Height of a row of panels; the pictures begin below the last one."""
+"""Height of a row of panels; the images begin below the last one."""
 GAP, LARGEST_TILE, HEADING = 8, 180, 56
 """Space between tiles, largest side of a tile, height of the heading above a block of tiles."""
 CHARACTER, CAPTION_LINE, CAPTION_LINES = 7, 15, 6
 """Width of the captions' characters, height of a line, most lines."""
 CAPTION_POINTS = CHARACTER / 0.602 * 72 / DPI
 """Size of their type: a character of DejaVu Sans Mono is 0.602 of its size wide."""
-MOST_PICTURES = 12
+MOST_IMAGES = 12
 GREY, GREY_EDGE = 150, 172
-"""Levels of hidden patches and of two of their edges, which tell them from a grey picture."""
+"""Levels of hidden patches and of two of their edges, which tell them from a grey image."""
 COLORS = ("#0072b2", "#d55e00", "#008f68", "#b8488f")
 """Of the losses, in turn."""
 INK, FAINT, RIGHT, WRONG = "#222222", "#6b6b6b", "#007a4d", "#c23b00"
@@ -452,7 +452,7 @@ def matplotlib(module: str) -> Any:
 
 
 def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[Example]]) -> Figure:
-    """The whole figure: the losses, and blocks of pictures and of pairs with their captions where there are any."""
+    """The whole figure: the losses, and blocks of images and of pairs with their captions where there are any."""
     losses, most = run.objectives.losses, max(map(len, shown.values()), default=1)
     rows = math.ceil(len(losses) / PANELS_IN_A_ROW)
     tile = min(LARGEST_TILE, (WIDTH - LEFT - MARGIN - GAP * (most - 1)) // most)
@@ -475,7 +475,7 @@ def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[E
         remark = "nothing is hidden" if part is None else f"{part:.0%} of the hidden codes guessed"
         if name == "pair_image":
             remark += "; hidden words of the caption as [guess→truth]"
-        draw_heading(page, top, f"{kind} {'pairs' if name == 'pair_image' else 'pictures'}", remark)
+        draw_heading(page, top, f"{kind} {'pairs' if name == 'pair_image' else 'images'}", remark)
         draw_tiles(page, top + HEADING, tile, some, looks)
         top += block + (MARGIN if name == "image" else 0)
     for place, caption in enumerate(lines):
@@ -488,7 +488,7 @@ def draw_title(page: Axes, report: Record) -> None:
     page.text(MARGIN, 36, f"What {report['run']} has learnt", size=16, weight="bold", color=INK, parse_math=False)
     remark = (
         f"{report['steps']:,} of {report['planned_steps']:,} steps, {sum(report['samples'].values()):,} samples in "
-        f"{clock(report['wall_s'])}; pictures drawn with the checkpoint of step {report['checkpoint_step']:,}"
+        f"{clock(report['wall_s'])}; images drawn with the checkpoint of step {report['checkpoint_step']:,}"
     )
     page.text(MARGIN, 60, remark, size=10.5, color=FAINT)
     line = partial(matplotlib("lines").Line2D, [], [], color=INK)
@@ -537,7 +537,7 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_heading(page: Axes, top: float, heading: str, remark: str) -> None:
-    """The heading of a block of pictures."""
+    """The heading of a block of images."""
     page.plot([MARGIN, WIDTH - MARGIN], [top + 4, top + 4], color="#d0d0d0", linewidth=0.8)
     page.text(MARGIN, top + 38, heading, size=12.5, weight="bold", color=INK)
     page.text(WIDTH - MARGIN, top + 38, remark, size=10.5, color=FAINT, ha="right")
@@ -550,8 +550,8 @@ def tiles(example: Example, looks: Tensor) -> list[np.ndarray]:
     everywhere = torch.cat([torch.zeros_like(grey), torch.ones_like(grey)])
     hidden = mosaic(example.hidden[None].long(), everywhere)[0].bool()
     fills = ((torch.zeros_like(example.codes), grey), (example.guesses, looks), (example.codes, looks))
-    filled = [torch.where(hidden, mosaic(codes[None], patches)[0], example.picture) for codes, patches in fills]
-    return [picture.permute(1, 2, 0).numpy() for picture in (example.picture, *filled)]
+    filled = [torch.where(hidden, mosaic(codes[None], patches)[0], example.image) for codes, patches in fills]
+    return [image.permute(1, 2, 0).numpy() for image in (example.image, *filled)]
 
 
 def draw_tiles(page: Axes, top: float, tile: int, shown: list[Example], looks: Tensor) -> None:
@@ -560,9 +560,9 @@ def draw_tiles(page: Axes, top: float, tile: int, shown: list[Example], looks: T
     for row, title in enumerate(ROWS):
         page.text(MARGIN, top + row * (tile + GAP) + tile / 2, title, size=9.5, color=INK, va="center", linespacing=1.3)
     for number, example in enumerate(shown):
-        for row, picture in enumerate(tiles(example, looks)):
+        for row, image in enumerate(tiles(example, looks)):
             left, upper = LEFT + number * (tile + GAP), top + row * (tile + GAP)
-            page.imshow(picture, extent=(left, left + tile, upper + tile, upper), aspect="auto")
+            page.imshow(image, extent=(left, left + tile, upper + tile, upper), aspect="auto")
             page.add_patch(rectangle((left, upper), tile, tile))
 
 
@@ -611,8 +611,8 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--plugins", nargs="*", default=[], metavar="FILE", help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or options.run / "report.png"
-    if not 1 <= options.pictures <= MOST_PICTURES:
-        raise ValueError(f"--pictures {options.pictures} is not in 1 to {MOST_PICTURES}")
+    if not 1 <= options.pictures <= MOST_IMAGES:
+        raise ValueError(f"--pictures {options.pictures} is not in 1 to {MOST_IMAGES}")
     if options.out.suffix != ".png":
         raise ValueError(f"--out {options.out} does not end in .png")
     if options.run.is_dir() and not options.out.parent.is_dir():

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Finds pictures by words: the best matches of a folder, as a page and a sheet.
+"""Finds images by words: the best matches of a folder, as a page and a sheet.
 
     python tools/search_images.py FOLDER "a red circle" --model MODEL [--top 24] [--out matches.html]
 
-MODEL is a model folder fine-tuned for retrieval. Writes matches.html, which holds its small pictures itself and links
+MODEL is a model folder fine-tuned for retrieval. Writes matches.html, which holds its small images itself and links
 to the large ones, and matches.png, the same as one picture. Folders below FOLDER are searched too, through links as
-well, each once; names that begin with a dot are not. Nothing is written into FOLDER: the pictures' vectors are kept in
---cache, so that a second search looks at new and changed pictures only. What cannot be read is listed on the page.
+well, each once; names that begin with a dot are not. Nothing is written into FOLDER: the images' vectors are kept in
+--cache, so that a second search looks at new and changed images only. What cannot be read is listed on the page.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from beit3_dist.command_line import refusing
 from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
-from beit3_dist.data.kinds import PICTURES, LeftOut, pictures_below, told
+from beit3_dist.data.kinds import IMAGE_EXTENSIONS, LeftOut, images_below, told
 from beit3_dist.data.transforms import resized
-from beit3_dist.inference import IMAGES_AT_ONCE, Model, open_picture
+from beit3_dist.inference import IMAGES_AT_ONCE, Model, open_image
 from beit3_dist.opening import parse_json, regular_size
 
 PROGRAM = "search_images.py"
@@ -40,16 +40,16 @@ FORMAT = 1
 """Version of the index files; a change makes every one stale."""
 PROGRESS_SECONDS = 5
 SIDE = 192
-"""Longer side of a small picture."""
+"""Longer side of a small image."""
 COLUMNS, MARGIN, LINE = 6, 12, 18
-"""The sheet: pictures in a row, space around each, height of a line of text; in pixels."""
+"""The sheet: images in a row, space around each, height of a line of text; in pixels."""
 
 
 # ------------------------------------------------------------------------------------------------------------- index
 
 
 class File(NamedTuple):
-    """What tells a picture file from a changed one."""
+    """What tells an image file from a changed one."""
 
     size: int
     """Bytes."""
@@ -59,13 +59,13 @@ class File(NamedTuple):
 
 @dataclass
 class Index:
-    """The pictures of a folder, by their paths below it."""
+    """The images of a folder, by their paths below it."""
 
     files: dict[str, File]
     vectors: dict[str, np.ndarray]
     """float32 [D], unit vectors."""
     unreadable: dict[str, str]
-    """Why a file is no picture."""
+    """Why a file is no image."""
 
 
 def index_file(folder: Path, model: Path, cache: str) -> Path:
@@ -78,8 +78,8 @@ def index_file(folder: Path, model: Path, cache: str) -> Path:
 
 
 def checked(notes: Any, vectors: np.ndarray, width: int) -> Index:
-    """The index in a file's notes and vectors, float32 [pictures, width]. Raises nearly anything where it is none, so
-    that nothing is shown that is not among the pictures."""
+    """The index in a file's notes and vectors, float32 [images, width]. Raises nearly anything where it is none, so
+    that nothing is shown that is not among the images."""
     files = {name: File(*mark) for name, mark in notes["files"].items()}
     seen, unreadable = notes["seen"], notes["unreadable"]
     if not all(type(number) is int for file in files.values() for number in file):
@@ -123,9 +123,9 @@ def reason_of(error: OSError | ValueError, path: Path) -> str:
 
 
 def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
-    """Brings the index up to date, batch by batch; the number of files that had to be read. What is no picture is
+    """Brings the index up to date, batch by batch; the number of files that had to be read. What is no image is
     counted."""
-    found = ((os.path.relpath(path, folder), path.stat()) for path in pictures_below(folder, left_out))
+    found = ((os.path.relpath(path, folder), path.stat()) for path in images_below(folder, left_out))
     now = {name: File(status.st_size, status.st_mtime_ns) for name, status in found}
     for name in [name for name, file in index.files.items() if now.get(name) != file]:
         del index.files[name]
@@ -137,8 +137,8 @@ def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
         names = fresh[first : first + IMAGES_AT_ONCE]
         views, reasons = {}, {}
         for name in names:
-            try:  # only the small view is kept: 32 opened pictures may be gigabytes
-                views[name] = resized(open_picture(folder / name), model.network.config.image_size)
+            try:  # only the small view is kept: 32 opened images may be gigabytes
+                views[name] = resized(open_image(folder / name), model.network.config.image_size)
             except (OSError, ValueError) as error:
                 reasons[name] = reason_of(error, folder / name)
         vectors = model.embed_images(list(views.values())).numpy()
@@ -147,7 +147,7 @@ def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
         index.files.update({name: now[name] for name in names})
         if time.monotonic() - told > PROGRESS_SECONDS:
             told = time.monotonic()
-            tell(f"{first + len(names)} of {len(fresh)} new pictures are read")
+            tell(f"{first + len(names)} of {len(fresh)} new images are read")
     return len(fresh)
 
 
@@ -155,7 +155,7 @@ def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
 
 
 class Match(NamedTuple):
-    """A picture that was found."""
+    """An image that was found."""
 
     name: str
     score: float
@@ -164,7 +164,7 @@ class Match(NamedTuple):
 
 
 def best(index: Index, words: torch.Tensor, folder: Path, top: int) -> list[Match]:
-    """The `top` pictures nearest to the vector of the words [D], best first."""
+    """The `top` images nearest to the vector of the words [D], best first."""
     names = list(index.vectors)
     scores = np.stack([index.vectors[name] for name in names]) @ words.numpy()
     matches: list[Match] = []
@@ -172,7 +172,7 @@ def best(index: Index, words: torch.Tensor, folder: Path, top: int) -> list[Matc
         if len(matches) == top:
             break
         try:
-            small = open_picture(folder / names[place])
+            small = open_image(folder / names[place])
         except (OSError, ValueError) as error:  # it changed since it was looked at
             index.unreadable[names[place]] = reason_of(error, folder / names[place])
             continue
@@ -202,7 +202,7 @@ b { font-variant-numeric: tabular-nums; margin-right: .5em; }
 
 
 def page(words: str, folder: Path, matches: list[Match], index: Index) -> str:
-    """The matches as one HTML file that needs no other: no script, no outside address but links to the pictures."""
+    """The matches as one HTML file that needs no other: no script, no outside address but links to the images."""
     figures = []
     for name, score, small in matches:
         data = io.BytesIO()
@@ -224,7 +224,7 @@ def page(words: str, folder: Path, matches: list[Match], index: Index) -> str:
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>
-<body><h1>{title}</h1><p>the {len(matches)} best of {len(index.vectors)} pictures in {searched}</p>
+<body><h1>{title}</h1><p>the {len(matches)} best of {len(index.vectors)} images in {searched}</p>
 <ol>
 {chr(10).join(figures)}
 </ol>
@@ -265,10 +265,10 @@ def tell(line: str) -> None:
 def parse_arguments(arguments: list[str] | None) -> Namespace:
     """The command line. Raises ValueError for what cannot be."""
     parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="pictures, in folders below it too")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images, in folders below it too")
     parser.add_argument("words", help="what to look for")
     parser.add_argument("--model", type=Path, required=True, help="model folder fine-tuned for retrieval")
-    parser.add_argument("--top", type=int, default=24, help="pictures to show; 24")
+    parser.add_argument("--top", type=int, default=24, help="images to show; 24")
     parser.add_argument("--out", type=Path, default=Path("matches.html"), metavar="HTML",
                         help="page to write; the sheet gets the same name with .png; matches.html")  # fmt: skip
     parser.add_argument("--cache", default="~/.cache/beit3_dist", help="folder of the index; ~/.cache/beit3_dist")
@@ -284,7 +284,7 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
         raise ValueError(f"--out {options.out} does not end in .html")
     for name, path in (("--out", options.out), ("--cache", Path(options.cache).expanduser())):
         if path.resolve().is_relative_to(options.folder.resolve()) and not in_hidden_folder(path, options.folder):
-            raise ValueError(f"{name} {path} lies in {options.folder}: nothing is written among the pictures")
+            raise ValueError(f"{name} {path} lies in {options.folder}: nothing is written among the images")
     return options
 
 
@@ -310,17 +310,17 @@ def main(arguments: list[str] | None = None) -> None:
                 if index.files != before:
                     write_index(file, index)
         if not index.vectors:
-            raise ValueError(f"{options.folder} holds no readable picture ({', '.join(PICTURES)})")
+            raise ValueError(f"{options.folder} holds no readable image ({', '.join(IMAGE_EXTENSIONS)})")
         matches = best(index, words, options.folder, options.top)
         if not matches:
-            raise ValueError(f"every picture of {options.folder} vanished while it was searched")
+            raise ValueError(f"every image of {options.folder} vanished while it was searched")
         picture = options.out.with_suffix(".png")
         content = page(options.words, options.folder, matches, index).encode()
         write_whole(options.out, lambda out: out.write(content), "--out")
         write_whole(picture, lambda out: sheet(options.words, matches).save(out, "PNG"), "--out")
     for name, score, _ in matches:
         print(f"{score:.3f}  {printable(name)}")
-    print(f"{options.out} and {picture.name}: {len(index.vectors)} pictures, {fresh} of them newly read")
+    print(f"{options.out} and {picture.name}: {len(index.vectors)} images, {fresh} of them newly read")
     for line in told(left_out):
         tell(printable(line))
     if index.unreadable:

@@ -3,14 +3,14 @@
 
     python tools/show_codes.py RUN [--out PNG] [--pictures N]
 
-RUN is the folder of a pretraining run, or of the training of an image tokenizer. A column is a picture; the rows are
+RUN is the folder of a pretraining run, or of the training of an image tokenizer. A column is an image; the rows are
 
-    1  the picture
-    2  its codes: every patch replaced by the patch, of 2,048 other pictures, whose vector is nearest to the code's
+    1  the image
+    2  its codes: every patch replaced by the patch, of 2,048 other images, whose vector is nearest to the code's
     3  the masked input, hidden patches in grey       (pretraining runs)
     4  hidden patches drawn like row 2, from the codes that the model predicts
 
-A pretraining run shows held-out pictures where it has any, first of the image stream, then of pairs.
+A pretraining run shows held-out images where it has any, first of the image stream, then of pairs.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from beit3_dist.image_tokenizer.images import ImageBatches
 
 PROGRAM = "show_codes.py"
 OTHERS = 2048
-"""Pictures that the patches come from."""
+"""Images that the patches come from."""
 AT_ONCE = 32
 GREY = 150
 """Level of hidden patches."""
 LEGIBLE = 128
-"""Smaller pictures are enlarged to about this side."""
+"""Smaller images are enlarged to about this side."""
 
 
 def tokenizer_rows(folder: Path, number: int) -> list[Tensor]:
-    """Pictures of the run's training shards, and their codes."""
+    """Images of the run's training shards, and their codes."""
     config = parse(TokenizerConfig, PROGRAM, "", ["--config", str(folder / "config.yaml")])
     tokenizer = load_vqkd(folder / "image_tokenizer.pth")
     batches = ImageBatches(config.data, config.model.image_size, config.seed, AT_ONCE, 0, 1)
@@ -56,33 +56,33 @@ def tokenizer_rows(folder: Path, number: int) -> list[Tensor]:
 
 
 def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
-    """Pictures of the run, their codes, the masked input and the model's prediction."""
+    """Images of the run, their codes, the masked input and the model's prediction."""
     run = open_run(folder, PROGRAM)
     shown = [example for some in examples(run, torch.device("cpu"), -(-number // 2)).values() for example in some]
     if run.image_tokenizer is None or not shown:
         raise ValueError(f"{folder} masks no images, so that there are no codes to show")
-    pictures = torch.stack([example.picture for example in shown])
+    images = torch.stack([example.image for example in shown])
     hidden = torch.stack([example.hidden for example in shown])
     looks = nearest_patches(run.image_tokenizer, islice(views(run), OTHERS // (2 * AT_ONCE)))
     true, guessed = (
-        resized(mosaic(torch.stack(codes), looks), pictures.shape[-1])
+        resized(mosaic(torch.stack(codes), looks), images.shape[-1])
         for codes in ([example.codes for example in shown], [example.guesses for example in shown])
     )
-    mask = enlarged(hidden, pictures.shape[-1])
-    return [pictures, true, pictures.masked_fill(mask, GREY), torch.where(mask, guessed, pictures)]
+    mask = enlarged(hidden, images.shape[-1])
+    return [images, true, images.masked_fill(mask, GREY), torch.where(mask, guessed, images)]
 
 
 def views(run: Run) -> Iterator[Tensor]:
-    """The image tokenizer's views of the training pictures."""
+    """The image tokenizer's views of the training images."""
     for request in requests_from((0, 0, 0), run.train.config.batch):
         yield SeenImages(run.train[request], torch.device("cpu")).tokenizer
 
 
-def resized(pictures: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
     """uint8 [B, 3, S, S] -> [B, 3, size, size]: the tokenizer's view may have another size than the model's."""
-    if pictures.shape[-1] == size:
-        return pictures
-    return F.interpolate(pictures.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True).round().byte()
 
 
 def enlarged(hidden: Tensor, size: int) -> Tensor:
@@ -96,7 +96,7 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of pretrain or train_image_tokenizer")
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write; RUN/codes.png")
-    parser.add_argument("--pictures", type=int, default=12, metavar="N", help="pictures to show; 12")
+    parser.add_argument("--pictures", type=int, default=12, metavar="N", help="images to show; 12")
     options = parser.parse_args(arguments)
     options.out = options.out or options.run / "codes.png"
     if options.pictures < 1:

@@ -4,7 +4,7 @@
     python tools/verify_order.py OUT [--json] [--plugins FILE ...]
 
 The sample hash of every step in OUT/metrics.jsonl is computed again from OUT/config.yaml, the shards' indexes and the
-replaced samples in OUT/quarantine.jsonl; no picture is decoded. Exit code 0: all hashes are equal. 1: a hash differs,
+replaced samples in OUT/quarantine.jsonl; no image is decoded. Exit code 0: all hashes are equal. 1: a hash differs,
 or a step is missing or there twice. 2: the run cannot be verified.
 """
 

@@ -19,9 +19,9 @@ from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data import transforms
 from beit3_dist.data.annotations import Annotator
 from beit3_dist.data.faults import Fault
+from beit3_dist.data.image_memory import ImageMemory, channels_first
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Numbers, Stream, hash_sum
-from beit3_dist.data.pictures import Pictures, channels_first
 from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
@@ -209,15 +209,15 @@ class MixedBatches(Dataset):
     def _samples_of(self, stream: SampleStream | SequentialStream, request: Request, faults: list[Fault]) -> Samples:
         """This rank's samples of a stream; `faults` takes what they replace."""
         places, kind = self._places(stream, request), stream.stream
-        pictures = Pictures(len(places), self.config, self.tokenizer_image_size) if kind.has_images else None
-        samples = self._read(stream, request, places, pictures)
+        memory = ImageMemory(len(places), self.config, self.tokenizer_image_size) if kind.has_images else None
+        samples = self._read(stream, request, places, memory)
         faults += [fault for sample in samples for fault in sample.faults]
         text = self._text(samples) if kind.has_text else None
         return Samples(
             ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             positions=torch.tensor(places, dtype=torch.int64),
-            images=None if pictures is None else channels_first(pictures.model),
-            tokenizer_images=None if pictures is None else channels_first(pictures.tokenizer),
+            images=None if memory is None else channels_first(memory.model),
+            tokenizer_images=None if memory is None else channels_first(memory.tokenizer),
             jitter=self._jitter(samples) if kind.has_images and self.config.data.color_jitter else None,
             text=None if text is None else torch.from_numpy(text),
             lengths=None if text is None else torch.tensor([len(s.words) for s in samples], dtype=torch.int64),
@@ -233,21 +233,21 @@ class MixedBatches(Dataset):
         return list(range(first + request.part, first + count, request.parts))
 
     def _read(
-        self, stream: SampleStream | SequentialStream, request: Request, places: list[int], pictures: Pictures | None
+        self, stream: SampleStream | SequentialStream, request: Request, places: list[int], memory: ImageMemory | None
     ) -> list[Sample]:
-        """The samples at these places; their views go to `pictures`.
+        """The samples at these places; their views go to `memory`.
 
-        Each picture is cropped and dropped before the next one is decoded: memory that is used again is in the cache,
-        while thirty pictures at a time would each be written to fresh pages.
+        Each image is cropped and dropped before the next one is decoded: memory that is used again is in the cache,
+        while thirty images at a time would each be written to fresh pages.
         """
         samples = []
         if places and isinstance(stream, SampleStream):
             stream.read_ahead(self._upcoming(stream, request))
         for sample in self._samples(stream, [request.consumed[stream.stream] + place for place in places]):
             samples.append(sample)
-            if pictures is not None:
-                pictures.add(sample.picture, sample.generator(Draw.VIEW))
-                del sample.picture
+            if memory is not None:
+                memory.add(sample.image, sample.generator(Draw.VIEW))
+                del sample.image
         return samples
 
     def _upcoming(self, stream: SampleStream, request: Request) -> Iterator[int]:

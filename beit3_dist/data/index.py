@@ -26,7 +26,7 @@ from braceexpand import braceexpand
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
 from beit3_dist.data.cache import DamagedCache, cache_folder, cached, digest, mapped, parsed, write_whole
-from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, PICTURES, TXT, LeftOut
+from beit3_dist.data.kinds import IMAGE, IMAGE_EXTENSIONS, JSON, JSONL, KIND_NAMES, TXT, LeftOut
 from beit3_dist.data.members import members_of
 from beit3_dist.data.order import Stream
 from beit3_dist.data.tars import Tar
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 FORMAT = 2
 """Version of the sidecars and tables; a change makes every cached file stale."""
 NEEDS = {
-    Stream.IMAGES: f"an image member (.{' .'.join(PICTURES)})",
+    Stream.IMAGES: f"an image member (.{' .'.join(IMAGE_EXTENSIONS)})",
     Stream.TEXTS: "a .txt or .jsonl member",
     Stream.PAIRS: "an image member and a .txt or .json member of the same key",
 }

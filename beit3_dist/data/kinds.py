@@ -15,9 +15,9 @@ IMAGE, TXT, JSON, JSONL = range(4)
 """Kinds of members, and their columns in a scan."""
 KIND_NAMES = ("image", ".txt", ".json", ".jsonl")
 """Kinds by number, in words."""
-PICTURES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
-"""Extensions of pictures."""
-KINDS = {name.encode(): IMAGE for name in PICTURES} | {b"txt": TXT, b"json": JSON, b"jsonl": JSONL}
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
+"""Extensions of images."""
+KINDS = {name.encode(): IMAGE for name in IMAGE_EXTENSIONS} | {b"txt": TXT, b"json": JSON, b"jsonl": JSONL}
 """Known extensions, in lower case."""
 TARS = (".tar", ".tar.gz", ".tgz")
 """What names of tars end in."""
@@ -100,20 +100,20 @@ def folders_in(folder: Path, left_out: LeftOut) -> list[str]:
     return found
 
 
-def pictures_in(folder: Path, left_out: LeftOut) -> list[str]:
-    """Names of the pictures in a folder, sorted. What else is there is counted, by its path."""
+def images_in(folder: Path, left_out: LeftOut) -> list[str]:
+    """Names of the images in a folder, sorted. What else is there is counted, by its path."""
     found = []
     for name in sorted(os.listdir(folder)):
         path = folder / name
-        if reason := _no_picture(path):
+        if reason := _no_image(path):
             leave_out(left_out, "a folder" if reason != HIDDEN and path.is_dir() else reason, os.fspath(path))
         else:
             found.append(name)
     return found
 
 
-def pictures_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """All pictures below a folder, folder by folder in the order of their names; what else is there is counted.
+def images_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """All images below a folder, folder by folder in the order of their names; what else is there is counted.
 
     Links are followed; each folder comes once, whatever leads there.
     """
@@ -134,7 +134,7 @@ def pictures_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
         seen.add(place)
         for name in sorted(names):
             path = Path(parent, name)
-            if reason := _no_picture(path):
+            if reason := _no_image(path):
                 lost(os.fspath(path), reason)
             else:
                 yield path
@@ -144,8 +144,8 @@ def pictures_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
         folders.sort()
 
 
-def _no_picture(path: Path) -> str:
-    """Why a path is no picture; empty if it may be one, which its content is not asked for."""
+def _no_image(path: Path) -> str:
+    """Why a path is no image; empty if it may be one, which its content is not asked for."""
     name = os.fsencode(path.name)
     if key_and_kind(name)[1] != IMAGE:
         return why_not(name)

@@ -1,6 +1,6 @@
-"""What a picture file holds beside its pixels: the orientation is used, everything else dropped.
+"""What an image file holds beside its pixels: the orientation is used, everything else dropped.
 
-Pillow reads a picture's metadata when it opens or loads it, and refuses a whole picture where they are odd: a profile
+Pillow reads an image's metadata when it opens or loads it, and refuses a whole image where they are odd: a profile
 that is broken or large, a megabyte of text, a tag of another type. `without_metadata` leaves of such a file what its
 pixels need, and the one tag.
 """
@@ -25,7 +25,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""Orientation -> what makes the picture upright; it is upright with any other."""
+"""Orientation -> what makes the image upright; it is upright with any other."""
 PIXELS_OF_PNG = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 """Chunks that the pixels depend on."""
 PIXELS_OF_TIFF = frozenset(
@@ -37,16 +37,16 @@ EXIF_OF_HEIF = re.compile(rb"(infe[\x02\x03]...(?:..|....)..)Exif", re.DOTALL)
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The loaded picture turned as its orientation says; as it is where its metadata cannot be read."""
+    """The loaded image turned as its orientation says; as it is where its metadata cannot be read."""
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # odd metadata make Pillow raise nearly anything, and a picture without them is a picture
+    except Exception:  # odd metadata make Pillow raise nearly anything, and an image without them is an image
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
 def without_metadata(data: bytes) -> bytes:
-    """A picture file with what its pixels need and its orientation; the same bytes where nothing else is in it."""
+    """An image file with what its pixels need and its orientation; the same bytes where nothing else is in it."""
     try:
         if data.startswith(b"\xff\xd8"):
             return b"".join(_jpeg(data))
@@ -125,7 +125,7 @@ def _png(data: bytes) -> Iterator[bytes]:
 
 
 def _tiff(data: bytes) -> bytes:
-    """Without the tags of the first picture that its pixels do not need, and without the other pictures."""
+    """Without the tags of the first image that its pixels do not need, and without the other images."""
     order = "<" if data[:2] == b"II" else ">"
     (at,) = struct.unpack_from(f"{order}4xL", data)
     (count,) = struct.unpack_from(f"{order}H", data, at)

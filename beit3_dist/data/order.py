@@ -93,7 +93,7 @@ class Numbers:
 
 class _Key(np.random.bit_generator.ISeedSequence):
     """Hands Philox its key as it is. `Philox(key=...)` does the same, but asks the system for entropy first, which
-    takes longer than all draws of a picture."""
+    takes longer than all draws of an image."""
 
     def __init__(self, key: int) -> None:
         self.key = key

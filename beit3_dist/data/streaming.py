@@ -238,7 +238,7 @@ class Shards:
     width: int
     """Tokens of a text's window, <s> and </s> not counted."""
     max_pixels: int = DataConfig.max_pixels
-    """Pixels of the largest picture."""
+    """Pixels of the largest image."""
 
     def items(self, address: str, patient: bool = True) -> Iterator[Item]:
         """All of a shard, in stored order. A command that fails is started again after a pause, where one is `patient`,
@@ -278,7 +278,7 @@ class Shards:
             yield Fault(self.stream.field, address, "", f"{damage}; what lies before is used")
 
     def _samples(self, pipe: Pipe, address: str) -> Iterator[Item]:
-        """Pictures, or pictures with captions. The last ones before a cut are left out: more may have followed."""
+        """Images, or images with captions. The last ones before a cut are left out: more may have followed."""
         kinds = (IMAGE,) if self.stream is Stream.IMAGES else (IMAGE, TXT, JSON)
         current: Members | None = None
         for name, offset, size, odd in headers(pipe.read, math.inf, address):
@@ -288,7 +288,7 @@ class Shards:
             text, problem = key.decode("utf-8", "replace"), odd and f"the {KIND_NAMES[kind]} member is {odd}"
             try:
                 if kind == IMAGE:
-                    check_size("a picture", size, transforms.largest_file(self.max_pixels))
+                    check_size("an image", size, transforms.largest_file(self.max_pixels))
                 else:
                     check_size("a caption", size, LARGEST_CAPTION)
             except BadSample as bad:
@@ -477,7 +477,7 @@ class SequentialStream:
                 raise BadSample("half a sample: no .txt or .json member beside it")
             captions = captions_of(item.content[kind], kind, self.data.caption_key)
             sample.words = caption_words(captions, sample, self.tokenizer, self.data.caption_length)
-        sample.picture = transforms.decode(item.content[IMAGE], self.data.max_pixels)
+        sample.image = transforms.decode(item.content[IMAGE], self.data.max_pixels)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "open": {}, "taken": {}}

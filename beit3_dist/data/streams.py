@@ -68,8 +68,8 @@ class Sample:
     """Key of everything that is drawn for it: hash of (seed, stream, epoch, index)."""
     faults: list[Fault]
     """Samples that were tried for this position before."""
-    picture: Image.Image = field(init=False, repr=False)
-    """RGB picture; images and pairs have one."""
+    image: Image.Image = field(init=False, repr=False)
+    """RGB image; images and pairs have one."""
     words: np.ndarray = field(init=False, repr=False)
     """int64 ids of the text or the caption, <s> and </s> included; texts and pairs have them."""
 
@@ -151,9 +151,9 @@ class SampleStream(ABC):
         return next(self.read_all([position]))
 
     def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
-        """The samples at these positions, each picture read when its sample is asked for.
+        """The samples at these positions, each image read when its sample is asked for.
 
-        All are looked up, and their words read, before the first picture: between pictures, whose pixels drive all
+        All are looked up, and their words read, before the first image: between images, whose pixels drive all
         else out of the caches, that takes four times as long.
         """
         readings = [self._reading(position) for position in positions]
@@ -165,7 +165,7 @@ class SampleStream(ABC):
             yield sample
 
     def _reading(self, position: int) -> Iterator[Sample | None]:
-        """Stops before the first picture; then comes the sample of the position."""
+        """Stops before the first image; then comes the sample of the position."""
         faults: list[Fault] = []
         begun = False
         for source, epoch, chosen in self.candidates(position):
@@ -177,7 +177,7 @@ class SampleStream(ABC):
                 if not begun:
                     begun = True
                     yield None
-                self._load_picture(source, chosen, sample)
+                self._load_image(source, chosen, sample)
             except BadSample as bad:
                 table = self.tables[source]
                 faults.append(Fault(self.stream.field, table.shard(chosen), table.key(chosen), str(bad)))
@@ -238,8 +238,8 @@ class SampleStream(ABC):
         """Gives the sample the words, if any, of number `index` of the source; BadSample where they cannot be used."""
 
     @abstractmethod
-    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
-        """Gives the sample its picture, if any; BadSample where it cannot be used."""
+    def _load_image(self, source: int, index: int, sample: Sample) -> None:
+        """Gives the sample its image, if any; BadSample where it cannot be used."""
 
 
 def all_bad(stream: Stream, faults: list[Fault]) -> StreamFailed:
@@ -252,8 +252,8 @@ def all_bad(stream: Stream, faults: list[Fault]) -> StreamFailed:
     )
 
 
-class PictureStream(SampleStream):
-    """What the streams with pictures have in common."""
+class StreamWithImages(SampleStream):
+    """What the streams with images have in common."""
 
     def __init__(
         self,
@@ -270,15 +270,15 @@ class PictureStream(SampleStream):
         self.max_pixels = max_pixels
         self._set_lengths([len(table) for table in self.tables])
 
-    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
+    def _load_image(self, source: int, index: int, sample: Sample) -> None:
         row = self.tables[source].rows[index]
-        check_size("a picture", int(row["image"][1]), transforms.largest_file(self.max_pixels))
+        check_size("an image", int(row["image"][1]), transforms.largest_file(self.max_pixels))
         data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
-        sample.picture = transforms.decode(data, self.max_pixels)
+        sample.image = transforms.decode(data, self.max_pixels)
 
 
-class ImageStream(PictureStream):
-    """Pictures without text."""
+class ImageStream(StreamWithImages):
+    """Images without text."""
 
     stream = Stream.IMAGES
 
@@ -327,15 +327,15 @@ class TextStream(SampleStream):
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
         sample.words = self.windows[source].read(index)
 
-    def _load_picture(self, source: int, index: int, sample: Sample) -> None:
+    def _load_image(self, source: int, index: int, sample: Sample) -> None:
         """There is none."""
 
     def read_ahead(self, upcoming: Iterator[int]) -> None:
         """Token files are mapped, small, and read ahead by the system."""
 
 
-class PairStream(PictureStream):
-    """Pictures with captions."""
+class PairStream(StreamWithImages):
+    """Images with captions."""
 
     stream = Stream.PAIRS
 

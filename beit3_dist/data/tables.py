@@ -1,7 +1,7 @@
-"""Tables of pictures and captions, and plain files of texts: what shards and tokenizers are made from.
+"""Tables of images and captions, and plain files of texts: what shards and tokenizers are made from.
 
 Nothing is guessed: a row with more or fewer cells than its header, or a quote that is not closed, is refused by file
-and line, since a caption would be cut, or belong to another picture, without a word.
+and line, since a caption would be cut, or belong to another image, without a word.
 """
 
 from __future__ import annotations

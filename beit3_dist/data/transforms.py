@@ -1,8 +1,8 @@
-"""Pictures: from the bytes of a file to the two uint8 views that the model and the image tokenizer see.
+"""Images: from the bytes of a file to the two uint8 views that the model and the image tokenizer see.
 
 The augmentation is BEiT's: one random crop that both views share, mirroring, and jitter of brightness, contrast and
 saturation. The jitter comes after the crop, not before it as in BEiT, so that it touches fewer pixels: contrast takes
-the mean grey of the crop and not of the whole picture. It is drawn here, as three numbers, and applied on the device
+the mean grey of the crop and not of the whole image. It is drawn here, as three numbers, and applied on the device
 in one go (`data/views.py`): levels are cut to 0 and 255 after all three changes, not after each.
 """
 
@@ -48,11 +48,11 @@ ORDERS = np.array(list(itertools.permutations(range(3))))
 
 
 class TooLarge(BadSample):
-    """The picture has more pixels than are decoded."""
+    """The image has more pixels than are decoded."""
 
 
 def largest_file(max_pixels: int) -> int:
-    """Bytes of the largest picture file that is read."""
+    """Bytes of the largest image file that is read."""
     return BYTES_PER_PIXEL * max_pixels + BYTES_BESIDE
 
 
@@ -62,7 +62,7 @@ def _pillow(max_pixels: int) -> Iterator[None]:
     Image.MAX_IMAGE_PIXELS = max_pixels
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.simplefilter("ignore", UserWarning)  # Odd metadata; a picture that decodes is good.
+        warnings.simplefilter("ignore", UserWarning)  # Odd metadata; an image that decodes is good.
         try:
             yield
         except BadSample:
@@ -70,9 +70,9 @@ def _pillow(max_pixels: int) -> Iterator[None]:
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise TooLarge(f"more pixels than data.max_pixels={max_pixels}: {error}") from None
         except UnidentifiedImageError:
-            raise BadSample(f"undecodable picture: none of {', '.join(_formats())}") from None
+            raise BadSample(f"undecodable image: none of {', '.join(_formats())}") from None
         except Exception as error:  # Broken files make Pillow raise nearly anything, from OSError to struct.error.
-            raise BadSample(f"undecodable picture: {type(error).__name__}: {error}") from None
+            raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
 
 
 @cache
@@ -85,12 +85,12 @@ def _formats() -> tuple[str, ...]:
 
 
 def decode(source: bytes | BinaryIO, max_pixels: int) -> Image.Image:
-    """The picture in a file or its bytes, upright and in RGB; raises BadSample where there is none.
+    """The image in a file or its bytes, upright and in RGB; raises BadSample where there is none.
 
     The size in the file's header is checked against `max_pixels` before any pixel is decoded; of a file, no more than
     the header is read before. Of its metadata, the orientation is used and everything else dropped, however odd it is.
     An alpha channel or a transparent colour is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and
-    CMYK are converted. 32-bit integer and floating-point pictures have no defined white and are refused.
+    CMYK are converted. 32-bit integer and floating-point images have no defined white and are refused.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
@@ -113,15 +113,15 @@ def _decoded(file: BinaryIO, max_pixels: int) -> Image.Image:
 
 
 def normalised(image: Image.Image, max_pixels: int) -> Image.Image:
-    """What `decode` makes of an opened picture, which stays as it is. Raises BadSample."""
+    """What `decode` makes of an opened image, which stays as it is. Raises BadSample."""
     with _pillow(max_pixels):
         return _plain(image, max_pixels)
 
 
 def _plain(image: Image.Image, max_pixels: int) -> Image.Image:
-    """The picture upright, in RGB and without metadata."""
+    """The image upright, in RGB and without metadata."""
     if not image.width * image.height:
-        raise BadSample("undecodable picture: it has no pixels")
+        raise BadSample("undecodable image: it has no pixels")
     if image.width * image.height > max_pixels:
         raise TooLarge(f"{image.width} x {image.height} pixels exceed data.max_pixels={max_pixels}")
     image.load()
@@ -132,18 +132,18 @@ def _plain(image: Image.Image, max_pixels: int) -> Image.Image:
     return plain
 
 
-def read_picture(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
-    """The picture in a file, as `decode` describes it. Raises OSError where it cannot be read or is no regular file,
-    BadSample where it holds no picture or is larger than one can be."""
+def read_image(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
+    """The image in a file, as `decode` describes it. Raises OSError where it cannot be read or is no regular file,
+    BadSample where it holds no image or is larger than one can be."""
     with open_regular(path) as file:
-        check_size("a picture", os.fstat(file.fileno()).st_size, largest_file(max_pixels))
+        check_size("an image", os.fstat(file.fileno()).st_size, largest_file(max_pixels))
         return decode(file, max_pixels)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture in mode RGB, as `decode` describes."""
+    """The image in mode RGB, as `decode` describes."""
     if image.mode in ("I", "F"):
-        raise BadSample(f"undecodable picture: mode {image.mode} has no defined white")
+        raise BadSample(f"undecodable image: mode {image.mode} has no defined white")
     if image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.float32) / 257
         image = Image.fromarray(np.rint(levels).astype(np.uint8))
@@ -155,7 +155,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Random box (left, top, right, bottom): area in [min_scale, 1] of the picture, width over height in [3/4, 4/3].
+    """Random box (left, top, right, bottom): area in [min_scale, 1] of the image, width over height in [3/4, 4/3].
 
     Ten boxes are tried; if none fits, the largest centred box of an allowed ratio is taken (torchvision's
     RandomResizedCrop).
@@ -176,7 +176,7 @@ def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator
 def resized(
     image: Image.Image, size: int, box: tuple[int, int, int, int] | None = None, flip: bool = False
 ) -> np.ndarray:
-    """The picture, or a box of it, as a square: bicubic with antialiasing -> uint8 [size, size, 3]."""
+    """The image, or a box of it, as a square: bicubic with antialiasing -> uint8 [size, size, 3]."""
     view = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
     return cv2.flip(view, 1) if flip else view
 
@@ -191,7 +191,7 @@ def resize_into(room: np.ndarray, image: Image.Image, box: tuple[int, int, int, 
 
 
 def draw_jitter(strength: float, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Changes of N pictures, from numbers in [0, 1), [N, 4] -> factors and orders, [N, 3] each.
+    """Changes of N images, from numbers in [0, 1), [N, 4] -> factors and orders, [N, 3] each.
 
     The factors of brightness, contrast and saturation lie in [1 - strength, 1 + strength]; an order is one of 0, 1, 2.
     """
@@ -201,7 +201,7 @@ def draw_jitter(strength: float, numbers: np.ndarray) -> tuple[np.ndarray, np.nd
 def jitter_weights(factors: np.ndarray, orders: np.ndarray) -> np.ndarray:
     """Weights of a pixel's colour, of its grey, and of the view's mean grey in the new colour, float32 [N, 3].
 
-    Brightness scales a pixel's colour, contrast its distance from the picture's mean grey, saturation its distance
+    Brightness scales a pixel's colour, contrast its distance from the image's mean grey, saturation its distance
     from the pixel's own grey. Each is a linear map of (colour, its grey, mean grey of the view), so the three are one.
     """
     own, mixed, mean = np.ones(len(orders)), np.zeros(len(orders)), np.zeros(len(orders))

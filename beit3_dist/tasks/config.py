@@ -15,7 +15,7 @@ class TaskDataConfig(LoadingConfig):
     train: str | list[str] = ""
     """Index of the training examples (.jsonl), or a list of them (unilm's vqa: [vqa.train.jsonl,
     vqa.trainable_val.jsonl]), or a pattern of tars: itc takes pair shards, as in pretraining, imagenet and
-    imagenet_retrieval shards with a .cls member for each picture."""
+    imagenet_retrieval shards with a .cls member for each image."""
     validation: str | list[str] = ""
     """Index (or indexes, or tars) of the validation examples; empty: no validation."""
     images: str = "."
@@ -28,11 +28,11 @@ class TaskDataConfig(LoadingConfig):
     caption_key: str = "caption"
     """itc from tar shards: field of a pair's .json member that holds the caption."""
     min_crop_scale: float = 0.5
-    """Smallest area of the random crop as a share of the picture (imagenet: 0.08)."""
+    """Smallest area of the random crop as a share of the image (imagenet: 0.08)."""
     horizontal_flip: float = 0.5
-    """Probability of mirroring a picture, each by itself (unilm: 0.5 for all tasks, whatever a text says of left)."""
+    """Probability of mirroring an image, each by itself (unilm: 0.5 for all tasks, whatever a text says of left)."""
     rand_augment: str = ""
-    """Random changes of a training picture: a policy of timm's RandAugment such as rand-m9-mstd0.5-inc1 (imagenet), or
+    """Random changes of a training image: a policy of timm's RandAugment such as rand-m9-mstd0.5-inc1 (imagenet), or
     beit3, unilm's for vqa and captioning: two draws of strength 7. Empty: none."""
     random_erasing: float = 0.0
     """Probability of erasing a rectangle (unilm: 0.25)."""
@@ -199,7 +199,7 @@ class FinetuneConfig(TrainingConfig):
 
     @property
     def mixes(self) -> bool:
-        """Whether training mixes pictures."""
+        """Whether training mixes images."""
         return self.mixup > 0 or self.cutmix > 0
 
     def micro_batch(self, data_parallel: int) -> tuple[int, ...]:

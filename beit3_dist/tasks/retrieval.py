@@ -119,19 +119,19 @@ def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor, group: dist
 
 
 def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor) -> Path:
-    """retrieval.jsonl: the ten best pictures of each text, and the ten best texts of each picture, with their scores.
+    """retrieval.jsonl: the ten best images of each text, and the ten best texts of each image, with their scores.
 
-    Row i is text i, vectors [N, D], and the picture that it belongs to; a picture that comes several times is taken
-    from its first row. A text is called by its row, a picture by its name.
+    Row i is text i, vectors [N, D], and the image that it belongs to; an image that comes several times is taken
+    from its first row. A text is called by its row, an image by its name.
     """
     first = first_rows(image_of_text)
-    names, pictures = list(first), images[list(first.values())]
+    names, images = list(first), images[list(first.values())]
     path = folder / "retrieval.jsonl"
     with open(path, "w", encoding="utf-8") as file:
-        for row, (places, scores) in enumerate(_best(texts, pictures)):
+        for row, (places, scores) in enumerate(_best(texts, images)):
             record: dict[str, Any] = {"text": row, "images": [names[place] for place in places], "scores": scores}
             file.write(json.dumps(record) + "\n")
-        for name, (places, scores) in zip(names, _best(pictures, texts), strict=True):
+        for name, (places, scores) in zip(names, _best(images, texts), strict=True):
             file.write(json.dumps({"image": name, "texts": places, "scores": scores}) + "\n")
     return path
 

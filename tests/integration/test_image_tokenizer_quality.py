@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from beit3_dist.data.pictures import channels_first
+from beit3_dist.data.image_memory import channels_first
 from beit3_dist.data.transforms import decode, resized
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD

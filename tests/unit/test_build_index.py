@@ -142,7 +142,7 @@ def vqa_files(folder: Path, pictures: int) -> Path:
 
 
 def test_vqa(tmp_path: Path, spm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "VALIDATION_PICTURES", 20)
+    monkeypatch.setattr(benchmarks, "VALIDATION_IMAGES", 20)
     source, out = vqa_files(tmp_path / "vqa", pictures=50), tmp_path / "out"
     run("vqa", source, out, "--text_tokenizer", spm)
     # 'many' is the first answer of 1 + 5 questions only, 'Two' (2) of many; '3.' of none.
@@ -178,7 +178,7 @@ def test_vqa(tmp_path: Path, spm: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_vqa_with_a_given_list_of_answers(tmp_path: Path, spm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "VALIDATION_PICTURES", 5)
+    monkeypatch.setattr(benchmarks, "VALIDATION_IMAGES", 5)
     build_index.write_answers(tmp_path / "list.txt", ["3", "2", "many"])
     run(
         "vqa",
@@ -265,7 +265,7 @@ ODD = {  # (command, what is changed in a record, words of the one line)
     "a number in words": ("coco", {"cocoid": "five"}, "cocoid is 'five', and no whole number"),
     "another split": ("coco", {"split": "dev"}, "split is 'dev', and none of train, restval, val, test"),
     "a split that leaves OUT": ("flickr30k", {"split": "x/../../y"}, "split is 'x/../../y', and none of"),
-    "no picture": ("coco", None, "it has no picture"),
+    "no picture": ("coco", None, "it has no image"),
     "a sentence that is a number": ("nlvr2", {"sentence": 5}, "sentence is 5, and no text"),
     "a question that is none": ("vqa", {"question": None}, "question is None, and no text"),
     "a picture in words": ("vqa", {"image_id": "1"}, "image_id is '1', and no whole number"),
@@ -352,7 +352,7 @@ def test_a_folder_without_pictures_is_no_class(tmp_path: Path, capsys: pytest.Ca
     for folder in ("train/cat", "train/lost+found", "train/.thumbnails", "val/cat"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / ("a.jpg" if folder.endswith("cat") else "notes")).write_bytes(b"a picture")
-    assert "train/lost+found holds no picture, but would be" in refused(capsys, "imagenet", tmp_path, tmp_path / "out")
+    assert "train/lost+found holds no image, but would be" in refused(capsys, "imagenet", tmp_path, tmp_path / "out")
     shutil.rmtree(tmp_path / "train" / "lost+found")
     run("imagenet", tmp_path, tmp_path / "out")
     assert (tmp_path / "out" / "imagenet.classes.txt").read_text() == "cat\n"
@@ -361,7 +361,7 @@ def test_a_folder_without_pictures_is_no_class(tmp_path: Path, capsys: pytest.Ca
 def test_answers_are_read_as_in_training(
     tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmarks, "VALIDATION_PICTURES", 2)
+    monkeypatch.setattr(benchmarks, "VALIDATION_IMAGES", 2)
     source = vqa_files(tmp_path / "vqa", pictures=5)
     (tmp_path / "answers.txt").write_bytes(b"\xef\xbb\xbf2\r\nmany\r\n")
     run("vqa", source, tmp_path / "out", "--text_tokenizer", spm, "--answers", tmp_path / "answers.txt")
@@ -401,7 +401,7 @@ def test_sentences_are_true_as_labelled_and_no_side_gives_them_away(
     alone: dict[str, Counter] = defaultdict(Counter)
     together: dict[str, Counter] = defaultdict(Counter)
     for split, source in easy.items():
-        known = {source.picture(number, split): shape for number, shape in source.shapes().items()}
+        known = {source.image_path(number, split): shape for number, shape in source.shapes().items()}
         for record in indexes[f"nlvr2.{split}.jsonl"]:
             pair = [known[record["image_path"]], known[record["image2_path"]]]
             assert record["image_path"] != record["image2_path"]

@@ -148,7 +148,7 @@ def test_unreadable_pictures_are_listed_and_skipped(
     record = json.loads((tmp_path / "out" / "shards.json").read_text())
     assert [Path(path).name for path, _ in record["skipped"]] == ["cut.png", "text.jpg"]
     assert sum(shard["samples"] for shard in record["shards"]) == 40
-    assert "skipped 2 pictures in all" in capsys.readouterr().err
+    assert "skipped 2 images in all" in capsys.readouterr().err
 
 
 ROWS = [("a.png", "a red square"), ("a.png", "a square,\nin red"), ("b.png", 'he said "blue"'), ("c.png", "  ")]
@@ -312,7 +312,7 @@ def test_bad_input_is_one_line_and_code_2(pictures: Path, tmp_path: Path, capsys
     out = tmp_path / "out"
     cases: list[tuple[str, tuple[object, ...]]] = [
         ("there is no folder", ("images", tmp_path / "absent", out)),
-        ("no picture below", ("images", tmp_path / "empty", out)),
+        ("no image below", ("images", tmp_path / "empty", out)),
         ("already exists", ("images", pictures, tmp_path / "used")),
         ("--held-out 1 is not in", ("images", pictures, out, "--held-out", 1)),
         ("--per-shard 0 is less than 1", ("images", pictures, out, "--per-shard", 0)),

@@ -40,7 +40,7 @@ PAIR_FAULTS = {
     "duplicate": [("k.png", picture(0)), ("k.jpg", picture(1)), ("k.txt", b"words")],
     "not adjacent": [("k.png", picture(0)), ("l.png", picture(1)), ("k.txt", b"words"), ("l.txt", b"words")],
     "incomplete": [("k.png", picture(0))],
-    "unreadable picture": [("k.png", picture(0)[:60]), ("k.txt", b"words")],
+    "unreadable image": [("k.png", picture(0)[:60]), ("k.txt", b"words")],
     "too many pixels": [("k.png", picture(0, 50, 50)), ("k.txt", b"words")],
     "bad caption": [("k.png", picture(0)), ("k.txt", b" \n")],
 }
@@ -127,7 +127,7 @@ def test_table_lists_a_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     path = write_tar(tmp_path / "a.tar", [{"__key__": f"{number:02d}", "png": b"junk"} for number in range(25)])
     assert check_shards.main(["--images", str(path), "--jobs", "1", "--cache", str(tmp_path / "cache")]) == 1
     shown = capsys.readouterr().out
-    assert "25 unreadable picture" in shown and shown.count("undecodable") == 20 and "and 5 others" in shown
+    assert "25 unreadable image" in shown and shown.count("undecodable") == 20 and "and 5 others" in shown
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

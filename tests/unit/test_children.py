@@ -64,15 +64,15 @@ def use(tool: str) -> None:
     folder = Path(os.environ["STUCK"])
     if tool == "build_shards":
         build_shards.prepared = stuck
-        pictures = [build_shards.Picture("a.png")] * 64
-        list(build_shards.picture_samples(pictures, Namespace(workers=WORKERS, size=0, held_out=0), []))
+        pictures = [build_shards.ImageFile("a.png")] * 64
+        list(build_shards.image_samples(pictures, Namespace(workers=WORKERS, size=0, held_out=0), []))
     elif tool == "check_shards":
         check_shards.check = stuck
         tars = [str(image_tar(folder / f"{number}.tar", 1)) for number in range(WORKERS)]
         check_shards.main(["--images", f"{{{','.join(tars)}}}", "--cache", str(folder), "--jobs", str(WORKERS)])
     else:
         demo_sources.draw_emoji = stuck
-        list(demo_sources.emoji_pictures(WORKERS))
+        list(demo_sources.emoji_images(WORKERS))
 
 
 if __name__ == "__main__":

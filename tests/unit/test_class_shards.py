@@ -52,8 +52,8 @@ def test_examples_are_those_of_the_tars(tmp_path: Path) -> None:
         ({"cls": b"10"}, r"key n/b.0: the class '10' is not in range\(10\)"),
         ({"cls": b"cat"}, "key n/b.0: the class 'cat'"),
         ({"cls": b"-1"}, "the class '-1'"),
-        ({"cls": b"-"}, "key n/b.0: a picture without a .cls member"),
-        ({"png": b"-"}, "key n/b.0: a .cls member without a picture"),
+        ({"cls": b"-"}, "key n/b.0: an image without a .cls member"),
+        ({"png": b"-"}, "key n/b.0: a .cls member without an image"),
         ({"jpg": b"x"}, "key n/b.0: a second .(jpg|png) member"),
     ],
 )

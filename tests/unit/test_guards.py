@@ -85,7 +85,7 @@ def watched(folder: Path, share: float, state: TrainState) -> BadSamples:
     return BadSamples(share, folder, Mesh(0, 1, 0, 1, torch.device("cpu")), state)
 
 
-def fault(step: int, shard: str = "a.tar", reason: str = "undecodable picture: 7 bytes") -> str:
+def fault(step: int, shard: str = "a.tar", reason: str = "undecodable image: 7 bytes") -> str:
     return json.dumps({"step": step, "shard": shard, "key": "k", "reason": reason})
 
 
@@ -95,7 +95,7 @@ def test_the_report_of_bad_samples_does_without_lines_that_are_not_whole(tmp_pat
     guard.check(TrainState(step=9, consumed={"images": 20_000}, bad_samples=10_000))
     with pytest.raises(RunStopped) as stop:
         guard.check(TrainState(step=9, consumed={"images": 20_000}, bad_samples=10_001))
-    for part in ("10,001 of 20,000 samples", "a.tar (3)", "undecodable picture (3)", "4 of its lines cannot be read"):
+    for part in ("10,001 of 20,000 samples", "a.tar (3)", "undecodable image (3)", "4 of its lines cannot be read"):
         assert part in str(stop.value)
 
 
@@ -112,7 +112,7 @@ def test_data_that_go_bad_late_in_a_run_stop_it_soon(tmp_path: Path, caplog: pyt
     state.advance({"images": 6_144}, 3_072)
     with pytest.raises(RunStopped, match="64,512 samples .* in steps 500001 to 500021, more than .*6,144,000") as stop:
         guard.check(state)
-    assert "most of them in a.tar (2); reasons: undecodable picture (2);" in str(stop.value), "of these steps"
+    assert "most of them in a.tar (2); reasons: undecodable image (2);" in str(stop.value), "of these steps"
 
 
 def test_few_bad_samples_stop_and_warn_at_no_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

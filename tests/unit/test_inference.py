@@ -14,7 +14,7 @@ from PIL import Image
 
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.config import ModelConfig
-from beit3_dist.inference import Model, open_picture
+from beit3_dist.inference import Model, open_image
 from beit3_dist.tasks.data.augmentation import IMAGENET
 from beit3_dist.tasks.parts import generation
 from beit3_dist.tasks.registry import task_class
@@ -114,7 +114,7 @@ def test_answers(folders: dict[str, Path], pictures: list[Path]) -> None:
     answers = model.answer(*zip(*asked, strict=True))
     assert answers == [model.answer([picture], [sentence])[0] for picture, sentence in asked]
     assert set(answers) <= set(ANSWERS) and len(set(answers)) > 1
-    with pytest.raises(ValueError, match="1 pictures and 2 questions"):
+    with pytest.raises(ValueError, match="1 images and 2 questions"):
         model.answer(pictures[:1], SENTENCES[:2])
 
 
@@ -140,7 +140,7 @@ def test_classes_of_pictures(folders: dict[str, Path], pictures: list[Path]) -> 
     """Against the definition: the largest centred square, normalised by ImageNet's mean and deviation."""
     model = Model.load(folders["imagenet"], device="cpu")
     for file in pictures:
-        picture = open_picture(file)
+        picture = open_image(file)
         side, (mean, deviation) = min(picture.size), map(np.array, IMAGENET)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         square = picture.resize((16, 16), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -170,7 +170,7 @@ def test_truths_of_sentences(folders: dict[str, Path], pictures: list[Path]) -> 
     truths = model.is_true(*zip(*asked, strict=True))
     assert truths == [model.is_true([two], [sentence])[0] for two, sentence in asked]
     assert set(truths) == {True, False}
-    with pytest.raises(ValueError, match="1 pairs of pictures and 2 sentences"):
+    with pytest.raises(ValueError, match="1 pairs of images and 2 sentences"):
         model.is_true([(pictures[0], pictures[1])], SENTENCES[:2])
 
 
@@ -213,19 +213,19 @@ def test_pictures_that_cannot_be_opened(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.jpg: undecodable"):
-        open_picture(broken)
+        open_image(broken)
     with pytest.raises(FileNotFoundError):
-        open_picture(tmp_path / "none.jpg")
+        open_image(tmp_path / "none.jpg")
     with pytest.raises(ValueError, match="uint8"):
-        open_picture(np.zeros((4, 4, 3)))
+        open_image(np.zeros((4, 4, 3)))
     with pytest.raises(ValueError, match=r"not uint8 \[0, 4, 3\]"):
-        open_picture(np.zeros((0, 4, 3), np.uint8))
+        open_image(np.zeros((0, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="it has no pixels"):
-        open_picture(Image.new("RGB", (4, 0)))
+        open_image(Image.new("RGB", (4, 0)))
     for form in (Image.new("RGB", (20, 20)), tmp_path / "large.png"):
         Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
         with pytest.raises(ValueError, match="20 x 20|more pixels"):
-            open_picture(form, max_pixels=300)
+            open_image(form, max_pixels=300)
 
 
 def test_pictures_stand_upright() -> None:
@@ -233,7 +233,7 @@ def test_pictures_stand_upright() -> None:
     turned, file = Image.Exif(), io.BytesIO()
     turned[0x0112] = 6  # the camera was turned by 90 degrees
     picture.save(file, "PNG", exif=turned)
-    upright = open_picture(Image.open(file))
+    upright = open_image(Image.open(file))
     assert upright.size == (4, 8)
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(picture), -1))
 
@@ -274,11 +274,11 @@ def test_one_input_alone_is_refused(case: str, folders: dict[str, Path], picture
         ("retrieval", lambda m, p: m.embed_texts([["a", "red"]]), "texts are strings, not list"),
         ("retrieval", lambda m, p: m.embed_texts(["a", "\ud83d"]), r"texts\[1\]: half a surrogate pair"),
         ("vqa", lambda m, p: m.answer(p[:1], [3]), "questions are strings, not int"),
-        ("retrieval", lambda m, p: m.embed_images([b"a"]), "a picture is a path, a PIL image or an array, not bytes"),
-        ("imagenet", lambda m, p: m.classify([p]), "a picture is a path, a PIL image or an array, not list"),
-        ("captioning", lambda m, p: m.caption([None]), "a picture is a path, a PIL image or an array, not NoneType"),
-        ("nlvr2", lambda m, p: m.is_true([p[:3]], ["both are red"]), "a sentence is about two pictures, not 3"),
-        ("nlvr2", lambda m, p: m.is_true([p[:1]], ["it is red"]), "a sentence is about two pictures, not 1"),
+        ("retrieval", lambda m, p: m.embed_images([b"a"]), "an image is a path, a PIL image or an array, not bytes"),
+        ("imagenet", lambda m, p: m.classify([p]), "an image is a path, a PIL image or an array, not list"),
+        ("captioning", lambda m, p: m.caption([None]), "an image is a path, a PIL image or an array, not NoneType"),
+        ("nlvr2", lambda m, p: m.is_true([p[:3]], ["both are red"]), "a sentence is about two images, not 3"),
+        ("nlvr2", lambda m, p: m.is_true([p[:1]], ["it is red"]), "a sentence is about two images, not 1"),
     ],
 )
 def test_inputs_of_another_kind_are_refused(
@@ -293,6 +293,6 @@ def test_lists_may_be_any_that_have_an_order(folders: dict[str, Path], pictures:
     model = Model.load(folders["retrieval"], device="cpu")
     assert torch.equal(model.embed_texts(text for text in SENTENCES), model.embed_texts(tuple(SENTENCES)))
     assert torch.equal(model.embed_texts(np.array(SENTENCES)), model.embed_texts(SENTENCES))
-    batch = np.stack([np.asarray(open_picture(pictures[1]))] * 2)
+    batch = np.stack([np.asarray(open_image(pictures[1]))] * 2)
     assert model.embed_images(batch).shape == (2, 32)
     assert model.embed_texts([]).shape == (0, 32)

@@ -9,16 +9,16 @@ import pytest
 
 from beit3_dist.data.kinds import (
     IMAGE,
+    IMAGE_EXTENSIONS,
     JSONL,
-    PICTURES,
     TXT,
     LeftOut,
     folders_in,
     hidden,
+    images_below,
+    images_in,
     is_tar,
     key_and_kind,
-    pictures_below,
-    pictures_in,
 )
 from beit3_dist.tasks.data.benchmarks import imagenet
 
@@ -36,7 +36,7 @@ def test_a_system_s_names(name: str) -> None:
 
 @pytest.mark.parametrize("change", [str.lower, str.upper, str.title])
 def test_extensions_in_any_case(change: type[str]) -> None:
-    for extension in PICTURES:
+    for extension in IMAGE_EXTENSIONS:
         assert key_and_kind(f"x.{change(extension)}".encode())[1] == IMAGE
     assert key_and_kind(change("x.txt").encode())[1] == TXT and key_and_kind(change("x.jsonl").encode())[1] == JSONL
     assert is_tar(change("x.tar")) and is_tar(change("x.tar.gz")) and is_tar(change("x.tgz"))
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_pictures_below_a_folder(folder: Path) -> None:
     left_out: LeftOut = {}
-    found = [str(path.relative_to(folder)) for path in pictures_below(folder, left_out)]
+    found = [str(path.relative_to(folder)) for path in images_below(folder, left_out)]
     assert found == ["7.heic", "a/3.png", "a/6.jfif", "b/1.JPG", "c/8.gif"]
     assert left_out == {
         "not a regular file": (1, "10.png"),
@@ -78,7 +78,7 @@ def test_names_in_one_folder(folder: Path) -> None:
     assert folders_in(folder, left_out) == ["11.png", "a", "b", "c", "d", "round"]
     assert left_out == {"hidden": (2, f"{folder}/.git"), "beside the folders": (3, f"{folder}/10.png")}
     left_out = {}
-    assert pictures_in(folder, left_out) == ["7.heic"] and pictures_in(folder / "b", left_out) == ["1.JPG"]
+    assert images_in(folder, left_out) == ["7.heic"] and images_in(folder / "b", left_out) == ["1.JPG"]
     assert left_out == {
         "hidden": (3, f"{folder}/.git"),
         "not a regular file": (1, f"{folder}/10.png"),

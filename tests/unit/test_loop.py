@@ -121,7 +121,7 @@ def test_a_moving_average_leaves_skipped_steps_out() -> None:
 
 
 def test_the_samples_that_end_a_run_are_written_down(parts: Any) -> None:
-    bad = [Fault("images", "a.tar", "key", "undecodable picture")]
+    bad = [Fault("images", "a.tar", "key", "undecodable image")]
     parts.job.next_batch.side_effect = RunStopped("100 bad samples in a row", bad)
     with pytest.raises(RunStopped):
         loop.train(parts.job)

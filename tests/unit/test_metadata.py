@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.metadata import without_metadata
 from beit3_dist.data.transforms import decode
-from beit3_dist.inference import open_picture
+from beit3_dist.inference import open_image
 from beit3_dist.tasks.data.batches import _decoded
 from tools import build_shards
 
@@ -153,9 +153,9 @@ def test_a_whole_picture_is_used(name: str, tmp_path: Path) -> None:
     data, turned = (TURNED[name], True) if name in TURNED else (UPRIGHT[name], False)
     path = tmp_path / "a.picture"
     path.write_bytes(data)
-    for picture in (decode(data, LIMIT), _decoded(path, LIMIT), open_picture(path)):
+    for picture in (decode(data, LIMIT), _decoded(path, LIMIT), open_image(path)):
         assert is_ramp(picture, turned) and picture.info == {}
-    kept = build_shards.prepared(build_shards.Picture(str(path.rename(tmp_path / "a.jpg"))), size=20)
+    kept = build_shards.prepared(build_shards.ImageFile(str(path.rename(tmp_path / "a.jpg"))), size=20)
     assert not kept.fault and len(kept.stored) < 10_000
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -164,7 +164,7 @@ def test_a_whole_picture_is_used(name: str, tmp_path: Path) -> None:
         except Exception:
             return  # Nobody can hand this one over.
         try:
-            assert is_ramp(open_picture(opened), turned)
+            assert is_ramp(open_image(opened), turned)
         except (ValueError, OSError):
             assert without_metadata(data) != data, "Pillow's own object can only be loaded by Pillow"
 
@@ -209,7 +209,7 @@ def test_formats(kind: str) -> None:
 
 
 def test_heic_is_a_bad_sample_where_pillow_cannot_read_it() -> None:
-    with pytest.raises(BadSample, match="undecodable picture"):
+    with pytest.raises(BadSample, match="undecodable image"):
         decode(b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(200), LIMIT)
 
 
@@ -220,12 +220,12 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path, head: bytes) -> None:
     path.write_bytes(head)
     os.truncate(path, 20_000_000_000)
     tracemalloc.start()
-    for read in (lambda: _decoded(path, LIMIT), lambda: open_picture(path)):
-        with pytest.raises((BadSample, ValueError), match="a picture of 20,000,000,000 bytes"):
+    for read in (lambda: _decoded(path, LIMIT), lambda: open_image(path)):
+        with pytest.raises((BadSample, ValueError), match="an image of 20,000,000,000 bytes"):
             read()
-    assert "20,000,000,000 bytes" in build_shards.prepared(build_shards.Picture(str(path)), 0).fault
+    assert "20,000,000,000 bytes" in build_shards.prepared(build_shards.ImageFile(str(path)), 0).fault
     os.truncate(path, 700_000_000)  # a picture of 100 million pixels may be as large: its header is asked first
-    assert head or "undecodable" in build_shards.prepared(build_shards.Picture(str(path)), 0).fault
+    assert head or "undecodable" in build_shards.prepared(build_shards.ImageFile(str(path)), 0).fault
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
 
@@ -234,14 +234,14 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path, head: bytes) -> None:
 def test_pictures_that_are_no_files_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
-    for read in (lambda: _decoded(path, LIMIT), lambda: open_picture(path)):
+    for read in (lambda: _decoded(path, LIMIT), lambda: open_image(path)):
         with pytest.raises(OSError, match="not a regular file"):
             read()
-    assert "not a regular file" in build_shards.prepared(build_shards.Picture(str(path)), 0).fault
+    assert "not a regular file" in build_shards.prepared(build_shards.ImageFile(str(path)), 0).fault
 
 
 def test_inference_leaves_the_users_own_picture_as_it_is() -> None:
     own = RGB.copy()
     own.info = {"icc_profile": PROFILE}
-    seen = open_picture(own)
+    seen = open_image(own)
     assert seen.info == {} and own.info == {"icc_profile": PROFILE} and is_ramp(seen, turned=False)

@@ -85,10 +85,10 @@ def test_the_best_are_found_in_order(capsys: pytest.CaptureFixture[str], folder:
     scores = (network.embed_images(files) @ network.embed_texts([WORDS])[0]).tolist()
     ranked = sorted(zip(scores, files, strict=True), key=lambda match: -match[0])[:7]
     assert printed[:-1] == [f"{score:.3f}  {file.relative_to(folder)}" for score, file in ranked]
-    assert "40 pictures, 40 of them newly read" in printed[-1]
+    assert "40 images, 40 of them newly read" in printed[-1]
     page = Page(folder.parent / "page.html")
     assert page.links == [file for _, file in ranked]
-    assert WORDS in page.text and "the 7 best of 40 pictures" in page.text
+    assert WORDS in page.text and "the 7 best of 40 images" in page.text
     for small, (_, file) in zip(page.pictures, ranked, strict=True):
         with Image.open(file) as original:
             original.thumbnail((192, 192))
@@ -122,7 +122,7 @@ def test_a_second_search_reads_what_changed(
     noise(folder / "below 1" / "1.png", seed=99)
     noise(folder / "new.jpg", seed=100)
     third = search(capsys, folder, model, "--top", 41)
-    assert "40 pictures, 2 of them newly read" in third[-1]
+    assert "40 images, 2 of them newly read" in third[-1]
     for index in (folder.parent / "cache" / "search").glob("*.npz"):
         index.unlink()
     assert search(capsys, folder, model, "--top", 41)[:-1] == third[:-1], "as if there never was an index"
@@ -131,19 +131,19 @@ def test_a_second_search_reads_what_changed(
 def test_an_interrupted_search_keeps_what_it_read(
     capsys: pytest.CaptureFixture[str], folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, calls = search_images.open_picture, []
+    opened, calls = search_images.open_image, []
 
-    def interrupted(path: Path):  # 40 pictures are a batch of 32 and one of 8
+    def interrupted(path: Path):  # 40 images are a batch of 32 and one of 8
         calls.append(path)
         if len(calls) > 35:
             raise KeyboardInterrupt
         return opened(path)
 
-    monkeypatch.setattr(search_images, "open_picture", interrupted)
+    monkeypatch.setattr(search_images, "open_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search(capsys, folder, model)
     monkeypatch.undo()
-    assert "40 pictures, 8 of them newly read" in search(capsys, folder, model)[-1]
+    assert "40 images, 8 of them newly read" in search(capsys, folder, model)[-1]
 
 
 def test_a_damaged_index_is_made_anew(capsys: pytest.CaptureFixture[str], folder: Path, model: Path) -> None:
@@ -207,10 +207,10 @@ def test_unreadable_files_are_listed(
     noise(folder / "cut.png", 1, (200, 200))
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:5000])
     for _ in range(2):  # the second time from the index
-        assert "40 pictures" in search(capsys, folder, model)[-1]
+        assert "40 images" in search(capsys, folder, model)[-1]
         text = Page(folder.parent / "page.html").text
         assert "2 files could not be read" in text
-        assert "broken.jpg: undecodable picture" in text and "cut.png: undecodable picture" in text
+        assert "broken.jpg: undecodable image" in text and "cut.png: undecodable image" in text
 
 
 def test_what_is_left_out_is_told(capsys: pytest.CaptureFixture[str], folder: Path, model: Path) -> None:
@@ -251,7 +251,7 @@ def test_links_are_followed_once(capsys: pytest.CaptureFixture[str], tmp_path: P
     noise(tmp_path / "elsewhere" / "d.png", 3)
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(folder / "pipe.png")
-    assert "2 pictures" in search(capsys, folder, model)[-1]
+    assert "2 images" in search(capsys, folder, model)[-1]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, folder: Path, model: Path, tokenizer: Path) -> None:  # noqa: F811
@@ -263,9 +263,9 @@ def test_mistakes_are_one_line(tmp_path: Path, folder: Path, model: Path, tokeni
         ((folder, WORDS, "--model", tmp_path), "no model folder"),
         ((folder, WORDS, "--model", vqa), "fine-tuned for vqa"),
         ((folder, WORDS, "--model", model, "--top", 0), "--top 0"),
-        ((folder, WORDS, "--model", model, "--out", folder / "page.html"), "nothing is written among the pictures"),
+        ((folder, WORDS, "--model", model, "--out", folder / "page.html"), "nothing is written among the images"),
         ((folder, WORDS, "--model", model, "--out", tmp_path / "page.pdf"), "page.pdf"),
-        ((empty, WORDS, "--model", model), "no readable picture"),
+        ((empty, WORDS, "--model", model), "no readable image"),
         ((folder, WORDS, "--model", model, "--device", "cuda:99"), "the device cuda:99 cannot be used here: "),
         ((folder, WORDS, "--model", model, "--device", "gpu"), "the device gpu cannot be used here: "),
     ):

@@ -125,7 +125,7 @@ def test_the_faults_are_told(reference: Read) -> None:
         (Path(fault.shard).name, fault.key, fault.reason.split(":")[0]) for part in reference.faults for fault in part
     }
     assert reasons >= {
-        ("some-2.tar", "b", "undecodable picture"),
+        ("some-2.tar", "b", "undecodable image"),
         ("two-4.tar", "a", "empty caption"),
         ("two-4.tar", "b", "half a sample"),
     }

@@ -43,7 +43,7 @@ def pairs(folder: Path, tokenizer: TextTokenizer, shuffled: bool = True, length:
 
 
 def pixels(stream: ImageStream | PairStream, position: int) -> bytes:
-    return stream.read(position).picture.tobytes()
+    return stream.read(position).image.tobytes()
 
 
 def test_images_once_per_epoch(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_images_once_per_epoch(tmp_path: Path) -> None:
     for epoch, samples in enumerate(epochs):
         assert sorted(sample.index for sample in samples) == list(range(11))
         assert {sample.epoch for sample in samples} == {epoch}
-        assert len({sample.picture.tobytes() for sample in samples}) == 11
+        assert len({sample.image.tobytes() for sample in samples}) == 11
         order = [permute(place, 11, mix(0, Stream.IMAGES, epoch)) for place in range(11)]
         assert [sample.index for sample in samples] == order
     assert [sample.index for sample in epochs[0]] != [sample.index for sample in epochs[1]]
@@ -78,7 +78,7 @@ def test_reading_many_is_reading_each(tmp_path: Path, tokenizer: TextTokenizer) 
     one, many = pairs(tmp_path, tokenizer), pairs(tmp_path, tokenizer)
 
     def content(sample: Sample) -> tuple:
-        return sample.id, sample.key, sample.words.tolist(), sample.picture.tobytes(), sample.faults
+        return sample.id, sample.key, sample.words.tolist(), sample.image.tobytes(), sample.faults
 
     places = [*range(12), 3]
     found = [content(sample) for sample in many.read_all(places)]
@@ -116,7 +116,7 @@ def test_bad_picture_is_replaced_and_moves_no_other(tmp_path: Path) -> None:
         expected, found = good.read(position), bad.read(position)
         if expected.index != 4:
             assert found.id == expected.id and not found.faults
-            assert found.picture.tobytes() == expected.picture.tobytes()
+            assert found.image.tobytes() == expected.image.tobytes()
             continue
         replaced += 1
         first = mix(0, Stream.IMAGES, expected.epoch, 4, 1) % 12
@@ -124,7 +124,7 @@ def test_bad_picture_is_replaced_and_moves_no_other(tmp_path: Path) -> None:
         assert found.id == sample_id(Stream.IMAGES, found.epoch, found.index)
         [fault] = found.faults
         assert (fault.stream, Path(fault.shard).name, fault.key) == ("images", "a.tar", "0004")
-        assert fault.reason.startswith("undecodable picture")
+        assert fault.reason.startswith("undecodable image")
         assert images(tmp_path / "bad").read(position).faults == found.faults
     assert replaced == 3
 
@@ -174,7 +174,7 @@ def test_block_shuffle_reads_ahead_and_each_sample_once(tmp_path: Path, monkeypa
     image_tar(tmp_path / "a.tar", 9)
     image_tar(tmp_path / "b.tar", 10, seed=50)
     plain = images(tmp_path, shuffled=False)
-    stored = [plain.read(number).picture.tobytes() for number in range(19)]
+    stored = [plain.read(number).image.tobytes() for number in range(19)]
     stream = ImageStream(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(2, 6))
     told: list[tuple[int, int, int]] = []
     monkeypatch.setattr(ShardReader, "expect", lambda self, *place: told.append(place))
@@ -185,7 +185,7 @@ def test_block_shuffle_reads_ahead_and_each_sample_once(tmp_path: Path, monkeypa
             samples.append(stream.read(position))
         assert sorted(sample.index for sample in samples) == list(range(19))
         for sample in samples:
-            assert sample.picture.tobytes() == stored[sample.index]
+            assert sample.image.tobytes() == stored[sample.index]
             row = stream.tables[0].rows[sample.index]
             offset, size = row["image"]
             assert any(shard == row["shard"] and start <= offset and offset + size <= end for shard, start, end in told)
@@ -250,7 +250,7 @@ def test_pairs_are_never_mixed(tmp_path: Path, tokenizer: TextTokenizer) -> None
         number = numbers[sample.index]
         expected = tokenizer.encode(sentences()[number])[:62]
         assert sample.words.tolist() == [0, *expected, 2]
-        assert sample.picture.tobytes() == shown(number, "JPEG")
+        assert sample.image.tobytes() == shown(number, "JPEG")
 
 
 def test_captions_of_txt_and_json(tmp_path: Path, tokenizer: TextTokenizer) -> None:
@@ -318,7 +318,7 @@ def test_weighted_sources_in_exact_proportion_with_their_own_epochs(tmp_path: Pa
     assert Counter(s.epoch for s in first) == Counter({epoch: 5 for epoch in range(15)})
     assert Counter(s.epoch for s in second) == Counter({0: 7, 1: 7, 2: 7, 3: 4})
     assert all(len({s.index for s in first if s.epoch == epoch}) == 5 for epoch in range(15))
-    assert all(s.picture.tobytes() == shown(s.index if s.index < 5 else 50 + s.index - 5) for s in samples)
+    assert all(s.image.tobytes() == shown(s.index if s.index < 5 else 50 + s.index - 5) for s in samples)
     alone = images(tmp_path, "a.tar")
     assert [s.index for s in first] == [alone.read(position).index for position in range(75)]
 
@@ -348,7 +348,7 @@ def test_texts(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     stream = TextStream(shards, "data.texts", 0, cache, tokenizer, 12, share=Share(1, 2))
     samples = [stream.read(position) for position in range(len(stream))]
     assert sorted(sample.index for sample in samples) == list(range(len(stream)))
-    assert all(not hasattr(sample, "picture") and len(sample.words) <= 12 for sample in samples)
+    assert all(not hasattr(sample, "image") and len(sample.words) <= 12 for sample in samples)
     tokens = sum(len(shard.tokens) for shard in stream.windows[0].shards)
     assert sum(len(sample.words) - 2 for sample in samples) == tokens
 

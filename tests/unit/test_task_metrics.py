@@ -116,7 +116,7 @@ REFERENCES: Mapping[int, list[str]] = {7: ["a circle", "a green circle"], 9: ["t
 
 def test_exact_match_needs_no_package() -> None:
     assert caption_scores(WRITTEN, REFERENCES) == {"exact_match": 0.5}
-    with pytest.raises(ValueError, match="not for the same pictures"):
+    with pytest.raises(ValueError, match="not for the same images"):
         caption_scores({7: "a"}, REFERENCES)
 
 

@@ -137,9 +137,9 @@ def test_bombs_are_refused_before_a_pixel_is_decoded() -> None:
     ],
 )
 def test_broken_pictures_are_bad_samples(damage: object) -> None:
-    with pytest.raises(BadSample, match="undecodable picture"):
+    with pytest.raises(BadSample, match="undecodable image"):
         transforms.decode(damage(picture(0)), LIMIT)
-    with pytest.raises(BadSample, match="undecodable picture"):
+    with pytest.raises(BadSample, match="undecodable image"):
         transforms.decode(picture(0, kind="JPEG")[:-200], LIMIT)
 
 

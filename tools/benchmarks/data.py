@@ -1,4 +1,4 @@
-"""The `data` part of tools/benchmark.py: what the loader costs beside the bare decoding and cropping of its pictures.
+"""The `data` part of tools/benchmark.py: what the loader costs beside the bare decoding and cropping of its images.
 
 Every contender reads the same JPEGs of 500 x 375 pixels, from the same tars, in the loader's own worker processes. They
 take turns there, a micro-batch each: the speed of a machine that is shared changes within seconds by more than they
@@ -6,7 +6,7 @@ differ. A worker gets its next request when its last micro-batch has arrived in 
 request to the next is what a micro-batch costs its worker, handing over included. The least time that each micro-batch
 took in any round counts: whatever else the machine does only ever adds time.
 
-A core's rate is pictures per second of the workers' CPU time, which other programs on the machine disturb least; the
+A core's rate is images per second of the workers' CPU time, which other programs on the machine disturb least; the
 wall-clock rate stands beside it. Colour jitter belongs to the device and is in none.
 """
 
@@ -41,7 +41,7 @@ from beit3_dist.objectives.registry import objectives_of
 from tools.benchmarks.measure import check_positive
 
 WIDTH, HEIGHT = 500, 375
-"""Pixels of a picture: the usual size in ImageNet."""
+"""Pixels of an image: the usual size in ImageNet."""
 JPEG_QUALITY = 90
 PER_SHARD = 64
 SHARDS = 4
@@ -63,7 +63,7 @@ def photograph(seed: int) -> bytes:
 
 
 def build(folder: Path) -> None:
-    """Shards of pictures, pairs and documents (one a member, as webdataset reads them), and a tokenizer."""
+    """Shards of images, pairs and documents (one a member, as webdataset reads them), and a tokenizer."""
     topics = "\n".join(pydoc_data.topics.topics.values()).split("\n\n")
     words = [" ".join(text.split()) for text in topics if len(text) > 80]
     for shard in range(SHARDS):
@@ -74,9 +74,9 @@ def build(folder: Path) -> None:
             webdataset.TarWriter(str(folder / f"texts-{shard}.tar"), encoder=False) as texts,
         ):
             for number in numbers:
-                key, picture, text = f"{number:05d}", photograph(number), words[number % len(words)].encode()
-                images.write({"__key__": key, "jpg": picture})
-                pairs.write({"__key__": key, "jpg": picture, "txt": text[:120]})
+                key, image, text = f"{number:05d}", photograph(number), words[number % len(words)].encode()
+                images.write({"__key__": key, "jpg": image})
+                pairs.write({"__key__": key, "jpg": image, "txt": text[:120]})
                 texts.write({"__key__": key, "txt": text})
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -87,7 +87,7 @@ def build(folder: Path) -> None:
 
 
 def run_config(folder: Path, batch: int) -> RunConfig:
-    """Pictures of 14 x 14 patches over the shards in `folder`, `batch` samples of each stream per micro-batch."""
+    """Images of 14 x 14 patches over the shards in `folder`, `batch` samples of each stream per micro-batch."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "text.spm")).get_piece_size()
     shards = {name: str(folder / f"{name}-*.tar") for name in STREAMS}
     return RunConfig(
@@ -104,28 +104,28 @@ def run_config(folder: Path, batch: int) -> RunConfig:
 
 
 class Bare(Dataset):
-    """The limit: our micro-batches' pictures, decoded from bytes in memory, the same boxes drawn and cropped, and
+    """The limit: our micro-batches' images, decoded from bytes in memory, the same boxes drawn and cropped, and
     nothing else."""
 
     def __init__(self, batches: MixedBatches, requests: list[Request]) -> None:
-        """Looks the pictures of `requests` up, which are all that can be asked for."""
+        """Looks the images of `requests` up, which are all that can be asked for."""
         self.config = batches.config
-        self.pictures: dict[Request, list[tuple[bytes, int]]] = {request: [] for request in requests}
-        """Bytes and key of each picture."""
+        self.images: dict[Request, list[tuple[bytes, int]]] = {request: [] for request in requests}
+        """Bytes and key of each image."""
         files: dict[tuple[Stream, int], bytes] = {}
         for stream in (batches.indexed(Stream.IMAGES), batches.indexed(Stream.PAIRS)):
-            for request, pictures in self.pictures.items():
+            for request, images in self.images.items():
                 first = request.consumed[stream.stream]
                 for sample in stream.read_all(range(first, first + batches.micro_batch[stream.stream])):
                     row, name = stream.tables[0].rows[sample.index], (stream.stream, sample.index)
                     files.setdefault(name, stream.readers[0].read(int(row["shard"]), *map(int, row["image"])))
-                    pictures.append((files[name], sample.key))
+                    images.append((files[name], sample.key))
 
     def __getitem__(self, request: Request) -> None:
         size, scale = self.config.model.image_size, self.config.data.min_crop_scale
-        for data, key in self.pictures[request]:
-            picture = transforms.decode(data, self.config.data.max_pixels)
-            transforms.cropped_view(picture, generator(key, Draw.VIEW), size, scale, flip=0)
+        for data, key in self.images[request]:
+            image = transforms.decode(data, self.config.data.max_pixels)
+            transforms.cropped_view(image, generator(key, Draw.VIEW), size, scale, flip=0)
 
 
 class ByWebdataset(MixedBatches):
@@ -145,7 +145,7 @@ class ByWebdataset(MixedBatches):
         members = next(self.pipelines[stream])
         sample = Sample(stream, 0, position, mix(0, stream, 0, position), [])
         if stream is not Stream.TEXTS:
-            sample.picture = transforms.decode(members["jpg"], self.config.data.max_pixels)
+            sample.image = transforms.decode(members["jpg"], self.config.data.max_pixels)
         if stream is not Stream.IMAGES:
             data, tokenizer = self.config.data, self.tokenizer
             length = data.text_length if stream is Stream.TEXTS else data.caption_length
@@ -183,7 +183,7 @@ def measure(contenders: list[Dataset], requests: list[Request], workers: int, ro
     for number, item in enumerate(loader(TakingTurns(contenders), turns + last, workers, 1, pin=False)):
         worker, *starts[number], _ = item
         assert worker == number % workers
-        del item, _  # The main process holds no pictures while the next ones are made.
+        del item, _  # The main process holds no images while the next ones are made.
     spent = (starts[workers:] - starts[:-workers]).reshape(len(asked), len(contenders), workers, 2)
     timed = spent[WARM_UP:].reshape(rounds, len(shares), len(contenders), workers, 2)
     return timed.transpose(4, 2, 0, 1, 3).reshape(2, len(contenders), rounds, len(requests))
@@ -203,9 +203,9 @@ def benchmark_data(options: Namespace) -> dict[str, Any]:
             contenders = {"limit": Bare(ours, requests), "ours": ours, "webdataset": theirs}
             spent = measure(list(contenders.values()), requests, workers, options.rounds)
             cpu, clock = spent.min(axis=2).mean(axis=2)  # each [contenders], of a micro-batch
-            pictures = config.batch.images + config.batch.pairs
-            per_core = dict(zip(contenders, (pictures / cpu).tolist(), strict=True))
-            wall = dict(zip(contenders, (workers * pictures / clock).tolist(), strict=True))
+            images = config.batch.images + config.batch.pairs
+            per_core = dict(zip(contenders, (images / cpu).tolist(), strict=True))
+            wall = dict(zip(contenders, (workers * images / clock).tolist(), strict=True))
             record["workers"][str(workers)] = {
                 "fraction_of_decode_limit": per_core["ours"] / per_core["limit"],
                 "ratio_vs_webdataset": per_core["ours"] / per_core["webdataset"],
@@ -224,7 +224,7 @@ def data_table(record: dict[str, Any]) -> str:
     """`benchmark_data`'s record for people."""
     width, height = record["picture"]
     lines = [
-        f"pictures per second and core, JPEGs of {width} x {height}; webdataset {record['webdataset']}",
+        f"images per second and core, JPEGs of {width} x {height}; webdataset {record['webdataset']}",
         "",
         f"{'workers':>8}{'decode + crop':>15}{'ours':>9}{'webdataset':>12}{'ours / limit':>14}{'ours / its':>12}",
     ]

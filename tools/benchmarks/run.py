@@ -65,11 +65,11 @@ def make(options: Namespace) -> None:
     longest = data["caption_length"] - 2  # beside <s> and </s>
     captions = (draw.choices(words, k=draw.randint(min(SHORTEST_CAPTION, longest), longest)) for _ in iter(int, 1))
     documents = (draw.choices(words, k=4 * data["text_length"]) for _ in iter(int, 1))
-    pictures = [picture(draw) for _ in range(64)]  # each many times: decoding takes no notice
-    shard(folder / "images.tar", ({"jpg": draw.choice(pictures)} for _ in range(options.pictures)))
+    images = [image(draw) for _ in range(64)]  # each many times: decoding takes no notice
+    shard(folder / "images.tar", ({"jpg": draw.choice(images)} for _ in range(options.pictures)))
     shard(
         folder / "pairs.tar",
-        ({"jpg": draw.choice(pictures), "txt": " ".join(next(captions)).encode()} for _ in range(options.pictures)),
+        ({"jpg": draw.choice(images), "txt": " ".join(next(captions)).encode()} for _ in range(options.pictures)),
     )
     shard(folder / "texts.tar", ({"txt": " ".join(next(documents)).encode()} for _ in range(options.pictures)))
     image_tokenizer(folder / "image_tokenizer.pth", model, options.pictures < 256)
@@ -90,8 +90,8 @@ def vocabulary(pieces: int, path: Path) -> list[str]:
     return words
 
 
-def picture(draw: random.Random) -> bytes:
-    """A JPEG of smooth colours, of a size that pictures of the web have."""
+def image(draw: random.Random) -> bytes:
+    """A JPEG of smooth colours, of a size that images of the web have."""
     from PIL import Image
 
     coarse, file = Image.frombytes("RGB", (12, 9), draw.randbytes(12 * 9 * 3)), io.BytesIO()

@@ -1,4 +1,4 @@
-"""Views of pictures for downstream tasks: random ones for training, fixed ones for evaluation, mixed ones in batches.
+"""Views of images for downstream tasks: random ones for training, fixed ones for evaluation, mixed ones in batches.
 
 Everything random comes from a generator that the caller keys by sample. timm's operations draw from the global
 generators of Python and numpy; these are set from that generator for the time of a call, and put back.
@@ -22,9 +22,9 @@ from beit3_dist.data.transforms import cropped_view, resized
 from beit3_dist.optional import optional_module
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Mean and standard deviation of the channels of ImageNet's pictures, in [0, 1]."""
+"""Mean and standard deviation of the channels of ImageNet's images, in [0, 1]."""
 GREY = (128, 128, 128)
-"""What shows where a picture was moved away."""
+"""What shows where an image was moved away."""
 BEIT3_OPERATIONS = (
     "AutoContrast",
     "Equalize",
@@ -43,15 +43,15 @@ nine and made with probability 0.45 = 1/2 x 9/10."""
 BEIT3_TRANSLATION = 10
 """Pixels of a translation at strength 10."""
 ERASED_AREA, ERASED_RATIO, ERASE_ATTEMPTS = (0.02, 1 / 3), 0.3, 10
-"""Share of the picture that is erased, the least ratio of the sides (the greatest is its inverse), boxes tried."""
+"""Share of the image that is erased, the least ratio of the sides (the greatest is its inverse), boxes tried."""
 
 
 @dataclass(frozen=True)
 class Views:
-    """How pictures become square views of bytes."""
+    """How images become square views of bytes."""
 
     min_crop_scale: float = 0.5
-    """Least share of the picture in a training crop."""
+    """Least share of the image in a training crop."""
     horizontal_flip: float = 0.5
     """Probability of mirroring in training."""
     rand_augment: str = ""
@@ -60,7 +60,7 @@ class Views:
     erase: float = 0.0
     """Probability that a box of the training view is replaced by noise."""
     evaluation: Literal["squash", "centre"] = "squash"
-    """The fixed view: the whole picture, squashed to a square, or its largest centred square."""
+    """The fixed view: the whole image, squashed to a square, or its largest centred square."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_crop_scale <= 1:
@@ -71,9 +71,9 @@ class Views:
         if self.rand_augment:
             _rand_augment(self.rand_augment)
 
-    def train(self, picture: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+    def train(self, image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
         """A random view: crop, mirroring, changes, erasing -> uint8 [size, size, 3]."""
-        view = cropped_view(picture, rng, size, self.min_crop_scale, self.horizontal_flip)
+        view = cropped_view(image, rng, size, self.min_crop_scale, self.horizontal_flip)
         if self.rand_augment:
             change = _rand_augment(self.rand_augment)
             with globals_from(rng):
@@ -82,13 +82,13 @@ class Views:
             view = erased(view, rng)
         return view
 
-    def evaluate(self, picture: Image.Image, size: int) -> np.ndarray:
+    def evaluate(self, image: Image.Image, size: int) -> np.ndarray:
         """The fixed view -> uint8 [size, size, 3]."""
         if self.evaluation == "squash":
-            return resized(picture, size)
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        return resized(picture, size, (left, top, left + side, top + side))
+            return resized(image, size)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return resized(image, size, (left, top, left + side, top + side))
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _timm(module: str) -> Any:
 
 @lru_cache
 def _rand_augment(policy: str) -> Callable[[Image.Image], Image.Image]:
-    """What a policy does to a picture. Raises ValueError where timm knows no such policy."""
+    """What a policy does to an image. Raises ValueError where timm knows no such policy."""
     make = _timm("auto_augment").rand_augment_transform
     if policy == "beit3":
         settings = {"img_mean": GREY, "translate_const": BEIT3_TRANSLATION}
@@ -156,7 +156,7 @@ class Mixing:
     classes: int
     """Classes of the labels."""
     mixup: float = 0.8
-    """Alpha of the beta distribution that pictures are blended by; 0 never blends."""
+    """Alpha of the beta distribution that images are blended by; 0 never blends."""
     cutmix: float = 1.0
     """Alpha of the beta distribution that boxes are exchanged by; 0 never exchanges."""
     label_smoothing: float = 0.1

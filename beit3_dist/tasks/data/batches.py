@@ -23,7 +23,7 @@ from beit3_dist.data.batch import Tensors
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.order import generator, mix, permute
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.data.transforms import decode, largest_file, read_picture
+from beit3_dist.data.transforms import decode, largest_file, read_image
 from beit3_dist.opening import open_regular
 from beit3_dist.tasks.data.augmentation import Mixing, Views
 from beit3_dist.tasks.data.examples import Example, TarMember
@@ -83,7 +83,7 @@ def validation_places(length: int, count: int, rank: int, world: int) -> Iterato
 
 @dataclass
 class TaskBatch(Tensors):
-    """B samples of k pictures of side S and at most L words each; k and L may be 0."""
+    """B samples of k images of side S and at most L words each; k and L may be 0."""
 
     images: torch.Tensor
     """uint8 [B, k, 3, S, S]."""
@@ -137,7 +137,7 @@ class Examples(Dataset):
         if max_words < 3:
             raise ValueError(f"max_words={max_words} has no room for a word between <s> and </s>")
         if mixing is not None and not train:
-            raise ValueError("mixing is for training: an evaluation measures pictures as they are")
+            raise ValueError("mixing is for training: an evaluation measures images as they are")
         self.examples = examples
         self.train = train
         self.views = views
@@ -158,9 +158,9 @@ class Examples(Dataset):
         faults: list[Fault] = []
         samples, views = [], []
         for place in request.places:
-            example, pictures = self._sample(place, faults)
+            example, own = self._sample(place, faults)
             samples.append(example)
-            views.extend(pictures)
+            views.extend(own)
         count = len(samples)
         side = self.image_size
         pixels = np.stack(views) if views else np.empty((0, side, side, 3), dtype=np.uint8)
@@ -184,7 +184,7 @@ class Examples(Dataset):
     def _sample(self, place: int, faults: list[Fault]) -> tuple[Example, list[np.ndarray]]:
         """The example of a place, and its views.
 
-        In training an example that cannot be read, or whose picture cannot be decoded, is added to `faults`, and a
+        In training an example that cannot be read, or whose image cannot be decoded, is added to `faults`, and a
         keyed probe of the same epoch takes its place. Raises StreamFailed after 100 bad ones in a row, and for the
         first one in evaluation, where nothing can take its place.
         """
@@ -193,7 +193,7 @@ class Examples(Dataset):
             try:
                 example = self.examples[place]
                 shard, key = str(next(iter(example.images), "")), example.name
-                return example, [self.views.evaluate(picture, self.image_size) for picture in self._pictures(example)]
+                return example, [self.views.evaluate(image, self.image_size) for image in self._images(example)]
             except BadSample as bad:
                 fault = Fault("examples", shard, key, str(bad))
                 raise StreamFailed(f"example {key} cannot be evaluated: {bad}", [fault]) from None
@@ -205,29 +205,29 @@ class Examples(Dataset):
             try:
                 example = self.examples[index]
                 shard, key = str(next(iter(example.images), "")), example.name
-                pictures = self._pictures(example)
+                images = self._images(example)
             except BadSample as bad:
                 faults.append(Fault("examples", shard, key, str(bad)))
                 index = mix(self.seed, Draw.REPLACEMENT, place, attempt) % length
                 continue
-            keys = (generator(mix(self.seed, Draw.VIEW, epoch, index, number)) for number in range(len(pictures)))
+            keys = (generator(mix(self.seed, Draw.VIEW, epoch, index, number)) for number in range(len(images)))
             return example, [
-                self.views.train(picture, self.image_size, rng) for picture, rng in zip(pictures, keys, strict=True)
+                self.views.train(image, self.image_size, rng) for image, rng in zip(images, keys, strict=True)
             ]
         last = faults[-1]
         raise StreamFailed(f"{ATTEMPTS} examples in a row cannot be used; the last: {last.key}: {last.reason}", faults)
 
-    def _pictures(self, example: Example) -> list[Image.Image]:
-        """The example's pictures in RGB. Raises BadSample."""
-        pictures = []
+    def _images(self, example: Example) -> list[Image.Image]:
+        """The example's images in RGB. Raises BadSample."""
+        images = []
         for image in example.images:
             try:
-                pictures.append(_decoded(image, self.max_pixels))
+                images.append(_decoded(image, self.max_pixels))
             except OSError as error:
                 raise BadSample(f"{image}: {error.strerror or error}") from None
             except BadSample as bad:
                 raise BadSample(f"{image}: {bad}") from None
-        return pictures
+        return images
 
     def _words(self, samples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Words int64 and padding bool, [B, longest]; [B, 0] where no sample has words."""
@@ -242,10 +242,10 @@ class Examples(Dataset):
 
 
 def _decoded(image: Path | TarMember, max_pixels: int) -> Image.Image:
-    """The picture in a file or a tar's member. Raises OSError or BadSample."""
+    """The image in a file or a tar's member. Raises OSError or BadSample."""
     if isinstance(image, Path):
-        return read_picture(image, max_pixels)
-    check_size("a picture", image.size, largest_file(max_pixels))
+        return read_image(image, max_pixels)
+    check_size("an image", image.size, largest_file(max_pixels))
     with open_regular(image.tar) as file:
         data = os.pread(file.fileno(), image.size, image.offset)
     if len(data) < image.size:

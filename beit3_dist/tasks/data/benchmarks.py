@@ -1,7 +1,7 @@
 """The official files of public benchmarks as records of unilm/beit3's indexes.
 
 A record is a line of an index, but for its text, which stays in words under `text` until a tokenizer is at hand.
-Pictures need not be there: training checks them.
+Images need not be there: training checks them.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.data.kinds import LeftOut, folders_in, pictures_in
+from beit3_dist.data.kinds import LeftOut, folders_in, images_in
 from beit3_dist.data.text_files import read_large_json, read_records, require_text
 from beit3_dist.tasks.data.names import check_names
 from beit3_dist.tasks.data.vqa_answers import normalised, soft_scores
 
 LEAST_ANSWERS = 9
 """Questions that must have an answer as their most frequent one for it to be learnt: 3,129 answers of VQA v2."""
-VALIDATION_PICTURES = 1000
-"""Pictures of VQA v2's validation set that are not trained on."""
+VALIDATION_IMAGES = 1000
+"""Images of VQA v2's validation set that are not trained on."""
 KARPATHY_SPLITS = ("train", "restval", "val", "test")
 """Of COCO and Flickr30k."""
 NLVR2_SPLITS = {"train": ("train.json", "images/train"), "dev": ("dev.json", "dev"), "test-P": ("test1.json", "test1")}
-"""Split of NLVR2 -> its file, and the folder of its pictures."""
+"""Split of NLVR2 -> its file, and the folder of its images."""
 VQA_SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 """Split of VQA v2 -> what its files are called."""
 
@@ -89,7 +89,7 @@ def once(ids: Iterable[Any], what: str) -> None:
 def coco(path: Path) -> Indexes:
     """COCO's retrieval and captioning indexes from Karpathy's dataset_coco.json; `restval` belongs to train.
 
-    Captioning has a line per caption in training, and a line per picture, with its captions, in the other splits.
+    Captioning has a line per caption in training, and a line per image, with its captions, in the other splits.
     """
     with official(path):
         images = [
@@ -116,9 +116,9 @@ def flickr30k(path: Path) -> Indexes:
 
 
 def _retrieval(name: str, images: list[tuple[dict[str, Any], str, str]]) -> Indexes:
-    """A line per caption of each (picture, split, folder); the pictures of a split are numbered in their order."""
+    """A line per caption of each (image, split, folder); the images of a split are numbered in their order."""
     if not images:
-        raise NotOfficial("it has no picture")
+        raise NotOfficial("it has no image")
     indexes: Indexes = {}
     numbers: Counter[str] = Counter()
     for image, split, folder in images:
@@ -139,7 +139,7 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
 
     `answers`: the list to use; None: those that are the most frequent one of at least nine questions, in the order in
     which they occur. train and trainable_val, which are for training, leave out questions without a listed answer; val
-    and rest_val keep them, and hold what the ten people answered. rest_val has 1,000 pictures, chosen by a hash of
+    and rest_val keep them, and hold what the ten people answered. rest_val has 1,000 images, chosen by a hash of
     their numbers, and trainable_val the others of val.
     """
     annotations = {
@@ -154,7 +154,7 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
             raise ValueError(f"{folder}: no answer is the most frequent one of {LEAST_ANSWERS} questions")
     numbers = {answer: number for number, answer in enumerate(answers)}
     indexes: Indexes = {}
-    pictures: dict[str, int] = {}
+    images: dict[str, int] = {}
     for split, name in VQA_SPLITS.items():
         path = folder / f"v2_OpenEnded_mscoco_{name}_questions.json"
         with official(path):
@@ -163,8 +163,8 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
             once((question["question_id"] for question in questions), f"{path}: question_id")
             for question in questions:
                 stem = "test2015" if split.startswith("test") else name
-                picture = f"{stem}/COCO_{stem}_{number_in(question, 'image_id'):012d}.jpg"
-                record = {"image_path": picture, "text": text_in(question, "question"), "qid": question["question_id"]}
+                image = f"{stem}/COCO_{stem}_{number_in(question, 'image_id'):012d}.jpg"
+                record = {"image_path": image, "text": text_in(question, "question"), "qid": question["question_id"]}
                 if split not in annotations:
                     lines.append(record | {"labels": [], "scores": []})
                     continue
@@ -172,12 +172,12 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
                 scores = {numbers[answer]: s for answer, s in soft_scores(given).items() if answer in numbers}
                 record |= {"labels": list(scores), "scores": list(scores.values())}
                 if split == "val":
-                    pictures[picture] = question["image_id"]
+                    images[image] = question["image_id"]
                     lines.append(record | {"answers": given})
                 elif scores:
                     lines.append(record)
-    by_hash = sorted(pictures, key=lambda picture: hashlib.sha256(str(pictures[picture]).encode()).hexdigest())
-    held = set(by_hash[:VALIDATION_PICTURES])
+    by_hash = sorted(images, key=lambda image: hashlib.sha256(str(images[image]).encode()).hexdigest())
+    held = set(by_hash[:VALIDATION_IMAGES])
     validation = indexes["vqa.val.jsonl"]
     indexes["vqa.rest_val.jsonl"] = [record for record in validation if record["image_path"] in held]
     indexes["vqa.trainable_val.jsonl"] = [
@@ -202,7 +202,7 @@ def _by_question(path: Path) -> dict[int, dict[str, Any]]:
 def nlvr2(folder: Path) -> Indexes:
     """NLVR2's indexes from the folder with train.json, dev.json and test1.json."""
     indexes: Indexes = {}
-    for split, (name, pictures) in NLVR2_SPLITS.items():
+    for split, (name, images) in NLVR2_SPLITS.items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
@@ -210,7 +210,7 @@ def nlvr2(folder: Path) -> Indexes:
         with official(path):
             for place, example in read_records(path):
                 require_text(example, place)
-                inside = f"{pictures}/{example['directory']}" if "directory" in example else pictures
+                inside = f"{images}/{example['directory']}" if "directory" in example else images
                 stem = f"{inside}/{example['identifier'].rpartition('-')[0]}"
                 lines.append(
                     {
@@ -227,9 +227,9 @@ def nlvr2(folder: Path) -> Indexes:
 
 def imagenet(folder: Path, left_out: LeftOut) -> tuple[Indexes, list[str]]:
     """Indexes of FOLDER/train and FOLDER/val, which have a folder per class, and the names of these, sorted. What is
-    no folder of a class and no picture in one is counted.
+    no folder of a class and no image in one is counted.
 
-    Raises ValueError where a side or a class of train lacks pictures, val has a class that train has not, or a class
+    Raises ValueError where a side or a class of train lacks images, val has a class that train has not, or a class
     has a name that no list of classes can hold.
     """
     classes = _folders(folder / "train", left_out)
@@ -239,19 +239,19 @@ def imagenet(folder: Path, left_out: LeftOut) -> tuple[Indexes, list[str]]:
         raise ValueError(f"{folder / 'val'} has folders that train has not: {', '.join(unknown[:5])}")
     indexes = {
         f"imagenet.{side}.index.jsonl": [
-            {"image_path": f"{side}/{name}/{picture}", "label": label}
+            {"image_path": f"{side}/{name}/{image}", "label": label}
             for label, name in enumerate(classes)
-            for picture in _pictures(folder / side / name, left_out)
+            for image in _images(folder / side / name, left_out)
         ]
         for side in ("train", "val")
     }
     for name, lines in indexes.items():
         if not lines:
-            raise ValueError(f"{folder}: no picture for {name}; a side has a folder of pictures per class")
+            raise ValueError(f"{folder}: no image for {name}; a side has a folder of images per class")
     seen = {line["label"] for line in indexes["imagenet.train.index.jsonl"]}
     for label, name in enumerate(classes):
         if label not in seen:
-            raise ValueError(f"{folder / 'train' / name} holds no picture, but would be a class: take the folder out")
+            raise ValueError(f"{folder / 'train' / name} holds no image, but would be a class: take the folder out")
     return indexes, classes
 
 
@@ -262,6 +262,6 @@ def _folders(folder: Path, left_out: LeftOut) -> list[str]:
     return folders_in(folder, left_out)
 
 
-def _pictures(folder: Path, left_out: LeftOut) -> list[str]:
-    """Names of the pictures in a folder, sorted; none if there is no folder."""
-    return pictures_in(folder, left_out) if folder.is_dir() else []
+def _images(folder: Path, left_out: LeftOut) -> list[str]:
+    """Names of the images in a folder, sorted; none if there is no folder."""
+    return images_in(folder, left_out) if folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""Classes of pictures in tars, as webdataset has them: a picture and a .cls member with the class's number per key."""
+"""Classes of images in tars, as webdataset has them: an image and a .cls member with the class's number per key."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ClassShards(Sequence[Example]):
     tars: list[str]
     """The plain tars."""
     places: np.ndarray
-    """int64 [N, 4]: number of the tar, offset and size of the picture, class."""
+    """int64 [N, 4]: number of the tar, offset and size of the image, class."""
     names: np.ndarray
-    """bytes [N]: names of the pictures."""
+    """bytes [N]: names of the images."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -61,7 +61,7 @@ def read_class_shards(pattern: str, field: str, cache: str, classes: int) -> Cla
         raise ValueError(f"{field}: {len(faults)} faults: {first_of(faults)}")
     rows = [row for scan in scans for row in scan.rows]
     if not rows:
-        raise ValueError(f"{field}: no picture with a .cls member in {len(paths)} tars of {pattern!r}")
+        raise ValueError(f"{field}: no image with a .cls member in {len(paths)} tars of {pattern!r}")
     return ClassShards(tars, np.array(rows, dtype=np.int64), np.array([name for scan in scans for name in scan.names]))
 
 
@@ -76,38 +76,38 @@ class _Scan:
 
 def _scan(tar: str, path: str, number: int, classes: int) -> _Scan:
     """Reads the headers of a tar, and its .cls members."""
-    pictures: dict[bytes, tuple[int, int, bytes]] = {}
+    images: dict[bytes, tuple[int, int, bytes]] = {}
     labels: dict[bytes, bytes] = {}
     faults = []
     with Tar(tar, path) as opened:
         try:
             for name, offset, size, odd in opened:
                 key, extension = key_and_extension(name)
-                is_picture = KINDS.get(extension) == IMAGE
-                if hidden(name) or not (is_picture or extension == CLASS):
+                is_image = KINDS.get(extension) == IMAGE
+                if hidden(name) or not (is_image or extension == CLASS):
                     continue
                 where = f"{path}, key {key.decode('utf-8', 'replace')}"
                 if odd:
                     faults.append(f"{where}: the .{extension.decode()} member is {odd}")
-                elif key in (pictures if is_picture else labels):
+                elif key in (images if is_image else labels):
                     faults.append(f"{where}: a second .{extension.decode()} member")
-                elif is_picture:
-                    pictures[key] = (offset, size, name.rpartition(b"/")[2])
+                elif is_image:
+                    images[key] = (offset, size, name.rpartition(b"/")[2])
                 else:
                     labels[key] = opened.read(offset, min(size, LONGEST_LABEL))
         except DamagedTar as damage:
             faults.append(f"{path}: {damage}")
     rows, names = [], []
-    for key in pictures | labels:  # in the order of the tar
+    for key in images | labels:  # in the order of the tar
         label = without_mark(labels.get(key, b"")).strip()
-        if key not in pictures:
-            reason = "a .cls member without a picture"
+        if key not in images:
+            reason = "a .cls member without an image"
         elif key not in labels:
-            reason = "a picture without a .cls member"
+            reason = "an image without a .cls member"
         elif not (label.isdigit() and int(label) < classes):
             reason = f"the class {label.decode('utf-8', 'replace')[:20]!r} is not in range({classes})"
         else:
-            offset, size, base = pictures[key]
+            offset, size, base = images[key]
             rows.append((number, offset, size, int(label)))
             names.append(base)
             continue

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PROBLEMS_SHOWN = 5
 """Faulty lines that an error names."""
 FOLDER_READERS = 16
-"""Threads that list folders of pictures: they wait for storage most of the time."""
+"""Threads that list folders of images: they wait for storage most of the time."""
 
 Record = dict[str, Any]
 """A parsed line."""
@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """A picture inside a plain tar."""
+    """An image inside a plain tar."""
 
     tar: str
     """Path of the tar."""
@@ -49,7 +49,7 @@ class TarMember:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example, before pictures are decoded."""
+    """One example, before images are decoded."""
 
     id: int
     """Position in the index, from 0."""
@@ -60,9 +60,9 @@ class Example:
     label: Any
     """What the task learns from it, or tells it by: its class, {answer: score}, the image's number, ..."""
     name: str
-    """What a submission calls it: question_id, image_id, identifier, or the picture's file name."""
+    """What a submission calls it: question_id, image_id, identifier, or the image's file name."""
     references: tuple[str, ...] = ()
-    """What people wrote, where the index has it: captions of the picture, or answers to the question (fields `captions`
+    """What people wrote, where the index has it: captions of the image, or answers to the question (fields `captions`
     and `answers`, which unilm's own indexes lack)."""
 
 
@@ -114,12 +114,12 @@ def _require_characters(value: str | list[str], field: str) -> None:
 
 @dataclass(frozen=True)
 class Rules:
-    """What an index is read by: root of its pictures, and the ends of what it may hold."""
+    """What an index is read by: root of its images, and the ends of what it may hold."""
 
     task: type[Task]
     """Whose index it is; loader processes find it by its module."""
     root: str
-    """Folder that the paths of pictures are relative to."""
+    """Folder that the paths of images are relative to."""
     train: bool
     """Whether a model is trained on it: then nothing that training needs may be missing."""
     vocab_size: int | None
@@ -128,7 +128,7 @@ class Rules:
     """Classes or answers, unchecked where None."""
 
     def paths(self, record: Record, *fields: str) -> tuple[Path, ...]:
-        """The pictures that the fields name. An index may come from elsewhere: what it names lies in the root."""
+        """The images that the fields name. An index may come from elsewhere: what it names lies in the root."""
         try:
             return tuple(inside(self.root, _path(record, field)) for field in fields)
         except ValueError as error:
@@ -244,9 +244,9 @@ def read_index(
     classes: int | None = None,
 ) -> Index:
     """The examples of one or several jsonl files, in unilm/beit3's fields. Every line is checked, and that every
-    picture is a file with something in it.
+    image is a file with something in it.
 
-    `image_root`: folder that the pictures' paths are relative to. `train`: every example needs what it is trained on (a
+    `image_root`: folder that the images' paths are relative to. `train`: every example needs what it is trained on (a
     caption, an answer). `predicted`: predictions are written, so that no two examples may be called the same.
     `vocab_size`, `classes`: ends of the token ids and of the classes or answers.
 
@@ -303,7 +303,7 @@ def _faults(needed: Mapping[str, set[str]]) -> dict[str, str]:
 
 
 def _fault(entry: os.DirEntry[str]) -> str:
-    """Why an entry of a folder can be no picture; empty if it may be one, which its content is not asked for."""
+    """Why an entry of a folder can be no image; empty if it may be one, which its content is not asked for."""
     try:
         status = entry.stat()
     except OSError:  # a link to nowhere
@@ -314,7 +314,7 @@ def _fault(entry: os.DirEntry[str]) -> str:
 
 
 def _in_order(index: Index, malformed: Mapping[int, str], faults: Mapping[str, str]) -> Iterator[tuple[int, str]]:
-    """All faults by the number of their line in the index: one per malformed line or picture that cannot be one."""
+    """All faults by the number of their line in the index: one per malformed line or image that cannot be one."""
     if not malformed and not faults:
         return
     for id in range(len(index)):

@@ -15,7 +15,7 @@ from beit3_dist.tasks.data.examples import Example, TarMember
 
 
 class PairShards(Sequence[Example]):
-    """The pairs of all shards of a pattern. Of several captions of a picture the first is taken."""
+    """The pairs of all shards of a pattern. Of several captions of an image the first is taken."""
 
     def __init__(self, pattern: str, cache: str, tokenizer: TextTokenizer, caption_key: str) -> None:
         """Builds the shards' index where the cache has none. Raises ValueError where there are no pairs."""

@@ -1,8 +1,8 @@
 """Captions by beam search.
 
 The score of a caption is sum(log p of its words, </s> included) / length^penalty, where the length counts <s> and </s>
-(Wu et al. 2016, without the constant of their length term). At every step the best extensions of a picture's open
-captions are looked at, best first, until K go on; those before that end in </s> are finished. A picture is done when no
+(Wu et al. 2016, without the constant of their length term). At every step the best extensions of an image's open
+captions are looked at, best first, until K go on; those before that end in </s> are finished. An image is done when no
 open caption can overtake the best finished one any more. Lengths and the end of the search are those of unilm's BEiT-3.
 """
 
@@ -59,11 +59,11 @@ def generate(
     max_words: int = 31,
     agree: Callable[[bool], bool] = lambda done: done,
 ) -> list[list[int]]:
-    """The best caption found of each picture [B, 3, S, S], without <s> and </s>. A picture's does not depend on which
+    """The best caption found of each image [B, 3, S, S], without <s> and </s>. An image's does not depend on which
     others are in the batch.
 
     `max_words` counts </s>; a caption that reaches it is cut there, and competes as it is. `agree`: called after every
-    step with whether all pictures of this process are done; the search ends when it returns True. Under ZeRO-3 and
+    step with whether all images of this process are done; the search ends when it returns True. Under ZeRO-3 and
     tensor parallelism all ranks must end at the same step: let it be a reduction over the ranks.
 
     Raises ValueError for numbers that cannot be, RuntimeError where the model's logits are not finite.
@@ -89,20 +89,20 @@ def _check(beams: Any, max_words: Any, length_penalty: Any) -> None:
 
 
 class _Beams:
-    """K open captions and the best finished one of each of B pictures, as tensors."""
+    """K open captions and the best finished one of each of B images, as tensors."""
 
-    def __init__(self, pictures: int, vocabulary: Vocabulary, rows: int, search: _Search, device: torch.device) -> None:
+    def __init__(self, images: int, vocabulary: Vocabulary, rows: int, search: _Search, device: torch.device) -> None:
         self.search, self.eos = search, vocabulary.eos
         self.step = 0
-        self.last_words = torch.full((pictures, search.beams), vocabulary.bos, device=device)
+        self.last_words = torch.full((images, search.beams), vocabulary.bos, device=device)
         """int64 [B, K]: what the next word follows."""
-        self.words = torch.full((pictures, search.beams, search.max_words), self.eos, device=device)
+        self.words = torch.full((images, search.beams, search.max_words), self.eos, device=device)
         """int64 [B, K, max_words]: the open captions, </s> where nothing is written yet."""
         # All captions begin alike: only the first counts, or they would stay alike.
-        self.sums = torch.full((pictures, search.beams), -torch.inf, device=device)
+        self.sums = torch.full((images, search.beams), -torch.inf, device=device)
         self.sums[:, 0] = 0.0
-        self.done = torch.zeros(pictures, dtype=torch.bool, device=device)
-        self.best_score = torch.full((pictures,), -torch.inf, device=device)
+        self.done = torch.zeros(images, dtype=torch.bool, device=device)
+        self.best_score = torch.full((images,), -torch.inf, device=device)
         self.best_words = self.words[:, 0].clone()
         self.writable = torch.full((rows,), -torch.inf, device=device)
         """[V]: 0 for what may be written, else -inf."""
@@ -137,7 +137,7 @@ class _Beams:
             self.done.fill_(True)
 
     def _finish(self, sums: Tensor, origins: Tensor, complete: Tensor) -> None:
-        """Keeps the best of the complete captions [B, n] where it beats the best so far, in pictures not yet done."""
+        """Keeps the best of the complete captions [B, n] where it beats the best so far, in images not yet done."""
         scores = sums.masked_fill(~complete, -torch.inf) / (self.step + 1) ** self.search.length_penalty
         score, place = scores.max(1)
         better = (score > self.best_score) & ~self.done

@@ -44,10 +44,10 @@ def first_rows(keys: Iterable[Key]) -> dict[Key, int]:
 
 
 def recall(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """Recall at 1, 5 and 10 of pictures for texts and of texts for pictures.
+    """Recall at 1, 5 and 10 of images for texts and of texts for images.
 
-    Vectors [M, D] and [N, D] whose product is the score, and int64 [N]: the picture that each text belongs to. A
-    picture's rank is that of the best of its texts. A wrong candidate with the same score as the right one comes
+    Vectors [M, D] and [N, D] whose product is the score, and int64 [N]: the image that each text belongs to. An
+    image's rank is that of the best of its texts. A wrong candidate with the same score as the right one comes
     before it: a model that cannot tell anything apart finds nothing.
     """
     of_images = torch.cat(
@@ -93,16 +93,16 @@ def _package(name: str) -> Any:
 def caption_scores(
     written: Mapping[int, str], references: Mapping[int, Sequence[str]], metrics: Sequence[str] = ("exact_match",)
 ) -> dict[str, float]:
-    """Metrics of a caption for each picture, by the captions that people wrote; names as in CAPTION_METRICS.
+    """Metrics of a caption for each image, by the captions that people wrote; names as in CAPTION_METRICS.
 
     exact_match: share of captions that are one of the references, but for case and space. The others are
     pycocoevalcap's, on the words of the Penn Treebank tokenizer, which needs Java. Without Java they are on words of
     lower-case letters and digits, and `_plain_words` is added to their names: such values are not to be compared with
-    published ones. Raises ValueError as `check_caption_metrics` does, or where pictures and references differ.
+    published ones. Raises ValueError as `check_caption_metrics` does, or where images and references differ.
     """
     check_caption_metrics(metrics)
     if written.keys() != references.keys() or not written:
-        raise ValueError("captions and references are not for the same pictures, or for none")
+        raise ValueError("captions and references are not for the same images, or for none")
     scores: dict[str, float] = {}
     if "exact_match" in metrics:
         plain = {key: _plain(text) for key, text in written.items()}

@@ -1,4 +1,4 @@
-"""Memory for the pictures of a micro-batch, in a loader process shared with the trainer."""
+"""Memory for the images of a micro-batch, in a loader process shared with the trainer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MADV_POPULATE_WRITE = 23
 """Number of the advice in Linux's asm-generic/mman-common.h."""
 
 
-class Pictures:
-    """Room for the views of a micro-batch's pictures, filled one after the other."""
+class ImageMemory:
+    """Room for the views of a micro-batch's images, filled one after the other."""
 
     def __init__(self, count: int, config: RunConfig, tokenizer_size: int) -> None:
         size = config.model.image_size
@@ -31,16 +31,16 @@ class Pictures:
         self.filled = 0
         self.config = config.data
 
-    def add(self, picture: Image.Image, rng: np.random.Generator) -> None:
-        """Takes the views of the next picture."""
+    def add(self, image: Image.Image, rng: np.random.Generator) -> None:
+        """Takes the views of the next image."""
         model, tokenizer = self.rooms
         own, other = model[self.filled], None if tokenizer is None else tokenizer[self.filled]
-        transforms.two_views(picture, rng, own, other, self.config)
+        transforms.two_views(image, rng, own, other, self.config)
         self.filled += 1
 
 
 def pixels(count: int, size: int) -> torch.Tensor:
-    """Room for `count` pictures, uint8 [count, size, size, 3]; in a loader process in the memory that it shares with
+    """Room for `count` images, uint8 [count, size, size, 3]; in a loader process in the memory that it shares with
     the trainer, so that they need not be copied there."""
     if get_worker_info() is None:
         return torch.empty(count, size, size, 3, dtype=torch.uint8)
