@@ -53,7 +53,7 @@ class ModelConfig:
     patch_size: int = 14
     """Side of a patch in pixels; must divide image_size."""
     image_size: int = 224
-    """Side of the square input picture in pixels."""
+    """Side of the square input image in pixels."""
     attention: Literal["shared", "per_modality"] = "shared"
     """shared: one set of attention projections and norms for all tokens (the paper). per_modality: one set for vision
     tokens and one for language tokens, including the final norm (the released base and large models)."""
@@ -74,7 +74,7 @@ class ModelConfig:
 
     @property
     def patches(self) -> int:
-        """Patches of one picture, CLS not counted."""
+        """Patches of one image, CLS not counted."""
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class LoadingConfig:
     cache: str = "~/.cache/beit3_dist"
     """Folder of the shard indexes; the data folders themselves are never written to."""
     max_pixels: int = 100_000_000
-    """Pictures with more pixels than this are refused as image bombs and replaced."""
+    """Images with more pixels than this are refused as image bombs and replaced."""
 
     def __post_init__(self) -> None:
         require(self.workers >= 0, f"data.workers={self.workers} is negative")
@@ -180,12 +180,12 @@ class DataConfig(LoadingConfig):
     """
 
     images: Patterns = ""
-    """Pictures: members with extension jpg, jpeg, jfif, png, webp, gif, bmp, tif, avif or, where pillow-heif is
+    """Images: members with extension jpg, jpeg, jfif, png, webp, gif, bmp, tif, avif or, where pillow-heif is
     installed, heic. A .tar.gz is unpacked into the cache."""
     texts: Patterns = ""
     """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
     pairs: Patterns = ""
-    """Pictures with captions: an image member and a .txt (or .json, see caption_key) member of the same key."""
+    """Images with captions: an image member and a .txt (or .json, see caption_key) member of the same key."""
     caption_key: str = "caption"
     """Field of a pair's .json member that holds the caption; used only where a sample has no .txt."""
     text_length: int = 512
@@ -193,11 +193,11 @@ class DataConfig(LoadingConfig):
     caption_length: int = 64
     """Longest caption in tokens, <s> and </s> included; longer ones are cut (the released fine-tuning default)."""
     min_crop_scale: float = 0.2
-    """Smallest area of the random crop as a share of the picture (BEiT v2's pretraining recipe)."""
+    """Smallest area of the random crop as a share of the image (BEiT v2's pretraining recipe)."""
     color_jitter: float = 0.4
     """Strength of brightness, contrast and saturation jitter."""
     horizontal_flip: float = 0.5
-    """Probability of mirroring a picture. The paper flips images and pairs alike."""
+    """Probability of mirroring an image. The paper flips images and pairs alike."""
     shuffle: Literal["full", "blocks"] = "full"
     """full: any order of a stream's samples. blocks: blocks of neighbours in any order, and any order inside windows
     of some blocks, which are read ahead: for disks and network storage that are slow at single samples."""
@@ -351,7 +351,7 @@ class EvalConfig:
     batches: int = 4
     """Batches of the training size per validation, always the same samples."""
     images: Patterns = ""
-    """Held-out tars of pictures: files, named as in data.images."""
+    """Held-out tars of images: files, named as in data.images."""
     texts: Patterns = ""
     """Held-out tars of documents."""
     pairs: Patterns = ""

@@ -48,7 +48,7 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     from beit3_dist.data.batch import MixedBatches, requests_from
     from beit3_dist.data.loader import loader
     from beit3_dist.devices import device_type
-    from beit3_dist.image_tokenizer.codes import CodesWriter, made_from, pictures_of, write_codes
+    from beit3_dist.image_tokenizer.codes import CodesWriter, made_from, positions_taken, write_codes
     from beit3_dist.image_tokenizer.files import load_vqkd
     from beit3_dist.image_tokenizer.targets import ImageTargets, tokenizer_view_size
 
@@ -64,7 +64,7 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     started = time.perf_counter()
     read = loader(batches, requests, config.data.workers, config.data.prefetch, pin=device.type == "cuda")
     write_codes(writer, read, ImageTargets(tokenizer, device), device)
-    written = writer.close(made, pictures_of(config, held_out))
+    written = writer.close(made, positions_taken(config, held_out))
     seconds = time.perf_counter() - started
     print(f"wrote the codes of {written:,} images to {folder} in {seconds:.0f} s")
 

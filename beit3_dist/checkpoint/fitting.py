@@ -142,7 +142,7 @@ def _architecture(config: ModelConfig) -> str:
 def resized(
     weights: Mapping[str, Tensor], config: ModelConfig, image_size: int
 ) -> tuple[dict[str, Tensor], ModelConfig]:
-    """The weights and the config for pictures of another size. Raises ValueError where the patches do not fit it."""
+    """The weights and the config for images of another size. Raises ValueError where the patches do not fit it."""
     config = replace(config, image_size=image_size)
     grid = image_size // config.patch_size
     return {**weights, POSITIONS: interpolate_positions(weights[POSITIONS], grid)}, config

@@ -1,6 +1,6 @@
 """The vision branch as a VisionTransformer of timm: its `beit3_*` models.
 
-For a picture alone only the vision experts run, so the vision side of any of our models fits, with VL experts too.
+For an image alone only the vision experts run, so the vision side of any of our models fits, with VL experts too.
 timm builds a model with the classifier of ImageNet (`fc_norm` on the mean of the patches, then `head`) by default, and
 with the final norm that pretraining has by `num_classes=0, global_pool=""`: its output then is our `encode(images)`.
 """

@@ -1,7 +1,7 @@
 """The vision transformer of CLIP (Radford et al. 2021), in the key layout of OpenAI's and open_clip's files.
 
 BEiT v2 distils it: the features of a patch are its token after the last norm, mapped into CLIP's joint space.
-Shapes: B pictures, S image side, N patches, W width, T dimension of the joint space.
+Shapes: B images, S image side, N patches, W width, T dimension of the joint space.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Visual codes computed once and kept, by sample id, for runs that see the same views again.
 
 A view is a function of (seed, stream, epoch, index), so the codes of a run's crops can be computed before it, and the
-held-out pictures' anyway. A folder of codes:
+held-out images' anyway. A folder of codes:
 
-    ids.npy         int64 [n], sorted: sample ids, pictures of images and pairs alike
+    ids.npy         int64 [n], sorted: sample ids, of images alone and of pairs alike
     rows.npy        int64 [n]: where in codes.bin the codes of each id lie
     codes.bin       uint16 [rows, patches]: codes in the order in which a run needs them, which lie near each other then
     manifest.json   what the codes were made from, how far they reach, and every file's size; written last
@@ -57,7 +57,7 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
             if s.has_images
         },
         **{f"data.{name}": getattr(config.data, name) for name in DRAWN_BY},
-        **({} if held_out else {"data.shuffle": shuffle_of(config.data)}),  # which pictures come before the last step
+        **({} if held_out else {"data.shuffle": shuffle_of(config.data)}),  # which images come before the last step
     }
 
 
@@ -67,7 +67,7 @@ def sources_digest(stream: SampleStream, shards: Patterns) -> str:
     return hashlib.sha256(json.dumps([weights, names_and_sizes(stream)]).encode()).hexdigest()
 
 
-def pictures_of(config: RunConfig, held_out: bool) -> tuple[int, int]:
+def positions_taken(config: RunConfig, held_out: bool) -> tuple[int, int]:
     """Positions of images and pairs that a run takes: those of all its steps, or of one validation."""
     steps = config.eval.batches if held_out else config.steps
     return steps * config.batch.images, steps * config.batch.pairs
@@ -81,14 +81,14 @@ def open_codes(
     if not folder:
         return None
     codes = PrecomputedCodes(Path(folder), field, config.model.visual_vocab_size)
-    codes.check(made_from(config, tokenizer_view, held_out, batches), pictures_of(config, held_out))
+    codes.check(made_from(config, tokenizer_view, held_out, batches), positions_taken(config, held_out))
     return codes
 
 
 class CodesWriter:
     """Writes codes as they come, and the folder is whole or absent. Raises ValueError if it exists.
 
-    The ids stay in memory, 8 bytes a picture, until they are sorted at the end.
+    The ids stay in memory, 8 bytes an image, until they are sorted at the end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,24 +101,24 @@ class CodesWriter:
         self.patches = 0
 
     def add(self, ids: Tensor, codes: Tensor) -> None:
-        """ids int64 [n] of pictures with codes [n, patches]."""
+        """ids int64 [n] of images with codes [n, patches]."""
         self.ids.append(ids.numpy().copy())  # they may lie in a loader process's memory, which is an open file
         require(int(codes.max()) <= MOST_CODES, f"a code above {MOST_CODES} does not fit into two bytes")
         self.patches = codes.shape[1]
         self.codes.write(codes.cpu().numpy().astype(CODE).tobytes())
 
-    def close(self, made: dict[str, Any], pictures: tuple[int, int]) -> int:
-        """Writes the rest and the manifest; `pictures`: the positions of images and pairs that are covered. Returns
-        the number of ids."""
+    def close(self, made: dict[str, Any], taken: tuple[int, int]) -> int:
+        """Writes the rest and the manifest; `taken`: the positions of images and pairs that are covered. Returns the
+        number of ids."""
         self.codes.close()
-        require(bool(self.ids), "the recipe takes no pictures, so there are no codes")
+        require(bool(self.ids), "the recipe takes no images, so there are no codes")
         ids, rows = np.unique(np.concatenate(self.ids), return_index=True)  # a short stream starts over
         np.save(self.partial / "ids.npy", ids, allow_pickle=False)
         np.save(self.partial / "rows.npy", rows.astype(np.int64), allow_pickle=False)
         manifest = {
             "format": FORMAT,
             "made_from": made,
-            "pictures": pictures,
+            "pictures": taken,
             "patches": self.patches,
             "files": {name: (self.partial / name).stat().st_size for name in FILES},
         }
@@ -160,11 +160,11 @@ class PrecomputedCodes:
         patches = self.manifest["patches"]
         require(type(patches) is int and patches > 0, f"its manifest says patches={patches!r}")
         self.codes = np.memmap(self.folder / "codes.bin", CODE, "r").view(np.ndarray).reshape(-1, patches)
-        require(len(self.ids) > 0 and isinstance(self.manifest["made_from"], dict), "it tells of no pictures")
+        require(len(self.ids) > 0 and isinstance(self.manifest["made_from"], dict), "it tells of no images")
         images, pairs = self.manifest["pictures"]
         require(type(images) is type(pairs) is int, f"its manifest says pictures={[images, pairs]}")
 
-    def check(self, made: dict[str, Any], pictures: tuple[int, int]) -> None:
+    def check(self, made: dict[str, Any], taken: tuple[int, int]) -> None:
         """Raises ValueError unless the codes are of these views and reach so many positions of images and pairs."""
         again = "; make it anew with tools/precompute_codes.py"
         for name, value in made.items():
@@ -172,19 +172,19 @@ class PrecomputedCodes:
             require(
                 kept == value, f"{self.field}: {self.folder} was made with {name}={kept}, this run has {value}{again}"
             )
-        for name, covered, needed in zip(("images", "pairs"), self.manifest["pictures"], pictures, strict=True):
+        for name, covered, needed in zip(("images", "pairs"), self.manifest["pictures"], taken, strict=True):
             require(
                 needed <= covered,
                 f"{self.field}: {self.folder} covers {covered} {name}, this run takes {needed}{again}",
             )
 
     def of(self, batch: MicroBatch) -> Tensor:
-        """int64 [I + P, patches]: the codes of a micro-batch's pictures. KeyError for an unknown picture."""
+        """int64 [I + P, patches]: the codes of a micro-batch's images. KeyError for an unknown image."""
         wanted = image_ids(batch).numpy()
         places = np.searchsorted(self.ids, wanted).clip(max=len(self.ids) - 1)
         missing = np.count_nonzero(self.ids[places] != wanted)
         if missing:
-            raise KeyError(f"{self.folder} has no codes of {missing} pictures of this batch")
+            raise KeyError(f"{self.folder} has no codes of {missing} images of this batch")
         rows = self.rows[places]
         in_file = bool(((0 <= rows) & (rows < len(self.codes))).all())
         codes = self.codes[rows].astype(np.int64) if in_file else np.empty(0)
@@ -201,15 +201,15 @@ def image_ids(batch: MicroBatch) -> Tensor:
 
 
 def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Tokenize | None) -> Tokenize | None:
-    """What gives the codes of a micro-batch's pictures: the precomputed ones where there are any, else `tokenize`; None
+    """What gives the codes of a micro-batch's images: the precomputed ones where there are any, else `tokenize`; None
     on a pipeline stage that needs no targets."""
     if codes is None or tokenize is None:
         return tokenize
     looked_up = codes.of(batch)
-    return lambda pictures: to_device(looked_up, pictures.device)
+    return lambda images: to_device(looked_up, images.device)
 
 
 def write_codes(writer: CodesWriter, batches: Iterable[MicroBatch], tokenize: Tokenize, device: torch.device) -> None:
-    """Adds the codes of all pictures of the micro-batches."""
+    """Adds the codes of all images of the micro-batches."""
     for batch in batches:
         writer.add(image_ids(batch), tokenize(SeenImages(batch, device).tokenizer))

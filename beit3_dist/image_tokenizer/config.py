@@ -22,9 +22,9 @@ class TokenizerModelConfig:
     """The VQ-KD network."""
 
     image_size: int = 224
-    """Side of the square picture in pixels."""
+    """Side of the square image in pixels."""
     patch_size: int = 16
-    """Side of a patch; (image_size / patch_size)^2 codes per picture."""
+    """Side of a patch; (image_size / patch_size)^2 codes per image."""
     width: int = 768
     """Hidden size of encoder and decoder."""
     layers: int = 12
@@ -42,7 +42,7 @@ class TokenizerModelConfig:
 
     @property
     def grid(self) -> int:
-        """Codes along a side of the picture."""
+        """Codes along a side of the image."""
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
@@ -85,16 +85,16 @@ class TeacherConfig:
 
 @dataclass(kw_only=True)
 class TokenizerDataConfig(LoadingConfig):
-    """The pictures."""
+    """The images."""
 
     images: Patterns
-    """Tars with pictures: a brace or glob pattern, a list of patterns that are one source together, or a list of
+    """Tars with images: a brace or glob pattern, a list of patterns that are one source together, or a list of
     weighted sources."""
     min_crop_scale: float = 0.08
-    """Smallest area of the random crop as a share of the picture."""
+    """Smallest area of the random crop as a share of the image."""
     max_bad_fraction: float = 0.01
-    """The run stops with a report when more than this share of all pictures, or of those of 1,000 steps, had to be
-    replaced. The share is taken of at least 10,000 pictures: 0.01 stops no run before its 101st bad picture."""
+    """The run stops with a report when more than this share of all images, or of those of 1,000 steps, had to be
+    replaced. The share is taken of at least 10,000 images: 0.01 stops no run before its 101st bad image."""
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
 
@@ -106,7 +106,7 @@ class TokenizerDataConfig(LoadingConfig):
 
 
 def _beit_v2() -> OptimConfig:
-    """10 of 100 epochs of warm-up; 5e-5 per 128 pictures; no clipping."""
+    """10 of 100 epochs of warm-up; 5e-5 per 128 images; no clipping."""
     return OptimConfig(
         lr=2e-4,
         min_lr=1e-5,
@@ -124,11 +124,11 @@ class TokenizerConfig(JobConfig):
     """A training run of the image tokenizer."""
 
     data: TokenizerDataConfig
-    """The pictures."""
+    """The images."""
     steps: int = 250_200
     """Optimizer steps (100 epochs of ImageNet-1k at batch 512)."""
     batch: int = 512
-    """Pictures per step over all ranks."""
+    """Images per step over all ranks."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: matrix products in bf16 (autocast), everything else and the quantisation in fp32. fp32: everything."""
     pictures_every: int = 1000

@@ -1,12 +1,12 @@
 """The BEiT v2 image tokenizer (Peng et al. 2022): vector-quantised knowledge distillation, VQ-KD.
 
-A vision transformer turns a picture into one short unit vector per patch; the nearest entry of a codebook
+A vision transformer turns an image into one short unit vector per patch; the nearest entry of a codebook
 (quantizer.py) is the patch's code, the target of masked image modelling. In training a shallow decoder rebuilds a
 teacher's features from the codes. Names and shapes are those of the released files, so both load the same way:
 
     encoder.*  encode_task_layer.*  quantize.*  decoder.*  decode_task_layer.*
 
-Shapes: B pictures, S image side, N patches, D width, C code dimension, T teacher channels.
+Shapes: B images, S image side, N patches, D width, C code dimension, T teacher channels.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class VisionTransformer(nn.Module):
         self.fc_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def positions(self, patches: int) -> Tensor:
-        """[1, 1 + patches, D]: the table itself, or resized (bicubic) for pictures of another size than trained on."""
+        """[1, 1 + patches, D]: the table itself, or resized (bicubic) for images of another size than trained on."""
         if patches == self.grid**2:
             return self.pos_embed
         side = math.isqrt(patches)

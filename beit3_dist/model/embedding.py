@@ -17,7 +17,7 @@ FIRST_POSITION = 2
 
 
 class VisionEmbedding(nn.Module):
-    """Pictures [B, 3, S, S] -> CLS and patches [B, 1 + patches, D]; masked patches become the mask token."""
+    """Images [B, 3, S, S] -> CLS and patches [B, 1 + patches, D]; masked patches become the mask token."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class VisionEmbedding(nn.Module):
         """`image_mask`: bool [B, patches], True where the patch is hidden. CLS is never masked."""
         batch, _, height, width = images.shape
         if (height, width) != (self.image_size, self.image_size):
-            raise ValueError(f"pictures are {height} x {width} pixels, model.image_size is {self.image_size}")
+            raise ValueError(f"images are {height} x {width} pixels, model.image_size is {self.image_size}")
         p, grid = self.patch_size, self.image_size // self.patch_size
         # A stride-p convolution is a matrix product of flattened patches: [B, g, g, 3, p, p] -> [B, g * g, 3 p p].
         pixels = images.reshape(batch, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

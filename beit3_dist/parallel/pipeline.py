@@ -136,7 +136,7 @@ class Stages(nn.Module):
 
     def begin(self, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> None:
         """Takes the micro-batches of a step, which the schedule names by their numbers. Each is prepared when it is
-        first asked for: the last stage tokenises its pictures while the former stages compute."""
+        first asked for: the last stage tokenises its images while the former stages compute."""
         self._micro_batches, self._coming = [], iter(micro_batches)
         self._step_counts, self._step = step_counts, step
         self.statistics = torch.zeros(2, self.objective.columns, dtype=torch.float64, device=step_counts.device)

@@ -46,9 +46,9 @@ class FinetuneReady:
     validation: Sequence[Example]
     """Validation examples; none without validation."""
     views: Views
-    """How pictures are seen."""
+    """How images are seen."""
     mixing: Mixing | None
-    """How training pictures are mixed."""
+    """How training images are mixed."""
 
 
 def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
@@ -95,7 +95,7 @@ def check_mixing(config: FinetuneConfig, mesh: Mesh) -> None:
     size = config.micro_batch(mesh.data)[0]
     require(
         size % 2 == 0 or not config.mixes or config.evaluate_only,
-        f"batch.size={config.batch.size} makes micro-batches of {size}, but mixup and cutmix take two pictures at a "
+        f"batch.size={config.batch.size} makes micro-batches of {size}, but mixup and cutmix take two images at a "
         "time: make them even by batch.size or batch.accumulation, or set mixup=0 and cutmix=0",
     )
 

@@ -39,7 +39,7 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
     consumed = state.consumed.get("images", 0)
     require(
         consumed == state.step * config.batch,
-        f"batch={config.batch}: {checkpoint} has taken {consumed} pictures in {state.step} steps; "
+        f"batch={config.batch}: {checkpoint} has taken {consumed} images in {state.step} steps; "
         "a resumed run keeps its batch",
     )
     train = ImageBatches(config.data, config.model.image_size, config.seed, config.batch, mesh.rank, mesh.world)

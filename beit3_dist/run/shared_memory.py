@@ -51,7 +51,7 @@ def check_shared_memory(
     require(
         need <= free,
         f"data.workers={workers}: the loaders of {readers} process(es) on {socket.gethostname()} may hold "
-        f"{need / 1e6:,.1f} MB of pictures in {SHARED}, which has {free / 1e6:,.1f} MB free: enlarge it (a container: "
+        f"{need / 1e6:,.1f} MB of images in {SHARED}, which has {free / 1e6:,.1f} MB free: enlarge it (a container: "
         f"--shm-size or --ipc=host), lower data.workers or data.prefetch={prefetch}, or set data.workers=0",
     )
 

@@ -155,20 +155,20 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         return replace(batch, words=words, targets=targets)
 
     def _totals(self, batch: TaskBatch) -> Totals:
-        model, pictures, none = self.config.model, batch.images.shape[1], torch.zeros(0, dtype=torch.int64)
+        model, per_sample, none = self.config.model, batch.images.shape[1], torch.zeros(0, dtype=torch.int64)
         lengths = (~batch.padding).sum(1)
         masked = 0 if batch.targets is None else int((batch.targets >= 0).sum())
         count = len(batch.ids) if batch.targets is None else masked
-        if pictures == 0:
+        if per_sample == 0:
             samples = (0, none, lengths)
         elif lengths.sum() == 0:
-            samples = (len(lengths) * pictures, none, none)
+            samples = (len(lengths) * per_sample, none, none)
         elif self.task.contrastive:
             samples = (len(lengths), none, lengths)
         else:
-            samples = (0, lengths.repeat(pictures), none)
+            samples = (0, lengths.repeat(per_sample), none)
         flops = encoder_flops(model, *samples) + 3 * 2 * model.width * model.vocab_size * masked
-        tokens = len(lengths) * pictures * (1 + model.patches) + int(lengths.sum()) * max(1, pictures)
+        tokens = len(lengths) * per_sample * (1 + model.patches) + int(lengths.sum()) * max(1, per_sample)
         hash_terms = hash_sum((batch.places - self._consumed).numpy(), batch.ids.numpy())
         return Totals([count], tokens, flops, len(batch.faults), hash_terms)
 

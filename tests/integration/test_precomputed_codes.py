@@ -81,7 +81,7 @@ def test_the_codes_are_used_and_the_second_view_is_not_made(made: tuple[RunConfi
     codes = ready.train_codes.of(batch)
     assert codes.shape == (sum(map(len, batch.with_images)), 16)
     batch.streams["images"].ids[0] = 12345
-    with pytest.raises(KeyError, match="no codes of 1 pictures"):
+    with pytest.raises(KeyError, match="no codes of 1 images"):
         ready.train_codes.of(batch)
 
 

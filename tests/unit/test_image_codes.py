@@ -59,7 +59,7 @@ def test_codes_of_any_number_of_pictures_are_found_with_few_open_files(tmp_path:
     for some in ids[torch.from_numpy(draw.permutation(3_000))].split(64):
         assert torch.equal(codes.of(batch_of(some)), codes_of(some))
     assert len(os.listdir("/proc/self/fd")) - before <= 3
-    with pytest.raises(KeyError, match="no codes of 2 pictures"):
+    with pytest.raises(KeyError, match="no codes of 2 images"):
         codes.of(batch_of(torch.tensor([1, ids[0], 2])))  # type: ignore[arg-type]
 
 
@@ -72,7 +72,7 @@ def test_a_folder_of_a_former_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_pictures_has_no_codes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="takes no pictures"):
+    with pytest.raises(ValueError, match="takes no images"):
         CodesWriter(tmp_path / "codes").close({}, (0, 0))
 
 
