@@ -106,9 +106,9 @@ def damaged(path: Path) -> str:
     for name in SMALL_FILES:
         if name not in manifest:
             return f"{path} is no whole checkpoint: {source} does not name {name}"
-    for shard in sorted(path.glob("shard_*.safetensors")):
-        if shard.name not in manifest:
-            return f"{source} does not name {shard}"
+    for file in sorted(path.glob("shard_*.safetensors")):
+        if file.name not in manifest:
+            return f"{source} does not name {file}"
     for name, (size, _) in manifest.items():
         try:
             found = regular_size(path / name)
@@ -215,9 +215,9 @@ def verified(path: Path | None, resume: str, folder: Path) -> Path | None:
 
 
 def _damages(path: Path) -> list[str]:
-    """What any rank finds in its share of the shards."""
-    shards = sorted(set(read_manifest(path)) - set(SMALL_FILES))
-    return sum(_gather(wrong_digests(path, shards[dist.get_rank() :: dist.get_world_size()])), [])
+    """What any rank finds in its share of the files of shards."""
+    files = sorted(set(read_manifest(path)) - set(SMALL_FILES))
+    return sum(_gather(wrong_digests(path, files[dist.get_rank() :: dist.get_world_size()])), [])
 
 
 def _assert_seen_by_all(path: Path | None) -> None:

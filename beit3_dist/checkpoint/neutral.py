@@ -1,4 +1,4 @@
-"""The layout-neutral form of a training checkpoint: one entry per canonical parameter.
+"""The neutral form, of no layout, of a training checkpoint: one entry per canonical parameter.
 
     FOLDER/
         shard_00000.safetensors   NAME: the fp32 master weight, NAME/exp_avg and NAME/exp_avg_sq: Adam's moments
@@ -7,7 +7,7 @@
 
 Every entry is a whole parameter, flattened in the order of its elements, and the parameters stand in the order of their
 names: the same training state gives the same bytes, whatever layout it was saved in. Shapes stand in the header under
-`fragments`. The folder is itself a checkpoint (see store.py), of one shard that is cut nowhere: training resumes from
+`fragments`. The folder is itself a checkpoint (see store.py), whose shards are whole parameters: training resumes from
 it in any layout, and a checkpoint of any layout turns into it. The file is written as a stream, so memory stays within
 a few buffers however large the model.
 """
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.files import sync, write_json
 from beit3_dist.checkpoint.find import Damaged, damaged, read_manifest, wrong_digests
-from beit3_dist.checkpoint.layout import Piece
-from beit3_dist.checkpoint.read import BUFFER, Shards
+from beit3_dist.checkpoint.read import BUFFER, StoredShards
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import shard_header
 
 _SHARD = "shard_00000.safetensors"
@@ -66,9 +66,9 @@ def write_neutral(checkpoint: Path, folder: Path) -> None:
 
 def _write_shard(path: Path, checkpoint: Path) -> dict[str, Any]:
     """Streams a checkpoint's parameters into one safetensors file. Returns its entry of the manifest."""
-    shards = Shards(checkpoint)
-    pieces = [Piece(name, shards.shape(name), 0, {}) for name in sorted(shards.names)]
-    stored = [(piece.name, suffix, piece.shape) for piece in pieces for suffix in sorted(shards.suffixes(piece.name))]
+    stored = StoredShards(checkpoint)
+    whole = [Shard(name, stored.shape(name), 0, {}) for name in sorted(stored.names)]
+    entries = [(shard.name, suffix, shard.shape) for shard in whole for suffix in sorted(stored.suffixes(shard.name))]
     digest = hashlib.sha256()
     with open(path, "wb") as file:
 
@@ -76,19 +76,19 @@ def _write_shard(path: Path, checkpoint: Path) -> dict[str, Any]:
             digest.update(content)
             file.write(content)
 
-        write(shard_header(pieces, {name + suffix: math.prod(shape) for name, suffix, shape in stored}))
-        for name, suffix, shape in stored:
-            for values in _stream(shards, name, shape, suffix):
+        write(shard_header(whole, {name + suffix: math.prod(shape) for name, suffix, shape in entries}))
+        for name, suffix, shape in entries:
+            for values in _stream(stored, name, shape, suffix):
                 write(values.numpy())
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _stream(shards: Shards, name: str, shape: tuple[int, ...], suffix: str) -> Iterator[Tensor]:
+def _stream(stored: StoredShards, name: str, shape: tuple[int, ...], suffix: str) -> Iterator[Tensor]:
     """The elements of a whole parameter (or moment) in order, float32, BUFFER at a time."""
     numel = math.prod(shape)
     for start in range(0, numel, BUFFER):
         values = torch.empty(min(BUFFER, numel - start))
-        shards.fill(values, Piece(name, shape, start, {suffix: values}), suffix)
+        stored.fill(values, Shard(name, shape, start, {suffix: values}), suffix)
         yield values

@@ -1,4 +1,4 @@
-"""Values of a checkpoint, in whatever pieces they are asked for.
+"""Values of a checkpoint, for whatever shards they are asked.
 
 Only the elements that are asked for are read, through buffers of a fixed size: beside its targets, `load` holds no
 parameter in memory, however the checkpoint was cut.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import Damaged, read_manifest, wrong_digests
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.model.cut import Cut
 from beit3_dist.opening import open_regular, parse_json
 from beit3_dist.weights import require_finite
@@ -27,23 +27,23 @@ from beit3_dist.weights import require_finite
 BUFFER = 1 << 22
 """Elements (16 MiB) that are read at a time."""
 MOST_HEADER = 100_000_000
-"""Bytes of the longest header of a shard, as in the safetensors library."""
+"""Bytes of the longest header of a file of shards, as in the safetensors library."""
 AVERAGE = "/ema"
 """What is added to the name of a weight whose moving average is meant."""
 
 log = logging.getLogger(__name__)
 
 
-def load(path: Path, pieces: Iterable[Piece]) -> None:
-    """Fills the pieces' tensors from a checkpoint that may have been cut into other pieces.
+def load(path: Path, shards: Iterable[Shard]) -> None:
+    """Fills the shards' tensors from a checkpoint that may have been cut into other shards.
 
     The digests have been verified (`find.verified`). Raises ValueError where elements are missing or not finite.
     """
-    shards = Shards(path)
-    for piece in pieces:
-        for suffix, target in piece.tensors.items():
-            shards.fill(target, piece, suffix)
-            require_finite([(piece.name + suffix, target)], str(path))
+    stored = StoredShards(path)
+    for shard in shards:
+        for suffix, target in shard.tensors.items():
+            stored.fill(target, shard, suffix)
+            require_finite([(shard.name + suffix, target)], str(path))
 
 
 def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
     """
     if wrong := wrong_digests(path, read_manifest(path)):
         raise Damaged("; ".join(wrong))
-    shards, suffix = Shards(path), ""
+    shards, suffix = StoredShards(path), ""
     if averaged and shards.have(AVERAGE):
         suffix = AVERAGE
         log.info("%s: the moving average of its weights is taken", path)
@@ -66,31 +66,31 @@ def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A piece in a file."""
+    """A shard in a file."""
 
     file: Path
     start: int
     shape: tuple[int, ...]
     cut: Cut | None
     places: dict[str, int]
-    """Stored name of the piece's values -> where they begin in the file, in bytes."""
+    """Stored name of the shard's values -> where they begin in the file, in bytes."""
     numel: int
 
     def read(self, key: str, begin: int, end: int) -> Tensor:
-        """Elements [begin, end) of the flattened parameter or part, which the piece holds."""
+        """Elements [begin, end) of the flattened parameter or part, which the shard holds."""
         offset = self.places[key] + 4 * (begin - self.start)
         return torch.from_numpy(np.fromfile(self.file, "<f4", end - begin, offset=offset))
 
 
-class Shards:
-    """All pieces of a checkpoint by the name of their parameter, read only where they are asked for."""
+class StoredShards:
+    """All shards of a checkpoint by the name of their parameter, read only where they are asked for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stored: dict[str, list[_Stored]] = {}
         for file in sorted(path.glob("shard_*.safetensors")):
-            for name, piece in _pieces_in(file).items():
-                self._stored.setdefault(name, []).append(piece)
+            for name, shard in _shards_in(file).items():
+                self._stored.setdefault(name, []).append(shard)
 
     @property
     def names(self) -> list[str]:
@@ -104,54 +104,54 @@ class Shards:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a whole parameter. Raises ValueError where its elements are fewer, so that nobody makes room for
         what a header only claims."""
-        shape, held = self._stored[name][0].shape, sum(piece.numel for piece in self._stored[name])
+        shape, held = self._stored[name][0].shape, sum(shard.numel for shard in self._stored[name])
         if held < math.prod(shape):
             raise ValueError(f"{self._path} holds {held} of {math.prod(shape)} elements of {name}")
         return shape
 
     def suffixes(self, name: str) -> set[str]:
         """What is stored of a parameter: "" for its weights, and those of its moments."""
-        return {key.removeprefix(name) for piece in self._stored[name] for key in piece.places}
+        return {key.removeprefix(name) for shard in self._stored[name] for key in shard.places}
 
     def whole(self, name: str, suffix: str) -> Tensor:
         """A whole parameter (or moment), float32 on the CPU."""
         shape = self.shape(name)
         flat = torch.empty(math.prod(shape))
-        self.fill(flat, Piece(name, shape, 0, {suffix: flat}), suffix)
+        self.fill(flat, Shard(name, shape, 0, {suffix: flat}), suffix)
         return flat.view(shape)
 
-    def fill(self, target: Tensor, piece: Piece, suffix: str) -> None:
-        """Copies the piece's values into `target` [numel]. Raises ValueError where the checkpoint lacks some."""
-        stored, key = self._stored.get(piece.name, []), piece.name + suffix
+    def fill(self, target: Tensor, shard: Shard, suffix: str) -> None:
+        """Copies the shard's values into `target` [numel]. Raises ValueError where the checkpoint lacks some."""
+        stored, key = self._stored.get(shard.name, []), shard.name + suffix
         for other in stored:
-            if other.shape != piece.shape:
+            if other.shape != shard.shape:
                 raise ValueError(
-                    f"{self._path}: {piece.name} has shape {list(other.shape)}, the model needs {list(piece.shape)}"
+                    f"{self._path}: {shard.name} has shape {list(other.shape)}, the model needs {list(shard.shape)}"
                 )
-        theirs = stored[0].cut if stored else piece.cut
-        if (theirs and theirs.parts) == (piece.cut and piece.cut.parts):
-            self._copy(target, piece.start, [other for other in stored if other.cut == piece.cut], key)
+        theirs = stored[0].cut if stored else shard.cut
+        if (theirs and theirs.parts) == (shard.cut and shard.cut.parts):
+            self._copy(target, shard.start, [other for other in stored if other.cut == shard.cut], key)
             return
-        dimension = (piece.cut or theirs).dimension  # type: ignore[union-attr]  # one of the two is a cut
+        dimension = (shard.cut or theirs).dimension  # type: ignore[union-attr]  # one of the two is a cut
         if dimension == 0:
-            self._fill_rows(target, piece, stored, key)
+            self._fill_rows(target, shard, stored, key)
         else:
-            self._fill_columns(target, piece, dimension, stored, key)
+            self._fill_columns(target, shard, dimension, stored, key)
 
-    def _fill_rows(self, target: Tensor, piece: Piece, stored: list[_Stored], key: str) -> None:
+    def _fill_rows(self, target: Tensor, shard: Shard, stored: list[_Stored], key: str) -> None:
         """Cut along the first dimension, parts lie one after another in the flattened parameter, padding behind it."""
-        begin = _offset(piece.cut, piece.shape) + piece.start
-        inside = max(0, min(target.numel(), math.prod(piece.shape) - begin))
+        begin = _offset(shard.cut, shard.shape) + shard.start
+        inside = max(0, min(target.numel(), math.prod(shard.shape) - begin))
         in_whole = [replace(other, start=_offset(other.cut, other.shape) + other.start) for other in stored]
         self._copy(target[:inside], begin, in_whole, key)
         target[inside:].zero_()
 
-    def _fill_columns(self, target: Tensor, piece: Piece, dimension: int, stored: list[_Stored], key: str) -> None:
+    def _fill_columns(self, target: Tensor, shard: Shard, dimension: int, stored: list[_Stored], key: str) -> None:
         """Cut along a later dimension, a part holds a strip of the parameter seen as a matrix."""
-        rows = math.prod(piece.shape[:dimension])
-        columns = math.prod(piece.shape) // rows
-        mine = _strip(piece.cut, piece.shape, rows)
-        begin, stop = piece.start, piece.start + target.numel()
+        rows = math.prod(shard.shape[:dimension])
+        columns = math.prod(shard.shape) // rows
+        mine = _strip(shard.cut, shard.shape, rows)
+        begin, stop = shard.start, shard.start + target.numel()
         at_a_time = max(1, BUFFER // columns)
         for row in range(begin // len(mine), -(-stop // len(mine)), at_a_time):
             block = range(row, min(row + at_a_time, rows))
@@ -173,20 +173,20 @@ class Shards:
         return block.view(-1)
 
     def _copy(self, target: Tensor, start: int, stored: list[_Stored], key: str) -> None:
-        """Copies elements [start, start + numel) of what the pieces, which do not overlap, hold together."""
+        """Copies elements [start, start + numel) of what the shards, which do not overlap, hold together."""
         found, stop = 0, start + target.numel()
-        for piece in stored:
-            end = min(stop, piece.start + piece.numel) if key in piece.places else start
-            for begin in range(max(start, piece.start), end, BUFFER):
-                values = piece.read(key, begin, min(end, begin + BUFFER))
+        for shard in stored:
+            end = min(stop, shard.start + shard.numel) if key in shard.places else start
+            for begin in range(max(start, shard.start), end, BUFFER):
+                values = shard.read(key, begin, min(end, begin + BUFFER))
                 target[begin - start : begin - start + len(values)].copy_(values)
                 found += len(values)
         if found != target.numel():
             raise ValueError(f"{self._path} holds {found} of {target.numel()} elements of {key}")
 
 
-def _pieces_in(file: Path) -> dict[str, _Stored]:
-    """The pieces that the header of a shard names, each by its parameter. Raises ValueError where the header and the
+def _shards_in(file: Path) -> dict[str, _Stored]:
+    """The shards that the header of a file names, each by its parameter. Raises ValueError where the header and the
     file do not fit: the right digest in a manifest says only that the file is what its writer meant."""
     with open_regular(file) as opened:
         size = os.fstat(opened.fileno()).st_size
@@ -196,17 +196,17 @@ def _pieces_in(file: Path) -> dict[str, _Stored]:
         text = opened.read(length)
     try:
         header = parse_json(text.decode())
-        fragments = parse_json(header.pop("__metadata__")["fragments"])
+        described = parse_json(header.pop("__metadata__")["fragments"])
         places: dict[str, dict[str, tuple[int, int]]] = {}
         for key, tensor in header.items():
             places.setdefault(key.partition("/")[0], {})[key] = _place(tensor, 8 + length, size)
-        pieces = {name: _piece(file, name, fragment, places.pop(name)) for name, fragment in fragments.items()}
+        shards = {name: _shard(file, name, fields, places.pop(name)) for name, fields in described.items()}
         if places:
-            raise ValueError(f"{next(iter(places))!r} is no fragment of a parameter")
+            raise ValueError(f"{next(iter(places))!r} is no shard of a parameter")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{file} is no shard: its header does not tell what it holds ({reason})") from None
-    return pieces
+    return shards
 
 
 def _place(tensor: dict[str, Any], begin: int, size: int) -> tuple[int, int]:
@@ -219,10 +219,10 @@ def _place(tensor: dict[str, Any], begin: int, size: int) -> tuple[int, int]:
     return begin + first, numel
 
 
-def _piece(file: Path, name: str, fragment: dict[str, Any], places: dict[str, tuple[int, int]]) -> _Stored:
-    """A fragment as the header describes it. `places`: of its values, by their stored names."""
-    start, shape, numel = fragment["start"], tuple(fragment["shape"]), places[name][1]
-    cut = Cut(**fragment["cut"]) if fragment["cut"] else None
+def _shard(file: Path, name: str, fields: dict[str, Any], places: dict[str, tuple[int, int]]) -> _Stored:
+    """A shard as the header describes it. `places`: of its values, by their stored names."""
+    start, shape, numel = fields["start"], tuple(fields["shape"]), places[name][1]
+    cut = Cut(**fields["cut"]) if fields["cut"] else None
     if not _are_counts(start, *shape) or 0 in shape:
         raise ValueError(f"{name} starts at {start!r} of a parameter of shape {list(shape)}")
     if cut and not (_are_counts(*astuple(cut)) and cut.dimension < len(shape) and cut.part < cut.parts):

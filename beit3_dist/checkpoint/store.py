@@ -3,17 +3,17 @@
     checkpoints/step_0000100/
         state.json                step, samples consumed, model, versions
         config.yaml               the resolved config of the run
-        shard_00000.safetensors   fragments of one rank: master weights NAME, moments NAME/exp_avg, NAME/exp_avg_sq
+        shard_00000.safetensors   shards of one rank: master weights NAME, moments NAME/exp_avg, NAME/exp_avg_sq
         manifest.json             size and SHA-256 of every file above; written last
     checkpoints/latest            name of the newest checkpoint
 
-A fragment is a piece of a flattened parameter, or of its part on a tensor rank, under its canonical name; its place
-stands in the shard's header (`fragments`). So a checkpoint loads in any layout: at another number of data-parallel or
+A shard is elements of a flattened parameter, or of its part on a tensor rank, under its canonical name; its place
+stands in the file's header (`fragments`). So a checkpoint loads in any layout: at another number of data-parallel or
 tensor ranks, at another ZeRO stage. It is written in a folder named `*.partial`, which is renamed when every file of
 every rank is synced; `latest` follows. Generators have no state in this project: what is drawn is a function of the
 seed, which config.yaml holds, and of the samples consumed.
 
-Training waits only for a copy to host memory. A thread of each rank writes its shard; when all have, a thread of the
+Training waits only for a copy to host memory. A thread of each rank writes its file; when all have, a thread of the
 first rank makes the checkpoint whole. The threads do not communicate: the ranks agree on how far they are at the
 boundaries of training steps.
 """
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.files import as_json, sync, write_hashed, write_text
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class _Saving:
     pause_s: float
     """Seconds that the training stood still."""
     task: Future[Any]
-    """Writes this rank's shard; afterwards, on the first rank, makes the checkpoint whole."""
+    """Writes this rank's shards; afterwards, on the first rank, makes the checkpoint whole."""
     shards_written: bool = False
 
 
@@ -132,7 +132,7 @@ class Store:
         self._prunes = False
         """Whether older checkpoints wait for the newest one to prove good."""
         self._is_first = dist.get_rank() == 0
-        self._shard = f"shard_{dist.get_rank():05d}.safetensors"
+        self._file = f"shard_{dist.get_rank():05d}.safetensors"
         self._snapshot = Snapshot(device)
         # Handing a task to a waiting thread takes no time; the start of a new one waits for Python's lock.
         self._thread = ThreadPoolExecutor(1)
@@ -144,7 +144,7 @@ class Store:
 
     def save(
         self,
-        pieces: Iterable[Piece],
+        shards: Iterable[Shard],
         state: TrainState,
         model: DataclassInstance,
         config_yaml: str,
@@ -152,18 +152,18 @@ class Store:
     ) -> None:
         """Begins a checkpoint `step_NNNNNNN`, after the former one is finished; returns when all may change again.
 
-        `pieces`: what this rank contributes; over all ranks every element once. Raises SavingFailed for the former.
+        `shards`: what this rank contributes; over all ranks every element once. Raises SavingFailed for the former.
         """
         started = time.perf_counter()
         self.wait()
         self._last_finite = state.last_finite
-        self._snapshot.take(pieces)
+        self._snapshot.take(shards)
         content = {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions}
         partial = self._partial(state.step)
 
         def write() -> dict[str, dict[str, Any]]:
             partial.mkdir(parents=True, exist_ok=True)
-            entries = {self._shard: self._snapshot.write(partial / self._shard)}
+            entries = {self._file: self._snapshot.write(partial / self._file)}
             for name, text in {"state.json": as_json(content), "config.yaml": config_yaml}.items():
                 if self._is_first:
                     entries[name] = write_hashed(partial / name, [text.encode()])
@@ -245,7 +245,7 @@ class Store:
         if error is not None:
             log.error("%s could not be written", step_name(saving.step), exc_info=error)
         everyones: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(everyones, _in_words(error, self._partial(saving.step) / self._shard))
+        dist.all_gather_object(everyones, _in_words(error, self._partial(saving.step) / self._file))
         self._saving = None
         if self._is_first:
             shutil.rmtree(self._partial(saving.step), ignore_errors=True)

@@ -106,8 +106,8 @@ class GatherReplicated(torch.autograd.Function):
         return gradient.chunk(ctx.group.size())[ctx.group.rank()].clone(), None
 
 
-class Share(torch.autograd.Function):
-    """x / ranks, so that the ranks' shares add up to x; each rank's gradient is x's whole one."""
+class Divide(torch.autograd.Function):
+    """x / ranks, so that the ranks' quotients add up to x; each rank's gradient is x's whole one."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, ranks: int) -> Tensor:

@@ -213,8 +213,8 @@ def _build_model(
 ) -> tuple[BEiT3, dict[str, torch.Size], dict[str, int]]:
     """This rank's part of the model, and of the whole one the shapes of all parameters and how they are cut.
 
-    `model` comes on the meta device and is cut to the rank's slices and stages; then it gets memory and values piece by
-    piece; under ZeRO-3 each piece is sharded before the next one is made, so that no rank ever holds the whole model.
+    `model` comes on the meta device and is cut to the rank's parts and stages; then it gets memory and values module by
+    module; under ZeRO-3 each is sharded before the next one is made, so that no rank ever holds the whole model.
     """
     mesh, dtype = groups.mesh, torch.bfloat16 if config.precision == "bf16" else torch.float32
     whole_shapes, cuts = {name: parameter.shape for name, parameter in model.named_parameters()}, cuts_of(model)
@@ -223,17 +223,17 @@ def _build_model(
     if plan is not None:
         keep_stages(model, plan.of(mesh.pipeline_rank), is_first=mesh.pipeline_rank == 0, is_last=mesh.is_last_stage)
 
-    def slice_of_value(name: str, shape: torch.Size) -> Tensor:
+    def part_of_value(name: str, shape: torch.Size) -> Tensor:
         value, cut = values(name, whole_shapes[name]), cut_for(cuts, name, mesh.tensor_rank, mesh.tensor)
         return value if cut is None else cut.of(value)
 
-    pieces = [(name, module) for name, module in model.named_children() if name != "blocks"]
-    pieces += [(f"blocks.{i}", block) for i, block in model.blocks.items()]
-    for prefix, piece in pieces:
-        materialize(piece, slice_of_value, mesh.device, dtype, prefix=f"{prefix}.")
+    modules = [(name, module) for name, module in model.named_children() if name != "blocks"]
+    modules += [(f"blocks.{i}", block) for i, block in model.blocks.items()]
+    for prefix, module in modules:
+        materialize(module, part_of_value, mesh.device, dtype, prefix=f"{prefix}.")
         if config.parallel.zero_stage == 3:
             deepspeed.zero.Init(
-                module=piece,
+                module=module,
                 config_dict_or_path=settings,
                 dtype=dtype,
                 data_parallel_group=groups.data,

@@ -1,8 +1,9 @@
-"""Where this rank's piece of every parameter lives in DeepSpeed: fp32 master weights and Adam's moments.
+"""Where this rank's shard of every parameter lives in DeepSpeed: fp32 master weights and Adam's moments.
 
-ZeRO flattens the parameters and gives each data-parallel rank a piece of each. A `Fragment` is such a piece under
-the parameter's canonical name with its place in the whole parameter, so that a checkpoint needs to know neither the
-ZeRO stage nor the number of ranks. These few functions are the only ones that look inside DeepSpeed's optimizers.
+ZeRO flattens the parameters and gives each data-parallel rank some elements of each. A `Fragment`, as DeepSpeed calls
+it, is where these lie: in its flat buffers, and in the parameter, whose canonical name it has. So a checkpoint, which
+makes shards of them, needs to know neither the ZeRO stage nor the number of ranks. These few functions are the only
+ones that look inside DeepSpeed's optimizers.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     for name, parameter in parameters:
         if hasattr(parameter, "ds_id"):  # ZeRO-3
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            piece = parameter.ds_tensor.numel()  # padded so that all ranks hold as much
-            start = piece * dist.get_rank(parameter.ds_process_group)
-            numel = max(0, min(piece, parameter.ds_numel - start))
+            held = parameter.ds_tensor.numel()  # padded so that all ranks hold as much
+            start = held * dist.get_rank(parameter.ds_process_group)
+            numel = max(0, min(held, parameter.ds_numel - start))
             yield Fragment(
                 name, tuple(parameter.ds_shape), start, optimizer.fp32_partitioned_groups_flat[group], offset, numel
             )
@@ -78,40 +79,41 @@ def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
     return {key: fragment.slice_of(state[key]) for key in MOMENTS}
 
 
-def create_optimizer_state(optimizer: Any, pieces: list[Fragment], steps: int) -> None:
+def create_optimizer_state(optimizer: Any, held: list[Fragment], steps: int) -> None:
     """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, its moments zero."""
     inner = inner_optimizer(optimizer)
-    for piece in pieces:
-        state = inner.state[piece.flat]
+    for fragment in held:
+        state = inner.state[fragment.flat]
         if MOMENTS[0] in state:
             continue
-        state.update({key: torch.zeros_like(piece.flat, dtype=torch.float32) for key in MOMENTS})
+        state.update({key: torch.zeros_like(fragment.flat, dtype=torch.float32) for key in MOMENTS})
         if isinstance(inner, torch.optim.AdamW):
             on_device = inner.defaults.get("fused")
-            state["step"] = torch.tensor(float(steps), device=piece.flat.device if on_device else "cpu")
+            state["step"] = torch.tensor(float(steps), device=fragment.flat.device if on_device else "cpu")
         else:  # DeepSpeed's CPU Adam
             state["step"] = steps
 
 
 @torch.no_grad()
-def refresh_parameters(model: nn.Module, optimizer: Any, pieces: list[Fragment], data_group: dist.ProcessGroup) -> None:
+def refresh_parameters(model: nn.Module, optimizer: Any, held: list[Fragment], data_group: dist.ProcessGroup) -> None:
     """Makes the working parameters follow master weights that were written from outside. Collective."""
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         parameters: dict[str, Any] = dict(model.named_parameters())
-        for piece in pieces:
-            parameters[piece.name].ds_tensor.view(-1)[: piece.numel].copy_(piece.slice_of(piece.flat))
+        for fragment in held:
+            own = parameters[fragment.name].ds_tensor.view(-1)[: fragment.numel]
+            own.copy_(fragment.slice_of(fragment.flat))
         persistent = optimizer.persistent_parameters
         if persistent:  # small parameters that stay gathered: gather them anew
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
         return
-    mine = {piece.name: piece for piece in pieces}
+    mine = {fragment.name: fragment for fragment in held}
     for name, parameter in model.named_parameters():
         if not hasattr(parameter, "_hp_mapping"):
             continue  # ZeRO-0: the parameter is the master
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if name in mine:
-            piece = mine[name]
-            whole[piece.start : piece.start + piece.numel].copy_(piece.slice_of(piece.flat))
+            fragment = mine[name]
+            whole[fragment.start : fragment.start + fragment.numel].copy_(fragment.slice_of(fragment.flat))
         dist.all_reduce(whole, group=data_group)
         parameter.copy_(whole.view_as(parameter))

@@ -91,7 +91,7 @@ def check_kernels(kernels: str, attention: str = "auto", precision: str = "bf16"
 
 
 def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
-    """Makes the model compute by `kernels` and `attention_kernel`. Call it once it is cut to the rank's slices and
+    """Makes the model compute by `kernels` and `attention_kernel`. Call it once it is cut to the rank's parts and
     stages."""
     kernels, dtype, known = chosen_kernels(choice), next(model.parameters()).dtype, operations()
     chosen = chosen_versions(kernels, dtype, model.config)

@@ -1,6 +1,6 @@
 """Bytes of training states that each rank holds, from arithmetic alone: before a machine is paid for.
 
-Activations are not counted. With P parameters on the rank (its tensor slice of its pipeline stages) and d replicas,
+Activations are not counted. With P parameters on the rank (its tensor part of its pipeline stages) and d replicas,
 DeepSpeed 0.19.8 holds these bytes when the gradients of a step are complete:
 
                         working parameters   gradients   masters   Adam's moments
@@ -48,12 +48,12 @@ DEFAULT_LIVE_PARAMETERS = 1_000_000_000
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What every replica of one tensor slice of one pipeline rank's stages holds."""
+    """What every replica of one tensor rank's part of one pipeline rank's stages holds."""
 
     pipeline_rank: int
     tensor_rank: int
     parameters: int
-    """P: parameters of the slice, a number, not bytes."""
+    """P: parameters of the part, a number, not bytes."""
     working: float
     gradients: float
     masters: float
@@ -108,7 +108,7 @@ def state_bytes(
 def _local_parameters(
     model: BEiT3, parallel: ParallelConfig, stages: list[range], pipeline_rank: int, tensor_rank: int
 ) -> int:
-    """Parameters of one slice of one pipeline rank's stages."""
+    """Parameters of one tensor rank's part of one pipeline rank's stages."""
     part = copy(model)  # pruned below; the modules themselves are shared
     part._modules = dict(model._modules)
     part.blocks = copy(model.blocks)

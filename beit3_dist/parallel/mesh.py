@@ -46,7 +46,7 @@ class Mesh:
 
     @property
     def tensor_rank(self) -> int:
-        """This process's slice of every layer."""
+        """This process's part of every layer."""
         return self.rank % self.tensor
 
     @property
@@ -109,7 +109,7 @@ class Groups:
         self.tensor = self._mine(ranks.flatten(0, 1))
         self.data = self._mine(ranks.transpose(1, 2).flatten(0, 1))
         self.pipeline = self._mine(ranks.flatten(1).T)
-        # All slices of one replica: DeepSpeed sums the gradient norm over it and agrees on overflow in it.
+        # All parts of one replica: DeepSpeed sums the gradient norm over it and agrees on overflow in it.
         self.model = self._mine(ranks.transpose(0, 1).flatten(1))
 
     def _mine(self, lists: Tensor) -> dist.ProcessGroup:

@@ -35,24 +35,24 @@ from beit3_dist.model.layout import Layout, Selection
 from beit3_dist.model.multiway import FeedForward, join
 from beit3_dist.parallel.collectives import (
     Copy,
+    Divide,
     Gather,
     GatherReplicated,
     Reduce,
     ReduceScatter,
     Scatter,
-    Share,
     all_gather,
 )
 
 
 def check_tensor(config: ModelConfig, ranks: int) -> None:
-    """Raises ValueError where the model cannot be cut into so many slices."""
+    """Raises ValueError where the model cannot be cut into so many parts."""
     require_divides("parallel.tensor", ranks, "model.heads", config.heads)
     require_divides("parallel.tensor", ranks, "model.ffn_width", config.ffn_width)
 
 
 def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: bool) -> None:
-    """Cuts a model on the meta device to this rank's slices. `sequence`: shard the tokens between the layers too."""
+    """Cuts a model on the meta device to this rank's parts. `sequence`: shard the tokens between the layers too."""
     ranks, rank = group.size(), group.rank()
     check_tensor(model.config, ranks)
     cuts = cuts_of(model)
@@ -95,7 +95,7 @@ def _parallel_layer(layer: nn.Module, in_block: bool, group: dist.ProcessGroup, 
 
 
 def mark_model_parallel(model: nn.Module, tensor_rank: int, cuts: Collection[str]) -> None:
-    """Tells DeepSpeed which parameters count on this rank in the norm of the whole model: its own slices, which `cuts`
+    """Tells DeepSpeed which parameters count on this rank in the norm of the whole model: its own parts, which `cuts`
     names, and what is replicated over the tensor ranks once. An unmarked one would count on model-parallel rank 0
     alone."""
     parameters: Iterable[tuple[str, Any]] = model.named_parameters()  # DeepSpeed reads an attribute of them
@@ -114,7 +114,7 @@ class RowParallelLinear(Linear):
         self.weight, self.bias, self.ranks = whole.weight, whole.bias, ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.weight, Share.apply(self.bias, self.ranks))
+        return self.compute(x, self.weight, Divide.apply(self.bias, self.ranks))
 
 
 class TokenParallelLayerNorm(LayerNorm):

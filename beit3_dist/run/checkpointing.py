@@ -17,7 +17,7 @@ from torch import Tensor
 import beit3_dist
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.find import find, newest_whole, read_state, verified
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, step_of
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig, require
@@ -45,7 +45,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
     state: of the run, after its last step; it begins as it is in `origin`, the checkpoint that the run goes on from
     (None: a new run).
-    pieces: what this rank contributes, at the moment of the call.
+    shards: what this rank contributes, at the moment of the call.
     export: writes what else is to lie there before a checkpoint is whole: once the last one is, nobody goes on from it.
     """
 
@@ -56,11 +56,11 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         mesh: Mesh,
         state: TrainState,
         origin: Path | None,
-        pieces: Callable[[], Iterable[Piece]],
+        shards: Callable[[], Iterable[Shard]],
         export: Callable[[], None],
     ) -> None:
         self._config, self._run, self._state, self._versions = config, run, state, _versions()
-        self._pieces, self._export = pieces, export
+        self._shards, self._export = shards, export
         self._origin, self._start = origin, state.step
         settings = config.checkpoint
         self._store = Store(run.folder / "checkpoints", mesh.device, settings.keep, settings.keep_every, state.step)
@@ -73,7 +73,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         self._export()
         self._run.sync()
         with _ending_the_run():
-            self._store.save(self._pieces(), self._state, self._config.model, to_yaml(self._config), self._versions)
+            self._store.save(self._shards(), self._state, self._config.model, to_yaml(self._config), self._versions)
         self._newest = self._state.step
 
     def check(self) -> None:
@@ -185,7 +185,7 @@ More = Callable[[Fragment], dict[str, Tensor]]
 """What a job keeps of a fragment beside weights and moments: suffix of the parameter's name -> view, 1-D."""
 
 
-def _pieces(engine: Engine, more: More | None) -> Iterator[Piece]:
+def _shards(engine: Engine, more: More | None) -> Iterator[Shard]:
     """What this rank holds, replicated parameters included."""
     mesh, held = engine.mesh, list(fragments(engine.model, engine.optimizer))
     create_optimizer_state(engine.optimizer, held, 0)  # there is none yet where every step so far was skipped
@@ -194,19 +194,19 @@ def _pieces(engine: Engine, more: More | None) -> Iterator[Piece]:
         tensors = {"": fragment.slice_of(fragment.flat.detach())} | {f"/{key}": view for key, view in moments.items()}
         tensors |= more(fragment) if more else {}
         cut = cut_for(engine.cuts, fragment.name, mesh.tensor_rank, mesh.tensor)
-        yield Piece(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
+        yield Shard(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
 
 
-def contribution(engine: Engine, more: More | None = None) -> Iterator[Piece]:
+def contribution(engine: Engine, more: More | None = None) -> Iterator[Shard]:
     """What this rank saves, so that over all ranks every element is saved once."""
     mesh = engine.mesh
     if engine.zero_stage > 0 or mesh.data_rank == 0:  # at ZeRO-0 all replicas hold the same
-        yield from (piece for piece in _pieces(engine, more) if piece.cut is not None or mesh.tensor_rank == 0)
+        yield from (shard for shard in _shards(engine, more) if shard.cut is not None or mesh.tensor_rank == 0)
 
 
 def load_checkpoint(path: Path, engine: Engine, state: TrainState, more: More | None = None) -> None:
     """Fills the engine from a checkpoint of any layout. Collective."""
     held = list(fragments(engine.model, engine.optimizer))
     create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps)
-    read.load(path, _pieces(engine, more))
+    read.load(path, _shards(engine, more))
     refresh_parameters(engine.model, engine.optimizer, held, engine.groups.data)

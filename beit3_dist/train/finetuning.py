@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import find
-from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import hash_sum, mix
 from beit3_dist.model.layout import to_device
@@ -133,7 +133,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         self._average = WeightAverage(self._engine, config.ema_decay) if config.ema_decay else None
         self._more = self._average.of_fragment if self._average else None
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[Shard]:
         return contribution(self._engine, self._more)
 
     def load(self, checkpoint: Path) -> None:

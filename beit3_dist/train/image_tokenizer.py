@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.checkpoint import read
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import Stream, hash_sum
@@ -62,17 +62,17 @@ class TokenizerTraining(Job[TokenizerConfig, TokenizerStep]):
         steps, pin = range(self.state.step, config.steps), self.mesh.device.type == "cuda"
         self._batches = iter(loader(self._ready.train, steps, data.workers, data.prefetch, pin))
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[Shard]:
         return chain(contribution(self._engine), self._tables() if self.mesh.is_first else ())
 
     def load(self, checkpoint: Path) -> None:
         load_checkpoint(checkpoint, self._engine, self.state)
         read.load(checkpoint, self._tables())
 
-    def _tables(self) -> Iterator[Piece]:
+    def _tables(self) -> Iterator[Shard]:
         """The codebook, which no optimizer moves."""
         for name, table in self._engine.model.named_buffers():
-            yield Piece(name, tuple(table.shape), 0, {"": table.view(-1)})
+            yield Shard(name, tuple(table.shape), 0, {"": table.view(-1)})
 
     def first_faults(self) -> list[Fault]:
         return self._ready.train.stream.faults

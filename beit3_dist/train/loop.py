@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import JobConfig
 from beit3_dist.data.faults import Fault
@@ -60,7 +60,7 @@ class Job(Protocol[Config, Result]):
     def start(self, groups: Groups) -> None:
         """Builds the model in this rank's layout and opens the stream of batches behind `state`. Collective."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[Shard]:
         """What this rank saves, so that over all ranks every element is saved once."""
 
     def load(self, checkpoint: Path) -> None:
@@ -124,7 +124,7 @@ def _train(job: Job[Any, Any], groups: Groups) -> None:
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
     profiling = profiled(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
-    checkpoints = Checkpoints(config, run, mesh, state, job.checkpoint, job.pieces, job.export)
+    checkpoints = Checkpoints(config, run, mesh, state, job.checkpoint, job.shards, job.export)
     with profiling as profile_step, GarbageCollection() as garbage, checkpoints:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)

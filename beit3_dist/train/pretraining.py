@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import requests_from
 from beit3_dist.data.faults import Fault
@@ -98,7 +98,7 @@ class Pretraining(Job[RunConfig, StepResult]):
         pin, reads = mesh.device.type == "cuda", self._feed.reads
         self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
 
-    def pieces(self) -> Iterator[Piece]:
+    def shards(self) -> Iterator[Shard]:
         return contribution(self._engine)
 
     def load(self, checkpoint: Path) -> None:

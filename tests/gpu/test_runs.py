@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from beit3_dist.checkpoint import read
-from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import Store, TrainState
 from beit3_dist.config import CheckpointConfig, ModelConfig, ParallelConfig
 from tests.device import DEVICE, ON_GPU
@@ -73,7 +73,7 @@ def test_saving_beside_the_training(tmp_path: Path, caplog: pytest.LogCaptureFix
     count = 300_000_001 if ON_GPU else 3_000_001  # more than one copy to the host takes
     names = ("", "/exp_avg", "/exp_avg_sq")
     values = torch.arange(count, dtype=torch.float32, device=DEVICE)
-    held = [Piece("a.weight", torch.Size([count]), 0, {name: values + i for i, name in enumerate(names)})]
+    held = [Shard("a.weight", torch.Size([count]), 0, {name: values + i for i, name in enumerate(names)})]
     device = torch.device(DEVICE.type, 0) if ON_GPU else DEVICE
     store = Store(tmp_path / "checkpoints", device, keep=0, keep_every=0, start=0)
     with caplog.at_level(logging.INFO):
@@ -82,7 +82,7 @@ def test_saving_beside_the_training(tmp_path: Path, caplog: pytest.LogCaptureFix
             tensor.fill_(-1)
         store.wait()
     assert any("the training stood still for" in message for message in caplog.messages)
-    empty = [Piece("a.weight", torch.Size([count]), 0, {n: torch.zeros(count) for n in names})]
+    empty = [Shard("a.weight", torch.Size([count]), 0, {n: torch.zeros(count) for n in names})]
     read.load(tmp_path / "checkpoints" / "step_0000007", empty)
     for number, name in enumerate(names):
         assert torch.equal(empty[0].tensors[name], values.cpu() + number), f"a.weight{name}"

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.find import damaged, find, read_manifest, read_state, wrong_digests
-from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import Store, TrainState
 from tests.unit.small_checkpoints import MODEL
 
@@ -35,7 +35,7 @@ def save_for_ever(rank: int, folder: str, meeting: str, step: int) -> None:
     while True:
         step += 1
         values = {suffix: torch.full((half,), float(step)) for suffix in ("", "/exp_avg", "/exp_avg_sq")}
-        to.save([Piece("w", (ELEMENTS,), start, values)], TrainState(step=step), MODEL, "", {})
+        to.save([Shard("w", (ELEMENTS,), start, values)], TrainState(step=step), MODEL, "", {})
         for _ in range(step % 4):  # sometimes the next save finds the former one on its way
             to.vouch(TrainState(step=step + 1))
             to.check()

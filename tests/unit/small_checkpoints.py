@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from beit3_dist.checkpoint import read, store
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import Store, TrainState
 from beit3_dist.config import ModelConfig
 
@@ -32,7 +32,7 @@ def whole(name: str, suffix: str) -> torch.Tensor:
     return torch.arange(first, first + torch.Size(SHAPES[name]).numel(), dtype=torch.float32)
 
 
-def pieces(rank: int, world: int, empty: bool = False) -> list[Piece]:
+def pieces(rank: int, world: int, empty: bool = False) -> list[Shard]:
     """What a rank holds when everything is cut into equal parts, the last one shorter or without anything, as ZeRO
     does; `empty`: with zeros in place of the values."""
     held = []
@@ -43,7 +43,7 @@ def pieces(rank: int, world: int, empty: bool = False) -> list[Piece]:
         tensors = {suffix: whole(name, suffix)[start:end].clone() for suffix in SUFFIXES}
         if empty:
             tensors = {suffix: torch.zeros_like(value) for suffix, value in tensors.items()}
-        held.append(Piece(name, shape, start, tensors))
+        held.append(Shard(name, shape, start, tensors))
     return held
 
 

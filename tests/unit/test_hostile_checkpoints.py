@@ -17,8 +17,8 @@ import torch.distributed as dist
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.files import as_json, sha256
 from beit3_dist.checkpoint.find import Damaged, damaged, find, read_state
-from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.neutral import write_neutral
+from beit3_dist.checkpoint.shard import Shard
 from tests.unit.small_checkpoints import MODEL, SHAPES, save
 from tests.unit.test_opening import NO_FILES, in_folder
 
@@ -225,7 +225,7 @@ def test_a_header_that_lies_is_one_line(lie: str, checkpoint: Path) -> None:
     """Its digest is right. Nothing is allocated for it, nothing written, and the file or the parameter is named."""
     with_header(checkpoint, HEADERS[lie])
     assert damaged(checkpoint) == ""
-    target = Piece("a.weight", SHAPES["a.weight"], 0, {"": torch.zeros(15)})
+    target = Shard("a.weight", SHAPES["a.weight"], 0, {"": torch.zeros(15)})
     for use in (uses(checkpoint)["neutral"], uses(checkpoint)["weights"], lambda: read.load(checkpoint, [target])):
         with pytest.raises(
             ValueError, match=rf"{checkpoint}(/{SHARD} is no shard| holds \d+ of \d+ elements|: a.weight has shape)"

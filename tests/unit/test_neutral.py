@@ -16,8 +16,8 @@ from torch import Tensor
 from beit3_dist.checkpoint import neutral, read
 from beit3_dist.checkpoint.files import sha256, write_json
 from beit3_dist.checkpoint.find import damaged, find, read_state
-from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.neutral import write_neutral
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import Snapshot
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import ModelConfig
@@ -67,7 +67,7 @@ def write_checkpoint(
             length = -(-parts[""].numel() // data)
             start = min(data_rank * length, parts[""].numel())
             runs = {suffix: part[start : start + length].clone() for suffix, part in parts.items()}
-            pieces.append(Piece(name, tuple(weight.shape), start, runs, place))
+            pieces.append(Shard(name, tuple(weight.shape), start, runs, place))
         snapshot = Snapshot(torch.device("cpu"))
         snapshot.take(pieces)
         snapshot.write(folder / f"shard_{rank:05d}.safetensors")
@@ -110,7 +110,7 @@ def test_it_is_a_checkpoint_that_any_layout_loads(tensor: int, data: int, tmp_pa
                 length = -(-expected.numel() // data)
                 for start in range(0, expected.numel(), length):
                     run = torch.full((min(length, expected.numel() - start),), torch.nan)
-                    read.load(tmp_path / "neutral", [Piece(name, SHAPES[name], start, {suffix: run}, place)])
+                    read.load(tmp_path / "neutral", [Shard(name, SHAPES[name], start, {suffix: run}, place)])
                     assert torch.equal(run, expected[start : start + length])
     main([str(tmp_path / "neutral"), str(tmp_path / "again"), "--to", "neutral"])
     for path in (tmp_path / "neutral").iterdir():

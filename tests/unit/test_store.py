@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.find import damaged, find, read_state
-from beit3_dist.checkpoint.layout import Piece
-from beit3_dist.checkpoint.read import Shards, read_weights
+from beit3_dist.checkpoint.read import StoredShards, read_weights
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import Snapshot
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.parallel.mesh import Groups
@@ -115,14 +115,14 @@ def test_missing_elements_are_counted(tmp_path: Path) -> None:
 
 
 def test_another_shape_is_refused(checkpoint: Path) -> None:
-    other = Piece("a.weight", (5, 3), 0, {"": torch.zeros(15)})
+    other = Shard("a.weight", (5, 3), 0, {"": torch.zeros(15)})
     with pytest.raises(ValueError, match=r"a\.weight has shape \[3, 5\], the model needs \[5, 3\]"):
         read.load(checkpoint, [other])
 
 
 def test_another_parameter_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"holds 0 of 2 elements of new"):
-        read.load(checkpoint, [Piece("new", (2,), 0, {"": torch.zeros(2)})])
+        read.load(checkpoint, [Shard("new", (2,), 0, {"": torch.zeros(2)})])
 
 
 def test_another_models_checkpoint_names_the_field(checkpoint: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_shard_of_nothing(tmp_path: Path) -> None:
     snapshot = Snapshot(torch.device("cpu"))
     snapshot.take([])
     assert snapshot.write(tmp_path / "shard_00000.safetensors")["bytes"] > 8
-    assert load_file(tmp_path / "shard_00000.safetensors") == {} and Shards(tmp_path).names == []
+    assert load_file(tmp_path / "shard_00000.safetensors") == {} and StoredShards(tmp_path).names == []
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(checkpoint: Path) -> None:

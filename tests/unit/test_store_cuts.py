@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from beit3_dist.checkpoint import read
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import Snapshot
 from beit3_dist.model.cut import Cut
 
@@ -32,7 +32,7 @@ def values(name: str) -> torch.Tensor:
     return 100.0 * (1 + list(SHAPES).index(name)) + torch.arange(math.prod(shape)).view(shape)
 
 
-def pieces(tensor: int, data: int) -> list[list[Piece]]:
+def pieces(tensor: int, data: int) -> list[list[Shard]]:
     """What each of `tensor` x `data` ranks holds: parts of the tensor ranks, each flattened and cut by ZeRO."""
     ranks = []
     for part, replica in itertools.product(range(tensor), range(data)):
@@ -42,7 +42,7 @@ def pieces(tensor: int, data: int) -> list[list[Piece]]:
             mine = (cut.of(values(name)) if cut else values(name)).reshape(-1)
             size = -(-len(mine) // data)
             start, stop = min(replica * size, len(mine)), min((replica + 1) * size, len(mine))
-            held.append(Piece(name, shape, start, {"": mine[start:stop].clone()}, cut))
+            held.append(Shard(name, shape, start, {"": mine[start:stop].clone()}, cut))
         ranks.append(held)
     return ranks
 
@@ -67,7 +67,7 @@ def test_any_layout_loads_in_any_other(
     """Bit for bit what the ranks of the other layout cut for themselves, the padding's zeros included."""
     monkeypatch.setattr(read, "BUFFER", buffer)
     save(tmp_path / "saved", *saved)
-    shards = read.Shards(tmp_path / "saved")
+    shards = read.StoredShards(tmp_path / "saved")
     for layout in LAYOUTS:
         for rank, held in enumerate(pieces(*layout)):
             for piece in held:
@@ -81,7 +81,7 @@ def test_any_layout_loads_in_any_other(
 def test_a_missing_part_is_noticed_in_another_layout(missing: str, tmp_path: Path) -> None:
     save(tmp_path / "saved", 2, 2)
     (tmp_path / "saved" / "shard_00003.safetensors").unlink()
-    shards = read.Shards(tmp_path / "saved")
+    shards = read.StoredShards(tmp_path / "saved")
     with pytest.raises(ValueError, match=f"holds .* elements of {missing}"):
         shards.whole(missing, "")
 
@@ -90,7 +90,7 @@ LIMITED = """
 import resource, sys
 import torch
 from pathlib import Path
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.model.cut import Cut
 from beit3_dist.checkpoint.read import load
 
@@ -100,7 +100,7 @@ shape = (1 << 12, 1 << 12)
 target = torch.zeros(cut.shape(shape) if cut else shape).view(-1)
 held = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (held + budget, held + budget))
-load(folder, [Piece("big", shape, 0, {"": target}, cut)])
+load(folder, [Shard("big", shape, 0, {"": target}, cut)])
 print(float(target[-1]))
 """
 
@@ -114,7 +114,7 @@ def test_loading_holds_no_parameter_in_memory(tmp_path: Path) -> None:
     for part in range(2):
         cut = Cut(1, part, 2)
         mine = cut.of(whole).reshape(-1)
-        snapshot.take([Piece("big", tuple(whole.shape), 0, {"": mine}, cut)])
+        snapshot.take([Shard("big", tuple(whole.shape), 0, {"": mine}, cut)])
         snapshot.write(tmp_path / f"shard_{part:05d}.safetensors")
 
     def loads(budget: int, cut: Cut | None) -> subprocess.CompletedProcess[str]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.formats import load_released, read_initial_weights, read_source
-from beit3_dist.checkpoint.layout import Piece
 from beit3_dist.checkpoint.released import weights_to_torchscale
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.timm_form import weights_to_timm
 from beit3_dist.image_tokenizer import teachers as distillation
 from beit3_dist.image_tokenizer.files import load_vqkd
@@ -136,7 +136,7 @@ def checkpoint_to_start_from(folder: Path, change: Change) -> Callable[[], objec
 def checkpoint_to_resume(folder: Path, change: Change) -> Callable[[], object]:
     path = checkpoint(folder, change)
     pieces = [
-        Piece(name, tuple(v.shape), 0, {"": torch.zeros(v.numel())}) for name, v in BEiT3(TINY).named_parameters()
+        Shard(name, tuple(v.shape), 0, {"": torch.zeros(v.numel())}) for name, v in BEiT3(TINY).named_parameters()
     ]
     return lambda: read.load(path, pieces)
 

@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from beit3_dist.checkpoint import read
-from beit3_dist.checkpoint.layout import Piece
+from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import Store, TrainState, step_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
@@ -62,10 +62,10 @@ class Contenders:
         self.step = 0
         self._host = [torch.empty(t.shape, pin_memory=device.type == "cuda") for t in self.tensors.values()]
 
-    def pieces(self, tensors: dict[str, Tensor]) -> Iterator[Piece]:
+    def shards(self, tensors: dict[str, Tensor]) -> Iterator[Shard]:
         """As a rank hands them to the store."""
         for name, shape in self.shapes.items():
-            yield Piece(name, tuple(shape), 0, {suffix: tensors[name + suffix] for suffix in SUFFIXES})
+            yield Shard(name, tuple(shape), 0, {suffix: tensors[name + suffix] for suffix in SUFFIXES})
 
     def copy(self) -> None:
         """The least that a save can hold the training up: one copy to host memory."""
@@ -78,7 +78,7 @@ class Contenders:
         """Saves durably; seconds that the training would have stood still."""
         self.step += 1
         started = time.perf_counter()
-        self.store.save(self.pieces(self.tensors), TrainState(step=self.step), self.model, "", {})
+        self.store.save(self.shards(self.tensors), TrainState(step=self.step), self.model, "", {})
         pause = time.perf_counter() - started
         self.store.wait()
         return pause
@@ -99,7 +99,7 @@ class Contenders:
     def loaded(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """What each way gives back."""
         tensors = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
-        read.load(self.folder / "ours" / step_name(self.step), self.pieces(tensors))
+        read.load(self.folder / "ours" / step_name(self.step), self.shards(tensors))
         yield "ours", tensors
         for values in tensors.values():
             values.zero_()
