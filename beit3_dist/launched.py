@@ -22,7 +22,7 @@ UNSET = f"where this process is meant to be alone, an earlier job has left it in
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """This process among those of the run."""
 
     rank: int
@@ -33,7 +33,7 @@ class Place:
     """Processes on this host."""
 
 
-def read_place(environment: MutableMapping[str, str] = os.environ) -> Place:
+def read_place(environment: MutableMapping[str, str] = os.environ) -> ProcessPlace:
     """The place that the variables describe; that of a single process where they are not set.
 
     Raises ValueError, naming the variable and the remedy, for values that no launcher sets.
@@ -49,7 +49,7 @@ def read_place(environment: MutableMapping[str, str] = os.environ) -> Place:
     if world > 1:
         port = _number("MASTER_PORT", environment, 0)
         _check(0 < port < 1 << 16, "MASTER_PORT", environment, "it is no port")
-    return Place(rank, world, local_rank, local_world)
+    return ProcessPlace(rank, world, local_rank, local_world)
 
 
 def _number(name: str, environment: MutableMapping[str, str], default: int) -> int:
@@ -66,11 +66,11 @@ def _check(condition: bool, name: str, environment: MutableMapping[str, str], pr
         raise ValueError(f"{name}={environment.get(name, '')} in the environment: {problem}; {UNSET}")
 
 
-_place: Place | None = None
+_place: ProcessPlace | None = None
 """This process's, once it has taken its place."""
 
 
-def take_place(environment: MutableMapping[str, str] = os.environ) -> Place:
+def take_place(environment: MutableMapping[str, str] = os.environ) -> ProcessPlace:
     """Reads this process's place once and for all; from here on `rank` is what the launcher says. Drops variables that
     are set to nothing, which torch and DeepSpeed would not understand. Raises ValueError as `read_place` does."""
     global _place

@@ -11,7 +11,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch, Samples
 from beit3_dist.model import BEiT3
 from beit3_dist.model.beit3 import MixedInputs
-from beit3_dist.model.layout import Layout, group
+from beit3_dist.model.token_layout import TokenLayout, group
 from beit3_dist.objectives.masked_data_modeling import NAME
 from beit3_dist.objectives.together import PretrainingModule
 from tools.benchmarks.step import objectives_for
@@ -101,7 +101,7 @@ def fused_and_alone(model: ModelConfig, seed: int = 0) -> tuple[MixedInputs, lis
         {"text": texts[1], "text_padding": padding[1]},
     ]
     patches = 1 + model.patches
-    layout = Layout(
+    layout = TokenLayout(
         tuple(
             group(
                 n,

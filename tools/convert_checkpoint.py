@@ -75,7 +75,7 @@ def convert(options: Namespace) -> None:
         _convert_to_neutral(options)
         return
     # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.checkpoint.fitting import absent_groups, resized, shapes_of, without_heads
+    from beit3_dist.checkpoint.fitting import absent_groups, at_image_size, shapes_of, without_heads
     from beit3_dist.checkpoint.formats import read_source
     from beit3_dist.checkpoint.model_folder import save_model_folder
     from beit3_dist.checkpoint.released import weights_to_released, weights_to_torchscale
@@ -87,7 +87,7 @@ def convert(options: Namespace) -> None:
     if options.heads == "drop":
         weights, model = without_heads(weights), replace(model, task=None)
     if options.image_size is not None:
-        weights, config = resized(weights, config, options.image_size)
+        weights, config = at_image_size(weights, config, options.image_size)
     weights = _in_precision(weights, options.dtype)
     for group in absent_groups(weights, shapes_of(config)):
         log.info("the result has no weights for %s", group)

@@ -139,7 +139,7 @@ def _architecture(config: ModelConfig) -> str:
     return ", ".join(f"model.{field}={getattr(config, field)}" for field in fields)
 
 
-def resized(
+def at_image_size(
     weights: Mapping[str, Tensor], config: ModelConfig, image_size: int
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """The weights and the config for images of another size. Raises ValueError where the patches do not fit it."""
@@ -173,7 +173,7 @@ def _fit(
 ) -> dict[str, Tensor]:
     rows = len(weights[POSITIONS]) if POSITIONS in weights else 0
     if POSITIONS in shapes and rows > FIRST_PATCH and rows != shapes[POSITIONS][0]:
-        weights, _ = resized(weights, config, config.image_size)
+        weights, _ = at_image_size(weights, config, config.image_size)
         log.warning(
             "%s: %d vision positions are interpolated to %d for model.image_size=%d",
             source, rows, shapes[POSITIONS][0], config.image_size,

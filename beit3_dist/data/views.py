@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.data.batch import MicroBatch
-from beit3_dist.model.layout import to_device
+from beit3_dist.model.token_layout import to_device
 
 Tokenize = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, S, S] on the device -> visual codes int64 [B, patches]."""

@@ -1,4 +1,4 @@
-"""The vision transformer of CLIP (Radford et al. 2021), in the key layout of OpenAI's and open_clip's files.
+"""The vision transformer of CLIP (Radford et al. 2021), under the keys of OpenAI's and open_clip's files.
 
 BEiT v2 distils it: the features of a patch are its token after the last norm, mapped into CLIP's joint space.
 Shapes: B images, S image side, N patches, W width, T dimension of the joint space.
@@ -22,7 +22,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class Block(nn.Module):
+class CLIPBlock(nn.Module):
     """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int, ffn_width: int, quick_gelu: bool) -> None:
@@ -49,12 +49,12 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
+class CLIPBlocks(nn.Module):
     """The blocks, one after the other."""
 
     def __init__(self, layers: int, width: int, heads: int, ffn_width: int, quick_gelu: bool) -> None:
         super().__init__()
-        self.resblocks = nn.Sequential(*(Block(width, heads, ffn_width, quick_gelu) for _ in range(layers)))
+        self.resblocks = nn.Sequential(*(CLIPBlock(width, heads, ffn_width, quick_gelu) for _ in range(layers)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resblocks(x)
@@ -82,7 +82,7 @@ class CLIPVision(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(1 + grid * grid, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(layers, width, heads, ffn_width, quick_gelu)
+        self.transformer = CLIPBlocks(layers, width, heads, ffn_width, quick_gelu)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.zeros(width, target_dim))
 

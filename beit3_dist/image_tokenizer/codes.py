@@ -30,11 +30,11 @@ from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.views import SeenImages, Tokenize
-from beit3_dist.model.layout import to_device
+from beit3_dist.model.token_layout import to_device
 from beit3_dist.opening import read_json, regular_size
 
 FORMAT = 2
-CODE = np.dtype("<u2")
+CODE_TYPE = np.dtype("<u2")
 MOST_CODES = 65_535
 FILES = ("ids.npy", "rows.npy", "codes.bin")
 
@@ -105,7 +105,7 @@ class CodesWriter:
         self.ids.append(ids.numpy().copy())  # they may lie in a loader process's memory, which is an open file
         require(int(codes.max()) <= MOST_CODES, f"a code above {MOST_CODES} does not fit into two bytes")
         self.patches = codes.shape[1]
-        self.codes.write(codes.cpu().numpy().astype(CODE).tobytes())
+        self.codes.write(codes.cpu().numpy().astype(CODE_TYPE).tobytes())
 
     def close(self, made: dict[str, Any], taken: tuple[int, int]) -> int:
         """Writes the rest and the manifest; `taken`: the positions of images and pairs that are covered. Returns the
@@ -159,7 +159,7 @@ class PrecomputedCodes:
         )
         patches = self.manifest["patches"]
         require(type(patches) is int and patches > 0, f"its manifest says patches={patches!r}")
-        self.codes = np.memmap(self.folder / "codes.bin", CODE, "r").view(np.ndarray).reshape(-1, patches)
+        self.codes = np.memmap(self.folder / "codes.bin", CODE_TYPE, "r").view(np.ndarray).reshape(-1, patches)
         require(len(self.ids) > 0 and isinstance(self.manifest["made_from"], dict), "it tells of no images")
         images, pairs = self.manifest["pictures"]
         require(type(images) is type(pairs) is int, f"its manifest says pictures={[images, pairs]}")

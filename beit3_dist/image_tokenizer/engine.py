@@ -52,7 +52,7 @@ class TokenizerEngine:
         self.model = build_tokenizer(config, teacher.channels).to(self.mesh.device)
         self.whole_shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         self.cuts: dict[str, int] = {}
-        self.optimizer = build_optimizer(self.model, config.optim, self.mesh.device)
+        self.optimizer = tokenizer_optimizer(self.model, config.optim, self.mesh.device)
 
     def start_codebook(self, images: Tensor) -> None:
         """k-means on the vectors of the first step's images, uint8 [b, 3, S, S]."""
@@ -99,7 +99,7 @@ def build_tokenizer(config: TokenizerConfig, target_dim: int) -> VQKD:
     return tokenizer
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+def tokenizer_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW that decays matrices; not biases, norms, CLS tokens and position tables."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -19,7 +19,7 @@ TRAINING_ONLY = ("loss", "teacher", "scaling")
 
 
 def save_vqkd(model: VQKD, path: str | os.PathLike[str]) -> None:
-    """Writes {model: tensors in the released layout, geometry: integers}; `path` is replaced in one step."""
+    """Writes {model: tensors as in the released files, geometry: integers}; `path` is replaced in one step."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     with replacing(Path(path)) as aside, open(aside, "wb") as file:
         torch.save({"model": tensors, "geometry": model.geometry}, file)

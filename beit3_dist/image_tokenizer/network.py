@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_dist.image_tokenizer.quantizer import Quantizer
-from beit3_dist.model.initialization import generator
+from beit3_dist.model.initialization import SMALL, named_generator
 
 LAYER_NORM_EPS = 1e-6
-SMALL = 0.02
-"""Deviation of the initial weights."""
 
 
 class PatchEmbedding(nn.Module):
@@ -38,7 +36,7 @@ class PatchEmbedding(nn.Module):
         return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
+class TokenizerAttention(nn.Module):
     """Multi-head self-attention whose keys have no bias: it would cancel in the softmax."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -55,7 +53,7 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Module):
+class TokenizerFeedForward(nn.Module):
     """Two linear maps with an exact GELU between them."""
 
     def __init__(self, width: int) -> None:
@@ -67,15 +65,15 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class TokenizerBlock(nn.Module):
     """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(width, heads)
+        self.attn = TokenizerAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = FeedForward(width)
+        self.mlp = TokenizerFeedForward(width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -91,7 +89,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbedding(patch_size, channels, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(TokenizerBlock(width, heads) for _ in range(layers))
         self.fc_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
     def positions(self, patches: int) -> Tensor:
@@ -187,12 +185,12 @@ class VQKD(nn.Module):
             elif "norm" in name:
                 parameter.fill_(1.0)
             else:
-                value = torch.empty(parameter.shape).normal_(std=SMALL, generator=generator(seed, name))
+                value = torch.empty(parameter.shape).normal_(std=SMALL, generator=named_generator(seed, name))
                 if output := re.search(r"blocks\.(\d+)\.(?:attn\.proj|mlp\.fc2)\.", name):
                     value /= math.sqrt(2 * (int(output[1]) + 1))
                 parameter.copy_(value)
         codebook = self.quantize.embedding.weight
-        vectors = torch.randn(codebook.shape, generator=generator(seed, "quantize.embedding.weight"))
+        vectors = torch.randn(codebook.shape, generator=named_generator(seed, "quantize.embedding.weight"))
         codebook.copy_(F.normalize(vectors, dim=-1))
 
     def embed(self, pixels: Tensor) -> Tensor:

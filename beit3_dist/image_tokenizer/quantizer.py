@@ -12,18 +12,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3_dist.model.initialization import generator
+from beit3_dist.model.initialization import named_generator
 
 
 class Codebook(nn.Module):
-    """The tables of the released layout, none of them trained by gradients."""
+    """The tables of the released files, none of them trained by gradients."""
 
     weight: Tensor
     """[K, C] unit vectors."""
     cluster_size: Tensor
     """[K] vectors per code at k-means initialisation."""
     embed_avg: Tensor
-    """[K, C] zeros; part of the layout only."""
+    """[K, C] zeros; in the files only."""
     initted: Tensor
     """[1] one when `weight` holds usable vectors."""
 
@@ -82,7 +82,7 @@ class Quantizer(nn.Module):
         """
         vectors = gather(z.flatten(0, -2))
         codes, dim = self.embedding.weight.shape
-        order = torch.randperm(len(vectors), generator=generator(key, "k-means")).to(z.device)
+        order = torch.randperm(len(vectors), generator=named_generator(key, "k-means")).to(z.device)
         # Fewer vectors than codes: some are taken more than once, and update() revives the codes that stay unused.
         self.embedding.weight.copy_(vectors[order[torch.arange(codes, device=z.device) % len(order)]])
         for _ in range(self.KMEANS_ROUNDS):
@@ -128,7 +128,7 @@ class Quantizer(nn.Module):
         """
         world, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
         codes, count = len(self.embedding.weight), len(vectors)
-        rows = torch.randint(count * world, (codes,), generator=generator(key, "revival")).to(vectors.device)
+        rows = torch.randint(count * world, (codes,), generator=named_generator(key, "revival")).to(vectors.device)
         mine = rows // count == rank
         picked = torch.where(mine[:, None], vectors[rows % count], 0.0)
         all_reduce(picked)

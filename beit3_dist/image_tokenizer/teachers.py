@@ -113,7 +113,7 @@ class CLIPTeacher(FeatureMap):
     """The visual tower of a CLIP file: BEiT v2's teacher."""
 
     def __init__(self, grid: int, path: str, *, quick_gelu: bool, head_dim: int) -> None:
-        weights = read_weights(path)
+        weights = teacher_weights(path)
         try:
             tower = clip_vision_from(weights, quick_gelu=quick_gelu, head_dim=head_dim)
         except (KeyError, RuntimeError, AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -145,7 +145,7 @@ class TimmTeacher(FeatureMap):
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         weights = {
             key: tensor
-            for key, tensor in read_weights(path).items()
+            for key, tensor in teacher_weights(path).items()
             if not any(key.startswith(f"{head}.") for head in heads)
         }
         try:
@@ -168,7 +168,7 @@ class TimmTeacher(FeatureMap):
         )[-1]
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
+def teacher_weights(path: str) -> dict[str, Tensor]:
     """Name -> tensor of a local file: .safetensors, torch.save of tensors, or a TorchScript archive (OpenAI's files).
 
     Raises ValueError naming `teacher.weights`.

@@ -14,8 +14,8 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.cut import cut
-from beit3_dist.model.layout import Group, Layout, Selection
 from beit3_dist.model.multiway import Multiway
+from beit3_dist.model.token_layout import Group, Selection, TokenLayout
 
 
 def _join(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
@@ -37,7 +37,7 @@ def _part(joint: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     return patches, words if group.index is None else words.index_select(0, group.index)
 
 
-def _pieces(slices: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
+def _pieces(slices: list[Tensor], layout: TokenLayout) -> tuple[list[Tensor], list[Tensor]]:
     """The patches and the words of each group that has some, out of the slices of one or two experts."""
     patches, words = layout.pieces
     if len(slices) == 1:
@@ -47,7 +47,7 @@ def _pieces(slices: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Te
     return list(vision.split(patches)) if patches else [], list(language.split(words)) if words else []
 
 
-def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: Layout) -> list[Tensor]:
+def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: TokenLayout) -> list[Tensor]:
     """softmax(q k' / sqrt(d)) v within each sample.
 
     q, k, v and the result: the slices [T, H, d] of the experts that projected them, which are never joined: attention
@@ -109,12 +109,16 @@ class Attention(nn.Module):
         inner_norm = lambda: cut(LayerNorm(width, eps), weight=0, bias=0)  # noqa: E731
         self.inner_norm = Multiway(experts, inner_norm) if config.sub_layernorm else None
         self.out = Multiway(experts, lambda: cut(Linear(width, width), weight=1))
-        self.attend: Callable[[list[Tensor], list[Tensor], list[Tensor], Layout], list[Tensor]] = (
+        self.attend: Callable[[list[Tensor], list[Tensor], list[Tensor], TokenLayout], list[Tensor]] = (
             attend  # decoding.py puts a cache here
         )
 
     def forward(
-        self, slices: list[Tensor], layout: Layout, selection: Selection | None = None, recompute_core: bool = False
+        self,
+        slices: list[Tensor],
+        layout: TokenLayout,
+        selection: Selection | None = None,
+        recompute_core: bool = False,
     ) -> list[Tensor]:
         """Each expert's slice of [T, D] -> the same, or of [M, D] for the tokens of `selection`. `recompute_core`:
         `attend` keeps nothing but q, k and v."""
@@ -129,7 +133,7 @@ class Attention(nn.Module):
             for project in (self.q, self.k, self.v)
         ]
 
-    def mix(self, projected: list[list[Tensor]], layout: Layout, recompute: bool) -> list[Tensor]:
+    def mix(self, projected: list[list[Tensor]], layout: TokenLayout, recompute: bool) -> list[Tensor]:
         """What `attend` makes of q, k and v. `recompute`: it keeps nothing else."""
         q, k, v = projected
         if recompute:

@@ -14,8 +14,8 @@ from beit3_dist.model.block import Encoder
 from beit3_dist.model.embedding import LanguageEmbedding, VisionEmbedding
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import initial_value, materialize
-from beit3_dist.model.layout import Layout, Selection, group
 from beit3_dist.model.multiway import Multiway
+from beit3_dist.model.token_layout import Selection, TokenLayout, group
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class MixedInputs:
     """[I, 3, S, S], normalised to [-1, 1]."""
     words: Tensor
     """int64 [W], packed."""
-    layout: Layout
+    layout: TokenLayout
     """Where the tokens lie."""
     image_mask: Tensor | None = None
     """bool [I, patches], True where a patch is hidden."""
@@ -102,7 +102,7 @@ class BEiT3(nn.Module):
         patches = 0 if images is None else 1 + self.config.patches
         length = 0 if text is None else text.shape[1]
         one_group = group(batch, patches, text_padding if text is not None else None, length, attention_mask)
-        layout = Layout((one_group,)).to(device)
+        layout = TokenLayout((one_group,)).to(device)
         size = self.config.image_size
         images = torch.zeros(0, 3, size, size, device=device) if images is None else images
         words = torch.zeros(0, dtype=torch.int64, device=device) if text is None else text.flatten()

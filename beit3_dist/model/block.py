@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
-from beit3_dist.model.layout import Layout, Segments, Selection
 from beit3_dist.model.multiway import FeedForward, Multiway, fork, merge
+from beit3_dist.model.token_layout import Segments, Selection, TokenLayout
 
 
 class Block(nn.Module):
@@ -29,7 +29,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        layout: Layout,
+        layout: TokenLayout,
         keep_2T: Tensor | None,
         selection: Selection | None = None,
         recompute: Recompute = "none",
@@ -88,7 +88,7 @@ class Encoder(nn.ModuleDict):
     def forward(
         self,
         x_TD: Tensor,
-        layout: Layout,
+        layout: TokenLayout,
         keep_L2S: Tensor | None,
         layers: range | None = None,
         selection: Selection | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.layout import Group, Layout
+from beit3_dist.model.token_layout import Group, TokenLayout
 
 
 def caption_mask(patches: int, words: int) -> Tensor:
@@ -80,7 +80,7 @@ class Decoder:
     def _run(self, x_TD: Tensor, group: Group) -> Tensor:
         """The blocks' output for the next tokens of every sample: its patches or its words."""
         with _remembering(self.model, self._caches):
-            return self.model.blocks(x_TD, Layout((group,)), None)
+            return self.model.blocks(x_TD, TokenLayout((group,)), None)
 
 
 class _Cache:
@@ -94,7 +94,9 @@ class _Cache:
         self.keys = self.values = torch.empty(0)
         """[B, H, capacity, d], allocated by the first call, which knows the kind of tensor."""
 
-    def __call__(self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], layout: Layout) -> list[Tensor]:
+    def __call__(
+        self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], layout: TokenLayout
+    ) -> list[Tensor]:
         """`attention.attend` for new tokens [B * n, H, d] that also see what is remembered. All patches stay; of
         words, only the first of a step's two."""
         samples = layout.groups[0].samples

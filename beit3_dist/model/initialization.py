@@ -23,7 +23,7 @@ from beit3_dist.config import ModelConfig
 SMALL = 0.02
 
 
-def generator(seed: int, name: str) -> torch.Generator:
+def named_generator(seed: int, name: str) -> torch.Generator:
     """The CPU generator of one parameter."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -50,8 +50,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     if config.sub_layernorm and name.endswith(("cls_token", "mask_token")):
         return value.zero_()
     if config.sub_layernorm and name == "language_embedding.words.weight":
-        return value.normal_(std=config.width**-0.5, generator=generator(seed, name))
-    draw_small(value, generator(seed, name))
+        return value.normal_(std=config.width**-0.5, generator=named_generator(seed, name))
+    draw_small(value, named_generator(seed, name))
     layer = re.match(r"blocks\.(\d+)\.", name)
     if layer is None:
         return value

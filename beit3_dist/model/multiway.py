@@ -15,7 +15,7 @@ from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.cut import cut
-from beit3_dist.model.layout import Segments
+from beit3_dist.model.token_layout import Segments
 
 
 class Multiway(nn.ModuleDict):

@@ -23,7 +23,7 @@ from beit3_dist.data.streams import Sample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.layout import Layout
+from beit3_dist.model.token_layout import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class View:
 class Places:
     """Where the tokens of the views lie in a micro-batch's token matrix. On the host."""
 
-    def __init__(self, layout: Layout, views: Sequence[View]) -> None:
+    def __init__(self, layout: TokenLayout, views: Sequence[View]) -> None:
         patches, words = layout.pieces
         starts = np.cumsum([0, *patches, *words]).tolist()
         self._groups = dict(zip(views, layout.groups, strict=True))

@@ -14,7 +14,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.views import SeenImages, Tokenize
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
-from beit3_dist.model.layout import Layout, Selection, group, to_device
+from beit3_dist.model.token_layout import Selection, TokenLayout, group, to_device
 from beit3_dist.objectives.base import Loss, Objective, Places, View
 
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -78,11 +78,11 @@ class Objectives:
         """[K]: targets of each loss in a micro-batch."""
         return [count for objective in self for count in objective.counts(batch)]
 
-    def layout(self, batch: MicroBatch) -> Layout:
+    def layout(self, batch: MicroBatch) -> TokenLayout:
         """The layout of a micro-batch that lies on the host."""
-        return Layout(tuple(_group(batch, view, self.model) for view in self.views))
+        return TokenLayout(tuple(_group(batch, view, self.model) for view in self.views))
 
-    def rows_read(self, batch: MicroBatch, layout: Layout) -> int:
+    def rows_read(self, batch: MicroBatch, layout: TokenLayout) -> int:
         """How many tokens any objective reads."""
         places = Places(layout, self.views)
         rows = [objective.rows(batch, places) for objective in self]
@@ -101,7 +101,7 @@ class Objectives:
             del left[: len(objective.losses)]
         return total
 
-    def largest(self, data_parallel: int) -> tuple[Layout, float]:
+    def largest(self, data_parallel: int) -> tuple[TokenLayout, float]:
         """For a pipeline's stages: the layout of a rank's micro-batch with all texts at full length, and about the
         FLOPs of all heads in it, forward and backward."""
         samples = dict(zip(STREAMS, self.run.micro_batch(data_parallel), strict=True))
@@ -111,7 +111,7 @@ class Objectives:
             for v in self.views
         )
         flops = 3 * sum(each.head_flops(each.expected_counts(samples, self.run)) for each in self)
-        return Layout(tuple(groups)), flops
+        return TokenLayout(tuple(groups)), flops
 
     def prepare(
         self,
@@ -194,7 +194,7 @@ def _text(batch: MicroBatch, view: View) -> Tensor:
     return text
 
 
-def _selection(rows: Tensor, on_host: Tensor, layout: Layout) -> Selection:
+def _selection(rows: Tensor, on_host: Tensor, layout: TokenLayout) -> Selection:
     """Rows that ascend, with how many of them each segment has."""
     ends = torch.tensor(layout.segments).cumsum(0)
     a, b, c, d = torch.searchsorted(on_host, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()

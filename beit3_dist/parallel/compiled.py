@@ -21,8 +21,8 @@ from torch._dynamo.decorators import mark_unbacked
 
 from beit3_dist.config import Recompute
 from beit3_dist.model.block import Block
-from beit3_dist.model.layout import Layout, Segments, Selection
-from beit3_dist.parallel.tensor import GatheredLayout, SharedLayout
+from beit3_dist.model.token_layout import Segments, Selection, TokenLayout
+from beit3_dist.parallel.tensor import GatheredTokens, SharedTokens
 
 TYPICAL_TOKENS = 8_192
 """Tokens of each segment that kernels are chosen for."""
@@ -70,10 +70,10 @@ class _Inputs(NamedTuple):
     whole: list[Tensor]
     """Those of attention: others only with sequence parallelism."""
     rows: Tensor | None
-    """`GatheredLayout.rows`, with sequence parallelism."""
+    """`GatheredTokens.rows`, with sequence parallelism."""
 
     def layouts(self) -> tuple[_Tokens, _Tokens]:
-        """What is read of the layouts outside and inside attention: those of `SharedLayout` and `GatheredLayout` with
+        """What is read of the layouts outside and inside attention: those of `SharedTokens` and `GatheredTokens` with
         sequence parallelism, else the same twice."""
         x_TD, sizes, whole, rows = self
         inside = _Tokens(whole, rows, x_TD.shape[0])
@@ -137,15 +137,15 @@ class CompiledForward:
     def __call__(
         self,
         x_TD: Tensor,
-        layout: Layout,
+        layout: TokenLayout,
         keep_2T: Tensor | None,
         selection: Selection | None = None,
         recompute: Recompute = "none",
     ) -> Tensor:
         block = self._block
-        inside = layout.whole if isinstance(layout, SharedLayout) else layout
+        inside = layout.whole if isinstance(layout, SharedTokens) else layout
         assert inside is not None
-        rows = inside.rows if isinstance(inside, GatheredLayout) else None
+        rows = inside.rows if isinstance(inside, GatheredTokens) else None
         inputs = _Inputs(_any_length(x_TD), _sizes(layout), _sizes(inside), None if rows is None else _any_length(rows))
         mixed = block.attention.mix(_before(block, inputs), inside, recompute in ("attention", "selective"))
         return _after(

@@ -25,8 +25,8 @@ from beit3_dist.kernels.residual_norm.definition import Branch, Norms
 from beit3_dist.kernels.varlen_attention.definition import VarlenAttention
 from beit3_dist.model.attention import attend
 from beit3_dist.model.block import Block
-from beit3_dist.model.layout import Layout, Packing, Segments, Selection
 from beit3_dist.model.multiway import FeedForward, Multiway
+from beit3_dist.model.token_layout import Packing, Segments, Selection, TokenLayout
 
 
 class FusedForward:
@@ -39,7 +39,7 @@ class FusedForward:
     def __call__(
         self,
         x_TD: Tensor,
-        layout: Layout,
+        layout: TokenLayout,
         keep_2T: Tensor | None,
         selection: Selection | None = None,
         recompute: Recompute = "none",
@@ -79,7 +79,7 @@ class FusedForward:
             hidden = self._experts(experts, slices)
         return residual_norm(x_TD, Branch(hidden, [e.fc2.bias for e in experts]), keep[1], None)[0]
 
-    def _project(self, slices: list[Tensor], layout: Layout, packing: Packing | None) -> Tensor:
+    def _project(self, slices: list[Tensor], layout: TokenLayout, packing: Packing | None) -> Tensor:
         """q, k and v, [T, 3, H, d]; with `packing` they come sample by sample, else as the slices do."""
         attention = self._block.attention
         parameters = [
@@ -108,7 +108,7 @@ class FusedForward:
             return self._kernels["gathered_norm"](mixed_TD, packing.place, norms)
         return self._kernels["residual_norm"](mixed_TD, None, None, norms)[1]
 
-    def _mix(self, qkv: Tensor, layout: Layout, packing: Packing | None) -> Tensor:
+    def _mix(self, qkv: Tensor, layout: TokenLayout, packing: Packing | None) -> Tensor:
         """Attention's core, [T, H * d] in the order of qkv."""
         if packing is not None and self._core is not None:
             return self._core(qkv, packing.cumulative, packing.longest).flatten(1)

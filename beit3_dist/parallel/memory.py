@@ -35,7 +35,7 @@ from typing import Any
 from beit3_dist.config import ParallelConfig, RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.cut import cut_for, cuts_of
-from beit3_dist.model.layout import Layout
+from beit3_dist.model.token_layout import TokenLayout
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.pipeline import check_pipeline, keep_stages, plan_stages
 from beit3_dist.parallel.tensor import check_tensor
@@ -75,7 +75,7 @@ class StateBytes:
 
 
 def state_bytes(
-    config: RunConfig, world: int, model: BEiT3, largest: Callable[[int], tuple[Layout, float]]
+    config: RunConfig, world: int, model: BEiT3, largest: Callable[[int], tuple[TokenLayout, float]]
 ) -> list[StateBytes]:
     """A record for each (pipeline rank, tensor rank) of `world` processes, pipeline ranks outermost.
 

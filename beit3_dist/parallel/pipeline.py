@@ -23,7 +23,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from beit3_dist.config import RunConfig, TrainingConfig, require
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
-from beit3_dist.model.layout import Layout
+from beit3_dist.model.token_layout import TokenLayout
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.mesh import Groups
 
@@ -91,7 +91,7 @@ class StagePlan:
         return self.stages[rank :: self.pipeline]
 
 
-def plan_stages(config: RunConfig, largest: Layout, last_flops: float) -> StagePlan | None:
+def plan_stages(config: RunConfig, largest: TokenLayout, last_flops: float) -> StagePlan | None:
     """Stages balanced by FLOPs; None without a pipeline.
 
     largest: of a micro-batch with all texts at full length. last_flops: what the last stage has to do with it besides:

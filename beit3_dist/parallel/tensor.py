@@ -31,8 +31,8 @@ from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Encoder
 from beit3_dist.model.cut import cut_for, cuts_of, dimensions_of
 from beit3_dist.model.head import Head
-from beit3_dist.model.layout import Layout, Selection
 from beit3_dist.model.multiway import FeedForward, join
+from beit3_dist.model.token_layout import Selection, TokenLayout
 from beit3_dist.parallel.collectives import (
     Copy,
     Divide,
@@ -240,7 +240,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class GatheredLayout(Layout):
+class GatheredTokens(TokenLayout):
     """The whole micro-batch's layout, as attention needs it, with the place of each token among the gathered shares."""
 
     rows: Tensor | None = None
@@ -250,10 +250,10 @@ class GatheredLayout(Layout):
 
 
 @dataclass(frozen=True)
-class SharedLayout(Layout):
+class SharedTokens(TokenLayout):
     """The layout of one rank's share of the tokens: of each of the four segments an equal part, padded at its end."""
 
-    whole: GatheredLayout | None = None
+    whole: GatheredTokens | None = None
     """The whole micro-batch's layout."""
     parts: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Tokens of the segments in this share."""
@@ -271,7 +271,7 @@ class SharedLayout(Layout):
         return self.samples_of_tokens
 
 
-def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) -> SharedLayout:
+def share_tokens(layout: TokenLayout, ranks: int, rank: int, device: torch.device) -> SharedTokens:
     """Cuts each segment by itself, padded to a multiple of the ranks, so that every rank runs every expert."""
     a, b, c, d = (-(-segment // ranks) for segment in layout.segments)
     parts = (a, b, c, d)
@@ -283,9 +283,9 @@ def share_layout(layout: Layout, ranks: int, rank: int, device: torch.device) ->
     place = torch.cat(rows)
     samples = torch.zeros(ranks * share, dtype=torch.int64, device=device)
     samples[place] = layout.token_samples(device)
-    whole = GatheredLayout(layout.groups, rows=place, share=share)
+    whole = GatheredTokens(layout.groups, rows=place, share=share)
     mine = samples[rank * share : (rank + 1) * share]
-    return SharedLayout(layout.groups, whole=whole, parts=parts, samples_of_tokens=mine)
+    return SharedTokens(layout.groups, whole=whole, parts=parts, samples_of_tokens=mine)
 
 
 class _Whole:
@@ -317,11 +317,11 @@ class _WholeAttention:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def enter(self, slices: list[Tensor], layout: Layout) -> tuple[list[Tensor], Layout]:
+    def enter(self, slices: list[Tensor], layout: TokenLayout) -> tuple[list[Tensor], TokenLayout]:
         x_TD = Copy.apply(join(slices), self.group)
         return list(x_TD.split([len(part) for part in slices])), layout
 
-    def leave(self, slices: list[Tensor], layout: Layout) -> list[Tensor]:
+    def leave(self, slices: list[Tensor], layout: TokenLayout) -> list[Tensor]:
         return [Reduce.apply(join(slices), self.group)]
 
 
@@ -331,12 +331,12 @@ class _SequenceAttention:
     def __init__(self, attention: Attention, group: dist.ProcessGroup) -> None:
         self.slices, self.group = attention.q.slices, group
 
-    def enter(self, slices: list[Tensor], layout: SharedLayout) -> tuple[list[Tensor], GatheredLayout]:
+    def enter(self, slices: list[Tensor], layout: SharedTokens) -> tuple[list[Tensor], GatheredTokens]:
         assert layout.whole is not None and layout.whole.rows is not None
         x_TD = Gather.apply(join(slices), self.group).index_select(0, layout.whole.rows)
         return self.slices(x_TD, layout.whole), layout.whole
 
-    def leave(self, slices: list[Tensor], layout: GatheredLayout) -> list[Tensor]:
+    def leave(self, slices: list[Tensor], layout: GatheredTokens) -> list[Tensor]:
         x_TD = join(slices)
         assert layout.rows is not None
         gathered = x_TD.new_zeros(self.group.size() * layout.share, x_TD.shape[1])
@@ -349,8 +349,10 @@ class _TokenShares:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
-    def enter(self, x_TD: Tensor, layout: Layout, selection: Selection | None) -> tuple[Tensor, SharedLayout, None]:
-        shared = share_layout(layout, self.group.size(), self.group.rank(), x_TD.device)
+    def enter(
+        self, x_TD: Tensor, layout: TokenLayout, selection: Selection | None
+    ) -> tuple[Tensor, SharedTokens, None]:
+        shared = share_tokens(layout, self.group.size(), self.group.rank(), x_TD.device)
         assert shared.whole is not None and shared.whole.rows is not None
         # Every rank's last block runs its whole share: shares of the selected tokens alone would need another layout.
         rows, share = shared.whole.rows, shared.whole.share
@@ -358,5 +360,5 @@ class _TokenShares:
         padded = x_TD.new_zeros(self.group.size() * share, x_TD.shape[1])
         return Scatter.apply(padded.index_copy(0, rows, x_TD), self.group), shared, None
 
-    def leave(self, x_TD: Tensor, layout: SharedLayout) -> Tensor:
+    def leave(self, x_TD: Tensor, layout: SharedTokens) -> Tensor:
         return GatherReplicated.apply(x_TD, self.group).index_select(0, layout.returned)

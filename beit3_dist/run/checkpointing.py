@@ -167,7 +167,7 @@ def whole_checkpoint(config: JobConfig, checkpoint: Path | None, state: TrainSta
     return whole, replace(read_state(whole, config.model), sources=state.sources)  # as checked at the beginning
 
 
-class Engine(Protocol):
+class SavedEngine(Protocol):
     """What checkpoints need to know of an engine: parallel.engine's or the image tokenizer's."""
 
     mesh: Mesh
@@ -185,7 +185,7 @@ More = Callable[[Fragment], dict[str, Tensor]]
 """What a job keeps of a fragment beside weights and moments: suffix of the parameter's name -> view, 1-D."""
 
 
-def _shards(engine: Engine, more: More | None) -> Iterator[Shard]:
+def _shards(engine: SavedEngine, more: More | None) -> Iterator[Shard]:
     """What this rank holds, replicated parameters included."""
     mesh, held = engine.mesh, list(fragments(engine.model, engine.optimizer))
     create_optimizer_state(engine.optimizer, held, 0)  # there is none yet where every step so far was skipped
@@ -197,14 +197,14 @@ def _shards(engine: Engine, more: More | None) -> Iterator[Shard]:
         yield Shard(fragment.name, engine.whole_shapes[fragment.name], fragment.start, tensors, cut)
 
 
-def contribution(engine: Engine, more: More | None = None) -> Iterator[Shard]:
+def contribution(engine: SavedEngine, more: More | None = None) -> Iterator[Shard]:
     """What this rank saves, so that over all ranks every element is saved once."""
     mesh = engine.mesh
     if engine.zero_stage > 0 or mesh.data_rank == 0:  # at ZeRO-0 all replicas hold the same
         yield from (shard for shard in _shards(engine, more) if shard.cut is not None or mesh.tensor_rank == 0)
 
 
-def load_checkpoint(path: Path, engine: Engine, state: TrainState, more: More | None = None) -> None:
+def load_checkpoint(path: Path, engine: SavedEngine, state: TrainState, more: More | None = None) -> None:
     """Fills the engine from a checkpoint of any layout. Collective."""
     held = list(fragments(engine.model, engine.optimizer))
     create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps)

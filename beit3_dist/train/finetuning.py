@@ -22,7 +22,7 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import hash_sum, mix
-from beit3_dist.model.layout import to_device
+from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
@@ -51,12 +51,12 @@ def finetune(config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
     leaves the model for use in OUT/model."""
     job = FineTuning(config, mesh, ready)
     if config.evaluate_only:
-        evaluate(job)
+        evaluate_only(job)
         return
     train(job)
 
 
-def evaluate(job: FineTuning) -> None:
+def evaluate_only(job: FineTuning) -> None:
     """The validation of what the job starts from. Of a run in OUT only predictions and eval.jsonl change."""
     config = job.config
     groups = connect(job.mesh, patience(config.guards.step_timeout_s))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beit3_dist.model import BEiT3
-from beit3_dist.model.initialization import generator, initial_value
+from beit3_dist.model.initialization import initial_value, named_generator
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.tasks.parts.generation import generate
@@ -40,7 +40,7 @@ class Writer(nn.Module):
 
 def value(name: str, shape: torch.Size, architecture: str) -> Tensor:
     """Weights of ordinary size, and </s> likely enough that captions have different lengths."""
-    draw = generator(1, name)
+    draw = named_generator(1, name)
     value = initial_value(name, shape, MODELS[architecture], 0) + 0.15 * torch.randn(shape, generator=draw)
     if name == "text_head.bias":
         value[WORDS.eos] += ENDING[architecture]

@@ -23,7 +23,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.views import Tokenize
 from beit3_dist.model import BEiT3
 from beit3_dist.model.cut import cut_for, cuts_of
-from beit3_dist.model.initialization import generator, initial_value, materialize
+from beit3_dist.model.initialization import initial_value, materialize, named_generator
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
@@ -120,7 +120,7 @@ def starting_value(name: str, shape: torch.Size, config: RunConfig) -> torch.Ten
     """
     value = initial_value(name, shape, config.model, config.seed)
     if value.min() == value.max():
-        value += 0.05 * torch.randn(shape, generator=generator(config.seed, f"spread of {name}"))
+        value += 0.05 * torch.randn(shape, generator=named_generator(config.seed, f"spread of {name}"))
     return value
 
 

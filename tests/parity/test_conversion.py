@@ -16,7 +16,7 @@ from beit3_dist.checkpoint.positions import interpolate_positions
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.beit3 import MixedInputs
-from beit3_dist.model.layout import Layout, group
+from beit3_dist.model.token_layout import TokenLayout, group
 from tests.equality import assert_close
 from tests.parity import test_torchscale
 from tests.parity.oracle import torchscale_beit3
@@ -134,7 +134,7 @@ def test_timms_classifier_gives_our_logits(config: ModelConfig, tmp_path: Path) 
     ).eval()  # fmt: skip
     theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
     images = pictures(config, 2)
-    only_images = Layout((group(2, 1 + config.patches, None),))
+    only_images = TokenLayout((group(2, 1 + config.patches, None),))
     with torch.no_grad():
         no_words = torch.zeros(0, dtype=torch.int64)
         hidden = model.hidden(MixedInputs(images, no_words, only_images)).view(2, -1, config.width)

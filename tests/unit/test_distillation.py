@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from beit3_dist.image_tokenizer.teachers import CLIP_MEAN, CLIP_STD, build_teacher, read_weights
+from beit3_dist.image_tokenizer.teachers import CLIP_MEAN, CLIP_STD, build_teacher, teacher_weights
 
 WIDTH, HEAD, PATCH, GRID, LAYERS, JOINT = 32, 8, 8, 3, 2, 12
 
@@ -204,5 +204,5 @@ class Intruder:
 def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": Intruder()}, tmp_path / "hostile.pth")
     with pytest.raises(ValueError, match="cannot be read"):
-        read_weights(str(tmp_path / "hostile.pth"))
+        teacher_weights(str(tmp_path / "hostile.pth"))
     assert "unpickled" not in capsys.readouterr().out

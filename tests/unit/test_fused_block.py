@@ -19,7 +19,7 @@ from beit3_dist.kernels.residual_norm.definition import Norms
 from beit3_dist.kernels.triton import launch, sums
 from beit3_dist.kernels.varlen_attention.definition import VarlenAttention, plain_varlen_attention
 from beit3_dist.model import BEiT3
-from beit3_dist.model.layout import Layout, Selection, group
+from beit3_dist.model.token_layout import Selection, TokenLayout, group
 from beit3_dist.parallel.fused import FusedForward
 from beit3_dist.parallel.kernels import use_kernels
 from tests.kernels import check
@@ -59,11 +59,11 @@ def test_a_head_with_many_blocks_of_classes(dtype: torch.dtype, monkeypatch: pyt
 # --------------------------------------------------------------------------------------------------------- whole blocks
 
 
-def layout() -> Layout:
+def layout() -> TokenLayout:
     """Two images, three pairs and two texts; captions and texts of different lengths."""
     captions = torch.arange(5) >= torch.tensor([[5], [1], [3]])
     texts = torch.arange(6) >= torch.tensor([[2], [6]])
-    return Layout((group(2, 4, None), group(3, 4, captions, 5), group(2, 0, texts, 6))).to(torch.device(DEVICE))
+    return TokenLayout((group(2, 4, None), group(3, 4, captions, 5), group(2, 0, texts, 6))).to(torch.device(DEVICE))
 
 
 def test_packing_is_sample_by_sample() -> None:
@@ -78,7 +78,7 @@ def test_packing_is_sample_by_sample() -> None:
 
 def test_a_mask_beyond_padding_has_no_packing() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool).tril()
-    assert Layout((group(2, 0, None, 4, mask),)).packing(torch.device("cpu")) is None
+    assert TokenLayout((group(2, 0, None, 4, mask),)).packing(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("core", [None, plain_varlen_attention], ids=["padded", "varlen"])

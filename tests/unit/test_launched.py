@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from beit3_dist import launched
-from beit3_dist.launched import Place, read_place, take_place
+from beit3_dist.launched import ProcessPlace, read_place, take_place
 from beit3_dist.parallel import meeting
 from tests.parallel.workers import free_port
 
@@ -23,16 +23,19 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({}, Place(0, 1, 0, 1)),
-        ({name: "" for name in launched.VARIABLES}, Place(0, 1, 0, 1)),
-        ({"RANK": "0"}, Place(0, 1, 0, 1)),
-        ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, Place(0, 1, 0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}, Place(3, 4, 1, 2)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", **MEETING}, Place(3, 4, 1, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MEETING}, Place(1, 2, 1, 2)),
+        ({}, ProcessPlace(0, 1, 0, 1)),
+        ({name: "" for name in launched.VARIABLES}, ProcessPlace(0, 1, 0, 1)),
+        ({"RANK": "0"}, ProcessPlace(0, 1, 0, 1)),
+        ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, ProcessPlace(0, 1, 0, 1)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING},
+            ProcessPlace(3, 4, 1, 2),
+        ),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", **MEETING}, ProcessPlace(3, 4, 1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **MEETING}, ProcessPlace(1, 2, 1, 2)),
     ],
 )
-def test_the_place_of_a_process(environment: dict[str, str], place: Place) -> None:
+def test_the_place_of_a_process(environment: dict[str, str], place: ProcessPlace) -> None:
     assert read_place(environment) == place
 
 
@@ -63,7 +66,7 @@ def test_what_no_launcher_sets_is_named_with_the_remedy(environment: dict[str, s
 def test_what_is_set_to_nothing_is_dropped_before_torch_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launched, "_place", None)
     environment = {"RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": "", "HOME": "/root"}
-    assert take_place(environment) == Place(0, 1, 0, 1) and environment == {"HOME": "/root"}
+    assert take_place(environment) == ProcessPlace(0, 1, 0, 1) and environment == {"HOME": "/root"}
 
 
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.model.layout import Selection
+from beit3_dist.model.token_layout import Selection
 from beit3_dist.objectives.masked_data_modeling import Targets
 from beit3_dist.objectives.together import PretrainingModule, Reading
 from tools.benchmarks.step import objectives_for

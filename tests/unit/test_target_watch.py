@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.model.layout import Selection
+from beit3_dist.model.token_layout import Selection
 from beit3_dist.objectives.base import Loss
 from beit3_dist.objectives.masked_data_modeling import Targets
 from beit3_dist.objectives.together import Reading

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from beit3_dist.kernels.registry import Case, Function, Sizes, operations
 from beit3_dist.model.attention import attend
-from beit3_dist.model.layout import Group, Layout, group
+from beit3_dist.model.token_layout import Group, TokenLayout, group
 from beit3_dist.plugins import load_plugins
 from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, kept_bytes, peak_bytes, threads
 
@@ -39,7 +39,7 @@ class Pair:
     roundings: int = 1
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> Tensor:
     """The definition, sample by sample: q, k, v [T, H, d] in the layout's order, no padding computed."""
     out, pieces, samples = torch.empty_like(q), [], layout.token_samples(q.device)
     for sample in samples.unique():
@@ -66,7 +66,7 @@ def attention_pairs(options: Namespace, device: torch.device) -> list[Pair]:
     draw, pairs = torch.Generator().manual_seed(0), []
     captions = torch.randint(8, 65, (options.samples,), generator=draw)
     padding = torch.arange(64) >= captions[:, None]
-    layout = Layout(
+    layout = TokenLayout(
         (
             Group(options.samples, options.patches, 0),
             group(options.samples, options.patches, padding, 64),

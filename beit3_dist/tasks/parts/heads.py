@@ -19,7 +19,7 @@ from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
-from beit3_dist.model.layout import Layout
+from beit3_dist.model.token_layout import TokenLayout
 
 SMALL = 1e-3
 """Factor of a classifier's matrices, so that fine-tuning starts from even predictions (BEiT; unilm)."""
@@ -80,7 +80,7 @@ class PooledHead(TaskHead):
 class NoNorm(nn.Module):
     """Stands where a task leaves out the final norm."""
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
         return x_TD
 
 

@@ -10,8 +10,8 @@ import torch
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.varlen_attention.definition import plain_varlen_attention
 from beit3_dist.model.attention import attend
-from beit3_dist.model.layout import Group, Layout, group, to_device
-from beit3_dist.parallel.tensor import share_layout
+from beit3_dist.model.token_layout import Group, TokenLayout, group, to_device
+from beit3_dist.parallel.tensor import share_tokens
 from tests.micro_batches import fused_and_alone
 
 CPU = torch.device("cpu")
@@ -22,14 +22,14 @@ def padding(lengths: list[int], longest: int) -> torch.Tensor:
 
 
 CAPTIONS, TEXTS = [2, 4], [3, 1, 5]
-MIXED = Layout((group(3, 5, None), group(2, 5, padding(CAPTIONS, 4), 4), group(3, 0, padding(TEXTS, 6), 6)))
-FULL = Layout((group(1, 3, None), group(2, 3, None, 4), group(2, 0, padding([2, 2], 2), 2)))
+MIXED = TokenLayout((group(3, 5, None), group(2, 5, padding(CAPTIONS, 4), 4), group(3, 0, padding(TEXTS, 6), 6)))
+FULL = TokenLayout((group(1, 3, None), group(2, 3, None, 4), group(2, 0, padding([2, 2], 2), 2)))
 
 
 def test_segments_by_hand() -> None:
     assert MIXED.segments == (15, 10, 6, 9)
     assert FULL.segments == (3, 6, 8, 4)
-    assert Layout(FULL.groups[2:]).segments == (0, 0, 0, 4)
+    assert TokenLayout(FULL.groups[2:]).segments == (0, 0, 0, 4)
 
 
 def test_slices_of_the_experts_by_hand() -> None:
@@ -40,7 +40,7 @@ def test_slices_of_the_experts_by_hand() -> None:
         MIXED.sizes(("language", "vision"))
 
 
-def plain_tokens(layout: Layout, captions: list[int], texts: list[int]) -> list[tuple[int, int]]:
+def plain_tokens(layout: TokenLayout, captions: list[int], texts: list[int]) -> list[tuple[int, int]]:
     """(sample, position in its modality) of each token, by the picture in layout.py."""
     image, pair, text = layout.groups
     tokens = [(s, p) for s in range(image.samples) for p in range(image.patches)]
@@ -54,7 +54,7 @@ def plain_tokens(layout: Layout, captions: list[int], texts: list[int]) -> list[
 @pytest.mark.parametrize(
     ("layout", "captions", "texts"), [(MIXED, CAPTIONS, TEXTS), (FULL, [4, 4], [2, 2])], ids=["padded", "full"]
 )
-def test_samples_and_positions_against_a_loop(layout: Layout, captions: list[int], texts: list[int]) -> None:
+def test_samples_and_positions_against_a_loop(layout: TokenLayout, captions: list[int], texts: list[int]) -> None:
     tokens = plain_tokens(layout, captions, texts)
     assert layout.token_samples(CPU).tolist() == [sample for sample, _ in tokens]
     words = tokens[sum(layout.segments[:2]) :]
@@ -114,7 +114,7 @@ def test_attention_sample_by_sample_is_that_of_the_groups() -> None:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_shares_of_ranks_hold_all_tokens_of_each_segment(ranks: int) -> None:
     layout = fused_and_alone(ModelConfig(layers=1, vl_expert_layers=0, patch_size=8, image_size=16))[0].layout
-    shares = [share_layout(layout, ranks, rank, CPU) for rank in range(ranks)]
+    shares = [share_tokens(layout, ranks, rank, CPU) for rank in range(ranks)]
     whole, parts = shares[0].whole, shares[0].parts
     assert whole is not None and whole.rows is not None and whole.groups == layout.groups
     assert all(share.segments == parts and torch.equal(share.whole.rows, whole.rows) for share in shares)

@@ -7,7 +7,8 @@
 A micro-batch is a list of groups: samples of one kind, within each of which attention runs. There may be any number of
 groups of a kind, and the same sample in several of them, as a pair, say, and its image alone; inside each of the four
 segments the groups' tokens follow one another. 'Patches' means CLS + patches. Words are packed: padding exists only
-inside attention. Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H heads, D width.
+inside attention. (A run's layout, over tensor, pipeline and data-parallel ranks, is another matter: parallel/mesh.py.)
+Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H heads, D width.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Segments:
 
 
 @dataclass(frozen=True)
-class Layout(Segments):
+class TokenLayout(Segments):
     """The groups of a micro-batch and where their tokens lie."""
 
     groups: tuple[Group, ...]
@@ -206,9 +207,9 @@ class Layout(Segments):
             self._packings[device] = _pack(self, device) if all(g.whole for g in self.groups) else None
         return self._packings[device]
 
-    def to(self, device: torch.device) -> Layout:
+    def to(self, device: torch.device) -> TokenLayout:
         """The same layout with its tensors on `device`."""
-        return Layout(tuple(group.to(device) for group in self.groups))
+        return TokenLayout(tuple(group.to(device) for group in self.groups))
 
 
 def _cat(parts: list[Tensor], device: torch.device) -> Tensor:
@@ -216,7 +217,7 @@ def _cat(parts: list[Tensor], device: torch.device) -> Tensor:
     return torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *parts])
 
 
-def _pack(layout: Layout, device: torch.device) -> Packing:
+def _pack(layout: TokenLayout, device: torch.device) -> Packing:
     groups = layout.groups
     samples = [g.word_samples(device) for g in groups]
     lengths = torch.cat(
