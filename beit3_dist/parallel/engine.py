@@ -26,7 +26,7 @@ from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
-from beit3_dist.parallel.kernels import chosen_kernels, use_kernels
+from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
@@ -96,7 +96,8 @@ class Engine:
                 config=settings,
                 mpu=groups,
             )
-        flatten_step(self.deepspeed)
+        dtype = next(self.model.parameters()).dtype
+        flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, config.model))
         self.zero_stage: int = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)

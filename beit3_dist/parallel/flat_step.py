@@ -16,6 +16,9 @@ Losses, norms and weights are DeepSpeed's bit for bit (tests/parallel/test_flat_
 - ZeRO-1 in bf16 on more than two replicas: each bucket is reduced where it lies in the flat gradient, so the replicas'
   gradients may be summed in another order.
 - On a GPU the norm of a tensor is summed in another order by torch._foreach_norm.
+- ZeRO-1 in bf16 with an AdamW of one kernel (kernels/adamw: `kernels=triton`): its roundings in fp32 are not those of
+  torch's fused AdamW. It clips on its way and writes the working parameters too; and where there is one replica and one
+  micro-batch, so that there is nothing to sum up, it reads the bf16 gradients where autograd has left them.
 """
 
 from __future__ import annotations
@@ -30,19 +33,23 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 
+from beit3_dist.kernels.adamw.definition import Flat, Update
+from beit3_dist.kernels.registry import Function
+
 WRITTEN_FOR = "0.19."
 """Versions of DeepSpeed whose optimizers are the ones below."""
 
 
-def flatten_step(engine: Any) -> None:
-    """Takes the loops over parameters out of the optimizer of a DeepSpeed engine, at ZeRO 1 to 3.
+def flatten_step(engine: Any, adamw: Function | None = None) -> None:
+    """Takes the loops over parameters out of the optimizer of a DeepSpeed engine, at ZeRO 1 to 3. `adamw`: what
+    computes this operation at ZeRO-1 in bf16; None: torch's.
 
     Raises RuntimeError where DeepSpeed is another one than this module was written for.
     """
@@ -50,7 +57,7 @@ def flatten_step(engine: Any) -> None:
         if type(engine.optimizer) is flat.__base__:
             check_written_for(flat)
             engine.optimizer.__class__ = flat
-            engine.optimizer.take_over(engine)
+            engine.optimizer.take_over(engine, adamw)
 
 
 def check_written_for(flat: Any) -> None:
@@ -120,11 +127,15 @@ class FlatBF16(BF16_Optimizer):
     bucket is reduced as soon as the last backward pass of a step has made its gradients, in one order on all ranks.
     """
 
-    additions = ("take_over", "reduce_gradients", "_buckets_of", "_arrived", "_sum_up", "_send", "_norm")
+    additions = (
+        "take_over", "reduce_gradients", "_buckets_of", "_arrived", "_sum_up", "_send", "_norm", "_step_at_once",
+    )  # fmt: skip
 
-    def take_over(self, engine: Any) -> None:
+    def take_over(self, engine: Any, adamw: Function | None = None) -> None:
         """Continues with what BF16_Optimizer has set up."""
         self._engine = engine
+        self._adamw = adamw if type(self.optimizer) is torch.optim.AdamW else None
+        self._summed = True
         self._replicas = dist.get_world_size(self.dp_process_group)
         size = engine.zero_reduce_bucket_size()
         buckets = [bucket for group in range(len(self.bf16_groups)) for bucket in self._buckets_of(group, size)]
@@ -164,7 +175,11 @@ class FlatBF16(BF16_Optimizer):
 
     @torch.no_grad()
     def update_hp_grads(self, clear_lp_grads: bool = False) -> None:
-        """After a backward pass: adds its gradients to their sums."""
+        """After a backward pass: adds its gradients to their sums, if there is anything to add."""
+        only_one = self.is_gradient_accumulation_boundary() and not any(map(any, self.fp32_groups_has_gradients))
+        self._summed = self._adamw is None or self._replicas > 1 or not only_one
+        if not self._summed:
+            return
         for bucket in self._buckets[self._sent :]:
             self._sum_up(bucket)
 
@@ -216,11 +231,19 @@ class FlatBF16(BF16_Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clips, steps and gathers the working parameters; leaves all of it out where the norm is not finite."""
-        norm = self._norm().cpu()  # the step's one wait for the device
+        states = [self.optimizer.state[master] for master in self.fp32_groups_flat_partition]
+        done = [state["step"] for state in states if "step" in state]
+        norm, *steps = torch.stack([self._norm(), *done]).cpu()  # the step's one wait for the device
         self.overflow = not norm.isfinite()
         self._global_grad_norm = float("inf") if self.overflow else norm.item()
         if self.overflow:
             self.zero_grad()
+            return
+        factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0) if self.clip_grad > 0 else torch.ones(())
+        if self._adamw is not None and not self._summed:
+            gradients = [[parameter.grad for parameter in group] for group in self.bf16_groups]
+            self._step_at_once(self._adamw, gradients, factor, steps)
+            self.clear_lp_grads(set_to_none=True)
             return
         without = [
             sums[number]
@@ -230,11 +253,13 @@ class FlatBF16(BF16_Optimizer):
         ]
         if without:
             torch._foreach_zero_(without)
-        factor = self.clip_grad / (norm + 1e-6)
-        for master, gradient in zip(
-            self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True
-        ):
-            if self.clip_grad > 0 and factor < 1:
+        sums = self.fp32_groups_gradient_flat_partition
+        if self._adamw is not None:
+            self._step_at_once(self._adamw, [[gradient] for gradient in sums], factor, steps)
+            self.clear_hp_grads()
+            return
+        for master, gradient in zip(self.fp32_groups_flat_partition, sums, strict=True):
+            if factor < 1:
                 gradient.mul_(factor)
             master.grad = gradient
         self.optimizer.step()
@@ -242,9 +267,45 @@ class FlatBF16(BF16_Optimizer):
         self.update_lp_params()
         self.clear_hp_grads()
 
+    def _step_at_once(
+        self, adamw: Function, gradients: list[list[Tensor | None]], factor: Tensor, steps: list[Tensor]
+    ) -> None:
+        """AdamW with the gradients of each group, which together are its partition; `steps`: those taken before."""
+        for number, group in enumerate(self.optimizer.param_groups):
+            master = self.fp32_groups_flat_partition[number]
+            state = self.optimizer.state[master]
+            if not state:
+                state["step"] = torch.zeros((), device=master.device)
+                state.update({moment: torch.zeros_like(master) for moment in ("exp_avg", "exp_avg_sq")})
+            state["step"] += 1
+            weights = self.bf16_partitioned_groups[number][dist.get_rank(self.real_dp_process_group[number])]
+            beta1, beta2 = group["betas"]
+            update = Update(
+                factor=factor.item(), lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
+                weight_decay=group["weight_decay"], steps=int(steps[number]) + 1 if steps else 1,
+            )  # fmt: skip
+            sizes = [p.numel() for p in self.bf16_groups[number]] if not self._summed else [master.numel()]
+            adamw(Flat(master, state["exp_avg"], state["exp_avg_sq"], weights), gradients[number], sizes, update)
+        self._lazy_init_hp_params_optimizer_state()
+        all_gather_dp_groups(
+            groups_flat=self.bf16_groups_flat,
+            partitioned_param_groups=self.bf16_partitioned_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+
     def _norm(self) -> Tensor:
         """Norm of the gradient of the whole model; a scalar."""
-        gradients, _ = self.get_grads_for_norm()
+        if self._summed:
+            gradients, _ = self.get_grads_for_norm()
+        else:
+            first_of_model = self.mpu.get_tensor_model_parallel_rank() == 0
+            gradients = [
+                parameter.grad
+                for parameter in (p for group in self.bf16_groups for p in group)
+                if parameter.grad is not None and (first_of_model or is_model_parallel_parameter(parameter))
+            ]
         squares = sum_of_squares(gradients, torch.float32, self._buckets[0].flat.device)
         dist.all_reduce(squares, group=self.mpu.get_model_parallel_group())
         return squares.pow(0.5)
@@ -259,7 +320,7 @@ class FlatStage12(DeepSpeedZeroOptimizer):
 
     additions = ("take_over",)
 
-    def take_over(self, engine: Any) -> None:
+    def take_over(self, engine: Any, adamw: Function | None = None) -> None:
         """Nothing to prepare."""
 
     def allreduce_and_copy_with_multiple_ranks(
@@ -320,7 +381,7 @@ class FlatStage3(DeepSpeedZeroOptimizer_Stage3):
     gradient_accumulation_dtype: torch.dtype
     additions = ("take_over",)
 
-    def take_over(self, engine: Any) -> None:
+    def take_over(self, engine: Any, adamw: Function | None = None) -> None:
         """Nothing to prepare."""
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(

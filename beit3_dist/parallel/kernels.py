@@ -54,6 +54,12 @@ def chosen_versions(kernels: str, dtype: torch.dtype, model: ModelConfig) -> dic
     return chosen
 
 
+def chosen_function(operation: str, kernels: str, dtype: torch.dtype, model: ModelConfig) -> Function | None:
+    """What computes one operation by `kernels` (of the config); None: its definition, or torch."""
+    version = chosen_versions(chosen_kernels(kernels), dtype, model).get(operation)
+    return None if version is None else operations()[operation].function(version)
+
+
 def chosen_attention(choice: str, kernels: str, dtype: torch.dtype, head_dim: int) -> str:
     """Who computes attention's core, where `attention_kernel` leaves it open. `kernels`: as chosen."""
     if choice != "auto":

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from beit3_dist.kernels.adamw import triton as adamw
 from beit3_dist.kernels.cross_entropy import triton as cross_entropy
 from beit3_dist.kernels.layer_norm import triton as layer_norm
 from beit3_dist.kernels.linear_gelu import triton as gelu
@@ -24,8 +25,10 @@ from beit3_dist.kernels.triton import sums
 from beit3_dist.kernels.triton.launch import backward_shape, forward_shape
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {"targets_ptr": "*i64", "place_ptr": "*i64"} | dict.fromkeys(
-    ("mean_ptr", "scale_ptr", "partial_ptr", "factor_ptr"), "*fp32"
+TYPES = dict.fromkeys(
+    ("targets_ptr", "place_ptr", "address_ptr", "parameter_ptr", "begin_ptr", "start_ptr", "size_ptr"), "*i64"
+) | dict.fromkeys(
+    ("mean_ptr", "scale_ptr", "partial_ptr", "factor_ptr", "masters_ptr", "first_ptr", "second_ptr"), "*fp32"
 )
 """Of arguments that are not matrices in bf16."""
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -91,6 +94,9 @@ if __name__ == "__main__":
     compile_kernel(gelu._backward_kernel, {}, WIDTH=6144, ROWS=gelu.ROWS, COLUMNS=sums.STRIPE_COLUMNS)
     compile_kernel(sums._columns_kernel, {}, WIDTH=4224, ROWS=sums.STRIPE_ROWS, COLUMNS=sums.STRIPE_COLUMNS)
     compile_kernel(sums._sum_kernel, {}, KINDS=3, WIDTH=1408, ROWS=sums.ROWS, COLUMNS=sums.COLUMNS)
+    for gradient in (triton.language.bfloat16, triton.language.float32):
+        shape = {"CHUNK": adamw.CHUNK, "BLOCK": adamw.BLOCK, "ALIGNED": adamw.ALIGNED}
+        compile_kernel(adamw._step_kernel, {}, GRADIENT=gradient, **shape)
     options = {"num_warps": cross_entropy.WARPS}
     shape = {"CLASSES": 64010, "STRIDE": 64064, "BLOCK": cross_entropy.BLOCK}
     compile_kernel(cross_entropy._forward_kernel, options, **shape, BIAS=True)

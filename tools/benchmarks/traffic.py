@@ -23,7 +23,7 @@ import math
 import os
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -49,7 +49,7 @@ from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.together import PretrainingModule
-from beit3_dist.parallel.kernels import use_kernels
+from beit3_dist.parallel.kernels import chosen_function, use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
 from beit3_dist.recipe import read_sections
@@ -218,8 +218,14 @@ class Traffic(TorchDispatchMode):
         written = {id(t): t for n, t in tensors.items() if n in stored and (n in loaded or id(t) not in read)}
         again = [t for name, t in tensors.items() if name in stored & loaded and id(t) not in read]
         moved = sum(map(size_of, [*read.values(), *written.values(), *again]))
-        module = kernel.fn.__module__.rsplit(".", 1)[-1]
+        module = kernel.fn.__module__.removesuffix(".triton").rsplit(".", 1)[-1]
         self.record(f"{module}{kernel.fn.__name__.removesuffix('_kernel')}", 1, moved, moved)
+
+    def addresses(self, gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """Stands in for the table by which AdamW's kernel reads gradients."""
+        read = sum(size_of(gradient) for gradient in gradients if gradient is not None)
+        self.record("adamw_step", 0, read, read)
+        return torch.empty(len(gradients), dtype=torch.int64, device=device)
 
 
 class _Core(torch.autograd.Function):
@@ -314,6 +320,7 @@ def on_meta(traffic: Traffic) -> Iterator[None]:
             stack.enter_context(patch.object(triton.JITFunction, "run", run))
             for module in ("launch", "sums"):
                 stack.enter_context(patch(f"beit3_dist.kernels.triton.{module}.processors", lambda _: PROCESSORS))
+            stack.enter_context(patch("beit3_dist.kernels.adamw.triton.addresses", traffic.addresses))
         stack.enter_context(traffic)
         yield
 
@@ -341,7 +348,8 @@ def account(
         _use_kernels(traffic, network, kernels, attention)
         optimizer = _optimizer(network, optim, groups)
         engine = _Engine(PretrainingModule(network, objectives, seed=0), optimizer)
-        optimizer.take_over(engine)
+        with patch("torch.cuda.is_available", lambda: True):
+            optimizer.take_over(engine, chosen_function("adamw", kernels, torch.bfloat16, model))
         schedule = Accumulation(SimpleNamespace(accumulation=len(batches)), meta_groups, engine, len(objectives.losses))
         counts = torch.tensor([sum(c) for c in zip(*map(objectives.counts, batches), strict=True)], device=META)
 
