@@ -3,8 +3,12 @@ seed, a bijection of 64-bit integers; of Python's integers, arrays and tensors a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:  # tools that only read shards start without torch, which takes seconds to import
+    from torch import Tensor
 
 WORD = (1 << 64) - 1
 """Mask of 64 bits."""

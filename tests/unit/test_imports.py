@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Set
+from functools import cache
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,18 +35,25 @@ Graph = dict[str, set[str]]
 
 def graph_of(root: Path, annotations: bool = True) -> Graph:
     """The imports among the modules of a repository, but for its tests. `annotations`: those for type checkers too."""
+    trees = trees_of(root)
+    return {name: imports(tree, trees.keys(), annotations) - {name} for name, tree in trees.items()}
+
+
+@cache
+def trees_of(root: Path) -> dict[str, ast.Module]:
+    """Module -> its syntax."""
     paths = [path for folder in ("beit3_dist", *FLOORS[-1]) for path in (root / folder).rglob("*.py")]
     modules = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
-    trees = {name: ast.parse(path.read_text()) for name, path in modules.items()}
-    return {name: imports(tree, modules.keys(), annotations) - {name} for name, tree in trees.items()}
+    return {name: ast.parse(path.read_text()) for name, path in modules.items()}
 
 
 def imports(tree: ast.Module, modules: Set[str], annotations: bool) -> set[str]:
     """Those of `modules` that a module imports."""
     found: set[str] = set()
+    body = tree.body
     if not annotations:
-        tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node))]
-    for node in ast.walk(tree):
+        body = [node for node in body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))]
+    for node in (inner for outer in body for inner in ast.walk(outer)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -87,6 +97,16 @@ def test_no_module_imports_upwards() -> None:
     assert rooms | {"inference", "tools", "launchers"} == FLOOR.keys()
     assert len(graph) > 150 and "beit3_dist.config" in graph["beit3_dist.train.pretraining"]
     assert upwards(graph) <= EXCEPTIONS
+
+
+def test_what_needs_no_torch_starts_without_it() -> None:
+    """Importing it takes seconds, and each of a pool's processes of such a tool would import it again."""
+    tools = ("build_index", "check_shards", "compare_tasks", "convert_checkpoint", "precompute_codes",
+             "train_text_tokenizer")  # fmt: skip
+    launchers = ("pretrain", "finetune", "train_image_tokenizer")
+    modules = [f"tools.{name}" for name in tools] + [f"launchers.{name}" for name in launchers]
+    program = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
