@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from beit3_dist.data.text import TextTokenizer
 from tests.integration.runs import save_random_tokenizer
-from tests.parallel.workers import free_port
+from tests.parallel.workers import PRELOAD, free_port
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, text_tar, train_tokenizer, write_tar
 
 STEPS = 10
@@ -165,9 +165,9 @@ def run(case: str, data: Path, out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def launch(launcher: str, processes: int, printed: Path, *arguments: str) -> None:
-    """What a launcher does with so many processes, each forked from one that has imported torch and DeepSpeed."""
+    """What a launcher does with so many processes, each forked from one that has imported what it will import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed"])
+    context.set_forkserver_preload(PRELOAD)
     port = free_port()
     ranks = [
         context.Process(target=_rank, args=(rank, processes, port, launcher, str(printed), arguments))

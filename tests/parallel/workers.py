@@ -22,6 +22,9 @@ import torch
 from tests.device import DEVICE, ON_GPU
 
 TIMEOUT_S = 180
+JOBS = ("pretraining", "finetuning", "image_tokenizer")
+PRELOAD = ["torch", "deepspeed", *(f"beit3_dist.train.{job}" for job in JOBS)]
+"""What the fork server imports, of which there is one for all tests of a process."""
 
 
 def free_port() -> int:
@@ -72,7 +75,7 @@ class Workers:
             pytest.skip(f"needs {world} GPUs, one for each process")
         context: Any = multiprocessing.get_context("spawn" if ON_GPU else "forkserver")
         if not ON_GPU:
-            context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.train.pretraining"])
+            context.set_forkserver_preload(PRELOAD)
         port = free_port()
         self.failed = False
         self._processes, self._ends = [], []
