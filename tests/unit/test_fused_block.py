@@ -81,13 +81,14 @@ def test_a_mask_beyond_padding_has_no_packing() -> None:
     assert TokenLayout((group(2, 0, None, 4, mask),)).packing(torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("core", [None, plain_varlen_attention], ids=["padded", "varlen"])
+CORES: list[VarlenAttention | None] = [None, plain_varlen_attention]  # of padded samples, and of packed ones
+
+
 @pytest.mark.parametrize("recompute", ["none", "attention", "selective"])
 @pytest.mark.parametrize("selected", [False, True], ids=["", "selected"])
 @pytest.mark.parametrize("attention", ["shared", "per_modality"])
-def test_blocks_equal_plain_ones(
-    attention: str, selected: bool, recompute: Recompute, core: VarlenAttention | None
-) -> None:
+def test_blocks_equal_plain_ones(attention: str, selected: bool, recompute: Recompute) -> None:
+    """Of both blocks one has each core, and the other one where rows are selected: each core meets all else."""
     config = ModelConfig(
         layers=2, width=16, heads=2, ffn_width=24, patch_size=2, image_size=4, attention=attention,
         sub_layernorm=attention == "per_modality", vl_expert_layers=1, vocab_size=20, visual_vocab_size=8,
@@ -103,7 +104,7 @@ def test_blocks_equal_plain_ones(
         rows = torch.tensor([1, 5, 9, 10, 22, 28, 30, 36], device=DEVICE)
         selection = Selection(rows=rows, counts=(2, 2, 2, 2))
     kernels = {name: o.function(v) for name, o in operations().items() for v in o.versions if v.name == "triton"}
-    for block in model.blocks.values():
+    for block, core in zip(model.blocks.values(), reversed(CORES) if selected else CORES, strict=True):
         results = []
         for forward in (block.forward, FusedForward(block, kernels, core)):
             y: Tensor = forward(x, tokens, keep, selection, recompute)

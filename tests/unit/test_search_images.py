@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,13 +37,27 @@ def noise(path: Path, seed: int, size: tuple[int, int] = (24, 18)) -> None:
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
 
 
+def pictures_in(folder: Path, count: int) -> Path:
+    for number in range(count):
+        noise(folder / f"below {number % 3}" / f"{number}.png", number, (24 + number * 8, 300))
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures_in(tmp_path_factory.mktemp("pictures"), 40)
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    pictures = tmp_path / "pictures"
-    for number in range(40):
-        noise(pictures / f"below {number % 3}" / f"{number}.png", number, (24 + number * 8, 300))
-    (pictures / "notes.txt").write_text("no picture")
-    return pictures
+def folder(forty: Path, tmp_path: Path) -> Path:
+    """Forty pictures: a batch of 32 and one of 8."""
+    return shutil.copytree(forty, tmp_path / "pictures")
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    return pictures_in(tmp_path / "pictures", 4)
 
 
 def search(capsys: pytest.CaptureFixture[str], folder: Path, model: Path, *more: object) -> list[str]:
@@ -146,11 +161,11 @@ def test_an_interrupted_search_keeps_what_it_read(
     assert "40 images, 8 of them newly read" in search(capsys, folder, model)[-1]
 
 
-def test_a_damaged_index_is_made_anew(capsys: pytest.CaptureFixture[str], folder: Path, model: Path) -> None:
-    whole = search(capsys, folder, model)
-    (index,) = (folder.parent / "cache" / "search").glob("*.npz")
+def test_a_damaged_index_is_made_anew(capsys: pytest.CaptureFixture[str], few: Path, model: Path) -> None:
+    whole = search(capsys, few, model)
+    (index,) = (few.parent / "cache" / "search").glob("*.npz")
     index.write_bytes(index.read_bytes()[:200])
-    assert search(capsys, folder, model)[:-1] == whole[:-1]
+    assert search(capsys, few, model)[:-1] == whole[:-1]
 
 
 def index_in(folder: Path) -> Path:
@@ -180,24 +195,24 @@ POISONS: dict[str, Callable[[dict[str, Any], np.ndarray], np.ndarray]] = {
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("poison", POISONS)
 def test_a_poisoned_index_is_made_anew(
-    poison: str, packed: bool, capsys: pytest.CaptureFixture[str], folder: Path, model: Path
+    poison: str, packed: bool, capsys: pytest.CaptureFixture[str], few: Path, model: Path
 ) -> None:
     """What stands in an index is shown only where it is of the folder's pictures."""
-    noise(folder.parent / "secret.png", 9)
-    right = search(capsys, folder, model)[:-1]
-    file = index_in(folder.parent)
+    noise(few.parent / "secret.png", 9)
+    right = search(capsys, few, model)[:-1]
+    file = index_in(few.parent)
     with np.load(file) as content:
         notes, vectors = json.loads(content["notes"].tobytes()), content["vectors"]
     vectors = POISONS[poison](notes, vectors)
     marks = np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)
     (np.savez_compressed if packed else np.savez)(file, notes=marks, vectors=vectors)
-    place = ["--out", str(folder.parent / "page.html"), "--cache", str(folder.parent / "cache"), "--device", "cpu"]
-    search_images.main([str(folder), WORDS, "--model", str(model), *place])
+    place = ["--out", str(few.parent / "page.html"), "--cache", str(few.parent / "cache"), "--device", "cpu"]
+    search_images.main([str(few), WORDS, "--model", str(model), *place])
     shown = capsys.readouterr()
     said, left_out = shown.err.splitlines()
     assert f"{file} is damaged" in said and "notes.txt" in left_out
     assert shown.out.splitlines()[:-1] == right
-    assert "secret" not in (folder.parent / "page.html").read_text()
+    assert "secret" not in (few.parent / "page.html").read_text()
 
 
 def test_unreadable_files_are_listed(
@@ -213,11 +228,11 @@ def test_unreadable_files_are_listed(
         assert "broken.jpg: undecodable image" in text and "cut.png: undecodable image" in text
 
 
-def test_what_is_left_out_is_told(capsys: pytest.CaptureFixture[str], folder: Path, model: Path) -> None:
-    (folder / "a\nb.psd").write_bytes(b"no picture")
-    place = ["--out", str(folder.parent / "page.html"), "--cache", str(folder.parent / "cache"), "--device", "cpu"]
+def test_what_is_left_out_is_told(capsys: pytest.CaptureFixture[str], few: Path, model: Path) -> None:
+    (few / "a\nb.psd").write_bytes(b"no picture")
+    place = ["--out", str(few.parent / "page.html"), "--cache", str(few.parent / "cache"), "--device", "cpu"]
     for _ in range(2):
-        search_images.main([str(folder), WORDS, "--model", str(model), *place])
+        search_images.main([str(few), WORDS, "--model", str(model), *place])
         assert capsys.readouterr().err == (
             "search_images.py: left out 1 files: extension .psd; the first is a?b.psd\n"
             "search_images.py: left out 1 files: extension .txt; the first is notes.txt\n"
@@ -254,20 +269,20 @@ def test_links_are_followed_once(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "2 images" in search(capsys, folder, model)[-1]
 
 
-def test_mistakes_are_one_line(tmp_path: Path, folder: Path, model: Path, tokenizer: Path) -> None:  # noqa: F811
+def test_mistakes_are_one_line(tmp_path: Path, few: Path, model: Path, tokenizer: Path) -> None:  # noqa: F811
     empty, vqa = tmp_path / "empty", save(tmp_path / "vqa", "vqa", tokenizer)
     empty.mkdir()
     for arguments, named in (
         ((tmp_path / "none", WORDS, "--model", model), "none is no folder"),
-        ((folder, " ", "--model", model), "no words"),
-        ((folder, WORDS, "--model", tmp_path), "no model folder"),
-        ((folder, WORDS, "--model", vqa), "fine-tuned for vqa"),
-        ((folder, WORDS, "--model", model, "--top", 0), "--top 0"),
-        ((folder, WORDS, "--model", model, "--out", folder / "page.html"), "nothing is written among the images"),
-        ((folder, WORDS, "--model", model, "--out", tmp_path / "page.pdf"), "page.pdf"),
+        ((few, " ", "--model", model), "no words"),
+        ((few, WORDS, "--model", tmp_path), "no model folder"),
+        ((few, WORDS, "--model", vqa), "fine-tuned for vqa"),
+        ((few, WORDS, "--model", model, "--top", 0), "--top 0"),
+        ((few, WORDS, "--model", model, "--out", few / "page.html"), "nothing is written among the images"),
+        ((few, WORDS, "--model", model, "--out", tmp_path / "page.pdf"), "page.pdf"),
         ((empty, WORDS, "--model", model), "no readable image"),
-        ((folder, WORDS, "--model", model, "--device", "cuda:99"), "the device cuda:99 cannot be used here: "),
-        ((folder, WORDS, "--model", model, "--device", "gpu"), "the device gpu cannot be used here: "),
+        ((few, WORDS, "--model", model, "--device", "cuda:99"), "the device cuda:99 cannot be used here: "),
+        ((few, WORDS, "--model", model, "--device", "gpu"), "the device gpu cannot be used here: "),
     ):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
             errors = io.StringIO()
