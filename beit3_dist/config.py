@@ -194,6 +194,12 @@ class DataConfig(LoadingConfig):
     """Longest caption in tokens, <s> and </s> included; longer ones are cut (the released fine-tuning default)."""
     min_crop_scale: float = 0.2
     """Smallest area of the random crop as a share of the image (BEiT v2's pretraining recipe)."""
+    scaled_decoding: bool = True
+    """Whether a JPEG is decoded at a half, a quarter or an eighth of its size where its crop then still has 1.5, 1.75
+    or 2 pixels along each side for every pixel of its view, the larger of the model's and the image tokenizer's: a view
+    of 224 pixels needs a crop of 672. Crops and all else that is drawn are the same as of the whole image, in its
+    coordinates; a view's levels differ by less than 1.25 of 255 in the mean (data/reduced.py). Smaller images and
+    other formats are decoded whole."""
     color_jitter: float = 0.4
     """Strength of brightness, contrast and saturation jitter."""
     horizontal_flip: float = 0.5

@@ -22,6 +22,7 @@ from beit3_dist.data.faults import Fault
 from beit3_dist.data.image_memory import ImageMemory, channels_first
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Numbers, Stream, hash_sum
+from beit3_dist.data.reduced import crops_of
 from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
@@ -145,6 +146,7 @@ class MixedBatches(Dataset):
         self.world = world
         self.held_out = held_out
         self.tokenizer_image_size = tokenizer_image_size
+        self.crops = crops_of(config.data, max(config.model.image_size, tokenizer_image_size))
         self.annotators = annotators
         self.micro_batch = config.micro_batch(world)
         self.tokenizer = TextTokenizer(config.text_tokenizer)
@@ -158,7 +160,8 @@ class MixedBatches(Dataset):
         patterns, field = getattr(shards, stream.field), f"{prefix}.{stream.field}"
         if not self.held_out and sequential(patterns, field):  # shards that are no files
             batch = getattr(config.batch, stream.field)
-            return SequentialStream(stream, patterns, data, seed, self.tokenizer, batch, self.rank, self.world)
+            place = batch, self.rank, self.world, self.crops
+            return SequentialStream(stream, patterns, data, seed, self.tokenizer, *place)
         order: dict[str, Any] = {
             "shuffled": not self.held_out,
             "blocks": Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None,
@@ -167,11 +170,11 @@ class MixedBatches(Dataset):
         tokenizer, cache = self.tokenizer, data.cache
         match stream:
             case Stream.IMAGES:
-                return ImageStream(patterns, field, seed, cache, data.max_pixels, **order)
+                return ImageStream(patterns, field, seed, cache, data.max_pixels, **order, crops=self.crops)
             case Stream.TEXTS:
                 return TextStream(patterns, field, seed, cache, tokenizer, data.text_length, **order)
         words = tokenizer, data.caption_length, data.caption_key
-        return PairStream(patterns, field, seed, cache, data.max_pixels, *words, **order)
+        return PairStream(patterns, field, seed, cache, data.max_pixels, *words, **order, crops=self.crops)
 
     @property
     def sequential(self) -> list[SequentialStream]:

@@ -7,11 +7,11 @@ from typing import overload
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import get_worker_info
 
 from beit3_dist.config import RunConfig
 from beit3_dist.data import transforms
+from beit3_dist.data.reduced import Decoded
 
 LIBC = ctypes.CDLL(None)
 MADV_POPULATE_WRITE = 23
@@ -31,7 +31,7 @@ class ImageMemory:
         self.filled = 0
         self.config = config.data
 
-    def add(self, image: Image.Image, rng: np.random.Generator) -> None:
+    def add(self, image: Decoded, rng: np.random.Generator) -> None:
         """Takes the views of the next image."""
         model, tokenizer = self.rooms
         own, other = model[self.filled], None if tokenizer is None else tokenizer[self.filled]

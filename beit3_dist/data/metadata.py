@@ -36,12 +36,17 @@ EXIF_OF_HEIF = re.compile(rb"(infe[\x02\x03]...(?:..|....)..)Exif", re.DOTALL)
 """The entry of EXIF in the table of an AVIF or HEIF file's items; another type of the same length hides the item."""
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The loaded image turned as its orientation says; as it is where its metadata cannot be read."""
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright; None where it is, or where its metadata cannot be read."""
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # odd metadata make Pillow raise nearly anything, and an image without them is an image
-        turn = None
+        return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The loaded image turned as its orientation says."""
+    turn = turn_of(image)
     return image if turn is None else image.transpose(turn)
 
 

@@ -34,6 +34,7 @@ from beit3_dist.data.index import is_sequential
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
 from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Interleave, Stream, mix, permute
+from beit3_dist.data.reduced import Crops
 from beit3_dist.data.streams import ATTEMPTS, LARGEST_CAPTION, SOURCE_SHIFT, Sample, all_bad, caption_words, captions_of
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
@@ -353,11 +354,13 @@ class SequentialStream:
         batch: int,
         rank: int,
         world: int,
+        crops: Crops | None = None,
     ) -> None:
-        """`batch`: samples of a step over all ranks. Raises ValueError naming the field that does not fit."""
+        """`batch`: samples of a step over all ranks. `crops`: what images are decoded for; None: they are decoded
+        whole. Raises ValueError naming the field that does not fit."""
         name, readers = stream.field, data.virtual_readers
         sources = sources_of(shards, f"data.{name}")
-        self.stream, self.data, self.seed, self.tokenizer = stream, data, seed, tokenizer
+        self.stream, self.data, self.seed, self.tokenizer, self.crops = stream, data, seed, tokenizer, crops
         self.shards = [addresses(source.shards, f"data.{name}") for source in sources]
         for source in self.shards:
             require(
@@ -477,7 +480,7 @@ class SequentialStream:
                 raise BadSample("half a sample: no .txt or .json member beside it")
             captions = captions_of(item.content[kind], kind, self.data.caption_key)
             sample.words = caption_words(captions, sample, self.tokenizer, self.data.caption_length)
-        sample.image = transforms.decode(item.content[IMAGE], self.data.max_pixels)
+        sample.decode(item.content[IMAGE], self.data.max_pixels, self.crops)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "open": {}, "taken": {}}

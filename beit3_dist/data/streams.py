@@ -17,7 +17,6 @@ from itertools import accumulate, chain, takewhile
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
 
 from beit3_dist.config import Patterns, sources_of
 from beit3_dist.data import transforms
@@ -26,6 +25,7 @@ from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import TXT, LeftOut
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
+from beit3_dist.data.reduced import Crops, Decoded
 from beit3_dist.data.text import TextTokenizer, TokenWindows
 from beit3_dist.opening import without_mark
 
@@ -68,7 +68,7 @@ class Sample:
     """Key of everything that is drawn for it: hash of (seed, stream, epoch, index)."""
     faults: list[Fault]
     """Samples that were tried for this position before."""
-    image: Image.Image = field(init=False, repr=False)
+    image: Decoded = field(init=False, repr=False)
     """RGB image; images and pairs have one."""
     words: np.ndarray = field(init=False, repr=False)
     """int64 ids of the text or the caption, <s> and </s> included; texts and pairs have them."""
@@ -81,6 +81,19 @@ class Sample:
     def generator(self, use: Draw) -> np.random.Generator:
         """The sample's random numbers for one use."""
         return generator(self.key, use)
+
+    def decode(self, data: bytes, max_pixels: int, crops: Crops | None) -> None:
+        """Gives the sample the image in a file's bytes, for the crop that is drawn for it; None: whole. BadSample
+        where there is none."""
+        if crops is None:
+            self.image = transforms.decode(data, max_pixels)
+            return
+        self.image = transforms.decode_for(
+            data,
+            max_pixels,
+            crops.side,
+            lambda width, height: transforms.crop_box(width, height, crops.min_scale, self.generator(Draw.VIEW)),
+        )
 
 
 class SampleStream(ABC):
@@ -265,16 +278,19 @@ class StreamWithImages(SampleStream):
         shuffled: bool = True,
         blocks: Blocks | None = None,
         share: Share = ALONE,
+        crops: Crops | None = None,
     ) -> None:
+        """`crops`: what images are decoded for; None: they are decoded whole."""
         super().__init__(shards, field, seed, cache, shuffled, blocks, share)
         self.max_pixels = max_pixels
+        self.crops = crops
         self._set_lengths([len(table) for table in self.tables])
 
     def _load_image(self, source: int, index: int, sample: Sample) -> None:
         row = self.tables[source].rows[index]
         check_size("an image", int(row["image"][1]), transforms.largest_file(self.max_pixels))
         data = self.readers[source].read(int(row["shard"]), *map(int, row["image"]))
-        sample.image = transforms.decode(data, self.max_pixels)
+        sample.decode(data, self.max_pixels, self.crops)
 
 
 class ImageStream(StreamWithImages):
@@ -352,8 +368,9 @@ class PairStream(StreamWithImages):
         shuffled: bool = True,
         blocks: Blocks | None = None,
         share: Share = ALONE,
+        crops: Crops | None = None,
     ) -> None:
-        super().__init__(shards, field, seed, cache, max_pixels, shuffled, blocks, share)
+        super().__init__(shards, field, seed, cache, max_pixels, shuffled, blocks, share, crops)
         self.tokenizer = tokenizer
         self.caption_length = caption_length
         self.caption_key = caption_key

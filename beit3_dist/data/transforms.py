@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -26,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.metadata import upright, without_metadata
+from beit3_dist.data.reduced import Box, Decoded, Grid, ReducedImage, reduce
 from beit3_dist.opening import open_regular
 
 cv2.setNumThreads(0)  # The loader's processes are the parallelism; OpenCV's threads would fight them.
@@ -33,6 +34,8 @@ cv2.setNumThreads(0)  # The loader's processes are the parallelism; OpenCV's thr
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "HEIF")
 """What is decoded, whatever the extension says; other decoders of Pillow are never started on foreign bytes. HEIF is
 read where the package pillow-heif, which brings its decoder, is installed."""
+Reduce = Callable[[Image.Image], Grid | None]
+"""Lets an opened image be loaded smaller."""
 BYTES_PER_PIXEL, BYTES_BESIDE = 8, 1 << 26
 """The largest file of so many pixels: four channels of 16 bits, uncompressed, and what else it holds (64 MiB)."""
 LARGEST_STRIPPED = 1 << 27
@@ -92,9 +95,25 @@ def decode(source: bytes | BinaryIO, max_pixels: int) -> Image.Image:
     An alpha channel or a transparent colour is laid over white; 16-bit grey is scaled to 8 bits; palettes, grey and
     CMYK are converted. 32-bit integer and floating-point images have no defined white and are refused.
     """
+    return _decoded(source, max_pixels, _whole)[0]
+
+
+def decode_for(source: bytes | BinaryIO, max_pixels: int, side: int, crop: Callable[[int, int], Box]) -> Decoded:
+    """`decode` for views with `side` pixels along each side of the box that `crop` gives for the upright image's
+    width and height: large JPEGs are decoded smaller where that leaves such views nearly the same (`reduced.MARGIN`).
+    """
+    image, grid = _decoded(source, max_pixels, lambda opened: reduce(opened, side, crop))
+    return image if grid is None else ReducedImage(image, grid)
+
+
+def _whole(image: Image.Image) -> None:
+    """Every pixel is loaded."""
+
+
+def _decoded(source: bytes | BinaryIO, max_pixels: int, reduce: Reduce) -> tuple[Image.Image, Grid | None]:
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        return _decoded(file, max_pixels)
+        return _opened(file, max_pixels, reduce)
     except TooLarge:
         raise
     except BadSample:
@@ -104,32 +123,33 @@ def decode(source: bytes | BinaryIO, max_pixels: int) -> Image.Image:
         data = file.read()
         if (plain := without_metadata(data)) == data:
             raise
-        return _decoded(io.BytesIO(plain), max_pixels)
+        return _opened(io.BytesIO(plain), max_pixels, reduce)
 
 
-def _decoded(file: BinaryIO, max_pixels: int) -> Image.Image:
+def _opened(file: BinaryIO, max_pixels: int, reduce: Reduce) -> tuple[Image.Image, Grid | None]:
     with _pillow(max_pixels):
-        return _plain(Image.open(file, formats=_formats()), max_pixels)
+        return _plain(Image.open(file, formats=_formats()), max_pixels, reduce)
 
 
 def normalised(image: Image.Image, max_pixels: int) -> Image.Image:
     """What `decode` makes of an opened image, which stays as it is. Raises BadSample."""
     with _pillow(max_pixels):
-        return _plain(image, max_pixels)
+        return _plain(image, max_pixels, _whole)[0]
 
 
-def _plain(image: Image.Image, max_pixels: int) -> Image.Image:
-    """The image upright, in RGB and without metadata."""
+def _plain(image: Image.Image, max_pixels: int, reduce: Reduce) -> tuple[Image.Image, Grid | None]:
+    """The image upright, in RGB and without metadata, and how it is reduced."""
     if not image.width * image.height:
         raise BadSample("undecodable image: it has no pixels")
     if image.width * image.height > max_pixels:
         raise TooLarge(f"{image.width} x {image.height} pixels exceed data.max_pixels={max_pixels}")
+    grid = reduce(image)
     image.load()
     plain = to_rgb(upright(image))
     if plain.info:  # what is saved from it would hold the profile and the comments
         plain = plain.copy() if plain is image else plain
         plain.info = {}
-    return plain
+    return plain, grid
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
@@ -154,7 +174,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> Box:
     """Random box (left, top, right, bottom): area in [min_scale, 1] of the image, width over height in [3/4, 4/3].
 
     Ten boxes are tried; if none fits, the largest centred box of an allowed ratio is taken (torchvision's
@@ -173,15 +193,13 @@ def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator
     return left, top, left + w, top + h
 
 
-def resized(
-    image: Image.Image, size: int, box: tuple[int, int, int, int] | None = None, flip: bool = False
-) -> np.ndarray:
+def resized(image: Decoded, size: int, box: Box | None = None, flip: bool = False) -> np.ndarray:
     """The image, or a box of it, as a square: bicubic with antialiasing -> uint8 [size, size, 3]."""
     view = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
     return cv2.flip(view, 1) if flip else view
 
 
-def resize_into(room: np.ndarray, image: Image.Image, box: tuple[int, int, int, int], flip: bool) -> None:
+def resize_into(room: np.ndarray, image: Decoded, box: Box, flip: bool) -> None:
     """`resized`, written to `room`, uint8 [size, size, 3]: mirroring then costs no pass of its own."""
     view = resized(image, len(room), box)
     if flip:
@@ -216,7 +234,7 @@ def jitter_weights(factors: np.ndarray, orders: np.ndarray) -> np.ndarray:
 
 
 def two_views(
-    image: Image.Image, rng: np.random.Generator, model: np.ndarray, tokenizer: np.ndarray | None, config: DataConfig
+    image: Decoded, rng: np.random.Generator, model: np.ndarray, tokenizer: np.ndarray | None, config: DataConfig
 ) -> None:
     """Fills `model`, uint8 [S, S, 3], and `tokenizer`, uint8 [S2, S2, 3], with views of one crop, mirrored alike.
 
@@ -229,7 +247,7 @@ def two_views(
         resize_into(tokenizer, image, box, flip)
 
 
-def cropped_view(image: Image.Image, rng: np.random.Generator, size: int, min_scale: float, flip: float) -> np.ndarray:
+def cropped_view(image: Decoded, rng: np.random.Generator, size: int, min_scale: float, flip: float) -> np.ndarray:
     """A random crop, mirrored with probability `flip`, without jitter -> uint8 [size, size, 3]."""
     box = crop_box(*image.size, min_scale, rng)
     return resized(image, size, box, rng.random() < flip)

@@ -39,8 +39,10 @@ MOST_CODES = 65_535
 FILES = ("ids.npy", "rows.npy", "codes.bin")
 
 
-DRAWN_BY = ("max_pixels", "min_crop_scale", "color_jitter", "horizontal_flip")
+DRAWN_BY = ("max_pixels", "min_crop_scale", "scaled_decoding", "color_jitter", "horizontal_flip")
 """Fields of `data` that a view depends on."""
+FORMERLY = {"data.scaled_decoding": False}
+"""What a folder was made with that does not say it: its version knew nothing else."""
 
 
 def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatches) -> dict[str, Any]:
@@ -168,7 +170,7 @@ class PrecomputedCodes:
         """Raises ValueError unless the codes are of these views and reach so many positions of images and pairs."""
         again = "; make it anew with tools/precompute_codes.py"
         for name, value in made.items():
-            kept = self.manifest["made_from"].get(name)
+            kept = self.manifest["made_from"].get(name, FORMERLY.get(name))
             require(
                 kept == value, f"{self.field}: {self.folder} was made with {name}={kept}, this run has {value}{again}"
             )

@@ -92,6 +92,8 @@ class TokenizerDataConfig(LoadingConfig):
     weighted sources."""
     min_crop_scale: float = 0.08
     """Smallest area of the random crop as a share of the image."""
+    scaled_decoding: bool = True
+    """Whether large JPEGs are decoded smaller, as in pretraining (config.py)."""
     max_bad_fraction: float = 0.01
     """The run stops with a report when more than this share of all images, or of those of 1,000 steps, had to be
     replaced. The share is taken of at least 10,000 images: 0.01 stops no run before its 101st bad image."""

@@ -13,6 +13,7 @@ from beit3_dist.data.faults import Fault
 from beit3_dist.data.image_memory import channels_first
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Stream
+from beit3_dist.data.reduced import crops_of
 from beit3_dist.data.streams import Draw, ImageStream
 from beit3_dist.image_tokenizer.config import TokenizerDataConfig
 
@@ -45,7 +46,13 @@ class ImageBatches(Dataset):
         if batch % world:
             raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
         self.stream = ImageStream(
-            data.images, "data.images", seed, data.cache, data.max_pixels, share=Share(rank, world)
+            data.images,
+            "data.images",
+            seed,
+            data.cache,
+            data.max_pixels,
+            share=Share(rank, world),
+            crops=crops_of(data, size),
         )
         self.size = size
         self.batch = batch

@@ -56,8 +56,8 @@ _FIELDS = {
         batch.accumulation
         parallel.tensor parallel.pipeline parallel.chunks parallel.sequence parallel.zero_stage
         optim.lr optim.min_lr optim.warmup_steps optim.eps optim.weight_decay optim.clip_norm
-        data.caption_length data.min_crop_scale data.color_jitter data.horizontal_flip data.rand_augment
-        data.random_erasing data.max_bad_fraction data.validation
+        data.caption_length data.min_crop_scale data.scaled_decoding data.color_jitter data.horizontal_flip
+        data.rand_augment data.random_erasing data.max_bad_fraction data.validation
         eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.beams eval.length_penalty
         eval.caption_metrics eval.batch
         checkpoint.every checkpoint.keep checkpoint.keep_every

@@ -29,7 +29,7 @@ class Idle(torch.utils.data.Dataset):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
-    data.build(folder)
+    data.build(folder, data.IMAGE)
     return folder
 
 
@@ -58,13 +58,14 @@ def test_the_limit_crops_our_pictures(folder: Path, monkeypatch: pytest.MonkeyPa
     requests = list(itertools.islice(requests_from((0, 0, 0), config.batch), 2))
     bare = data.Bare(ours, requests)
     seen: list[object] = []
-    decode, resized = transforms.decode, transforms.resized
+    decode, decode_for, resized = transforms.decode, transforms.decode_for, transforms.resized
 
     def spied(image: Image.Image, size: int, box: tuple[int, ...], flip: bool = False) -> np.ndarray:
         seen.append((size, box))
         return resized(image, size, box, flip)
 
     monkeypatch.setattr(transforms, "decode", lambda data, limit: seen.append(data) or decode(data, limit))
+    monkeypatch.setattr(transforms, "decode_for", lambda data, *rest: seen.append(data) or decode_for(data, *rest))
     monkeypatch.setattr(transforms, "resized", spied)
     found = []
     for dataset in (bare, ours):
@@ -88,14 +89,15 @@ def test_each_micro_batch_is_timed_in_each_round(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main("data --json --workers 1 --batch 2 --micro_batches 2 --rounds 1".split()) == 0
+    assert benchmark.main("data --json --workers 1 --batch 2 --micro_batches 2 --rounds 1 --image 90 60".split()) == 0
     record = json.loads(capsys.readouterr().out)
     core = record["workers"]["1"]["per_core"]
+    assert record["picture"] == [90, 60]
     assert record["fraction_of_decode_limit"] == core["ours"] / core["limit"] > 0
     assert record["ratio_vs_webdataset"] == core["ours"] / core["webdataset"] > 0
 
 
-@pytest.mark.parametrize("option", ["--workers 0", "--batch 0", "--rounds 0"])
+@pytest.mark.parametrize("option", ["--workers 0", "--batch 0", "--rounds 0", "--image 0 9"])
 def test_mistakes(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["data", *option.split()]) == 2
     assert option.split()[0] in capsys.readouterr().err

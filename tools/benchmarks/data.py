@@ -1,6 +1,7 @@
 """The `data` part of tools/benchmark.py: what the loader costs beside the bare decoding and cropping of its images.
 
-Every contender reads the same JPEGs of 500 x 375 pixels, from the same tars, in the loader's own worker processes. They
+Every contender reads the same JPEGs, of ImageNet's usual 500 x 375 pixels or as --image says, from the same tars, in
+the loader's own worker processes. The bare decoding is of whole images; the loader decodes large ones smaller. They
 take turns there, a micro-batch each: the speed of a machine that is shared changes within seconds by more than they
 differ. A worker gets its next request when its last micro-batch has arrived in the main process. So the time from one
 request to the next is what a micro-batch costs its worker, handing over included. The least time that each micro-batch
@@ -40,8 +41,8 @@ from beit3_dist.data.streams import Draw, Sample, SampleStream
 from beit3_dist.objectives.registry import objectives_of
 from tools.benchmarks.measure import check_positive
 
-WIDTH, HEIGHT = 500, 375
-"""Pixels of an image: the usual size in ImageNet."""
+IMAGE = (500, 375)
+"""Width and height: the usual ones in ImageNet."""
 JPEG_QUALITY = 90
 PER_SHARD = 64
 SHARDS = 4
@@ -51,19 +52,21 @@ WARM_UP = 2
 """Micro-batches of each worker that are not timed."""
 
 
-def photograph(seed: int) -> bytes:
-    """A JPEG with broad shapes, fine texture and noise: about 80 KB, as heavy to decode as a photograph."""
+def photograph(seed: int, size: tuple[int, int]) -> bytes:
+    """A JPEG of this width and height with broad shapes, fine texture and noise: 80 KB at 500 x 375, as heavy to decode
+    as a photograph."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    shapes = cv2.resize(coarse, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    shapes = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC)
     noisy = np.clip(shapes + rng.normal(0, 12, shapes.shape), 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
 
 
-def build(folder: Path) -> None:
-    """Shards of images, pairs and documents (one a member, as webdataset reads them), and a tokenizer."""
+def build(folder: Path, size: tuple[int, int]) -> None:
+    """Shards of images of this width and height, of pairs and of documents (one a member, as webdataset reads them),
+    and a tokenizer."""
     topics = "\n".join(pydoc_data.topics.topics.values()).split("\n\n")
     words = [" ".join(text.split()) for text in topics if len(text) > 80]
     for shard in range(SHARDS):
@@ -74,7 +77,7 @@ def build(folder: Path) -> None:
             webdataset.TarWriter(str(folder / f"texts-{shard}.tar"), encoder=False) as texts,
         ):
             for number in numbers:
-                key, image, text = f"{number:05d}", photograph(number), words[number % len(words)].encode()
+                key, image, text = f"{number:05d}", photograph(number, size), words[number % len(words)].encode()
                 images.write({"__key__": key, "jpg": image})
                 pairs.write({"__key__": key, "jpg": image, "txt": text[:120]})
                 texts.write({"__key__": key, "txt": text})
@@ -104,7 +107,7 @@ def run_config(folder: Path, batch: int) -> RunConfig:
 
 
 class Bare(Dataset):
-    """The limit: our micro-batches' images, decoded from bytes in memory, the same boxes drawn and cropped, and
+    """The limit: our micro-batches' images, decoded whole from bytes in memory, the same boxes drawn and cropped, and
     nothing else."""
 
     def __init__(self, batches: MixedBatches, requests: list[Request]) -> None:
@@ -145,7 +148,7 @@ class ByWebdataset(MixedBatches):
         members = next(self.pipelines[stream])
         sample = Sample(stream, 0, position, mix(0, stream, 0, position), [])
         if stream is not Stream.TEXTS:
-            sample.image = transforms.decode(members["jpg"], self.config.data.max_pixels)
+            sample.decode(members["jpg"], self.config.data.max_pixels, self.crops)
         if stream is not Stream.IMAGES:
             data, tokenizer = self.config.data, self.tokenizer
             length = data.text_length if stream is Stream.TEXTS else data.caption_length
@@ -193,7 +196,7 @@ def benchmark_data(options: Namespace) -> dict[str, Any]:
     """What `data` was asked to compare, and the figures."""
     with tempfile.TemporaryDirectory(prefix="beit3-benchmark-") as name:
         folder = Path(name)
-        build(folder)
+        build(folder, tuple(options.image))
         config = run_config(folder, options.batch)
         ours = MixedBatches(config, config.model.image_size, 0, 1, annotators=[*objectives_of(config)])
         theirs = ByWebdataset(config, config.model.image_size, 0, 1, annotators=[*objectives_of(config)])
@@ -215,7 +218,7 @@ def benchmark_data(options: Namespace) -> dict[str, Any]:
     figures = record["workers"].values()
     for name in ("fraction_of_decode_limit", "ratio_vs_webdataset"):
         record[name] = min(figure[name] for figure in figures)
-    record["picture"] = [WIDTH, HEIGHT]
+    record["picture"] = options.image
     record["webdataset"] = webdataset.__version__
     return record
 
@@ -240,10 +243,11 @@ def data_table(record: dict[str, Any]) -> str:
 def add_command(commands: Any) -> None:
     """Adds `data` to the benchmark's commands."""
     data = commands.add_parser("data", help="the loader")
-    check = partial(check_positive, ("batch", "micro_batches", "rounds", "workers"))
+    check = partial(check_positive, ("batch", "micro_batches", "rounds", "workers", "image"))
     data.set_defaults(measure=benchmark_data, table=data_table, check=check)
     data.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of loader processes")
     data.add_argument("--batch", type=int, default=32, help="images, texts and pairs of a micro-batch, each")
     data.add_argument("--micro_batches", type=int, default=6, help="timed micro-batches per worker and round")
     data.add_argument("--rounds", type=int, default=10, help="times that each micro-batch is read")
+    data.add_argument("--image", type=int, nargs=2, default=list(IMAGE), metavar=("WIDTH", "HEIGHT"), help="pixels")
     data.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
