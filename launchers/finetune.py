@@ -26,17 +26,12 @@ def main(arguments: list[str]) -> None:
     begin(PROGRAM)
     config = parse(FinetuneConfig, PROGRAM, f"Fine-tunes BEiT-3 on a downstream task. {summaries()}", arguments)
     # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import Mesh, read_mesh
+    from beit3_dist.parallel.mesh import read_mesh
     from beit3_dist.run.launch import launch
-    from beit3_dist.run.preflight_finetuning import FinetuneReady, prepare_finetuning
+    from beit3_dist.run.preflight_finetuning import prepare_finetuning
     from beit3_dist.train.finetuning import finetune
 
-    def prepare() -> tuple[FinetuneConfig, Mesh, FinetuneReady]:
-        mesh = read_mesh(config.parallel.tensor)
-        with_steps, ready = prepare_finetuning(config, mesh)
-        return with_steps, mesh, ready
-
-    launch(PROGRAM, prepare, lambda run: finetune(*run))
+    launch(PROGRAM, lambda: prepare_finetuning(config, read_mesh(config.parallel.tensor)), finetune)
 
 
 if __name__ == "__main__":

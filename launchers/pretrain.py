@@ -29,16 +29,13 @@ def main(arguments: list[str]) -> None:
     about = "Pretrains BEiT-3 on images, texts and image-text pairs."
     config = parse(RunConfig, PROGRAM, about, arguments, SECTIONS)
     # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import Mesh, read_mesh
+    from beit3_dist.parallel.mesh import read_mesh
     from beit3_dist.run.launch import launch
-    from beit3_dist.run.preflight import Ready, prepare_run
+    from beit3_dist.run.preflight import prepare_run
     from beit3_dist.train.pretraining import pretrain
 
-    def prepare() -> tuple[RunConfig, Mesh, Ready]:
-        mesh = read_mesh(config.parallel.tensor, config.parallel.pipeline)
-        return config, mesh, prepare_run(config, mesh)
-
-    launch(PROGRAM, prepare, lambda run: pretrain(*run))
+    parallel = config.parallel
+    launch(PROGRAM, lambda: prepare_run(config, read_mesh(parallel.tensor, parallel.pipeline)), pretrain)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,12 @@ def main(arguments: list[str]) -> None:
     begin(PROGRAM)
     config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
     # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import Mesh, read_mesh
+    from beit3_dist.parallel.mesh import read_mesh
     from beit3_dist.run.launch import launch
-    from beit3_dist.run.preflight_image_tokenizer import TokenizerReady, prepare_tokenizer_run
+    from beit3_dist.run.preflight_image_tokenizer import prepare_tokenizer_run
     from beit3_dist.train.image_tokenizer import train_image_tokenizer
 
-    def prepare() -> tuple[TokenizerConfig, Mesh, TokenizerReady]:
-        mesh = read_mesh()
-        return config, mesh, prepare_tokenizer_run(config, mesh)
-
-    launch(PROGRAM, prepare, lambda run: train_image_tokenizer(*run))
+    launch(PROGRAM, lambda: prepare_tokenizer_run(config, read_mesh()), train_image_tokenizer)
 
 
 if __name__ == "__main__":

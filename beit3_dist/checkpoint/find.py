@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from beit3_dist.checkpoint.files import as_json, sha256
 from beit3_dist.checkpoint.store import FORMAT, LATEST, TrainState, checkpoints, step_of
+from beit3_dist.gathering import gather_objects
 from beit3_dist.opening import parse_json, read_json, read_text, regular_size
 
 if TYPE_CHECKING:
@@ -217,21 +218,15 @@ def verified(path: Path | None, resume: str, folder: Path) -> Path | None:
 def _damages(path: Path) -> list[str]:
     """What any rank finds in its share of the files of shards."""
     files = sorted(set(read_manifest(path)) - set(SMALL_FILES))
-    return sum(_gather(wrong_digests(path, files[dist.get_rank() :: dist.get_world_size()])), [])
+    return sum(gather_objects(wrong_digests(path, files[dist.get_rank() :: dist.get_world_size()])), [])
 
 
 def _assert_seen_by_all(path: Path | None) -> None:
     """Raises Damaged where the ranks do not see the same checkpoint: on a disk of one node, for example."""
-    seen = _gather(str(path))
+    seen = gather_objects(str(path))
     for rank, other in enumerate(seen):
         if other != seen[0]:
             raise Damaged(
                 f"checkpoint.resume: rank 0 finds {seen[0]}, rank {rank} finds {other}: "
                 "`out` must be on a file system that all nodes share"
             )
-
-
-def _gather(value: Any) -> list[Any]:
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, value)
-    return everyones

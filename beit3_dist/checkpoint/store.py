@@ -37,6 +37,7 @@ import torch.distributed as dist
 from beit3_dist.checkpoint.files import as_json, sync, write_hashed, write_text
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import Snapshot
+from beit3_dist.gathering import gather_objects
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -215,9 +216,7 @@ class Store:
         if saving.shards_written:
             self._saving, self._newest, self._prunes = None, saving.step, True
             return
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, saving.task.result())
-        entries = {name: entry for mine in everyones for name, entry in mine.items()}
+        entries = {name: entry for mine in gather_objects(saving.task.result()) for name, entry in mine.items()}
         saving.shards_written = True
         saving.task = self._thread.submit(lambda: self._finish(saving, entries) if self._is_first else None)
 
@@ -244,8 +243,7 @@ class Store:
         error = saving.task.exception()  # waits for the end of what this rank writes
         if error is not None:
             log.error("%s could not be written", step_name(saving.step), exc_info=error)
-        everyones: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(everyones, _in_words(error, self._partial(saving.step) / self._file))
+        everyones = gather_objects(_in_words(error, self._partial(saving.step) / self._file))
         self._saving = None
         if self._is_first:
             shutil.rmtree(self._partial(saving.step), ignore_errors=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,14 +35,14 @@ from beit3_dist.model.head import Head
 from beit3_dist.model.multiway import FeedForward, join
 from beit3_dist.model.token_layout import Selection, TokenLayout
 from beit3_dist.parallel.collectives import (
-    Copy,
-    Divide,
-    Gather,
-    GatherReplicated,
-    Reduce,
-    ReduceScatter,
-    Scatter,
     all_gather,
+    copy,
+    divide,
+    gather,
+    gather_replicated,
+    reduce,
+    reduce_scatter,
+    scatter,
 )
 
 
@@ -61,15 +62,15 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
         if (parallel := _parallel_layer(layer, name.startswith("blocks."), group, sequence)) is not None:
             setattr(model.get_submodule(owner), leaf, parallel)
     for module in model.blocks.modules():
-        if isinstance(module, Attention):
-            communication: Any = _SequenceAttention(module, group) if sequence else _WholeAttention(group)
-        elif isinstance(module, FeedForward):
-            communication = _Sequence(group) if sequence else _Whole(group)
+        if isinstance(module, FeedForward):  # whose tokens may come in any order: shares are gathered rank by rank
+            enter, leave = (gather, reduce_scatter) if sequence else (copy, reduce)
+            module.enter, module.leave = partial(enter, group=group), partial(leave, group=group)
+        elif isinstance(module, Attention):
+            around: Any = _SequenceAttention(module, group) if sequence else _WholeAttention(group)
+            module.enter, module.leave = around.enter, around.leave
         elif isinstance(module, Encoder) and sequence:
-            communication = _TokenShares(group)
-        else:
-            continue
-        module.enter, module.leave = communication.enter, communication.leave
+            shares = _TokenShares(group)
+            module.enter, module.leave = shares.enter, shares.leave
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         if (cut := cut_for(cuts, name, rank, ranks)) is not None:
@@ -86,7 +87,7 @@ def _parallel_layer(layer: nn.Module, in_block: bool, group: dist.ProcessGroup, 
         case Head() if dimension == 0:
             return VocabParallelHead(layer, group)
         case Linear() if dimension == 1:
-            return RowParallelLinear(layer, group.size())
+            return RowParallelLinear(layer, group)
         case nn.LayerNorm() if dimension == 0:
             return ShardedLayerNorm(layer, group)
         case LayerNorm() if sequence and in_block:
@@ -109,12 +110,12 @@ def mark_model_parallel(model: nn.Module, tensor_rank: int, cuts: Collection[str
 class RowParallelLinear(Linear):
     """x [T, in / ranks] -> partial sums [T, out]; the bias, whole on every rank, is added once over all of them."""
 
-    def __init__(self, whole: nn.Linear, ranks: int) -> None:
+    def __init__(self, whole: nn.Linear, group: dist.ProcessGroup) -> None:
         super().__init__(whole.in_features, whole.out_features, device="meta")
-        self.weight, self.bias, self.ranks = whole.weight, whole.bias, ranks
+        self.weight, self.bias, self.group = whole.weight, whole.bias, group
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.compute(x, self.weight, Divide.apply(self.bias, self.ranks))
+        return self.compute(x, self.weight, divide(self.bias, self.group))
 
 
 class TokenParallelLayerNorm(LayerNorm):
@@ -125,7 +126,7 @@ class TokenParallelLayerNorm(LayerNorm):
         self.weight, self.bias, self.group = whole.weight, whole.bias, group
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = Copy.apply(self.weight, self.group), Copy.apply(self.bias, self.group)
+        weight, bias = copy(self.weight, self.group), copy(self.bias, self.group)
         return self.compute(x, weight, bias, self.eps)
 
 
@@ -183,7 +184,7 @@ class VocabParallelEmbedding(nn.Module):
         local = words - self.group.rank() * rows
         mine = (local >= 0) & (local < rows)
         vectors = embedding(local.clamp(0, rows - 1), self.weight) * mine[:, None]
-        return Reduce.apply(vectors, self.group)
+        return reduce(vectors, self.group)
 
 
 class VocabParallelHead(Head):
@@ -194,7 +195,7 @@ class VocabParallelHead(Head):
         self.weight, self.bias, self.classes, self.group = whole.weight, whole.bias, whole.classes, group
 
     def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
-        logits = self.compute(Copy.apply(hidden_MD, self.group), self.weight, self.bias).float()
+        logits = self.compute(copy(hidden_MD, self.group), self.weight, self.bias).float()
         first = self.group.rank() * logits.shape[1]
         if first + logits.shape[1] > self.classes:
             logits[:, max(0, self.classes - first) :] = -torch.inf
@@ -202,8 +203,8 @@ class VocabParallelHead(Head):
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """All logits [M, classes] on every rank, for what is computed alike on all of them (beam search, smoothing)."""
-        local = self.compute(Copy.apply(hidden_MD, self.group), self.weight, self.bias)
-        return GatherReplicated.apply(local.T, self.group).T[:, : self.classes]
+        local = self.compute(copy(hidden_MD, self.group), self.weight, self.bias)
+        return gather_replicated(local.T, self.group).T[:, : self.classes]
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -288,29 +289,6 @@ def share_tokens(layout: TokenLayout, ranks: int, rank: int, device: torch.devic
     return SharedTokens(layout.groups, whole=whole, parts=parts, samples_of_tokens=mine)
 
 
-class _Whole:
-    """Around an expert, all of whose tokens every rank has."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-
-    def enter(self, x_TD: Tensor) -> Tensor:
-        return Copy.apply(x_TD, self.group)
-
-    def leave(self, x_TD: Tensor) -> Tensor:
-        return Reduce.apply(x_TD, self.group)
-
-
-class _Sequence(_Whole):
-    """Around an expert: its order of tokens does not matter, so shares are gathered rank by rank."""
-
-    def enter(self, x_TD: Tensor) -> Tensor:
-        return Gather.apply(x_TD, self.group)
-
-    def leave(self, x_TD: Tensor) -> Tensor:
-        return ReduceScatter.apply(x_TD, self.group)
-
-
 class _WholeAttention:
     """Around attention, all of whose tokens every rank has; the experts' slices cross the ranks together."""
 
@@ -318,11 +296,11 @@ class _WholeAttention:
         self.group = group
 
     def enter(self, slices: list[Tensor], layout: TokenLayout) -> tuple[list[Tensor], TokenLayout]:
-        x_TD = Copy.apply(join(slices), self.group)
+        x_TD = copy(join(slices), self.group)
         return list(x_TD.split([len(part) for part in slices])), layout
 
     def leave(self, slices: list[Tensor], layout: TokenLayout) -> list[Tensor]:
-        return [Reduce.apply(join(slices), self.group)]
+        return [reduce(join(slices), self.group)]
 
 
 class _SequenceAttention:
@@ -333,14 +311,14 @@ class _SequenceAttention:
 
     def enter(self, slices: list[Tensor], layout: SharedTokens) -> tuple[list[Tensor], GatheredTokens]:
         assert layout.whole is not None and layout.whole.rows is not None
-        x_TD = Gather.apply(join(slices), self.group).index_select(0, layout.whole.rows)
+        x_TD = gather(join(slices), self.group).index_select(0, layout.whole.rows)
         return self.slices(x_TD, layout.whole), layout.whole
 
     def leave(self, slices: list[Tensor], layout: GatheredTokens) -> list[Tensor]:
         x_TD = join(slices)
         assert layout.rows is not None
         gathered = x_TD.new_zeros(self.group.size() * layout.share, x_TD.shape[1])
-        return [ReduceScatter.apply(gathered.index_copy(0, layout.rows, x_TD), self.group)]
+        return [reduce_scatter(gathered.index_copy(0, layout.rows, x_TD), self.group)]
 
 
 class _TokenShares:
@@ -358,7 +336,8 @@ class _TokenShares:
         rows, share = shared.whole.rows, shared.whole.share
         shared = replace(shared, returned=rows if selection is None else rows[selection.rows])
         padded = x_TD.new_zeros(self.group.size() * share, x_TD.shape[1])
-        return Scatter.apply(padded.index_copy(0, rows, x_TD), self.group), shared, None
+        return scatter(padded.index_copy(0, rows, x_TD), self.group), shared, None
 
     def leave(self, x_TD: Tensor, layout: SharedTokens) -> Tensor:
-        return GatherReplicated.apply(x_TD, self.group).index_select(0, layout.returned)
+        assert layout.returned is not None
+        return gather_replicated(x_TD, self.group).index_select(0, layout.returned)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -125,6 +125,18 @@ def _versions() -> dict[str, str]:
         "deepspeed": deepspeed.__version__,
         "beit3-dist": beit3_dist.__version__,
     }
+
+
+@dataclass
+class ReadyToTrain:
+    """What every run starts from, checked and opened before any process group."""
+
+    config: Any
+    mesh: Mesh
+    state: TrainState
+    """Where the run goes on."""
+    checkpoint: Path | None
+    """The checkpoint that holds its weights; None: a new run."""
 
 
 def starting_point(config: JobConfig, trains: bool = True) -> tuple[Path | None, TrainState]:

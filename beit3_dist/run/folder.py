@@ -16,6 +16,7 @@ from beit3_dist.checkpoint.files import write_text
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig
 from beit3_dist.data.faults import Fault
+from beit3_dist.gathering import gather_objects
 from beit3_dist.opening import read_text
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.computing import computed_by
@@ -121,6 +122,4 @@ def of_all(mine: list[Entry], group: dist.ProcessGroup | None) -> list[Entry]:
 
     Files are written by the first process alone: not every file system appends the lines of several in one piece.
     """
-    everyones: list[list[Entry]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyones, mine, group=group)
-    return [item for some in everyones for item in some]
+    return [item for some in gather_objects(mine, group) for item in some]

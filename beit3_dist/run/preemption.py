@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from beit3_dist.data.faults import StreamFailed
+from beit3_dist.gathering import gather_objects
 from beit3_dist.leaving import ignore, when_asked
 from beit3_dist.run.endings import AskedToGo, RunStopped
 from beit3_dist.run.failure import failure_board
@@ -97,8 +98,7 @@ class StopRequest:
 
 def _stop(mine: StreamFailed) -> None:
     """Raises RunStopped with what the first process says whose stream has failed. Collective."""
-    everyones: list[StreamFailed] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    everyones: list[StreamFailed] = gather_objects(mine)
     message = next(str(failure) for failure in everyones if str(failure))
     raise RunStopped(message, [fault for failure in everyones for fault in failure.faults])
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import Tensor
 
 from beit3_dist.checkpoint.formats import read_initial_weights
-from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import RunConfig, require
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
@@ -23,20 +22,16 @@ from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.pipeline import check_pipeline
 from beit3_dist.parallel.tensor import check_tensor
-from beit3_dist.run.checkpointing import starting_point
+from beit3_dist.run.checkpointing import ReadyToTrain, starting_point
 from beit3_dist.run.resumption import same_recipe
 from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import pretraining_sources, same_sources
 
 
 @dataclass
-class Ready:
-    """What a run starts from."""
+class Ready(ReadyToTrain):
+    """What pretraining starts from."""
 
-    state: TrainState
-    """Where the run goes on."""
-    checkpoint: Path | None
-    """The checkpoint that holds its weights; None: a new run."""
     values: Values
     """Initial values of a new run; zeros for one that goes on."""
     objectives: Objectives
@@ -86,7 +81,8 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
         held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, annotators=[*objectives])
         held_out_codes = open_codes(config, view, True, held_out)
     values = _values(config, checkpoint, objectives)
-    return Ready(state, checkpoint, values, objectives, image_tokenizer, train, held_out, train_codes, held_out_codes)
+    opened = objectives, image_tokenizer, train, held_out, train_codes, held_out_codes
+    return Ready(config, mesh, state, checkpoint, values, *opened)
 
 
 def check_loaders(config: RunConfig, mesh: Mesh, view: int = 0) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from beit3_dist.checkpoint.formats import read_initial_weights
 from beit3_dist.checkpoint.model_folder import TASK_HEAD
-from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.initialization import Values, zeros
@@ -17,7 +16,7 @@ from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.tensor import check_tensor
-from beit3_dist.run.checkpointing import starting_point
+from beit3_dist.run.checkpointing import ReadyToTrain, starting_point
 from beit3_dist.run.resumption import same_recipe
 from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import finetuning_sources, same_sources
@@ -30,13 +29,9 @@ from beit3_dist.tasks.registry import task_class
 
 
 @dataclass
-class FinetuneReady:
+class FinetuneReady(ReadyToTrain):
     """What a fine-tuning run starts from."""
 
-    state: TrainState
-    """Where the run goes on."""
-    checkpoint: Path | None
-    """The checkpoint that holds its weights; None: a new run."""
     values: Values
     """Initial values of a new run; zeros for one that goes on."""
     task: Task
@@ -60,9 +55,9 @@ def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
     return replace(config, steps=max(1, math.ceil(config.epochs * per_epoch)), optim=optim)
 
 
-def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConfig, FinetuneReady]:
-    """Opens and checks everything; the config comes back with its steps. Raises ValueError with one line that names
-    the field or the file and the remedy."""
+def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
+    """Opens and checks everything, and resolves the config's epochs. Raises ValueError with one line that names the
+    field or the file and the remedy."""
     check_mixing(config, mesh)
     size = config.micro_batch(mesh.data)[0] * task_class(config.task).images * image_bytes(config.model.image_size)
     check_shared_memory(config.data, mesh, size, config.accumulation, bool(config.data.validation))
@@ -87,7 +82,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> tuple[FinetuneConf
         same_recipe(config, checkpoint)
     values, views = _values(config, task, checkpoint), _views(config, task)
     mixing = Mixing(len(task.classes), config.mixup, config.cutmix, config.label_smoothing) if config.mixes else None
-    return config, FinetuneReady(state, checkpoint, values, task, train, validation, views, mixing)
+    return FinetuneReady(config, mesh, state, checkpoint, values, task, train, validation, views, mixing)
 
 
 def check_mixing(config: FinetuneConfig, mesh: Mesh) -> None:

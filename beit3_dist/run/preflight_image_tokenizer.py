@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import require, require_divides
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.images import ImageBatches
 from beit3_dist.image_tokenizer.teachers import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.checkpointing import starting_point
+from beit3_dist.run.checkpointing import ReadyToTrain, starting_point
 from beit3_dist.run.resumption import same_recipe
 from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import same_sources, tokenizer_sources
 
 
 @dataclass
-class TokenizerReady:
+class TokenizerReady(ReadyToTrain):
     """What a run starts from."""
 
-    state: TrainState
-    """Where the run goes on."""
-    checkpoint: Path | None
-    """The checkpoint that holds its weights; None: a new run."""
     teacher: Teacher
     """The frozen teacher, on the CPU."""
     train: ImageBatches
@@ -46,4 +40,4 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
     teacher = build_teacher(grid=config.model.grid, **asdict(config.teacher))
     state.sources = same_sources(config, checkpoint, state.sources, tokenizer_sources(config, train.stream))
     same_recipe(config, checkpoint)
-    return TokenizerReady(state, checkpoint, teacher, train)
+    return TokenizerReady(config, mesh, state, checkpoint, teacher, train)

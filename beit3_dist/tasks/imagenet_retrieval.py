@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.parallel.collectives import Gather, all_gather
+from beit3_dist.parallel.collectives import all_gather, gather
 from beit3_dist.tasks.base import HALF, TaskInputs
 from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.imagenet import ImageNet
@@ -96,7 +96,7 @@ def losses_by_class(
     examples of one class are right for each other, with equal shares: a batch holds some classes many times over, and
     the paper does not say what becomes of them, so that this is UniCL's way (Yang et al. 2022)."""
     alone = group is None or group.size() == 1
-    everyones = lambda x: x if alone else Gather.apply(x, group)  # noqa: E731
+    everyones = lambda x: x if alone else gather(x, group)  # noqa: E731
     others = labels if alone or group is None else all_gather(labels, group)
     same = labels[:, None] == others
     shares = same / same.sum(1, keepdim=True)

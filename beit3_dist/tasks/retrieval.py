@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.linear import Linear
-from beit3_dist.parallel.collectives import Gather
+from beit3_dist.parallel.collectives import gather
 from beit3_dist.tasks.base import Task, TaskInputs, hits
 from beit3_dist.tasks.data.examples import Example, Record, Rules, integer
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
@@ -109,7 +109,7 @@ class ContrastiveHead(TaskHead):
 def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[2, b]: each local example's loss, and the mean of its two hits, from unit vectors [b, D] of this rank's
     examples. All ranks of `group` hold equally many; gradients flow to the other ranks' vectors too."""
-    everyones = lambda x: x if group is None or group.size() == 1 else Gather.apply(x, group)  # noqa: E731
+    everyones = lambda x: x if group is None or group.size() == 1 else gather(x, group)  # noqa: E731
     rank = 0 if group is None else group.rank()
     place = torch.arange(len(images), device=images.device) + rank * len(images)
     by_image = scale * images @ everyones(texts).T

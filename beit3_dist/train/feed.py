@@ -35,7 +35,7 @@ class StepBatch:
     micro_batches: list[Any]
     """Its `accumulation` micro-batches on the host; between the first and the last stage without content."""
     totals: Tensor
-    """Those of the step, summed over the replicas, as `Totals.pack` lays them out: int64 [K + 4] on the device."""
+    """Those of the step, summed over the replicas, as `Totals.pack` writes them: int64 [K + 4] on the device."""
     longest_wait: Tensor
     """Seconds, float64 scalar on the device; see `data_wait_s`."""
 
@@ -59,28 +59,9 @@ class StepBatch:
         return Totals.counts_in(self.totals)
 
     @cached_property
-    def _known(self) -> Totals:
+    def known(self) -> Totals:
+        """The totals as numbers. Waits for the device, once."""
         return Totals.unpack(self.totals)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens without padding."""
-        return self._known.tokens
-
-    @property
-    def flops(self) -> int:
-        """FLOPs of forward and backward."""
-        return self._known.flops
-
-    @property
-    def replaced(self) -> int:
-        """Samples that had to be replaced."""
-        return self._known.replaced
-
-    @property
-    def sample_hash(self) -> str:
-        """Hash of the delivered sample ids, in hexadecimal."""
-        return f"{self._known.hash_terms % (1 << 64):016x}"
 
 
 def timed(read: Callable[[], Read]) -> tuple[Read, float]:

@@ -25,7 +25,7 @@ from beit3_dist.data.order import hash_sum, mix
 from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
-from beit3_dist.parallel.mesh import Groups, Mesh, connect
+from beit3_dist.parallel.mesh import Groups, connect
 from beit3_dist.run.checkpointing import contribution, load_checkpoint, whole_checkpoint
 from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.preemption import Together, by_itself
@@ -46,11 +46,10 @@ from beit3_dist.train.totals import Totals
 log = logging.getLogger(__name__)
 
 
-def finetune(config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
-    """A fine-tuning run, or its validation alone. `ready`: what was checked and opened before any process group. A run
-    leaves the model for use in OUT/model."""
-    job = FineTuning(config, mesh, ready)
-    if config.evaluate_only:
+def finetune(ready: FinetuneReady) -> None:
+    """A fine-tuning run, or its validation alone. A run leaves the model for use in OUT/model."""
+    job = FineTuning(ready)
+    if job.config.evaluate_only:
         evaluate_only(job)
         return
     train(job)
@@ -76,10 +75,9 @@ def evaluate_only(job: FineTuning) -> None:
 class FineTuning(Job[FinetuneConfig, StepResult]):
     """See `loop.Job`."""
 
-    def __init__(self, config: FinetuneConfig, mesh: Mesh, ready: FinetuneReady) -> None:
-        self.config, self.mesh, self.task = config, mesh, ready.task
-        self.state, self.checkpoint = ready.state, ready.checkpoint
-        self.samples = {"examples": config.batch.size}
+    def __init__(self, ready: FinetuneReady) -> None:
+        super().__init__(ready)
+        self.task, self.samples = ready.task, {"examples": self.config.batch.size}
         self.max_bad_fraction: float | None = None
         self._values, self._validation = ready.values, ready.validation
         self._views, self._mixing = ready.views, ready.mixing

@@ -23,7 +23,7 @@ from beit3_dist.image_tokenizer.engine import TokenizerEngine, TokenizerStep
 from beit3_dist.image_tokenizer.files import save_vqkd
 from beit3_dist.image_tokenizer.images import ImageBatch
 from beit3_dist.image_tokenizer.quantizer import CodeUsage
-from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.checkpointing import contribution, load_checkpoint
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight_image_tokenizer import TokenizerReady
@@ -39,21 +39,19 @@ SHOWN = 8
 """Images in a row of TensorBoard's sheet."""
 
 
-def train_image_tokenizer(config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
-    """A training run of the image tokenizer. `ready`: what was checked and opened before any process group. Every
-    checkpoint renews OUT/image_tokenizer.pth."""
-    train(TokenizerTraining(config, mesh, ready))
+def train_image_tokenizer(ready: TokenizerReady) -> None:
+    """A training run of the image tokenizer. Every checkpoint renews OUT/image_tokenizer.pth."""
+    train(TokenizerTraining(ready))
 
 
 class TokenizerTraining(Job[TokenizerConfig, TokenizerStep]):
     """See `loop.Job`."""
 
-    def __init__(self, config: TokenizerConfig, mesh: Mesh, ready: TokenizerReady) -> None:
-        self.config, self.mesh, self._ready = config, mesh, ready
-        self.state, self.checkpoint = ready.state, ready.checkpoint
-        self.samples = {"images": config.batch}
-        self.max_bad_fraction: float | None = config.data.max_bad_fraction
-        self._collapsed = False
+    def __init__(self, ready: TokenizerReady) -> None:
+        super().__init__(ready)
+        self._ready, self._collapsed = ready, False
+        self.samples = {"images": self.config.batch}
+        self.max_bad_fraction: float | None = self.config.data.max_bad_fraction
 
     def start(self, groups: Groups) -> None:
         config, data = self.config, self.config.data

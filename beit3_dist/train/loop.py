@@ -16,7 +16,7 @@ from beit3_dist.config import JobConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.device import prepare_device
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
-from beit3_dist.run.checkpointing import Checkpoints, whole_checkpoint
+from beit3_dist.run.checkpointing import Checkpoints, ReadyToTrain, whole_checkpoint
 from beit3_dist.run.endings import Preempted
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
@@ -56,6 +56,9 @@ class Job(Protocol[Config, Result]):
     """Stream -> samples of a step."""
     max_bad_fraction: float | None
     """The run stops itself where a larger share of its samples had to be replaced; None: at no share."""
+
+    def __init__(self, ready: ReadyToTrain) -> None:
+        self.config, self.mesh, self.state, self.checkpoint = ready.config, ready.mesh, ready.state, ready.checkpoint
 
     def start(self, groups: Groups) -> None:
         """Builds the model in this rank's layout and opens the stream of batches behind `state`. Collective."""
@@ -133,9 +136,9 @@ def _train(job: Job[Any, Any], groups: Groups) -> None:
             lr = learning_rate(step, config.steps, config.optim)
             result = job.train_step(batch, step, lr)
 
-            state.advance(job.samples, batch.replaced, result.skipped)
+            state.advance(job.samples, batch.known.replaced, result.skipped)
             is_last = state.step == config.steps
-            if batch.replaced and mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
+            if batch.known.replaced and mesh.tensor_rank == mesh.pipeline_rank == 0:  # others have read the same
                 faults = [fault for b in batch.micro_batches for fault in b.faults]
                 run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, time.perf_counter() - started)

@@ -32,19 +32,19 @@ def pace(mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str,
     """The fields of a record that tell the pace, the memory and the identity of a step of `samples` samples that took
     `step_s` seconds."""
     return {
-        "tokens_per_s": batch.tokens / step_s,
+        "tokens_per_s": batch.known.tokens / step_s,
         "samples_per_s": samples / step_s,
         "data_wait_s": batch.data_wait_s,
         "step_s": step_s,
         "memory_gb": peak_memory_gb(mesh.device),
-        "replaced_samples": batch.replaced,
-        "sample_hash": batch.sample_hash,
+        "replaced_samples": batch.known.replaced,
+        "sample_hash": batch.known.sample_hash,
     }
 
 
 def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:
     """As `pace`, and how fast the devices compute."""
-    flops_per_device = batch.flops / mesh.world / step_s
+    flops_per_device = batch.known.flops / mesh.world / step_s
     peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
     return {
         **pace(mesh, samples, batch, step_s),

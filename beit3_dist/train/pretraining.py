@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from beit3_dist.checkpoint.shard import Shard
-from beit3_dist.config import RunConfig
+from beit3_dist.config import STREAMS, RunConfig
 from beit3_dist.data.batch import requests_from
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.joining import micro_batches
@@ -23,6 +21,7 @@ from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.run.checkpointing import contribution, load_checkpoint
+from beit3_dist.run.folder import of_all
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
 from beit3_dist.train.feed import Feed, StepBatch, prepared
@@ -33,9 +32,9 @@ from beit3_dist.train.target_watch import TargetWatch
 from beit3_dist.train.validation import evaluate
 
 
-def pretrain(config: RunConfig, mesh: Mesh, ready: Ready) -> None:
-    """A pretraining run. `ready`: what was checked and opened before any process group."""
-    train(Pretraining(config, mesh, ready))
+def pretrain(ready: Ready) -> None:
+    """A pretraining run."""
+    train(Pretraining(ready))
 
 
 def step_record(
@@ -65,11 +64,11 @@ def step_record(
 class Pretraining(Job[RunConfig, StepResult]):
     """See `loop.Job`."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, ready: Ready) -> None:
-        self.config, self.mesh, self._ready = config, mesh, ready
-        self.state, self.checkpoint = ready.state, ready.checkpoint
-        self.samples = {"images": config.batch.images, "texts": config.batch.texts, "pairs": config.batch.pairs}
-        self.max_bad_fraction: float | None = config.data.max_bad_fraction
+    def __init__(self, ready: Ready) -> None:
+        super().__init__(ready)
+        self._ready = ready
+        self.samples = {stream: getattr(self.config.batch, stream) for stream in STREAMS}
+        self.max_bad_fraction: float | None = self.config.data.max_bad_fraction
 
     def start(self, groups: Groups) -> None:
         config, mesh, ready = self.config, self.mesh, self._ready
@@ -110,10 +109,8 @@ class Pretraining(Job[RunConfig, StepResult]):
     def next_batch(self, together: Together) -> StepBatch:
         batch = self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)), together)
         if self._ready.train.sequential:
-            everyones: list[list[list[int]]] = [[] for _ in range(self.mesh.data)]
             mine = [row for b in batch.micro_batches for row in b.readers.tolist()]
-            dist.all_gather_object(everyones, mine, group=self._data_ranks)
-            self.state.readers = furthest([*self.state.readers, *chain(*everyones)])
+            self.state.readers = furthest([*self.state.readers, *of_all(mine, self._data_ranks)])
         return batch
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:

@@ -29,6 +29,11 @@ class Totals:
     hash_terms: int
     """Sum of the terms of the sample hash, as an int64."""
 
+    @property
+    def sample_hash(self) -> str:
+        """Hash of the delivered sample ids, in hexadecimal."""
+        return f"{self.hash_terms % (1 << 64):016x}"
+
     def pack(self) -> Tensor:
         """int64 [K + 4]."""
         return torch.tensor([*self.counts, self.tokens, self.flops, self.replaced, self.hash_terms])

@@ -36,7 +36,7 @@ def attempt(config: RunConfig, port: int, answer: Connection) -> None:
     os.environ.update(single | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"})
     torch.set_num_threads(1)
     mesh = read_mesh()
-    pretrain(config, mesh, prepare_run(config, mesh))
+    pretrain(prepare_run(config, mesh))
     answer.send("done")
     answer.close()
     os._exit(0)  # gloo's threads make an orderly end slow, and nothing is left to do

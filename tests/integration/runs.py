@@ -60,7 +60,7 @@ def write_recipe(config: RunConfig, path: Path) -> Path:
 def train(groups: Groups, config: RunConfig) -> str:
     """For `run_workers`: what launchers/pretrain.py does after parsing. Returns the message of an error, or ''."""
     try:
-        pretrain(config, groups.mesh, prepare_run(config, groups.mesh))
+        pretrain(prepare_run(config, groups.mesh))
     except RuntimeError as error:
         return str(error)
     return ""

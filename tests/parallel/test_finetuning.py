@@ -112,8 +112,7 @@ def run(groups: Groups, configs: list[FinetuneConfig]) -> None:
     """For `run_workers`: what launchers/finetune.py does after parsing, run after run."""
     operators = define_torchvision_operators()
     for config in configs:
-        with_steps, ready = prepare_finetuning(config, groups.mesh)
-        finetune(with_steps, groups.mesh, ready)
+        finetune(prepare_finetuning(config, groups.mesh))
     del operators
 
 

@@ -60,7 +60,7 @@ def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]]
     saved: list[int] = []
     scored = 0
     save = Checkpoints.save
-    predictions, task = FineTuning._predictions, test_finetuning.prepare_finetuning(config, groups.mesh)[1].task
+    predictions, task = FineTuning._predictions, test_finetuning.prepare_finetuning(config, groups.mesh).task
     score = type(task).score
 
     def watched_save(self: Checkpoints) -> None:

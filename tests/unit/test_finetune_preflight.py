@@ -56,7 +56,8 @@ def run(folder: Path, **changes: Any) -> FinetuneConfig:
 
 
 def test_a_run_is_ready(folder: Path) -> None:
-    config, ready = prepare_finetuning(run(folder, epochs=2.5, warmup_epochs=0.5), MESH)
+    ready = prepare_finetuning(run(folder, epochs=2.5, warmup_epochs=0.5), MESH)
+    config = ready.config
     assert (config.steps, config.optim.warmup_steps) == (5, 1)  # 2 steps an epoch
     assert ready.task.classes == ["no", "yes"] and len(ready.train) == 8 and not ready.validation
     assert ready.values("task_head.head.3.weight", torch.Size([2, 64])).shape == (2, 64)
@@ -78,7 +79,7 @@ def test_what_changes_pictures_is_checked(folder: Path, monkeypatch: pytest.Monk
     index = folder / "pictures.jsonl"
     index.write_text('{"image_path": "0.png", "label": 1}\n' * 4)
     mixed = run(folder, task="imagenet", cutmix=1.0, data=replace(config.data, train=str(index)))
-    _, ready = prepare_finetuning(mixed, MESH)
+    ready = prepare_finetuning(mixed, MESH)
     assert ready.mixing is not None and ready.mixing.classes == 2 and ready.views.evaluation == "centre"
     monkeypatch.setitem(sys.modules, "timm.data.mixup", None)
     with pytest.raises(ValueError, match="mixing needs timm, which cannot be imported"):
@@ -95,7 +96,7 @@ def test_the_run_folder_can_be_written_to(folder: Path) -> None:
 def test_a_resume_notices_another_index(folder: Path) -> None:
     """Examples are put in an order that depends on the seed and their number."""
     config = run(folder)
-    _, ready = prepare_finetuning(config, MESH)
+    ready = prepare_finetuning(config, MESH)
     assert (
         same_sources(config, Path("step_1"), ready.state.sources, finetuning_sources(config, 8, ready.task.tokenizer))
         == ready.state.sources
@@ -122,7 +123,7 @@ def test_pictures_of_classes_come_with_the_names_of_these(folder: Path) -> None:
     data = TaskDataConfig(train=str(index), validation=str(index), images=str(folder), workers=0, text_length=10,
                           answers=str(folder / "names.txt"))  # fmt: skip
     config = run(folder, task="imagenet_retrieval", data=data)
-    _, ready = prepare_finetuning(config, MESH)
+    ready = prepare_finetuning(config, MESH)
     tokenizer = TextTokenizer(str(folder / "text.spm"))
     expected = [(1, tuple(tokenizer.encode("red circle"))), (0, tuple(tokenizer.encode("a cat")))]
     assert [(example.label, example.words) for example in ready.train] == expected
@@ -144,7 +145,8 @@ def test_several_indexes_are_one_after_the_other(folder: Path) -> None:
     config = run(folder)
     config = replace(config, data=replace(config.data, train=list(map(str, parts)), validation=[str(parts[1])]))
     written.write_text(to_yaml(config))
-    config, ready = prepare_finetuning(parse(FinetuneConfig, "", "", ["--config", str(written)]), MESH)
+    ready = prepare_finetuning(parse(FinetuneConfig, "", "", ["--config", str(written)]), MESH)
+    config = ready.config
     assert [len(ready.train), len(ready.validation)] == [5, 2]
     assert [ready.train[place].id for place in range(5)] == list(range(5))
     asked = ["--config", str(written), "--data.train", f"[{parts[1]}, {parts[0]}]"]
@@ -183,7 +185,7 @@ def test_classes_from_tars(folder: Path) -> None:
     samples = [{"__key__": f"{n}", "png": picture(n), "cls": str(n % 2).encode()} for n in range(4)]
     tar = write_tar(folder / "classes.tar", samples)
     config = run(folder, task="imagenet")
-    _, ready = prepare_finetuning(replace(config, data=replace(config.data, train=str(tar))), MESH)
+    ready = prepare_finetuning(replace(config, data=replace(config.data, train=str(tar))), MESH)
     assert [example.label for example in ready.train] == [0, 1, 0, 1]
 
 
@@ -197,7 +199,7 @@ def test_an_evaluation_alone_needs_a_fine_tuned_model_and_no_training_examples(f
         prepare_finetuning(replace(config, init_from=str(tmp_path / "pretrained")), MESH)
     weights = task_class("vqa").network(MODEL, 2).state_dict()
     save_model_folder(tmp_path / "tuned", weights, MODEL)
-    _, ready = prepare_finetuning(replace(config, init_from=str(tmp_path / "tuned")), MESH)
+    ready = prepare_finetuning(replace(config, init_from=str(tmp_path / "tuned")), MESH)
     assert not ready.train and len(ready.validation) == 8
     name = "task_head.head.3.weight"
     assert torch.equal(ready.values(name, weights[name].shape), weights[name])

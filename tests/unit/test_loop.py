@@ -43,7 +43,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     parts.job.mesh = Mesh(0, 1, 0, 1, torch.device("cpu"))
     parts.job.samples = {"images": 1}
-    parts.job.next_batch().replaced = 0
+    parts.job.next_batch().known.replaced = 0
     parts.job.train_step().skipped = False
     parts.job.record.return_value = {"step": 1, "loss": 1.0}
     parts.job.evaluation_due.return_value = False
@@ -74,9 +74,9 @@ def test_what_the_run_is_used_by_is_written_before_a_checkpoint_that_nobody_may_
 
 
 def test_codes_that_have_become_one_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    config, batch, mesh = MagicMock(), MagicMock(tokens=1), Mesh(0, 1, 0, 1, torch.device("cpu"))
+    config, batch, mesh = MagicMock(), MagicMock(**{"known.tokens": 1}), Mesh(0, 1, 0, 1, torch.device("cpu"))
     config.optim.lr = 1e-3
-    job = TokenizerTraining(config, mesh, MagicMock(state=TrainState(step=1)))
+    job = TokenizerTraining(MagicMock(config=config, mesh=mesh, state=TrainState(step=1)))
     for perplexity in (3.0, 1.01, 1.01):
         usage = CodeUsage(0.1, perplexity)
         job.record(batch, TokenizerStep(1.0, 1.0, 0.0, 1.0, usage, torch.zeros(1)), lr=1e-3, step_s=1.0)
