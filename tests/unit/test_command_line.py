@@ -243,7 +243,7 @@ def test_a_byte_order_mark_and_merged_keys_are_no_mistake(recipe: Path) -> None:
 def test_only_the_first_process_speaks(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launched, "_place", launched.Place(1, 2, 1, 2))
+    monkeypatch.setattr(launched, "_place", launched.ProcessPlace(1, 2, 1, 2))
     for arguments, code in ((["--steps", "0"], 2), (["--print_config"], 0), (["--help"], 0)):
         with pytest.raises(SystemExit) as end:
             config_of("--config", recipe, *arguments)

@@ -55,7 +55,7 @@ def test_a_mistake_is_told_by_whoever_meets_it(
 ) -> None:
     """The first process tells it at once; another one when the first has had time to meet it as well."""
     waited: list[float] = []
-    monkeypatch.setattr(launched, "_place", launched.Place(rank, 4, rank, 4))
+    monkeypatch.setattr(launched, "_place", launched.ProcessPlace(rank, 4, rank, 4))
     monkeypatch.setattr("time.sleep", waited.append)
 
     def prepare() -> NoReturn:
