@@ -54,7 +54,7 @@ def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-@dataclass
+@dataclass(eq=False)
 class Tensors:
     """A batch whose fields are tensors, dicts and batches of tensors, and other things."""
 
@@ -92,9 +92,9 @@ class Samples(Tensors):
         return len(self.ids)
 
 
-@dataclass
+@dataclass(eq=False)
 class MicroBatch(Tensors):
-    """One rank's micro-batch."""
+    """One rank's micro-batch; what else is known of it is kept by the object that it is."""
 
     streams: dict[str, Samples]
     """The run's streams by name: images, pairs, texts, in this order."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,34 @@ class Reading:
     """Of each objective."""
 
 
+class OnHost:
+    """What is known of a micro-batch on the host; each made once, for the step's totals and for the inputs."""
+
+    def __init__(self, objectives: Objectives, batch: MicroBatch) -> None:
+        self._objectives, self._batch = objectives, proxy(batch)  # which shall go when nobody else needs it
+
+    @cached_property
+    def layout(self) -> TokenLayout:
+        """Where its tokens lie."""
+        views, model = self._objectives.views, self._objectives.model
+        return TokenLayout(tuple(_group(self._batch, view, model) for view in views))
+
+    @cached_property
+    def places(self) -> Places:
+        """Where those of each view do."""
+        return Places(self.layout, self._objectives.views)
+
+    @cached_property
+    def rows(self) -> list[Tensor]:
+        """int64 [M]: the tokens that each objective reads."""
+        return [objective.rows(self._batch, self.places) for objective in self._objectives]
+
+    @cached_property
+    def united(self) -> Tensor:
+        """int64 [M]: those that any objective reads."""
+        return self.rows[0] if len(self.rows) == 1 else torch.cat(self.rows).unique()
+
+
 class Objectives:
     """The objectives of a run."""
 
@@ -56,6 +86,7 @@ class Objectives:
             dict.fromkeys(view for objective in objectives for view in objective.views), key=lambda view: view.kind
         )
         """What is encoded, in the order of a layout's groups."""
+        self._on_host: WeakKeyDictionary[MicroBatch, dict[tuple[Objective, ...], OnHost]] = WeakKeyDictionary()
 
     def __iter__(self) -> Any:
         return iter(self._each)
@@ -78,15 +109,9 @@ class Objectives:
         """[K]: targets of each loss in a micro-batch."""
         return [count for objective in self for count in objective.counts(batch)]
 
-    def layout(self, batch: MicroBatch) -> TokenLayout:
-        """The layout of a micro-batch that lies on the host."""
-        return TokenLayout(tuple(_group(batch, view, self.model) for view in self.views))
-
-    def rows_read(self, batch: MicroBatch, layout: TokenLayout) -> int:
-        """How many tokens any objective reads."""
-        places = Places(layout, self.views)
-        rows = [objective.rows(batch, places) for objective in self]
-        return len(rows[0]) if len(rows) == 1 else len(torch.cat(rows).unique())
+    def on_host(self, batch: MicroBatch) -> OnHost:
+        """What is known of a micro-batch on the host."""
+        return self._on_host.setdefault(batch, {}).setdefault((*self._each,), OnHost(self, batch))
 
     def classes(self, reading: Reading) -> list[tuple[Loss, Tensor]]:
         """Each loss with the classes of its targets in a micro-batch."""
@@ -131,22 +156,20 @@ class Objectives:
         def move(tensor: Tensor) -> Tensor:
             return to_device(tensor, device)
 
-        layout, seen = self.layout(batch), SeenImages(batch, device, tokenize)
+        known, seen = self.on_host(batch), SeenImages(batch, device, tokenize)
         inputs = MixedInputs(
             images=normalized(self._images(batch, seen, device) if embeds else torch.zeros(0, device=device)),
-            words=move(layout.packed([_text(batch, view) for view in self.views if view.text]) if embeds else NONE),
-            layout=layout.to(device),
+            words=move(known.layout.packed([_text(batch, v) for v in self.views if v.text]) if embeds else NONE),
+            layout=known.layout.to(device),
             image_mask=self._image_mask(batch, move) if embeds else None,
         )
         ids = move(torch.cat([batch.streams[view.stream].ids for view in self.views]))
         if not reads:
             return inputs, None, ids
-        places = Places(layout, self.views)
-        rows = [objective.rows(batch, places) for objective in self]
-        targets = [objective.targets(batch, places, seen, move) for objective in self]
-        united = rows[0] if len(rows) == 1 else torch.cat(rows).unique()
+        rows, united = known.rows, known.united
+        targets = [objective.targets(batch, known.places, seen, move) for objective in self]
         own = [None if len(rows) == 1 else move(torch.searchsorted(united, some)) for some in rows]
-        return inputs, Reading(_selection(move(united), united, layout), own, targets), ids
+        return inputs, Reading(_selection(move(united), united, known.layout), own, targets), ids
 
     def _images(self, batch: MicroBatch, seen: SeenImages, device: torch.device) -> Tensor:
         """uint8 [images of all views, 3, S, S]."""

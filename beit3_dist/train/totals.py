@@ -61,16 +61,16 @@ def host_totals(batches: list[MicroBatch], objectives: Objectives) -> Totals:
 
 
 def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
-    counts, layout = objectives.counts(batch), objectives.layout(batch)
+    counts, known = objectives.counts(batch), objectives.on_host(batch)
     lengths: list[list[Tensor]] = [[], [], []]
     for view in objectives.views:
         samples = batch.streams[view.stream]
         lengths[view.kind].append(torch.zeros(len(samples)) if samples.lengths is None else samples.lengths)
     images, captions, texts = (torch.cat([torch.zeros(0, dtype=torch.int64), *some]) for some in lengths)
-    flops = encoder_flops(objectives.model, len(images), captions, texts, objectives.rows_read(batch, layout))
+    flops = encoder_flops(objectives.model, len(images), captions, texts, len(known.united))
     return Totals(
         counts,
-        tokens=sum(layout.segments),
+        tokens=sum(known.layout.segments),
         flops=flops + 3 * int(objectives.head_flops(counts)),
         replaced=len(batch.faults),
         hash_terms=hash_terms(batch),

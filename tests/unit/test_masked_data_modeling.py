@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.token_layout import Selection
-from beit3_dist.objectives.masked_data_modeling import Targets
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling, Targets
 from beit3_dist.objectives.together import PretrainingModule, Reading
+from beit3_dist.train.totals import host_totals
+from tests.micro_batches import precomputed_codes, random_micro_batch
 from tools.benchmarks.step import objectives_for
 
 
@@ -49,3 +53,19 @@ def test_weights_are_numbers_not_tensors() -> None:
     assert torch.equal(
         contribution, (torch.tensor(weights) * expected[0] / step_counts.clamp(min=1)).sum()
     )  # bit for bit
+
+
+def test_what_the_host_knows_of_a_micro_batch_is_made_once_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step's totals and the inputs take the same rows."""
+    asked, rows = [], MaskedDataModeling.rows
+    monkeypatch.setattr(MaskedDataModeling, "rows", lambda *given: asked.append(1) or rows(*given))
+    config = ModelConfig(layers=3, width=8, heads=2, ffn_width=8, patch_size=4, image_size=16)
+    objectives, batch = objectives_for(config), random_micro_batch(config)
+    host_totals([batch], objectives)
+    _, reading, _ = objectives.prepare(batch, torch.device("cpu"), precomputed_codes(config))
+    assert len(asked) == 1 and reading is not None and len(reading.selection.rows) == sum(objectives.counts(batch))
+    another = random_micro_batch(config, seed=1)
+    assert objectives.on_host(another) is not objectives.on_host(batch)
+    gone = weakref.ref(batch)
+    del batch
+    assert gone() is None
