@@ -3,6 +3,7 @@ seed, a bijection of 64-bit integers; of Python's integers, arrays and tensors a
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,3 +51,8 @@ def right_shift(values: Tensor, bits: int) -> Tensor:
 def signed(word: int) -> int:
     """The int64 with the same 64 bits."""
     return word - (1 << 64) if word >> 63 else word
+
+
+def hash_bytes(data: bytes) -> int:
+    """An int64 that tells contents apart: equal bytes have equal ones, others another but for 1 in 2^64."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

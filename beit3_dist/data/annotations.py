@@ -17,6 +17,8 @@ class Annotator(Protocol):
     """Draws for the samples of a stream what an objective needs: masks, say."""
 
     name: str
+    hashes_images: bool
+    """Whether it reads `Sample.image_hash`."""
 
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer

@@ -26,6 +26,7 @@ from beit3_dist.data.reduced import crops_of
 from beit3_dist.data.streaming import SequentialStream, sequential
 from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.hashing import hash_bytes
 
 
 class Request(NamedTuple):
@@ -250,7 +251,10 @@ class MixedBatches(Dataset):
             samples.append(sample)
             if memory is not None:
                 memory.add(sample.image, sample.generator(Draw.VIEW))
+                if any(annotator.hashes_images for annotator in self.annotators):
+                    sample.image_hash = hash_bytes(sample.encoded)
                 del sample.image
+                sample.encoded = b""
         return samples
 
     def _upcoming(self, stream: SampleStream, request: Request) -> Iterator[int]:

@@ -70,6 +70,10 @@ class Sample:
     """Samples that were tried for this position before."""
     image: Decoded = field(init=False, repr=False)
     """RGB image; images and pairs have one."""
+    encoded: bytes = field(default=b"", repr=False)
+    """The file of the image."""
+    image_hash: int = 0
+    """Of this file, where an annotator wants it: equal images have equal ones."""
     words: np.ndarray = field(init=False, repr=False)
     """int64 ids of the text or the caption, <s> and </s> included; texts and pairs have them."""
 
@@ -85,6 +89,7 @@ class Sample:
     def decode(self, data: bytes, max_pixels: int, crops: Crops | None) -> None:
         """Gives the sample the image in a file's bytes, for the crop that is drawn for it; None: whole. BadSample
         where there is none."""
+        self.encoded = data
         if crops is None:
             self.image = transforms.decode(data, max_pixels)
             return

@@ -69,6 +69,7 @@ class ImageBatches(Dataset):
             rng, image = sample.generator(Draw.VIEW), sample.image
             views.append(transforms.cropped_view(image, rng, self.size, self.min_crop_scale, FLIPPED))
             del sample.image, image
+            sample.encoded = b""
             samples.append(sample)
         return ImageBatch(
             channels_first(torch.from_numpy(np.stack(views))),

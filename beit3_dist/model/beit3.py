@@ -37,6 +37,9 @@ class MixedInputs:
 class BEiT3(nn.Module):
     """The model. `device="meta"` builds it without memory; else its values are a function of (seed, name)."""
 
+    objective_heads: nn.ModuleDict
+    """Layers of objectives by their names, in pretraining with such that have some of their own."""
+
     def __init__(self, config: ModelConfig, *, seed: int = 0, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config

@@ -8,7 +8,7 @@ any of them reads. On the device the objective makes its losses from the hidden 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.token_layout import TokenLayout
+from beit3_dist.parallel.replicas import ALONE, Replicas
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,17 @@ class Objective(ABC):
     """Whether it needs a second pass over the model, which a pipeline cannot make."""
     needs_codes: bool = False
     """Whether it asks for visual codes, which need an image tokenizer."""
+    hashes_images: bool = False
+    """See `Annotator`."""
+    looks_ahead: bool = False
+    """Whether its losses compare samples of all micro-batches of a step, of which there are several: each is encoded
+    twice then, the first time for `look`."""
+    constants: Mapping[str, float] = {}
+    """Names of its head's parameters that start from a number; others from a function of (seed, name)."""
+    bounds: Mapping[str, tuple[float, float]] = {}
+    """Names of its head's parameters that every step leaves in an interval."""
+    replicas: Replicas = ALONE
+    """Those that work on the step."""
 
     losses: list[Loss]
     """What it tells apart, in the order of its counts and sums."""
@@ -149,6 +161,19 @@ class Objective(ABC):
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """[2, losses]: the sum of each loss, with its gradient, and of correct predictions (0 where there are none),
         from the last block's hidden states of `rows`, before the final norm."""
+
+    def look(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Any:
+        """Where it looks ahead: what it has to know of every micro-batch of the step before the losses of the first
+        one, from what `sums` takes. Nothing here has a gradient."""
+        raise NotImplementedError
+
+    def looked(self, found: list[Any]) -> list[Any]:
+        """For each micro-batch what `with_looked` takes, from what `look` gave of each."""
+        raise NotImplementedError
+
+    def with_looked(self, targets: Any, own: Any) -> Any:
+        """The targets for `sums`, with what was found out for this micro-batch."""
+        raise NotImplementedError
 
     def classes(self, targets: Any) -> list[Tensor]:
         """int64 [m] for each loss: the classes of its targets, to be watched."""

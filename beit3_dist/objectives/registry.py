@@ -6,10 +6,11 @@ from typing import TypeVar
 
 from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives.base import Objective
+from beit3_dist.objectives.contrastive import Contrastive
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.together import Objectives
 
-OBJECTIVES: dict[str, type[Objective]] = {MaskedDataModeling.name: MaskedDataModeling}
+OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (MaskedDataModeling, Contrastive)}
 """By name: the section `objectives.NAME` of a run's config."""
 
 Kind = TypeVar("Kind", bound=type[Objective])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,10 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.views import SeenImages, Tokenize
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
+from beit3_dist.model.initialization import initial_value
 from beit3_dist.model.token_layout import Selection, TokenLayout, group, to_device
 from beit3_dist.objectives.base import Loss, Objective, Places, View
+from beit3_dist.parallel.replicas import Replicas
 
 NONE = torch.zeros(0, dtype=torch.int64)
 
@@ -82,14 +85,55 @@ class Objectives:
                 f"objectives: one of them reads what {view.masked_by} hides: give the section "
                 f"objectives.{view.masked_by}, too",
             )
-        self.views: list[View] = sorted(
-            dict.fromkeys(view for objective in objectives for view in objective.views), key=lambda view: view.kind
-        )
+        self.views = _views_of(objectives)
         """What is encoded, in the order of a layout's groups."""
         self._on_host: WeakKeyDictionary[MicroBatch, dict[tuple[Objective, ...], OnHost]] = WeakKeyDictionary()
 
     def __iter__(self) -> Any:
         return iter(self._each)
+
+    def connect(self, replicas: Replicas) -> None:
+        """Tells the objectives who works on the step."""
+        for objective in self:
+            objective.replicas = replicas
+
+    @property
+    def ahead(self) -> Objectives | None:
+        """Those that look ahead, with what they want encoded; None where none does."""
+        some = copy(self)
+        some._each = [objective for objective in self if objective.looks_ahead]
+        some.losses = [loss for objective in some for loss in objective.losses]
+        some.views = _views_of(some._each)
+        return some if some._each else None
+
+    def looked(self, found: list[list[Any]]) -> list[list[Any]]:
+        """For each micro-batch what each objective that looks ahead has found out, from what each saw in each."""
+        of_each = [objective.looked(list(seen)) for objective, seen in zip(self, zip(*found, strict=True), strict=True)]
+        return [list(own) for own in zip(*of_each, strict=True)]
+
+    def with_looked(self, reading: Reading, own: list[Any]) -> Reading:
+        """The reading of a micro-batch with what was found out for it, in the order of the objectives that look
+        ahead."""
+        left = iter(own)
+        targets = [
+            each.with_looked(targets, next(left)) if each.looks_ahead else targets
+            for each, targets in zip(self, reading.targets, strict=True)
+        ]
+        return replace(reading, targets=targets)
+
+    def first_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        """The initial value of a parameter, float32 on the CPU: a function of (seed, name), or a constant."""
+        constants = self._of_heads("constants")
+        return torch.full(shape, constants[name]) if name in constants else initial_value(name, shape, self.model, seed)
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Canonical name -> interval of the parameters that every step leaves in one."""
+        return self._of_heads("bounds")
+
+    def _of_heads(self, of: str) -> dict[str, Any]:
+        values: dict[str, Mapping[str, Any]] = {objective.name: getattr(objective, of) for objective in self}
+        return {f"objective_heads.{own}.{name}": value for own, some in values.items() for name, value in some.items()}
 
     @property
     def needs_codes(self) -> bool:
@@ -163,7 +207,7 @@ class Objectives:
             layout=known.layout.to(device),
             image_mask=self._image_mask(batch, move) if embeds else None,
         )
-        ids = move(torch.cat([batch.streams[view.stream].ids for view in self.views]))
+        ids = move(torch.cat([_ids(batch, view) for view in self.views]))
         if not reads:
             return inputs, None, ids
         rows, united = known.rows, known.united
@@ -209,6 +253,18 @@ def _group(batch: MicroBatch, view: View, model: ModelConfig) -> Any:
     return group(len(samples), patches, torch.arange(width) >= samples.lengths[:, None], width)
 
 
+def _views_of(objectives: Sequence[Objective]) -> list[View]:
+    views = dict.fromkeys(view for objective in objectives for view in objective.views)
+    return sorted(views, key=lambda view: view.kind)
+
+
+def _ids(batch: MicroBatch, view: View) -> Tensor:
+    """int64 [n]: what the samples draw their drop path by. A caption alone draws for itself: from the paths that both
+    sides lack, an image's caption could be told without looking at it."""
+    ids = batch.streams[view.stream].ids
+    return ~ids if view.stream == "pairs" and not view.image else ids
+
+
 def _text(batch: MicroBatch, view: View) -> Tensor:
     """int64 [n, L]: the words that the model is shown."""
     samples = batch.streams[view.stream]
@@ -239,16 +295,28 @@ class PretrainingModule(nn.Module):
         """K."""
 
     def forward(
-        self, inputs: MixedInputs, reading: Reading, sample_ids: Tensor, step_counts: Tensor, step: int
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: MixedInputs, reading: Reading, sample_ids: Tensor, step_counts: Tensor | None, step: int
+    ) -> Any:
         """One pass over the micro-batch.
 
         Returns its contribution to the step's loss (a scalar to go backward from) and the statistics [2, K]: sums of
-        the losses and of correct predictions. `step_counts` [K]: targets of the whole step over all ranks. `sample_ids`
-        [samples of all groups] and `step` key the drop path in training.
+        the losses and of correct predictions. `step_counts` [K]: targets of the whole step over all ranks; None: the
+        micro-batch is only looked at, as prepared by the objectives that look ahead, and the result is what each sees.
+        `sample_ids` [samples of all groups] and `step` key the drop path in training.
         """
         inputs = self.with_drop_path(inputs, sample_ids, step)
-        return self.losses(self.model.hidden(inputs, reading.selection), reading, step_counts)
+        hidden_MD = self.model.hidden(inputs, reading.selection)
+        if step_counts is not None:
+            return self.losses(hidden_MD, reading, step_counts)
+        read = self._read(self.objectives.ahead or (), hidden_MD, reading)
+        return [objective.look(self.model, hidden, targets) for objective, hidden, targets in read]
+
+    def _read(
+        self, objectives: Iterable[Objective], hidden_MD: Tensor, reading: Reading
+    ) -> Iterator[tuple[Objective, Tensor, Any]]:
+        """Each objective with the hidden states and the targets of its own tokens."""
+        for objective, rows, targets in zip(objectives, reading.rows, reading.targets, strict=True):
+            yield objective, hidden_MD if rows is None else hidden_MD.index_select(0, rows), targets
 
     def with_drop_path(self, inputs: MixedInputs, sample_ids: Tensor, step: int) -> MixedInputs:
         """The inputs with the drop-path factors of this step; unchanged in evaluation."""
@@ -261,10 +329,8 @@ class PretrainingModule(nn.Module):
     def losses(self, hidden_MD: Tensor, reading: Reading, step_counts: Tensor) -> tuple[Tensor, Tensor]:
         """The contribution to the loss and the statistics [2, K] from the last block's hidden states of the selected
         tokens."""
-        sums = [
-            objective.sums(self.model, hidden_MD if rows is None else hidden_MD.index_select(0, rows), targets)
-            for objective, rows, targets in zip(self.objectives, reading.rows, reading.targets, strict=True)
-        ]
+        read = self._read(self.objectives, hidden_MD, reading)
+        sums = [objective.sums(self.model, hidden, targets) for objective, hidden, targets in read]
         statistics = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
         # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
         losses = zip(self.objectives.losses, statistics[0], strict=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from types import MappingProxyType
 from typing import Any
 
 import deepspeed
@@ -26,6 +27,7 @@ from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
+from beit3_dist.parallel.fragments import clamp_parameters
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
@@ -60,6 +62,7 @@ class Engine:
     optimizer: (model, whether its state is offloaded to the CPU) -> optimizer, called once the parameters have their
     final form.
     plan: the stages of a pipeline; needed where there is one.
+    bounds: name -> interval of the parameters that every step leaves in one.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Engine:
         objective: Callable[[Any], nn.Module],
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
         plan: StagePlan | None = None,
+        bounds: Mapping[str, tuple[float, float]] = MappingProxyType({}),
     ) -> None:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
@@ -98,6 +102,7 @@ class Engine:
             )
         dtype = next(self.model.parameters()).dtype
         flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, config.model))
+        self._bounds = bounds
         self.zero_stage: int = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
@@ -120,6 +125,8 @@ class Engine:
         # Complete on the host when the gradient norm is, whose reading waits for the device; later the host runs ahead.
         totals = totals.to("cpu", non_blocking=True)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
+        if self._bounds:
+            clamp_parameters(self.model, self.optimizer, self._bounds)
         self._schedule.after_step()
         losses, correct = totals.tolist()
         return StepResult(losses, correct, norm)
@@ -129,6 +136,12 @@ class Engine:
         self.deepspeed.eval()
         losses, correct = self._sum(self._schedule.evaluate(micro_batches)).tolist()
         return StepResult(losses, correct, 0.0)
+
+    @torch.no_grad()
+    def look(self, micro_batches: Iterable[tuple[Any, ...]], step: int) -> list[Any]:
+        """What the objective sees in micro-batches before any of them is trained or evaluated on: called as
+        (*micro_batch, None, step), without gradient. Collective."""
+        return [self.deepspeed(*micro_batch, None, step) for micro_batch in micro_batches]
 
     @torch.no_grad()
     def predict(self, inputs: Any, agree: Callable[[bool], bool]) -> Any:

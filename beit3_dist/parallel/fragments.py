@@ -8,7 +8,7 @@ ones that look inside DeepSpeed's optimizers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,3 +117,18 @@ def refresh_parameters(model: nn.Module, optimizer: Any, held: list[Fragment], d
             whole[fragment.start : fragment.start + fragment.numel].copy_(fragment.slice_of(fragment.flat))
         dist.all_reduce(whole, group=data_group)
         parameter.copy_(whole.view_as(parameter))
+
+
+@torch.no_grad()
+def clamp_parameters(model: nn.Module, optimizer: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Puts what has left its interval back to the interval's end: `bounds` by canonical name. Each rank does so with
+    all that it holds, masters and working weights, which stay the same numbers since rounding keeps the order."""
+    for piece in fragments(model, optimizer):
+        if piece.name in bounds:
+            piece.slice_of(piece.flat.detach()).clamp_(*bounds[piece.name])
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters()
+    for name, parameter in parameters:
+        if name in bounds:
+            parameter.clamp_(*bounds[name])  # empty where ZeRO-3 has given it away
+            if hasattr(parameter, "ds_tensor"):
+                parameter.ds_tensor.clamp_(*bounds[name])

@@ -14,7 +14,7 @@ from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
-from beit3_dist.model.initialization import Values, initial_value, zeros
+from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
@@ -109,5 +109,5 @@ def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives) 
         shapes = {name: parameter.shape for name, parameter in objectives.build().named_parameters()}
         weights = read_initial_weights(Path(config.init_from), config.model, shapes)
     return lambda name, shape: (
-        weights[name] if name in weights else initial_value(name, shape, config.model, config.seed)
+        weights[name] if name in weights else objectives.first_value(name, shape, config.seed)
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.drop_path import drop_path_factors
+from beit3_dist.parallel.replicas import ALONE, Replicas
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.data.batches import class_labels
 from beit3_dist.tasks.data.examples import Example, Record, Rules, read_index
@@ -101,7 +102,7 @@ class Task(ABC):
         """`classes`: names of what the head tells apart, where the task has such. `tokenizer`: only a model in use that
         reads and writes no text may lack one."""
         self.config, self.classes, self._tokenizer = config, list(classes), tokenizer
-        self._group: dist.ProcessGroup | None = None
+        self.replicas = ALONE
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -110,9 +111,9 @@ class Task(ABC):
             raise ValueError(f"{self.config.out} has no tokenizer.spm, which words need")
         return self._tokenizer
 
-    def connect(self, data_group: dist.ProcessGroup) -> None:
-        """Learns the group of the replicas, for losses that look at all their examples."""
-        self._group = data_group
+    def connect(self, replicas: Replicas) -> None:
+        """Learns who works on the step, for losses that look at all its examples."""
+        self.replicas = replicas
 
     # The examples, before any process group.
 
@@ -161,6 +162,12 @@ class Task(ABC):
         with torch.device("meta"):
             head = cls.head(config, classes)
         return FineTuned(config, head, seed=seed, device=device)
+
+    def bounds(self, config: ModelConfig) -> dict[str, tuple[float, float]]:
+        """Canonical name -> interval of the parameters that every step of training leaves in one."""
+        with torch.device("meta"):
+            head = self.head(config, len(self.classes))
+        return {} if head is None else {f"{TASK_HEAD}{name}": interval for name, interval in head.bounds.items()}
 
     def describe(self) -> dict[str, Any]:
         """What a model folder remembers of the task."""

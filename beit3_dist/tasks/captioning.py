@@ -97,8 +97,8 @@ class Captioning(Task):
         logits = model.text_head.logits(words_BLD[masked])
         losses, right = cross_entropies(logits, inputs.targets[masked], self.config.label_smoothing)
         if self.config.drop_worst_ratio > 0 and inputs.step > self.config.drop_worst_after:
-            room = len(inputs.targets) * self.config.data.text_length
-            losses = losses * weights_of_the_better(losses.detach(), self.config.drop_worst_ratio, room, self._group)
+            room, group = len(inputs.targets) * self.config.data.text_length, self.replicas.group
+            losses = losses * weights_of_the_better(losses.detach(), self.config.drop_worst_ratio, room, group)
         return torch.stack([losses, right])
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:

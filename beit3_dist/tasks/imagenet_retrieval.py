@@ -7,12 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.parallel.collectives import all_gather, gather
+from beit3_dist.objectives.contrast import softmax_contrast
 from beit3_dist.tasks.base import HALF, TaskInputs
 from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.imagenet import ImageNet
@@ -68,9 +66,12 @@ class ImageNetRetrieval(Contrastive, ImageNet):
         return NamedImages(super().examples(train), names) if train else super().examples(train)
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """Mean of the two cross-entropies of telling an example's name from all names and its image from all."""
+        """Mean of the two cross-entropies of telling an example's name from all names and its image from all. All
+        examples of one class are right for each other, with equal shares: a batch holds some classes many times over,
+        and the paper does not say what becomes of them."""
         self._names = None  # the weights are about to change
-        return losses_by_class(*self.embeddings(model, inputs), inputs.labels, self._group)
+        found = replace(self.embeddings(model, inputs), labels=inputs.labels[:, None])
+        return softmax_contrast(found, self.replicas)
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """int64 [B, 5]: the classes with the closest names, closest first."""
@@ -87,22 +88,3 @@ class ImageNetRetrieval(Contrastive, ImageNet):
         words = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad)
         parts = [self.embed_texts(model, some.to(device), some == tokenizer.pad) for some in words.split(NAMES_AT_ONCE)]
         return torch.cat(parts).float()
-
-
-def losses_by_class(
-    images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """[2, b]: each local example's loss, and the mean of its two hits, as `retrieval.contrastive_losses`, but all
-    examples of one class are right for each other, with equal shares: a batch holds some classes many times over, and
-    the paper does not say what becomes of them, so that this is UniCL's way (Yang et al. 2022)."""
-    alone = group is None or group.size() == 1
-    everyones = lambda x: x if alone else gather(x, group)  # noqa: E731
-    others = labels if alone or group is None else all_gather(labels, group)
-    same = labels[:, None] == others
-    shares = same / same.sum(1, keepdim=True)
-    losses, hits = torch.zeros_like(images[:, 0]), torch.zeros_like(images[:, 0])
-    for mine, theirs in ((images, texts), (texts, images)):
-        logits = scale * mine @ everyones(theirs).T
-        losses = losses + cross_entropy(logits, shares, reduction="none") / 2
-        hits = hits + same.gather(1, logits.argmax(1, keepdim=True))[:, 0] / 2
-    return torch.stack([losses, hits])

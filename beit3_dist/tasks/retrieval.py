@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch import Tensor
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.kernels.linear import Linear
-from beit3_dist.parallel.collectives import gather
-from beit3_dist.tasks.base import Task, TaskInputs, hits
+from beit3_dist.objectives.contrast import ContrastHead, Vectors, softmax_contrast
+from beit3_dist.tasks.base import Task, TaskInputs
 from beit3_dist.tasks.data.examples import Example, Record, Rules, integer
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
 from beit3_dist.tasks.parts.metrics import ROWS_AT_ONCE, first_rows, recall
 from beit3_dist.tasks.registry import register
 
-FIRST_TEMPERATURE = 0.07
-"""Temperature that contrastive training starts from (CLIP, Radford et al. 2021)."""
 BEST = 10
 """Candidates that `write_retrieval` keeps of each ranking."""
 
@@ -38,13 +32,13 @@ class Contrastive(Task):
     def head(cls, config: ModelConfig, classes: int) -> TaskHead:
         return ContrastiveHead(config.width)
 
-    def embeddings(self, model: FineTuned, inputs: TaskInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit vectors [B, D] of images and of texts, each encoded by itself, and the inverse temperature."""
+    def embeddings(self, model: FineTuned, inputs: TaskInputs) -> Vectors:
+        """Vectors of images and of texts, each encoded by itself."""
         keep = inputs.keep(inputs.keys), inputs.keep(~inputs.keys)  # either side draws for itself
         cls = model.encode(inputs.images[:, 0], keep=keep[0])[:, 0]
         start = model.encode(None, inputs.words, inputs.padding, keep=keep[1])[:, 0]
-        images, texts, scale = model.task_head(cls, start)
-        return images.float(), texts.float(), scale.float()
+        images, texts, scale, _ = model.task_head(cls, start)
+        return Vectors(images, texts, scale)
 
     def embed_images(self, model: FineTuned, images: Tensor) -> Tensor:
         """Unit vectors [B, D] of images [B, 3, S, S]."""
@@ -68,11 +62,12 @@ class Retrieval(Contrastive):
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Mean of the two cross-entropies of telling an example's text from all texts and its image from all."""
-        return contrastive_losses(*self.embeddings(model, inputs), self._group)
+        return softmax_contrast(self.embeddings(model, inputs), self.replicas)
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """float [B, 2, D]: vectors of the image and of the text."""
-        return torch.stack(self.embeddings(model, inputs)[:2], dim=1)
+        found = self.embeddings(model, inputs)
+        return torch.stack([found.images, found.texts], dim=1)
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
         """Recall at 1, 5 and 10 both ways, each image counted once however many texts it has, and their mean."""
@@ -88,34 +83,8 @@ class Retrieval(Contrastive):
         write_retrieval(folder, [e.name for e in examples], predictions[:, 0], predictions[:, 1])
 
 
-class ContrastiveHead(TaskHead):
-    """Projections of CLS and <s> to unit vectors, and the logarithm of the inverse temperature."""
-
-    constants = {"logit_scale": math.log(1 / FIRST_TEMPERATURE)}
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.language_head = Linear(width, width, bias=False)
-        self.vision_head = Linear(width, width, bias=False)
-        self.logit_scale = nn.Parameter(torch.empty(1))
-
-    def forward(self, cls_BD: Tensor | None, start_BD: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Unit vectors of images and of texts (None where none are given), and exp(logit_scale)."""
-        images = None if cls_BD is None else normalize(self.vision_head(cls_BD), dim=-1)
-        texts = None if start_BD is None else normalize(self.language_head(start_BD), dim=-1)
-        return images, texts, self.logit_scale.exp()
-
-
-def contrastive_losses(images: Tensor, texts: Tensor, scale: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """[2, b]: each local example's loss, and the mean of its two hits, from unit vectors [b, D] of this rank's
-    examples. All ranks of `group` hold equally many; gradients flow to the other ranks' vectors too."""
-    everyones = lambda x: x if group is None or group.size() == 1 else gather(x, group)  # noqa: E731
-    rank = 0 if group is None else group.rank()
-    place = torch.arange(len(images), device=images.device) + rank * len(images)
-    by_image = scale * images @ everyones(texts).T
-    by_text = scale * texts @ everyones(images).T
-    losses = cross_entropy(by_image, place, reduction="none") + cross_entropy(by_text, place, reduction="none")
-    return torch.stack([losses / 2, (hits(by_image, place) + hits(by_text, place)) / 2])
+class ContrastiveHead(ContrastHead, TaskHead):
+    """The contrast's head as a task's."""
 
 
 def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor) -> Path:

@@ -26,6 +26,7 @@ from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, connect
+from beit3_dist.parallel.replicas import Replicas
 from beit3_dist.run.checkpointing import contribution, load_checkpoint, whole_checkpoint
 from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.preemption import Together, by_itself
@@ -112,7 +113,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
     def start_engine(self, groups: Groups) -> None:
         """The model in this rank's layout. Collective."""
         config, mesh, layers = self.config, self.mesh, self.config.model.layers
-        self.task.connect(groups.data)
+        self.task.connect(Replicas(groups.data))
         self._groups = groups
         self._normalize = Normalization(self.task.statistics, mesh.device)
         self._engine = Engine(
@@ -127,6 +128,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
                 config.optim,
                 layered_groups(model, config.optim.weight_decay, layers, config.layer_decay, config.head_lr_scale),
             ),
+            bounds=self.task.bounds(config.model),
         )
         self._average = WeightAverage(self._engine, config.ema_decay) if config.ema_decay else None
         self._more = self._average.of_fragment if self._average else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
+from beit3_dist.parallel.replicas import Replicas
 from beit3_dist.run.checkpointing import contribution, load_checkpoint
 from beit3_dist.run.folder import of_all
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
-from beit3_dist.train.feed import Feed, StepBatch, prepared
+from beit3_dist.train.feed import Feed, StepBatch
 from beit3_dist.train.loop import Job, train
 from beit3_dist.train.metrics import losses_and_accuracies, speed
 from beit3_dist.train.optimizer import build_optimizer
+from beit3_dist.train.passes import passes
 from beit3_dist.train.target_watch import TargetWatch
 from beit3_dist.train.validation import evaluate
 
@@ -73,6 +76,7 @@ class Pretraining(Job[RunConfig, StepResult]):
     def start(self, groups: Groups) -> None:
         config, mesh, ready = self.config, self.mesh, self._ready
         self._objectives = objectives = ready.objectives
+        objectives.connect(Replicas(groups.data))
         largest, flops = objectives.largest(mesh.data)
         if ready.image_tokenizer is not None and ready.train_codes is None:
             flops += target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))
@@ -84,6 +88,7 @@ class Pretraining(Job[RunConfig, StepResult]):
             objective=lambda model: PretrainingModule(model, objectives, config.seed),
             optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
             plan=plan_stages(config, largest, flops),
+            bounds=objectives.bounds,
         )
         self._tokenize = None
         if ready.image_tokenizer is not None and mesh.is_last_stage:
@@ -114,13 +119,12 @@ class Pretraining(Job[RunConfig, StepResult]):
         return batch
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
-        return self._engine.train_step(self._prepared(batch), batch.step_counts, step, lr)
+        return self._engine.train_step(self._passes(batch, step), batch.step_counts, step, lr)
 
-    def _prepared(self, batch: StepBatch) -> Iterator[tuple[Any, ...]]:
+    def _passes(self, batch: StepBatch, step: int) -> Iterator[tuple[Any, ...]]:
         watched = self._target_watch.is_due(self.state.step + 1)
-        for micro_batch in batch.micro_batches:
-            tokenize = targets_of(micro_batch, self._ready.train_codes, self._tokenize)
-            inputs, reading, ids = prepared(self._objectives, micro_batch, self.mesh, tokenize)
+        tokenize_of = partial(targets_of, codes=self._ready.train_codes, tokenize=self._tokenize)
+        for inputs, reading, ids in passes(self._objectives, self._engine, batch.micro_batches, tokenize_of, step):
             if watched and reading is not None:
                 self._target_watch.add(reading)
             yield inputs, reading, ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import torch
@@ -14,8 +15,9 @@ from beit3_dist.image_tokenizer.codes import PrecomputedCodes, targets_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.run.preemption import Together, by_itself
-from beit3_dist.train.feed import Feed, prepared
+from beit3_dist.train.feed import Feed
 from beit3_dist.train.metrics import losses_and_accuracies
+from beit3_dist.train.passes import passes
 
 
 def evaluate(
@@ -37,15 +39,13 @@ def evaluate(
     requests = list(islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.accumulation))
     workers, pin = min(config.data.workers, len(requests)), engine.mesh.device.type == "cuda"
     micro_batches = iter(loader(held_out, requests, workers, config.data.prefetch, pin) if feed.reads else ())
-    number = len(objectives.losses)
+    number, tokenize_of = len(objectives.losses), partial(targets_of, codes=codes, tokenize=tokenize)
     counts = torch.zeros(number, dtype=torch.int64, device=engine.mesh.device)
     totals, correct = [0.0] * number, [0.0] * number
     for _ in range(config.eval.batches):
         batch = feed.step(lambda: list(islice(micro_batches, config.accumulation)), together)
         counts += batch.step_counts
-        result = engine.evaluate(
-            prepared(objectives, b, engine.mesh, targets_of(b, codes, tokenize)) for b in batch.micro_batches
-        )
+        result = engine.evaluate(passes(objectives, engine, batch.micro_batches, tokenize_of))
         totals = [a + b for a, b in zip(totals, result.losses, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
     return losses_and_accuracies(objectives.losses, totals, correct, counts.tolist())

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
+from beit3_dist.objectives.contrast import Vectors, softmax_contrast
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.tasks.retrieval import contrastive_losses
+from beit3_dist.parallel.replicas import ALONE, Replicas
 from tests.parallel.workers import run_workers
 
 EXAMPLES, WIDTH = 6, 5
@@ -29,7 +30,7 @@ def loss_and_gradients(groups: Groups | None) -> dict[str, Any]:
     mine = [x.chunk(world)[rank].clone().requires_grad_() for x in (images, texts)]
     scale.requires_grad_()
     unit = [normalize(x, dim=1) for x in mine]
-    losses, hits = contrastive_losses(unit[0], unit[1], scale, None if groups is None else groups.data)
+    losses, hits = softmax_contrast(Vectors(*unit, scale), ALONE if groups is None else Replicas(groups.data))
     (losses.sum() / EXAMPLES).backward()
     gradients = [x.grad.numpy() for x in (*mine, scale) if x.grad is not None]
     return {"loss": losses.sum().item() / EXAMPLES, "hits": hits.sum().item(), "gradients": gradients}
@@ -51,7 +52,7 @@ def test_one_process_computes_the_definition() -> None:
     images, texts = normalize(images, dim=1), normalize(texts, dim=1)
     similarity = scale * images @ texts.T
     expected = -(similarity.log_softmax(1).diagonal() + similarity.log_softmax(0).diagonal()) / 2
-    losses, hits = contrastive_losses(images, texts, scale)
+    losses, hits = softmax_contrast(Vectors(images, texts, scale))
     torch.testing.assert_close(losses, expected)
     rows, columns, own = similarity.argmax(1), similarity.argmax(0), torch.arange(EXAMPLES)
     torch.testing.assert_close(hits, ((rows == own).double() + (columns == own).double()) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,9 @@ import torch
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.objectives.contrast import Vectors, softmax_contrast
 from beit3_dist.tasks.base import TaskInputs
-from beit3_dist.tasks.imagenet_retrieval import ImageNetRetrieval, losses_by_class
-from beit3_dist.tasks.retrieval import contrastive_losses
+from beit3_dist.tasks.imagenet_retrieval import ImageNetRetrieval
 from tests.unit.tar_fixtures import train_tokenizer
 
 MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vocab_size=310,
@@ -32,7 +33,7 @@ def test_all_pictures_of_a_class_are_right_for_its_name() -> None:
     labels = [3, 1, 3, 0]
     images, texts, scale = vectors(4, 0), vectors(4, 1), torch.tensor([5.0])
     texts[2] = texts[0]  # the same name
-    losses, hits = losses_by_class(images, texts, scale, torch.tensor(labels))
+    losses, hits = softmax_contrast(Vectors(images, texts, scale, labels=torch.tensor(labels)[:, None]))
     for row, label in enumerate(labels):
         right = [other for other in range(4) if labels[other] == label]
         loss, found = 0.0, 0.0
@@ -47,9 +48,9 @@ def test_all_pictures_of_a_class_are_right_for_its_name() -> None:
 
 def test_without_a_class_twice_it_is_the_contrast_of_retrieval() -> None:
     images, texts, scale = vectors(5, 2), vectors(5, 3), torch.tensor([7.0])
-    torch.testing.assert_close(
-        losses_by_class(images, texts, scale, torch.tensor([4, 0, 2, 9, 1])), contrastive_losses(images, texts, scale)
-    )
+    pairs = Vectors(images, texts, scale)
+    with_classes = replace(pairs, labels=torch.tensor([[4], [0], [2], [9], [1]]))
+    torch.testing.assert_close(softmax_contrast(with_classes), softmax_contrast(pairs))
 
 
 def test_the_closest_names_are_found_and_read_once_for_the_same_weights(tmp_path: Path) -> None:

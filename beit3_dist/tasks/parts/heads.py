@@ -32,8 +32,10 @@ class TaskHead(nn.Module):
     """Whether it has a norm in place of the model's final one."""
     small: ClassVar[tuple[str, ...]] = ()
     """Names of the matrices that start `SMALL` times as large as those of pretraining."""
-    constants: ClassVar[Mapping[str, float]] = {}
+    constants: Mapping[str, float] = {}
     """Names of the parameters that start from a number."""
+    bounds: Mapping[str, tuple[float, float]] = {}
+    """Names of the parameters that every step leaves in an interval."""
 
 
 class ClassHead(TaskHead):

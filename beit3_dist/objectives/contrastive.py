@@ -1,0 +1,144 @@
+"""Contrast of pairs beside the other objectives: their images and captions are encoded alone, in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from beit3_dist.config import RunConfig, require
+from beit3_dist.data.batch import MicroBatch
+from beit3_dist.data.order import Stream
+from beit3_dist.data.streams import Sample
+from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.views import SeenImages
+from beit3_dist.hashing import hash_bytes
+from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.objectives.base import Loss, Objective, Places, View
+from beit3_dist.objectives.contrast import (
+    Contrast,
+    ContrastHead,
+    Kept,
+    Vectors,
+    contrast_step,
+    sigmoid_contrast,
+    softmax_contrast,
+)
+
+NAME = "contrastive"
+SECTION = f"objectives.{NAME}"
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig:
+    """Image-text contrast of pairs. (BEiT-3 contrasts in a step of its own, after pretraining.)"""
+
+    weight: float = 1.0
+    """Weight of the loss."""
+    form: Literal["softmax", "sigmoid", "unicl"] = "softmax"
+    """softmax: CLIP's. sigmoid: SigLIP's, which needs no row of similarities as a whole. unicl: softmax in which pairs
+    of equal images or equal captions are right for one another; else they are told apart like all others."""
+    dim: int = 0
+    """Length of the vectors; 0: the model's width, as in the released models."""
+    negatives: Literal["step", "micro_batch"] = "step"
+    """What a pair is told apart from, over all ranks. step: all pairs of the step; with batch.accumulation above 1 each
+    micro-batch is encoded twice, first without gradient (GradCache). micro_batch: those of its micro-batch."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, f"{SECTION}.weight={self.weight} must be positive")
+        require(self.dim >= 0, f"{SECTION}.dim={self.dim} is negative")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the vectors of a micro-batch's n pairs are compared by."""
+
+    labels: Tensor | None
+    """int64 [n, 2]: hashes of image and caption; None: each pair is right for itself alone."""
+    kept: Kept | None = None
+    """The contrast of the step, where it is one of several micro-batches'."""
+
+
+FORMS: dict[str, Contrast] = {"softmax": softmax_contrast, "sigmoid": sigmoid_contrast, "unicl": softmax_contrast}
+
+
+class Contrastive(Objective):
+    """One loss: contrast of images alone with captions alone, by the vectors of CLS and <s>."""
+
+    name = NAME
+    Config = ContrastiveConfig
+
+    def __init__(self, config: ContrastiveConfig, run: RunConfig) -> None:
+        super().__init__(config, run)
+        self.views = [View("pairs", True, False), View("pairs", False, True)] if run.batch.pairs else []
+        self.losses = [Loss(self.name, config.weight, title="images and captions alone", unit="pair")]
+        self.hashes_images = config.form == "unicl"
+        accumulation = run.batch.accumulation
+        self.looks_ahead = config.negatives == "step" and accumulation > 1
+        require(
+            not self.looks_ahead or run.parallel.pipeline == 1,
+            f"{SECTION}.negatives=step: with batch.accumulation={accumulation} micro-batches are encoded twice, which "
+            f"parallel.pipeline={run.parallel.pipeline} cannot: use {SECTION}.negatives=micro_batch",
+        )
+        self._candidates = run.batch.pairs // (1 if config.negatives == "step" else accumulation)
+        head = self.head()
+        self.constants, self.bounds = head.constants, head.bounds
+
+    def head(self) -> ContrastHead:
+        with torch.device("meta"):
+            return ContrastHead(self.model.width, self.config.dim, bias=self.config.form == "sigmoid")
+
+    def annotate(
+        self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
+    ) -> dict[str, Tensor]:
+        """`labels` int64 [n, 2]: hashes of image and caption, where they are asked for."""
+        if not self.hashes_images or stream is not Stream.PAIRS:
+            return {}
+        hashes = [(sample.image_hash, hash_bytes(sample.words.tobytes())) for sample in samples]
+        return {"labels": torch.tensor(hashes, dtype=torch.int64).view(-1, 2)}
+
+    def counts(self, batch: MicroBatch) -> list[int]:
+        return [len(batch.streams["pairs"])]
+
+    def rows(self, batch: MicroBatch, places: Places) -> Tensor:
+        return torch.cat([places.first(view) for view in self.views])
+
+    def targets(self, batch: MicroBatch, places: Places, seen: SeenImages, move: Callable[[Tensor], Tensor]) -> Targets:
+        labels = batch.streams["pairs"].annotations.get(self.name, {}).get("labels")
+        return Targets(None if labels is None else move(labels))
+
+    def vectors(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Vectors:
+        """From what `sums` takes."""
+        cls_ND, start_ND = hidden_MD.chunk(2)
+        experts = model.norm.experts
+        head, norm = model.objective_heads[self.name], model.norm
+        images, texts, scale, bias = head(norm[experts[0]](cls_ND), norm[experts[-1]](start_ND))
+        return Vectors(images, texts, scale, bias, targets.labels)
+
+    def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
+        vectors = self.vectors(model, hidden_MD, targets)
+        if targets.kept is not None:
+            return targets.kept.sums_of(vectors)[:, None]
+        return FORMS[self.config.form](vectors, self.replicas).sum(1)[:, None]
+
+    def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Vectors:
+        return self.vectors(model, hidden_MD, targets)
+
+    def looked(self, found: list[Vectors]) -> list[Kept]:
+        return contrast_step(FORMS[self.config.form], found, self.replicas)
+
+    def with_looked(self, targets: Targets, own: Kept) -> Targets:
+        return replace(targets, kept=own)
+
+    def head_flops(self, counts: Sequence[float]) -> float:
+        """Two projections of a pair, and its similarities: with all texts, and but for the sigmoid with all images."""
+        length = self.config.dim or self.model.width
+        directions = 1 if self.config.form == "sigmoid" else 2
+        return counts[0] * 2 * length * (2 * self.model.width + directions * self._candidates)
+
+    def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
+        return [samples["pairs"]]
