@@ -1,21 +1,27 @@
 """Blocks whose arithmetic between matrix products and attention's core runs in few kernels.
 
-    norm                         normal tokens, which lie sample by sample where the projections are shared
+    residual, norm               what the block before has left to add, and normal tokens, which lie sample by sample
+                                 where the projections are shared
     q, k and v                   one product; attention over samples of different lengths, without padding
     out, residual, norm          the bias, drop path, the residual connection and the experts' norms in one kernel
     experts                      fc1, GELU (and sub-LayerNorm), fc2; gradients of biases come with other passes
-    residual                     as above
+
+Two biases of shared projections cost a pass over all tokens' gradients, which is left out. That of the keys adds the
+same to all of a query's scores, so that the softmax does not see it: its gradient is exactly zero. That of the values
+adds itself to what attention mixes, whose shares are 1 together: it goes through the output projection as a vector.
 
 Only what crosses no ranks: with tensor parallelism the modules' own kernels are used (see parallel/kernels.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import Recompute
@@ -29,29 +35,48 @@ from beit3_dist.model.multiway import FeedForward, Multiway
 from beit3_dist.model.token_layout import Packing, Segments, Selection, TokenLayout
 
 
+@dataclass(frozen=True)
+class Unadded:
+    """What a block leaves for the first kernel of the next one to add: x + keep (branch + bias)."""
+
+    x_TD: Tensor
+    branch: Branch | None
+    keep_T: Tensor | None
+
+
+def add(x: Tensor | Unadded, residual_norm: Function) -> Tensor:
+    """The tokens [T, D], also of what is not added yet."""
+    return residual_norm(x.x_TD, x.branch, x.keep_T, None)[0] if isinstance(x, Unadded) else x
+
+
 class FusedForward:
     """`Block.forward` of one block. `kernels`: who computes each operation. `core`: attention over samples of
     different lengths, or None for torch's over padded ones."""
 
     def __init__(self, block: Block, kernels: Mapping[str, Function], core: VarlenAttention | None) -> None:
         self._block, self._kernels, self._core = block, kernels, core
+        self._sharded = any(hasattr(parameter, "ds_id") for parameter in block.parameters())
+        """By ZeRO-3, which is told of the tensors that go in and out of a block."""
 
     def __call__(
         self,
-        x_TD: Tensor,
+        x: Tensor | Unadded,
         layout: TokenLayout,
         keep_2T: Tensor | None,
         selection: Selection | None = None,
         recompute: Recompute = "none",
-    ) -> Tensor:
+    ) -> Tensor | Unadded:
+        """`recompute`, where it is full: the result is what a caller keeps, and is added up."""
         block, attention, residual_norm = self._block, self._block.attention, self._kernels["residual_norm"]
         if attention.attend is not attend:  # someone keeps keys and values: decoding.py
-            return Block.forward(block, x_TD, layout, keep_2T, selection, recompute)
-        packing = layout.packing(x_TD.device) if self._core is not None else None
+            return Block.forward(block, add(x, residual_norm), layout, keep_2T, selection, recompute)
+        before = x if isinstance(x, Unadded) else Unadded(x, None, None)
+        packing = layout.packing(before.x_TD.device) if self._core is not None else None
         # One expert's tokens may be projected in any order, so its norm already writes them sample by sample.
         place = packing.place if packing is not None and len(attention.q.experts) == 1 else None
 
-        x_TD, slices = residual_norm(x_TD, None, None, _norms(block.attention_norm, layout), place)
+        norms = _norms(block.attention_norm, layout, place)
+        x_TD, slices = residual_norm(before.x_TD, before.branch, before.keep_T, norms)
         qkv = self._project(slices, layout, packing if place is None else None)
         if recompute in ("attention", "selective"):
             mixed_TD = checkpoint(self._mix, qkv, layout, packing, use_reentrant=False, preserve_rng_state=False)
@@ -61,23 +86,34 @@ class FusedForward:
         tokens: Segments = layout
         if selection is not None:
             rows = selection.rows
-            mixed_TD = mixed_TD.index_select(0, rows if packing is None else packing.place.index_select(0, rows))
-            x_TD, tokens, packing, place = x_TD.index_select(0, rows), selection, None, None
+            mixed_TD = _Select.apply(mixed_TD, rows if packing is None else packing.place.index_select(0, rows))
+            x_TD, tokens, packing, place = _Select.apply(x_TD, rows), selection, None, None
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, rows)
         mixed = self._inner_norm(mixed_TD, tokens, packing if place is None else None)
-        branch = Branch(
-            [_product(out, part) for out, part in zip(_modules(attention.out), mixed, strict=True)],
-            [projection.bias for projection in _modules(attention.out)],
-        )
+        outs = _modules(attention.out)
+        biases = [out.bias for out in outs]
+        if self._carries_bias:
+            biases = [torch.addmv(outs[0].bias, outs[0].weight, _modules(attention.v)[0].bias)]
+        branch = Branch([_product(out, part) for out, part in zip(outs, mixed, strict=True)], biases, place)
         keep = (None, None) if keep_2T is None else keep_2T.unbind(0)
         experts = _modules(block.ffn)
-        x_TD, slices = residual_norm(x_TD, branch, keep[0], _norms(block.ffn, tokens), place)
+        x_TD, slices = residual_norm(x_TD, branch, keep[0], _norms(block.ffn, tokens))
 
+        # Without a norm behind GELU drop path comes with it, so that the branch's gradient is that of the tokens.
+        kept = keep[1] is not None and experts[0].inner_norm is None
+        kept_T = keep[1] if kept else None
         if recompute == "selective":
-            hidden = checkpoint(self._experts, experts, slices, use_reentrant=False, preserve_rng_state=False)
+            hidden = checkpoint(self._experts, experts, slices, kept_T, use_reentrant=False, preserve_rng_state=False)
         else:
-            hidden = self._experts(experts, slices)
-        return residual_norm(x_TD, Branch(hidden, [e.fc2.bias for e in experts]), keep[1], None)[0]
+            hidden = self._experts(experts, slices, kept_T)
+        after = Unadded(x_TD, Branch(hidden, [e.fc2.bias for e in experts], kept=kept), keep[1])
+        return add(after, residual_norm) if recompute == "full" or self._sharded else after
+
+    @property
+    def _carries_bias(self) -> bool:
+        """Whether the values' bias goes through the output projection instead of the attention."""
+        attention = self._block.attention
+        return len(attention.q.experts) == 1 and attention.inner_norm is None and not self._sharded
 
     def _project(self, slices: list[Tensor], layout: TokenLayout, packing: Packing | None) -> Tensor:
         """q, k and v, [T, 3, H, d]; with `packing` they come sample by sample, else as the slices do."""
@@ -92,7 +128,8 @@ class FusedForward:
         if packing is not None:
             first, pair_patches, pair_words, _ = layout.segments
             pairs = slice(first, first + pair_patches + pair_words), packing
-        qkv = _Projection.apply(self._kernels["column_sums"], pairs, len(slices), *slices, *parameters)
+        column_sums, of_queries = self._kernels["column_sums"], self._carries_bias
+        qkv = _Projection.apply(column_sums, pairs, of_queries, len(slices), *slices, *parameters)
         return qkv.view(len(qkv), 3, -1, attention.head_dim)
 
     def _inner_norm(self, mixed_TD: Tensor, layout: Segments, packing: Packing | None) -> list[Tensor]:
@@ -115,13 +152,15 @@ class FusedForward:
         q, k, v = qkv.unbind(1)
         return attend([q], [k], [v], layout)[0].flatten(1)
 
-    def _experts(self, experts: list[FeedForward], slices: list[Tensor]) -> list[Tensor]:
-        """Each expert's output without the bias of fc2."""
+    def _experts(self, experts: list[FeedForward], slices: list[Tensor], keep_T: Tensor | None) -> list[Tensor]:
+        """Each expert's output without the bias of fc2. keep_T: factors of the tokens; None: ones."""
         kernels, outputs = self._kernels, []
-        for expert, x_TD in zip(experts, slices, strict=True):
+        sizes = [len(part) for part in slices]
+        keeps = [None] * len(slices) if keep_T is None else keep_T.split(sizes)
+        for expert, x_TD, keep in zip(experts, slices, keeps, strict=True):
             fc1, norm = expert.fc1, expert.inner_norm
             if norm is None:
-                hidden_TF = kernels["linear_gelu"](x_TD, fc1.weight, fc1.bias)
+                hidden_TF = kernels["linear_gelu"](x_TD, fc1.weight, fc1.bias, keep)
             else:
                 affine = (norm.weight, norm.bias, norm.eps)
                 hidden_TF = kernels["linear_gelu_layer_norm"](x_TD, fc1.weight, fc1.bias, *affine)
@@ -134,11 +173,11 @@ def _modules(multiway: Multiway) -> list[Any]:
     return [multiway[name] for name in multiway.experts]
 
 
-def _norms(multiway: Multiway, layout: Segments) -> Norms:
+def _norms(multiway: Multiway, layout: Segments, place_T: Tensor | None = None) -> Norms:
     """The LayerNorms that experts are, or begin with."""
     norms: list[nn.LayerNorm] = [m.norm if isinstance(m, FeedForward) else m for m in _modules(multiway)]
     sizes = layout.sizes(multiway.experts)
-    return Norms(sizes, [norm.weight for norm in norms], [norm.bias for norm in norms], norms[0].eps)
+    return Norms(sizes, [norm.weight for norm in norms], [norm.bias for norm in norms], norms[0].eps, place_T)
 
 
 def _product(linear: Linear, x: Tensor) -> Tensor:
@@ -160,42 +199,78 @@ class _Permute(torch.autograd.Function):
         return gradient.index_select(0, ctx.reverse), None, None
 
 
+class _Select(torch.autograd.Function):
+    """x[rows] for different rows; backward puts them into zeros, where torch would add them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.shape = rows, x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(ctx.shape).index_copy_(0, ctx.rows, gradient), None
+
+
 class _Projection(torch.autograd.Function):
-    """q, k and v of all tokens in one matrix [T, 3 D], a product for each expert: its three matrices are joined first,
-    which costs little beside the product."""
+    """q, k and v of all tokens in one matrix [T, 3 D], a product for each expert. `of_queries`: the keys' and values'
+    biases are not added; the keys' gradient is zero."""
 
     @staticmethod
     def forward(
-        ctx: Any, column_sums: Function, pairs: tuple[slice, Packing] | None, experts: int, *tensors: Tensor
+        ctx: Any,
+        column_sums: Function,
+        pairs: tuple[slice, Packing] | None,
+        of_queries: bool,
+        experts: int,
+        *tensors: Tensor,
     ) -> Tensor:
         slices, parameters = tensors[:experts], tensors[experts:]
         weights, biases = parameters[: 3 * experts], parameters[3 * experts :]
-        sizes = [len(part) for part in slices]
-        qkv = slices[0].new_empty(sum(sizes), 3 * weights[0].shape[0])
+        sizes, width = [len(part) for part in slices], weights[0].shape[0]
+        qkv = slices[0].new_empty(sum(sizes), 3 * width)
         for e, (part, out) in enumerate(zip(slices, qkv.split(sizes), strict=True)):
-            weight, bias = torch.cat(weights[3 * e : 3 * e + 3]), torch.cat(biases[3 * e : 3 * e + 3])
-            torch.addmm(bias, part, weight.t(), out=out)
+            of_expert = biases[3 * e : 3 * e + 3]
+            bias = pad(of_expert[0], (0, 2 * width)) if of_queries else torch.cat(of_expert)
+            torch.addmm(bias, part, _joined(weights[3 * e : 3 * e + 3]).t(), out=out)
         if pairs is not None:
             _reorder(qkv, pairs[0], pairs[1].order)
         ctx.save_for_backward(*slices, *weights)
-        ctx.column_sums, ctx.pairs, ctx.sizes = column_sums, pairs, sizes
+        ctx.column_sums, ctx.pairs, ctx.of_queries, ctx.sizes = column_sums, pairs, of_queries, sizes
         return qkv
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        experts = len(ctx.sizes)
-        slices, weights = ctx.saved_tensors[:experts], ctx.saved_tensors[experts:]
+        experts, width = len(ctx.sizes), gradient.shape[1] // 3
+        saved = ctx.saved_tensors  # once: a recomputed block gives them only once
+        slices, weights = saved[:experts], saved[experts:]
         if ctx.pairs is not None:  # in place: the gradient was made by attention's core, for nobody else
             _reorder(gradient, ctx.pairs[0], ctx.pairs[1].place)
         of_slices: list[Tensor] = []
         of_weights: list[Tensor] = []
-        of_biases: list[Tensor] = []
+        of_biases: list[Tensor | None] = []
         for e, (part, of_qkv) in enumerate(zip(slices, gradient.split(ctx.sizes), strict=True)):
-            of_slices.append(of_qkv @ torch.cat(weights[3 * e : 3 * e + 3]))
+            of_slices.append(of_qkv @ _joined(weights[3 * e : 3 * e + 3]))
             of_weights += (of_qkv.t() @ part).chunk(3)
-            of_biases += ctx.column_sums(of_qkv).chunk(3)
-        return None, None, None, *of_slices, *of_weights, *of_biases
+            if ctx.of_queries:
+                of_biases += [ctx.column_sums(of_qkv[:, :width]), gradient.new_zeros(width), None]
+            else:
+                of_biases += ctx.column_sums(of_qkv).chunk(3)
+        return None, None, None, None, *of_slices, *of_weights, *of_biases
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices one below the other: a view where they lie so already, as in ZeRO's flat buffers; else a copy, which
+    costs little beside a product."""
+    first, end = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.storage_offset() == end and part.is_contiguous()):
+            return torch.cat(list(parts))
+        end += part.numel()
+    return first.as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
 
 
 def _reorder(x: Tensor, rows: slice, places: Tensor) -> None:

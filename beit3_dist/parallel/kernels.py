@@ -18,7 +18,7 @@ from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
 from beit3_dist.model.head import Head
-from beit3_dist.parallel.fused import FusedForward
+from beit3_dist.parallel.fused import FusedForward, Unadded, add
 
 OLDEST_TORCH = (2, 10)
 """For compiled blocks: the first whose compiler takes all that parallel/compiled.py asks of it (a typical length for
@@ -123,9 +123,15 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
         for block in model.blocks.values():
             assert isinstance(block, Block)
             if all(type(projection) is Linear for projection in block.attention.out.values()):  # else it is cut
-                block.forward = FusedForward(block, of_blocks, core)  # type: ignore[method-assign]
+                block.forward = FusedForward(block, of_blocks, core)  # type: ignore[method-assign, assignment]
+                model.blocks.leave = partial(_add_last, of_blocks["residual_norm"])
 
 
 def _head_losses(head: Head, compute: Function, hidden_MD: Tensor, targets: Tensor) -> Tensor:
     """`Head.forward`."""
     return compute(hidden_MD, head.weight, head.bias, targets)
+
+
+def _add_last(residual_norm: Function, x: Tensor | Unadded, layout: object) -> Tensor:
+    """`Encoder.leave` behind fused blocks."""
+    return add(x, residual_norm)

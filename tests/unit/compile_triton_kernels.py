@@ -87,12 +87,16 @@ if __name__ == "__main__":
             flags = {"WIDTH": width, "BLOCK": forward_shape(width).block, "GELU": of_gelu}
             compile_kernel(layer_norm._forward_kernel, forward(width), **flags)
             compile_kernel(layer_norm._backward_kernel, backward(width), KINDS=3 if of_gelu else 2, **flags)
-    for branch, keep, norm, place in ((False, False, True, 1), (True, True, True, 1), (True, True, False, 0)):
+    for branch, keep, norm, place in ((False, 0, True, 2), (True, 1, True, 1), (True, 2, True, 2), (True, 2, False, 0)):
         flags = {"WIDTH": 1408, "BLOCK": 2048, "BRANCH": branch, "KEEP": keep, "NORM": norm, "PLACE": place}
         compile_kernel(residual_norm._forward_kernel, forward(1408), **flags)
         compile_kernel(residual_norm._backward_kernel, backward(1408), **flags)
-    compile_kernel(gelu._backward_kernel, {}, WIDTH=6144, ROWS=gelu.ROWS, COLUMNS=sums.STRIPE_COLUMNS)
-    compile_kernel(sums._columns_kernel, {}, WIDTH=4224, ROWS=sums.STRIPE_ROWS, COLUMNS=sums.STRIPE_COLUMNS)
+    block = {"WIDTH": 6144, "ROWS": gelu.ROWS, "COLUMNS": sums.STRIPE_COLUMNS}
+    compile_kernel(gelu._forward_kernel, {}, **block)
+    compile_kernel(gelu._backward_kernel, {}, **block, KEEP=True)
+    for width, stride, factors in ((1408, 4224, False), (64064, 64064, True)):
+        block = {"ROWS": sums.STRIPE_ROWS, "COLUMNS": sums.STRIPE_COLUMNS}
+        compile_kernel(sums._columns_kernel, {}, WIDTH=width, STRIDE=stride, FACTORS=factors, **block)
     compile_kernel(sums._sum_kernel, {}, KINDS=3, WIDTH=1408, ROWS=sums.ROWS, COLUMNS=sums.COLUMNS)
     for gradient in (triton.language.bfloat16, triton.language.float32):
         shape = {"CHUNK": adamw.CHUNK, "BLOCK": adamw.BLOCK, "ALIGNED": adamw.ALIGNED}

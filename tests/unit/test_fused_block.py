@@ -20,7 +20,7 @@ from beit3_dist.kernels.triton import launch, sums
 from beit3_dist.kernels.varlen_attention.definition import VarlenAttention, plain_varlen_attention
 from beit3_dist.model import BEiT3
 from beit3_dist.model.token_layout import Selection, TokenLayout, group
-from beit3_dist.parallel.fused import FusedForward
+from beit3_dist.parallel.fused import FusedForward, add
 from beit3_dist.parallel.kernels import use_kernels
 from tests.kernels import check
 from tests.unit.test_triton_kernels import DEVICE, EPS, normal
@@ -41,9 +41,9 @@ def test_residual_and_norm_with_many_programs_of_a_segment(monkeypatch: pytest.M
 
 def test_tokens_in_another_order_have_one_expert() -> None:
     x = normal(2, 4).float()
-    norms = Norms([1, 1], [x[0], x[0]], [x[0], x[0]], EPS)
+    norms = Norms([1, 1], [x[0], x[0]], [x[0], x[0]], EPS, torch.arange(2, device=DEVICE))
     with pytest.raises(ValueError, match="must belong to one expert"):
-        residual_norm.residual_norm(x, None, None, norms, torch.arange(2, device=DEVICE))
+        residual_norm.residual_norm(x, None, None, norms)
 
 
 def test_sums_of_more_rows_and_columns_than_programs_take_at_a_time() -> None:
@@ -107,7 +107,7 @@ def test_blocks_equal_plain_ones(attention: str, selected: bool, recompute: Reco
     for block, core in zip(model.blocks.values(), reversed(CORES) if selected else CORES, strict=True):
         results = []
         for forward in (block.forward, FusedForward(block, kernels, core)):
-            y: Tensor = forward(x, tokens, keep, selection, recompute)
+            y: Tensor = add(forward(x, tokens, keep, selection, recompute), kernels["residual_norm"])
             leaves = [x, *block.parameters()]
             results.append([y, *torch.autograd.grad(y, leaves, normal(*y.shape, seed=1).float())])
         names = ["y", "x", *(name for name, _ in block.named_parameters())]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels import registry
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model import BEiT3
@@ -25,12 +26,19 @@ CONFIG = ModelConfig(
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def losses_and_gradients(kernels: str) -> tuple[Tensor, dict[str, Tensor]]:
-    model = BEiT3(CONFIG, seed=3).to(DEVICE)
+SHARED = replace(CONFIG, layers=3, attention="shared", sub_layernorm=False, vl_expert_layers=1, drop_path=0.5)
+"""As the giant: each block but the last leaves its branch to the next one's first kernel, drop path in it."""
+
+
+def losses_and_gradients(
+    kernels: str, config: ModelConfig = CONFIG, recompute: Recompute = "none"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model = BEiT3(config, seed=3).to(DEVICE)
+    model.blocks.recompute, model.blocks.recompute_every = recompute, 2
     use_kernels(model, kernels)
     assert all(m.compute.__module__.endswith(".triton") == (kernels == "triton") for m in norms(model))
     objective = pretraining(model, 5).train()
-    micro_batch = random_micro_batch(CONFIG, images=1, texts=1, pairs=1)
+    micro_batch = random_micro_batch(config, images=2, texts=2, pairs=2)
     inputs = prepared(objective, micro_batch, DEVICE)
     loss, statistics = objective(*inputs, counts_of(objective, micro_batch, DEVICE), 7)
     loss.backward()
@@ -39,13 +47,23 @@ def losses_and_gradients(kernels: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 def norms(model: BEiT3) -> list[LayerNorm]:
     found = [module for module in model.modules() if isinstance(module, LayerNorm)]
-    assert len(found) == 10  # before and after attention, before and inside the FFN, at the end; of two experts each
+    # Before and after attention, before and inside the FFN, at the end, of two experts each; or three blocks with one
+    # norm and two or three experts.
+    assert len(found) == (10 if len(model.blocks) == 1 else 11)
     return found
 
 
 def test_a_model_computes_the_same_with_triton() -> None:
     losses, gradients = losses_and_gradients("triton")
     expected, of_torch = losses_and_gradients("torch")
+    assert_close(losses, expected, "losses")
+    assert_tensors_close(gradients, of_torch)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_blocks_that_leave_their_branch_to_the_next_one(recompute: Recompute) -> None:
+    losses, gradients = losses_and_gradients("triton", SHARED, recompute)
+    expected, of_torch = losses_and_gradients("torch", SHARED)
     assert_close(losses, expected, "losses")
     assert_tensors_close(gradients, of_torch)
 

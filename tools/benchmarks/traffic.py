@@ -73,6 +73,8 @@ FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"
 PRODUCT = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 OVERWRITES = {"copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_"}
 """Operations that do not read what they change."""
+MAKERS = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "rand_like"}
+"""Operations that read nothing of the tensor that shows them a type."""
 GATHERS = {"index_select", "embedding", "index", "gather"}
 SCATTERS = {"index_put_", "_index_put_impl_", "index_copy_", "index_add_"}
 SEVERAL = {
@@ -191,7 +193,9 @@ class Traffic(TorchDispatchMode):
                 read += tensors
         known = {id(t) for t in written}
         written += [t for t in results if id(t) not in known]
-        if name in GATHERS:
+        if name in MAKERS:
+            read = []
+        elif name in GATHERS:
             read = [*results, *read[1:]]  # of the table only the rows that are taken
         elif name in SCATTERS:
             read, written = read[1:], read[-1:]

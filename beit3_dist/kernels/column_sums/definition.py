@@ -5,6 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def plain_column_sums(x: Tensor) -> Tensor:
-    """[rows, width] -> [width]."""
-    return x.sum(0)
+def plain_column_sums(x: Tensor, factors: Tensor | None = None) -> Tensor:
+    """[rows, width] -> [width]. factors: those of the rows [rows]; None: ones."""
+    return (x if factors is None else x * factors[:, None]).sum(0)

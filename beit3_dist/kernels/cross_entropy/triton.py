@@ -168,9 +168,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        gradient, classes = _once(ctx), len(weight)  # 0 behind the classes
-        _scale(gradient, gradient_2M[0])
-        return gradient @ _pad(weight), (gradient.t() @ hidden)[:classes], column_sums(gradient)[:classes], None
+        gradient, classes, factors = _once(ctx), len(weight), gradient_2M[0].contiguous()
+        # Of a row's factor the products' other sides take care, which are far smaller than the logits' gradient.
+        of_hidden = (gradient @ _pad(weight)).mul_(factors[:, None])
+        of_weight = gradient.t() @ (hidden * factors[:, None]).to(hidden.dtype)
+        return of_hidden, of_weight[:classes], column_sums(gradient[:, :classes], factors), None  # 0 behind them
 
 
 def _pad(weight: Tensor) -> Tensor:

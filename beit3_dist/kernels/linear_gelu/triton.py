@@ -23,15 +23,37 @@ ROWS = 4
 
 
 @triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(
+    x_ptr: tl.tensor,
+    keep_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    rows: int,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Some columns of a few rows a program."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # rows x width may pass 2^31
+    here = row[:, None] * WIDTH + column[None, :]
+    both = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    x = tl.load(x_ptr + here, mask=both, other=0.0).to(tl.float32)
+    keep = tl.load(keep_ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(y_ptr + here, x * cumulative_and_density(x)[0] * keep[:, None], mask=both)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     gradient_ptr: tl.tensor,
     x_ptr: tl.tensor,
+    keep_ptr: tl.tensor,
     of_x_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     rows: int,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    KEEP: tl.constexpr,
 ) -> None:
     """Some columns and every so-many-th few rows a program, which adds up what it writes."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -43,6 +65,8 @@ def _backward_kernel(
         both = (row < rows)[:, None] & inside[None, :]
         x = tl.load(x_ptr + here, mask=both, other=0.0).to(tl.float32)
         gradient = tl.load(gradient_ptr + here, mask=both, other=0.0).to(tl.float32)
+        if KEEP:
+            gradient *= tl.load(keep_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
         cumulative, density = cumulative_and_density(x)
         gradient *= cumulative + x * density
         tl.store(of_x_ptr + here, gradient, mask=both)
@@ -50,35 +74,47 @@ def _backward_kernel(
     tl.store(partial_ptr + tl.program_id(1) * WIDTH + column, tl.sum(total, 0), mask=inside)
 
 
-def gelu_backward(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def kept_gelu(x: Tensor, keep_T: Tensor) -> Tensor:
+    """gelu(x) of which each row is multiplied by its factor. x: [rows, F]."""
+    (rows, width), y = x.shape, torch.empty_like(x)
+    if rows:
+        launch(
+            _forward_kernel, (triton.cdiv(width, STRIPE_COLUMNS), triton.cdiv(rows, ROWS)), x, keep_T, y,
+            rows, WIDTH=width, ROWS=ROWS, COLUMNS=STRIPE_COLUMNS,
+        )  # fmt: skip
+    return y
+
+
+def gelu_backward(gradient: Tensor, x: Tensor, keep_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """gradient, x: [rows, F] -> the gradient of x, and its sum over the rows [F]: that of a bias in x."""
     rows, width = x.shape
     columns, programs = stripes(rows, width, x.device)
     of_x = torch.empty_like(x)
     partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
     launch(
-        _backward_kernel, (columns, programs), gradient.contiguous(), x, of_x, partial, rows,
-        WIDTH=width, ROWS=ROWS, COLUMNS=STRIPE_COLUMNS,
+        _backward_kernel, (columns, programs), gradient.contiguous(), x, x if keep_T is None else keep_T, of_x, partial,
+        rows, WIDTH=width, ROWS=ROWS, COLUMNS=STRIPE_COLUMNS, KEEP=keep_T is not None,
     )  # fmt: skip
     return of_x, sum_programs(partial, [(0, 0, programs)], x.dtype)[0]
 
 
 class _LinearGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, keep_T: Tensor | None) -> Tensor:
         require_narrow("x", x)
         hidden = torch.addmm(bias, x, weight.t())
-        ctx.save_for_backward(x, weight, hidden)
-        return gelu(hidden)
+        keep_T = None if keep_T is None else keep_T.contiguous()
+        ctx.save_for_backward(x, weight, hidden, keep_T)
+        return gelu(hidden) if keep_T is None else kept_gelu(hidden, keep_T)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, weight, hidden = ctx.saved_tensors
-        of_hidden, of_bias = gelu_backward(gradient, hidden)
-        return of_hidden @ weight, of_hidden.t() @ x, of_bias
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, hidden, keep_T = ctx.saved_tensors
+        of_hidden, of_bias = gelu_backward(gradient, hidden, keep_T)
+        return of_hidden @ weight, of_hidden.t() @ x, of_bias, None
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x W' + b). x: [T, D]; weight: [F, D]; bias: [F]."""
-    return _LinearGelu.apply(x, weight, bias)
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep_T: Tensor | None = None) -> Tensor:
+    """keep gelu(x W' + b). x: [T, D]; weight: [F, D]; bias: [F]; keep_T: [T], None: ones."""
+    return _LinearGelu.apply(x, weight, bias, keep_T)

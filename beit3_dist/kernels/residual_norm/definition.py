@@ -21,6 +21,10 @@ class Branch:
 
     slices: list[Tensor]
     biases: list[Tensor]
+    place_T: Tensor | None = None
+    """int64 [T], each token's row in the only slice, where it lies in another order."""
+    kept: bool = False
+    """Whether drop path's factors are in the slices already: of the biases they are not."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +35,30 @@ class Norms:
     weights: list[Tensor]
     biases: list[Tensor]
     eps: float
+    place_T: Tensor | None = None
+    """int64 [T], a permutation: each token's row in the only y, where that is to lie in another order."""
 
 
 def plain_residual_norm(
-    x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None, place_T: Tensor | None = None
+    x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """r [T, D], and y for each expert of `norms` [T_e, D].
-
-    keep_T: drop path's factor of each token; None: ones. place_T: int64 [T], the row of each token in `branch` (without
-    one in `y`), where it lies in another order and belongs to one expert; None: the same order.
-    """
+    """r [T, D], and y for each expert of `norms` [T_e, D]. keep_T: drop path's factor of each token; None: ones."""
     if branch is not None:
-        biased = [part + bias for part, bias in zip(branch.slices, branch.biases, strict=True)]
-        rows_TD = torch.cat(biased)
-        rows_TD = rows_TD if place_T is None else rows_TD[place_T]
-        x_TD = x_TD + (rows_TD if keep_T is None else rows_TD * keep_T[:, None])
+        rows_TD = torch.cat(branch.slices)
+        rows_TD = rows_TD if branch.place_T is None else rows_TD[branch.place_T]
+        biases_TD = torch.cat(
+            [bias.expand(len(part), -1) for part, bias in zip(branch.slices, branch.biases, strict=True)]
+        )
+        keep_T1 = 1.0 if keep_T is None else keep_T[:, None]
+        x_TD = x_TD + (rows_TD + keep_T1 * biases_TD if branch.kept else keep_T1 * (rows_TD + biases_TD))
     if norms is None:
         return x_TD, []
     normal = [
         layer_norm(part, weight.shape, weight, bias, norms.eps)
         for part, weight, bias in zip(x_TD.split(norms.sizes), norms.weights, norms.biases, strict=True)
     ]
-    if place_T is not None and branch is None:
-        normal = [torch.empty_like(normal[0]).index_copy(0, place_T, normal[0])]
+    if norms.place_T is not None:
+        normal = [torch.empty_like(normal[0]).index_copy(0, norms.place_T, normal[0])]
     return x_TD, normal
 
 

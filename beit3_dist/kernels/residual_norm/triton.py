@@ -29,9 +29,12 @@ from beit3_dist.kernels.triton.sums import sum_programs
 
 SEGMENTS = 4
 
-MOVED, GATHERED = tl.constexpr(1), tl.constexpr(2)
-"""PLACE of the kernels, 0 where all lies in the order of the tokens. MOVED: the branch, or else y, lies at `place`.
-GATHERED: x does, which nobody else reads."""
+BRANCH_MOVED, Y_MOVED, GATHERED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+"""PLACE of the kernels: what lies at `place`, the branch, y, or x, which then nobody else reads; 0 where all lies in
+the order of the tokens."""
+
+KEPT = tl.constexpr(2)
+"""KEEP of the kernels: the factors are in the branch already, not of its bias. 1: they are not; 0: there are none."""
 
 
 @triton.jit
@@ -91,11 +94,16 @@ def _forward_kernel(
     if BRANCH:
         branch_ptr = _pick(segment, branch0, branch1, branch2, branch3)
         first = _pick(segment, 0, start1, start2, start3)
-        branch = tl.load(branch_ptr + (place - first) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        there = (place if PLACE == BRANCH_MOVED else row) - first
+        branch = tl.load(branch_ptr + there * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         added_ptr = _pick(segment, added0, added1, added2, added3)
-        branch += tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        added = tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
         if KEEP:
-            branch *= tl.load(keep_ptr + row).to(tl.float32)
+            keep = tl.load(keep_ptr + row).to(tl.float32)
+            added *= keep
+            if KEEP != KEPT:
+                branch *= keep
+        branch += added
         value = (value.to(tl.float32) + branch).to(r_ptr.dtype.element_ty)
         tl.store(r_ptr + row * WIDTH + column, value, mask=inside)
     if NORM:
@@ -106,7 +114,7 @@ def _forward_kernel(
         weight = tl.load(_pick(segment, weight0, weight1, weight2, weight3) + column, mask=inside, other=0.0)
         bias = tl.load(_pick(segment, bias0, bias1, bias2, bias3) + column, mask=inside, other=0.0)
         normal = centred * scale * weight.to(tl.float32) + bias.to(tl.float32)
-        tl.store(y_ptr + (place if PLACE == MOVED and not BRANCH else row) * WIDTH + column, normal, mask=inside)
+        tl.store(y_ptr + (place if PLACE == Y_MOVED else row) * WIDTH + column, normal, mask=inside)
         tl.store(mean_ptr + row, mean)
         tl.store(scale_ptr + row, scale)
 
@@ -180,7 +188,7 @@ def _backward_kernel(
         else:
             gradient = tl.load(of_r_ptr + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            where = (place if PLACE == MOVED and not BRANCH else row) - first
+            where = (place if PLACE == Y_MOVED else row) - first
             of_y = tl.load(of_y_ptr + where * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
             here = (place if PLACE == GATHERED else row) * WIDTH + column
             r = tl.load(r_ptr + here, mask=inside, other=0.0).to(tl.float32)
@@ -196,9 +204,9 @@ def _backward_kernel(
         if BRANCH:
             if KEEP:
                 gradient *= tl.load(keep_ptr + row).to(tl.float32)
-                tl.store(of_branch_ptr + place * WIDTH + column, gradient, mask=inside)
-            elif PLACE:
-                tl.store(of_branch_ptr + place * WIDTH + column, gradient, mask=inside)
+            if KEEP == 1 or PLACE == BRANCH_MOVED:
+                there = place if PLACE == BRANCH_MOVED else row
+                tl.store(of_branch_ptr + there * WIDTH + column, gradient, mask=inside)
             of_added += gradient
     sums_ptr = partial_ptr + program.to(tl.int64) * 3 * WIDTH + column
     if NORM:
@@ -263,8 +271,9 @@ class _ResidualNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         keep: Tensor | None,
+        kept: bool,
         place: Tensor | None,
-        gathered: bool,
+        mode: int,
         norm_sizes: tuple[int, ...],
         eps: float,
         branches: int,
@@ -288,11 +297,11 @@ class _ResidualNorm(torch.autograd.Function):
                 x if place is None else place, *(weights[e] if norms else x for e in plan.norm),
                 *(biases[e] if norms else x for e in plan.norm), r, y, mean, scale, *plan.ends[:3],
                 *plan.branch_starts[1:], eps,
-                WIDTH=width, BLOCK=shape.block, BRANCH=branches > 0, KEEP=keep is not None, NORM=norms > 0,
-                PLACE=2 if gathered else int(place is not None), num_warps=shape.warps,
+                WIDTH=width, BLOCK=shape.block, BRANCH=branches > 0, KEEP=_keep(keep, kept), NORM=norms > 0,
+                PLACE=mode, num_warps=shape.warps,
             )  # fmt: skip
         ctx.save_for_backward(r if norms else None, mean, scale, keep, place, *weights)
-        ctx.plan, ctx.sizes, ctx.gathered = plan, sizes, gathered
+        ctx.plan, ctx.sizes, ctx.mode, ctx.kept = plan, sizes, mode, kept
         ctx.set_materialize_grads(False)
         return (x.view_as(x) if r is x else r), *(y.split(list(norm_sizes)) if norms else ())
 
@@ -306,7 +315,7 @@ class _ResidualNorm(torch.autograd.Function):
         known = next(t for t in (of_r, *of_y) if t is not None)
         if of_r is None:  # nobody reads r but the norms; gathered, nobody ever does
             assert r is not None
-            of_r = r if ctx.gathered else torch.zeros_like(r)
+            of_r = r if ctx.mode == GATHERED.value else torch.zeros_like(r)
         of_r = of_r.contiguous()
         rows, width = of_r.shape
         parts = [
@@ -314,8 +323,8 @@ class _ResidualNorm(torch.autograd.Function):
             for part, size in zip(of_y, norm_sizes, strict=True)
         ]
         of_x = torch.empty_like(of_r) if norms else of_r
-        moved = branches > 0 and (keep is not None or place is not None)
-        of_branches = torch.empty_like(of_r) if moved else of_x
+        differ = branches > 0 and (_keep(keep, ctx.kept) == 1 or ctx.mode == BRANCH_MOVED.value)
+        of_branches = torch.empty_like(of_r) if differ else of_x
         shape = backward_shape(width)
         partial = torch.empty(plan.programs[-1], 3, width, dtype=torch.float32, device=of_r.device)
         if rows:
@@ -324,30 +333,39 @@ class _ResidualNorm(torch.autograd.Function):
                 of_r if r is None else r, mean, scale, of_r if keep is None else keep,
                 of_r if place is None else place, *(weights[e] if norms else of_r for e in plan.norm), of_x,
                 of_branches, partial, *plan.ends, *plan.norm_starts[1:], *plan.programs,
-                WIDTH=width, BLOCK=shape.block, BRANCH=branches > 0, KEEP=keep is not None, NORM=norms > 0,
-                PLACE=2 if ctx.gathered else int(place is not None), num_warps=shape.warps, maxnreg=shape.registers,
+                WIDTH=width, BLOCK=shape.block, BRANCH=branches > 0, KEEP=_keep(keep, ctx.kept), NORM=norms > 0,
+                PLACE=ctx.mode, num_warps=shape.warps, maxnreg=shape.registers,
             )  # fmt: skip
         sums = sum_programs(partial, plan.sums, of_r.dtype)
-        return of_x, *[None] * 6, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
+        return of_x, *[None] * 7, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
+
+
+def _keep(keep: Tensor | None, kept: bool) -> int:
+    """KEEP of the kernels."""
+    return 0 if keep is None else KEPT.value if kept else 1
 
 
 def residual_norm(
-    x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None, place_T: Tensor | None = None
+    x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """`plain_residual_norm`. Weights and biases have the type of x."""
-    branch = branch or Branch([], [])
-    if place_T is not None and len(branch.slices or (norms.sizes if norms else [])) > 1:
-        raise ValueError("tokens in another order must belong to one expert")
-    weights, biases, sizes, eps = ([], [], [], 0.0) if norms is None else (
-        norms.weights, norms.biases, norms.sizes, norms.eps
-    )  # fmt: skip
-    tensors = (*branch.slices, *branch.biases, *weights, *biases)
-    r_TD, *y = _ResidualNorm.apply(x_TD, keep_T, place_T, False, tuple(sizes), eps, len(branch.slices), *tensors)
+    """`plain_residual_norm`. Weights and biases have the type of x; either the branch or y may lie in another order."""
+    branch, norms = branch or Branch([], []), norms or Norms([], [], [], 0.0)
+    mode, place = 0, None
+    for of, slices, elsewhere in ((BRANCH_MOVED, branch.slices, branch.place_T), (Y_MOVED, norms.sizes, norms.place_T)):
+        if elsewhere is not None and (len(slices) > 1 or mode):
+            raise ValueError("tokens in another order must belong to one expert, of the branch or of the norms")
+        if elsewhere is not None:
+            mode, place = of.value, elsewhere
+    tensors = (*branch.slices, *branch.biases, *norms.weights, *norms.biases)
+    sizes = tuple(norms.sizes)
+    r_TD, *y = _ResidualNorm.apply(
+        x_TD, keep_T, branch.kept, place, mode, sizes, norms.eps, len(branch.slices), *tensors
+    )
     return r_TD, y
 
 
 def gathered_norm(x_TD: Tensor, place_T: Tensor, norms: Norms) -> list[Tensor]:
     """The LayerNorms of x[place], for each expert [T_e, D]. place_T: int64 [T], a permutation; x is read by nobody
     else."""
-    tensors = (*norms.weights, *norms.biases)
-    return list(_ResidualNorm.apply(x_TD, None, place_T, True, tuple(norms.sizes), norms.eps, 0, *tensors)[1:])
+    tensors, mode = (*norms.weights, *norms.biases), GATHERED.value
+    return list(_ResidualNorm.apply(x_TD, None, False, place_T, mode, tuple(norms.sizes), norms.eps, 0, *tensors)[1:])

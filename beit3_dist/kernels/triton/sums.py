@@ -78,11 +78,14 @@ def sum_programs(partial: Tensor, wanted: list[tuple[int, int, int]], dtype: tor
 @triton.jit(do_not_specialize=["rows"])
 def _columns_kernel(
     x_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     rows: int,
     WIDTH: tl.constexpr,
+    STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    FACTORS: tl.constexpr,
 ) -> None:
     """Some columns and every so-many-th few rows a program."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -90,8 +93,11 @@ def _columns_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        here = row[:, None] * WIDTH + column[None, :]
-        total += tl.load(x_ptr + here, mask=(row < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        here = row[:, None] * STRIDE + column[None, :]
+        x = tl.load(x_ptr + here, mask=(row < rows)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if FACTORS:
+            x *= tl.load(factor_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+        total += x
     tl.store(partial_ptr + tl.program_id(1) * WIDTH + column, tl.sum(total, 0), mask=inside)
 
 
@@ -109,13 +115,15 @@ def stripes(rows: int, width: int, device: torch.device) -> tuple[int, int]:
     return columns, min(most, max(1, triton.cdiv(rows, STRIPE_ROWS)))
 
 
-def column_sums(x: Tensor) -> Tensor:
-    """x.sum(0) of a matrix [rows, width], added up in fp32."""
+def column_sums(x: Tensor, factors: Tensor | None = None) -> Tensor:
+    """(factors[:, None] * x).sum(0) of a matrix [rows, width], added up in fp32. Rows may be apart. factors: [rows];
+    None: ones."""
+    x = x if x.stride(1) == 1 else x.contiguous()
     rows, width = x.shape
     columns, programs = stripes(rows, width, x.device)
     partial = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
     launch(
-        _columns_kernel, (columns, programs), x.contiguous(), partial, rows,
-        WIDTH=width, ROWS=STRIPE_ROWS, COLUMNS=STRIPE_COLUMNS,
+        _columns_kernel, (columns, programs), x, x if factors is None else factors.contiguous(), partial, rows,
+        WIDTH=width, STRIDE=x.stride(0), ROWS=STRIPE_ROWS, COLUMNS=STRIPE_COLUMNS, FACTORS=factors is not None,
     )  # fmt: skip
     return sum_programs(partial, [(0, 0, programs)], x.dtype)[0]
