@@ -128,7 +128,8 @@ def parse(
     `__post_init__` refuses end the process through `refuse`. `--print_config` prints the resolved config. `trusted`:
     the plugins that the recipe names are imported, and not only those of the command line.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Reading what fields' docstrings say takes as long as all else here.
+    set_parsing_settings(docstring_parse_attribute_docstrings=any(a in ("-h", "--help") for a in arguments))
     arguments = [f"--{current_name(a[2:])}" if a.startswith("--") else a for a in arguments]
     # Under a launcher every process parses; the first one's --help and --print_config are enough.
     terminal = nullcontext() if is_first_process() else redirect_stdout(StringIO())
