@@ -89,13 +89,25 @@ def inputs(config: ModelConfig, kind: str) -> dict[str, Tensor | None]:
     }
 
 
+Both = tuple[BEiT3, torch.nn.Module, dict[str, str]]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[size | architecture for size in (TINY, BASE) for architecture in (RELEASED, PAPER)],
+    ids=["tiny-released", "tiny-paper", "base-released", "base-paper"],
+)
+def both(request: pytest.FixtureRequest) -> Both:
+    """`ours_and_theirs`, for all kinds of inputs."""
+    return ours_and_theirs(ModelConfig(**request.param))
+
+
 @pytest.mark.parametrize("kind", ["image", "text", "padded text", "pair", "padded pair"])
-@pytest.mark.parametrize("architecture", [RELEASED, PAPER], ids=["released", "paper"])
-@pytest.mark.parametrize("size", [TINY, BASE], ids=["tiny", "base"])
-def test_hidden_states_and_gradients(size: dict, architecture: dict, kind: str) -> None:
-    config = ModelConfig(**size, **architecture)
-    model, theirs, names = ours_and_theirs(config)
-    given = inputs(config, kind)
+def test_hidden_states_and_gradients(both: Both, kind: str) -> None:
+    model, theirs, names = both
+    model.zero_grad()
+    theirs.zero_grad()
+    given = inputs(model.config, kind)
     hidden = model.encode(**given)
     reference = theirs.beit3(
         textual_tokens=given["text"],

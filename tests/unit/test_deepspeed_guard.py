@@ -7,6 +7,7 @@ import importlib
 import inspect
 import textwrap
 from dataclasses import fields
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"deepspeed.{name}")
 
 
+@cache
 def tree_of(source: Any) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(source)))
 

@@ -68,7 +68,7 @@ def model(request: pytest.FixtureRequest) -> BEiT3:
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.5])
 @pytest.mark.parametrize("beams", [1, 3, 5])
 def test_against_a_plain_search(model: BEiT3, beams: int, penalty: float) -> None:
-    images = pictures(8)
+    images = pictures(5)
     found = generate(model, images, Words(), beams=beams, length_penalty=penalty, max_words=LONGEST)
     expected = [plain_search(model, image, Words(), beams, penalty, LONGEST) for image in images]
     assert found == expected

@@ -154,13 +154,13 @@ def peak_growth(work: str, *paths: Path) -> int:
 
 
 def test_memory_is_bounded_by_buffers_and_not_by_the_checkpoint(tmp_path: Path) -> None:
-    """20 parameters of 6 MiB, weight and moments: 360 MiB, in shards cut over 2 x 2 ranks along rows and columns. The
+    """10 parameters of 6 MiB, weight and moments: 180 MiB, in shards cut over 2 x 2 ranks along rows and columns. The
     peak stays below twice the largest parameter plus buffers of 1 MiB each, of which a few are held at once."""
-    names = [f"blocks.{n}.ffn.vl.{matrix}.weight" for n in range(10) for matrix in ("fc1", "fc2")]
+    names = [f"blocks.{n}.ffn.vl.{matrix}.weight" for n in range(5) for matrix in ("fc1", "fc2")]
     source = write_checkpoint(tmp_path / "source", 2, 2, dict.fromkeys(names, torch.ones(1024, 1536)))
     largest = 4 * 1024 * 1536
     total = sum(path.stat().st_size for path in source.glob("shard_*"))
-    assert total > 50 * largest
+    assert total > 25 * largest
     everything = peak_growth("weights = read.read_weights(Path(sys.argv[1]))", source)
     assert everything > total / 4, "the measure sees what is held"
     growth = peak_growth(CONVERT, source, tmp_path / "neutral")
