@@ -1,8 +1,9 @@
 """Writing about images, word by word, with a cache of keys and values.
 
-A caption is written by masked prediction in UniLM's order (Dong et al. 2019): the model sees the image, the words so
-far and one <mask>, and predicts the word at the mask. Patches see no words and a word sees no later ones, so keys and
-values of the image and of written words never change: a step runs the last word and the mask alone.
+A caption is written in UniLM's order (Dong et al. 2019): patches see no words and a word sees no later ones, so keys
+and values of the image and of written words never change, and a step runs what is new alone. The next word is asked
+for in the form that the model was taught: at a <mask> in its place, which sees the words so far (UniLM's, and BEiT-3's
+captioning), or at the last word (prefix language modelling).
 
 Shape letters: B images, K captions of each image (beams), P its CLS + patches, H heads, d a head's width.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.token_layout import Group, TokenLayout
+from beit3_dist.model.token_layout import Group, TokenLayout, prefix_mask
 
 
 def caption_mask(patches: int, words: int) -> Tensor:
@@ -27,9 +28,7 @@ def caption_mask(patches: int, words: int) -> Tensor:
     Patches see all patches and no words; a word sees all patches, itself and the words before it. `patches` counts
     CLS.
     """
-    may_attend = torch.ones(patches + words, patches + words, dtype=torch.bool).tril()
-    may_attend[:patches, :patches] = True
-    return may_attend
+    return prefix_mask(patches, words, torch.zeros(1, dtype=torch.int64))[0]
 
 
 class Decoder:
@@ -59,18 +58,20 @@ class Decoder:
         self._caches = [_Cache(patches, captions, max_words + 1) for _ in model.blocks]
         self._run(model.vision_embedding(images).flatten(0, 1), Group(self.samples, patches, 0, fused=True))
 
-    def step(self, words: Tensor, mask: int) -> Tensor:
+    def step(self, words: Tensor, mask: int | None) -> Tensor:
         """Logits [B, K, vocabulary] of each caption's next word, after its last word of `words`, int64 [B, K].
 
-        The first step's words are <s>. `mask`: id of <mask>.
+        The first step's words are <s>. `mask`: id of <mask>, at which the next word is asked for; None: at the last
+        word itself.
         """
-        pair = torch.stack([words, torch.full_like(words, mask)], dim=1)  # [B, 2, K]
-        positions = torch.arange(self.written, self.written + 2, device=self.device)[:, None].expand_as(pair)
-        embedded = self.model.language_embedding(pair.flatten(), positions.flatten())
-        hidden = self._run(embedded, Group(self.samples, 0, 2 * self.captions, fused=True))
+        asked = [words] if mask is None else [words, torch.full_like(words, mask)]
+        new = torch.stack(asked, dim=1)  # [B, 1 or 2, K]
+        positions = torch.arange(self.written, self.written + len(asked), device=self.device)[:, None].expand_as(new)
+        embedded = self.model.language_embedding(new.flatten(), positions.flatten())
+        hidden = self._run(embedded, Group(self.samples, 0, len(asked) * self.captions, fused=True))
         self.written += 1
-        at_mask = hidden.view(self.samples, 2, self.captions, -1)[:, 1]
-        return self.model.text_logits(at_mask.flatten(0, 1)).unflatten(0, (self.samples, self.captions))
+        last = hidden.view(self.samples, len(asked), self.captions, -1)[:, -1]
+        return self.model.text_logits(last.flatten(0, 1)).unflatten(0, (self.samples, self.captions))
 
     def follow(self, origins: Tensor) -> None:
         """Caption k of image b goes on from what was its caption origins[b, k]; int64 [B, K]."""
@@ -98,7 +99,7 @@ class _Cache:
         self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor], layout: TokenLayout
     ) -> list[Tensor]:
         """`attention.attend` for new tokens [B * n, H, d] that also see what is remembered. All patches stay; of
-        words, only the first of a step's two."""
+        words, only the first of those that a caption gets in a step."""
         samples = layout.groups[0].samples
         q, k, v = (torch.cat(slices).unflatten(0, (samples, -1)).transpose(1, 2) for slices in (queries, keys, values))
         start, end = self.length, self.length + q.shape[2]

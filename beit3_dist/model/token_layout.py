@@ -93,6 +93,17 @@ def group(
     return Group(samples, patches, words, index, keys if mask is None else mask & keys, whole, fused)
 
 
+def prefix_mask(patches: int, words: int, prefixes: Tensor) -> Tensor:
+    """The mask of prefix language modelling, bool [B, N, N] for N = patches + words, True where a query may attend to a
+    key (Liu et al. 2018; SimVLM, Wang et al. 2022).
+
+    The patches, CLS counted, and the first `prefixes` [B] tokens of the text, <s> counted, see one another; each token
+    after them sees them, itself and the ones between. A prefix of 0: patches see patches alone, <s> what they are.
+    """
+    place = torch.arange(patches + words)
+    return (place <= place[:, None]) | (place < patches + prefixes[:, None, None])
+
+
 @dataclass(frozen=True)
 class Packing:
     """The tokens of a micro-batch sample by sample, as attention over samples of different lengths takes them:

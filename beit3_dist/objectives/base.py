@@ -39,6 +39,9 @@ class View:
     masked_by: str = ""
     """The objective whose annotations hide some of it: `image_mask` bool [n, patches] and `text` int64 [n, L], the
     words as they are shown. Empty: the samples as they are."""
+    prefix_by: str = ""
+    """The objective whose annotations say how its texts begin: `prefix` int64 [n], see `prefix_mask`. What comes after
+    the prefix sees nothing that follows it. Empty: every token sees all of its sample."""
 
     @property
     def kind(self) -> int:

@@ -8,9 +8,11 @@ from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives.base import Objective
 from beit3_dist.objectives.contrastive import Contrastive
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModeling
 from beit3_dist.objectives.together import Objectives
 
-OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (MaskedDataModeling, Contrastive)}
+BUILT_IN: list[type[Objective]] = [MaskedDataModeling, Contrastive, PrefixLanguageModeling]
+OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in BUILT_IN}
 """By name: the section `objectives.NAME` of a run's config."""
 
 Kind = TypeVar("Kind", bound=type[Objective])

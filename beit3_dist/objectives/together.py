@@ -18,7 +18,7 @@ from beit3_dist.data.views import SeenImages, Tokenize
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.model.initialization import initial_value
-from beit3_dist.model.token_layout import Selection, TokenLayout, group, to_device
+from beit3_dist.model.token_layout import Selection, TokenLayout, group, prefix_mask, to_device
 from beit3_dist.objectives.base import Loss, Objective, Places, View
 from beit3_dist.parallel.replicas import Replicas
 
@@ -72,13 +72,13 @@ class Objectives:
         self.run, self.model, self._each = run, run.model, list(objectives)
         self.losses: list[Loss] = [loss for objective in objectives for loss in objective.losses]
         """Of all objectives, in the order of every vector of statistics."""
+        for objective in objectives:
+            require(bool(objective.views), f"objectives.{objective.name} reads none of the streams that batch has")
         require(
             any(loss.weight for loss in self.losses), "objectives: all weights are 0, so that nothing would be learnt"
         )
         names = [loss.name for loss in self.losses]
         require(len({*names}) == len(names), f"objectives: two losses have one name among {', '.join(names)}")
-        for objective in objectives:
-            require(bool(objective.views), f"objectives.{objective.name} reads none of the streams that batch has")
         for view in (view for objective in objectives for view in objective.views if view.masked_by):
             require(
                 view.masked_by in {objective.name for objective in objectives},
@@ -250,7 +250,10 @@ def _group(batch: MicroBatch, view: View, model: ModelConfig) -> Any:
         return group(len(samples), patches, None)
     assert samples.text is not None and samples.lengths is not None
     width = samples.text.shape[1]
-    return group(len(samples), patches, torch.arange(width) >= samples.lengths[:, None], width)
+    mask = None
+    if view.prefix_by:
+        mask = prefix_mask(patches, width, samples.annotations[view.prefix_by]["prefix"])
+    return group(len(samples), patches, torch.arange(width) >= samples.lengths[:, None], width, mask)
 
 
 def _views_of(objectives: Sequence[Objective]) -> list[View]:

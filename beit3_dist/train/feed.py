@@ -84,6 +84,8 @@ class Feed:
         self._has_samples = mesh.pipeline_rank in (0, mesh.pipeline - 1)
         self.reads = self._has_samples and mesh.tensor_rank == 0
         """Whether this process decodes samples."""
+        self._prefixes = [(view.stream, view.prefix_by) for view in objectives.views if view.prefix_by]
+        """Streams and the objectives that draw where their texts' prefixes end, which the masks of a stage need."""
 
     def step(self, read: Callable[[], list[MicroBatch]], together: Together = by_itself) -> StepBatch:
         """The micro-batches of a step; `read` is called in the processes that read. Collective."""
@@ -104,10 +106,11 @@ class Feed:
         sizes = {s.field: n for s, n in zip(Stream, config.micro_batch(mesh.data), strict=True) if n}
         if batches:
             totals = host_totals(batches, self._objectives).pack()
-            mine = torch.cat([*(_outline(batch) for batch in batches), totals])
+            mine = torch.cat([*(_outline(batch, self._prefixes) for batch in batches), totals])
         else:
             totals = torch.zeros(len(self._objectives.losses) + 4, dtype=torch.int64)
             columns = sum(n + (Stream[name.upper()].has_text and 1 + n) for name, n in sizes.items())
+            columns += sum(sizes[name] for name, _ in self._prefixes)
             mine = torch.zeros(config.batch.accumulation * columns + len(totals), dtype=torch.int64)
         table = mine.to(mesh.device, copy=True)
         dist.broadcast(table, src=dist.get_global_rank(self._groups.pipeline, 0), group=self._groups.pipeline)
@@ -118,22 +121,24 @@ class Feed:
             )
         content, totals = table[: -len(totals)], table[-len(totals) :]
         if not batches:
-            batches = [_without_content(row, sizes) for row in content.chunk(config.batch.accumulation)]
+            rows = content.chunk(config.batch.accumulation)
+            batches = [_without_content(row, sizes, self._prefixes) for row in rows]
         return batches, Totals.unpack(totals)
 
 
-def _outline(batch: MicroBatch) -> Tensor:
-    """int64: of each stream the sample ids and, where it has text, the padded length and the samples' lengths."""
+def _outline(batch: MicroBatch, prefixes: list[tuple[str, str]]) -> Tensor:
+    """int64: of each stream the sample ids and, where it has text, the padded length and the samples' lengths; then the
+    prefixes."""
     numbers = []
     for name in sorted(batch.streams):
         samples = batch.streams[name]
         numbers.append(samples.ids)
         if samples.text is not None and samples.lengths is not None:
             numbers += [torch.tensor([samples.text.shape[1]]), samples.lengths]
-    return torch.cat(numbers)
+    return torch.cat([*numbers, *(batch.streams[name].annotations[owner]["prefix"] for name, owner in prefixes)])
 
 
-def _without_content(outline: Tensor, sizes: dict[str, int]) -> MicroBatch:
+def _without_content(outline: Tensor, sizes: dict[str, int], prefixes: list[tuple[str, str]]) -> MicroBatch:
     """A micro-batch that has only its lengths and sample ids, from its outline. `sizes`: samples of each stream."""
     streams = {}
     for name in sorted(sizes):
@@ -143,6 +148,9 @@ def _without_content(outline: Tensor, sizes: dict[str, int]) -> MicroBatch:
         if Stream[name.upper()].has_text:
             width, lengths, outline = outline.split([1, n, len(outline) - n - 1])
             streams[name] = replace(streams[name], text=torch.zeros(n, int(width), dtype=torch.int64), lengths=lengths)
+    for name, owner in prefixes:
+        prefix, outline = outline.split([sizes[name], len(outline) - sizes[name]])
+        streams[name].annotations[owner] = {"prefix": prefix}
     return MicroBatch(streams)
 
 

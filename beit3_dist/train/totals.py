@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.data.batch import MicroBatch, hash_terms
+from beit3_dist.objectives.base import View
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.train.flops import encoder_flops
 
@@ -67,7 +68,8 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
         samples = batch.streams[view.stream]
         lengths[view.kind].append(torch.zeros(len(samples)) if samples.lengths is None else samples.lengths)
     images, captions, texts = (torch.cat([torch.zeros(0, dtype=torch.int64), *some]) for some in lengths)
-    flops = encoder_flops(objectives.model, len(images), captions, texts, len(known.united))
+    unseen = sum(_unseen(batch, view) for view in objectives.views)
+    flops = encoder_flops(objectives.model, len(images), captions, texts, len(known.united), unseen)
     return Totals(
         counts,
         tokens=sum(known.layout.segments),
@@ -75,3 +77,12 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
         replaced=len(batch.faults),
         hash_terms=hash_terms(batch),
     )
+
+
+def _unseen(batch: MicroBatch, view: View) -> int:
+    """Pairs of a query and a key after it that its mask parts: all pairs of the tokens after the prefix."""
+    samples = batch.streams[view.stream]
+    if not view.prefix_by or samples.lengths is None:
+        return 0
+    after = samples.lengths - samples.annotations[view.prefix_by]["prefix"]
+    return int((after * (after - 1) // 2).sum())

@@ -42,9 +42,9 @@ def pictures(count: int) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def plain_logits(model: BEiT3, images: Tensor, words: Tensor) -> Tensor:
+def plain_logits(model: BEiT3, images: Tensor, words: Tensor, asked: int | None) -> Tensor:
     """Logits [B, V] of the word after words [B, n], by encoding picture, words and a mask from the beginning."""
-    text = torch.cat([words, torch.full((len(words), 1), MASK)], dim=1)
+    text = words if asked is None else torch.cat([words, torch.full((len(words), 1), asked)], dim=1)
     mask = caption_mask(1 + model.config.patches, text.shape[1])
     return model.text_head.logits(model.encode(images, text, attention_mask=mask)[:, -1])
 
@@ -60,8 +60,9 @@ def test_the_four_blocks_of_the_mask() -> None:
     ]
 
 
+@pytest.mark.parametrize("asked", [MASK, None], ids=["at a mask", "at the last word"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_cache_changes_nothing(architecture: str) -> None:
+def test_the_cache_changes_nothing(architecture: str, asked: int | None) -> None:
     """Several captions of each picture, each going on from a random one of the step before."""
     model, images, captions, steps = model_of(architecture), pictures(2), 3, 7
     draw = torch.Generator().manual_seed(2)
@@ -69,8 +70,8 @@ def test_the_cache_changes_nothing(architecture: str) -> None:
     words = torch.zeros(2, captions, 1, dtype=torch.int64)
     repeated = images.repeat_interleave(captions, 0)
     for step in range(steps):
-        logits = decoder.step(words[:, :, -1], MASK)
-        expected = plain_logits(model, repeated, words.flatten(0, 1))
+        logits = decoder.step(words[:, :, -1], asked)
+        expected = plain_logits(model, repeated, words.flatten(0, 1), asked)
         assert_close(logits.flatten(0, 1), expected, f"logits of step {step}")
         assert step == 0 or (logits[:, 0] - logits[:, 1]).abs().max() > 1e-3, "the captions are all alike"
         origins = torch.randint(captions, (2, captions), generator=draw)

@@ -1,0 +1,92 @@
+"""Next words beside masked ones: the same training in any layout, resumed bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, ParallelConfig, RunConfig
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModelingConfig
+from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModelingConfig
+from tests.integration.runs import evaluations, metrics, program, reproducible, run_config, second_half, train_in_turn
+from tests.parallel.workers import Workers
+
+STEPS = 4
+LAYOUTS = {
+    "one": ParallelConfig(zero_stage=1),
+    "dp2": ParallelConfig(zero_stage=3),
+    "tp2": ParallelConfig(zero_stage=1, tensor=2, sequence=True),
+    "pp3": ParallelConfig(zero_stage=1, pipeline=3),  # the stage between knows no sample, but needs its prefix
+}
+
+
+def with_next_words(folder: Path, out: str, **changes: Any) -> RunConfig:
+    """A run that learns masked and next words of captions and texts, validated twice."""
+    config = run_config(folder)
+    held_out = {name: getattr(config.data, name) for name in ("images", "texts", "pairs")}
+    objectives = {
+        "masked_data_modeling": MaskedDataModelingConfig(),
+        "prefix_language_modeling": PrefixLanguageModelingConfig(texts=True, pair_weight=2.0),
+    }
+    settings: dict[str, Any] = {
+        "out": str(folder / out), "steps": STEPS, "objectives": objectives, "parallel": LAYOUTS["one"],
+        "model": replace(config.model, layers=3), "batch": BatchConfig(images=6, texts=6, pairs=6, accumulation=3),
+        "checkpoint": CheckpointConfig(every=2), "eval": EvalConfig(every=2, batches=1, **held_out),
+    }  # fmt: skip
+    return replace(config, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of all layouts; that of two replicas is resumed in its middle, too."""
+    folder = tmp_path_factory.mktemp("next_words")
+    for layout, parallel in LAYOUTS.items():
+        config = with_next_words(folder, layout, parallel=parallel)
+        ranks = {"one": 1, "pp3": 3}.get(layout, 2)
+        with Workers(ranks, parallel.tensor, parallel.pipeline) as workers:
+            workers.run(train_in_turn, [config, second_half(config)] if layout == "dp2" else [config])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp3"])
+def test_losses_are_those_of_one_process(folder: Path, layout: str) -> None:
+    for read in (metrics, evaluations):
+        ours, reference = read(folder / layout), read(folder / "one")
+        assert len(ours) == len(reference) == (STEPS if read is metrics else 2)
+        for record, expected in zip(ours, reference, strict=True):
+            losses = {name: value for name, value in expected.items() if name.startswith("loss")}
+            assert set(losses) > {"loss_pair_text", "loss_pair_next_word", "loss_text_next_word"}
+            assert {name: record[name] for name in losses} == pytest.approx(losses, rel=1e-5)
+            assert losses["loss"] == pytest.approx(
+                sum(value * (2 if name == "loss_pair_next_word" else 1) for name, value in losses.items()
+                    if name != "loss")
+            )  # fmt: skip
+            assert {name for name in record if name.startswith("acc")} > {"acc_pair_next_word", "acc_text_next_word"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp3"])
+def test_first_gradients_are_those_of_one_process(folder: Path, layout: str) -> None:
+    ours, expected = (metrics(folder / name)[0]["grad_norm"] for name in (layout, "one"))
+    assert ours == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_resumed_bit_for_bit(folder: Path) -> None:
+    assert reproducible(folder / "dp2-resumed") == reproducible(folder / "dp2")[STEPS // 2 :]
+    last = Path("checkpoints", f"step_{STEPS:07d}")
+    undisturbed, found = read_weights(folder / "dp2" / last), read_weights(folder / "dp2-resumed" / last)
+    assert all(torch.equal(value, found[name]) for name, value in undisturbed.items())
+
+
+@pytest.mark.slow
+def test_it_is_reported(folder: Path) -> None:
+    done = program("tools/report.py", str(folder / "one"))
+    assert done.returncode == 0, done.stderr
+    assert "pair_next_word" in (folder / "one" / "report.json").read_text()
