@@ -1,4 +1,4 @@
-"""Using a fine-tuned model: embeddings of images and texts, answers to questions, captions, classes.
+"""Using a model: embeddings of images and texts, answers to questions, captions, classes.
 
     from beit3_dist.inference import Model
     model = Model.load("FOLDER")                        # config.json, model.safetensors, tokenizer.spm
@@ -10,6 +10,10 @@
     model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two images
     model.predict(images=["a.jpg"])                     # any task, one of a plugin that is imported too
 
+A model that was only pretrained serves for the task that one of its objectives has taught it: captioning after prefix
+language modelling, retrieval after contrast. Where there are several, `Model.load(FOLDER, task="captioning")` says
+which.
+
 Every method takes lists and gives a result for each place. One image or text that is in no list is refused: a text is
 a sequence of letters, too. An image is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the
 validation of the model's task: whole, squashed to the model's square, and for the classes of images its largest
@@ -19,7 +23,9 @@ centred square.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +34,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3_dist.checkpoint.model_folder import ModelFolder, check_blocks, read_model_folder
+from beit3_dist.checkpoint.model_folder import (
+    OBJECTIVE_HEADS,
+    TASK_HEAD,
+    ModelFolder,
+    check_blocks,
+    read_model_folder,
+)
 from beit3_dist.config import DataConfig
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
@@ -39,7 +51,7 @@ from beit3_dist.tasks.base import Normalization, Task, TaskInputs
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.augmentation import Views
 from beit3_dist.tasks.parts.heads import FineTuned
-from beit3_dist.tasks.registry import task_class, task_names
+from beit3_dist.tasks.registry import pretrained_tasks, task_class, task_names
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
@@ -68,7 +80,7 @@ def open_image(image: ImageLike, max_pixels: int = DataConfig.max_pixels) -> Ima
 
 
 class Model:
-    """A fine-tuned model on one device. What it can be asked depends on its task; the rest is a ValueError."""
+    """A model on one device. What it can be asked depends on its task; the rest is a ValueError."""
 
     def __init__(self, network: FineTuned, task: Task, classes: int = 0) -> None:
         """`classes`: how many of them the network tells apart."""
@@ -79,24 +91,32 @@ class Model:
         self._normalize = Normalization(task.statistics, self.device)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: torch.device | str | None = None) -> Model:
+    def load(
+        cls, folder: str | os.PathLike[str], device: torch.device | str | None = None, task: str | None = None
+    ) -> Model:
         """The model of a folder, or of a fine-tuning run's, in fp32. `device`: the first GPU where there is one, unless
-        said otherwise.
+        said otherwise. `task`: which one a pretrained model is to serve for; None where there is no choice.
 
-        Raises FileNotFoundError or ValueError with one line where the folder holds no fine-tuned model, and ValueError
+        Raises FileNotFoundError or ValueError with one line where the folder holds no model of a task, and ValueError
         where there is no such device, or a GPU that cannot be used and nobody has said to do without.
         """
+        return cls.of(read_model_folder(Path(folder)), os.fspath(folder), device, task)
+
+    @classmethod
+    def of(
+        cls, content: ModelFolder, name: str, device: torch.device | str | None = None, task: str | None = None
+    ) -> Model:
+        """As `load`, of what was read from a folder or a file, which errors call `name`."""
         device = device_type() if device is None else device
         _check_device(device)
-        content = read_model_folder(Path(folder))
-        if content.task is None:
-            raise ValueError(f"{folder} holds a pretrained model without a task; launchers/finetune.py teaches it one")
+        pretrained, content = content.task is None, _with_task(content, name, task)
         tokenizer = None
         if content.text_tokenizer is not None:
             tokenizer = TextTokenizer(str(content.text_tokenizer))
             tokenizer.check_vocab(content.config.vocab_size)
-        network, task = _network_and_task(os.fspath(folder), content, tokenizer)
-        return cls(network.to(device), task, content.task.get("classes", 0))
+        network, found = _network_and_task(name, content, tokenizer, pretrained)
+        assert content.task is not None
+        return cls(network.to(device), found, content.task.get("classes", 0))
 
     def predict(self, images: Sequence[Any] = (), texts: Sequence[str] = ()) -> list[Any]:
         """What the model's task says of each sample: `Task.results`. `images`: those of each sample, a sequence where
@@ -212,7 +232,24 @@ def _check_device(device: torch.device | str) -> None:
         raise ValueError(f"the device {device} cannot be used here: {reason}") from None
 
 
-def _network_and_task(folder: str, content: ModelFolder, tokenizer: TextTokenizer | None) -> tuple[FineTuned, Task]:
+def _with_task(content: ModelFolder, name: str, task: str | None) -> ModelFolder:
+    """What was read with a task: of a pretrained model the one that it serves for, or that is named."""
+    if content.task is not None:
+        if task is not None and content.task.get("name") != task:
+            raise ValueError(f"{name} was fine-tuned for {content.task.get('name')}, not for {task}")
+        return content
+    serves = pretrained_tasks(content.objectives)
+    if task is None and len(serves) > 1:
+        raise ValueError(f"{name} is a pretrained model that serves for {' and '.join(serves)}: name one, task=...")
+    if not serves or task not in (None, *serves):
+        what = "without a task" if task is None else f"that none of its objectives fits for {task}"
+        raise ValueError(f"{name} holds a pretrained model {what}; launchers/finetune.py teaches it one")
+    return replace(content, task={"name": task or serves[0]})
+
+
+def _network_and_task(
+    folder: str, content: ModelFolder, tokenizer: TextTokenizer | None, pretrained: bool
+) -> tuple[FineTuned, Task]:
     """The folder's network on the CPU, in fp32, and its task."""
     entry: Any = content.task
     try:
@@ -220,7 +257,12 @@ def _network_and_task(folder: str, content: ModelFolder, tokenizer: TextTokenize
         check_blocks(content.weights, content.config)
         found = task_class(entry["name"])
         network = found.network(content.config, entry.get("classes", 0), device="meta")
-        network.load_state_dict({name: weight.float() for name, weight in content.weights.items()}, assign=True)
+        weights = content.weights
+        if pretrained:  # it has the heads of all objectives
+            own, needed = f"{OBJECTIVE_HEADS}{found.pretrained_by}.", network.state_dict().keys()
+            named = {re.sub(f"^{re.escape(own)}", TASK_HEAD, name): weight for name, weight in weights.items()}
+            weights = {name: weight for name, weight in named.items() if name in needed}
+        network.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
         longest = content.config.max_text_length
         length = entry.get("text_length", min(longest, found.usual_text_length or longest))
         config = FinetuneConfig(  # what the folder tells of the training; the rest is of no use any more
@@ -235,6 +277,7 @@ def _network_and_task(folder: str, content: ModelFolder, tokenizer: TextTokenize
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: model.safetensors and config.json do not fit together: {reason}") from error
     task = found(config, tokenizer, entry.get("answers", []))
+    task.pretrained = pretrained
     if task.keeps_names and len(task.classes) != entry.get("classes", 0):
         raise ValueError(f"{folder}/config.json names {len(task.classes)} answers for {entry.get('classes', 0)}")
     return network, task

@@ -85,7 +85,7 @@ def convert(options: Namespace) -> None:
     model = read_source(source, options.attention_heads)
     weights, config = model.weights, model.config
     if options.heads == "drop":
-        weights, model = without_heads(weights), replace(model, task=None)
+        weights, model = without_heads(weights), replace(model, task=None, objectives=())
     if options.image_size is not None:
         weights, config = at_image_size(weights, config, options.image_size)
     weights = _in_precision(weights, options.dtype)
@@ -97,7 +97,8 @@ def convert(options: Namespace) -> None:
         if tokenizer:  # a checkpoint may name any file
             TextTokenizer(str(tokenizer)).check_vocab(config.vocab_size)
         log.info("text tokenizer: %s", tokenizer or "none; --text_tokenizer FILE adds one")
-        save_model_folder(destination, weights, config, task=task, text_tokenizer=tokenizer)
+        of_folder: dict[str, Any] = {"task": task, "text_tokenizer": tokenizer, "objectives": model.objectives}
+        save_model_folder(destination, weights, config, **of_folder)
     elif options.to == "released":
         _write(destination, {"model": weights_to_released(weights)})
     elif options.to == "torchscale":

@@ -59,9 +59,10 @@ def _read_checkpoint(path: Path) -> ModelFolder:
         task = task_of(weights, recipe["task"]) if "task" in recipe else None
         if task is not None:
             task["text_length"] = recipe["data"]["text_length"]
+        objectives = () if "task" in recipe else tuple(map(str, recipe.get("objectives") or ()))
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path / 'config.yaml'} is no run's config: {error!r}") from None
-    return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None)
+    return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None, objectives)
 
 
 def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:

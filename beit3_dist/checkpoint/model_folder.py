@@ -1,7 +1,8 @@
 """A model for use: weights with the config that they belong to, in one folder.
 
     FOLDER/
-        config.json               format, model (the fields of ModelConfig), task (what its heads are for, or null)
+        config.json               format, model (the fields of ModelConfig), task (what its heads are for, or null),
+                                  objectives (names of those that pretraining had, which say what it can do as it is)
         model.safetensors         canonical name -> weight
         tokenizer.spm             text tokenizer, where one was given
 
@@ -54,6 +55,8 @@ class ModelFolder:
     """What the task's own code wrote about its head; None where there is no head."""
     text_tokenizer: Path | None
     """The folder's SentencePiece file; None where it holds none."""
+    objectives: tuple[str, ...] = ()
+    """Pretraining objectives that it was trained by; none of a model with a task, or where nobody knows."""
 
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -80,6 +83,7 @@ def save_model_folder(
     *,
     task: dict[str, Any] | None = None,
     text_tokenizer: Path | None = None,
+    objectives: Iterable[str] = (),
 ) -> None:
     """Writes a new folder, whole or not at all. `task`: anything that JSON holds.
 
@@ -97,7 +101,8 @@ def save_model_folder(
     if text_tokenizer is not None:
         shutil.copyfile(text_tokenizer, partial / TOKENIZER)
         sync(partial / TOKENIZER)
-    write_json(partial / CONFIG, {"format": FORMAT, "model": asdict(config), "task": task})
+    content = {"format": FORMAT, "model": asdict(config), "task": task, "objectives": [*objectives]}
+    write_json(partial / CONFIG, content)
     partial.rename(folder)
     sync(folder.parent)
 
@@ -163,7 +168,11 @@ def read_model_folder(folder: Path) -> ModelFolder:
         config, task = config_of(content["model"]), content["task"]
         if not isinstance(task, dict | None):
             raise ValueError("its task is no object")
+        objectives = content.get("objectives", [])
+        if not isinstance(objectives, list) or not all(isinstance(name, str) for name in objectives):
+            raise ValueError("its objectives are no list of names")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} is not a config of ours: {error}") from error
     tokenizer = folder / TOKENIZER
-    return ModelFolder(config, weights, task, tokenizer if os.path.lexists(tokenizer) else None)
+    found = tokenizer if os.path.lexists(tokenizer) else None
+    return ModelFolder(config, weights, task, found, tuple(objectives))

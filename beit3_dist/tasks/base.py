@@ -94,6 +94,10 @@ class Task(ABC):
     contrastive: ClassVar[bool] = False
     """Whether each example is told from all others of its step, image and text each encoded by itself."""
 
+    pretrained_by: ClassVar[str] = ""
+    """The pretraining objective whose models serve for the task without fine-tuning; none where it is inherited."""
+    pretrained = False
+    """Whether the model is as this objective has left it."""
     serves: ClassVar[tuple[str, ...]] = ()
     """Methods of `inference.Model` that a model of this task has beside `predict`. answer, classify and is_true say
     `predict` in other words; embed_images, embed_texts and caption are methods of the task, too."""

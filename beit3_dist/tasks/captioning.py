@@ -51,6 +51,7 @@ class Captioning(Task):
 
     one_prediction = "image_id"
     usual_text_length = 32  # unilm's
+    pretrained_by = "prefix_language_modeling"
     serves = ("caption",)
 
     def examples(self, train: bool) -> Sequence[Example]:
@@ -125,6 +126,7 @@ class Captioning(Task):
             beams=beams,
             length_penalty=length_penalty,
             max_words=longest,
+            at_mask=not self.pretrained,
             agree=agree,
         )
         padded = [caption + [self.tokenizer.pad] * (1 + longest - len(caption)) for caption in captions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -49,6 +49,11 @@ def task_class(name: str) -> type[Task]:
     if name not in _registered:
         raise ValueError(f"task={name!r} is not one of {', '.join(task_names())}, nor that of an imported plugin")
     return _registered[name]
+
+
+def pretrained_tasks(objectives: Iterable[str]) -> list[str]:
+    """The tasks that a model pretrained by these objectives serves for as it is."""
+    return [name for name in task_names() if vars(task_class(name)).get("pretrained_by") in set(objectives)]
 
 
 def summaries() -> str:

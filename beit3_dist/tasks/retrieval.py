@@ -54,6 +54,7 @@ class Retrieval(Contrastive):
     """Image-text contrast over the examples of all ranks. Labels: number of the image, int64 [B]."""
 
     reads_text = True
+    pretrained_by = "contrastive"
 
     @staticmethod
     def read(number: int, record: Record, rules: Rules) -> Example:

@@ -42,7 +42,7 @@ def pictures(count: int) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def plain_logits(model: BEiT3, images: Tensor, words: Tensor, asked: int | None) -> Tensor:
+def plain_logits(model: BEiT3, images: Tensor, words: Tensor, asked: int | None = MASK) -> Tensor:
     """Logits [B, V] of the word after words [B, n], by encoding picture, words and a mask from the beginning."""
     text = words if asked is None else torch.cat([words, torch.full((len(words), 1), asked)], dim=1)
     mask = caption_mask(1 + model.config.patches, text.shape[1])

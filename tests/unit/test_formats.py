@@ -381,6 +381,19 @@ def test_a_checkpoint_gives_no_other_file_away(
     assert not (tmp_path / "ours").exists()
 
 
+def test_a_folder_says_what_its_model_was_pretrained_by(tmp_path: Path) -> None:
+    train_tokenizer(tmp_path / "text.spm")
+    config = replace(TINY, vocab_size=310)
+    values = {name: parameter.detach() for name, parameter in BEiT3(config).named_parameters()}
+    names = ["masked_data_modeling", "prefix_language_modeling"]
+    recipe = f"text_tokenizer: {tmp_path / 'text.spm'}\nobjectives: {{{names[0]}: {{}}, {names[1]}: {{texts: true}}}}\n"
+    run = write_checkpoint(tmp_path / "step_0000007", values=values, model=config, recipe=recipe)
+    main([str(run), str(tmp_path / "model"), "--to", "safetensors"])
+    main([str(run), str(tmp_path / "encoder"), "--to", "safetensors", "--heads", "drop"])
+    assert read_model_folder(tmp_path / "model").objectives == tuple(names)
+    assert read_model_folder(tmp_path / "encoder").objectives == ()
+
+
 def test_a_vqa_model_answers_after_its_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From a released file with --answers, and from a run with the list that it read."""
     train_tokenizer(tmp_path / "text.spm")

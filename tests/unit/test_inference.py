@@ -12,9 +12,11 @@ import sentencepiece
 import torch
 from PIL import Image
 
-from beit3_dist.checkpoint.model_folder import save_model_folder
+from beit3_dist.checkpoint.model_folder import read_model_folder, save_model_folder
 from beit3_dist.config import ModelConfig
+from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model, open_image
+from beit3_dist.model import BEiT3
 from beit3_dist.tasks.data.augmentation import IMAGENET
 from beit3_dist.tasks.parts import generation
 from beit3_dist.tasks.registry import task_class
@@ -193,6 +195,54 @@ def test_what_a_task_does_not_offer(folders: dict[str, Path], pictures: list[Pat
         with pytest.raises(ValueError, match=r"was fine-tuned for (retrieval|vqa); .* need a model of task") as error:
             use(model)
         assert "\n" not in str(error.value)
+
+
+OBJECTIVES = ("masked_data_modeling", "prefix_language_modeling", "contrastive")
+
+
+def pretrained(folder: Path, tokenizer: Path, objectives: tuple[str, ...]) -> Path:
+    """A model as pretraining by these objectives leaves it, with the heads of all of them."""
+    config = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vl_expert_layers=1,
+                         vocab_size=PIECES + 10, visual_vocab_size=8, max_text_length=12)  # fmt: skip
+    network, draw = BEiT3(config), torch.Generator().manual_seed(0)
+    values = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    if "contrastive" in objectives:
+        head = task_class("retrieval").network(config).task_head
+        values |= {f"objective_heads.contrastive.{name}": p.detach() for name, p in head.named_parameters()}
+    weights = {name: value + 0.2 * torch.randn(value.shape, generator=draw) for name, value in values.items()}
+    save_model_folder(folder, weights, config, text_tokenizer=tokenizer, objectives=objectives)
+    return folder
+
+
+def test_a_pretrained_model_writes_captions(tmp_path: Path, tokenizer: Path, pictures: list[Path]) -> None:
+    """After prefix language modelling, in its own form: what is next is told at the last word."""
+    model = Model.load(pretrained(tmp_path / "model", tokenizer, OBJECTIVES[:2]), device="cpu")
+    written = model.caption(pictures, max_words=5)
+    words, pixels = TextTokenizer(str(tokenizer)), model._pixels(pictures)
+    expected = generation.generate(model.network, pixels, words, max_words=5, at_mask=False)
+    at_mask = generation.generate(model.network, pixels, words, max_words=5)
+    assert written == [words.decode(caption) for caption in expected] and expected != at_mask
+    with pytest.raises(ValueError, match="embeddings need a model of task"):
+        model.embed_images(pictures)
+
+
+def test_a_pretrained_models_contrast_is_used(tmp_path: Path, tokenizer: Path, pictures: list[Path]) -> None:
+    folder = pretrained(tmp_path / "model", tokenizer, OBJECTIVES)
+    model = Model.load(folder, device="cpu", task="retrieval")
+    vectors, heads = model.embed_images(pictures), read_model_folder(folder).weights
+    cls = (
+        model.network.encode(model._pixels(pictures))[:, 0] @ heads["objective_heads.contrastive.vision_head.weight"].T
+    )
+    torch.testing.assert_close(vectors, torch.nn.functional.normalize(cls, dim=1))
+    assert len(Model.load(folder, device="cpu", task="captioning").caption(pictures[:1], max_words=2)) == 1
+    for task, message in {
+        None: "is a pretrained model that serves for captioning and retrieval: name one, task=",
+        "vqa": "holds a pretrained model that none of its objectives fits for vqa; launchers/finetune.py",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Model.load(folder, device="cpu", task=task)
+    with pytest.raises(ValueError, match="was fine-tuned for vqa, not for captioning"):
+        Model.load(save(tmp_path / "vqa", "vqa", tokenizer), task="captioning")
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, tokenizer: Path) -> None:

@@ -57,14 +57,16 @@ def generate(
     beams: int = 3,
     length_penalty: float = 0.6,
     max_words: int = 31,
+    at_mask: bool = True,
     agree: Callable[[bool], bool] = lambda done: done,
 ) -> list[list[int]]:
     """The best caption found of each image [B, 3, S, S], without <s> and </s>. An image's does not depend on which
     others are in the batch.
 
-    `max_words` counts </s>; a caption that reaches it is cut there, and competes as it is. `agree`: called after every
-    step with whether all images of this process are done; the search ends when it returns True. Under ZeRO-3 and
-    tensor parallelism all ranks must end at the same step: let it be a reduction over the ranks.
+    `max_words` counts </s>; a caption that reaches it is cut there, and competes as it is. `at_mask`: whether the model
+    was taught to tell a word at a <mask> in its place, or at the word before it, see `Decoder.step`. `agree`: called
+    after every step with whether all images of this process are done; the search ends when it returns True. Under
+    ZeRO-3 and tensor parallelism all ranks must end at the same step: let it be a reduction over the ranks.
 
     Raises ValueError for numbers that cannot be, RuntimeError where the model's logits are not finite.
     """
@@ -72,8 +74,9 @@ def generate(
     decoder = Decoder(model, images, beams, max_words)
     search = _Search(beams, length_penalty, max_words)
     beam = _Beams(len(images), vocabulary, model.config.vocab_size, search, images.device)
+    mask = vocabulary.mask if at_mask else None
     for _ in range(max_words):
-        beam.extend(decoder.step(beam.last_words, vocabulary.mask), decoder.follow)
+        beam.extend(decoder.step(beam.last_words, mask), decoder.follow)
         if agree(bool(beam.done.all())):
             break
     return beam.best()
