@@ -54,7 +54,7 @@ def batch_of(prefixes: dict[str, list[int]]) -> MicroBatch:
 
 def read(of: PretrainingModule, batch: MicroBatch) -> tuple[Tensor, Tensor, list[int]]:
     """Logits [M, V] of the read tokens, their targets [M], and how many each loss has."""
-    inputs, reading, _ = of.objectives.prepare(batch, CPU)
+    inputs, reading, _ = of.objectives.prepare(replace(batch), CPU)  # what is known of a batch is remembered
     assert reading is not None
     (targets,) = reading.targets
     return of.model.text_logits(of.model.hidden(inputs, reading.selection)), targets.words, targets.counts
@@ -108,7 +108,7 @@ def test_the_prefix_sees_itself_and_image_patches_see_it() -> None:
     hidden = {}
     for prefix in (3, 0):
         samples.annotations[NAME]["prefix"][:] = prefix
-        hidden[prefix] = model.model.hidden(model.objectives.prepare(batch, CPU)[0])
+        hidden[prefix] = model.model.hidden(model.objectives.prepare(replace(batch), CPU)[0])
     assert (hidden[3] - hidden[0])[: 2 * PATCHES].abs().amax(1).min() > 1e-4  # patches saw words
     samples.annotations[NAME]["prefix"][:] = 3
     samples.text[:, 2] = 4 + (samples.text[:, 2] - 3) % 50
