@@ -20,7 +20,7 @@ from beit3_dist.parallel.mesh import read_mesh
 from beit3_dist.run.preflight import prepare_run
 from beit3_dist.train.pretraining import pretrain
 from tests.integration.runs import metrics, reproducible, run_config
-from tests.parallel.workers import free_port
+from tests.parallel.workers import PRELOAD, free_port
 from tests.unit.tar_fixtures import picture, write_tar
 from tools import verify_order
 
@@ -45,7 +45,7 @@ def attempt(config: RunConfig, port: int, answer: Connection) -> None:
 def start(config: RunConfig) -> tuple[BaseProcess, Connection]:
     """One process of the run, from the fork server that has imported everything, and where its answer comes from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.train.pretraining"])
+    context.set_forkserver_preload(PRELOAD)
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=attempt, args=(config, free_port(), send), daemon=True)
     process.start()
