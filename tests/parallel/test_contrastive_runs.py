@@ -37,7 +37,7 @@ CASES = [(form, name) for form, names in OF_FORM.items() for name in names if RU
 
 
 def config_of(folder: Path, form: str, name: str) -> RunConfig:
-    """A run with 8 pairs a step. The seed: contrast's gradient of the CLS token is a sum over images that cancels, under
+    """A run with 8 pairs a step. The seed: contrast's gradient of the CLS token is a sum over images that cancels, with
     seed 0 so far that one process strays 0.6 of the bound from itself with other micro-batches."""
     _, accumulation, parallel = RUNS[name]
     config = run_config(folder)
