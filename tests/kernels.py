@@ -5,7 +5,11 @@ The tests of it go by the registry, on the CPU (Triton's by its interpreter) and
 
 from __future__ import annotations
 
+import inspect
+import os
+import sys
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -22,6 +26,29 @@ TOLERANCE = {
 }
 """Relative, by norms, for each rounding to the type on the way: some tens of roundings of fp64 and of fp32, in which
 sums are kept; one or two of fp16's 11 bits and of bf16's 8 bits. On a GPU sums have some thousand terms."""
+
+
+def remember_builtins() -> None:
+    """Triton's interpreter looks for the language's builtins at each call of a function, a third of its time. They do
+    not change: from here on it finds them once."""
+    from triton.runtime import interpreter
+
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @cache
+    def builtins(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+
+    def patch_builtin(package: object, builder: object, scope: object) -> None:
+        for name in builtins(package):
+            if is_builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if "TRITON_INTERPRET" in os.environ and sys.platform == "linux":
+    remember_builtins()
 
 
 def versions() -> list[object]:
