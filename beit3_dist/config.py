@@ -408,7 +408,7 @@ class JobConfig:
     """Seed of everything that is drawn: initial values, order, crops, masks, drop path."""
     steps: int = 1_000_000
     """Optimizer steps of the whole run."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: str = "bf16"
     """bf16: matrix products in bf16. fp32: everything in fp32."""
     deterministic: bool = False
     """Whether a GPU computes the same bits at every run, so that a resumed run is the undisturbed one bit for bit there
@@ -444,10 +444,12 @@ class TrainingConfig(JobConfig):
 
     text_tokenizer: str
     """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp8", "fp8_emulated", "fp32"] = "bf16"
     """bf16: bf16 parameters and activations, fp32 masters and gradient accumulation; DeepSpeed sums gradients over the
     replicas in bf16 (a `deepspeed_config` with "communication_data_type": "fp32" sends twice as much and rounds less).
-    fp32: everything in fp32."""
+    fp8: as bf16, but the products of the blocks' projections and experts in fp8, by the package torchao, on H100, L40
+    and newer; not with tensor parallelism. fp8_emulated: the same roundings on any device, slower than bf16, to see
+    what fp8 would learn. fp32: everything in fp32."""
     activation_checkpointing: Recompute | list[Recompute] = "none"
     """What is recomputed in the backward pass. attention: softmax(q k') v; selective: that and the experts' FFNs; full:
     whole blocks. A list has one entry per pipeline rank: rank r of p holds the activations of p - r micro-batches."""
@@ -506,6 +508,11 @@ class TrainingConfig(JobConfig):
         """What the blocks of a pipeline rank recompute."""
         modes = self.activation_checkpointing
         return modes if isinstance(modes, str) else modes[pipeline_rank]
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether parameters and activations are in bf16; else they are in fp32."""
+        return self.precision != "fp32"
 
     @property
     def accumulation(self) -> int:

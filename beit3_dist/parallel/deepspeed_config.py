@@ -110,7 +110,7 @@ def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, An
                 f"leave it out (there are {', '.join(_PASSED_ON)})"
             )
     micro_batch = sum(config.micro_batch(data_parallel))
-    bf16 = config.precision == "bf16"
+    bf16 = config.in_bf16
     accumulate = "fp32" if bf16 else None
     expected = {  # DeepSpeed's name -> (value, the run config's name)
         "train_batch_size": (micro_batch * data_parallel * config.accumulation, "batch"),

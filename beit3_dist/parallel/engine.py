@@ -27,6 +27,7 @@ from beit3_dist.model.initialization import Values, materialize
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
+from beit3_dist.parallel.float8 import product_of_blocks
 from beit3_dist.parallel.fragments import clamp_parameters
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
@@ -82,7 +83,7 @@ class Engine:
         self.model, self.whole_shapes, self.cuts = built
         self.model.blocks.recompute = config.recompute(self.mesh.pipeline_rank)
         self.model.blocks.recompute_every = config.activation_checkpointing_every
-        use_kernels(self.model, config.kernels, config.attention_kernel)
+        use_kernels(self.model, config.kernels, config.attention_kernel, product_of_blocks(config.precision))
         if chosen_kernels(config.kernels) != "torch":
             set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what computes it
         zero = settings["zero_optimization"]
@@ -230,7 +231,7 @@ def _build_model(
     `model` comes on the meta device and is cut to the rank's parts and stages; then it gets memory and values module by
     module; under ZeRO-3 each is sharded before the next one is made, so that no rank ever holds the whole model.
     """
-    mesh, dtype = groups.mesh, torch.bfloat16 if config.precision == "bf16" else torch.float32
+    mesh, dtype = groups.mesh, torch.bfloat16 if config.in_bf16 else torch.float32
     whole_shapes, cuts = {name: parameter.shape for name, parameter in model.named_parameters()}, cuts_of(model)
     if mesh.tensor > 1:
         apply_tensor_parallelism(model, groups.tensor, config.parallel.sequence)

@@ -25,13 +25,13 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import Recompute
-from beit3_dist.kernels.linear import Linear
+from beit3_dist.kernels.linear import Linear, Product
 from beit3_dist.kernels.registry import Function
 from beit3_dist.kernels.residual_norm.definition import Branch, Norms
 from beit3_dist.kernels.varlen_attention.definition import VarlenAttention
 from beit3_dist.model.attention import attend
 from beit3_dist.model.block import Block
-from beit3_dist.model.multiway import FeedForward, Multiway
+from beit3_dist.model.multiway import FeedForward, Multiway, join
 from beit3_dist.model.token_layout import Packing, Segments, Selection, TokenLayout
 
 
@@ -51,10 +51,17 @@ def add(x: Tensor | Unadded, residual_norm: Function) -> Tensor:
 
 class FusedForward:
     """`Block.forward` of one block. `kernels`: who computes each operation. `core`: attention over samples of
-    different lengths, or None for torch's over padded ones."""
+    different lengths, or None for torch's over padded ones. `product`: what multiplies in the projections, or None for
+    torch."""
 
-    def __init__(self, block: Block, kernels: Mapping[str, Function], core: VarlenAttention | None) -> None:
-        self._block, self._kernels, self._core = block, kernels, core
+    def __init__(
+        self,
+        block: Block,
+        kernels: Mapping[str, Function],
+        core: VarlenAttention | None,
+        product: Product | None = None,
+    ) -> None:
+        self._block, self._kernels, self._core, self._product = block, kernels, core, product
         self._sharded = any(hasattr(parameter, "ds_id") for parameter in block.parameters())
         """By ZeRO-3, which is told of the tensors that go in and out of a block."""
 
@@ -113,6 +120,8 @@ class FusedForward:
     def _carries_bias(self) -> bool:
         """Whether the values' bias goes through the output projection instead of the attention."""
         attention = self._block.attention
+        if self._product is not None:
+            return False
         return len(attention.q.experts) == 1 and attention.inner_norm is None and not self._sharded
 
     def _project(self, slices: list[Tensor], layout: TokenLayout, packing: Packing | None) -> Tensor:
@@ -124,6 +133,9 @@ class FusedForward:
             for expert in attention.q.experts
             for projection in (attention.q, attention.k, attention.v)
         ]
+        if self._product is not None:
+            qkv = _projected(self._product, slices, parameters, packing)
+            return qkv.view(len(qkv), 3, -1, attention.head_dim)
         pairs = None
         if packing is not None:
             first, pair_patches, pair_words, _ = layout.segments
@@ -183,6 +195,15 @@ def _norms(multiway: Multiway, layout: Segments, place_T: Tensor | None = None) 
 def _product(linear: Linear, x: Tensor) -> Tensor:
     """x W' without the bias, by the layer's own product: under ZeRO-3 it keeps no gathered weights."""
     return linear.compute(x, linear.weight, None)
+
+
+def _projected(product: Product, slices: list[Tensor], parameters: list[Tensor], packing: Packing | None) -> Tensor:
+    """What `_Projection` computes, by another product."""
+    experts = len(slices)
+    weights, biases = parameters[: 3 * experts], parameters[3 * experts :]
+    three = [slice(3 * e, 3 * e + 3) for e in range(experts)]
+    qkv = join([product(x, torch.cat(weights[of]), torch.cat(biases[of])) for x, of in zip(slices, three, strict=True)])
+    return qkv if packing is None else _Permute.apply(qkv, packing.order, packing.place)
 
 
 class _Permute(torch.autograd.Function):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from beit3_dist.config import ModelConfig, require
 from beit3_dist.kernels.layer_norm import LayerNorm
-from beit3_dist.kernels.linear import Linear
+from beit3_dist.kernels.linear import Linear, Product
 from beit3_dist.kernels.registry import Function, Place, Sizes, Version, operations
 from beit3_dist.kernels.triton import lacks as triton_lacks
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
@@ -88,17 +90,17 @@ def check_kernels(kernels: str, attention: str = "auto", precision: str = "bf16"
         require(not lacking, f"kernels=triton needs {lacking}: use kernels=torch")
     if attention not in ("auto", "padded"):
         require(
-            chosen_kernels(kernels) == "triton" and precision == "bf16" and torch.cuda.is_available(),
-            f"attention_kernel={attention} needs kernels=triton, precision=bf16 and a CUDA device: use "
+            chosen_kernels(kernels) == "triton" and precision != "fp32" and torch.cuda.is_available(),
+            f"attention_kernel={attention} needs kernels=triton, precision=bf16 or fp8 and a CUDA device: use "
             "attention_kernel=padded",
         )
         lacking = VARLEN_ATTENTION.version(attention).lacks(Place(_device(), torch.bfloat16, 0))
         require(not lacking, f"attention_kernel={attention} needs {lacking}: use attention_kernel=auto")
 
 
-def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
-    """Makes the model compute by `kernels` and `attention_kernel`. Call it once it is cut to the rank's parts and
-    stages."""
+def use_kernels(model: BEiT3, choice: str, attention: str = "auto", product: Product | None = None) -> None:
+    """Makes the model compute by `kernels` and `attention_kernel`. `product`: what multiplies in the blocks instead of
+    their layers' own. Call it once the model is cut to the rank's parts and stages."""
     kernels, dtype, known = chosen_kernels(choice), next(model.parameters()).dtype, operations()
     chosen = chosen_versions(kernels, dtype, model.config)
     functions = {name: known[name].function(version) for name, version in chosen.items()}
@@ -109,6 +111,10 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
             module.forward = partial(_head_losses, module, functions["head_cross_entropy"])  # type: ignore[method-assign]
         elif isinstance(module, Head) and "cross_entropy_in_place" in functions:
             module.loss = functions["cross_entropy_in_place"]
+    if product is not None:
+        for module in model.blocks.modules():
+            if isinstance(module, Linear):
+                module.compute = product
     if kernels == "compiled":
         from beit3_dist.parallel.compiled import CompiledForward  # needs a newer torch than all else
 
@@ -120,11 +126,26 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto") -> None:
         attention, varlen = chosen_attention(attention, kernels, dtype, head_dim), VARLEN_ATTENTION
         core = None if attention == "padded" else varlen.function(varlen.version(attention))
         of_blocks = {name: operation.definition for name, operation in known.items()} | functions
+        if product is not None:
+            of_blocks |= _behind(product, of_blocks["gelu_layer_norm"])
         for block in model.blocks.values():
             assert isinstance(block, Block)
             if all(type(projection) is Linear for projection in block.attention.out.values()):  # else it is cut
-                block.forward = FusedForward(block, of_blocks, core)  # type: ignore[method-assign, assignment]
+                block.forward = FusedForward(block, of_blocks, core, product)  # type: ignore[method-assign, assignment]
                 model.blocks.leave = partial(_add_last, of_blocks["residual_norm"])
+
+
+def _behind(product: Product, gelu_layer_norm: Function) -> dict[str, Function]:
+    """The operations that begin with a product, by another one."""
+
+    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep_T: Tensor | None = None) -> Tensor:
+        hidden = gelu(product(x, weight, bias))
+        return hidden if keep_T is None else hidden * keep_T[:, None]
+
+    def linear_gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *norm: Any) -> Tensor:
+        return gelu_layer_norm(product(x, weight, bias), *norm)
+
+    return {"linear_gelu": linear_gelu, "linear_gelu_layer_norm": linear_gelu_layer_norm}
 
 
 def _head_losses(head: Head, compute: Function, hidden_MD: Tensor, targets: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def _record(
     config: RunConfig, data: int, zero: dict[str, Any], count: int, pipeline_rank: int, tensor_rank: int
 ) -> StateBytes:
     """The formulas of the module's docstring; count: P."""
-    stage, bf16 = config.parallel.zero_stage, config.precision == "bf16"
+    stage, bf16 = config.parallel.zero_stage, config.in_bf16
     size, sharded = 2 if bf16 else 4, count / data
     if stage == 0:
         bucket = 4 * min(ENGINE_BUCKET, count)

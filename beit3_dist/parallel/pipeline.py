@@ -214,7 +214,7 @@ class Pipeline:
             mesh.data,
         )
         self._backwards = 0
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if config.in_bf16 else torch.float32
         x = torch.zeros(module.tokens, config.model.width, dtype=dtype, device=mesh.device)
         self._nothing = torch.zeros(self.micro_batches, 1, dtype=dtype, device=mesh.device)
         total = mesh.pipeline * self.chunks

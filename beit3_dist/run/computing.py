@@ -21,7 +21,7 @@ def computed_by(config: JobConfig, device: torch.device) -> str:
     ]
     if isinstance(config, TrainingConfig):
         kernels = chosen_kernels(config.kernels)
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if config.in_bf16 else torch.float32
         head_dim = config.model.width // config.model.heads
         attention = chosen_attention(config.attention_kernel, kernels, dtype, head_dim)
         parts += [f"kernels {kernels}", f"attention {attention}"]

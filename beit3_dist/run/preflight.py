@@ -18,6 +18,7 @@ from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.float8 import check_float8
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.pipeline import check_pipeline
@@ -54,6 +55,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
     check_kernels(config.kernels, config.attention_kernel, config.precision)
+    check_float8(config)
     check_pipeline(config)
     objectives = objectives_of(config)
     for objective in objectives:

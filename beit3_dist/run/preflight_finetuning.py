@@ -13,6 +13,7 @@ from beit3_dist.config import require
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
+from beit3_dist.parallel.float8 import check_float8
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.tensor import check_tensor
@@ -64,6 +65,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
     check_kernels(config.kernels, config.attention_kernel, config.precision)
+    check_float8(config)
     tokenizer = TextTokenizer(config.text_tokenizer)
     tokenizer.check_vocab(config.model.vocab_size)
     task = task_class(config.task)(config, tokenizer, names_of(config))

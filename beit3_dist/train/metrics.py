@@ -45,7 +45,7 @@ def pace(mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str,
 def speed(config: TrainingConfig, mesh: Mesh, samples: int, batch: StepBatch, step_s: float) -> dict[str, Any]:
     """As `pace`, and how fast the devices compute."""
     flops_per_device = batch.known.flops / mesh.world / step_s
-    peak = peak_flops(mesh.device) if config.precision == "bf16" else None  # the table holds bf16 rates
+    peak = peak_flops(mesh.device) if config.in_bf16 else None  # of fp8 too it is a share of the bf16 rate
     return {
         **pace(mesh, samples, batch, step_s),
         "tflops_per_device": flops_per_device / 1e12,
