@@ -57,7 +57,7 @@ def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: TokenLayou
     patches, words = list(parts[0][0]), list(parts[0][1])  # what stays is empty
     first_words = len(patches) - sum(group.fused for group in layout.groups)  # groups without words come first
     for number, group in enumerate(layout.groups):
-        if group.samples == 0:
+        if group.samples * (group.patches + group.words) == 0:
             continue
         of_patches = number if group.kind < 2 else None
         of_words = number - first_words if group.kind > 0 else None

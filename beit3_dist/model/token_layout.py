@@ -13,6 +13,7 @@ Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -47,6 +48,8 @@ class Group:
     """Whether every token may attend to every other one of its sample; else `mask` says more than what is padding."""
     fused: bool = False
     """Whether these are pairs, whose tokens the vision-language experts take; else images or texts alone."""
+    filler: bool = False
+    """Whether these words belong to no sample: nobody reads them, they make up a number of tokens that comes again."""
 
     @property
     def kind(self) -> int:
@@ -102,6 +105,17 @@ def prefix_mask(patches: int, words: int, prefixes: Tensor) -> Tensor:
     """
     place = torch.arange(patches + words)
     return (place <= place[:, None]) | (place < patches + prefixes[:, None, None])
+
+
+def fill(groups: Sequence[Group], kinds: Sequence[int], multiple: int) -> tuple[Group, ...]:
+    """The groups, and behind those of each of `kinds` (see `Group.kind`) words that belong to no sample, so that the
+    words of this kind are a multiple."""
+    filled = list(groups)
+    for kind in kinds:
+        place = max(number for number, group in enumerate(filled) if group.kind == kind) + 1
+        words = sum(group.real_words for group in filled if group.kind == kind)
+        filled.insert(place, Group(1, 0, -words % multiple, fused=kind == 1, filler=True))
+    return tuple(filled)
 
 
 @dataclass(frozen=True)
@@ -181,9 +195,15 @@ class TokenLayout(Segments):
             total(self.word_groups, words, False),
         )
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of samples."""
+        return sum(g.samples * g.patches + g.real_words for g in self.groups if not g.filler)
+
     def word_positions(self, device: torch.device) -> Tensor:
         """Position of each real word in its text, int64 [words]."""
-        return _cat([group.positions(device) for group in self.word_groups], device)
+        groups = self.word_groups  # the table of positions may be shorter than a filler
+        return _cat([group.positions(device) * (not group.filler) for group in groups], device)
 
     def token_samples(self, device: torch.device) -> Tensor:
         """Sample of each token, int64 [T], counted over the groups."""
@@ -198,11 +218,12 @@ class TokenLayout(Segments):
         return torch.cat([*patches, *words])
 
     def packed(self, words: list[Tensor]) -> Tensor:
-        """The real words of padded ones, [B, L] of each group with words, in the layout's order: [real words]."""
-        flat = [
-            padded.flatten() if group.index is None else padded.flatten()[group.index]
-            for group, padded in zip(self.word_groups, words, strict=True)
-        ]
+        """The real words of padded ones, [B, L] of each group of samples with words, in the layout's order: [real
+        words]. Those of fillers are zeros."""
+        flat, left = [], iter(words)
+        for group in self.word_groups:
+            padded = torch.zeros(group.words, dtype=torch.int64) if group.filler else next(left).flatten()
+            flat.append(padded if group.index is None else padded[group.index])
         return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.int64)
 
     @cached_property

@@ -55,9 +55,14 @@ class Places:
     def __init__(self, layout: TokenLayout, views: Sequence[View]) -> None:
         patches, words = layout.pieces
         starts = np.cumsum([0, *patches, *words]).tolist()
-        self._groups = dict(zip(views, layout.groups, strict=True))
-        self._patches = dict(zip([v for v in views if v.image], starts, strict=False))
-        self._words = dict(zip([v for v in views if v.text], starts[len(patches) :], strict=False))
+        of_patches, of_words = starts[: len(patches)], starts[len(patches) : -1]
+        own = [
+            [start for group, start in zip(groups, some, strict=True) if not group.filler]
+            for groups, some in ((layout.patch_groups, of_patches), (layout.word_groups, of_words))
+        ]
+        self._groups = dict(zip(views, (group for group in layout.groups if not group.filler), strict=True))
+        self._patches = dict(zip([v for v in views if v.image], own[0], strict=True))
+        self._words = dict(zip([v for v in views if v.text], own[1], strict=True))
 
     def patches(self, view: View, mask: Tensor) -> Tensor:
         """Rows, int64 [M], of the patches in `mask`, bool [n, patches]."""

@@ -100,7 +100,7 @@ def plan_stages(config: RunConfig, largest: TokenLayout, last_flops: float) -> S
     if config.parallel.pipeline == 1:
         return None
     model, d = config.model, config.model.width
-    images, tokens = sum(group.samples for group in largest.patch_groups), sum(largest.segments)
+    images, tokens = sum(g.samples for g in largest.patch_groups if g.patches), sum(largest.segments)
     # Per block: projections and FFN; attention's own products are alike in all blocks and left out.
     block = 3.0 * tokens * (8 * d * d + 4 * d * model.ffn_width)
     embedding = 3.0 * 2 * images * model.patches * 3 * model.patch_size**2 * d

@@ -110,6 +110,4 @@ def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives) 
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in objectives.build().named_parameters()}
         weights = read_initial_weights(Path(config.init_from), config.model, shapes)
-    return lambda name, shape: (
-        weights[name] if name in weights else objectives.first_value(name, shape, config.seed)
-    )
+    return lambda name, shape: weights[name] if name in weights else objectives.first_value(name, shape, config.seed)

@@ -72,7 +72,7 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
     flops = encoder_flops(objectives.model, len(images), captions, texts, len(known.united), unseen)
     return Totals(
         counts,
-        tokens=sum(known.layout.segments),
+        tokens=known.layout.tokens,
         flops=flops + 3 * int(objectives.head_flops(counts)),
         replaced=len(batch.faults),
         hash_terms=hash_terms(batch),

@@ -63,11 +63,11 @@ class Layout:
         """Data, tensor and pipeline ranks."""
         return self.data, self.tensor, self.pipeline
 
-    def run(self, workers: KeptWorkers, precision: str = "fp32") -> Trace:
-        """What the run does."""
+    def run(self, workers: KeptWorkers, precision: str = "fp32", multiple: int | None = None) -> Trace:
+        """What the run does. `multiple`: of which the captions' words are filled up to be one."""
         config = self.config(precision)
         of_mesh = workers.of(math.prod(self.mesh), self.tensor, self.pipeline)
-        return assemble(of_mesh.run(engine_run, config, self.sgd), config)
+        return assemble(of_mesh.run(engine_run, config, self.sgd, None, multiple), config)
 
 
 LAYOUTS = {
@@ -197,6 +197,14 @@ def workers() -> Iterator[KeptWorkers]:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layout_equals_one_process(layout: Layout, workers: KeptWorkers) -> None:
     compare(layout.run(workers), layout)
+
+
+@pytest.mark.parametrize(
+    "name", ["tp2-zero0-sequence-sgd", "pp2-zero3-interleaved-sgd", "tp2pp2-zero3-sequence-every-second"]
+)
+def test_captions_that_are_filled_up_change_no_layout(name: str, workers: KeptWorkers) -> None:
+    layout = LAYOUTS[name]
+    compare(layout.run(workers, multiple=13), layout)
 
 
 @pytest.mark.slow

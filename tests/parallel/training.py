@@ -148,10 +148,12 @@ class Trace:
 
 
 def engine_run(
-    groups: Groups, config: RunConfig, sgd: bool = False, tokenize: Tokenize | None = None
+    groups: Groups, config: RunConfig, sgd: bool = False, tokenize: Tokenize | None = None, multiple: int | None = None
 ) -> dict[str, Any]:
-    """One rank of a run by our engine. Returns plain numbers and arrays. `tokenize`: an image tokenizer that runs."""
+    """One rank of a run by our engine. Returns plain numbers and arrays. `tokenize`: an image tokenizer that runs.
+    `multiple`: what captions are filled up to; None: as the device has it."""
     mesh, objectives = groups.mesh, objectives_of(config)
+    objectives.multiple = objectives.multiple if multiple is None else multiple
     engine = Engine(
         config,
         groups,

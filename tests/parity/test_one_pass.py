@@ -68,6 +68,33 @@ def test_one_pass_equals_three(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
+def test_words_that_belong_to_no_sample_change_nothing(config: ModelConfig) -> None:
+    """Captions are filled up to multiples of so many words on CUDA; 64 is more than one of them has. They count in no
+    loss and no statistic, and no parameter learns from them."""
+    results = []
+    for multiple in (1, 7, 64):
+        objective, batch, (*_, counts, number) = objective_and_step(config)
+        objective.objectives.multiple = multiple
+        batch = random_micro_batch(config)  # of the other one the layout is known
+        loss, statistics = objective(*prepared(objective, batch), counts, number)
+        loss.backward()
+        layout = objective.objectives.on_host(batch).layout
+        words = layout.segments[2]
+        assert words % multiple == 0 and layout.tokens == sum(layout.segments) - sum(
+            group.words for group in layout.groups if group.filler
+        )
+        results.append((loss, statistics, gradients(objective), layout.tokens, words))
+    (loss, statistics, plain, tokens, words), *filled = results
+    assert len({words, *(one[-1] for one in filled)}) == 3
+    for of_loss, of_statistics, of_gradients, of_tokens, _ in filled:
+        assert of_tokens == tokens
+        assert_close(of_loss, loss, "loss")
+        assert_close(of_statistics[0], statistics[0], "sums of cross-entropies")
+        assert torch.equal(of_statistics[1], statistics[1])
+        assert_tensors_close(of_gradients, plain)
+
+
+@pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
 def test_a_pair_is_encoded_fused_and_alone(config: ModelConfig) -> None:
     """Its image and its caption by themselves beside the pair: hidden states and gradients are those of one `encode`
     for each kind. They differ where products of other sizes add in another order: the bound of tests/equality.py."""

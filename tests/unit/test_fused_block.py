@@ -19,7 +19,7 @@ from beit3_dist.kernels.residual_norm.definition import Norms
 from beit3_dist.kernels.triton import launch, sums
 from beit3_dist.kernels.varlen_attention.definition import VarlenAttention, plain_varlen_attention
 from beit3_dist.model import BEiT3
-from beit3_dist.model.token_layout import Selection, TokenLayout, group
+from beit3_dist.model.token_layout import Selection, TokenLayout, fill, group
 from beit3_dist.parallel.fused import FusedForward, add
 from beit3_dist.parallel.kernels import use_kernels
 from tests.kernels import check
@@ -74,6 +74,15 @@ def test_packing_is_sample_by_sample() -> None:
         *range(8), 8, 9, 10, 11, 17, 18, 19, 20, 22, 23, 24, 25, 12, 13, 14, 15, 16, 21, 26, 27, 28, *range(29, 37),
     ]  # fmt: skip
     assert packing.place[packing.order].tolist() == list(range(37))
+
+
+def test_words_of_no_sample_are_a_sample_of_their_own() -> None:
+    """Also where there are none of them: how many samples attention has does not depend on it."""
+    filled = TokenLayout(fill(layout().groups, [1, 2], 4))
+    packing = filled.packing(torch.device(DEVICE))
+    assert filled.segments == (8, 12, 12, 8) and filled.tokens == 37
+    assert packing is not None and packing.cumulative.tolist() == [0, 4, 8, 17, 22, 29, 32, 34, 40, 40]
+    assert packing.place[packing.order].tolist() == list(range(40))
 
 
 def test_a_mask_beyond_padding_has_no_packing() -> None:
