@@ -136,7 +136,7 @@ def test_a_step() -> None:
     elements, tensors = sum(p.numel() for group in groups for p in group), sum(map(len, groups))
     padded = sum(-(-sum(p.numel() for p in group) // 2) * 2 for group in groups)
     lists = [-(-len(group) // 64) for group in groups]
-    assert one["attention's core"][0] == 2 * 3 * (1 + 3)
+    assert one["attention's core"][0] == 2 * 4 * (1 + 3)  # of each kind of samples, and of words that belong to none
     assert one["foreach_copy"] == (sum(lists), 6 * elements)  # bf16 gradients to fp32 sums
     assert one["foreach_norm"] == (-(-tensors // 110) + 1, 4 * elements + 4 * tensors)
     assert one["fused_adamw"][0] == 2 and 0 <= one["fused_adamw"][1] - 28 * padded <= 16  # and the counts of steps

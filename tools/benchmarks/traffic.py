@@ -48,7 +48,7 @@ from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model import BEiT3
-from beit3_dist.objectives.together import PretrainingModule
+from beit3_dist.objectives.together import ROUNDED, PretrainingModule
 from beit3_dist.parallel.kernels import chosen_function, use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
@@ -345,6 +345,7 @@ def account(
     from beit3_dist.parallel.engine import Accumulation  # imports DeepSpeed, as no other part of benchmark.py does
 
     traffic, objectives = Traffic(), objectives_for(model)
+    objectives.multiple = ROUNDED
     meta_groups = SimpleNamespace(mesh=SimpleNamespace(device=META, data=1))
     with on_meta(traffic), redirect_stdout(StringIO()):
         network = BEiT3(model, device="meta").to(torch.bfloat16)
