@@ -285,16 +285,18 @@ def guess(
     seen, found = SeenImages(batch, torch.device("cpu")), {}
     pixels, true = seen.by_stream(seen.model), seen.by_stream(codes.cpu())
     for stream, name in (("images", "image"), ("pairs", "pair_image")):
-        if stream in true:
+        if name in guessed:
             hidden, codes_P = batch.streams[stream].annotations[masked.name]["image_mask"][0], true[stream][0]
             filled = codes_P.masked_scatter(hidden, guessed[name])
             found[name] = Example(pixels[stream][0], hidden, codes_P, filled, [])
-    if "pairs" in batch.streams:
+    if "pair_image" in found:
         samples = batch.streams["pairs"]
         assert samples.text is not None and samples.lengths is not None
         words = samples.text[0, : int(samples.lengths[0])]
         mask = samples.annotations[masked.name]["text_mask"][0, : len(words)]
-        caption = chunks(run.shown.tokenizer, words, mask, words.masked_scatter(mask, guessed["pair_text"]))
+        caption = chunks(
+            run.shown.tokenizer, words, mask, words.masked_scatter(mask, guessed.get("pair_text", words[:0]))
+        )
         found["pair_image"] = replace(found["pair_image"], caption=caption)
     return found
 

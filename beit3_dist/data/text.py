@@ -13,6 +13,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 
 import numpy as np
 import sentencepiece
@@ -77,6 +78,12 @@ class TextTokenizer:
         self.rows = self.pieces + SPECIAL_ROWS
         self.words = range(4, self.pieces + 1)
         self.specials = (self.bos, self.pad, self.eos)
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """bool [rows]: whether an id begins a word, as pieces with a space in front do."""
+        spaced = [self.model.id_to_piece(piece).startswith("\u2581") for piece in range(self.pieces)]
+        return np.array([False, *spaced, *[False] * (SPECIAL_ROWS - 1)])
 
     def check_vocab(self, config_vocab_size: int) -> None:
         """Raises ValueError unless the model's word embedding has this tokenizer's number of rows."""

@@ -22,6 +22,8 @@ from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
 
 NAME = "masked_data_modeling"
 SECTION = f"objectives.{NAME}"
+IMAGE, TEXT = "image", "text"
+"""The sides of a sample."""
 
 
 @dataclass(kw_only=True)
@@ -29,11 +31,18 @@ class MaskedDataModelingConfig:
     """Masked data modelling."""
 
     image_mask_ratio: float = 0.4
-    """Share of patches masked, block-wise; the count is exact: round(ratio * patches)."""
+    """Share of patches masked, block-wise; the count is exact: round(ratio * patches). A side whose ratio is 0 is seen
+    whole and has no loss; an objective beside this one may have other uses of it."""
+    pair_image_mask_ratio: float | Literal["same"] = "same"
+    """Of the images of pairs; same: as image_mask_ratio. 0: captions are masked beside whole images, as in VLMo,
+    ViLT and ALBEF."""
     text_mask_ratio: float = 0.15
     """Share of a text's words masked; the count is exact: max(1, round(ratio * words))."""
     caption_mask_ratio: float = 0.5
-    """Share of a caption's words masked; exact as above."""
+    """Share of a caption's words masked; exact as above. 0: images are masked beside whole captions."""
+    whole_words: bool = False
+    """Whether all pieces of a word are masked or none (ViLT, VLMo): ratios and counts are of whole words. One begins
+    where SentencePiece has a space; a script without spaces has few."""
     mask_token_share: float = 0.8
     """Share of the masked words that are replaced by <mask> (the paper is silent; BERT's 80/10/10)."""
     random_token_share: float = 0.1
@@ -51,8 +60,13 @@ class MaskedDataModelingConfig:
     """Weight of the caption loss of pairs."""
 
     def __post_init__(self) -> None:
-        for name in ("image_mask_ratio", "text_mask_ratio", "caption_mask_ratio"):
-            require(0 < getattr(self, name) < 1, f"{SECTION}.{name}={getattr(self, name)} is not in (0, 1)")
+        ratios = {name: value for name, value in vars(self).items() if name.endswith("_ratio") and value != "same"}
+        for name, ratio in ratios.items():
+            require(0 <= ratio < 1, f"{SECTION}.{name}={ratio} is not in [0, 1)")
+        require(
+            self.mask_pairs == "both" or min(self.of_pair_images, self.caption_mask_ratio) > 0,
+            f"{SECTION}.mask_pairs=one masks either side of some pairs, but the ratio of one side is 0: use both",
+        )
         require(
             min(self.mask_token_share, self.random_token_share) >= 0
             and self.mask_token_share + self.random_token_share <= 1,
@@ -60,6 +74,11 @@ class MaskedDataModelingConfig:
         )
         for name in ("image_weight", "text_weight", "pair_image_weight", "pair_text_weight"):
             require(getattr(self, name) >= 0, f"{SECTION}.{name}={getattr(self, name)} is negative")
+
+    @property
+    def of_pair_images(self) -> float:
+        """Share of the patches of pairs that are masked."""
+        return self.image_mask_ratio if self.pair_image_mask_ratio == "same" else self.pair_image_mask_ratio
 
 
 @dataclass(frozen=True)
@@ -81,29 +100,36 @@ WORD = "the word {}: does text_tokenizer know this language?"
 
 
 class MaskedDataModeling(Objective):
-    """Up to four losses, each a cross-entropy: of the patches and the words of each stream that has them."""
+    """Up to four losses, each a cross-entropy: of the masked patches and words of each stream that has such."""
 
     name = NAME
     Config = MaskedDataModelingConfig
 
     def __init__(self, config: MaskedDataModelingConfig, run: RunConfig) -> None:
         super().__init__(config, run)
-        self.views = [View(s.field, s.has_images, s.has_text, masked_by=self.name) for s in self.streams]
+        self._ratios = {
+            (Stream.IMAGES, IMAGE): config.image_mask_ratio,
+            (Stream.TEXTS, TEXT): config.text_mask_ratio,
+            (Stream.PAIRS, IMAGE): config.of_pair_images,
+            (Stream.PAIRS, TEXT): config.caption_mask_ratio,
+        }
+        self._sides = [side for side, ratio in self._ratios.items() if side[0] in self.streams and ratio > 0]
+        require(bool(self._sides), f"{SECTION}: of all streams that batch has the mask ratios are 0")
+        views = {s: View(s.field, s.has_images, s.has_text, masked_by=self.name) for s in self.streams}
+        self.views = [view for stream, view in views.items() if stream in {masked for masked, _ in self._sides}]
         codes, words = self.model.visual_vocab_size, self.model.vocab_size
         patch: dict[str, Any] = {"unit": "patch", "classes": codes, "remedy": CODE}
         word: dict[str, Any] = {"unit": "word", "classes": words, "remedy": WORD}
-        of_streams = {
-            Stream.IMAGES: [Loss("image", config.image_weight, title="images", **patch)],
-            Stream.TEXTS: [Loss("text", config.text_weight, title="texts", **word)],
-            Stream.PAIRS: [
-                Loss("pair_image", config.pair_image_weight, title="images of pairs", **patch),
-                Loss("pair_text", config.pair_text_weight, title="captions of pairs", **word),
-            ],
+        of_sides = {
+            (Stream.IMAGES, IMAGE): Loss("image", config.image_weight, title="images", **patch),
+            (Stream.TEXTS, TEXT): Loss("text", config.text_weight, title="texts", **word),
+            (Stream.PAIRS, IMAGE): Loss("pair_image", config.pair_image_weight, title="images of pairs", **patch),
+            (Stream.PAIRS, TEXT): Loss("pair_text", config.pair_text_weight, title="captions of pairs", **word),
         }
-        self.losses = [loss for stream in self.streams for loss in of_streams[stream]]
-        self.needs_codes = any(stream.has_images for stream in self.streams)
-        self._images = [view for view in self.views if view.image]
-        self._texts = [view for view in self.views if view.text][::-1]  # pairs' words lie before texts'
+        self.losses = [of_sides[side] for side in self._sides]
+        self._images = [views[stream] for stream, side in self._sides if side == IMAGE]
+        self._texts = [views[stream] for stream, side in self._sides if side == TEXT][::-1]  # pairs' lie before texts'
+        self.needs_codes = bool(self._images)
 
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
@@ -115,21 +141,21 @@ class MaskedDataModeling(Objective):
             texts_masked = ~images_masked
         drawn: dict[str, Tensor] = {}
         if stream.has_images:
-            count = mask_count(self.config.image_mask_ratio, self.model.patches)
+            count = mask_count(self._ratios[stream, IMAGE], self.model.patches)
             numbers = _numbers(samples, Draw.IMAGE_MASK)
             masks = block_masks(grid_of(self.model), np.where(images_masked, count, 0), numbers)
             drawn["image_mask"] = torch.from_numpy(masks)
         if text is not None:
-            ratio = self.config.text_mask_ratio if stream is Stream.TEXTS else self.config.caption_mask_ratio
             shown, predict = mask_words(
                 text,
                 _numbers(samples, Draw.WORD_MASK),
-                ratio=ratio,
+                ratio=self._ratios[stream, TEXT],
                 specials=tokenizer.specials,
                 mask_id=tokenizer.mask,
                 words=tokenizer.words,
                 mask_token_share=self.config.mask_token_share,
                 random_token_share=self.config.random_token_share,
+                begins=tokenizer.begins if self.config.whole_words else None,
             )
             shown[~texts_masked], predict[~texts_masked] = text[~texts_masked], False
             drawn |= {"text": torch.from_numpy(shown), "text_mask": torch.from_numpy(predict)}
@@ -139,14 +165,8 @@ class MaskedDataModeling(Objective):
         return [batch.streams[view.stream].annotations[self.name][field] for view in views]
 
     def counts(self, batch: MicroBatch) -> list[int]:
-        masked = {
-            view.stream: [
-                int(mask.sum()) for mask in batch.streams[view.stream].annotations[self.name].values()
-                if mask.dtype is torch.bool
-            ]
-            for view in self.views
-        }  # fmt: skip
-        return [count for stream in self.streams for count in masked[stream.field]]
+        drawn = [batch.streams[stream.field].annotations[self.name][f"{side}_mask"] for stream, side in self._sides]
+        return [int(mask.sum()) for mask in drawn]
 
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
         patches, words = self._masks(batch, "image_mask", self._images), self._masks(batch, "text_mask", self._texts)
@@ -194,8 +214,7 @@ class MaskedDataModeling(Objective):
         """What belongs to each loss, from what the views with images and those with texts have."""
         images = {view.stream: value for view, value in zip(self._images, of_images, strict=True)}
         texts = {view.stream: value for view, value in zip(self._texts, of_texts, strict=True)}
-        streams = [stream.field for stream in self.streams]
-        return [sides[stream] for stream in streams for sides in (images, texts) if stream in sides]
+        return [(images if side == IMAGE else texts)[stream.field] for stream, side in self._sides]
 
     def classes(self, targets: Targets) -> list[Tensor]:
         return self._ordered(targets.codes.split(targets.patch_counts), targets.words.split(targets.word_counts))
@@ -204,15 +223,10 @@ class MaskedDataModeling(Objective):
         return sum(2 * self.model.width * count * loss.classes for loss, count in zip(self.losses, counts, strict=True))
 
     def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
-        config, data = self.config, run.data
-        patches = self.model.patches * config.image_mask_ratio
-        per_sample = {
-            "image": ("images", patches),
-            "text": ("texts", data.text_length * config.text_mask_ratio),
-            "pair_image": ("pairs", patches),
-            "pair_text": ("pairs", data.caption_length * config.caption_mask_ratio),
-        }
-        return [samples[stream] * each for stream, each in (per_sample[loss.name] for loss in self.losses)]
+        words = {Stream.TEXTS: run.data.text_length, Stream.PAIRS: run.data.caption_length}
+        tokens = [self.model.patches if side == IMAGE else words[stream] for stream, side in self._sides]
+        sizes = [samples[stream.field] * self._ratios[stream, side] for stream, side in self._sides]
+        return [size * token for size, token in zip(sizes, tokens, strict=True)]
 
 
 def _numbers(samples: Sequence[Sample], use: Draw) -> Numbers:

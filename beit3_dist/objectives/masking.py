@@ -26,8 +26,8 @@ Numbers = Callable[[int, int], np.ndarray]
 
 
 def mask_count(ratio: float, n: int) -> int:
-    """How many of n patches or words are masked: at least one."""
-    return max(1, round(ratio * n))
+    """How many of n patches or words are masked: at least one, unless none are to be."""
+    return max(1, round(ratio * n)) if ratio else 0
 
 
 def min_block(grid: int, count: int) -> int:
@@ -88,6 +88,13 @@ def _least(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return chosen
 
 
+def _heads(ids: np.ndarray, ordinary: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """bool like `ids` [N, L]: the first pieces of the words among the `ordinary` ones."""
+    after_special = np.ones(ids.shape, dtype=bool)
+    after_special[:, 1:] = ~ordinary[:, :-1]
+    return ordinary & (begins[ids] | after_special)
+
+
 def mask_words(
     ids: np.ndarray,
     numbers: Numbers,
@@ -98,6 +105,7 @@ def mask_words(
     words: range,
     mask_token_share: float,
     random_token_share: float,
+    begins: np.ndarray | None = None,
     count: Callable[[float, int], int] = mask_count,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the words to predict in each text and hides them -> (inputs int64 [N, L], predict bool [N, L]).
@@ -105,13 +113,20 @@ def mask_words(
     Of each text in `ids` [N, L], `count(ratio, words of the text)` words are chosen; `specials` (<s>, </s>, <pad>)
     are neither counted nor chosen. Each chosen word becomes `mask_id` with probability `mask_token_share`, one of
     `words` with probability `random_token_share`, and else stays. A text without words has nothing to predict.
+
+    With `begins`, bool [vocabulary], whether a piece begins a word, whole words are counted and chosen, and the pieces
+    of a chosen one hidden each by itself; a text that begins inside a word has its rest as one.
     """
     ordinary = np.ones(ids.shape, dtype=bool)
     for special in specials:
         ordinary &= ids != special
+    heads = ordinary if begins is None else _heads(ids, ordinary, begins)
     score, fate, substitute = np.moveaxis(numbers(0, 3 * ids.shape[1]).reshape(*ids.shape, 3), 2, 0)
-    counts = np.array([count(ratio, length) if length else 0 for length in ordinary.sum(1).tolist()], dtype=np.int64)
-    predict = _least(score + ~ordinary, counts)
+    counts = np.array([count(ratio, length) if length else 0 for length in heads.sum(1).tolist()], dtype=np.int64)
+    predict = _least(score + ~heads, counts)
+    if begins is not None:  # each piece shares the lot of its word's first
+        first = np.maximum.accumulate(np.where(heads, np.arange(ids.shape[1]), 0), axis=1)
+        predict = np.take_along_axis(predict, first, 1) & ordinary
     substitutes = words.start + (substitute * len(words)).astype(np.int64)
     swapped = np.where(fate < mask_token_share + random_token_share, substitutes, ids)
     hidden = np.where(fate < mask_token_share, mask_id, swapped)

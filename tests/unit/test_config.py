@@ -69,9 +69,9 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     (
         MASKED,
         {"image_mask_ratio": 1.0},
-        f"{MASKED}.image_mask_ratio=1.0 is not in (0, 1)",
+        f"{MASKED}.image_mask_ratio=1.0 is not in [0, 1)",
     ),
-    (MASKED, {"text_mask_ratio": 0}, f"{MASKED}.text_mask_ratio=0"),
+    (MASKED, {"text_mask_ratio": -0.1}, f"{MASKED}.text_mask_ratio=-0.1"),
     (
         MASKED,
         {"caption_mask_ratio": -1},

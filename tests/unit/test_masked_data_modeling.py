@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import BatchConfig, ModelConfig
+from beit3_dist.data.batch import Request
+from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.token_layout import Selection
-from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling, Targets
+from beit3_dist.objectives.masked_data_modeling import (
+    NAME,
+    MaskedDataModeling,
+    MaskedDataModelingConfig,
+    Targets,
+)
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule, Reading
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes, random_micro_batch
+from tests.unit.tar_fixtures import small_run
+from tests.unit.test_batch import opened
 from tools.benchmarks.step import objectives_for
 
 
@@ -69,3 +81,74 @@ def test_what_the_host_knows_of_a_micro_batch_is_made_once_and_goes_with_it(monk
     gone = weakref.ref(batch)
     del batch
     assert gone() is None
+
+
+WHOLE = {
+    "captions beside whole images": ({"pair_image_mask_ratio": 0.0}, ["image", "text", "pair_text"]),
+    "images beside whole captions": ({"caption_mask_ratio": 0.0}, ["image", "text", "pair_image"]),
+    "pairs alone": ({"image_mask_ratio": 0.0, "text_mask_ratio": 0.0, "pair_image_mask_ratio": 0.25},
+                    ["pair_image", "pair_text"]),
+    "words alone": ({"image_mask_ratio": 0.0}, ["text", "pair_text"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_side_of_ratio_0_is_seen_whole_and_has_no_loss(case: str, tmp_path: Path) -> None:
+    section, names = WHOLE[case]
+    run = small_run(tmp_path, objectives={NAME: MaskedDataModelingConfig(**section)})
+    objectives = objectives_of(run)
+    assert [loss.name for loss in objectives.losses] == names
+    assert objectives.needs_codes == any("image" in name for name in names)
+    batch = opened(run)[Request((0, 0, 0), 0)]
+    inputs, reading, _ = objectives.prepare(batch, torch.device("cpu"), precomputed_codes(run.model))
+    drawn = {name: samples.annotations[NAME] for name, samples in batch.streams.items()}
+    counts = dict(zip(names, objectives.counts(batch), strict=True))
+    masked = {
+        "image": drawn["images"]["image_mask"],
+        "text": drawn["texts"]["text_mask"],
+        "pair_image": drawn["pairs"]["image_mask"],
+        "pair_text": drawn["pairs"]["text_mask"],
+    }
+    assert {name: int(mask.sum()) for name, mask in masked.items() if mask.any()} == counts
+    pairs = batch.streams["pairs"]
+    assert torch.equal(drawn["pairs"]["text"], pairs.text) or "pair_text" in names
+    assert reading is not None and len(reading.selection.rows) == sum(counts.values())
+    sizes = {"images": len(batch.streams["images"]), "texts": len(batch.streams["texts"]), "pairs": len(pairs)}
+    assert len(next(iter(objectives)).expected_counts(sizes, run)) == len(names)
+    if case == "pairs alone":
+        assert counts["pair_image"] == len(pairs) * 4 and [view.stream for view in objectives.views] == ["pairs"]
+
+
+def test_whole_words_of_the_tokenizer(tmp_path: Path) -> None:
+    run = small_run(tmp_path, objectives={NAME: MaskedDataModelingConfig(whole_words=True)})
+    tokenizer, batch = TextTokenizer(run.text_tokenizer), opened(run)[Request((0, 0, 0), 0)]
+    assert tokenizer.begins.shape == (tokenizer.rows,)
+    for name in ("texts", "pairs"):
+        samples = batch.streams[name]
+        for text, mask in zip(samples.text.tolist(), samples.annotations[NAME]["text_mask"].tolist(), strict=True):
+            inside = [n for n in range(2, len(text)) if text[n] not in tokenizer.specials
+                      and text[n - 1] not in tokenizer.specials and not tokenizer.begins[text[n]]]  # fmt: skip
+            assert all(mask[n] == mask[n - 1] for n in inside) and any(mask)
+    plain = opened(replace(run, objectives={}))[Request((0, 0, 0), 0)].streams["texts"].annotations[NAME]["text_mask"]
+    assert not torch.equal(plain, batch.streams["texts"].annotations[NAME]["text_mask"])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"caption_mask_ratio": 1.0}, "caption_mask_ratio=1.0 is not in"),
+        ({"pair_image_mask_ratio": -0.1}, "pair_image_mask_ratio=-0.1 is not in"),
+        (
+            {"mask_pairs": "one", "caption_mask_ratio": 0.0},
+            "mask_pairs=one masks either side .* ratio of one",
+        ),
+        (
+            {"image_mask_ratio": 0.0},
+            "of all streams that batch has the mask ratios are 0",
+        ),
+    ],
+)
+def test_ratios_that_cannot_be(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch = BatchConfig(images=8, texts=0, pairs=0)
+        objectives_of(small_run(tmp_path, objectives={NAME: MaskedDataModelingConfig(**section)}, batch=batch))

@@ -147,3 +147,32 @@ def test_extreme_shares(shares: tuple[float, float], expected: set[int]) -> None
     )
     assert set(inputs[predict].tolist()) == expected
     assert predict.sum() == 9
+
+
+def test_whole_words_are_hidden_or_shown_as_a_whole() -> None:
+    """Ids below 100 begin a word; two texts, of which the second begins inside a word."""
+    begins = np.arange(400) < 100
+    texts = padded([[0, 50, 200, 201, 60, 70, 210, 80, 2], [0, 200, 201, 50, 202, 60, 2]])
+    words = [[[1, 2, 3], [4], [5, 6], [7]], [[1, 2], [3, 4], [5]]]
+    shares = {"mask_token_share": 0.8, "random_token_share": 0.1, **SHARES}
+    seen = set()
+    for seed in range(300):
+        shown, predict = mask_words(texts, Numbers([seed, seed], 2), ratio=0.5, begins=begins, **shares)
+        for row, of_row in enumerate(words):
+            hidden = [bool(predict[row, word[0]]) for word in of_row]
+            for word, whole in zip(of_row, hidden, strict=True):
+                assert predict[row, word].tolist() == [whole] * len(word)
+            assert sum(hidden) == 2 == mask_count(0.5, len(of_row))
+            seen.add((row, *hidden))
+        assert not predict[:, 0].any() and (shown == texts)[~predict].all()
+        alone = mask_words(texts[1:, :7], Numbers([seed], 2), ratio=0.5, begins=begins, **shares)[1]
+        assert (alone == predict[1:, :7]).all()
+    assert len(seen) == 6 + 3  # every choice of two words comes
+
+
+def test_nothing_is_masked_at_ratio_0() -> None:
+    words = np.full((2, 5), 50)
+    shown, predict = mask_words(
+        words, Numbers([0, 1], 2), ratio=0.0, mask_token_share=1.0, random_token_share=0.0, **SHARES
+    )
+    assert not predict.any() and (shown == words).all() and mask_count(0.0, 100) == 0
