@@ -138,6 +138,10 @@ class Objective(ABC):
         self.streams = [stream for stream in Stream if getattr(run.batch, stream.field)]
         """Those that the run has."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes, which draw annotations and are no replicas: process groups cannot go there."""
+        return {name: value for name, value in vars(self).items() if name != "replicas"}
+
     def head(self) -> nn.Module | None:
         """Layers that the model lacks, `objective_heads.NAME` of it: with the pipeline's last stage, in checkpoints."""
         return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from beit3_dist.config import BatchConfig, ModelConfig
 from beit3_dist.data.batch import Request
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.token_layout import Selection
+from beit3_dist.objectives.base import Objective
 from beit3_dist.objectives.masked_data_modeling import (
     NAME,
     MaskedDataModeling,
@@ -23,6 +26,7 @@ from beit3_dist.objectives.masked_data_modeling import (
 )
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule, Reading
+from beit3_dist.parallel.replicas import ALONE, Replicas
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes, random_micro_batch
 from tests.unit.tar_fixtures import small_run
@@ -41,6 +45,14 @@ class Operations(TorchDispatchMode):
         if any(name in str(function) for name in ("lift_fresh", "_to_copy", "copy_")):
             self.copies.append(str(function))
         return function(*arguments, **(options or {}))
+
+
+def test_objectives_go_to_loader_processes_without_the_replicas() -> None:
+    """A process group can neither be sent nor, as here, be copied."""
+    objectives = objectives_for(ModelConfig())
+    objectives.connect(Replicas(Lock()))  # type: ignore[arg-type]
+    for objective in objectives:
+        assert isinstance(objective, Objective) and deepcopy(objective).replicas is ALONE
 
 
 def test_weights_are_numbers_not_tensors() -> None:
