@@ -33,6 +33,27 @@ def expand_home(config: object, *names: str) -> None:
         setattr(config, name, list(map(expanduser, value)) if isinstance(value, list) else expanduser(value))
 
 
+def require_positive(section: str, config: object, *names: str) -> None:
+    """Raises ValueError for the first of these fields of a section (`model.`) that is not above 0."""
+    for name in names:
+        require(getattr(config, name) > 0, f"{section}{name} must be positive, not {getattr(config, name)}")
+
+
+def require_not_negative(section: str, config: object, *names: str) -> None:
+    """The same for fields that are below 0."""
+    for name in names:
+        require(getattr(config, name) >= 0, f"{section}{name}={getattr(config, name)} is negative")
+
+
+def require_within(interval: str, section: str, config: object, *names: str) -> None:
+    """The same for fields outside of an interval, such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        value = getattr(config, name)
+        inside = low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"
+        require(inside, f"{section}{name}={value} is not in {interval}")
+
+
 def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     """Raises ValueError unless `divisor` divides `value`, naming both fields."""
     require(divisor > 0 and value % divisor == 0, f"{name}={value} is not divisible by {divisor_name}={divisor}")
@@ -78,25 +99,15 @@ class ModelConfig:
         return (self.image_size // self.patch_size) ** 2
 
     def __post_init__(self) -> None:
-        for name in (
-            "layers",
-            "width",
-            "heads",
-            "ffn_width",
-            "patch_size",
-            "image_size",
-            "vocab_size",
-            "visual_vocab_size",
-        ):
-            require(getattr(self, name) > 0, f"model.{name} must be positive, not {getattr(self, name)}")
+        sizes = ("layers", "width", "heads", "ffn_width", "patch_size", "image_size", "vocab_size", "visual_vocab_size")
+        require_positive("model.", self, *sizes, "layer_norm_eps")
         require_divides("model.heads", self.heads, "model.width", self.width)
         require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
         require(
             0 <= self.vl_expert_layers <= self.layers,
             f"model.vl_expert_layers={self.vl_expert_layers} is not between 0 and model.layers={self.layers}",
         )
-        require(self.layer_norm_eps > 0, f"model.layer_norm_eps={self.layer_norm_eps} must be positive")
-        require(0 <= self.drop_path < 1, f"model.drop_path={self.drop_path} is not in [0, 1)")
+        require_within("[0, 1)", "model.", self, "drop_path")
         require(
             self.max_text_length >= 3,
             f"model.max_text_length={self.max_text_length}: a text needs at least <s>, a word and </s>",
@@ -164,9 +175,8 @@ class LoadingConfig:
     """Images with more pixels than this are refused as image bombs and replaced."""
 
     def __post_init__(self) -> None:
-        require(self.workers >= 0, f"data.workers={self.workers} is negative")
-        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be at least 1")
-        require(self.max_pixels > 0, f"data.max_pixels={self.max_pixels} must be positive")
+        require_not_negative("data.", self, "workers")
+        require_positive("data.", self, "prefetch", "max_pixels")
 
 
 @dataclass(kw_only=True)
@@ -228,15 +238,13 @@ class DataConfig(LoadingConfig):
                 getattr(self, name) >= 3,
                 f"data.{name}={getattr(self, name)}: a text needs at least <s>, a word and </s>",
             )
-        for name in ("horizontal_flip", "color_jitter", "max_bad_fraction"):
-            require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
-        require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
-        require(self.shuffle_block >= 1, f"data.shuffle_block={self.shuffle_block} must be at least 1")
+        require_within("[0, 1]", "data.", self, "horizontal_flip", "color_jitter", "max_bad_fraction")
+        require_within("(0, 1]", "data.", self, "min_crop_scale")
+        require_positive("data.", self, "shuffle_block", "virtual_readers")
         require(
             self.shuffle_window >= self.shuffle_block,
             f"data.shuffle_window={self.shuffle_window} is smaller than data.shuffle_block={self.shuffle_block}",
         )
-        require(self.virtual_readers >= 1, f"data.virtual_readers={self.virtual_readers} must be at least 1")
         super().__post_init__()
 
 
@@ -254,10 +262,9 @@ class BatchConfig:
     """Micro-batches per step; a rank's micro-batch of a stream is its count / data-parallel ranks / accumulation."""
 
     def __post_init__(self) -> None:
-        for name in STREAMS:
-            require(getattr(self, name) >= 0, f"batch.{name}={getattr(self, name)} is negative")
+        require_not_negative("batch.", self, *STREAMS)
         require(any(getattr(self, name) for name in STREAMS), "batch: images, texts and pairs are all 0")
-        require(self.accumulation > 0, f"batch.accumulation must be positive, not {self.accumulation}")
+        require_positive("batch.", self, "accumulation")
 
 
 @dataclass(kw_only=True)
@@ -277,8 +284,7 @@ class ParallelConfig:
     """ZeRO stage: 0 nothing is sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
 
     def __post_init__(self) -> None:
-        require(self.tensor > 0, f"parallel.tensor must be positive, not {self.tensor}")
-        require(self.pipeline > 0, f"parallel.pipeline must be positive, not {self.pipeline}")
+        require_positive("parallel.", self, "tensor", "pipeline")
         require(
             self.chunks == 1 or (self.chunks > 1 and self.pipeline > 1),
             f"parallel.chunks={self.chunks} interleaves the stages of a pipeline: set parallel.pipeline above 1",
@@ -312,10 +318,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} is not between 0 and optim.lr={self.lr}")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} is negative")
-        require(self.eps > 0, f"optim.eps={self.eps} must be positive")
-        require(0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, "optim.beta1 and optim.beta2 must lie in [0, 1)")
+        require_not_negative("optim.", self, "warmup_steps", "weight_decay", "clip_norm")
+        require_positive("optim.", self, "eps")
+        require_within("[0, 1)", "optim.", self, "beta1", "beta2")
 
 
 @dataclass(kw_only=True)
@@ -342,9 +347,8 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "resume")
-        require(self.every > 0, f"checkpoint.every must be positive, not {self.every}")
-        require(self.keep >= 0, f"checkpoint.keep={self.keep} is negative")
-        require(self.keep_every >= 0, f"checkpoint.keep_every={self.keep_every} is negative")
+        require_positive("checkpoint.", self, "every")
+        require_not_negative("checkpoint.", self, "keep", "keep_every")
         require_divides("checkpoint.every", self.every, "checkpoint.keep_every", self.keep_every)
 
 
@@ -367,8 +371,8 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "image_codes")
-        require(self.every >= 0, f"eval.every={self.every} is negative")
-        require(self.batches > 0, f"eval.batches must be positive, not {self.batches}")
+        require_not_negative("eval.", self, "every")
+        require_positive("eval.", self, "batches")
         for name in STREAMS:
             sources_of(getattr(self, name), f"eval.{name}")
 
@@ -390,10 +394,8 @@ class GuardConfig:
     three times as long. After that all threads' stacks go to OUT/logs/ and the run ends. 0: there is no limit."""
 
     def __post_init__(self) -> None:
-        for name in ("max_skipped_steps", "spike_window"):
-            require(getattr(self, name) > 0, f"guards.{name} must be positive, not {getattr(self, name)}")
-        for name in ("spike_factor", "step_timeout_s"):
-            require(getattr(self, name) >= 0, f"guards.{name}={getattr(self, name)} is negative")
+        require_positive("guards.", self, "max_skipped_steps", "spike_window")
+        require_not_negative("guards.", self, "spike_factor", "step_timeout_s")
 
 
 @dataclass(kw_only=True)
@@ -430,8 +432,8 @@ class JobConfig:
             bool(self.out),
             'out is empty: name the run folder (was it a shell variable that is not set, --out "$OUT"?)',
         )
-        require(self.profile >= 0, f"profile={self.profile} is negative")
-        require(self.steps > 0, f"steps must be positive, not {self.steps}")
+        require_not_negative("", self, "profile")
+        require_positive("", self, "steps")
         require(
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",
@@ -498,7 +500,7 @@ class TrainingConfig(JobConfig):
             "give one per pipeline rank, or one value for all",
         )
         every = self.activation_checkpointing_every
-        require(every > 0, f"activation_checkpointing_every must be positive, not {every}")
+        require_positive("", self, "activation_checkpointing_every")
         require(
             every == 1 or any(self.recompute(rank) != "none" for rank in range(ranks)),
             f"activation_checkpointing_every={every}, but activation_checkpointing=none recomputes nothing: use 1",
@@ -569,7 +571,7 @@ class RunConfig(TrainingConfig):
     def micro_batch(self, data_parallel: int) -> tuple[int, int, int]:
         """Images, texts and pairs of one rank's micro-batch. Raises ValueError where the batch does not divide."""
         parts = data_parallel * self.batch.accumulation
-        for name in ("images", "texts", "pairs"):
+        for name in STREAMS:
             count = getattr(self.batch, name)
             require(
                 count % parts == 0,

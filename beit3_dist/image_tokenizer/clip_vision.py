@@ -49,17 +49,6 @@ class CLIPBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class CLIPBlocks(nn.Module):
-    """The blocks, one after the other."""
-
-    def __init__(self, layers: int, width: int, heads: int, ffn_width: int, quick_gelu: bool) -> None:
-        super().__init__()
-        self.resblocks = nn.Sequential(*(CLIPBlock(width, heads, ffn_width, quick_gelu) for _ in range(layers)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resblocks(x)
-
-
 class CLIPVision(nn.Module):
     """Normalised pixels [B, 3, S, S] -> ln_post(patch tokens) @ proj [B, N, T]; CLS takes part but is left out."""
 
@@ -82,7 +71,8 @@ class CLIPVision(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.positional_embedding = nn.Parameter(torch.zeros(1 + grid * grid, width))
         self.ln_pre = nn.LayerNorm(width)
-        self.transformer = CLIPBlocks(layers, width, heads, ffn_width, quick_gelu)
+        blocks = nn.Sequential(*(CLIPBlock(width, heads, ffn_width, quick_gelu) for _ in range(layers)))
+        self.transformer = nn.Sequential(OrderedDict(resblocks=blocks))
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(torch.zeros(width, target_dim))
 

@@ -13,6 +13,9 @@ from beit3_dist.config import (
     expand_home,
     require,
     require_divides,
+    require_not_negative,
+    require_positive,
+    require_within,
     sources_of,
 )
 
@@ -46,11 +49,10 @@ class TokenizerModelConfig:
         return self.image_size // self.patch_size
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            require(value > 0 or name == "codebook_decay", f"model.{name} must be positive, not {value}")
+        require_positive("model.", self, *(name for name in vars(self) if name != "codebook_decay"))
         require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
         require_divides("model.heads", self.heads, "model.width", self.width)
-        require(0 <= self.codebook_decay < 1, f"model.codebook_decay={self.codebook_decay} is not in [0, 1)")
+        require_within("[0, 1)", "model.", self, "codebook_decay")
 
 
 @dataclass(kw_only=True)
@@ -71,7 +73,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "weights")
-        require(self.head_dim > 0, f"teacher.head_dim must be positive, not {self.head_dim}")
+        require_positive("teacher.", self, "head_dim")
         require(
             bool(self.weights) == (self.kind != "efficientnet_lite0"),
             f"teacher.weights={self.weights!r} does not fit teacher.kind={self.kind}: "
@@ -103,8 +105,8 @@ class TokenizerDataConfig(LoadingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         sources_of(self.images, "data.images")
-        require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
-        require(0 <= self.max_bad_fraction <= 1, f"data.max_bad_fraction={self.max_bad_fraction} is not in [0, 1]")
+        require_within("(0, 1]", "data.", self, "min_crop_scale")
+        require_within("[0, 1]", "data.", self, "max_bad_fraction")
 
 
 def _beit_v2() -> OptimConfig:
@@ -144,5 +146,5 @@ class TokenizerConfig(JobConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.batch > 0, f"batch must be positive, not {self.batch}")
-        require(self.pictures_every >= 0, f"pictures_every={self.pictures_every} is negative")
+        require_positive("", self, "batch")
+        require_not_negative("", self, "pictures_every")

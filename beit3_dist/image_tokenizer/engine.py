@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from beit3_dist.config import OptimConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig
@@ -120,8 +121,6 @@ def average_gradients(parameters: list[nn.Parameter], world: int) -> None:
     if world == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = parameters_to_vector(gradients)
     dist.all_reduce(flat)
-    flat /= world
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    vector_to_parameters(flat.div_(world), gradients)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -23,17 +24,6 @@ from beit3_dist.image_tokenizer.quantizer import Quantizer
 from beit3_dist.model.initialization import SMALL, named_generator
 
 LAYER_NORM_EPS = 1e-6
-
-
-class PatchEmbedding(nn.Module):
-    """[B, channels, S, S] -> [B, N, D]: a linear map of every patch."""
-
-    def __init__(self, patch_size: int, channels: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.proj(pixels).flatten(2).transpose(1, 2)
 
 
 class TokenizerAttention(nn.Module):
@@ -53,18 +43,6 @@ class TokenizerAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class TokenizerFeedForward(nn.Module):
-    """Two linear maps with an exact GELU between them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class TokenizerBlock(nn.Module):
     """Pre-norm transformer block."""
 
@@ -73,7 +51,8 @@ class TokenizerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.attn = TokenizerAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = TokenizerFeedForward(width)
+        layers = {"fc1": nn.Linear(width, 4 * width), "gelu": nn.GELU(), "fc2": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -86,7 +65,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, *, grid: int, patch_size: int, channels: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
         self.grid = grid
-        self.patch_embed = PatchEmbedding(patch_size, channels, width)
+        projection = nn.Conv2d(channels, width, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
         self.blocks = nn.ModuleList(TokenizerBlock(width, heads) for _ in range(layers))
@@ -102,7 +82,7 @@ class VisionTransformer(nn.Module):
         return torch.cat((self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)), dim=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.patch_embed(pixels)
+        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)
         patches = x.shape[1]
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1) + self.positions(patches)
         for block in self.blocks:

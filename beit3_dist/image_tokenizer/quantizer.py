@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_dist.model.initialization import named_generator
+from beit3_dist.parallel.collectives import all_gather
 
 
 class Codebook(nn.Module):
@@ -80,7 +81,9 @@ class Quantizer(nn.Module):
 
         The vectors are gathered in rank order, which is sample order, so any number of ranks gives the same codebook.
         """
-        vectors = gather(z.flatten(0, -2))
+        vectors = z.flatten(0, -2)
+        if dist.group.WORLD is not None:
+            vectors = all_gather(vectors, dist.group.WORLD)
         codes, dim = self.embedding.weight.shape
         order = torch.randperm(len(vectors), generator=named_generator(key, "k-means")).to(z.device)
         # Fewer vectors than codes: some are taken more than once, and update() revives the codes that stay unused.
@@ -89,7 +92,7 @@ class Quantizer(nn.Module):
             counts, sums = cluster(vectors, self.codes(vectors), codes)
             used = (counts > 0)[:, None]
             self.embedding.weight.copy_(torch.where(used, F.normalize(sums, dim=-1), self.embedding.weight))
-        if distributed():
+        if dist.is_initialized():
             dist.broadcast(self.embedding.weight, src=0)
             dist.broadcast(counts, src=0)
         self.embedding.cluster_size.copy_(counts)
@@ -126,7 +129,7 @@ class Quantizer(nn.Module):
 
         Each rank fills in the rows it holds and the sum puts them together, so no rank gathers all vectors.
         """
-        world, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         codes, count = len(self.embedding.weight), len(vectors)
         rows = torch.randint(count * world, (codes,), generator=named_generator(key, "revival")).to(vectors.device)
         mine = rows // count == rank
@@ -141,20 +144,7 @@ def cluster(vectors: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return counts, vectors.new_zeros(size, vectors.shape[-1]).index_add_(0, codes, vectors)
 
 
-def distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def all_reduce(x: Tensor) -> None:
     """Sums x over the ranks in place."""
-    if distributed():
+    if dist.is_initialized():
         dist.all_reduce(x)
-
-
-def gather(vectors: Tensor) -> Tensor:
-    """[M, C] -> [ranks * M, C] in rank order."""
-    if not distributed():
-        return vectors
-    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, vectors.contiguous())
-    return torch.cat(parts)

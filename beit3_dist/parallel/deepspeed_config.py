@@ -38,31 +38,12 @@ _OURS = {  # DeepSpeed section -> why it is refused
     **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), _RECORDS),
 }
 
-_PASSED_ON = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "data_types",
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "disable_allgather",
-    "disable_python_gc",
-    "aio",
-    "steps_per_print",
-    "dump_state",
-    "log_level",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "timers",
-    "comms_logger",
-    "flops_profiler",
-)
+_PASSED_ON = """
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
+    bf16 data_types zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    communication_data_type prescale_gradients gradient_predivide_factor disable_allgather disable_python_gc aio
+    steps_per_print dump_state log_level wall_clock_breakdown memory_breakdown timers comms_logger flops_profiler
+""".split()
 """DeepSpeed's sections that mean something in a run. DeepSpeed itself ignores a name that it does not know."""
 
 

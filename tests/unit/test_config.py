@@ -65,7 +65,7 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("data", {"max_bad_fraction": 2}, "data.max_bad_fraction=2"),
     ("data", {"min_crop_scale": 0}, "data.min_crop_scale=0 is not in (0, 1]"),
     ("data", {"workers": -1}, "data.workers=-1 is negative"),
-    ("data", {"prefetch": 0}, "data.prefetch=0 must be at least 1"),
+    ("data", {"prefetch": 0}, "data.prefetch must be positive, not 0"),
     (
         MASKED,
         {"image_mask_ratio": 1.0},
@@ -103,7 +103,7 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("optim", {"warmup_steps": -1}, "optim.warmup_steps=-1 is negative"),
     ("optim", {"weight_decay": -0.1}, "optim.weight_decay=-0.1 is negative"),
     ("optim", {"clip_norm": -3}, "optim.clip_norm=-3 is negative"),
-    ("optim", {"beta2": 1.0}, "optim.beta1 and optim.beta2 must lie in [0, 1)"),
+    ("optim", {"beta2": 1.0}, "optim.beta2=1.0 is not in [0, 1)"),
     ("checkpoint", {"every": 0}, "checkpoint.every must be positive, not 0"),
     ("checkpoint", {"keep": -1}, "checkpoint.keep=-1 is negative"),
     ("checkpoint", {"keep_every": -1}, "checkpoint.keep_every=-1 is negative"),
