@@ -15,6 +15,7 @@ from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentPars
 
 from beit3_dist.launched import rank, take_place
 from beit3_dist.leaving import ExitCode, leave_when_asked
+from beit3_dist.opening import one_line
 from beit3_dist.plugins import load_plugins
 from beit3_dist.recipe import current_name, read_recipe, recipe_texts
 
@@ -24,11 +25,6 @@ Config = TypeVar("Config")
 def is_first_process() -> bool:
     """Whether this process speaks for the run; one that no launcher has started always does."""
     return rank() == 0
-
-
-def one_line(error: BaseException | str) -> str:
-    """The error's words in one line."""
-    return " ".join(str(error).split())
 
 
 def refuse(program: str, error: BaseException | str) -> NoReturn:

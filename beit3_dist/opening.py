@@ -43,6 +43,11 @@ _KINDS = {
 }
 
 
+def one_line(error: BaseException | str, most: int | None = None) -> str:
+    """The error's words in one line, of `most` letters."""
+    return " ".join(str(error).split())[:most]
+
+
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """A regular file, or the one that a link leads to, for reading; never waits. Raises OSError for anything else."""
     _require_regular(path, _status(path).st_mode)  # to open a device may already do something
@@ -164,7 +169,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = yaml.load(text, _PlainYaml)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise ValueError(f"{os.fspath(path)} is not YAML: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{os.fspath(path)} must hold a YAML mapping")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from beit3_dist.opening import one_line
+
 
 def optional_module(name: str, use: str, remedy: str) -> Any:
     """Imports a module of such a package. Where that fails, raises ValueError that says which `use` needs it, and the
@@ -12,6 +14,7 @@ def optional_module(name: str, use: str, remedy: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another torch
-        reason = " ".join(str(error).split())[:200]
         package = name.partition(".")[0]
-        raise ValueError(f"{use} needs {package}, which cannot be imported ({reason}): {remedy}") from None
+        raise ValueError(
+            f"{use} needs {package}, which cannot be imported ({one_line(error, 200)}): {remedy}"
+        ) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from beit3_dist.opening import MOST_YAML, read_text
+from beit3_dist.opening import MOST_YAML, one_line, read_text
 
 NULL = "tag:yaml.org,2002:null"
 MERGE = "<<"
@@ -97,7 +97,7 @@ def _told(error: BaseException) -> str:
     """What YAML's error says, with the line."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _problems(node: yaml.Node, name: str, above: tuple[yaml.Node, ...] = ()) -> Iterator[str]:

@@ -202,7 +202,9 @@ def verified(path: Path | None, resume: str, folder: Path) -> Path | None:
     _assert_seen_by_all(path)
     damages: list[str] = []
     while path is not None:
-        found = _damages(path)
+        files = sorted(set(read_manifest(path)) - set(SMALL_FILES))
+        mine = files[dist.get_rank() :: dist.get_world_size()]
+        found: list[str] = sum(gather_objects(wrong_digests(path, mine)), [])
         if not found:
             return path
         if resume != "auto":
@@ -213,12 +215,6 @@ def verified(path: Path | None, resume: str, folder: Path) -> Path | None:
         path = _newest(folder, older, damages)
         _assert_seen_by_all(path)
     return None
-
-
-def _damages(path: Path) -> list[str]:
-    """What any rank finds in its share of the files of shards."""
-    files = sorted(set(read_manifest(path)) - set(SMALL_FILES))
-    return sum(gather_objects(wrong_digests(path, files[dist.get_rank() :: dist.get_world_size()])), [])
 
 
 def _assert_seen_by_all(path: Path | None) -> None:

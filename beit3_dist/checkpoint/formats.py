@@ -25,7 +25,7 @@ from beit3_dist.checkpoint.timm_form import weights_from_timm
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
-from beit3_dist.opening import read_json, read_yaml
+from beit3_dist.opening import one_line, read_json, read_yaml
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 
@@ -41,7 +41,7 @@ def _canonical(content: Any, source: str) -> dict[str, Tensor]:
         if {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
             return weights_from_timm(state)
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # of shapes that no such model has
-        raise ValueError(f"{source}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{source}: {one_line(error)}") from error
     raise ValueError(f"{source} has the keys neither of a released BEiT-3 file, nor of torchscale's, nor of timm's")
 
 
@@ -91,7 +91,7 @@ def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
     try:
         check_whole(source.weights, source.config)
     except (ValueError, RuntimeError) as error:  # RuntimeError: a model of more elements than torch can count
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     return source
 
 

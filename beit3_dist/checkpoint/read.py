@@ -94,7 +94,6 @@ class StoredShards:
 
     @property
     def names(self) -> list[str]:
-        """Names of the parameters."""
         return list(self._stored)
 
     def have(self, suffix: str) -> bool:

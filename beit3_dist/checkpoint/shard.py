@@ -32,5 +32,4 @@ class Shard:
 
     @property
     def numel(self) -> int:
-        """Elements of the shard."""
         return self.tensors[""].numel()

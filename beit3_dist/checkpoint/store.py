@@ -83,7 +83,6 @@ class TrainState:
 
 
 def step_name(step: int) -> str:
-    """Folder name of a checkpoint."""
     return f"step_{step:07d}"
 
 

@@ -112,14 +112,7 @@ class TokenizerDataConfig(LoadingConfig):
 def _beit_v2() -> OptimConfig:
     """10 of 100 epochs of warm-up; 5e-5 per 128 images; no clipping."""
     return OptimConfig(
-        lr=2e-4,
-        min_lr=1e-5,
-        warmup_steps=25_020,
-        weight_decay=1e-4,
-        beta1=0.9,
-        beta2=0.99,
-        eps=1e-8,
-        clip_norm=0.0,
+        lr=2e-4, min_lr=1e-5, warmup_steps=25_020, weight_decay=1e-4, beta1=0.9, beta2=0.99, eps=1e-8, clip_norm=0.0
     )
 
 

@@ -38,7 +38,6 @@ class TokenizerStep:
 
     @property
     def skipped(self) -> bool:
-        """Whether the step changed nothing."""
         return self.usage is None
 
 
@@ -93,7 +92,6 @@ class TokenizerEngine:
 
 
 def build_tokenizer(config: TokenizerConfig, target_dim: int) -> VQKD:
-    """The untrained tokenizer."""
     geometry = {name: value for name, value in asdict(config.model).items() if name != "codebook_decay"}
     tokenizer = VQKD(**geometry, target_dim=target_dim)
     tokenizer.initialize(config.seed)

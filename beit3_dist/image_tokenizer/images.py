@@ -32,7 +32,6 @@ class ImageBatch(NamedTuple):
     """Samples that had to be replaced."""
 
     def ids_by_kind(self) -> dict[str, list[int]]:
-        """Ids of the samples by the name of their stream."""
         return {Stream.IMAGES.field: self.ids.tolist()}
 
 

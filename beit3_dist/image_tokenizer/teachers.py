@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from beit3_dist.image_tokenizer.clip_vision import clip_vision_from
+from beit3_dist.opening import one_line
 from beit3_dist.optional import optional_module
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
@@ -118,7 +119,7 @@ class CLIPTeacher(FeatureMap):
             tower = clip_vision_from(weights, quick_gelu=quick_gelu, head_dim=head_dim)
         except (KeyError, RuntimeError, AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(
-                f"teacher.weights={path} holds no CLIP vision transformer: {first_words(error)}"
+                f"teacher.weights={path} holds no CLIP vision transformer: {one_line(error, 200)}"
             ) from error
         require_finite(tower.state_dict().items(), f"teacher.weights={path}")
         super().__init__(grid, tower.image_size, CLIP_MEAN, CLIP_STD)
@@ -140,7 +141,7 @@ class TimmTeacher(FeatureMap):
         try:
             network: Any = timm.create_model(name, pretrained=False, num_classes=0)
         except RuntimeError as error:
-            raise ValueError(f"teacher.name={name} is no model of timm: {first_words(error)}") from error
+            raise ValueError(f"teacher.name={name} is no model of timm: {one_line(error, 200)}") from error
         heads = network.pretrained_cfg.get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         weights = {
@@ -152,7 +153,7 @@ class TimmTeacher(FeatureMap):
             network.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(
-                f"teacher.weights={path} does not fit teacher.name={name}: {first_words(error)}"
+                f"teacher.weights={path} does not fit teacher.name={name}: {one_line(error, 200)}"
             ) from error
         require_finite(network.state_dict().items(), f"teacher.weights={path}")
         config = timm.data.resolve_model_data_config(network)
@@ -179,11 +180,6 @@ def teacher_weights(path: str) -> dict[str, Tensor]:
         return state_dict_in(read_weights_file(path, torchscript=True), path)
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher.weights={error}") from error
-
-
-def first_words(error: BaseException) -> str:
-    """An error as part of one line."""
-    return " ".join(str(error).split())[:200]
 
 
 def build_teacher(

@@ -76,7 +76,6 @@ def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: TokenLayou
 
 
 def _select(slices: list[Tensor], selection: Selection) -> list[Tensor]:
-    """The selected tokens of each slice."""
     if len(slices) == 1:
         return [slices[0].index_select(0, selection.rows)]
     vision, language = slices

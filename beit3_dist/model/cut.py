@@ -43,11 +43,9 @@ class Cut:
     parts: int
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the part."""
         return tuple(-(-n // self.parts) if d == self.dimension else n for d, n in enumerate(whole))
 
     def of(self, whole: Tensor) -> Tensor:
-        """The part of a whole parameter."""
         missing = -whole.shape[self.dimension] % self.parts
         if missing:
             whole = pad(whole, (0, 0) * (whole.ndim - 1 - self.dimension) + (0, missing))

@@ -33,11 +33,9 @@ class Multiway(nn.ModuleDict):
         return join(self.each(self.slices(x_TD, layout)))
 
     def slices(self, x_TD: Tensor, layout: Segments) -> list[Tensor]:
-        """Each expert's tokens."""
         return [x_TD] if len(self.experts) == 1 else list(x_TD.split(layout.sizes(self.experts)))
 
     def each(self, slices: list[Tensor]) -> list[Tensor]:
-        """Each expert's output for its tokens."""
         return [self[name](part) for name, part in zip(self.experts, slices, strict=True)]
 
 

@@ -58,7 +58,6 @@ class Group:
 
     @property
     def real_words(self) -> int:
-        """Words that are not padding."""
         return self.samples * self.words if self.index is None else len(self.index)
 
     def positions(self, device: torch.device) -> Tensor:
@@ -72,7 +71,6 @@ class Group:
         return rows // max(self.words, 1)
 
     def to(self, device: torch.device) -> Group:
-        """The same group with its tensors on `device`."""
         move = lambda t: None if t is None else to_device(t, device)  # noqa: E731
         return replace(self, index=move(self.index), mask=move(self.mask))
 
@@ -169,12 +167,10 @@ class TokenLayout(Segments):
 
     @property
     def patch_groups(self) -> list[Group]:
-        """The groups with patches."""
         return [group for group in self.groups if group.kind < 2]
 
     @property
     def word_groups(self) -> list[Group]:
-        """The groups with words."""
         return [group for group in self.groups if group.kind > 0]
 
     @property
@@ -240,7 +236,6 @@ class TokenLayout(Segments):
         return self._packings[device]
 
     def to(self, device: torch.device) -> TokenLayout:
-        """The same layout with its tensors on `device`."""
         return TokenLayout(tuple(group.to(device) for group in self.groups))
 
 

@@ -88,7 +88,10 @@ class Engine:
             set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what computes it
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
-        zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, sum(_numel(p) for p in self.model.parameters())))
+        zero.setdefault(
+            "reduce_bucket_size",
+            min(DEFAULT_BUCKET, sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())),
+        )
         settings["zero_allow_untested_optimizer"] = True
         module: Any = objective(self.model)
         if plan is not None:
@@ -96,10 +99,7 @@ class Engine:
             module = Stages(module, plan.of(self.mesh.pipeline_rank), config.model.layers, plan.tokens)
         with redirect_stdout(StringIO()):  # DeepSpeed prints its memory
             self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer(self.model, "offload_optimizer" in zero),
-                config=settings,
-                mpu=groups,
+                model=module, optimizer=optimizer(self.model, "offload_optimizer" in zero), config=settings, mpu=groups
             )
         dtype = next(self.model.parameters()).dtype
         flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, config.model))
@@ -177,7 +177,6 @@ class Engine:
         return squares.sqrt()
 
     def _sum(self, totals: Tensor) -> Tensor:
-        """The statistics of all ranks."""
         self.groups.sum_over_data(totals)
         dist.all_reduce(totals, group=self.groups.pipeline)  # zeros on all stages but the last
         return totals
@@ -203,7 +202,6 @@ class Accumulation:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> Tensor:
-        """Forward only."""
         no_loss = torch.ones(self._columns, device=self._mesh.device)  # only the statistics are wanted
         totals = torch.zeros(2, self._columns, device=self._mesh.device, dtype=torch.float64)
         for micro_batch in micro_batches:
@@ -212,10 +210,6 @@ class Accumulation:
 
     def after_step(self) -> None:
         """Nothing is left over."""
-
-
-def _numel(parameter: torch.nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _build_model(
@@ -248,11 +242,7 @@ def _build_model(
         materialize(module, part_of_value, mesh.device, dtype, prefix=f"{prefix}.")
         if config.parallel.zero_stage == 3:
             deepspeed.zero.Init(
-                module=module,
-                config_dict_or_path=settings,
-                dtype=dtype,
-                data_parallel_group=groups.data,
-                mpu=groups,
+                module=module, config_dict_or_path=settings, dtype=dtype, data_parallel_group=groups.data, mpu=groups
             )
     if config.parallel.zero_stage == 3:
         for module in model.modules():

@@ -65,12 +65,10 @@ class StateBytes:
 
     @property
     def states(self) -> float:
-        """Working parameters, gradients, masters and moments."""
         return self.working + self.gradients + self.masters + self.moments
 
     @property
     def total(self) -> float:
-        """All of it."""
         return self.states + self.bucket + self.live
 
 

@@ -126,7 +126,6 @@ class Groups:
         return self._made[members]
 
     def wait_for_all(self) -> None:
-        """Returns when every process has come here."""
         dist.barrier()
 
     def sum_over_data(self, values: Tensor) -> None:

@@ -87,7 +87,6 @@ class StagePlan:
     """Rows of the activations that cross between stages."""
 
     def of(self, rank: int) -> list[range]:
-        """The layers of a rank's stages."""
         return self.stages[rank :: self.pipeline]
 
 
@@ -208,11 +207,7 @@ class Pipeline:
     def __init__(self, config: TrainingConfig, groups: Groups, engine: Any, module: Stages) -> None:
         mesh = groups.mesh
         self._engine, self._module, self._groups = engine, module, groups
-        self.micro_batches, self.chunks, self.data_parallel = (
-            config.accumulation,
-            config.parallel.chunks,
-            mesh.data,
-        )
+        self.micro_batches, self.chunks, self.data_parallel = (config.accumulation, config.parallel.chunks, mesh.data)
         self._backwards = 0
         dtype = torch.bfloat16 if config.in_bf16 else torch.float32
         x = torch.zeros(module.tokens, config.model.width, dtype=dtype, device=mesh.device)
@@ -244,7 +239,6 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[Any]) -> Tensor:
-        """Forward only."""
         no_loss = torch.ones(self._module.objective.columns, device=self._nothing.device)
         return self._run(self._schedule.eval, micro_batches, no_loss, 0)
 

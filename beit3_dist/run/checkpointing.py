@@ -93,7 +93,6 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         return newest_whole(path for _, path in sorted(good))
 
     def wait(self) -> None:
-        """Returns when no checkpoint is on its way any more."""
         with _ending_the_run():
             self._store.wait()
 
@@ -119,12 +118,7 @@ def _ending_the_run() -> Iterator[None]:
 
 
 def _versions() -> dict[str, str]:
-    """The versions of the programs, for a checkpoint."""
-    return {
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "beit3-dist": beit3_dist.__version__,
-    }
+    return {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "beit3-dist": beit3_dist.__version__}
 
 
 @dataclass

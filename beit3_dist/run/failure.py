@@ -70,11 +70,9 @@ class FailureBoard:
         return int(self._store.get("failed"))
 
     def ask_to_go(self) -> None:
-        """Says that the run was asked to go."""
         self._store.set("asked", "")
 
     def is_asked_to_go(self) -> bool:
-        """Whether some process was asked to go."""
         return self._store.check(["asked"])
 
     def leave(self) -> None:

@@ -66,12 +66,10 @@ class RunFolder:
             keep_config(out, to_yaml(config), step)  # and puts the names of the files above on the disk
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """The record of a training step."""
         if self._reporter:
             self._reporter.step({**record, "computes": self._computes})
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """The record of a validation."""
         if self._reporter:
             self._reporter.evaluation(record)
 
@@ -100,7 +98,6 @@ class RunFolder:
                 file.sync()
 
     def close(self) -> None:
-        """Flushes everything."""
         if self._reporter:
             self.sync()
             self._reporter.close()

@@ -13,9 +13,10 @@ from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from beit3_dist.command_line import is_first_process, log_to_console, one_line
+from beit3_dist.command_line import is_first_process, log_to_console
 from beit3_dist.launched import rank
 from beit3_dist.leaving import leave_when_asked
+from beit3_dist.opening import one_line
 from beit3_dist.run.endings import DONE, TRACEBACK, Ending, Mistake, Who, ending_of
 from beit3_dist.run.failure import end_after_failure, end_now, ends_by_itself
 from beit3_dist.terminal import make_output_unfailing

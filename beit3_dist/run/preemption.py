@@ -92,7 +92,6 @@ class StopRequest:
         return result  # type: ignore[return-value]
 
     def close(self) -> None:
-        """The run has saved and ends."""
         ignore()
 
 

@@ -149,13 +149,11 @@ class Reporter:
         """Time of each of the last steps, from end to end, but for the first, which waits for much that comes once."""
 
     def step(self, record: Mapping[str, Any]) -> None:
-        """One training step."""
         self._metrics.write(record)
         self._scalars("train", record)
         self._progress(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """One validation."""
         self._evaluations.write(record)
         self._scalars("eval", record)
         losses = [f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_")]
@@ -178,7 +176,6 @@ class Reporter:
         self._print(f"{_CLEAR if self._terminal.isatty() else ''}{message}\n")
 
     def sync(self) -> None:
-        """Returns when the records so far are on the disk."""
         self._metrics.sync()
         self._evaluations.sync()
 

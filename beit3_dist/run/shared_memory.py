@@ -43,9 +43,9 @@ def check_shared_memory(
     workers, prefetch = data.workers, data.prefetch
     if workers == 0 or not SHARED.is_dir():
         return
-    readers = sum(reads(replace(mesh, rank=rank)) for rank in _ranks_of_this_host(mesh))
-    ahead = workers * prefetch
-    need = readers * micro_batch * (ahead * (1 + validates) + accumulation + IN_USE)
+    first = mesh.rank - mesh.local_rank  # launchers number the processes of a host one after the other
+    readers = sum(reads(replace(mesh, rank=first + number)) for number in range(mesh.local_world))
+    need = readers * micro_batch * (workers * prefetch * (1 + validates) + accumulation + IN_USE)
     room = os.statvfs(SHARED)
     free = room.f_bavail * room.f_frsize
     require(
@@ -54,9 +54,3 @@ def check_shared_memory(
         f"{need / 1e6:,.1f} MB of images in {SHARED}, which has {free / 1e6:,.1f} MB free: enlarge it (a container: "
         f"--shm-size or --ipc=host), lower data.workers or data.prefetch={prefetch}, or set data.workers=0",
     )
-
-
-def _ranks_of_this_host(mesh: Mesh) -> range:
-    """Launchers number the processes of a host one after the other."""
-    first = mesh.rank - mesh.local_rank
-    return range(first, first + mesh.local_world)

@@ -238,7 +238,6 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         return torch.cat(parts)[: len(self._validation)]
 
     def _all_done(self, done: bool) -> bool:
-        """Whether all ranks are done."""
         flag = torch.tensor(int(done), device=self.mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)

@@ -62,10 +62,7 @@ def layered_groups(
 
 
 def build_optimizer(
-    model: nn.Module,
-    offload: bool,
-    config: OptimConfig,
-    groups: list[dict[str, Any]] | None = None,
+    model: nn.Module, offload: bool, config: OptimConfig, groups: list[dict[str, Any]] | None = None
 ) -> torch.optim.Optimizer:
     """AdamW: DeepSpeed's CPU kernel where the state is offloaded, else torch's fused one, which reads and writes each
     number once. (Apex's counts steps per group, and ZeRO-3 steps a large group in several parts.) `groups`: None for

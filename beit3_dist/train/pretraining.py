@@ -36,7 +36,6 @@ from beit3_dist.train.validation import evaluate
 
 
 def pretrain(ready: Ready) -> None:
-    """A pretraining run."""
     train(Pretraining(ready))
 
 

@@ -24,12 +24,7 @@ class Guards:
     """Every process has this, from before its model is built until its last step."""
 
     def __init__(
-        self,
-        config: JobConfig,
-        groups: Groups,
-        run: RunFolder,
-        state: TrainState,
-        max_bad_fraction: float | None,
+        self, config: JobConfig, groups: Groups, run: RunFolder, state: TrainState, max_bad_fraction: float | None
     ) -> None:
         """`state`: where the run goes on. `max_bad_fraction`: see `Job`."""
         settings, out, mesh = config.guards, Path(config.out), groups.mesh
@@ -57,6 +52,5 @@ class Guards:
             self._bad_samples.check(state)
 
     def close(self) -> None:
-        """The run is over."""
         self._watchdog.close()
         self._request.close()

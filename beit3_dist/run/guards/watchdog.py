@@ -59,7 +59,6 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit_s + BACKSTOP_S, exit=True, file=self._stacks)
 
     def close(self) -> None:
-        """The run is over."""
         if self._limit_s:
             faulthandler.cancel_dump_traceback_later()
         self._closed.set()
