@@ -12,7 +12,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ _KINDS = {
 def one_line(error: BaseException | str, most: int | None = None) -> str:
     """The error's words in one line, of `most` letters."""
     return " ".join(str(error).split())[:most]
+
+
+@contextmanager
+def blaming(what: str, *kinds: type[Exception], most: int | None = None) -> Iterator[None]:
+    """Inside, a ValueError or an error of these kinds becomes a ValueError that begins with `what`, and is one line; of
+    its own words, `most` letters."""
+    blamed: tuple[type[Exception], ...] = (ValueError, *kinds)
+    try:
+        yield
+    except blamed as error:
+        raise ValueError(f"{what}: {one_line(error, most)}") from error
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:

@@ -14,7 +14,5 @@ def optional_module(name: str, use: str, remedy: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, RuntimeError, OSError) as error:  # torchvision raises RuntimeError beside another torch
-        package = name.partition(".")[0]
-        raise ValueError(
-            f"{use} needs {package}, which cannot be imported ({one_line(error, 200)}): {remedy}"
-        ) from None
+        package, reason = name.partition(".")[0], one_line(error, 200)
+        raise ValueError(f"{use} needs {package}, which cannot be imported ({reason}): {remedy}") from None

@@ -20,6 +20,7 @@ from beit3_dist.checkpoint.positions import FIRST_PATCH, interpolate_positions
 from beit3_dist.checkpoint.released import released_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.opening import blaming
 
 POSITIONS = "vision_embedding.positions"
 
@@ -162,10 +163,8 @@ def fit(
     the weights lack are absent from the result. A log message says so of each. Raises ValueError where the weights are
     another model's.
     """
-    try:
+    with blaming(source):
         return _fit(weights, config, shapes, source)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def _fit(

@@ -25,7 +25,7 @@ from beit3_dist.checkpoint.timm_form import weights_from_timm
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
-from beit3_dist.opening import one_line, read_json, read_yaml
+from beit3_dist.opening import blaming, read_json, read_yaml
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 
@@ -33,15 +33,13 @@ def _canonical(content: Any, source: str) -> dict[str, Tensor]:
     """The weights of a state dict of any of the forms, or of what holds it, under our names."""
     state = state_dict_in(content, source)
     require_finite(state.items(), source)
-    try:
+    with blaming(source, KeyError, IndexError, TypeError, RuntimeError):  # of shapes that no such model has
         if any(key.startswith(PREFIX) for key in state):
             return weights_from_released(state)
         if "encoder.embed_positions.A.weight" in state:
             return weights_from_released({PREFIX + key: value for key, value in state.items()})
         if {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
             return weights_from_timm(state)
-    except (ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:  # of shapes that no such model has
-        raise ValueError(f"{source}: {one_line(error)}") from error
     raise ValueError(f"{source} has the keys neither of a released BEiT-3 file, nor of torchscale's, nor of timm's")
 
 
@@ -49,10 +47,8 @@ def _read_checkpoint(path: Path) -> ModelFolder:
     if damage := damaged(path):
         raise ValueError(damage)
     weights = read_weights(path, averaged=True)
-    try:
+    with blaming(f"{path / 'state.json'} describes no model of this version", TypeError):
         config = config_of(read_json(path / "state.json").get("model"))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path / 'state.json'} describes no model of this version: {error}") from error
     recipe = read_yaml(path / "config.yaml")
     try:
         tokenizer = Path(recipe.get("text_tokenizer") or "")
@@ -84,14 +80,10 @@ def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
         )
     else:
         weights = _canonical(read_weights_file(path), str(path))
-        try:
+        with blaming(str(path), TypeError):  # TypeError: a table that is a single number
             source = ModelFolder(infer_config(weights, attention_heads), weights, task_of(weights), None)
-        except (ValueError, TypeError) as error:  # TypeError: a table that is a single number
-            raise ValueError(f"{path}: {error}") from error
-    try:
+    with blaming(str(path), RuntimeError):  # RuntimeError: a model of more elements than torch can count
         check_whole(source.weights, source.config)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a model of more elements than torch can count
-        raise ValueError(f"{path}: {one_line(error)}") from error
     return source
 
 
@@ -104,15 +96,13 @@ def read_initial_weights(
     (heads, ...) are absent, which is logged; they keep their initial values. Raises ValueError with one line that names
     init_from and the file.
     """
-    try:
+    with blaming("init_from", OSError):
         source = read_source(path, config.heads)
         for field in ("heads", "layer_norm_eps"):  # no shape tells these
             theirs, ours = getattr(source.config, field), getattr(config, field)
             if theirs != ours:
                 raise ValueError(f"{path} has model.{field}={theirs}, this run has {ours}")
         return fit(source.weights, config, shapes_of(config) if shapes is None else shapes, str(path))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"init_from: {error}") from error
 
 
 def load_released(path_or_dict: str | Path | Mapping[str, Any], config: ModelConfig) -> BEiT3:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.files import sync, write_json
 from beit3_dist.config import ModelConfig
-from beit3_dist.opening import read_json
+from beit3_dist.opening import blaming, read_json
 from beit3_dist.weights import read_weights_file, require_finite
 
 FORMAT = 1
@@ -161,7 +161,7 @@ def read_model_folder(folder: Path) -> ModelFolder:
             )
     content, weights = read_json(folder / CONFIG), read_weights_file(folder / WEIGHTS)
     require_finite(weights.items(), str(folder / WEIGHTS))
-    try:
+    with blaming(f"{folder / CONFIG} is not a config of ours", TypeError, KeyError):
         written = content["format"]
         if written != FORMAT:
             raise ValueError(f"it has format {written}, this version reads {FORMAT}")
@@ -171,8 +171,6 @@ def read_model_folder(folder: Path) -> ModelFolder:
         objectives = content.get("objectives", [])
         if not isinstance(objectives, list) or not all(isinstance(name, str) for name in objectives):
             raise ValueError("its objectives are no list of names")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / CONFIG} is not a config of ours: {error}") from error
     tokenizer = folder / TOKENIZER
     found = tokenizer if os.path.lexists(tokenizer) else None
     return ModelFolder(config, weights, task, found, tuple(objectives))

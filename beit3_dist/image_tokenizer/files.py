@@ -12,7 +12,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.files import replacing
 from beit3_dist.image_tokenizer.network import VQKD
-from beit3_dist.opening import one_line
+from beit3_dist.opening import blaming
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 TRAINING_ONLY = ("loss", "teacher", "scaling")
@@ -33,13 +33,12 @@ def load_vqkd(path: str | os.PathLike[str]) -> VQKD:
     are width / 64, as in the released models. Raises ValueError naming `image_tokenizer` for anything else.
     """
     state, heads = read_tokenizer(path)
-    try:
+    wrong = (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError)
+    with blaming(f"image_tokenizer={path} is not a VQ-KD image tokenizer", *wrong, most=200):
         geometry = infer_geometry(state, heads)
         with torch.device("meta"):
             model = VQKD(**geometry)
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"image_tokenizer={path} is not a VQ-KD image tokenizer: {one_line(error, 200)}") from error
     require_finite(model.state_dict().items(), f"image_tokenizer={path}")
     return model.requires_grad_(False).eval()
 

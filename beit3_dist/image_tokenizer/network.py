@@ -128,17 +128,9 @@ class VQKD(nn.Module):
             raise ValueError(f"image_size={image_size} is not divisible by patch_size={patch_size}")
         if width % heads:
             raise ValueError(f"width={width} is not divisible by heads={heads}")
-        self.geometry = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "codebook_size": codebook_size,
-            "code_dim": code_dim,
-            "decoder_layers": decoder_layers,
-            "target_dim": target_dim,
-        }
+        encoder = {"image_size": image_size, "patch_size": patch_size, "width": width, "layers": layers, "heads": heads}
+        codes = {"codebook_size": codebook_size, "code_dim": code_dim}
+        self.geometry = encoder | codes | {"decoder_layers": decoder_layers, "target_dim": target_dim}
         self.image_size, self.patch_size, self.grid = image_size, patch_size, image_size // patch_size
         self.encoder = VisionTransformer(
             grid=self.grid, patch_size=patch_size, channels=3, width=width, layers=layers, heads=heads

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from beit3_dist.image_tokenizer.clip_vision import clip_vision_from
-from beit3_dist.opening import one_line
+from beit3_dist.opening import blaming
 from beit3_dist.optional import optional_module
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
@@ -115,12 +115,9 @@ class CLIPTeacher(FeatureMap):
 
     def __init__(self, grid: int, path: str, *, quick_gelu: bool, head_dim: int) -> None:
         weights = teacher_weights(path)
-        try:
+        wrong = (KeyError, RuntimeError, AttributeError, IndexError, TypeError, ZeroDivisionError)
+        with blaming(f"teacher.weights={path} holds no CLIP vision transformer", *wrong, most=200):
             tower = clip_vision_from(weights, quick_gelu=quick_gelu, head_dim=head_dim)
-        except (KeyError, RuntimeError, AttributeError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"teacher.weights={path} holds no CLIP vision transformer: {one_line(error, 200)}"
-            ) from error
         require_finite(tower.state_dict().items(), f"teacher.weights={path}")
         super().__init__(grid, tower.image_size, CLIP_MEAN, CLIP_STD)
         self.tower, self.channels = tower, tower.target_dim
@@ -138,10 +135,8 @@ class TimmTeacher(FeatureMap):
     def __init__(self, grid: int, name: str, path: str) -> None:
         remedy = "install the torchvision that belongs to this torch, or use another teacher"
         timm = optional_module("timm", "teacher.kind=timm", remedy)  # takes seconds
-        try:
+        with blaming(f"teacher.name={name} is no model of timm", RuntimeError, most=200):
             network: Any = timm.create_model(name, pretrained=False, num_classes=0)
-        except RuntimeError as error:
-            raise ValueError(f"teacher.name={name} is no model of timm: {one_line(error, 200)}") from error
         heads = network.pretrained_cfg.get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         weights = {
@@ -149,12 +144,8 @@ class TimmTeacher(FeatureMap):
             for key, tensor in teacher_weights(path).items()
             if not any(key.startswith(f"{head}.") for head in heads)
         }
-        try:
+        with blaming(f"teacher.weights={path} does not fit teacher.name={name}", RuntimeError, most=200):
             network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"teacher.weights={path} does not fit teacher.name={name}: {one_line(error, 200)}"
-            ) from error
         require_finite(network.state_dict().items(), f"teacher.weights={path}")
         config = timm.data.resolve_model_data_config(network)
         super().__init__(grid, config["input_size"][-1], config["mean"], config["std"])

@@ -15,7 +15,7 @@ from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 from beit3_dist.config import TrainingConfig
-from beit3_dist.opening import read_json
+from beit3_dist.opening import blaming, read_json
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
 """The DeepSpeed files that come with the program. A recipe names them as they stand in the repository."""
@@ -72,10 +72,8 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         file = SHIPPED / file.name
     if not file.is_file():
         raise ValueError(f"deepspeed_config: there is no file {path}")
-    try:
+    with blaming("deepspeed_config", OSError):
         return read_json(file)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"deepspeed_config: {error}") from error
 
 
 def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, Any]:

@@ -88,10 +88,8 @@ class Engine:
             set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what computes it
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
-        zero.setdefault(
-            "reduce_bucket_size",
-            min(DEFAULT_BUCKET, sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())),
-        )
+        elements = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, elements))
         settings["zero_allow_untested_optimizer"] = True
         module: Any = objective(self.model)
         if plan is not None:

@@ -12,6 +12,7 @@ from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.config import require
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.initialization import Values, zeros
+from beit3_dist.opening import blaming
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.float8 import check_float8
 from beit3_dist.parallel.kernels import check_kernels
@@ -107,10 +108,8 @@ def names_of(config: FinetuneConfig) -> list[str]:
         f"data.answers={config.data.answers!r}: task={config.task} needs a file with the name of each answer or class "
         "a line; tools/build_index.py writes it",
     )
-    try:
+    with blaming("data.answers"):
         return read_names(path)
-    except ValueError as error:
-        raise ValueError(f"data.answers: {error}") from error
 
 
 def _views(config: FinetuneConfig, task: Task) -> Views:
