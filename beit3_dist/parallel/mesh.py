@@ -125,16 +125,9 @@ class Groups:
             self._made[members] = dist.new_group(list(members), timeout=self._patience, use_local_synchronization=True)
         return self._made[members]
 
-    def wait_for_all(self) -> None:
-        dist.barrier()
-
     def sum_over_data(self, values: Tensor) -> None:
         """Sums `values` in place over the replicas."""
         dist.all_reduce(values, group=self.data)
-
-    def max_over_all(self, values: Tensor) -> None:
-        """The largest of all processes' `values`, in place."""
-        dist.all_reduce(values, dist.ReduceOp.MAX)
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self.data

@@ -45,7 +45,7 @@ class StepBatch:
         summed = totals.pack().to(groups.mesh.device)
         wait = torch.tensor(waited_s, dtype=torch.float64, device=groups.mesh.device)
         groups.sum_over_data(summed)
-        groups.max_over_all(wait)
+        dist.all_reduce(wait, dist.ReduceOp.MAX)
         return cls(micro_batches, summed, wait)
 
     @property

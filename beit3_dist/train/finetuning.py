@@ -211,7 +211,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         with self._average.applied() if self._average else nullcontext():
             predictions = self._predictions(together)
         scores = self._scores(predictions) if self.mesh.is_first else {}
-        self._groups.wait_for_all()
+        dist.barrier()
         return scores
 
     def _scores(self, predictions: Tensor) -> dict[str, float]:
@@ -247,7 +247,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         others stay until the first rank has written it, since srun may end what is left soon after the first end."""
         if self.mesh.is_first:
             self._write_model()
-        self._groups.wait_for_all()
+        dist.barrier()
 
     def _write_model(self) -> None:
         out = Path(self.config.out)
