@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from beit3_dist.launched import rank, take_place
 from beit3_dist.leaving import ExitCode, leave_when_asked
 from beit3_dist.opening import one_line
 from beit3_dist.plugins import load_plugins
-from beit3_dist.recipe import current_name, read_recipe, recipe_texts
+from beit3_dist.recipe import current_name, fields_in, recipe_texts
 
 Config = TypeVar("Config")
 
@@ -86,28 +87,15 @@ class Sections:
 
 
 class _Recipe(ActionConfigFile):
-    """--config FILE: the file is checked as a whole, then its fields; it is named with what is wrong in it."""
+    """--config FILE: the fields of a file that was checked as a whole; it is named with what is wrong in them."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        for name, value in read_recipe(values).items():
-            if name in parser.groups and not isinstance(value, dict):
-                raise ValueError(f"the recipe {values}: {name} is a section of fields, not {value!r}")
-        for path, text in recipe_texts(values):
+        for path, text in parser.recipe_texts[values]:
             try:
                 super().__call__(parser, cfg, text, option_string)
                 parser.validate(cfg, skip_required=True)  # what the command line has given so far is known to be right
             except (ArgumentError, TypeError, ValueError, KeyError) as error:
                 raise ValueError(f"the recipe {path}: {error}") from None
-
-
-def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
-    """What is given to an option, in either way of writing it."""
-    following = zip(arguments, [*arguments[1:], ""], strict=True)
-    return [
-        value if argument == option else argument.partition("=")[2]
-        for argument, value in following
-        if argument == option or argument.startswith(f"{option}=")
-    ]
 
 
 def parse(
@@ -130,11 +118,14 @@ def parse(
     # Under a launcher every process parses; the first one's --help and --print_config are enough.
     terminal = nullcontext() if is_first_process() else redirect_stdout(StringIO())
     try:
-        recipes = [read_recipe(path) for path in _values_of("--config", arguments)]
-        for plugins in (
-            *(recipe.get("plugins", []) for recipe in recipes if trusted),
-            *(yaml.safe_load(value) for value in _values_of("--plugins", arguments)),
-        ):
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        for option in ("--config", "--plugins"):
+            early.add_argument(option, action="append", default=[])
+        files, _ = early.parse_known_args(arguments)
+        texts = {path: recipe_texts(path) for path in files.config}
+        recipes = {path: fields_in(some) for path, some in texts.items()}
+        of_recipes = [recipe.get("plugins", []) for recipe in recipes.values() if trusted]
+        for plugins in (*of_recipes, *map(yaml.safe_load, files.plugins)):
             load_plugins([plugins] if isinstance(plugins, str) else plugins)
         parser = ArgumentParser(
             prog=program,
@@ -145,7 +136,12 @@ def parse(
         parser.add_argument("--config", action=_Recipe, help="recipe: a YAML file with any of the fields below")
         parser.add_argument("--local_rank", "--local-rank", type=int, default=SUPPRESS, help=SUPPRESS)  # of launchers
         parser.add_class_arguments(config_class, skip={sections.field} if sections else set())
-        named = sections.named(recipes, arguments) if sections else []
+        for path, recipe in recipes.items():
+            for name, value in recipe.items():
+                if name in (parser.groups or {}) and not isinstance(value, dict):
+                    raise ValueError(f"the recipe {path}: {name} is a section of fields, not {value!r}")
+        setattr(parser, "recipe_texts", texts)  # noqa: B010 (for _Recipe)
+        named = sections.named(recipes.values(), arguments) if sections else []
         # Sections are classes beside code that needs torch: whoever names none is told of a typo seconds earlier.
         if sections and (named or any(a in ("-h", "--help") or a.startswith("--print_config") for a in arguments)):
             sections.check(named)

@@ -30,14 +30,20 @@ def current_names(recipe: str) -> str:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The fields of a recipe, or of the config.yaml of a run, and of the recipes that it is based on.
+    """The fields of a recipe, or of the config.yaml of a run, and of the recipes that it is based on. Raises ValueError
+    as `recipe_texts` and `fields_in` do."""
+    return fields_in(recipe_texts(path))
+
+
+def fields_in(texts: list[tuple[Path, str]]) -> dict[str, Any]:
+    """The fields of recipes of which each changes the one before.
 
     Raises ValueError that names the file, and the line where there is one, for what is no readable YAML of fields; for
     a field that is given twice, of which YAML would take the last; and for one without a value, such as a section
     whose lines are all commented out.
     """
     fields: dict[str, Any] = {}
-    for one, text in recipe_texts(path):
+    for one, text in texts:
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
             own = yaml.safe_load(text)
