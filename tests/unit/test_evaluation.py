@@ -55,7 +55,7 @@ def validated(config: RunConfig, watching: Watching) -> list[list[MicroBatch]]:
 
 
 def test_loader_processes_read_what_the_trainer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "prepared", lambda _, batch, *more: batch)
+    monkeypatch.setattr("beit3_dist.train.passes.prepared", lambda _, batch, *more: (batch, None, None))
     run = small_run(tmp_path, batch=BatchConfig(images=4, texts=4, pairs=4, accumulation=2))
     shards = {name: getattr(run.data, name) for name in ("images", "texts", "pairs")}
     run = replace(run, eval=EvalConfig(every=1, batches=3, **shards))
