@@ -55,10 +55,8 @@ from beit3_dist.tasks.registry import pretrained_tasks, task_class, task_names
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
-"""The same for `isinstance`."""
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
-"""Samples of a forward pass."""
 
 _T = TypeVar("_T")
 
@@ -83,7 +81,6 @@ class Model:
     """A model on one device. What it can be asked depends on its task; the rest is a ValueError."""
 
     def __init__(self, network: FineTuned, task: Task, classes: int = 0) -> None:
-        """`classes`: how many of them the network tells apart."""
         self.network, self.task, self.classes = network.requires_grad_(False).eval(), task, classes
         self.name = task.config.out
         self.device = next(network.parameters()).device
@@ -305,7 +302,6 @@ def _listed(given: Any, what: str) -> list[Any]:
 
 
 def _images(given: Any) -> list[ImageLike]:
-    """Images that were given as a list. Raises ValueError for anything else."""
     images = _listed(given, "images")
     for image in images:
         if not isinstance(image, IMAGE_TYPES):
@@ -314,7 +310,6 @@ def _images(given: Any) -> list[ImageLike]:
 
 
 def _texts(given: Any, what: str = "texts") -> list[str]:
-    """Texts that were given as a list. Raises ValueError for anything else."""
     texts = _listed(given, what)
     for number, text in enumerate(texts):
         if not isinstance(text, str):

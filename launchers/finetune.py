@@ -22,7 +22,6 @@ PROGRAM = "finetune.py"
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line."""
     begin(PROGRAM)
     config = parse(FinetuneConfig, PROGRAM, f"Fine-tunes BEiT-3 on a downstream task. {summaries()}", arguments)
     # torch takes seconds to import: a typo is reported before that.

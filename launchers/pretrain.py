@@ -24,7 +24,6 @@ PROGRAM = "pretrain.py"
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line."""
     begin(PROGRAM)
     about = "Pretrains BEiT-3 on images, texts and image-text pairs."
     config = parse(RunConfig, PROGRAM, about, arguments, SECTIONS)

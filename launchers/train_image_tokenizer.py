@@ -23,7 +23,6 @@ PROGRAM = "train_image_tokenizer.py"
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line."""
     begin(PROGRAM)
     config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
     # torch takes seconds to import: a typo is reported before that.

@@ -107,7 +107,6 @@ def model_contenders(
 
 
 def benchmark_model(options: Namespace) -> dict[str, Any]:
-    """What `model` was asked to compare, and the figures."""
     device = gpu_or_cpu()
     released = {"attention": "per_modality", "sub_layernorm": True, "vl_expert_layers": 0, "drop_path": 0.0}
     config = ModelConfig(**{name: getattr(options, name) for name in GEOMETRY}, **released)
@@ -179,7 +178,6 @@ def torchscale_version() -> str:
 
 
 def model_table(record: dict[str, Any]) -> str:
-    """`benchmark_model`'s record for people."""
     options, machine, contenders = record["options"], record["machine"], record["contenders"]
     shortest, longest = options["caption_lengths"]
     lines = [
@@ -252,7 +250,6 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 
 def check(options: Namespace) -> None:
-    """Raises ValueError for what `model` cannot measure."""
     check_kernels(options.kernels)
     check_positive(("images", "texts", "pairs", "repeats"), options)
     lengths = {"text_length": [options.text_length] * 2, "caption_lengths": options.caption_lengths}
@@ -262,7 +259,6 @@ def check(options: Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures and prints; returns the exit code."""
     try:
         options = parse(arguments)
         if not torch.cuda.is_available():

@@ -34,7 +34,6 @@ ANSWERS = "answer2label.txt"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(text.encode()), "OUT")
 
@@ -67,12 +66,10 @@ def write_indexes(out: Path, indexes: Indexes, tokenizer: TextTokenizer | None) 
 
 
 def write_answers(path: Path, answers: list[str]) -> None:
-    """A line {answer, label} per answer."""
     write_text(path, "".join(json.dumps({"answer": answer, "label": n}) + "\n" for n, answer in enumerate(answers)))
 
 
 def write_names(path: Path, names: list[str]) -> None:
-    """A name a line."""
     write_text(path, "".join(f"{name}\n" for name in names))
 
 

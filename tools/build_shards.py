@@ -48,13 +48,11 @@ OUT_HELP = "folder to make; it must not exist yet, or be empty"
 SKIPPED_SHOWN = 10
 """Skipped images that are printed; shards.json lists all."""
 JPEG_QUALITY = 95
-"""Of images that were made smaller."""
 DEMO_PER_SHARD = 100
 """Images or pairs per shard of the demo: few, so that its held-out side has several shards, too."""
 DEMO_DOCUMENTS_PER_MEMBER = 20
 """Documents per member of the demo's texts: with as many members per shard as images, 2,000 a shard."""
 ASKED = ("command", "held_out", "limit")
-"""Options that shards.json remembers."""
 Skipped = list[tuple[str, str]]
 """Path and reason of each image that was left out."""
 Shards = list[dict[str, Any]]
@@ -63,12 +61,9 @@ Shards = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Sample:
-    """What goes into a tar under one key."""
-
     side: str
     """train or held_out."""
     members: dict[str, bytes]
-    """Extension -> content."""
     count: int = 1
     """Images, pairs or documents in it."""
 
@@ -84,11 +79,8 @@ class ImageFile:
     text: str | None = None
     """Its captions, one a line; None in the image-only stream."""
     original: bytes = b""
-    """Content of the file."""
     stored: bytes = b""
-    """What the tar gets."""
     extension: str = ""
-    """Extension of `stored`."""
     fault: str = ""
     """Why it cannot be used; empty if it can."""
 
@@ -178,7 +170,6 @@ def text_samples(texts: Iterable[str], held_out: float, per_member: int) -> Iter
 
 
 def emoji_samples(options: Namespace) -> Iterator[Sample]:
-    """A pair per emoji: its drawing and its English name."""
     for emoji in emoji_images(options.workers):
         yield Sample(side(emoji.identity, options.held_out), {"png": emoji.png, "txt": emoji.name.encode()})
 
@@ -215,14 +206,12 @@ def write(folder: Path, source: str, samples: Iterable[Sample], per_shard: int, 
 
 
 def describe(path: Path, count: int) -> dict[str, Any]:
-    """The entry of shards.json for one tar."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return {"file": str(path), "samples": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def summary(shards: Shards) -> Iterator[str]:
-    """A line per folder of shards."""
     for folder, group in itertools.groupby(shards, key=lambda shard: str(Path(shard["file"]).parent)):
         entries = list(group)
         samples, size = (sum(entry[name] for entry in entries) for name in ("samples", "bytes"))
@@ -256,13 +245,11 @@ def build(options: Namespace) -> None:
 
 
 def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
-    """A member per image below a folder."""
     images = image_samples(files_of(options.folder, options.left_out)[: options.limit], options, skipped)
     return write(folder, str(options.folder), images, options.per_shard, options.held_out)
 
 
 def build_pairs(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
-    """An image and a .txt member per pair of a table."""
     rows = table_rows(options.table, options.image, options.caption, options.rest_is_caption)
     pairs = itertools.islice(captioned(rows, options.root or options.table.parent), options.limit)
     images = image_samples(pairs, options, skipped)

@@ -44,8 +44,6 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Work:
-    """One shard to check, and how."""
-
     stream: Stream
     path: str
     file: str
@@ -56,8 +54,6 @@ class Work:
 
 @dataclass
 class Report:
-    """What was found in one shard."""
-
     shard: str
     bytes: int = 0
     members: int = 0
@@ -71,12 +67,10 @@ class Report:
     """kind, key and reason of each."""
 
     def add(self, kind: str, key: bytes, reason: str) -> None:
-        """Notes a problem."""
         self.problems.append({"kind": kind, "key": key.decode("utf-8", "replace"), "reason": reason})
 
 
 def check(job: Work) -> Report:
-    """Reads a whole shard."""
     report = Report(job.path, os.path.getsize(job.path))
     with Tar(job.file, job.path) as tar:
         try:
@@ -176,7 +170,6 @@ def check_all(options: Namespace) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The report for people."""
     rows = [f"{'stream':8}{'shards':>8}{'samples':>12}{'documents':>12}{'GB':>9}  problems"]
     for name, counts in record["streams"].items():
         problems = ", ".join(f"{count} {kind}" for kind, count in counts["problems"].items()) or "none"
@@ -197,7 +190,6 @@ def table(record: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """The options."""
     parser = ArgumentParser(prog="check_shards.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for stream in Stream:
         parser.add_argument(f"--{stream.field}", default="", metavar="PATTERN", help="brace or glob pattern")

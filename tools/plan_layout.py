@@ -31,8 +31,6 @@ UNUSED = ("out", "text_tokenizer", "image_tokenizer", "data.images", "data.texts
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout on one number of ranks."""
-
     ranks: int
     zero_stage: int
     tensor: int

@@ -29,7 +29,6 @@ PROGRAM = "precompute_codes.py"
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command line."""
     parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="CODES", type=Path, help="new folder of codes")
     parser.add_argument("--held_out", action="store_true", help="the images of eval.*, not the training crops")

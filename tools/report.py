@@ -76,7 +76,6 @@ SAMPLES = 2048
 SAMPLES_AT_ONCE = 32
 """Of each stream. A sample does not depend on its batch, so this bounds the memory and changes nothing else."""
 LAST_STEPS = 20
-"""Steps whose mean is the last training loss."""
 
 Record = dict[str, Any]
 
@@ -91,13 +90,9 @@ class Run:
     folder: Path
     config: RunConfig
     metrics: list[Record]
-    """One record per step."""
     evaluations: list[Record]
-    """One record per validation."""
     checkpoint: Path
-    """The newest whole checkpoint."""
     step: int
-    """Its step."""
     objectives: Objectives
     image_tokenizer: VQKD | None
     """None: no objective has visual codes."""
@@ -324,7 +319,6 @@ def spelled(tokenizer: TextTokenizer, word: int) -> str:
 
 
 def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]]) -> Record:
-    """The content of report.json."""
     wall = float(column(run.metrics, "step_s").sum())
     samples = {name: int(column(run.metrics, name).sum()) for name in STREAMS}
 
@@ -407,12 +401,10 @@ def digits(value: float | None, form: str) -> str:
 
 
 def verdict(loss: float | None, bound: float | None) -> str:
-    """Where a loss lies beside the entropy of its targets."""
     return "" if loss is None or bound is None else "below" if loss < bound else "above"
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
@@ -424,7 +416,6 @@ WIDTH, DPI = 1400, 100
 LEFT, MARGIN = 150, 24
 """Room for the rows' names, and the margin on the other sides."""
 PANELS_LEFT, PANELS_TOP, PANELS_PITCH, PANELS_WIDTH, PANELS_HEIGHT = 62, 124, 340, 262, 250
-"""Where the four panels of curves lie."""
 PANELS_IN_A_ROW = 4
 ROW_OF_PANELS = 306
 """Height of a row of panels; the images begin below the last one."""
@@ -438,7 +429,6 @@ MOST_IMAGES = 12
 GREY, GREY_EDGE = 150, 172
 """Levels of hidden patches and of two of their edges, which tell them from a grey image."""
 COLORS = ("#0072b2", "#d55e00", "#008f68", "#b8488f")
-"""Of the losses, in turn."""
 INK, FAINT, RIGHT, WRONG = "#222222", "#6b6b6b", "#007a4d", "#c23b00"
 ROWS = (
     "original",
@@ -539,7 +529,6 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_heading(page: Axes, top: float, heading: str, remark: str) -> None:
-    """The heading of a block of images."""
     page.plot([MARGIN, WIDTH - MARGIN], [top + 4, top + 4], color="#d0d0d0", linewidth=0.8)
     page.text(MARGIN, top + 38, heading, size=12.5, weight="bold", color=INK)
     page.text(WIDTH - MARGIN, top + 38, remark, size=10.5, color=FAINT, ha="right")
@@ -623,7 +612,6 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
     with refusing(PROGRAM):
         options = parse_arguments(arguments)
         matplotlib("figure")

@@ -40,7 +40,6 @@ FORMAT = 1
 """Version of the index files; a change makes every one stale."""
 PROGRESS_SECONDS = 5
 SIDE = 192
-"""Longer side of a small image."""
 COLUMNS, MARGIN, LINE = 6, 12, 18
 """The sheet: images in a row, space around each, height of a line of text; in pixels."""
 
@@ -49,12 +48,8 @@ COLUMNS, MARGIN, LINE = 6, 12, 18
 
 
 class File(NamedTuple):
-    """What tells an image file from a changed one."""
-
     size: int
-    """Bytes."""
     mtime_ns: int
-    """Time of the last change."""
 
 
 @dataclass
@@ -109,7 +104,6 @@ def read_index(file: Path, width: int) -> Index:
 
 
 def write_index(file: Path, index: Index) -> None:
-    """Replaces the index in one step."""
     notes = {"files": index.files, "seen": list(index.vectors), "unreadable": index.unreadable}
     vectors = np.stack(list(index.vectors.values())) if index.vectors else np.zeros((0, 0), dtype=np.float32)
     marks = np.frombuffer(json.dumps(notes).encode(), dtype=np.uint8)
@@ -155,8 +149,6 @@ def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
 
 
 class Match(NamedTuple):
-    """An image that was found."""
-
     name: str
     score: float
     """Cosine of the angle between its vector and the words'."""
@@ -258,12 +250,10 @@ def sheet(words: str, matches: list[Match]) -> Image.Image:
 
 
 def tell(line: str) -> None:
-    """One line on standard error."""
     print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
 
 
 def parse_arguments(arguments: list[str] | None) -> Namespace:
-    """The command line. Raises ValueError for what cannot be."""
     parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="images, in folders below it too")
     parser.add_argument("words", help="what to look for")
@@ -294,7 +284,6 @@ def in_hidden_folder(path: Path, folder: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
     with refusing(PROGRAM):
         options = parse_arguments(arguments)
         model = Model.load(options.model, options.device)

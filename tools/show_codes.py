@@ -36,12 +36,9 @@ from beit3_dist.image_tokenizer.images import ImageBatches
 
 PROGRAM = "show_codes.py"
 OTHERS = 2048
-"""Images that the patches come from."""
 AT_ONCE = 32
 GREY = 150
-"""Level of hidden patches."""
 LEGIBLE = 128
-"""Smaller images are enlarged to about this side."""
 
 
 def tokenizer_rows(folder: Path, number: int) -> list[Tensor]:
@@ -73,7 +70,6 @@ def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
 
 
 def views(run: Run) -> Iterator[Tensor]:
-    """The image tokenizer's views of the training images."""
     for request in requests_from((0, 0, 0), run.train.config.batch):
         yield SeenImages(run.train[request], torch.device("cpu")).tokenizer
 
@@ -92,7 +88,6 @@ def enlarged(hidden: Tensor, size: int) -> Tensor:
 
 
 def parse_arguments(arguments: list[str] | None) -> Namespace:
-    """The command line. Raises ValueError for what cannot be."""
     parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of pretrain or train_image_tokenizer")
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write; RUN/codes.png")
@@ -107,7 +102,6 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line."""
     with refusing(PROGRAM):
         options = parse_arguments(arguments)
         is_tokenizer = (options.run / "image_tokenizer.pth").is_file()

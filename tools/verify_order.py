@@ -93,7 +93,6 @@ def stream_terms(stream: SampleStream, first: int, count: int, bad: set[tuple[in
 
 
 def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """The report on a run. Raises ValueError where it cannot be verified."""
     steps = records(out / "metrics.jsonl")
     if not steps:
         raise ValueError(f"{out / 'metrics.jsonl'} holds no step")
@@ -128,7 +127,6 @@ def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report for people."""
     mistakes = report["mistakes"]
     lines = [
         f"{report['run']}: {report['steps']:,} steps, {report['samples']:,} samples, {report['replaced']:,} replaced",
@@ -141,7 +139,6 @@ def table(report: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    """The options."""
     parser = ArgumentParser(prog="verify_order.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -152,7 +149,6 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Verifies and prints; returns the exit code."""
     options = parse(arguments)
     logging.basicConfig(level=logging.ERROR)  # the run's own log has the warnings of its shards
     try:

@@ -24,7 +24,7 @@ from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Numbers, Stream, hash_sum
 from beit3_dist.data.reduced import crops_of
 from beit3_dist.data.streaming import SequentialStream, sequential
-from beit3_dist.data.streams import Draw, ImageStream, PairStream, Sample, SampleStream, TextStream
+from beit3_dist.data.streams import Draw, ImageStream, Origin, PairStream, Sample, SampleStream, TextStream
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.hashing import hash_bytes
 
@@ -39,7 +39,6 @@ class Request(NamedTuple):
     part: int = 0
     """Part of the micro-batch, where loader processes share it because they own the readers of a sequential stream."""
     parts: int = 1
-    """Number of the parts."""
 
 
 def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
@@ -60,11 +59,9 @@ class Tensors:
     """A batch whose fields are tensors, dicts and batches of tensors, and other things."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        """The same batch with its tensors on the device."""
         return mapped(self, torch.Tensor, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
-        """The same batch in page-locked memory."""
         return mapped(self, torch.Tensor, torch.Tensor.pin_memory)
 
 
@@ -106,11 +103,9 @@ class MicroBatch(Tensors):
 
     @property
     def with_images(self) -> list[Samples]:
-        """The streams with images."""
         return [samples for samples in self.streams.values() if samples.images is not None]
 
     def ids_by_kind(self) -> dict[str, list[int]]:
-        """Ids of the samples by the name of their stream."""
         return {name: samples.ids.tolist() for name, samples in self.streams.items()}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -153,7 +148,6 @@ class MixedBatches(Dataset):
         self.tokenizer = TextTokenizer(config.text_tokenizer)
         self.tokenizer.check_vocab(config.model.vocab_size)
         self.streams = {stream: self._open(stream) for stream in Stream if getattr(config.batch, stream.field)}
-        """Those that the run has."""
 
     def _open(self, stream: Stream) -> SampleStream | SequentialStream:
         config, data, seed = self.config, self.config.data, self.config.seed
@@ -163,19 +157,16 @@ class MixedBatches(Dataset):
             batch = getattr(config.batch, stream.field)
             place = batch, self.rank, self.world, self.crops
             return SequentialStream(stream, patterns, data, seed, self.tokenizer, *place)
-        order: dict[str, Any] = {
-            "shuffled": not self.held_out,
-            "blocks": Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None,
-            "share": Share(self.rank, self.world),
-        }
-        tokenizer, cache = self.tokenizer, data.cache
+        blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
+        share = Share(self.rank, self.world)
+        origin = Origin(patterns, field, seed, data.cache, not self.held_out, blocks, share)
         match stream:
             case Stream.IMAGES:
-                return ImageStream(patterns, field, seed, cache, data.max_pixels, **order, crops=self.crops)
+                return ImageStream(origin, data.max_pixels, self.crops)
             case Stream.TEXTS:
-                return TextStream(patterns, field, seed, cache, tokenizer, data.text_length, **order)
-        words = tokenizer, data.caption_length, data.caption_key
-        return PairStream(patterns, field, seed, cache, data.max_pixels, *words, **order, crops=self.crops)
+                return TextStream(origin, self.tokenizer, data.text_length)
+        words = self.tokenizer, data.caption_length, data.caption_key
+        return PairStream(origin, data.max_pixels, *words, self.crops)
 
     @property
     def sequential(self) -> list[SequentialStream]:
@@ -268,7 +259,6 @@ class MixedBatches(Dataset):
             yield from (begin + place for place in self._places(stream, request._replace(micro=number)))
 
     def _samples(self, stream: SampleStream | SequentialStream, positions: list[int]) -> Iterator[Sample]:
-        """The samples at these positions of a stream."""
         return stream.read_all(positions)
 
     def _jitter(self, samples: list[Sample]) -> torch.Tensor:

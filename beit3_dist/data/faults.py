@@ -35,8 +35,6 @@ class Fault:
     stream: str
     """images, texts or pairs."""
     shard: str
-    """Path of the tar."""
     key: str
     """Key of the sample, with the line number for a document of a text member; empty for a fault of the whole shard."""
     reason: str
-    """What is wrong."""

@@ -9,7 +9,6 @@ from beit3_dist.data.streams import SampleStream
 
 
 def shuffle_of(data: DataConfig) -> str:
-    """How the training streams are shuffled."""
     if data.shuffle != "blocks":
         return data.shuffle
     return f"blocks of {data.shuffle_block} in windows of {data.shuffle_window}"

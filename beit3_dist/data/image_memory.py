@@ -32,7 +32,6 @@ class ImageMemory:
         self.config = config.data
 
     def add(self, image: Decoded, rng: np.random.Generator) -> None:
-        """Takes the views of the next image."""
         model, tokenizer = self.rooms
         own, other = model[self.filled], None if tokenizer is None else tokenizer[self.filled]
         transforms.two_views(image, rng, own, other, self.config)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -49,24 +49,20 @@ of the text member."""
 SCANNERS = 8
 """Threads that scan shards: they wait for storage most of the time."""
 PROGRESS_SECONDS = 2.0
-"""Time between two progress lines."""
 
 
 class Share(NamedTuple):
     """Which part of the shards this process works on first, where several make what the cache lacks."""
 
     number: int = 0
-    """Number of the part."""
     parts: int = 1
     """Parts in all: processes with other data."""
 
     def of(self, shards: int) -> range:
-        """Numbers of its shards."""
         return range(shards * self.number // self.parts, shards * (self.number + 1) // self.parts)
 
 
 ALONE = Share()
-"""All of it."""
 
 
 def is_sequential(pattern: str) -> bool:
@@ -146,7 +142,6 @@ class Scan:
     """Members that count for no sample, hidden ones apart."""
 
     def key(self, row: int) -> str:
-        """Key of a sample."""
         start = int(self.key_ends[row - 1]) if row else 0
         return self.keys[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
 
@@ -170,7 +165,6 @@ def scan(path: str) -> Scan:
 
 
 def sidecar_path(path: str, folder: Path) -> Path:
-    """Cache file of a shard's scan."""
     return folder / f"{digest(path)}.npz"
 
 
@@ -188,18 +182,8 @@ def shard_scan(path: str, mark: tuple[int, int], folder: Path) -> Scan:
     result = scan(path)
     if fingerprint(path) != mark:
         raise ValueError(f"{path} changed while it was indexed; start again when it is complete")
-    write_whole(
-        sidecar,
-        lambda file: np.savez(
-            file,
-            mark=expected,
-            places=result.places,
-            keys=result.keys,
-            key_ends=result.key_ends,
-            damage=np.array(result.damage),
-            left_out=np.array(json.dumps(result.left_out)),
-        ),
-    )
+    content = vars(result) | {"left_out": json.dumps(result.left_out), "mark": expected}
+    write_whole(sidecar, lambda file: np.savez(file, **content))
     return result
 
 
@@ -241,11 +225,8 @@ class Table:
     files: list[str]
     """The plain tars that are read: the shards themselves, or the unpacked copies of compressed ones."""
     marks: list[tuple[int, int]]
-    """Fingerprints of the files."""
     stream: Stream
-    """The stream it serves."""
     file: Path
-    """The table file."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -268,7 +249,6 @@ class Table:
         return notes
 
     def shard(self, index: int) -> str:
-        """Path of the shard that holds a sample."""
         return self.paths[self.rows[index]["shard"]]
 
     def key(self, index: int) -> str:
@@ -312,14 +292,10 @@ def _scan(table: Table, number: int) -> Scan:
 
 def _scan_share(table: Table, share: Share) -> None:
     """Makes the sidecars of this process's share that are missing."""
-
-    def make(number: int) -> None:
-        _scan(table, number)
-
     own = share.of(len(table.files))
     with ThreadPoolExecutor(SCANNERS) as pool:
-        for _ in _with_progress(pool.map(make, own), table.stream, len(own)):
-            pass  # Nothing but errors comes back.
+        for _ in _with_progress(pool.map(partial(_scan, table), own), table.stream, len(own)):
+            pass  # Only errors are of use.
 
 
 def _build(table: Table) -> None:

@@ -14,13 +14,9 @@ from pathlib import Path
 IMAGE, TXT, JSON, JSONL = range(4)
 """Kinds of members, and their columns in a scan."""
 KIND_NAMES = ("image", ".txt", ".json", ".jsonl")
-"""Kinds by number, in words."""
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif")
-"""Extensions of images."""
 KINDS = {name.encode(): IMAGE for name in IMAGE_EXTENSIONS} | {b"txt": TXT, b"json": JSON, b"jsonl": JSONL}
-"""Known extensions, in lower case."""
 TARS = (".tar", ".tar.gz", ".tgz")
-"""What names of tars end in."""
 LONGEST_EXTENSION = 8
 """Characters; what follows a dot and is longer is part of a name."""
 HIDDEN = "hidden"
@@ -31,13 +27,11 @@ LeftOut = dict[str, tuple[int, str]]
 
 
 def leave_out(left_out: LeftOut, reason: str, name: str) -> None:
-    """Counts one more."""
     count, first = left_out.get(reason, (0, name))
     left_out[reason] = count + 1, first
 
 
 def told(left_out: LeftOut) -> Iterator[str]:
-    """A line for each reason."""
     for reason, (count, first) in left_out.items():
         yield f"left out {count:,} files: {reason}; the first is {first}"
 
@@ -77,7 +71,6 @@ def is_tar(path: str) -> bool:
 
 
 def is_jsonl(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is named like JSON lines."""
     return os.fspath(path).lower().endswith(".jsonl")
 
 

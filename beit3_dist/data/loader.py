@@ -56,7 +56,6 @@ WHY = {
     signal.SIGKILL: "as the system does where memory runs out: lower data.workers or data.prefetch, or give it more",
     signal.SIGBUS: "as where /dev/shm is full: enlarge it, or lower data.workers or data.prefetch",
 }
-"""What mostly lies behind the end of a loader process."""
 
 
 class _Read:

@@ -13,12 +13,9 @@ Places = list[tuple[int, int]]
 
 @dataclass
 class Members:
-    """What a tar holds."""
-
     samples: dict[bytes, Places] = field(default_factory=dict)
     """Key, the member's path without its known extension -> its members."""
     count: int = 0
-    """Members in all."""
     seconds: list[tuple[bytes, int]] = field(default_factory=list)
     """Key and kind of members whose key has one of that kind already."""
     torn: dict[bytes, None] = field(default_factory=dict)

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from PIL import Image
 
 ORIENTATION = 0x0112
-"""The tag of EXIF and TIFF."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,7 +26,6 @@ TURNS = {
 }
 """Orientation -> what makes the image upright; it is upright with any other."""
 PIXELS_OF_PNG = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-"""Chunks that the pixels depend on."""
 PIXELS_OF_TIFF = frozenset(
     (*range(254, 260), 262, 266, 273, ORIENTATION, *range(277, 281), 284, 292, 293, 317, *range(320, 326))
 ) | {338, 339, 347, *range(512, 522), *range(529, 533)}

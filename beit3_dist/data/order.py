@@ -37,12 +37,10 @@ class Stream(IntEnum):
 
     @property
     def has_images(self) -> bool:
-        """Whether its samples have an image."""
         return self is not Stream.TEXTS
 
     @property
     def has_text(self) -> bool:
-        """Whether its samples have a text."""
         return self is not Stream.IMAGES
 
 
@@ -58,7 +56,6 @@ def mix(*values: int) -> int:
 
 @lru_cache(maxsize=256)
 def mix_of_many(*values: int) -> int:
-    """`mix`, of values that many samples share."""
     return mix(*values)
 
 
@@ -143,7 +140,6 @@ class Blocks:
     """Samples that are shuffled among one another."""
 
     def permute(self, position: int, length: int, key: int) -> int:
-        """The index at a position of one epoch."""
         number, place = divmod(position, self.window)
         start = number * self.window
         place = start + permute(place, min(self.window, length - start), mix(key, number))

@@ -15,7 +15,6 @@ from beit3_dist.data.index import Table
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 64
-"""Shards that a process keeps open at a time."""
 PAUSES = (0.1, 1.0, 10.0)
 """Seconds after which a read that failed is tried again: storage that moves to another server costs no samples."""
 OF_THIS_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -79,7 +78,6 @@ class ShardReader:
         return file
 
     def _close(self, shard: int) -> None:
-        """Closes the shard's file where it is open."""
         if shard in self.files:
             with suppress(OSError):  # of a descriptor that is void
                 os.close(self.files.pop(shard))

@@ -56,7 +56,6 @@ PAUSES = (1.0, 10.0, 60.0)
 """Seconds after which a command that failed is started again, until it has got further: an outage of a minute costs
 nothing but time."""
 CHUNK = 1 << 20
-"""Bytes that are skipped at a time."""
 TRIED = 3
 """Shards of a stream that are tried, the second and third one once each, before it is given up where nothing of it has
 ever worked: credentials that have expired, a wrong address."""
@@ -178,7 +177,6 @@ class Pipe:
         return data
 
     def close(self) -> None:
-        """Ends the command."""
         self.kill()
         self.process.wait()
         _running.discard(self)
@@ -186,7 +184,6 @@ class Pipe:
         self.words.close()
 
     def kill(self) -> None:
-        """Kills the command and all that it has started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -210,12 +207,9 @@ class Members:
 
     key: str
     content: dict[int, bytes] = field(default_factory=dict)
-    """Kind of member -> its bytes."""
     problem: str = ""
-    """Why it cannot be used."""
 
     def add(self, kind: int, data: bytes, problem: str) -> None:
-        """Takes one more member, or notes why it cannot be used."""
         if kind in self.content:
             problem = f"a second {KIND_NAMES[kind]} member"
         self.problem = self.problem or problem
@@ -232,14 +226,11 @@ Item = Members | np.ndarray | Fault
 
 @dataclass(frozen=True)
 class Shards:
-    """How the shards of one stream are read."""
-
     stream: Stream
     tokenizer: TextTokenizer
     width: int
     """Tokens of a text's window, <s> and </s> not counted."""
     max_pixels: int = DataConfig.max_pixels
-    """Pixels of the largest image."""
 
     def items(self, address: str, patient: bool = True) -> Iterator[Item]:
         """All of a shard, in stored order. A command that fails is started again after a pause, where one is `patient`,
@@ -376,7 +367,6 @@ class SequentialStream:
             raise ValueError(f"data.{name}: {error}") from None
         share = readers // world
         self.readers = own = range(rank * share, (rank + 1) * share)
-        """This rank's virtual readers."""
         self.own = [place for place in range(batch) if place % readers in own]
         """This rank's places in a step's global batch: those of its readers."""
         self.faults: list[Fault] = []
@@ -447,7 +437,6 @@ class SequentialStream:
         raise all_bad(self.stream, faults)
 
     def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
-        """The samples at these positions, each read when it is asked for."""
         return map(self.read, positions)
 
     def _items(self, reader: int, source: int) -> Iterator[tuple[int, int, int, int, Item]]:
@@ -466,7 +455,6 @@ class SequentialStream:
             epoch, turn = epoch + 1, 0
 
     def _load(self, item: Members | np.ndarray, sample: Sample) -> None:
-        """Gives the sample its content; raises BadSample where it cannot be used."""
         if isinstance(item, np.ndarray):
             sample.words = item
             return

@@ -37,8 +37,6 @@ LARGEST_CAPTION = 1 << 22
 """Bytes of the largest member with captions that is read (4 MiB)."""
 SOURCE_SHIFT = 8
 """Each source of a stream has its own order: the stream's number with the source's number above these bits."""
-
-
 NEAR = 1 << 16
 """Bytes between two members that are rather read than skipped."""
 
@@ -59,9 +57,7 @@ class Sample:
     """A delivered sample, before augmentation and masking."""
 
     stream: Stream
-    """Its stream."""
     epoch: int
-    """Epoch of its source."""
     index: int
     """Number of the sample in the stream, over all sources."""
     key: int
@@ -83,7 +79,6 @@ class Sample:
         return sample_id(self.stream, self.epoch, self.index)
 
     def generator(self, use: Draw) -> np.random.Generator:
-        """The sample's random numbers for one use."""
         return generator(self.key, use)
 
     def decode(self, data: bytes, max_pixels: int, crops: Crops | None) -> None:
@@ -101,32 +96,34 @@ class Sample:
         )
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a stream's samples come from, and in which order."""
+
+    shards: Patterns
+    field: str
+    """What an error calls the shards."""
+    seed: int
+    cache: str
+    shuffled: bool = True
+    """False: every epoch is the first one, in stored order."""
+    blocks: Blocks | None = None
+    """Shuffles by blocks and windows instead of fully."""
+    share: Share = ALONE
+    """Of the work on shards that are new."""
+
+
 class SampleStream(ABC):
     """Order, epochs, weighted sources and replacement, which all streams have in common."""
 
     stream: ClassVar[Stream]
 
-    def __init__(
-        self,
-        shards: Patterns,
-        field: str,
-        seed: int,
-        cache: str,
-        shuffled: bool,
-        blocks: Blocks | None,
-        share: Share,
-    ) -> None:
-        """Opens (or builds) the index of each source. `shuffled=False`: every epoch is the first one, in stored order.
-        `blocks`: shuffles by blocks and windows instead of fully. `share`: of the work on shards that are new.
-
-        Raises ValueError naming `field` where a source has no file or no usable sample.
-        """
-        sources = sources_of(shards, field)
-        self.seed = seed
-        self.shuffled = shuffled
-        self.blocks = blocks
+    def __init__(self, origin: Origin) -> None:
+        """Opens (or builds) the index of each source. Raises ValueError where one has no file or no usable sample."""
+        field, cache, share = origin.field, origin.cache, origin.share
+        sources = sources_of(origin.shards, field)
+        self.seed, self.shuffled, self.blocks = origin.seed, origin.shuffled, origin.blocks
         self.window: int | None = None
-        """The window of the stream that was begun last."""
         self.tables = [open_table(source.shards, field, self.stream, cache, share) for source in sources]
         self.readers = [ShardReader(table) for table in self.tables]
         self.faults = [fault for table in self.tables for fault in self._report(table)]
@@ -147,13 +144,8 @@ class SampleStream(ABC):
                 before, example = total.get(reason, (0, f"{first} of {shard}"))
                 total[reason] = before + count, example
         for reason, (count, first) in total.items():
-            log.warning(
-                "%s: %d left out: %s; the first is %s (tools/check_shards.py counts them by shard)",
-                name,
-                count,
-                reason,
-                first,
-            )
+            told = "%s: %d left out: %s; the first is %s (tools/check_shards.py counts them by shard)"
+            log.warning(told, name, count, reason, first)
         return [Fault(name, shard, "", damage) for shard, damage in notes["damage"]]
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
@@ -271,22 +263,9 @@ def all_bad(stream: Stream, faults: list[Fault]) -> StreamFailed:
 
 
 class StreamWithImages(SampleStream):
-    """What the streams with images have in common."""
-
-    def __init__(
-        self,
-        shards: Patterns,
-        field: str,
-        seed: int,
-        cache: str,
-        max_pixels: int,
-        shuffled: bool = True,
-        blocks: Blocks | None = None,
-        share: Share = ALONE,
-        crops: Crops | None = None,
-    ) -> None:
+    def __init__(self, origin: Origin, max_pixels: int, crops: Crops | None = None) -> None:
         """`crops`: what images are decoded for; None: they are decoded whole."""
-        super().__init__(shards, field, seed, cache, shuffled, blocks, share)
+        super().__init__(origin)
         self.max_pixels = max_pixels
         self.crops = crops
         self._set_lengths([len(table) for table in self.tables])
@@ -299,8 +278,6 @@ class StreamWithImages(SampleStream):
 
 
 class ImageStream(StreamWithImages):
-    """Images without text."""
-
     stream = Stream.IMAGES
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
@@ -308,41 +285,24 @@ class ImageStream(StreamWithImages):
 
 
 class TextStream(SampleStream):
-    """Windows of documents."""
-
     stream = Stream.TEXTS
 
-    def __init__(
-        self,
-        shards: Patterns,
-        field: str,
-        seed: int,
-        cache: str,
-        tokenizer: TextTokenizer,
-        text_length: int,
-        shuffled: bool = True,
-        blocks: Blocks | None = None,
-        share: Share = ALONE,
-    ) -> None:
-        super().__init__(shards, field, seed, cache, shuffled, blocks, share)
+    def __init__(self, origin: Origin, tokenizer: TextTokenizer, text_length: int) -> None:
+        super().__init__(origin)
         self.windows = [
-            TokenWindows(table, tokenizer, text_length, share.of(len(table.paths)).start) for table in self.tables
+            TokenWindows(table, tokenizer, text_length, origin.share.of(len(table.paths)).start)
+            for table in self.tables
         ]
         self._set_lengths([len(windows) for windows in self.windows])
         if 0 in self.lengths:
             raise ValueError(
-                f"{field}: the documents of {self.tables[self.lengths.index(0)].paths[0]} and its fellow "
+                f"{origin.field}: the documents of {self.tables[self.lengths.index(0)].paths[0]} and its fellow "
                 "shards hold not one word"
             )
         for windows in self.windows:
             for shard, faults in windows.faults.items():
-                log.warning(
-                    "texts: %s: %d documents are left out; the first is %s (%s)",
-                    shard,
-                    len(faults),
-                    faults[0].key,
-                    faults[0].reason,
-                )
+                told = "texts: %s: %d documents are left out; the first is %s (%s)"
+                log.warning(told, shard, len(faults), faults[0].key, faults[0].reason)
                 self.faults.extend(faults)
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
@@ -356,29 +316,19 @@ class TextStream(SampleStream):
 
 
 class PairStream(StreamWithImages):
-    """Images with captions."""
-
     stream = Stream.PAIRS
 
     def __init__(
         self,
-        shards: Patterns,
-        field: str,
-        seed: int,
-        cache: str,
+        origin: Origin,
         max_pixels: int,
         tokenizer: TextTokenizer,
         caption_length: int,
         caption_key: str,
-        shuffled: bool = True,
-        blocks: Blocks | None = None,
-        share: Share = ALONE,
         crops: Crops | None = None,
     ) -> None:
-        super().__init__(shards, field, seed, cache, max_pixels, shuffled, blocks, share, crops)
-        self.tokenizer = tokenizer
-        self.caption_length = caption_length
-        self.caption_key = caption_key
+        super().__init__(origin, max_pixels, crops)
+        self.tokenizer, self.caption_length, self.caption_key = tokenizer, caption_length, caption_key
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
         row = self.tables[source].rows[index]
@@ -406,7 +356,6 @@ def caption_ids(caption: str, tokenizer: TextTokenizer) -> list[int]:
 
 
 def captions_of(data: bytes, kind: int, field: str) -> list[str]:
-    """Captions of a .txt member, or of `field` of a .json member."""
     return lines(data) if kind == TXT else json_captions(data, field)
 
 

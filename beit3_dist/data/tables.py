@@ -24,12 +24,6 @@ LONGEST_SHOWN = 200
 """Characters of a header that a message shows."""
 
 
-def records_of(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """The named texts of each record of a .jsonl or .json file. Raises ValueError naming file and place."""
-    for place, record in read_records(path):
-        yield tuple(_text(record.get(field) if isinstance(record, dict) else None, field, place) for field in fields)
-
-
 def texts_in(path: Path) -> Iterator[str]:
     """The documents of a file: lines of plain text, the field `text` of .jsonl or .json records, or the texts of a JSON
     array; empty ones are left out. Raises ValueError naming file and place."""
@@ -52,7 +46,9 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
     if is_json(table):
         if rest:
             raise ValueError(f"{table}: its records name their fields, so that no caption has a rest")
-        yield from records_of(table, (image, caption))  # type: ignore[misc]  # two fields, two texts
+        for place, record in read_records(table):
+            known = record if isinstance(record, dict) else {}
+            yield _text(known.get(image), image, place), _text(known.get(caption), caption, place)
         return
     separator = {".tsv": "\t", ".csv": ","}.get(table.suffix.lower(), "")
     if not separator:
@@ -84,7 +80,6 @@ def _shown(columns: list[str]) -> str:
 
 
 def _too_many_or_few(cells: int, columns: int, separator: str) -> str:
-    """What is wrong with a row of so many cells, and the remedy."""
     if cells < columns:
         return f"too few columns, {cells} for the header's {columns}"
     remedy = f"{REMEDY[separator]}, or, if the caption comes last, give --rest-is-caption"

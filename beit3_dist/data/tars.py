@@ -16,7 +16,6 @@ from beit3_dist.opening import open_regular
 BLOCK = 512
 """Tars are made of blocks of 512 bytes."""
 CHUNK = 1 << 20
-"""Bytes that are looked at in one go."""
 LARGEST_MEMBER = 1 << 36
 """Bytes. A larger member of a stream, whose end is not known, would be skipped for hours."""
 LARGEST_EXTENSION = 1 << 20
@@ -40,9 +39,7 @@ class Entry(NamedTuple):
 
     name: bytes
     offset: int
-    """Where its content lies."""
     size: int
-    """Bytes of it."""
     odd: str = ""
     """What it is instead of a regular file with its content; empty if it is one."""
 
@@ -61,7 +58,6 @@ class Tar:
         return headers(lambda offset, size: os.pread(file, size, offset), os.fstat(file).st_size, self.path)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Bytes of a member."""
         return os.pread(self.file.fileno(), size, offset)
 
     def lines(self, offset: int, size: int) -> Iterator[bytes]:
@@ -153,7 +149,6 @@ def _size(header: bytes, extended: dict[bytes, bytes]) -> int:
 
 
 def _name(header: bytes) -> bytes:
-    """The name that a header itself holds."""
     name = header[:100].rstrip(b"\0")
     if header[257:263] == b"ustar\0" and header[345]:
         return header[345:500].rstrip(b"\0") + b"/" + name

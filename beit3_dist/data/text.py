@@ -23,8 +23,9 @@ from beit3_dist.data.cache import Content, DamagedCache, cached, digest, mapped,
 from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.index import PROGRESS_SECONDS, Table
 from beit3_dist.data.kinds import JSONL
-from beit3_dist.data.lines import LONGEST_LINE, lines_of
+from beit3_dist.data.lines import LONGEST_LINE
 from beit3_dist.data.reader import OPEN_FILES
+from beit3_dist.data.tars import Tar
 from beit3_dist.data.text_files import unmarked
 from beit3_dist.opening import open_regular
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 MOST_MODEL = 1 << 28
 """Bytes (256 MiB) that are read of a SentencePiece file; that of a million pieces has 25 million."""
 TOKENS_FORMAT = 2
-"""Version of the token files."""
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 1 << 20
 """Documents, and characters of them, that are tokenised in one call, over several threads: SentencePiece takes some
 hundred bytes for each character."""
@@ -103,7 +103,6 @@ class TextTokenizer:
         return self.encode(next(pieces_of(text, LONGEST_READ)))
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """`encode` for many texts at once, over several threads."""
         if any(len(text) > CHARACTERS_AT_ONCE for text in texts):
             return [self.encode(text) for text in texts]
         pieces = self.model.encode(texts, num_threads=min(8, os.cpu_count() or 1))
@@ -147,7 +146,6 @@ def documents(data: Iterable[bytes], jsonl: bool) -> Iterator[tuple[int, str | B
 
 
 def _text_field(line: str) -> str:
-    """The `text` of one .jsonl line."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -157,18 +155,10 @@ def _text_field(line: str) -> str:
     return record["text"]
 
 
-def _lines(path: str, offset: int, size: int) -> Iterator[bytes]:
-    """Lines of one member."""
-    with open_regular(path) as file:
-        file.seek(offset)
-        yield from lines_of(file.readline, size)
-
-
 class TokenShard:
     """The tokens of one shard's documents, separated by </s>, and the documents that had to be left out."""
 
     def __init__(self, table: Table, number: int, tokenizer: TextTokenizer) -> None:
-        """Of shard `number` of the table."""
         self.path, self.table, self.number, self.tokenizer = table.paths[number], table, number, tokenizer
         name = digest(TOKENS_FORMAT, self.path, *table.marks[number], tokenizer.fingerprint)
         self.file = table.file.with_name(f"{name}.npy")
@@ -194,7 +184,6 @@ class TokenShard:
 
     @property
     def faults(self) -> list[Fault]:
-        """Documents that were left out."""
         notes = self._cached(lambda: parsed(self.file.with_suffix(".json")))
         return [Fault("texts", self.path, *fault) for fault in notes]
 
@@ -205,13 +194,14 @@ class TokenShard:
         faults: list[tuple[str, str]] = []
 
         def good() -> Iterator[str]:
-            for index in range(first, last):
-                row = table.rows[index]
-                for line, text in documents(_lines(table.files[number], *map(int, row["text"])), row["kind"] == JSONL):
-                    if isinstance(text, str):
-                        yield text
-                    else:
-                        faults.append((f"{table.key(index)}:{line}", str(text)))
+            with Tar(table.files[number]) as tar:
+                for index in range(first, last):
+                    row = table.rows[index]
+                    for line, text in documents(tar.lines(*map(int, row["text"])), row["kind"] == JSONL):
+                        if isinstance(text, str):
+                            yield text
+                        else:
+                            faults.append((f"{table.key(index)}:{line}", str(text)))
 
         parts: list[np.ndarray] = []
         told = time.monotonic()

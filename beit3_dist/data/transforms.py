@@ -41,13 +41,11 @@ BYTES_PER_PIXEL, BYTES_BESIDE = 8, 1 << 26
 LARGEST_STRIPPED = 1 << 27
 """Bytes of the largest file (128 MiB) of which the metadata are taken out where Pillow stumbles over them."""
 RATIO = (3 / 4, 4 / 3)
-"""Width over height of a crop."""
 CROP_ATTEMPTS = 10
 """Boxes that are tried before the centre is taken."""
 CONTRAST, SATURATION = 1, 2
 """Numbers of the changes of colour; brightness is 0."""
 ORDERS = np.array(list(itertools.permutations(range(3))))
-"""Orders of the changes."""
 
 
 class TooLarge(BadSample):
@@ -55,7 +53,6 @@ class TooLarge(BadSample):
 
 
 def largest_file(max_pixels: int) -> int:
-    """Bytes of the largest image file that is read."""
     return BYTES_PER_PIXEL * max_pixels + BYTES_BESIDE
 
 

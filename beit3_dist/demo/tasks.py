@@ -24,7 +24,6 @@ SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SIDES = ("train", "test")
 SENTENCES = {"train": 8000, "test": 1000}
-"""Examples of the task with two images."""
 PARTS_OF_SPEECH = {
     "n.": "noun",
     "a.": "adjective",
@@ -37,7 +36,6 @@ PARTS_OF_SPEECH = {
 PER_PART = {"train": 2500, "test": 150}
 """Sentences of the text task per class at most, so that the classes are equally frequent."""
 LEAST_WORDS = 3
-"""Words of a definition in the text task."""
 SEED = 0
 """Of the sentences on two images."""
 
@@ -54,12 +52,9 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class EasySide:
-    """One side of easy-VQA."""
-
     questions: list[tuple[int, str, str]]
     """Image, question and answer."""
     paths: dict[int, str]
-    """Image -> its file."""
 
     def shapes(self) -> dict[int, Shape]:
         """What the questions and answers say of images, where colour and kind follow from them; by image.
@@ -91,7 +86,6 @@ class EasySide:
 
 
 def easy_vqa() -> dict[str, EasySide]:
-    """Both sides of easy-VQA."""
     package = demo_package("easy_vqa")
     found = {}
     for split in SIDES:
@@ -107,7 +101,6 @@ def answers() -> list[str]:
 
 
 def vqa(easy: dict[str, EasySide]) -> Indexes:
-    """Every question with its one answer."""
     numbers = {answer: number for number, answer in enumerate(answers())}
 
     def records(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
@@ -128,7 +121,6 @@ def questions(asked: Indexes) -> Indexes:
 
 
 def shape_classes() -> list[str]:
-    """The 24 classes of the task `shapes`."""
     return [str(Shape(color, kind)) for color in COLORS for kind in SHAPES]
 
 
@@ -143,7 +135,6 @@ def _of_shapes(name: str, easy: dict[str, EasySide], fields: Callable[[int, Shap
 
 
 def shapes(easy: dict[str, EasySide]) -> Indexes:
-    """Classification by colour and kind."""
     numbers = {name: number for number, name in enumerate(shape_classes())}
     return _of_shapes("shapes", easy, lambda _, shape: {"label": numbers[str(shape)]})
 
@@ -154,7 +145,6 @@ def caption(shape: Shape) -> str:
 
 
 def captioning(easy: dict[str, EasySide]) -> Indexes:
-    """A caption such as 'a red circle' for each image."""
 
     def fields(image: int, shape: Shape) -> dict[str, Any]:
         return {"text": caption(shape), "captions": [caption(shape)], "image_id": image}
@@ -166,7 +156,6 @@ def captioning(easy: dict[str, EasySide]) -> Indexes:
 
 
 def _another(value: str, values: tuple[str, ...], rng: np.random.Generator) -> str:
-    """Any of the values but this one."""
     return str(rng.choice([other for other in values if other != value]))
 
 
@@ -235,7 +224,6 @@ def _sentences(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
 
 
 def retrieval(emoji: list[Emoji], held_out: float) -> tuple[Indexes, dict[str, bytes]]:
-    """Drawings and their names, and the files of the drawings."""
     indexes: Indexes = {f"retrieval.{split}.jsonl": [] for split in SIDES}
     files: dict[str, bytes] = {}
     for number, one in enumerate(emoji):
@@ -247,7 +235,6 @@ def retrieval(emoji: list[Emoji], held_out: float) -> tuple[Indexes, dict[str, b
 
 
 def text_classes() -> list[str]:
-    """The classes of the text task, sorted."""
     return sorted(set(PARTS_OF_SPEECH.values()))
 
 

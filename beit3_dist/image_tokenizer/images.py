@@ -14,7 +14,7 @@ from beit3_dist.data.image_memory import channels_first
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reduced import crops_of
-from beit3_dist.data.streams import Draw, ImageStream
+from beit3_dist.data.streams import Draw, ImageStream, Origin
 from beit3_dist.image_tokenizer.config import TokenizerDataConfig
 
 FLIPPED = 0.5
@@ -44,19 +44,9 @@ class ImageBatches(Dataset):
     def __init__(self, data: TokenizerDataConfig, size: int, seed: int, batch: int, rank: int, world: int) -> None:
         if batch % world:
             raise ValueError(f"batch={batch} is not divisible by {world} data-parallel ranks")
-        self.stream = ImageStream(
-            data.images,
-            "data.images",
-            seed,
-            data.cache,
-            data.max_pixels,
-            share=Share(rank, world),
-            crops=crops_of(data, size),
-        )
-        self.size = size
-        self.batch = batch
-        self.rank = rank
-        self.world = world
+        origin = Origin(data.images, "data.images", seed, data.cache, share=Share(rank, world))
+        self.stream = ImageStream(origin, data.max_pixels, crops_of(data, size))
+        self.size, self.batch, self.rank, self.world = size, batch, rank, world
         self.min_crop_scale = data.min_crop_scale
 
     def __getitem__(self, step: int) -> ImageBatch:

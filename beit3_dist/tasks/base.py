@@ -174,7 +174,6 @@ class Task(ABC):
         return {} if head is None else {f"{TASK_HEAD}{name}": interval for name, interval in head.bounds.items()}
 
     def describe(self) -> dict[str, Any]:
-        """What a model folder remembers of the task."""
         return {
             "name": self.name,
             "classes": len(self.classes),
@@ -199,7 +198,6 @@ class Task(ABC):
     # The predictions [N, ...] of all examples, on the CPU.
 
     def results(self, predictions: Tensor) -> list[Any]:
-        """What a user of the model is given for each of them."""
         return predictions.tolist()
 
     @abstractmethod

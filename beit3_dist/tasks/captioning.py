@@ -133,7 +133,6 @@ class Captioning(Task):
         return torch.tensor(padded, device=images.device)
 
     def results(self, predictions: Tensor) -> list[str]:
-        """The captions."""
         return [self.tokenizer.decode(words) for words in predictions.tolist()]
 
     def _written(self, predictions: Tensor, examples: Sequence[Example]) -> dict[int, tuple[str, str]]:

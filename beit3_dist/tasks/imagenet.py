@@ -16,15 +16,12 @@ from beit3_dist.tasks.registry import register
 
 @register("imagenet")
 class ImageNet(Classification):
-    """A class for each image."""
-
     statistics = IMAGENET
     evaluation = "centre"
     mixes = True
     ranked = 5
 
     def examples(self, train: bool) -> Sequence[Example]:
-        """From indexes, or from tars with a .cls member for each image."""
         if all(map(is_jsonl, self.config.data.files(train))):
             return super().examples(train)
         pattern, field = self.config.data.pattern(train)

@@ -19,7 +19,6 @@ from beit3_dist.tasks.registry import register
 from beit3_dist.tasks.retrieval import Contrastive
 
 NAMES_AT_ONCE = 256
-"""Names of a forward pass in evaluation."""
 
 
 class NamedImages(Sequence[Example]):
@@ -81,7 +80,6 @@ class ImageNetRetrieval(Contrastive, ImageNet):
         return (images @ self._names.T).topk(min(5, len(self._names))).indices
 
     def _embedded_names(self, model: FineTuned, device: torch.device) -> Tensor:
-        """fp32 [classes, D]."""
         tokenizer, longest = self.tokenizer, self.config.data.text_length - 2
         names = names_as_words(self.classes, tokenizer)
         rows = [torch.tensor([tokenizer.bos, *name[:longest], tokenizer.eos]) for name in names]

@@ -53,7 +53,6 @@ class NLVR2(Task):
         return self.logits(model, inputs).argmax(1)
 
     def results(self, predictions: Tensor) -> list[bool]:
-        """Whether each sentence is true."""
         return predictions.bool().tolist()
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:

@@ -19,7 +19,6 @@ from beit3_dist.tasks.parts.metrics import ROWS_AT_ONCE, first_rows, recall
 from beit3_dist.tasks.registry import register
 
 BEST = 10
-"""Candidates that `write_retrieval` keeps of each ranking."""
 
 
 class Contrastive(Task):
@@ -107,7 +106,6 @@ def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, 
 
 
 def _best(queries: Tensor, candidates: Tensor) -> Iterable[tuple[list[int], list[float]]]:
-    """Places and scores of the best candidates of each query, best first."""
     for rows in torch.arange(len(queries)).split(ROWS_AT_ONCE):
         best = (queries[rows] @ candidates.T).topk(min(BEST, len(candidates)))
         for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):

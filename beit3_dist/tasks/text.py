@@ -11,8 +11,6 @@ from beit3_dist.tasks.registry import register
 
 @register("text")
 class Sentences(Classification):
-    """A class for each sentence."""
-
     images = 0
     reads_text = True
 

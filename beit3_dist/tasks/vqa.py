@@ -18,7 +18,6 @@ from beit3_dist.tasks.parts.submissions import write_results
 from beit3_dist.tasks.registry import register
 
 PEOPLE = 10
-"""People who answer a question of VQA v2."""
 
 
 @register("vqa")
@@ -67,7 +66,6 @@ class VQA(Task):
         return self.logits(model, inputs).argmax(1)
 
     def results(self, predictions: Tensor) -> list[str]:
-        """The best answer to each question."""
         return [self.classes[best] for best in predictions.tolist()]
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:

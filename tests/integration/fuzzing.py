@@ -43,7 +43,7 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Stream
-from beit3_dist.data.streams import ImageStream, PairStream, TextStream, json_captions
+from beit3_dist.data.streams import ImageStream, Origin, PairStream, TextStream, json_captions
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.image_tokenizer.codes import CodesWriter, PrecomputedCodes
@@ -360,11 +360,11 @@ def use_tar(files: Originals, place: Path, draw: random.Random) -> None:
     if stream is Stream.IMAGES and draw.random() < 0.2:
         list(read_class_shards(str(tar), "data.train", cache, 3))
     if stream is Stream.IMAGES:
-        read: Any = ImageStream(str(tar), "data.images", 0, cache, 10**6)
+        read: Any = ImageStream(Origin(str(tar), "data.images", 0, cache), 10**6)
     elif stream is Stream.TEXTS:
-        read = TextStream(str(tar), "data.texts", 0, cache, files.tokenizer, 16)
+        read = TextStream(Origin(str(tar), "data.texts", 0, cache), files.tokenizer, 16)
     else:
-        read = PairStream(str(tar), "data.pairs", 0, cache, 10**6, files.tokenizer, 16, "caption")
+        read = PairStream(Origin(str(tar), "data.pairs", 0, cache), 10**6, files.tokenizer, 16, "caption")
     for position in range(6):
         read.read(position)
 

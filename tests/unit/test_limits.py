@@ -20,7 +20,7 @@ from beit3_dist.data.faults import BadSample, Fault
 from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Stream
 from beit3_dist.data.streaming import Members, Shards
-from beit3_dist.data.streams import PairStream, TextStream
+from beit3_dist.data.streams import Origin, PairStream, TextStream
 from beit3_dist.data.text import TextTokenizer, documents, pieces_of
 from beit3_dist.data.unpack import plain_tar
 from beit3_dist.tasks.data.pair_shards import PairShards
@@ -60,7 +60,7 @@ def bounded(read: Callable[[], object]) -> object:
 def test_a_huge_caption_is_a_bad_sample(tmp_path: Path, tokenizer: TextTokenizer, kind: str) -> None:
     words = b"word " * (HUGE // 5)
     path = pairs_with(tmp_path / "a.tar", kind, b'{"caption": "%s"}' % words if kind == "json" else words)
-    stream = PairStream(str(path), "data.pairs", 0, str(tmp_path / "c"), 10**8, tokenizer, 24, "caption")
+    stream = PairStream(Origin(str(path), "data.pairs", 0, str(tmp_path / "c")), 10**8, tokenizer, 24, "caption")
     samples = [bounded(lambda position=position: stream.read(position)) for position in range(4)]
     with tarfile.open(path) as tar:
         size = tar.getmember(f"a.{kind}").size
@@ -79,9 +79,8 @@ def test_a_huge_caption_is_a_bad_sample(tmp_path: Path, tokenizer: TextTokenizer
 def test_a_long_caption_is_cut_before_it_is_tokenised(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     words = " ".join(sentences())[:3_000_000]
     path = pairs_with(tmp_path / "a.tar", "txt", words.encode())
-    stream = PairStream(
-        str(path), "data.pairs", 0, str(tmp_path / "c"), 10**8, tokenizer, 24, "caption", shuffled=False
-    )
+    origin = Origin(str(path), "data.pairs", 0, str(tmp_path / "c"), shuffled=False)
+    stream = PairStream(origin, 10**8, tokenizer, 24, "caption")
     ids = bounded(lambda: stream.read(0)).words.tolist()
     assert ids == [0, *tokenizer.encode(words[:1000])[:22], 2]
 
@@ -101,13 +100,13 @@ def test_texts_are_tokenised_by_characters(
 ) -> None:
     words = sentences()[:50]
     path = text_tar(tmp_path / "a.tar", words)
-    expected = TextStream(str(path), "data.texts", 0, str(tmp_path / "1"), tokenizer, 18, shuffled=False)
+    expected = TextStream(Origin(str(path), "data.texts", 0, str(tmp_path / "1"), shuffled=False), tokenizer, 18)
     monkeypatch.setattr(text, "CHARACTERS_AT_ONCE", 200)
     sizes, encode_all = [], TextTokenizer.encode_all
     monkeypatch.setattr(
         TextTokenizer, "encode_all", lambda self, texts: sizes.append(list(map(len, texts))) or encode_all(self, texts)
     )
-    stream = TextStream(str(path), "data.texts", 0, str(tmp_path / "2"), tokenizer, 18, shuffled=False)
+    stream = TextStream(Origin(str(path), "data.texts", 0, str(tmp_path / "2"), shuffled=False), tokenizer, 18)
     assert len(sizes) > 5 and all(sum(some) <= 200 or len(some) == 1 for some in sizes)
     assert len(stream) == len(expected)
     for position in range(len(stream)):
@@ -145,7 +144,7 @@ def test_a_sparse_member_of_20_gigabytes(
             file.seek(0, 2)
             file.write(header(b"b.txt", b"%011o\0" % 3) + b"one" + bytes(509 + 1024))
     stream = bounded(
-        lambda: TextStream(str(tmp_path / "a.txt.tar"), "data.texts", 0, str(tmp_path / "c"), tokenizer, 18)
+        lambda: TextStream(Origin(str(tmp_path / "a.txt.tar"), "data.texts", 0, str(tmp_path / "c")), tokenizer, 18)
     )
     assert [(fault.key, fault.reason) for fault in stream.faults] == [
         ("a:1", "a line of 1,048,577 bytes: no more than 1,048,576 are read")
@@ -207,7 +206,7 @@ def test_a_damaged_file_of_the_cache_is_named_and_made_anew(
         path = tmp_path / "a.tar.gz"
 
     def read() -> list[list[int]]:
-        stream = TextStream(str(path), "data.texts", 0, str(tmp_path / "c"), tokenizer, 18)
+        stream = TextStream(Origin(str(path), "data.texts", 0, str(tmp_path / "c")), tokenizer, 18)
         return [stream.read(position).words.tolist() for position in range(len(stream))]
 
     expected = read()

@@ -19,16 +19,16 @@ from tests.unit.tar_fixtures import train_tokenizer
 SHARDS, PER_SHARD, WIDTH = 1000, 10_000, 126
 MEASURE = """
 import sys, time
-from beit3_dist.data.streams import ImageStream, TextStream
+from beit3_dist.data.streams import ImageStream, TextStream, Origin
 from beit3_dist.data.text import TextTokenizer
 def anonymous_mb():
     return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 pattern, cache, tokenizer, kind = sys.argv[1:]
 words, memory, started = TextTokenizer(tokenizer), anonymous_mb(), time.perf_counter()
 if kind == "images":
-    stream = ImageStream(pattern, "data.images", 0, cache, 10**8)
+    stream = ImageStream(Origin(pattern, "data.images", 0, cache), 10**8)
 else:
-    stream = TextStream(pattern, "data.texts", 0, cache, words, 128)
+    stream = TextStream(Origin(pattern, "data.texts", 0, cache), words, 128)
 seconds = time.perf_counter() - started
 for position in range(0, 20_000):
     source, epoch, number = next(stream.candidates(position))

@@ -19,7 +19,7 @@ from beit3_dist.data import streams
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Stream, mix, permute, sample_id
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.streams import ImageStream, PairStream, Sample, TextStream
+from beit3_dist.data.streams import ImageStream, Origin, PairStream, Sample, TextStream
 from beit3_dist.data.text import TextTokenizer
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, text_tar, train_tokenizer, write_tar
 
@@ -33,13 +33,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 def images(folder: Path, pattern: str | list[Source] = "*.tar", seed: int = 0, shuffled: bool = True) -> ImageStream:
     shards = str(folder / pattern) if isinstance(pattern, str) else pattern
-    return ImageStream(shards, "data.images", seed, str(folder / "cache"), LIMIT, shuffled)
+    return ImageStream(Origin(shards, "data.images", seed, str(folder / "cache"), shuffled), LIMIT)
 
 
 def pairs(folder: Path, tokenizer: TextTokenizer, shuffled: bool = True, length: int = 64) -> PairStream:
-    return PairStream(
-        str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), LIMIT, tokenizer, length, "caption", shuffled
-    )
+    origin = Origin(str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), shuffled)
+    return PairStream(origin, LIMIT, tokenizer, length, "caption")
 
 
 def pixels(stream: ImageStream | PairStream, position: int) -> bytes:
@@ -175,7 +174,9 @@ def test_block_shuffle_reads_ahead_and_each_sample_once(tmp_path: Path, monkeypa
     image_tar(tmp_path / "b.tar", 10, seed=50)
     plain = images(tmp_path, shuffled=False)
     stored = [plain.read(number).image.tobytes() for number in range(19)]
-    stream = ImageStream(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(2, 6))
+    stream = ImageStream(
+        Origin(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), blocks=Blocks(2, 6)), LIMIT
+    )
     told: list[tuple[int, int, int]] = []
     monkeypatch.setattr(ShardReader, "expect", lambda self, *place: told.append(place))
     for epoch in range(2):
@@ -189,7 +190,9 @@ def test_block_shuffle_reads_ahead_and_each_sample_once(tmp_path: Path, monkeypa
             row = stream.tables[0].rows[sample.index]
             offset, size = row["image"]
             assert any(shard == row["shard"] and start <= offset and offset + size <= end for shard, start, end in told)
-    other = ImageStream(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(2, 6))
+    other = ImageStream(
+        Origin(str(tmp_path / "*.tar"), "data.images", 0, str(tmp_path / "cache"), blocks=Blocks(2, 6)), LIMIT
+    )
     assert other.read(30).id == stream.read(30).id
 
 
@@ -200,7 +203,9 @@ def test_each_rank_asks_for_what_it_reads(tmp_path: Path, monkeypatch: pytest.Mo
     told: list[tuple[int, int, int]] = []
     monkeypatch.setattr(ShardReader, "expect", lambda self, *place: told.append(place))
     for rank in range(2):
-        stream = ImageStream(str(tmp_path / "a.tar"), "", 0, str(tmp_path / "cache"), LIMIT, blocks=Blocks(4, 8))
+        stream = ImageStream(
+            Origin(str(tmp_path / "a.tar"), "", 0, str(tmp_path / "cache"), blocks=Blocks(4, 8)), LIMIT
+        )
         own = [position for position in range(72) if position // 3 % 2 == rank]
         before = len(told)
         for place in range(0, 15, 3):  # up to position 26 or 29, so that the window up to 39 is announced
@@ -345,7 +350,7 @@ def test_texts(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     text_tar(tmp_path / "a.tar", sentences()[:10])
     text_tar(tmp_path / "b.tar", sentences()[10:20])
     shards, cache = str(tmp_path / "*.tar"), str(tmp_path / "cache")
-    stream = TextStream(shards, "data.texts", 0, cache, tokenizer, 12, share=Share(1, 2))
+    stream = TextStream(Origin(shards, "data.texts", 0, cache, share=Share(1, 2)), tokenizer, 12)
     samples = [stream.read(position) for position in range(len(stream))]
     assert sorted(sample.index for sample in samples) == list(range(len(stream)))
     assert all(not hasattr(sample, "image") and len(sample.words) <= 12 for sample in samples)
@@ -358,9 +363,9 @@ def test_text_faults_and_wordless_texts(
 ) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": "k", "txt": b"\xff\n\xfe\nwords"}])
     with caplog.at_level(logging.WARNING):
-        stream = TextStream(str(tmp_path / "a.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12)
+        stream = TextStream(Origin(str(tmp_path / "a.tar"), "data.texts", 0, str(tmp_path / "cache")), tokenizer, 12)
     assert [fault.key for fault in stream.faults] == ["k:1", "k:2"]
     assert caplog.text.count("2 documents are left out; the first is k:1 (invalid UTF-8)") == 1
     write_tar(tmp_path / "b.tar", [{"__key__": "k", "txt": b"\n \n"}])
     with pytest.raises(ValueError, match="^data.texts: the documents of .*b.tar .* not one word"):
-        TextStream(str(tmp_path / "b.tar"), "data.texts", 0, str(tmp_path / "cache"), tokenizer, 12)
+        TextStream(Origin(str(tmp_path / "b.tar"), "data.texts", 0, str(tmp_path / "cache")), tokenizer, 12)

@@ -17,7 +17,7 @@ import webdataset
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.streams import ImageStream
+from beit3_dist.data.streams import ImageStream, Origin
 from tests.unit.tar_fixtures import image_tar, picture, write_tar
 from tests.unit.test_index import raw_tar
 
@@ -42,7 +42,7 @@ def by_us(pattern: Path, cache: Path) -> list[tuple[str, bytes, bytes]]:
 
 
 def images(pattern: Path, cache: Path) -> ImageStream:
-    return ImageStream(str(pattern), "data.images", 0, str(cache), LIMIT)
+    return ImageStream(Origin(str(pattern), "data.images", 0, str(cache)), LIMIT)
 
 
 def cut(path: Path, member: int, inside: int = 0) -> None:

@@ -37,7 +37,6 @@ BYTES_PER_PARAMETER = 4 * len(SUFFIXES)
 
 
 def shapes_of(model: ModelConfig) -> dict[str, torch.Size]:
-    """Name -> shape of every parameter."""
     return {name: parameter.shape for name, parameter in BEiT3(model, device="meta").named_parameters()}
 
 
@@ -97,7 +96,6 @@ class Contenders:
         dcp.save(self.tensors, storage_writer=writer, no_dist=True)
 
     def loaded(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """What each way gives back."""
         tensors = {name: torch.zeros_like(t) for name, t in self.tensors.items()}
         read.load(self.folder / "ours" / step_name(self.step), self.shards(tensors))
         yield "ours", tensors
@@ -115,14 +113,12 @@ class Contenders:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """How long a call takes."""
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
 
 
 def benchmark_checkpoint(options: Namespace) -> dict[str, Any]:
-    """What `checkpoint` was asked to compare, and the figures."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = model_of(options.recipe)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -177,7 +173,6 @@ NAMES = {
 
 
 def checkpoint_table(record: dict[str, Any]) -> str:
-    """`benchmark_checkpoint`'s record for people."""
     machine, giant = record["machine"], record["giant"]
     lines = [
         f"{record['bytes'] / 1e6:.1f} MB, weights and moments of {record['recipe']}, written to {record['folder']}",
@@ -202,7 +197,6 @@ def checkpoint_table(record: dict[str, Any]) -> str:
 
 
 def add_command(commands: Any) -> None:
-    """Adds `checkpoint` to the benchmark's commands."""
     command = commands.add_parser("checkpoint", help="saving")
     command.set_defaults(measure=benchmark_checkpoint, table=checkpoint_table, check=check)
     command.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", help="whose model is saved")
@@ -212,7 +206,6 @@ def add_command(commands: Any) -> None:
 
 
 def check(options: Namespace) -> None:
-    """Raises ValueError for options of `checkpoint` that cannot be measured."""
     check_positive(["rounds"], options)
     if options.folder is not None and not options.folder.is_dir():
         raise ValueError(f"--folder {options.folder} is no folder")

@@ -47,7 +47,6 @@ JPEG_QUALITY = 90
 PER_SHARD = 64
 SHARDS = 4
 PIECES = 2000
-"""Pieces of the tokenizer that is trained for the benchmark."""
 WARM_UP = 2
 """Micro-batches of each worker that are not timed."""
 
@@ -114,7 +113,6 @@ class Bare(Dataset):
         """Looks the images of `requests` up, which are all that can be asked for."""
         self.config = batches.config
         self.images: dict[Request, list[tuple[bytes, int]]] = {request: [] for request in requests}
-        """Bytes and key of each image."""
         files: dict[tuple[Stream, int], bytes] = {}
         for stream in (batches.indexed(Stream.IMAGES), batches.indexed(Stream.PAIRS)):
             for request, images in self.images.items():
@@ -193,7 +191,6 @@ def measure(contenders: list[Dataset], requests: list[Request], workers: int, ro
 
 
 def benchmark_data(options: Namespace) -> dict[str, Any]:
-    """What `data` was asked to compare, and the figures."""
     with tempfile.TemporaryDirectory(prefix="beit3-benchmark-") as name:
         folder = Path(name)
         build(folder, tuple(options.image))
@@ -224,7 +221,6 @@ def benchmark_data(options: Namespace) -> dict[str, Any]:
 
 
 def data_table(record: dict[str, Any]) -> str:
-    """`benchmark_data`'s record for people."""
     width, height = record["picture"]
     lines = [
         f"images per second and core, JPEGs of {width} x {height}; webdataset {record['webdataset']}",
@@ -241,7 +237,6 @@ def data_table(record: dict[str, Any]) -> str:
 
 
 def add_command(commands: Any) -> None:
-    """Adds `data` to the benchmark's commands."""
     data = commands.add_parser("data", help="the loader")
     check = partial(check_positive, ("batch", "micro_batches", "rounds", "workers", "image"))
     data.set_defaults(measure=benchmark_data, table=data_table, check=check)

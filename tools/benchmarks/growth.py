@@ -23,7 +23,6 @@ from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, threa
 from tools.benchmarks.step import Contender, OurStep, adamw, products_of, random_micro_batch
 
 BASE = {"layers": 4, "width": 512, "batch": 2, "text_length": 128}
-"""What the other sizes are while one grows."""
 SERIES = {
     "layers": (2, 4, 8, 16, 24),
     "width": (256, 512, 768, 1024, 1408, 2048),
@@ -42,7 +41,6 @@ def growing_step(layers: int, width: int, batch: int, text_length: int, device: 
 
 
 def benchmark_growth(options: Namespace) -> dict[str, Any]:
-    """Times every series."""
     device = gpu_or_cpu()
     series = {}
     with threads(options.threads):
@@ -76,7 +74,6 @@ def exponent(flops: list[float], seconds: list[float]) -> float:
 
 
 def table(record: dict[str, Any]) -> str:
-    """`benchmark_growth`'s record for people."""
     lines = [
         f"{record['device']}, {record['threads']} threads; time per FLOP relative to the largest step of a series",
         "products + AdamW: their share of the step's CPU time, each timed alone",
@@ -97,7 +94,6 @@ def table(record: dict[str, Any]) -> str:
 
 
 def add_command(commands: Any) -> None:
-    """`growth`."""
     command = commands.add_parser("growth", help="step time against FLOPs")
     command.set_defaults(measure=benchmark_growth, table=table, check=partial(check_positive, ["repeats"]))
     command.add_argument("--axes", nargs="+", choices=tuple(SERIES), default=tuple(SERIES), help="what grows")

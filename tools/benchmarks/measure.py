@@ -25,33 +25,27 @@ class Seconds:
     """Medians and spread of one contender's turns."""
 
     wall: list[float]
-    """Seconds that passed."""
     process: list[float]
     """Seconds of processors that this process used, all threads together; of use where others use the machine."""
 
     def record(self) -> dict[str, float]:
-        """For --json."""
         return spread(self.wall) | {"cpu_s": median(self.process)}
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, fastest and slowest."""
     return {"median_s": median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds)}
 
 
 def gpu_or_cpu() -> torch.device:
-    """What the benchmarks compute on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What it is that was measured, for --json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -173,7 +167,6 @@ class MatrixProducts(TorchDispatchMode):
             self.calls.append((describe(left), describe(right), left.dtype))
 
     def flops(self) -> int:
-        """Of all of them together."""
         return sum(2 * torch.Size(left[0]).numel() * right[0][-1] for left, right, _ in self.calls)
 
     def alone(self, device: torch.device) -> Callable[[], None]:

@@ -30,11 +30,9 @@ RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 SHORTEST_CAPTION = 8
 KERNELS = ("torch", "triton", "compiled")
 SECTIONS = ("model", "data", "optim")
-"""Of a recipe that can be measured."""
 
 
 def benchmark_recipe(options: Namespace) -> dict[str, Any]:
-    """Times every kind of kernels at every number of samples."""
     recipe = read_sections(options.recipe, *SECTIONS)
     device = gpu_or_cpu()
     rows: list[dict[str, Any]] = []
@@ -125,7 +123,6 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(record: dict[str, Any]) -> str:
-    """`benchmark_recipe`'s record for people."""
     lines = [f"{record['recipe']}, {record['device']}, {record['precision']}; samples: of images, texts and pairs each"]
     lines += [HEAD, *map(line, record["rows"])]
     for row in record["rows"]:
@@ -135,13 +132,11 @@ def table(record: dict[str, Any]) -> str:
 
 
 def check(options: Namespace) -> None:
-    """Raises ValueError for what cannot be measured."""
     read_sections(options.recipe, *SECTIONS)
     check_positive(("repeats", "samples"), options)
 
 
 def add_command(commands: Any) -> None:
-    """`recipe`."""
     command = commands.add_parser("recipe", help="training steps of a recipe's model")
     command.set_defaults(measure=benchmark_recipe, table=table, check=check)
     command.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", help="whose model, lengths and clipping")

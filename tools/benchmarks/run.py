@@ -37,9 +37,7 @@ STREAMS = ("images", "texts", "pairs")
 SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the tokenizer's pieces."""
 SHORTEST_CAPTION = 8
-"""Words."""
 FIGURES = ("step_s", "tokens_per_s", "tflops_per_device", "mfu", "memory_gb", "data_wait_s")
-"""Fields of metrics.jsonl."""
 
 
 def read(recipe: Path) -> dict[str, Any]:
@@ -100,7 +98,6 @@ def image(draw: random.Random) -> bytes:
 
 
 def shard(path: Path, samples: Iterator[dict[str, bytes]]) -> None:
-    """A tar of samples: extension -> content."""
     with tarfile.open(path, "w") as tar:
         for number, sample in enumerate(samples):
             for extension, content in sample.items():
@@ -126,7 +123,6 @@ def image_tokenizer(path: Path, model: dict[str, Any], tiny: bool) -> None:
 
 
 def command(options: Namespace, arguments: list[str], out: Path) -> list[str]:
-    """The launcher's."""
     recipe, folder = read(options.recipe), options.folder
     settings: dict[str, object] = {
         "config": options.recipe,
@@ -196,7 +192,6 @@ def wait(process: subprocess.Popen[bytes], metrics: Path, steps: int, deadline: 
 
 
 def records(metrics: Path) -> list[dict[str, Any]]:
-    """The steps that are recorded whole."""
     lines = io.BytesIO(metrics.read_bytes()) if metrics.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
@@ -211,7 +206,6 @@ def reason(log: Path) -> str:
 
 
 def line(record: dict[str, Any]) -> str:
-    """A record for people."""
     name = f"{record['recipe']:6} ZeRO-{record['zero_stage']}  3 x {record['samples']:<4}"
     name += "".join(f" {argument}" for argument in record["arguments"])
     if "step_s" not in record:

@@ -24,7 +24,6 @@ from beit3_dist.train.totals import host_totals
 from tools.benchmarks.measure import MatrixProducts, peak_bytes
 
 PADDING = 1
-"""Id of <pad>."""
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 """Largest relative difference of losses that counts as equal: fp32 noise at base width is ten times smaller; bf16 has 8
 bits."""
@@ -97,7 +96,6 @@ class OurStep:
         return loss, statistics[0] / self.counts
 
     def three_passes(self) -> tuple[Tensor, Tensor]:
-        """As `forward`, stream by stream."""
         loss, statistics = three_passes(self._passes, self.counts, 0)
         return loss, statistics[0] / self.counts
 

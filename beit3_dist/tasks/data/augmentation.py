@@ -51,9 +51,7 @@ class Views:
     """How images become square views of bytes."""
 
     min_crop_scale: float = 0.5
-    """Least share of the image in a training crop."""
     horizontal_flip: float = 0.5
-    """Probability of mirroring in training."""
     rand_augment: str = ""
     """A policy of timm's RandAugment, such as rand-m9-mstd0.5-inc1, or beit3: two draws of nine changes at strength 7,
     each made with probability 0.45, as in the released vision-language recipes; empty: none."""
@@ -154,7 +152,6 @@ class Mixing:
     """
 
     classes: int
-    """Classes of the labels."""
     mixup: float = 0.8
     """Alpha of the beta distribution that images are blended by; 0 never blends."""
     cutmix: float = 1.0

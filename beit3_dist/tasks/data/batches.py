@@ -46,7 +46,6 @@ class Places(NamedTuple):
     """What a batch is asked for by: places in the endless order of training, or in the stored order."""
 
     places: tuple[int, ...]
-    """One per sample."""
     valid: tuple[bool, ...]
     """False: it repeats another sample, to fill the batch up."""
 
@@ -105,7 +104,6 @@ class TaskBatch(Tensors):
     """int64 [B, L]: what the task's `mask` wants recovered, -1 elsewhere; then `words` are what the model reads."""
 
     def ids_by_kind(self) -> dict[str, list[int]]:
-        """Numbers of the examples in their index."""
         return {"examples": self.ids.tolist()}
 
 
@@ -149,7 +147,6 @@ class Examples(Dataset):
         self.max_pixels = max_pixels
 
     def __len__(self) -> int:
-        """Examples of one epoch."""
         return len(self.examples)
 
     def __getitem__(self, request: Places) -> TaskBatch:
@@ -218,7 +215,6 @@ class Examples(Dataset):
         raise StreamFailed(f"{ATTEMPTS} examples in a row cannot be used; the last: {last.key}: {last.reason}", faults)
 
     def _images(self, example: Example) -> list[Image.Image]:
-        """The example's images in RGB. Raises BadSample."""
         images = []
         for image in example.images:
             try:

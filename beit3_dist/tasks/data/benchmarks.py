@@ -23,16 +23,13 @@ LEAST_ANSWERS = 9
 VALIDATION_IMAGES = 1000
 """Images of VQA v2's validation set that are not trained on."""
 KARPATHY_SPLITS = ("train", "restval", "val", "test")
-"""Of COCO and Flickr30k."""
 NLVR2_SPLITS = {"train": ("train.json", "images/train"), "dev": ("dev.json", "dev"), "test-P": ("test1.json", "test1")}
 """Split of NLVR2 -> its file, and the folder of its images."""
 VQA_SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 """Split of VQA v2 -> what its files are called."""
 
 Records = list[dict[str, Any]]
-"""Lines of an index."""
 Indexes = dict[str, Records]
-"""File name -> lines."""
 
 
 class NotOfficial(Exception):
@@ -58,7 +55,6 @@ def load(path: Path) -> Any:
 
 
 def text_in(record: dict[str, Any], field: str) -> str:
-    """The text in a field. Raises NotOfficial."""
     value = record[field]
     if not isinstance(value, str):
         raise NotOfficial(f"{field} is {value!r:.100}, and no text")
@@ -66,7 +62,6 @@ def text_in(record: dict[str, Any], field: str) -> str:
 
 
 def number_in(record: dict[str, Any], field: str) -> int:
-    """The whole number in a field. Raises NotOfficial."""
     value = record[field]
     if type(value) is not int:
         raise NotOfficial(f"{field} is {value!r:.100}, and no whole number")
@@ -189,7 +184,6 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
 
 
 def _by_question(path: Path) -> dict[int, dict[str, Any]]:
-    """Annotations by question."""
     with official(path):
         annotations = load(path)["annotations"]
         once((annotation["question_id"] for annotation in annotations), f"{path}: question_id")

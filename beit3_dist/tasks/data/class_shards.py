@@ -18,7 +18,6 @@ from beit3_dist.opening import without_mark
 from beit3_dist.tasks.data.examples import Example, TarMember, first_of
 
 CLASS = b"cls"
-"""Extension of the members that hold classes."""
 LONGEST_LABEL = 64
 """Bytes of such a member; what is longer is no number of a class."""
 
@@ -28,7 +27,6 @@ class ClassShards(Sequence[Example]):
     """The examples of some tars, in their order."""
 
     tars: list[str]
-    """The plain tars."""
     places: np.ndarray
     """int64 [N, 4]: number of the tar, offset and size of the image, class."""
     names: np.ndarray
@@ -67,15 +65,12 @@ def read_class_shards(pattern: str, field: str, cache: str, classes: int) -> Cla
 
 @dataclass
 class _Scan:
-    """What one tar holds."""
-
     rows: list[tuple[int, int, int, int]]
     names: list[bytes]
     faults: list[str]
 
 
 def _scan(tar: str, path: str, number: int, classes: int) -> _Scan:
-    """Reads the headers of a tar, and its .cls members."""
     images: dict[bytes, tuple[int, int, bytes]] = {}
     labels: dict[bytes, bytes] = {}
     faults = []

@@ -27,24 +27,17 @@ if TYPE_CHECKING:
     from beit3_dist.tasks.base import Task
 
 PROBLEMS_SHOWN = 5
-"""Faulty lines that an error names."""
 FOLDER_READERS = 16
 """Threads that list folders of images: they wait for storage most of the time."""
 
 Record = dict[str, Any]
-"""A parsed line."""
 
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """An image inside a plain tar."""
-
     tar: str
-    """Path of the tar."""
     offset: int
-    """Bytes before it."""
     size: int
-    """Its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +112,6 @@ class Rules:
     task: type[Task]
     """Whose index it is; loader processes find it by its module."""
     root: str
-    """Folder that the paths of images are relative to."""
     train: bool
     """Whether a model is trained on it: then nothing that training needs may be missing."""
     vocab_size: int | None
@@ -223,7 +215,6 @@ class Index(Sequence[Example]):
         return self.rules.parse(self.files[file][line], int(place))
 
     def place(self, id: int) -> str:
-        """File and line of an example, for messages."""
         file, line = self._locate(id)
         return f"{self.files[file].path}, line {self.files[file].numbers[line]}"
 

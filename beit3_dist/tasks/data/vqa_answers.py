@@ -13,15 +13,11 @@ from collections.abc import Sequence
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 """What is removed, or becomes a space; apostrophe and colon stay."""
 PERIOD = re.compile(r"\.(?!\d)")
-"""A period that no digit follows."""
 DIGITS_COMMA = re.compile(r"\d,\d")
-"""A comma inside a number."""
 NUMBERS = {
     word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
-"""Number words and their digits."""
 ARTICLES = ("a", "an", "the")
-"""What is left out."""
 SHORT_FORMS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
@@ -39,7 +35,6 @@ APOSTROPHES = {
 
 
 def normalised(answer: str) -> str:
-    """The form in which answers are compared."""
     text = answer.replace("\n", " ").replace("\t", " ").strip()
     has_number = DIGITS_COMMA.search(text) is not None
     plain = text

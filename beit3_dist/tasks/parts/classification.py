@@ -21,7 +21,6 @@ class Classification(Task):
     needs_names = has_classifier = True
     serves: ClassVar[tuple[str, ...]] = ("classify",)
     ranked: ClassVar[int] = 1
-    """Classes of a prediction, best first."""
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         smoothing = self.config.label_smoothing if inputs.labels.ndim == 1 else 0.0  # mixing smooths by itself
@@ -33,7 +32,6 @@ class Classification(Task):
         return logits.topk(min(self.ranked, logits.shape[1])).indices
 
     def results(self, predictions: Tensor) -> list[str]:
-        """The best class of each sample."""
         return [self.classes[best] for best in predictions[:, 0].tolist()]
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:

@@ -149,7 +149,6 @@ class _Beams:
         self.best_score = torch.where(better, score, self.best_score)
 
     def best(self) -> list[list[int]]:
-        """The best captions."""
         if not bool(torch.isfinite(self.best_score).all()):
             raise RuntimeError("the model's logits of words are not finite: captions cannot be ranked")
         rows: list[list[int]] = self.best_words.tolist()

@@ -20,11 +20,9 @@ from beit3_dist.optional import optional_module
 Key = TypeVar("Key", bound=Hashable)
 
 RECALL_AT = (1, 5, 10)
-"""Places of a ranking that recall looks at."""
 ROWS_AT_ONCE = 1024
 """Rows of the score matrix that exist at a time."""
 CAPTION_METRICS = ("exact_match", "bleu4", "cider", "meteor", "spice")
-"""Names for `caption_scores`."""
 SPICE_PARSER = "lib/stanford-corenlp-3.6.0.jar"
 """What SPICE needs besides its package, in that package's folder `spice`."""
 
@@ -119,7 +117,6 @@ def caption_scores(
 
 
 def _plain(text: str) -> str:
-    """Lower case, single spaces."""
     return " ".join(text.lower().split())
 
 
@@ -135,7 +132,6 @@ def _tokenized(captions: Mapping[int, Sequence[str]], with_java: bool) -> dict[i
 
 
 def _coco_score(name: str, truths: dict[int, list[str]], guesses: dict[int, list[str]]) -> float:
-    """One metric of pycocoevalcap over all captions."""
     module = "bleu" if name == "bleu4" else name
     scorer = getattr(_package(f"pycocoevalcap.{module}.{module}"), module.capitalize())()
     with contextlib.redirect_stdout(io.StringIO()):  # It prints lengths.

@@ -27,7 +27,6 @@ def write_results(path: Path, ids: Sequence[str], id_field: str, results: Sequen
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> Path:
-    """The rows, without a header of their own."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
     return path
