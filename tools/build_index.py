@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_dist.command_line import refusing
-from beit3_dist.data.cache import write_whole
+from beit3_dist.data.cache import folder_made_aside, write_whole
 from beit3_dist.data.kinds import LeftOut, told
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.demo import tasks as demo
@@ -113,30 +112,24 @@ def build_demo(options: Namespace) -> None:
             raise ValueError(f"{options.out} was built with another --held-out; remove it or name another folder")
         print(f"{options.out} is complete")
         return
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(f"{options.out} already exists; remove it or name another folder")
     tokenizer = TextTokenizer(options.text_tokenizer)
-    partial = options.out.with_name(options.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    easy = demo.easy_vqa()
-    drawings, files = demo.retrieval(list(emoji_images(options.workers)), options.held_out)
-    for split, source in easy.items():
-        for number, path in source.paths.items():
-            files[source.image_path(number, split)] = Path(path).read_bytes()
-    for name, content in files.items():
-        (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        (partial / name).write_bytes(content)
-    asked = demo.vqa(easy)
-    tasks = (asked, demo.questions(asked), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings)
-    for indexes in (*tasks, demo.text(options.held_out)):
-        write_indexes(partial, indexes, tokenizer)
-    write_answers(partial / ANSWERS, demo.answers())
-    write_names(partial / "shapes.classes.txt", demo.shape_classes())
-    write_names(partial / "text.classes.txt", demo.text_classes())
-    write_text(partial / "demo.json", json.dumps({"held_out": options.held_out, "pictures": len(files)}) + "\n")
-    if options.out.exists():
-        options.out.rmdir()
-    partial.rename(options.out)
+    with folder_made_aside(options.out) as partial:
+        easy = demo.easy_vqa()
+        drawings, files = demo.retrieval(list(emoji_images(options.workers)), options.held_out)
+        for split, source in easy.items():
+            for number, path in source.paths.items():
+                files[source.image_path(number, split)] = Path(path).read_bytes()
+        for name, content in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
+        asked = demo.vqa(easy)
+        tasks = (asked, demo.questions(asked), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings)
+        for indexes in (*tasks, demo.text(options.held_out)):
+            write_indexes(partial, indexes, tokenizer)
+        write_answers(partial / ANSWERS, demo.ANSWERS)
+        write_names(partial / "shapes.classes.txt", demo.SHAPE_CLASSES)
+        write_names(partial / "text.classes.txt", demo.TEXT_CLASSES)
+        write_text(partial / "demo.json", json.dumps({"held_out": options.held_out, "pictures": len(files)}) + "\n")
     print(f"{options.out}: {len(files):,} images")
 
 

@@ -11,14 +11,12 @@ in the folder that are no images.
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import shutil
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
@@ -31,8 +29,11 @@ from typing import Any
 from PIL import Image
 from webdataset import ShardWriter
 
+from beit3_dist.checkpoint.files import sha256
 from beit3_dist.children import end_with_parent
+from beit3_dist.command_line import refusing
 from beit3_dist.config import DataConfig
+from beit3_dist.data.cache import folder_made_aside
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.kinds import IMAGE_EXTENSIONS, LeftOut, images_below, told
 from beit3_dist.data.sides import side
@@ -86,11 +87,9 @@ class ImageFile:
 
 
 def prepared(file: ImageFile, size: int) -> ImageFile:
-    """The file with its content, or with its fault.
-
-    With `size`, an image whose shorter side is longer than that is scaled down to it and encoded anew: PNG stays
-    PNG, everything else becomes JPEG. Other files are stored as they are.
-    """
+    """The file with its content, or with its fault. With `size`, an image whose shorter side is longer than that is
+    scaled down to it and encoded anew: PNG stays PNG, everything else becomes JPEG. Other files are stored as they
+    are."""
     extension = Path(file.path).suffix.lower().removeprefix(".")
     if extension not in IMAGE_EXTENSIONS:
         return replace(file, fault=f"the extension is none of {', '.join(IMAGE_EXTENSIONS)}")
@@ -166,14 +165,6 @@ def text_samples(texts: Iterable[str], held_out: float, per_member: int) -> Iter
     yield from (member(name) for name in waiting if waiting[name])
 
 
-# ---------------------------------------------------------------------------------------------------------------- demo
-
-
-def emoji_samples(options: Namespace) -> Iterator[Sample]:
-    for emoji in emoji_images(options.workers):
-        yield Sample(side(emoji.identity, options.held_out), {"png": emoji.png, "txt": emoji.name.encode()})
-
-
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -202,46 +193,36 @@ def write(folder: Path, source: str, samples: Iterable[Sample], per_shard: int, 
                 f"{folder.name.removesuffix('.partial')}: with --held-out {held_out:g}, none of its "
                 f"{sum(counts.values())} usable samples falls into {name}"
             )
-    return [describe(Path(path), count) for path, count in counts.items()]
-
-
-def describe(path: Path, count: int) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return {"file": str(path), "samples": count, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def summary(shards: Shards) -> Iterator[str]:
-    for folder, group in itertools.groupby(shards, key=lambda shard: str(Path(shard["file"]).parent)):
-        entries = list(group)
-        samples, size = (sum(entry[name] for entry in entries) for name in ("samples", "bytes"))
-        yield f"{folder}: {samples:,} samples in {len(entries)} shards, {size / 1e6:.1f} MB"
+    return [
+        {"file": path, "samples": count, "bytes": os.stat(path).st_size, "sha256": sha256(Path(path))}
+        for path, count in counts.items()
+    ]
 
 
 def build(options: Namespace) -> None:
     """Runs the command's build aside, writes shards.json and renames. Raises ValueError if OUT is in use."""
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise ValueError(f"{options.out} already exists; remove it or name another folder")
-    partial = options.out.with_name(options.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     skipped: Skipped = []
-    try:
-        shards = sorted(options.build(partial, options, skipped), key=lambda shard: shard["file"])
-    finally:
-        for name, reason in skipped[:SKIPPED_SHOWN]:
-            print(f"skipped {name}: {reason}", file=sys.stderr)
-        for line in told(options.left_out):
-            print(line, file=sys.stderr)
-        if skipped:
-            print(f"skipped {len(skipped)} images in all; shards.json lists those of a whole build", file=sys.stderr)
-    for shard in shards:
-        shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
-    asked = {name: getattr(options, name) for name in ASKED}
-    record = asked | {"skipped": skipped, "left_out": options.left_out, "shards": shards}
-    (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.rename(options.out)
-    print(*summary(shards), sep="\n")
+    with folder_made_aside(options.out) as partial:
+        try:
+            shards = sorted(options.build(partial, options, skipped), key=lambda shard: shard["file"])
+        finally:
+            told_of = [
+                *(f"skipped {name}: {reason}" for name, reason in skipped[:SKIPPED_SHOWN]),
+                *told(options.left_out),
+            ]
+            if skipped:
+                told_of.append(f"skipped {len(skipped)} images in all; shards.json lists those of a whole build")
+            for line in told_of:
+                print(line, file=sys.stderr)
+        for shard in shards:
+            shard["file"] = str(Path(shard["file"]).relative_to(partial.absolute()))
+        asked = {name: getattr(options, name) for name in ASKED}
+        record = asked | {"skipped": skipped, "left_out": options.left_out, "shards": shards}
+        (partial / "shards.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for folder, group in itertools.groupby(shards, key=lambda shard: str(Path(shard["file"]).parent)):
+        entries = list(group)
+        samples, size = (sum(entry[name] for entry in entries) for name in ("samples", "bytes"))
+        print(f"{folder}: {samples:,} samples in {len(entries)} shards, {size / 1e6:.1f} MB")
 
 
 def build_images(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
@@ -271,7 +252,11 @@ def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     shapes = [ImageFile(path) for path in train.paths.values()]
     captions = [ImageFile(train.paths[number], caption(shape)) for number, shape in train.shapes().items()]
     images, shown = (image_samples(some[: options.limit], options, skipped) for some in (shapes, captions))
-    pairs = itertools.chain(itertools.islice(emoji_samples(options), options.limit), shown)
+    drawings = (
+        Sample(side(emoji.identity, options.held_out), {"png": emoji.png, "txt": emoji.name.encode()})
+        for emoji in emoji_images(options.workers)
+    )
+    pairs = itertools.chain(itertools.islice(drawings, options.limit), shown)
     texts = itertools.islice(dictionary_documents(), options.limit)
     members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
     return [
@@ -391,19 +376,15 @@ def parse(arguments: list[str] | None) -> Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Builds what the command line asks for; returns the exit code."""
-    try:
+def main(arguments: list[str] | None = None) -> None:
+    """Builds what the command line asks for."""
+    with refusing("build_shards.py"):
         options = parse(arguments)
         if options.command == "demo" and is_complete(options):
             print(f"{options.out} is complete")
-            return 0
-        build(options)
-    except (ValueError, OSError) as error:
-        print(f"build_shards.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        else:
+            build(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,6 +25,7 @@ from typing import Any
 from rich.progress import track
 
 from beit3_dist.children import end_with_parent
+from beit3_dist.command_line import refusing
 from beit3_dist.config import DataConfig
 from beit3_dist.data.cache import cache_folder
 from beit3_dist.data.faults import BadSample, check_size
@@ -206,12 +207,9 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Checks and prints; returns the exit code."""
-    try:
+    with refusing("check_shards.py"):
         options = parse(arguments)
         record = check_all(options)
-    except (ValueError, OSError) as error:
-        print(f"check_shards.py: error: {error}", file=sys.stderr)
-        return 2
     print(json.dumps(record) if options.json else table(record))
     return 1 if record["problems"] else 0
 

@@ -125,9 +125,8 @@ def open_run(folder: Path, program: str, plugins: Sequence[str] = ()) -> Run:
         return MixedBatches(replace(config, batch=batch), view_size, 0, 1, held_out, [*objectives])
 
     train, shown = streams(SAMPLES_AT_ONCE, held_out=False), streams(1, has_held_out)
-    evaluations = read_records(folder / "eval.jsonl")
-    read = folder, config, metrics, evaluations, checkpoint, state.step
-    return Run(*read, objectives, image_tokenizer, train, shown)
+    evaluations, of_run = read_records(folder / "eval.jsonl"), (objectives, image_tokenizer, train, shown)
+    return Run(folder, config, metrics, evaluations, checkpoint, state.step, *of_run)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -210,10 +209,8 @@ def given(codes: Tensor | None) -> Tokenize | None:
 
 
 def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
-    """The mean patch of each code: uint8 [K, values] from sums [K, values], numbers of patches [K], codebook [K, C].
-
-    A code without a patch looks like the code with patches that is nearest to it in the codebook.
-    """
+    """The mean patch of each code: uint8 [K, values] from sums [K, values], numbers of patches [K], codebook [K, C]. A
+    code without a patch looks like the code with patches that is nearest to it in the codebook."""
     used = carriers.nonzero().squeeze(1)
     nearest = used[torch.cdist(codebook, codebook[used]).argmin(1)]
     looks = torch.where(carriers > 0, torch.arange(len(carriers)), nearest)
@@ -325,7 +322,7 @@ def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]])
     def course(name: str) -> Record:
         values, held_out = column(run.metrics, name), column(run.evaluations[-1:], name)
         course = {"first": values[0], "last": values[-LAST_STEPS:].mean(), "held_out": (*held_out, math.nan)[0]}
-        return {when: number_or_none(value) for when, value in course.items()}
+        return {when: float(value) if math.isfinite(value) else None for when, value in course.items()}
 
     return {
         "run": str(run.folder),
@@ -350,11 +347,6 @@ def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]])
     }
 
 
-def number_or_none(value: float) -> float | None:
-    """JSON has no word for a number that is not finite."""
-    return float(value) if math.isfinite(value) else None
-
-
 def codes_right(shown: list[Example]) -> float | None:
     """Share of the hidden patches whose code the model guesses; None where nothing is hidden."""
     hits = torch.cat([(example.guesses == example.codes)[example.hidden] for example in shown])
@@ -373,7 +365,7 @@ def summary_lines(run: Run, report: Record) -> Iterator[str]:
         f"{report['data_wait_share']:.1%} of the time waiting for data"
     )
     yield ""
-    yield f"loss in nats        first step   last {LAST_STEPS} steps        held-out        entropy of the targets"
+    yield f"loss                first step   last {LAST_STEPS} steps        held-out        entropy of the targets"
     for kind in run.objectives.losses:
         loss, bound = report["losses"][kind.name], report["entropies"].get(kind.name)
         last, held_out = (f"{digits(loss[key], '7.3f')} {verdict(loss[key], bound):5}" for key in ("last", "held_out"))
@@ -467,7 +459,10 @@ def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[E
         remark = "nothing is hidden" if part is None else f"{part:.0%} of the hidden codes guessed"
         if name == "pair_image":
             remark += "; hidden words of the caption as [guess→truth]"
-        draw_heading(page, top, f"{kind} {'pairs' if name == 'pair_image' else 'images'}", remark)
+        page.plot([MARGIN, WIDTH - MARGIN], [top + 4, top + 4], color="#d0d0d0", linewidth=0.8)
+        heading = f"{kind} {'pairs' if name == 'pair_image' else 'images'}"
+        page.text(MARGIN, top + 38, heading, size=12.5, weight="bold", color=INK)
+        page.text(WIDTH - MARGIN, top + 38, remark, size=10.5, color=FAINT, ha="right")
         draw_tiles(page, top + HEADING, tile, some, looks)
         top += block + (MARGIN if name == "image" else 0)
     for place, caption in enumerate(lines):
@@ -526,12 +521,6 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     )
     number = counts[window:] - counts[:-window]
     return np.where(number > 0, (sums[window:] - sums[:-window]) / np.maximum(number, 1), np.nan)
-
-
-def draw_heading(page: Axes, top: float, heading: str, remark: str) -> None:
-    page.plot([MARGIN, WIDTH - MARGIN], [top + 4, top + 4], color="#d0d0d0", linewidth=0.8)
-    page.text(MARGIN, top + 38, heading, size=12.5, weight="bold", color=INK)
-    page.text(WIDTH - MARGIN, top + 38, remark, size=10.5, color=FAINT, ha="right")
 
 
 def tiles(example: Example, looks: Tensor) -> list[np.ndarray]:

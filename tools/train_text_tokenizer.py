@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import re
-import sys
 import textwrap
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from beit3_dist.command_line import refusing
 from beit3_dist.config import DataConfig
 from beit3_dist.data.cache import cache_folder, write_whole
 from beit3_dist.data.faults import BadSample
@@ -39,11 +39,9 @@ BYTES_PER_CHARACTER = 4
 
 
 def sentences(patterns: Iterable[str], cache: str = DataConfig.cache) -> Iterator[str]:
-    """The sentences of all .txt and .jsonl members of tars, captions included, and of plain files of texts.
-    `cache`: folder for the unpacked copies of compressed tars.
-
-    Raises ValueError for a pattern without a file, a damaged tar, and a line that is no text, with its place.
-    """
+    """The sentences of all .txt and .jsonl members of tars, captions included, and of plain files of texts. `cache`:
+    folder for the unpacked copies of compressed tars. Raises ValueError for a pattern without a file, a damaged tar,
+    and a line that is no text, with its place."""
     for path in dict.fromkeys(path for pattern in patterns for path in expand(pattern, "--shards")):
         for text in texts_of_tar(path, cache) if is_tar(path) else texts_in(Path(path)):
             for line in text.split("\n"):
@@ -152,9 +150,9 @@ def parse(arguments: list[str] | None) -> Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Trains, writes and describes the tokenizer; returns the exit code."""
-    try:
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, writes and describes the tokenizer."""
+    with refusing("train_text_tokenizer.py"):
         options = parse(arguments)
         first = next(sentences(options.shards, options.cache), None)
         if first is None:
@@ -162,15 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
         model = train(sentences(options.shards, options.cache), options)
         write_whole(options.out, lambda file: file.write(model), "--out")
         tokenizer = TextTokenizer(str(options.out))
-    except (ValueError, OSError) as error:
-        print(f"train_text_tokenizer.py: {error}", file=sys.stderr)
-        return 2
     sample = first[:80]
     print(f"{options.out}: {tokenizer.pieces} pieces\nmodel.vocab_size: {tokenizer.rows}")
     print(f"id of <mask>: {tokenizer.mask}\nsample: {sample}")
     print(f"        {' '.join(tokenizer.model.encode(sample, out_type=str))}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from beit3_dist.command_line import refusing
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Table, shard_scan
 from beit3_dist.data.order import Stream, hash_sum, sample_id
@@ -142,20 +143,16 @@ def parse(arguments: list[str] | None) -> Namespace:
     parser = ArgumentParser(prog="verify_order.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument(
-        "--plugins", nargs="*", default=[], metavar="FILE", help="files that define objectives of the run"
-    )
+    text = "files that define objectives of the run"
+    parser.add_argument("--plugins", nargs="*", default=[], metavar="FILE", help=text)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.ERROR)  # the run's own log has the warnings of its shards
-    try:
+    with refusing("verify_order.py"):
         report = verify(options.out, options.plugins)
-    except ValueError as error:
-        print(f"verify_order.py: error: {error}", file=sys.stderr)
-        return 2
     print(json.dumps(report) if options.json else table(report))
     return 1 if report["mistakes"] else 0
 

@@ -23,8 +23,6 @@ class Annotator(Protocol):
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
     ) -> dict[str, Tensor]:
-        """Field -> tensor [samples, ...] for n samples and their text [n, L] (None: the stream has none).
-
-        What is drawn for a sample is a function of its key alone. A field whose name begins with `text` has an entry
-        for each token, [n, L]: where batches are joined it is padded: int64 with <pad>, else with 0 (False).
-        """
+        """Field -> tensor [samples, ...] for n samples and their text [n, L] (None: the stream has none). What is drawn
+        for a sample is a function of its key alone. A field whose name begins with `text` has an entry for each token,
+        [n, L]: where batches are joined it is padded: int64 with <pad>, else with 0 (False)."""

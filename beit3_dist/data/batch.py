@@ -230,11 +230,9 @@ class MixedBatches(Dataset):
     def _read(
         self, stream: SampleStream | SequentialStream, request: Request, places: list[int], memory: ImageMemory | None
     ) -> list[Sample]:
-        """The samples at these places; their views go to `memory`.
-
-        Each image is cropped and dropped before the next one is decoded: memory that is used again is in the cache,
-        while thirty images at a time would each be written to fresh pages.
-        """
+        """The samples at these places; their views go to `memory`. Each image is cropped and dropped before the next
+        one is decoded: memory that is used again is in the cache, while thirty images at a time would each be written
+        to fresh pages."""
         samples = []
         if places and isinstance(stream, SampleStream):
             stream.read_ahead(self._upcoming(stream, request))
@@ -287,10 +285,8 @@ def requests_from(consumed: tuple[int, int, int], batch: BatchConfig) -> Iterato
 
 
 def hash_terms(batch: MicroBatch) -> int:
-    """Sum over the samples of hash(stream, place in the step, id), modulo 2^64, as a signed integer.
-
-    Sums over the micro-batches and ranks of a step give the step's sample_hash, in any layout.
-    """
+    """Sum over the samples of hash(stream, place in the step, id), modulo 2^64, as a signed integer. Sums over the
+    micro-batches and ranks of a step give the step's sample_hash, in any layout."""
     columns = (
         (np.full(len(samples), int(Stream[name.upper()])), samples.positions.cpu().numpy(), samples.ids.cpu().numpy())
         for name, samples in batch.streams.items()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -47,10 +48,8 @@ def digest(*parts: object) -> str:
 
 @contextmanager
 def locked(target: Path, field: str = "data.cache") -> Iterator[None]:
-    """Holds the lock of a cache file; other processes wait, and find the file made when their turn comes.
-
-    Raises ValueError naming the field where the file system has no locks.
-    """
+    """Holds the lock of a cache file; other processes wait, and find the file made when their turn comes. Raises
+    ValueError naming the field where the file system has no locks."""
     folder = target.parent / "locks"
     folder.mkdir(exist_ok=True)
     with open(folder / target.name, "ab") as file:
@@ -66,10 +65,8 @@ def locked(target: Path, field: str = "data.cache") -> Iterator[None]:
 
 
 def cached(read: Callable[[], Content], make: Callable[[], object], lock: Path) -> Content:
-    """What `read` finds in the cache; where that is missing or damaged, one process of many makes it by `make`.
-
-    `read` raises FileNotFoundError or DamagedCache, as `mapped` does.
-    """
+    """What `read` finds in the cache; where that is missing or damaged, one process of many makes it by `make`. `read`
+    raises FileNotFoundError or DamagedCache, as `mapped` does."""
     with suppress(FileNotFoundError, DamagedCache):
         return read()
     with locked(lock):
@@ -103,12 +100,9 @@ def parsed(file: Path) -> Any:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes have left half written.
-
-    That the folder is opened has a use of its own: NFS then asks the server whether it has changed. Else a file that
-    was missing before the lock came is missing for half a minute more, is made again, and takes the place of the one
-    that others have mapped.
-    """
+    """Removes what killed processes have left half written. That the folder is opened has a use of its own: NFS then
+    asks the server whether it has changed. Else a file that was missing before the lock came is missing for half a
+    minute more, is made again, and takes the place of the one that others have mapped."""
     now = time.time()
     for partial in folder.glob("*.partial"):
         try:
@@ -118,12 +112,23 @@ def _remove_abandoned(folder: Path) -> None:
             pass  # It is whole by now, or another process has removed it.
 
 
-def write_whole(target: Path, write: Callable[[BinaryIO], object], field: str = "data.cache") -> None:
-    """Puts what `write` writes at `target`, which a reader sees either complete or not at all.
+@contextmanager
+def folder_made_aside(out: Path) -> Iterator[Path]:
+    """OUT.partial to fill, renamed to OUT when all went well; what a killed process left there is replaced. Raises
+    ValueError where OUT is in use."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already exists; remove it or name another folder")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(out)
 
-    Raises ValueError naming the field and the file where the disk does not take it, or what is there is no file: a
-    device would be replaced by one.
-    """
+
+def write_whole(target: Path, write: Callable[[BinaryIO], object], field: str = "data.cache") -> None:
+    """Puts what `write` writes at `target`, which a reader sees either complete or not at all. Raises ValueError naming
+    the field and the file where the disk does not take it, or what is there is no file: a device would be replaced by
+    one."""
     if target.exists() and not target.is_file():
         raise ValueError(f"{field}: {target} is there and is no file: name another place")
     partial = target.with_name(f"{target.name}.{socket.gethostname()}.{os.getpid()}.partial")

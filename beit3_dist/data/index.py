@@ -71,10 +71,8 @@ def is_sequential(pattern: str) -> bool:
 
 
 def expand(pattern: str, field: str) -> list[str]:
-    """Absolute paths of the files that a brace and glob pattern names, sorted, each once.
-
-    Every alternative of the braces must match: a shard missing from a range is an error, not a smaller data set.
-    """
+    """Absolute paths of the files that a brace and glob pattern names, sorted, each once. Every alternative of the
+    braces must match: a shard missing from a range is an error, not a smaller data set."""
     if not pattern:
         raise ValueError(f"{field}: no pattern of tars is given")
     if is_sequential(pattern):
@@ -147,10 +145,8 @@ class Scan:
 
 
 def scan(path: str) -> Scan:
-    """Reads the headers of one tar and joins its members by key: the member's path without its known extension.
-
-    Raises ValueError where a key has a second member of the same kind: which one belongs to the sample is unknown.
-    """
+    """Reads the headers of one tar and joins its members by key: the member's path without its known extension. Raises
+    ValueError where a key has a second member of the same kind: which one belongs to the sample is unknown."""
     with Tar(path) as tar:
         found = members_of(tar)
     for key, kind in found.seconds:
@@ -262,10 +258,8 @@ class Table:
 
 def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Share = ALONE) -> Table:
     """The table of the samples that a pattern of tars holds, built if the cache has none for these very files: every
-    process scans its share of the shards, then one of them what is missing yet.
-
-    Raises ValueError naming `field` where nothing matches or no shard holds a usable sample.
-    """
+    process scans its share of the shards, then one of them what is missing yet. Raises ValueError naming `field` where
+    nothing matches or no shard holds a usable sample."""
     folder = cache_folder(cache)
     paths = expand(pattern, field)
     with ThreadPoolExecutor(SCANNERS) as pool:

@@ -17,12 +17,9 @@ from beit3_dist.data.loader import loader
 def micro_batches(
     batches: MixedBatches, requests: Iterator[Request], workers: int, prefetch: int, pin: bool
 ) -> Iterator[MicroBatch]:
-    """One rank's micro-batches of endless requests.
-
-    A loader process makes whole micro-batches where samples have random access. Virtual readers of sequential streams
-    stay in one process each, so that every process makes its part of every micro-batch; `loader` deals out requests in
-    turn, and a reader that is asked out of turn says so.
-    """
+    """One rank's micro-batches of endless requests. A loader process makes whole micro-batches where samples have
+    random access. Virtual readers of sequential streams stay in one process each, so that every process makes its part
+    of every micro-batch; `loader` deals out requests in turn, and a reader that is asked out of turn says so."""
     if not batches.sequential or workers <= 1:
         return iter(loader(batches, requests, workers, prefetch, pin))
     parts = (request._replace(part=part, parts=workers) for request in requests for part in range(workers))

@@ -106,10 +106,8 @@ def images_in(folder: Path, left_out: LeftOut) -> list[str]:
 
 
 def images_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """All images below a folder, folder by folder in the order of their names; what else is there is counted.
-
-    Links are followed; each folder comes once, whatever leads there.
-    """
+    """All images below a folder, folder by folder in the order of their names; what else is there is counted. Links are
+    followed; each folder comes once, whatever leads there."""
 
     def lost(path: str, reason: str) -> None:
         leave_out(left_out, reason, os.path.relpath(path, folder))

@@ -28,12 +28,9 @@ MAX_DESCRIPTORS = 65536
 
 
 def _start_worker(ending: Connection, _: int) -> None:
-    """A loader process leaves signals to the trainer, which stops it in order, and uses one core.
-
-    It ends when the trainer does, which closes its side of `ending`, or is gone. Torch's workers watch their parent,
-    which is the fork server, and that lives as long as they do; and the trainer's end would wait for a worker that
-    waits for a server.
-    """
+    """A loader process leaves signals to the trainer, which stops it in order, and uses one core. It ends when the
+    trainer does, which closes its side of `ending`, or is gone. Torch's workers watch their parent, which is the fork
+    server, and that lives as long as they do; and the trainer's end would wait for a worker that waits for a server."""
     for number in (signal.SIGINT, *SIGNALS):  # torch has just given the worker a handler of SIGTERM
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(ending)
@@ -59,7 +56,8 @@ WHY = {
 
 
 class _Read:
-    """The items of loader processes, which start at once. Raises WorkerKilled where one of them was."""
+    """The items of loader processes, which start at once, until one of them is a StreamFailed, which is raised here.
+    Raises WorkerKilled where a process was."""
 
     def __init__(self, read: DataLoader) -> None:
         self._read = read
@@ -70,7 +68,12 @@ class _Read:
 
 def _items(read: Any) -> Iterator[Any]:
     try:
-        yield from read
+        for item in read:
+            if isinstance(item, StreamFailed):
+                raise item
+            yield item
+    except StreamFailed:
+        raise
     except RuntimeError:
         for worker in read._workers:  # DataLoader says no more than that one "exited unexpectedly"
             if worker.exitcode is not None and worker.exitcode < 0:
@@ -99,25 +102,10 @@ class _ToldWhole(Dataset):
             return failure
 
 
-class _Raising:
-    """Items that are read, until one of them is a StreamFailed, which is raised here."""
-
-    def __init__(self, read: Iterable[Any]) -> None:
-        self._read = read
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self._read:
-            if isinstance(item, StreamFailed):
-                raise item
-            yield item
-
-
 class TakenAhead:
-    """The items of `source`, each taken by a thread while the one before it is in use; the first one at once.
-
-    To take an item from a loader process is to shake hands with it over sockets, milliseconds where both have to wait
-    for a core. Where memory is pinned, DataLoader has such a thread itself.
-    """
+    """The items of `source`, each taken by a thread while the one before it is in use; the first one at once. To take
+    an item from a loader process is to shake hands with it over sockets, milliseconds where both have to wait for a
+    core. Where memory is pinned, DataLoader has such a thread itself."""
 
     def __init__(self, source: Iterable[Any]) -> None:
         self._source = source
@@ -208,4 +196,4 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         generator=torch.Generator(),
     )
     read = _Read(loading)
-    return _Raising(read if pin else TakenAhead(read))
+    return read if pin else TakenAhead(read)

@@ -73,10 +73,8 @@ def hash_sum(*values: np.ndarray) -> int:
 
 
 class Numbers:
-    """Random numbers of many samples at once: number n of a sample is a hash of (the sample's key, use, n).
-
-    A generator for each sample would take longer than all that is done with its numbers.
-    """
+    """Random numbers of many samples at once: number n of a sample is a hash of (the sample's key, use, n). A generator
+    for each sample would take longer than all that is done with its numbers."""
 
     def __init__(self, keys: Iterable[int], use: int) -> None:
         known = np.fromiter((key & WORD for key in keys), dtype=np.uint64)
@@ -112,10 +110,8 @@ def _round_keys(key: int) -> tuple[int, ...]:
 
 
 def permute(position: int, length: int, key: int) -> int:
-    """Keyed bijection of range(length): a Feistel network on the next even power of two, walked until it is inside.
-
-    The network has fewer than 4 x length values, so a walk takes fewer than four turns on average.
-    """
+    """Keyed bijection of range(length): a Feistel network on the next even power of two, walked until it is inside. The
+    network has fewer than 4 x length values, so a walk takes fewer than four turns on average."""
     if not 0 <= position < length:
         raise IndexError(f"position {position} is not in range({length})")
     half = ((length - 1).bit_length() + 1) // 2
@@ -168,10 +164,8 @@ def sample_id(stream: int, epoch: int, index: int) -> int:
 
 
 class Interleave:
-    """Position of a stream -> (source, position in that source), in O(1) and in exact proportion to the weights.
-
-    A pattern of 1,000 slots repeats. Each source gets its share of the slots by largest remainder, evenly spread.
-    """
+    """Position of a stream -> (source, position in that source), in O(1) and in exact proportion to the weights. A
+    pattern of 1,000 slots repeats. Each source gets its share of the slots by largest remainder, evenly spread."""
 
     def __init__(self, weights: list[float]) -> None:
         shares = SLOTS * np.asarray(weights, dtype=np.float64) / sum(weights)

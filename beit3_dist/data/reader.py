@@ -31,11 +31,9 @@ class ShardReader:
         """Shards whose last read failed in spite of all pauses: the next one is tried once."""
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` of the shard with this number; BadSample if it cannot be read.
-
-        After an error the file is opened anew, since the old descriptor may be void for ever (NFS: ESTALE). Raises
-        RuntimeError where another file lies there now, OSError where this machine lacks descriptors or memory.
-        """
+        """`size` bytes at `offset` of the shard with this number; BadSample if it cannot be read. After an error the
+        file is opened anew, since the old descriptor may be void for ever (NFS: ESTALE). Raises RuntimeError where
+        another file lies there now, OSError where this machine lacks descriptors or memory."""
         pauses = iter(() if shard in self.lost else PAUSES)
         while True:
             try:

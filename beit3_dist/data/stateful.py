@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from beit3_dist.config import STREAMS
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.joining import micro_batches
 from beit3_dist.data.streaming import furthest
 
 
 class StatefulLoader:
-    """One rank's micro-batches, without end. The state is that of the last micro-batch handed out, whatever the
-    loader processes have read ahead, and a loader with any number of processes goes on from it.
-
-    After whole steps a loader of another number of ranks or micro-batches goes on from it as well.
-    """
+    """One rank's micro-batches, without end. The state is that of the last micro-batch handed out, whatever the loader
+    processes have read ahead, and a loader with any number of processes goes on from it. After whole steps a loader of
+    another number of ranks or micro-batches goes on from it as well."""
 
     def __init__(self, batches: MixedBatches, workers: int, prefetch: int, pin: bool) -> None:
         self.batches = batches
@@ -44,14 +43,8 @@ class StatefulLoader:
     def state_dict(self) -> dict[str, Any]:
         """Samples consumed per stream by all whole steps, the micro-batches since, and the layout these hold for;
         and where this rank's virtual readers stand: `furthest` of all ranks' is what another number of ranks needs."""
-        images, texts, pairs = self.next.consumed
-        return {
-            "images": images,
-            "texts": texts,
-            "pairs": pairs,
-            "micro": self.next.micro,
-            "readers": self.readers,
-        } | self._layout()
+        consumed = dict(zip(STREAMS, self.next.consumed, strict=True))
+        return consumed | {"micro": self.next.micro, "readers": self.readers} | self._layout()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state, from the next `iter` on. Raises ValueError for a state inside a step of another

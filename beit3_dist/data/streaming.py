@@ -381,10 +381,8 @@ class SequentialStream:
         return [place for place in self.own[first : first + count] if place % readers % parts == part]
 
     def restore(self, rows: Iterable[Row], started: bool) -> None:
-        """Goes on from the rows of all readers; from the beginning where there is none.
-
-        Raises ValueError for those of another number of readers, or for none although the run has `started`.
-        """
+        """Goes on from the rows of all readers; from the beginning where there is none. Raises ValueError for those of
+        another number of readers, or for none although the run has `started`."""
         self.rows = {(row[1], row[2]): tuple(row[3:]) for row in rows if row[0] == self.stream}
         self.open: dict[tuple[int, int], Iterator[tuple[int, int, int, int, Item]]] = {}
         self.taken: dict[int, int] = {}

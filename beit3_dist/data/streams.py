@@ -161,11 +161,9 @@ class SampleStream(ABC):
         return next(self.read_all([position]))
 
     def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
-        """The samples at these positions, each image read when its sample is asked for.
-
-        All are looked up, and their words read, before the first image: between images, whose pixels drive all
-        else out of the caches, that takes four times as long.
-        """
+        """The samples at these positions, each image read when its sample is asked for. All are looked up, and their
+        words read, before the first image: between images, whose pixels drive all else out of the caches, that takes
+        four times as long."""
         readings = [self._reading(position) for position in positions]
         for reading in readings:
             next(reading)
@@ -233,9 +231,7 @@ class SampleStream(ABC):
 
     def candidates(self, position: int) -> Iterator[tuple[int, int, int]]:
         """Source, epoch and number in the source of the scheduled sample of a position, then of those that replace it.
-
-        The first one that can be used is delivered.
-        """
+        The first one that can be used is delivered."""
         source, place = self.interleave.locate(position) if len(self.tables) > 1 else (0, position)
         length, order = self.lengths[source], self.stream + (source << SOURCE_SHIFT)
         epoch, first = scheduled(place, length, self.seed, order, self.blocks) if self.shuffled else (0, place % length)

@@ -42,11 +42,8 @@ LONGEST_READ = 1 << 16
 
 
 class TextTokenizer:
-    """SentencePiece pieces as the released models number them.
-
-    <s> = 0, <pad> = 1, </s> = 2, <unk> = 3; piece i of the file, i >= 3, is i + 1; <mask> = pieces + 1. The embedding
-    has `rows` = pieces + 10 rows: eight are spare.
-    """
+    """SentencePiece pieces as the released models number them. <s> = 0, <pad> = 1, </s> = 2, <unk> = 3; piece i of the
+    file, i >= 3, is i + 1; <mask> = pieces + 1. The embedding has `rows` = pieces + 10 rows: eight are spare."""
 
     bos, pad, eos, unk = 0, 1, 2, 3
 
@@ -251,11 +248,9 @@ class TokenWindows:
         """Tokens of the shards that were read last; each mapping holds a file descriptor."""
 
     def _contents(self, table: Table, tokenizer: TextTokenizer, first_shard: int) -> dict[str, list]:
-        """lengths: tokens of each shard. faults: pairs of a shard's number and its documents' keys and reasons.
-
-        One file for all shards, made when all are tokenised: at 10,000 shards and hundreds of ranks a look at each
-        shard's files would keep a file system busy.
-        """
+        """lengths: tokens of each shard. faults: pairs of a shard's number and its documents' keys and reasons. One
+        file for all shards, made when all are tokenised: at 10,000 shards and hundreds of ranks a look at each shard's
+        files would keep a file system busy."""
         file = table.file.with_name(f"{digest(TOKENS_FORMAT, table.file.name, tokenizer.fingerprint)}.json")
         if not file.exists():
             for shard in (*self.shards[first_shard:], *self.shards[:first_shard]):

@@ -44,10 +44,8 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
-    """Place and content of each record of a file of JSON lines, empty ones left out, or of one JSON array.
-
-    Raises ValueError naming file and place.
-    """
+    """Place and content of each record of a file of JSON lines, empty ones left out, or of one JSON array. Raises
+    ValueError naming file and place."""
     with open_regular(path) as file:
         is_array = _ARRAY.match(without_mark(file.read(1 << 10))) is not None
     if is_array:

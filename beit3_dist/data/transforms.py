@@ -172,11 +172,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop_box(width: int, height: int, min_scale: float, rng: np.random.Generator) -> Box:
-    """Random box (left, top, right, bottom): area in [min_scale, 1] of the image, width over height in [3/4, 4/3].
-
-    Ten boxes are tried; if none fits, the largest centred box of an allowed ratio is taken (torchvision's
-    RandomResizedCrop).
-    """
+    """Random box (left, top, right, bottom): area in [min_scale, 1] of the image, width over height in [3/4, 4/3]. Ten
+    boxes are tried; if none fits, the largest centred box of an allowed ratio is taken (torchvision's
+    RandomResizedCrop)."""
     for _ in range(CROP_ATTEMPTS):
         area = width * height * rng.uniform(min_scale, 1)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -206,19 +204,15 @@ def resize_into(room: np.ndarray, image: Decoded, box: Box, flip: bool) -> None:
 
 
 def draw_jitter(strength: float, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Changes of N images, from numbers in [0, 1), [N, 4] -> factors and orders, [N, 3] each.
-
-    The factors of brightness, contrast and saturation lie in [1 - strength, 1 + strength]; an order is one of 0, 1, 2.
-    """
+    """Changes of N images, from numbers in [0, 1), [N, 4] -> factors and orders, [N, 3] each. The factors of
+    brightness, contrast and saturation lie in [1 - strength, 1 + strength]; an order is one of 0, 1, 2."""
     return 1 + strength * (2 * numbers[:, :3] - 1), ORDERS[(numbers[:, 3] * len(ORDERS)).astype(np.int64)]
 
 
 def jitter_weights(factors: np.ndarray, orders: np.ndarray) -> np.ndarray:
     """Weights of a pixel's colour, of its grey, and of the view's mean grey in the new colour, float32 [N, 3].
-
-    Brightness scales a pixel's colour, contrast its distance from the image's mean grey, saturation its distance
-    from the pixel's own grey. Each is a linear map of (colour, its grey, mean grey of the view), so the three are one.
-    """
+    Brightness scales a pixel's colour, contrast its distance from the image's mean grey, saturation its distance from
+    the pixel's own grey. Each is a linear map of (colour, its grey, mean grey of the view), so the three are one."""
     own, mixed, mean = np.ones(len(orders)), np.zeros(len(orders)), np.zeros(len(orders))
     for change in orders.T:  # after whatever changes came before
         factor = factors[np.arange(len(orders)), change]
@@ -234,9 +228,7 @@ def two_views(
     image: Decoded, rng: np.random.Generator, model: np.ndarray, tokenizer: np.ndarray | None, config: DataConfig
 ) -> None:
     """Fills `model`, uint8 [S, S, 3], and `tokenizer`, uint8 [S2, S2, 3], with views of one crop, mirrored alike.
-
-    `tokenizer` is None where both sizes are equal: the views would be identical.
-    """
+    `tokenizer` is None where both sizes are equal: the views would be identical."""
     box = crop_box(*image.size, config.min_crop_scale, rng)
     flip = rng.random() < config.horizontal_flip
     resize_into(model, image, box, flip)

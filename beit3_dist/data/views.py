@@ -18,10 +18,8 @@ GREY = (0.299, 0.587, 0.114)
 
 
 def jittered(images: Tensor, weights: Tensor) -> Tensor:
-    """Images uint8 [B, 3, S, S] after the changes of colour that `transforms.jitter_weights` [B, 3] stand for.
-
-    Levels are rounded and clipped once, at the end.
-    """
+    """Images uint8 [B, 3, S, S] after the changes of colour that `transforms.jitter_weights` [B, 3] stand for. Levels
+    are rounded and clipped once, at the end."""
     colour = images.to(torch.float32, memory_format=torch.contiguous_format)
     red, green, blue = (share * colour[:, channel] for channel, share in enumerate(GREY))
     grey = red + green + blue

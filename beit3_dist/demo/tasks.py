@@ -22,6 +22,9 @@ from beit3_dist.tasks.data.benchmarks import Indexes, Records
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+ANSWERS = sorted([*SHAPES, *COLORS, "yes", "no"])
+"""Of easy-VQA."""
+SHAPE_CLASSES = [f"{color} {kind}" for color in COLORS for kind in SHAPES]
 SIDES = ("train", "test")
 SENTENCES = {"train": 8000, "test": 1000}
 PARTS_OF_SPEECH = {
@@ -33,6 +36,7 @@ PARTS_OF_SPEECH = {
     "adv.": "adverb",
 }
 """The dictionary's abbreviations, and the classes of the text task."""
+TEXT_CLASSES = sorted(set(PARTS_OF_SPEECH.values()))
 PER_PART = {"train": 2500, "test": 150}
 """Sentences of the text task per class at most, so that the classes are equally frequent."""
 LEAST_WORDS = 3
@@ -57,11 +61,9 @@ class EasySide:
     paths: dict[int, str]
 
     def shapes(self) -> dict[int, Shape]:
-        """What the questions and answers say of images, where colour and kind follow from them; by image.
-
-        'What color is the circle?' - 'red' tells both. 'Is there a blue shape?' - 'no' and 'is no circle present?' -
-        'yes' rule one out each.
-        """
+        """What the questions and answers say of images, where colour and kind follow from them; by image. 'What color
+        is the circle?' - 'red' tells both. 'Is there a blue shape?' - 'no' and 'is no circle present?' - 'yes' rule one
+        out each."""
         possible = {image: (set(COLORS), set(SHAPES)) for image in sorted(self.paths)}
         for image, question, answer in self.questions:
             words = set(re.findall(r"\w+", question))
@@ -95,13 +97,8 @@ def easy_vqa() -> dict[str, EasySide]:
     return found
 
 
-def answers() -> list[str]:
-    """easy-VQA's 13 answers, sorted."""
-    return sorted([*SHAPES, *COLORS, "yes", "no"])
-
-
 def vqa(easy: dict[str, EasySide]) -> Indexes:
-    numbers = {answer: number for number, answer in enumerate(answers())}
+    numbers = {answer: number for number, answer in enumerate(ANSWERS)}
 
     def records(source: EasySide, split: str) -> Iterator[dict[str, Any]]:
         for number, (image, question, answer) in enumerate(source.questions):
@@ -120,10 +117,6 @@ def questions(asked: Indexes) -> Indexes:
     }
 
 
-def shape_classes() -> list[str]:
-    return [str(Shape(color, kind)) for color in COLORS for kind in SHAPES]
-
-
 def _of_shapes(name: str, easy: dict[str, EasySide], fields: Callable[[int, Shape], dict[str, Any]]) -> Indexes:
     """A record for each image whose shape is known: its path and these fields, of its number and its shape."""
 
@@ -135,7 +128,7 @@ def _of_shapes(name: str, easy: dict[str, EasySide], fields: Callable[[int, Shap
 
 
 def shapes(easy: dict[str, EasySide]) -> Indexes:
-    numbers = {name: number for number, name in enumerate(shape_classes())}
+    numbers = {name: number for number, name in enumerate(SHAPE_CLASSES)}
     return _of_shapes("shapes", easy, lambda _, shape: {"label": numbers[str(shape)]})
 
 
@@ -234,10 +227,6 @@ def retrieval(emoji: list[Emoji], held_out: float) -> tuple[Indexes, dict[str, b
     return indexes, files
 
 
-def text_classes() -> list[str]:
-    return sorted(set(PARTS_OF_SPEECH.values()))
-
-
 def text(held_out: float) -> Indexes:
     """Definitions without their headword, and its part of speech; the first of each class in a keyed order."""
     found: dict[tuple[str, str], Records] = defaultdict(list)
@@ -246,13 +235,13 @@ def text(held_out: float) -> Indexes:
         for part in parts:
             kind, meaning = PARTS_OF_SPEECH.get(part.get("part_of_speech") or ""), definitions([part])
             if kind and len(meaning.split()) >= LEAST_WORDS:
-                record = {"text": meaning, "label": text_classes().index(kind)}
+                record = {"text": meaning, "label": TEXT_CLASSES.index(kind)}
                 found[_split(document.encode(), held_out), kind].append(record)
     indexes: Indexes = {}
     for split in SIDES:
         chosen: Records = []
-        for kind in text_classes():
-            order = generator(SEED, text_classes().index(kind)).permutation(len(found[split, kind]))
+        for kind in TEXT_CLASSES:
+            order = generator(SEED, TEXT_CLASSES.index(kind)).permutation(len(found[split, kind]))
             chosen += [found[split, kind][place] for place in order[: PER_PART[split]]]
         indexes[f"text.{split}.jsonl"] = chosen
     return indexes

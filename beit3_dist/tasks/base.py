@@ -61,9 +61,7 @@ class TaskInputs:
 
 class Task(ABC):
     """A downstream use, in one file: what it reads, its head, loss, predictions and score, and how it is used.
-
-    `registry.register` names it. A model folder remembers the name, and `inference.Model` finds the task by it.
-    """
+    `registry.register` names it. A model folder remembers the name, and `inference.Model` finds the task by it."""
 
     name: ClassVar[str]
     """What `task:` calls it; `register` sets it."""

@@ -21,10 +21,8 @@ _registered: dict[str, type[Task]] = {}
 
 
 def register(name: str) -> Callable[[T], T]:
-    """Decorator of a task's class: from here on `task: NAME` means it. A plugin does no more.
-
-    Raises ValueError where another task has the name.
-    """
+    """Decorator of a task's class: from here on `task: NAME` means it. A plugin does no more. Raises ValueError where
+    another task has the name."""
 
     def add(task: T) -> T:
         other = f"{__package__}.{name}" if name in BUILT_IN else _registered.get(name, task).__module__

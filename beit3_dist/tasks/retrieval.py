@@ -88,11 +88,9 @@ class ContrastiveHead(ContrastHead, TaskHead):
 
 
 def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor) -> Path:
-    """retrieval.jsonl: the ten best images of each text, and the ten best texts of each image, with their scores.
-
-    Row i is text i, vectors [N, D], and the image that it belongs to; an image that comes several times is taken
-    from its first row. A text is called by its row, an image by its name.
-    """
+    """retrieval.jsonl: the ten best images of each text, and the ten best texts of each image, with their scores. Row i
+    is text i, vectors [N, D], and the image that it belongs to; an image that comes several times is taken from its
+    first row. A text is called by its row, an image by its name."""
     first = first_rows(image_of_text)
     names, images = list(first), images[list(first.values())]
     path = folder / "retrieval.jsonl"

@@ -11,7 +11,7 @@ import pytest
 from beit3_dist.config import Source
 from tests.integration.runs import run_config, train
 from tests.parallel.workers import run_workers
-from tests.unit.tar_fixtures import picture, sentences, write_tar
+from tests.unit.tar_fixtures import exit_code, picture, sentences, write_tar
 from tools import verify_order
 
 
@@ -86,13 +86,13 @@ def test_missing_and_repeated_steps(
 
 
 def test_what_cannot_be_verified(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify_order.main([str(tmp_path)]) == 2
+    assert exit_code(verify_order.main, [str(tmp_path)]) == 2
     assert "there is no file" in capsys.readouterr().err
     damaged = changed(run, tmp_path / "damaged", "metrics.jsonl", lambda lines: [*lines, '{"step": 9'])
-    assert verify_order.main([str(damaged)]) == 2
+    assert exit_code(verify_order.main, [str(damaged)]) == 2
     assert "metrics.jsonl, line 9: not JSON" in capsys.readouterr().err
     other = changed(
         run, tmp_path / "other", "quarantine.jsonl", lambda lines: [lines[0].replace('"key": "', '"key": "no')]
     )
-    assert verify_order.main([str(other)]) == 2
+    assert exit_code(verify_order.main, [str(other)]) == 2
     assert "holds no sample 'no" in capsys.readouterr().err

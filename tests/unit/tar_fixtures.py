@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pydoc_data.topics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,14 @@ import webdataset
 from PIL import Image
 
 from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, RunConfig
+
+
+def exit_code(main: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """What a tool's process would end with."""
+    try:
+        return main(arguments) or 0
+    except SystemExit as end:
+        return int(end.code or 0)
 
 
 def picture(seed: int, width: int = 40, height: int = 30, kind: str = "PNG", mode: str = "RGB") -> bytes:

@@ -431,7 +431,7 @@ def is_true(sentence: str, pair: list[demo.Shape]) -> bool:
 def test_captions_classes_and_answers_agree(easy: dict[str, demo.EasySide]) -> None:
     captions = {line["image_path"]: line["text"] for line in demo.captioning(easy)["captioning.test.jsonl"]}
     classes = {line["image_path"]: line["label"] for line in demo.shapes(easy)["shapes.test.jsonl"]}
-    names = demo.shape_classes()
+    names = demo.SHAPE_CLASSES
     assert {path: f"a {names[label]}" for path, label in classes.items()} == captions
     assert len(set(classes.values())) == len(names) == 24
     questions = demo.vqa(easy)
@@ -443,7 +443,7 @@ def test_captions_classes_and_answers_agree(easy: dict[str, demo.EasySide]) -> N
     for line in questions["vqa.test.jsonl"][:500]:
         caption = captions.get(line["image_path"])
         (answer,) = line["answers"]
-        assert demo.answers()[line["labels"][0]] == answer
+        assert demo.ANSWERS[line["labels"][0]] == answer
         assert caption is None or answer in ("yes", "no") or answer in caption
 
 
@@ -470,7 +470,7 @@ def test_parts_of_speech_are_equally_frequent_and_words_are_on_one_side(monkeypa
     meanings = {demo.definitions([part]): part for _, parts in entries for part in parts}
     for line in indexes["text.test.jsonl"]:
         part = meanings[line["text"]]["part_of_speech"]
-        assert demo.PARTS_OF_SPEECH[part] == demo.text_classes()[line["label"]]
+        assert demo.PARTS_OF_SPEECH[part] == demo.TEXT_CLASSES[line["label"]]
     assert not {line["text"] for line in indexes["text.train.jsonl"]} & {
         line["text"] for line in indexes["text.test.jsonl"]
     }

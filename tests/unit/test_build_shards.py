@@ -23,6 +23,7 @@ from PIL import Image
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.demo import sources as demo_sources
+from tests.unit.tar_fixtures import exit_code
 from tools import build_shards
 
 TOOL = Path(build_shards.__file__)
@@ -30,8 +31,8 @@ TOOL = Path(build_shards.__file__)
 
 def run(*arguments: object) -> int:
     """Exit code of the tool, in this process, with one worker."""
-    parallel = ["--workers", "1"] if arguments[0] != "texts" else []
-    return build_shards.main([*map(str, arguments), *parallel])
+    parallel = ["--workers", "1"] if arguments[0] != "texts" and "--workers" not in arguments else []
+    return exit_code(build_shards.main, [*map(str, arguments), *parallel])
 
 
 def save(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -86,8 +87,7 @@ def test_two_builds_are_the_same_bytes(pictures: Path, tmp_path: Path) -> None:
 
 def test_workers_do_not_change_the_build(pictures: Path, tmp_path: Path) -> None:
     for workers in (1, 3):
-        options = ["images", str(pictures), str(tmp_path / f"{workers}"), "--workers", str(workers)]
-        assert build_shards.main(options) == 0
+        assert run("images", pictures, tmp_path / f"{workers}", "--workers", workers) == 0
     assert files(tmp_path / "1") == files(tmp_path / "3")
 
 

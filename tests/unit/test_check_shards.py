@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, text_tar, write_tar
+from tests.unit.tar_fixtures import exit_code, image_tar, pair_tar, picture, sentences, text_tar, write_tar
 from tests.unit.test_index import raw_tar
 from tools import check_shards
 
@@ -136,6 +136,6 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--images", str(tmp_path / "*.tar")], "--images: no file matches"),
         (["--images", "x", "--jobs", "0"], "--jobs 0"),
     ):
-        assert check_shards.main(arguments) == 2
+        assert exit_code(check_shards.main, arguments) == 2
         error = capsys.readouterr().err
         assert expected in error and len(error.splitlines()) == 1

@@ -11,13 +11,13 @@ import pytest
 import sentencepiece
 
 from beit3_dist.data.text import TextTokenizer
-from tests.unit.tar_fixtures import pair_tar, sentences, text_tar, write_tar
+from tests.unit.tar_fixtures import exit_code, pair_tar, sentences, text_tar, write_tar
 from tools import build_shards, train_text_tokenizer
 
 
 def run(*arguments: object) -> int:
     """Exit code of the tool, in this process."""
-    return train_text_tokenizer.main(list(map(str, arguments)))
+    return exit_code(train_text_tokenizer.main, list(map(str, arguments)))
 
 
 @pytest.fixture

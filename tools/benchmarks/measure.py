@@ -139,10 +139,8 @@ Product = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], 
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Records the matrix products of the operations that run while it is active.
-
-    A fused attention counts as the two products of batches that it stands for, its backward pass as four.
-    """
+    """Records the matrix products of the operations that run while it is active. A fused attention counts as the two
+    products of batches that it stands for, its backward pass as four."""
 
     def __init__(self) -> None:
         super().__init__()

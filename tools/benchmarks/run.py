@@ -23,7 +23,6 @@ import signal
 import string
 import subprocess
 import sys
-import tarfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -98,12 +97,11 @@ def image(draw: random.Random) -> bytes:
 
 
 def shard(path: Path, samples: Iterator[dict[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
+    import webdataset
+
+    with webdataset.TarWriter(str(path), encoder=False) as tar:
         for number, sample in enumerate(samples):
-            for extension, content in sample.items():
-                member = tarfile.TarInfo(f"{number:06d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            tar.write({"__key__": f"{number:06d}", **sample})
 
 
 def image_tokenizer(path: Path, model: dict[str, Any], tiny: bool) -> None:

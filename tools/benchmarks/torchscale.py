@@ -93,11 +93,9 @@ def fused_attention(self: Any, query: Tensor, key: Tensor, value: Tensor, **give
 
 
 class CompiledLayers:
-    """torchscale's BEiT3 called with each encoder layer compiled and its attention fused.
-
-    All layers share their code, which differs with the modality alone: a graph of forty layers would take many minutes
-    to compile, and no less to run.
-    """
+    """torchscale's BEiT3 called with each encoder layer compiled and its attention fused. All layers share their code,
+    which differs with the modality alone: a graph of forty layers would take many minutes to compile, and no less to
+    run."""
 
     def __init__(self, beit3: Any) -> None:
         self._beit3, self._layers = beit3, list(beit3.encoder.layers)
@@ -133,10 +131,8 @@ class CompiledLayers:
 
 
 def torchscale_losses(model: Any, batch: MicroBatch, codes: Tensor, beit3: Any = None) -> Tensor:
-    """The losses [4] of masked data modelling, by three forward passes and heads at masked positions only.
-
-    `batch` lies on the model's device. `codes`: int64 [I + P, patches]. `beit3`: what runs in place of `model.beit3`.
-    """
+    """The losses [4] of masked data modelling, by three forward passes and heads at masked positions only. `batch` lies
+    on the model's device. `codes`: int64 [I + P, patches]. `beit3`: what runs in place of `model.beit3`."""
     beit3 = model.beit3 if beit3 is None else beit3
     images, pairs, texts = (batch.streams[name] for name in ("images", "pairs", "texts"))
     masked, of_pairs, of_texts = (samples.annotations[NAME] for samples in (images, pairs, texts))

@@ -25,17 +25,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of the channels of ImageNet's images, in [0, 1]."""
 GREY = (128, 128, 128)
 """What shows where an image was moved away."""
-BEIT3_OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-)
+BEIT3_OPERATIONS = "AutoContrast Equalize Brightness Sharpness ShearX ShearY TranslateX TranslateY Rotate".split()
 """What `RandAugment(2, 7)` of the released vision-language recipes draws from; its tenth is to do nothing."""
 BEIT3_RAND_AUGMENT = "rand-m7-n2-p0.45"
 """The same two draws of strength 7. There a draw is one of the ten and made with probability 1/2; here it is one of the
@@ -115,7 +105,7 @@ def _rand_augment(policy: str) -> Callable[[Image.Image], Image.Image]:
     make = _timm("auto_augment").rand_augment_transform
     if policy == "beit3":
         settings = {"img_mean": GREY, "translate_const": BEIT3_TRANSLATION}
-        return make(BEIT3_RAND_AUGMENT, settings, transforms=list(BEIT3_OPERATIONS))
+        return make(BEIT3_RAND_AUGMENT, settings, transforms=BEIT3_OPERATIONS)
     try:
         return make(policy, {"img_mean": GREY})
     except (AssertionError, ValueError, KeyError):
@@ -125,10 +115,8 @@ def _rand_augment(policy: str) -> Callable[[Image.Image], Image.Image]:
 
 
 def erased(view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A view with one box of noise, in the sizes of Zhong et al. 2017: uint8 [H, W, 3] -> a new array.
-
-    The noise is that of standard normal values after ImageNet's normalisation, but cut to what bytes can hold.
-    """
+    """A view with one box of noise, in the sizes of Zhong et al. 2017: uint8 [H, W, 3] -> a new array. The noise is
+    that of standard normal values after ImageNet's normalisation, but cut to what bytes can hold."""
     height, width, channels = view.shape
     for _ in range(ERASE_ATTEMPTS):
         area = rng.uniform(*ERASED_AREA) * height * width
@@ -146,10 +134,8 @@ def erased(view: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixup and CutMix: neighbours of the global batch, two by two, exchange or blend parts and labels.
-
-    timm mixes the samples of a device's batch; by neighbours the mix is the same at any number of devices.
-    """
+    """Mixup and CutMix: neighbours of the global batch, two by two, exchange or blend parts and labels. timm mixes the
+    samples of a device's batch; by neighbours the mix is the same at any number of devices."""
 
     classes: int
     mixup: float = 0.8

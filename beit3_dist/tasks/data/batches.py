@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
@@ -52,9 +52,7 @@ class Places(NamedTuple):
 
 def training_places(consumed: int, batch: int, accumulation: int, rank: int, world: int) -> Iterator[Places]:
     """The micro-batches of one data-parallel rank after `consumed` samples, `accumulation` a step, without end.
-
-    `batch`: global number of samples per step. Raises ValueError where it does not divide.
-    """
+    `batch`: global number of samples per step. Raises ValueError where it does not divide."""
     if batch % (world * accumulation):
         raise ValueError(
             f"the batch of {batch} samples does not divide into {world} data-parallel ranks x {accumulation} "
@@ -69,11 +67,8 @@ def training_places(consumed: int, batch: int, accumulation: int, rank: int, wor
 
 
 def validation_places(length: int, count: int, rank: int, world: int) -> Iterator[Places]:
-    """The batches of one rank that go through `length` examples once, `count` at a time.
-
-    Ranks take turns of one batch, and each has the same number of them: where the examples end, they start again, not
-    valid.
-    """
+    """The batches of one rank that go through `length` examples once, `count` at a time. Ranks take turns of one batch,
+    and each has the same number of them: where the examples end, they start again, not valid."""
     for turn in range(-(-length // (count * world))):
         first = (turn * world + rank) * count
         places = range(first, first + count)
@@ -112,39 +107,31 @@ def class_labels(examples: Sequence[Example]) -> torch.Tensor:
     return torch.tensor([example.label for example in examples])
 
 
+@dataclass(eq=False)
 class Examples(Dataset):
-    """The batches of a task's examples: `dataset[places]`. It knows no rank: places say what is whose."""
+    """The batches of a task's examples: `dataset[places]`. It knows no rank: places say what is whose.
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        train: bool,
-        views: Views,
-        image_size: int,
-        max_words: int,
-        seed: int,
-        labels: Callable[[Sequence[Example]], torch.Tensor] = class_labels,
-        mixing: Mixing | None = None,
-        max_pixels: int = DataConfig.max_pixels,
-    ) -> None:
-        """`train`: random views in keyed order; otherwise fixed views in stored order. `max_words`: longest text, <s>
-        and </s> included; what is longer is cut. `labels`: makes the labels of a batch. `mixing`: mixes neighbours of
-        training, whose micro-batches must then be even.
-        """
-        if max_words < 3:
-            raise ValueError(f"max_words={max_words} has no room for a word between <s> and </s>")
-        if mixing is not None and not train:
+    `train`: random views in keyed order; otherwise fixed views in stored order. `max_words`: longest text, <s> and </s>
+    included; what is longer is cut. `labels`: makes the labels of a batch. `mixing`: mixes neighbours of training,
+    whose micro-batches must then be even.
+    """
+
+    examples: Sequence[Example]
+    _: KW_ONLY
+    train: bool
+    views: Views
+    image_size: int
+    max_words: int
+    seed: int
+    labels: Callable[[Sequence[Example]], torch.Tensor] = class_labels
+    mixing: Mixing | None = None
+    max_pixels: int = DataConfig.max_pixels
+
+    def __post_init__(self) -> None:
+        if self.max_words < 3:
+            raise ValueError(f"max_words={self.max_words} has no room for a word between <s> and </s>")
+        if self.mixing is not None and not self.train:
             raise ValueError("mixing is for training: an evaluation measures images as they are")
-        self.examples = examples
-        self.train = train
-        self.views = views
-        self.image_size = image_size
-        self.max_words = max_words
-        self.seed = seed
-        self.labels = labels
-        self.mixing = mixing
-        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -179,34 +166,25 @@ class Examples(Dataset):
         )
 
     def _sample(self, place: int, faults: list[Fault]) -> tuple[Example, list[np.ndarray]]:
-        """The example of a place, and its views.
-
-        In training an example that cannot be read, or whose image cannot be decoded, is added to `faults`, and a
-        keyed probe of the same epoch takes its place. Raises StreamFailed after 100 bad ones in a row, and for the
-        first one in evaluation, where nothing can take its place.
-        """
+        """The example of a place, and its views. In training an example that cannot be read, or whose image cannot be
+        decoded, is added to `faults`, and a keyed probe of the same epoch takes its place. Raises StreamFailed after
+        100 bad ones in a row, and for the first one in evaluation, where nothing can take its place."""
         if not self.train:
-            shard, key = "", f"number {place}"
-            try:
-                example = self.examples[place]
-                shard, key = str(next(iter(example.images), "")), example.name
-                return example, [self.views.evaluate(image, self.image_size) for image in self._images(example)]
-            except BadSample as bad:
-                fault = Fault("examples", shard, key, str(bad))
-                raise StreamFailed(f"example {key} cannot be evaluated: {bad}", [fault]) from None
+            found = self._read(place)
+            if isinstance(found, Fault):
+                raise StreamFailed(f"example {found.key} cannot be evaluated: {found.reason}", [found])
+            example, images = found
+            return example, [self.views.evaluate(image, self.image_size) for image in images]
         length = len(self.examples)
         epoch, first = divmod(place, length)
         index = permute(first, length, mix(self.seed, Draw.ORDER, epoch))
         for attempt in range(1, ATTEMPTS + 1):
-            shard, key = "", f"number {index}"
-            try:
-                example = self.examples[index]
-                shard, key = str(next(iter(example.images), "")), example.name
-                images = self._images(example)
-            except BadSample as bad:
-                faults.append(Fault("examples", shard, key, str(bad)))
+            found = self._read(index)
+            if isinstance(found, Fault):
+                faults.append(found)
                 index = mix(self.seed, Draw.REPLACEMENT, place, attempt) % length
                 continue
+            example, images = found
             keys = (generator(mix(self.seed, Draw.VIEW, epoch, index, number)) for number in range(len(images)))
             return example, [
                 self.views.train(image, self.image_size, rng) for image, rng in zip(images, keys, strict=True)
@@ -214,16 +192,19 @@ class Examples(Dataset):
         last = faults[-1]
         raise StreamFailed(f"{ATTEMPTS} examples in a row cannot be used; the last: {last.key}: {last.reason}", faults)
 
-    def _images(self, example: Example) -> list[Image.Image]:
-        images = []
-        for image in example.images:
-            try:
+    def _read(self, index: int) -> tuple[Example, list[Image.Image]] | Fault:
+        """An example and its images in RGB, or what is wrong with it."""
+        shard, key, image = "", f"number {index}", None
+        try:
+            example = self.examples[index]
+            shard, key = str(next(iter(example.images), "")), example.name
+            images = []
+            for image in example.images:
                 images.append(_decoded(image, self.max_pixels))
-            except OSError as error:
-                raise BadSample(f"{image}: {error.strerror or error}") from None
-            except BadSample as bad:
-                raise BadSample(f"{image}: {bad}") from None
-        return images
+            return example, images
+        except (BadSample, OSError) as bad:
+            reason = str(getattr(bad, "strerror", None) or bad)
+            return Fault("examples", shard, key, f"{image}: {reason}" if image else reason)
 
     def _words(self, samples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Words int64 and padding bool, [B, longest]; [B, 0] where no sample has words."""

@@ -82,10 +82,8 @@ def once(ids: Iterable[Any], what: str) -> None:
 
 
 def coco(path: Path) -> Indexes:
-    """COCO's retrieval and captioning indexes from Karpathy's dataset_coco.json; `restval` belongs to train.
-
-    Captioning has a line per caption in training, and a line per image, with its captions, in the other splits.
-    """
+    """COCO's retrieval and captioning indexes from Karpathy's dataset_coco.json; `restval` belongs to train. Captioning
+    has a line per caption in training, and a line per image, with its captions, in the other splits."""
     with official(path):
         images = [
             (image, "train" if image["split"] == "restval" else image["split"], f"{image['filepath']}/")
@@ -220,12 +218,9 @@ def nlvr2(folder: Path) -> Indexes:
 
 
 def imagenet(folder: Path, left_out: LeftOut) -> tuple[Indexes, list[str]]:
-    """Indexes of FOLDER/train and FOLDER/val, which have a folder per class, and the names of these, sorted. What is
-    no folder of a class and no image in one is counted.
-
-    Raises ValueError where a side or a class of train lacks images, val has a class that train has not, or a class
-    has a name that no list of classes can hold.
-    """
+    """Indexes of FOLDER/train and FOLDER/val, which have a folder per class, and the names of these, sorted. What is no
+    folder of a class and no image in one is counted. Raises ValueError where a side or a class of train lacks images,
+    val has a class that train has not, or a class has a name that no list of classes can hold."""
     classes = _folders(folder / "train", left_out)
     check_names((f"{folder / 'train'}, class {label}", name) for label, name in enumerate(classes))
     unknown = sorted(set(_folders(folder / "val", left_out)) - set(classes))

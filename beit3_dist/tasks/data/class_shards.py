@@ -45,10 +45,8 @@ class ClassShards(Sequence[Example]):
 
 def read_class_shards(pattern: str, field: str, cache: str, classes: int) -> ClassShards:
     """All examples of the tars that a brace and glob pattern names, every class checked to be in range(classes).
-
     `cache`: folder for the unpacked copies of compressed tars. Raises ValueError naming `field`, or with one line that
-    counts all faults and names the first by tar and key: an evaluation must not lose an example without a word.
-    """
+    counts all faults and names the first by tar and key: an evaluation must not lose an example without a word."""
     paths = expand(pattern, field)
     folder = cache_folder(cache)
     with ThreadPoolExecutor(SCANNERS) as pool:

@@ -47,22 +47,16 @@ def normalised(answer: str) -> str:
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """How right a prediction is in [0, 1], by the answers of all people asked.
-
-    All are normalised. (The benchmark's program leaves them as they are where everyone gave the same answer, which
-    makes a difference only where that answer is not in its normal form.)
-    """
+    """How right a prediction is in [0, 1], by the answers of all people asked. All are normalised. (The benchmark's
+    program leaves them as they are where everyone gave the same answer, which makes a difference only where that answer
+    is not in its normal form.)"""
     predicted = normalised(prediction)
     matches = [normalised(answer) == predicted for answer in answers]
     others = (sum(matches) - match for match in matches)
     return sum(min(1.0, count / 3) for count in others) / len(answers)
 
 
-def soft_score(count: int) -> float:
-    """The score of an answer that `count` of ten people gave: 0, 0.3, 0.6, 0.9, then 1; their mean accuracy."""
-    return min(1.0, round(0.3 * count, 1))
-
-
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Normalised answers of ten people and their scores, in the order in which they were first given."""
-    return {answer: soft_score(count) for answer, count in Counter(map(normalised, answers)).items()}
+    """Normalised answers of ten people and their scores, in the order in which they were first given: 0.3, 0.6, 0.9 for
+    what one, two or three gave, then 1, which is their mean accuracy."""
+    return {answer: min(1.0, round(0.3 * count, 1)) for answer, count in Counter(map(normalised, answers)).items()}

@@ -24,28 +24,29 @@ from beit3_dist.model.decoding import Decoder
 class Vocabulary(Protocol):
     """The ids that writing needs; `data.text.TextTokenizer` is one."""
 
-    @property
-    def bos(self) -> int: ...
-
-    @property
-    def eos(self) -> int: ...
-
-    @property
-    def mask(self) -> int: ...
-
-    @property
-    def words(self) -> range:
-        """Ids that may be written besides </s>."""
-        ...
+    bos: int
+    eos: int
+    mask: int
+    words: range
+    """Ids that may be written besides </s>."""
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Numbers of a search, as in `generate`."""
+    """Numbers of a search, as in `generate`. They may come from a user of `inference.Model`."""
 
     beams: int
     length_penalty: float
     max_words: int
+
+    def __post_init__(self) -> None:
+        given: dict[str, Any] = vars(self)
+        for name in ("beams", "max_words"):
+            if not isinstance(given[name], Integral) or int(given[name]) < 1:
+                raise ValueError(f"{name} must be a positive whole number, not {given[name]!r}")
+        penalty = given["length_penalty"]
+        if not isinstance(penalty, Real) or not 0 <= float(penalty) < math.inf:
+            raise ValueError(f"length_penalty must be a number and not negative, not {penalty!r}")
 
 
 @torch.no_grad()
@@ -70,9 +71,8 @@ def generate(
 
     Raises ValueError for numbers that cannot be, RuntimeError where the model's logits are not finite.
     """
-    _check(beams, max_words, length_penalty)
-    decoder = Decoder(model, images, beams, max_words)
     search = _Search(beams, length_penalty, max_words)
+    decoder = Decoder(model, images, beams, max_words)
     beam = _Beams(len(images), vocabulary, model.config.vocab_size, search, images.device)
     mask = vocabulary.mask if at_mask else None
     for _ in range(max_words):
@@ -80,15 +80,6 @@ def generate(
         if agree(bool(beam.done.all())):
             break
     return beam.best()
-
-
-def _check(beams: Any, max_words: Any, length_penalty: Any) -> None:
-    """Raises ValueError for numbers of a search that cannot be: they may come from a user of `inference.Model`."""
-    for name, number in (("beams", beams), ("max_words", max_words)):
-        if not isinstance(number, Integral) or int(number) < 1:
-            raise ValueError(f"{name} must be a positive whole number, not {number!r}")
-    if not isinstance(length_penalty, Real) or not 0 <= float(length_penalty) < math.inf:
-        raise ValueError(f"length_penalty must be a number and not negative, not {length_penalty!r}")
 
 
 class _Beams:

@@ -87,10 +87,8 @@ class NoNorm(nn.Module):
 
 
 class FineTuned(BEiT3):
-    """BEiT-3 with one task's head `task_head`, or without one (None) and with the head for words.
-
-    Built like BEiT3: `device="meta"` takes no memory, else values are a function of (seed, name).
-    """
+    """BEiT-3 with one task's head `task_head`, or without one (None) and with the head for words. Built like BEiT3:
+    `device="meta"` takes no memory, else values are a function of (seed, name)."""
 
     def __init__(
         self, config: ModelConfig, head: TaskHead | None, *, seed: int = 0, device: torch.device | str = "cpu"

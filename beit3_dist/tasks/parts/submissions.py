@@ -15,10 +15,8 @@ def write_classes(folder: Path, names: Sequence[str], classes: Sequence[int]) ->
 
 
 def write_results(path: Path, ids: Sequence[str], id_field: str, results: Sequence[str], field: str) -> Path:
-    """A JSON list of {id_field, field}, as the evaluations of VQA v2, COCO and NoCaps take it.
-
-    Raises ValueError where an id comes twice: the evaluation would refuse the file.
-    """
+    """A JSON list of {id_field, field}, as the evaluations of VQA v2, COCO and NoCaps take it. Raises ValueError where
+    an id comes twice: the evaluation would refuse the file."""
     if len(set(ids)) < len(ids):
         raise ValueError(f"{path}: one {id_field} has two of {field}, and the benchmark takes one")
     records = [{id_field: int(id), field: result} for id, result in zip(ids, results, strict=True)]
