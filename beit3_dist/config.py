@@ -247,6 +247,12 @@ class DataConfig(LoadingConfig):
         )
         super().__post_init__()
 
+    @property
+    def shuffled_by(self) -> str:
+        """How the training streams are shuffled, in words."""
+        blocks = f"blocks of {self.shuffle_block} in windows of {self.shuffle_window}"
+        return blocks if self.shuffle == "blocks" else self.shuffle
+
 
 @dataclass(kw_only=True)
 class BatchConfig:

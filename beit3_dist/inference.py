@@ -159,9 +159,8 @@ class Model:
         self._task_for("is_true", "truths of sentences")
         given = [_images(pair) for pair in _listed(images, "pairs of images")]
         sentences = _texts(sentences, "sentences")
-        for pair in given:
-            if len(pair) != 2:
-                raise ValueError(f"a sentence is about two images, not {len(pair)}")
+        if wrong := [len(pair) for pair in given if len(pair) != 2]:
+            raise ValueError(f"a sentence is about two images, not {wrong[0]}")
         if len(given) != len(sentences):
             raise ValueError(f"{len(given)} pairs of images and {len(sentences)} sentences: each needs the other")
         return self._results(given, sentences)

@@ -82,12 +82,9 @@ def model_contenders(
     alone: bool = False,
     kernels: str = "torch",
 ) -> list[Contender]:
-    """Ours in one pass; unless `alone`, also ours in three and torchscale's (`torchscale_contenders`).
-
-    `kernels`: who computes our blocks, as in a run's config. The losses of all are compared, in fp32, those of our
-    compiled blocks with our plain ones too. `bf16`: then ours has bf16 weights with fp32 masters, torchscale autocast.
-    Codes are drawn: no image tokenizer runs.
-    """
+    """Ours in one pass; unless `alone`, also ours in three and torchscale's (`torchscale_contenders`). The losses of
+    all are compared, in fp32, those of our compiled blocks with our plain ones too. `kernels`: who computes our blocks,
+    as in a run's config. `bf16`: then ours has bf16 weights with fp32 masters, torchscale autocast."""
     ours = BEiT3(config).to(device)
     step, optimizer = OurStep(ours, batch, device), adamw(ours, fused=True)
     name = "ours, one pass" if kernels == "torch" else f"ours, one pass, {kernels}"
@@ -217,7 +214,9 @@ def parse(arguments: list[str] | None) -> Namespace:
     """The options. Raises ValueError for what cannot be measured; argparse ends the process for what it does not
     know, with exit code 2 as well."""
     parser = ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    with_defaults: Any = partial(ArgumentParser, formatter_class=ArgumentDefaultsHelpFormatter)
+    common = ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    with_defaults: Any = partial(ArgumentParser, formatter_class=ArgumentDefaultsHelpFormatter, parents=[common])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=with_defaults)
     model = commands.add_parser("model", help="a training step")
     model.set_defaults(measure=benchmark_model, table=model_table, check=check)
@@ -237,7 +236,6 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument("--compile", action="store_true", help="also torchscale compiled and with fused attention")
     model.add_argument("--alone", action="store_true", help="only ours: for sizes at which torchscale does not fit")
     model.add_argument("--profile", action="store_true", help="also the operations that our step spends its time in")
-    model.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     data.add_command(commands)
     checkpoint.add_command(commands)
     kernels.add_commands(commands)

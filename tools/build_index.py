@@ -12,6 +12,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,10 @@ def write_names(path: Path, names: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------------------- commands
 
 
-def builder(read: Callable[[Path], Indexes]) -> Callable[[Namespace], None]:
-    """What builds the indexes that `read` makes of a source, and nothing else."""
-
-    def build(options: Namespace) -> None:
-        tokenizer = TextTokenizer(options.text_tokenizer)
-        write_indexes(options.out, read(options.source), tokenizer)
-
-    return build
+def build(read: Callable[[Path], Indexes], options: Namespace) -> None:
+    """The indexes that `read` makes of a source, and nothing else."""
+    tokenizer = TextTokenizer(options.text_tokenizer)
+    write_indexes(options.out, read(options.source), tokenizer)
 
 
 def build_vqa(options: Namespace) -> None:
@@ -150,22 +147,22 @@ def parse(arguments: list[str] | None) -> Namespace:
     names = "coco | flickr30k | vqa | nlvr2 | imagenet | demo"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
-    def command(name: str, build: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
+    def command(name: str, builds: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
         sub = commands.add_parser(name, help=text.split(".")[0], description=text)
-        sub.set_defaults(build=build)
+        sub.set_defaults(build=builds)
         if source:
             sub.add_argument("source", type=Path, metavar="SOURCE", help=source)
         sub.add_argument("out", type=Path, metavar="OUT", help="folder of the indexes")
-        if build is not build_imagenet:  # which has no texts
+        if builds is not build_imagenet:  # which has no texts
             sub.add_argument("--text_tokenizer", required=True, metavar="FILE", help="SentencePiece model")
         return sub
 
     text = "Retrieval and captioning on COCO, in Karpathy's split. data.images is the folder of train2014 and val2014."
-    command("coco", builder(benchmarks.coco), "dataset_coco.json", text)
+    command("coco", partial(build, benchmarks.coco), "dataset_coco.json", text)
     text = "Retrieval on Flickr30k, in Karpathy's split. data.images is the folder of flickr30k-images."
-    command("flickr30k", builder(benchmarks.flickr30k), "dataset_flickr30k.json", text)
+    command("flickr30k", partial(build, benchmarks.flickr30k), "dataset_flickr30k.json", text)
     text = "Whether a sentence is true of two images. data.images is the folder of images/train, dev and test1."
-    command("nlvr2", builder(benchmarks.nlvr2), "folder of train.json, dev.json and test1.json", text)
+    command("nlvr2", partial(build, benchmarks.nlvr2), "folder of train.json, dev.json and test1.json", text)
     text = "Classes of images, from a folder per class. data.images is SOURCE."
     command("imagenet", build_imagenet, "folder of train and val, with a folder per class each", text)
     text = (

@@ -101,10 +101,6 @@ def _sample_problems(
     job: Work, tar: Tar, sample: dict[int, tuple[int, int]], report: Report
 ) -> Iterator[tuple[str, str]]:
     """Kind and reason of what is wrong with one sample of the job's stream."""
-
-    def content(kind: int) -> bytes:
-        return tar.read(*sample[kind])
-
     texts = [kind for kind in ((TXT, JSONL) if job.stream is Stream.TEXTS else (TXT, JSON)) if kind in sample]
     wants_image, wants_text = job.stream is not Stream.TEXTS, job.stream is not Stream.IMAGES
     lacking = ["image"] * (wants_image and IMAGE not in sample) + ["text"] * (wants_text and not texts)
@@ -115,14 +111,14 @@ def _sample_problems(
     if wants_image:
         try:
             check_size("an image", sample[IMAGE][1], largest_file(job.max_pixels))
-            decode(content(IMAGE), job.max_pixels)
+            decode(tar.read(*sample[IMAGE]), job.max_pixels)
         except BadSample as bad:
             yield "too many pixels" if "max_pixels" in str(bad) else "unreadable image", str(bad)
     if job.stream is Stream.PAIRS:
         try:
             written = TXT if TXT in sample else JSON
             check_size("a caption", sample[written][1], LARGEST_CAPTION)
-            if not captions_of(content(written), written, job.caption_key):
+            if not captions_of(tar.read(*sample[written]), written, job.caption_key):
                 yield "bad caption", "empty caption"
         except BadSample as bad:
             yield "bad caption", str(bad)

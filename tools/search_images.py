@@ -47,16 +47,12 @@ COLUMNS, MARGIN, LINE = 6, 12, 18
 # ------------------------------------------------------------------------------------------------------------- index
 
 
-class File(NamedTuple):
-    size: int
-    mtime_ns: int
-
-
 @dataclass
 class Index:
     """The images of a folder, by their paths below it."""
 
-    files: dict[str, File]
+    files: dict[str, tuple[int, ...]]
+    """Size and time of the last change, in nanoseconds."""
     vectors: dict[str, np.ndarray]
     """float32 [D], unit vectors."""
     unreadable: dict[str, str]
@@ -75,7 +71,7 @@ def index_file(folder: Path, model: Path, cache: str) -> Path:
 def checked(notes: Any, vectors: np.ndarray, width: int) -> Index:
     """The index in a file's notes and vectors, float32 [images, width]. Raises nearly anything where it is none, so
     that nothing is shown that is not among the images."""
-    files = {name: File(*mark) for name, mark in notes["files"].items()}
+    files = {name: tuple(mark) for name, mark in notes["files"].items()}
     seen, unreadable = notes["seen"], notes["unreadable"]
     if not all(type(number) is int for file in files.values() for number in file):
         raise ValueError("sizes and times are not all whole numbers")
@@ -120,7 +116,7 @@ def update(index: Index, folder: Path, model: Model, left_out: LeftOut) -> int:
     """Brings the index up to date, batch by batch; the number of files that had to be read. What is no image is
     counted."""
     found = ((os.path.relpath(path, folder), path.stat()) for path in images_below(folder, left_out))
-    now = {name: File(status.st_size, status.st_mtime_ns) for name, status in found}
+    now = {name: (status.st_size, status.st_mtime_ns) for name, status in found}
     for name in [name for name, file in index.files.items() if now.get(name) != file]:
         del index.files[name]
         index.vectors.pop(name, None)
@@ -272,15 +268,12 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
         raise ValueError(f"--top {options.top} is not positive")
     if options.out.suffix != ".html":
         raise ValueError(f"--out {options.out} does not end in .html")
+    root = options.folder.resolve()
     for name, path in (("--out", options.out), ("--cache", Path(options.cache).expanduser())):
-        if path.resolve().is_relative_to(options.folder.resolve()) and not in_hidden_folder(path, options.folder):
+        place = path.resolve()  # in a hidden folder no search ever sees it
+        if place.is_relative_to(root) and not any(part.startswith(".") for part in place.relative_to(root).parts):
             raise ValueError(f"{name} {path} lies in {options.folder}: nothing is written among the images")
     return options
-
-
-def in_hidden_folder(path: Path, folder: Path) -> bool:
-    """Whether no search of `folder` ever sees the path."""
-    return any(part.startswith(".") for part in path.resolve().relative_to(folder.resolve()).parts)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,14 +16,13 @@ A pretraining run shows held-out images where it has any, first of the image str
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from report import Run, examples, open_run
+from report import examples, open_run
 from torch import Tensor
 
 from beit3_dist.command_line import parse, refusing
@@ -60,18 +59,15 @@ def pretraining_rows(folder: Path, number: int) -> list[Tensor]:
         raise ValueError(f"{folder} masks no images, so that there are no codes to show")
     images = torch.stack([example.image for example in shown])
     hidden = torch.stack([example.hidden for example in shown])
-    looks = nearest_patches(run.image_tokenizer, islice(views(run), OTHERS // (2 * AT_ONCE)))
+    requests = islice(requests_from((0, 0, 0), run.train.config.batch), OTHERS // (2 * AT_ONCE))
+    others = (SeenImages(run.train[request], torch.device("cpu")).tokenizer for request in requests)
+    looks = nearest_patches(run.image_tokenizer, others)
     true, guessed = (
         resized(mosaic(torch.stack(codes), looks), images.shape[-1])
         for codes in ([example.codes for example in shown], [example.guesses for example in shown])
     )
     mask = enlarged(hidden, images.shape[-1])
     return [images, true, images.masked_fill(mask, GREY), torch.where(mask, guessed, images)]
-
-
-def views(run: Run) -> Iterator[Tensor]:
-    for request in requests_from((0, 0, 0), run.train.config.batch):
-        yield SeenImages(run.train[request], torch.device("cpu")).tokenizer
 
 
 def resized(images: Tensor, size: int) -> Tensor:

@@ -37,10 +37,9 @@ SHOWN = 10
 
 def records(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; raises ValueError where it cannot be read."""
-    try:
-        return [record for _, record in read_records(path)]
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
+    if not path.exists():
+        raise ValueError(f"there is no file {path}")
+    return [record for _, record in read_records(path)]
 
 
 class Keys:

@@ -131,12 +131,9 @@ class MixedBatches(Dataset):
         held_out: bool = False,
         annotators: Sequence[Annotator] = (),
     ) -> None:
-        """Opens the streams, building their indexes and token files where the cache has none.
-
-        `tokenizer_image_size` is the side of the image tokenizer's view. `held_out`: the shards of `config.eval` in
-        stored order, with the same crops and masks every time. Raises ValueError with one line that names the
-        field where the data, the tokenizer or the batch sizes do not fit.
-        """
+        """Opens the streams, building their indexes and token files where the cache has none. `held_out`: the shards of
+        `config.eval` in stored order, with the same crops and masks every time. Raises ValueError with one line that
+        names the field where the data, the tokenizer or the batch sizes do not fit."""
         self.config = config
         self.rank = rank
         self.world = world

@@ -158,16 +158,10 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     each. They open the tables by path, and get no file descriptors or index copies from the trainer. As always in
     Python, a script that calls this guards its entry by `if __name__ == "__main__"`.
     """
+    # Its own generator: without one, DataLoader would draw a seed from torch's global one.
+    load = partial(DataLoader, batch_size=None, sampler=requests, pin_memory=pin, generator=torch.Generator())
     if workers == 0:
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=requests,
-            collate_fn=_unchanged,
-            pin_memory=pin,
-            generator=torch.Generator(),
-        )
-    dataset = _ToldWhole(dataset)
+        return load(dataset, collate_fn=_unchanged)
     # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows. The
     # server and its workers, which open shards, inherit the limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -182,18 +176,13 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
     forkserver.ensure_running()
     for number, handler in former:
         signal.signal(number, handler)
-    # Its own generator: without one, DataLoader would draw a seed from torch's global one.
-    loading = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=requests,
+    loading = load(
+        _ToldWhole(dataset),
         collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=prefetch,
-        pin_memory=pin,
         worker_init_fn=partial(_start_worker, _trainers_end()),
         multiprocessing_context=context,
-        generator=torch.Generator(),
     )
     read = _Read(loading)
     return read if pin else TakenAhead(read)

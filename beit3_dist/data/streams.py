@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -196,11 +197,8 @@ class SampleStream(ABC):
 
     def read_ahead(self, upcoming: Iterator[int]) -> None:
         """Where the stream is shuffled by blocks: asks the system, when a window of it begins, for the samples of the
-        next one, and of the first one, too.
-
-        `upcoming`: the positions that this process reads, ascending and without end, the next one first. Other ranks
-        and loader processes ask for theirs, so that each sample is fetched once.
-        """
+        next one, and of the first one, too. `upcoming`: the positions that this process reads, ascending and without
+        end. Other ranks and loader processes ask for theirs, so that each sample is fetched once."""
         if not self.blocks or not self.shuffled:
             return
         first, length = next(upcoming), self.blocks.window
@@ -238,6 +236,13 @@ class SampleStream(ABC):
         yield source, epoch, first
         for attempt in range(1, ATTEMPTS):
             yield source, epoch, mix(self.seed, order, epoch, first, attempt) % length
+
+    def names_and_sizes(self) -> list[list[tuple[str, int]]]:
+        """Of the shards of each source, wherever they lie."""
+        return [
+            [(os.path.basename(path), size) for path, (size, _) in zip(table.paths, table.marks, strict=True)]
+            for table in self.tables
+        ]
 
     @abstractmethod
     def _load_words(self, source: int, index: int, sample: Sample) -> None:

@@ -53,7 +53,8 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
     separator = {".tsv": "\t", ".csv": ","}.get(table.suffix.lower(), "")
     if not separator:
         raise ValueError(f"{table}: a table ends in .tsv, .csv, .jsonl or .json")
-    rows = _separated(table) if separator == "," else _tabbed(table)
+    tabbed = ((number, line.split("\t")) for number, line in read_lines(table) if line)  # quotes are part of captions
+    rows = _separated(table) if separator == "," else tabbed
     _, columns = next(rows, (1, []))
     if not columns:
         raise ValueError(f"{table} is empty: its first line names the columns")
@@ -84,11 +85,6 @@ def _too_many_or_few(cells: int, columns: int, separator: str) -> str:
         return f"too few columns, {cells} for the header's {columns}"
     remedy = f"{REMEDY[separator]}, or, if the caption comes last, give --rest-is-caption"
     return f"too many columns, {cells} for the header's {columns}; {remedy}"
-
-
-def _tabbed(table: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line and cells of each row of a .tsv table: quotes are part of its captions."""
-    return ((number, line.split("\t")) for number, line in read_lines(table) if line)
 
 
 def _separated(table: Path) -> Iterator[tuple[int, list[str]]]:

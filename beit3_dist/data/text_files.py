@@ -25,10 +25,8 @@ SHOWN = 20
 
 def unmarked(lines: Iterable[bytes]) -> Iterator[bytes]:
     """The lines of a text, with their ends, without the mark before the first."""
-    first = True
-    for line in lines:
-        yield without_mark(line) if first else line
-        first = False
+    for number, line in enumerate(lines):
+        yield line if number else without_mark(line)
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:

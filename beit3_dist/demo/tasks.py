@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,18 +160,9 @@ def _changed(shape: Shape, rng: np.random.Generator) -> Shape:
     return shape._replace(kind=_another(shape.kind, SHAPES, rng))
 
 
-def _both_kind(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
-    kind = pair[0].kind
-    if pair[1].kind != kind:
-        return None
-    return f"both pictures contain a {kind if truth else _another(kind, SHAPES, rng)}"
-
-
-def _both_color(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
-    color = pair[0].color
-    if pair[1].color != color:
-        return None
-    return f"both shapes are {color if truth else _another(color, COLORS, rng)}"
+def _both(values: tuple[str, ...], say: str, pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
+    first, second = (next(value for value in shape if value in values) for shape in pair)
+    return f"{say} {first if truth else _another(first, values, rng)}" if first == second else None
 
 
 def _one_side(pair: list[Shape], truth: bool, rng: np.random.Generator) -> str | None:
@@ -188,7 +180,12 @@ def _color_of_side(pair: list[Shape], truth: bool, rng: np.random.Generator) -> 
     return f"the {('left', 'right')[place]} shape is {color if truth else _another(color, COLORS, rng)}"
 
 
-SAYINGS = (_both_kind, _both_color, _one_side, _color_of_side)
+SAYINGS = (
+    partial(_both, SHAPES, "both pictures contain a"),
+    partial(_both, COLORS, "both shapes are"),
+    _one_side,
+    _color_of_side,
+)
 """Each says something true or false of two shapes; None: these two are not for it. Which two suit does not depend on
 the truth, so that neither the images nor the sentence alone gives it away."""
 

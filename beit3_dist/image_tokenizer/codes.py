@@ -27,7 +27,6 @@ from torch import Tensor
 from beit3_dist.checkpoint.files import sha256, write_json
 from beit3_dist.config import Patterns, RunConfig, require, sources_of
 from beit3_dist.data.batch import MicroBatch, MixedBatches
-from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.views import SeenImages, Tokenize
 from beit3_dist.model.token_layout import to_device
@@ -59,14 +58,14 @@ def made_from(config: RunConfig, view: int, held_out: bool, batches: MixedBatche
             if s.has_images
         },
         **{f"data.{name}": getattr(config.data, name) for name in DRAWN_BY},
-        **({} if held_out else {"data.shuffle": shuffle_of(config.data)}),  # which images come before the last step
+        **({} if held_out else {"data.shuffle": config.data.shuffled_by}),  # which images come before the last step
     }
 
 
 def sources_digest(stream: SampleStream, shards: Patterns) -> str:
     """Digest of the weights of a stream's sources and of their shards' names and sizes, wherever they lie."""
     weights = [source.weight for source in sources_of(shards, "data")]
-    return hashlib.sha256(json.dumps([weights, names_and_sizes(stream)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([weights, stream.names_and_sizes()]).encode()).hexdigest()
 
 
 def positions_taken(config: RunConfig, held_out: bool) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from typing import Any
 from beit3_dist.checkpoint.files import sha256
 from beit3_dist.config import JobConfig, Patterns, RunConfig, sources_of
 from beit3_dist.data.batch import MixedBatches
-from beit3_dist.data.fingerprint import names_and_sizes, shuffle_of
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import is_jsonl
 from beit3_dist.data.streaming import SequentialStream
@@ -44,7 +43,7 @@ def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
     data = config.data
     return {
         "seed": config.seed,
-        "data.shuffle": shuffle_of(data),
+        "data.shuffle": data.shuffled_by,
         "data.text_length": data.text_length,
         "text_tokenizer": batches.tokenizer.fingerprint[:16],
         **({"image_tokenizer": sha256(Path(config.image_tokenizer))[:16]} if config.image_tokenizer else {}),
@@ -57,7 +56,7 @@ def stream_source(stream: SampleStream | SequentialStream, shards: Patterns) -> 
     weights = [source.weight for source in sources_of(shards, "data")]
     if isinstance(stream, SequentialStream):
         return {"shards": sum(map(len, stream.shards)), "weights": weights, "names": _digest(stream.shards)}
-    files = names_and_sizes(stream)
+    files = stream.names_and_sizes()
     shards_found = sum(map(len, files))
     return {"shards": shards_found, "samples": len(stream), "weights": weights, "names and sizes": _digest(files)}
 

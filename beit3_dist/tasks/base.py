@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -234,11 +235,8 @@ class TaskObjective(nn.Module):
         config = self.model.config
         inputs = replace(inputs, step=step)
         if self.training and config.drop_path > 0:
-
-            def factors(ids: Tensor) -> Tensor:
-                return drop_path_factors(ids, seed=self._seed, step=step, layers=config.layers, rate=config.drop_path)
-
-            inputs = replace(inputs, keep=factors)
+            drawn = partial(drop_path_factors, seed=self._seed, layers=config.layers, rate=config.drop_path)
+            inputs = replace(inputs, keep=partial(drawn, step=step))
         sums = self._task.losses(self.model, inputs).sum(1)
         return sums[0] / step_counts[0].clamp(min=1), sums.detach()[:, None]
 

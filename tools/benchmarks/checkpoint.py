@@ -202,7 +202,6 @@ def add_command(commands: Any) -> None:
     command.add_argument("--recipe", type=Path, default=RECIPES / "demo.yaml", help="whose model is saved")
     command.add_argument("--folder", type=Path, help="where to write; the default is the system's temporary folder")
     command.add_argument("--rounds", type=int, default=15, help="rounds in which the contenders take turns")
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def check(options: Namespace) -> None:

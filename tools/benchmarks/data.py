@@ -245,4 +245,3 @@ def add_command(commands: Any) -> None:
     data.add_argument("--micro_batches", type=int, default=6, help="timed micro-batches per worker and round")
     data.add_argument("--rounds", type=int, default=10, help="times that each micro-batch is read")
     data.add_argument("--image", type=int, nargs=2, default=list(IMAGE), metavar=("WIDTH", "HEIGHT"), help="pixels")
-    data.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

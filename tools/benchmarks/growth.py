@@ -99,4 +99,3 @@ def add_command(commands: Any) -> None:
     command.add_argument("--axes", nargs="+", choices=tuple(SERIES), default=tuple(SERIES), help="what grows")
     command.add_argument("--repeats", type=int, default=3, help="timed steps of each size, after one that warms up")
     command.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

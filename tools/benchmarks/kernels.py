@@ -177,7 +177,6 @@ def add_commands(commands: Any) -> None:
         command.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="of inputs and results")
         command.add_argument("--repeats", type=int, default=9, help="timed rounds, after one that warms up")
         command.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command.add_argument("--plugins", nargs="*", default=[], metavar="FILE", help="files that define kernels")
 
 

@@ -146,4 +146,3 @@ def add_command(commands: Any) -> None:
     command.add_argument("--repeats", type=int, default=5, help="timed steps of each size, after one that warms up")
     command.add_argument("--threads", type=int, help="processor threads; torch's choice if not given")
     command.add_argument("--profile", action="store_true", help="also the operations that the largest step consists of")
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

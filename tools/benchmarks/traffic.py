@@ -464,4 +464,3 @@ def add_command(commands: Any) -> None:
     attentions = ("padded", *(version.name for version in VARLEN_ATTENTION.versions))
     command.add_argument("--attention", choices=attentions, default="varlen", help="who computes attention's core")
     command.add_argument("--codes", action="store_true", help="visual codes are there already: no image tokenizer runs")
-    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")

@@ -230,7 +230,8 @@ def imagenet(folder: Path, left_out: LeftOut) -> tuple[Indexes, list[str]]:
         f"imagenet.{side}.index.jsonl": [
             {"image_path": f"{side}/{name}/{image}", "label": label}
             for label, name in enumerate(classes)
-            for image in _images(folder / side / name, left_out)
+            if (folder / side / name).is_dir()  # a class of train may be none of val
+            for image in images_in(folder / side / name, left_out)
         ]
         for side in ("train", "val")
     }
@@ -249,8 +250,3 @@ def _folders(folder: Path, left_out: LeftOut) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     return folders_in(folder, left_out)
-
-
-def _images(folder: Path, left_out: LeftOut) -> list[str]:
-    """Names of the images in a folder, sorted; none if there is no folder."""
-    return images_in(folder, left_out) if folder.is_dir() else []
