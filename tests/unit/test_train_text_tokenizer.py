@@ -101,7 +101,7 @@ def test_too_many_pieces_names_the_largest_number(
     arguments = ("--shards", text, "--out", tmp_path / "text.spm", "--model-type", kind)
     assert run(*arguments) == 2
     found = re.fullmatch(
-        r"train_text_tokenizer.py: --pieces 64000 is too many for this text: it holds at most (\d+)\n",
+        r"train_text_tokenizer.py: error: --pieces 64000 is too many for this text: it holds at most (\d+)\n",
         capsys.readouterr().err,
     )
     assert found
