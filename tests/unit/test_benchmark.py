@@ -230,7 +230,9 @@ def test_without_a_gpu_it_says_what_is_left_out(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = benchmark.parse(["kernels", *map(str, SMALL["kernels"])])
     assert len(kernels.kernel_pairs(options, CPU)) == 2
-    assert "benchmark.py: without a CUDA device, left out: adamw triton, column_sums triton, " in capsys.readouterr().err
+    assert (
+        "benchmark.py: without a CUDA device, left out: adamw triton, column_sums triton, " in capsys.readouterr().err
+    )
 
 
 def test_operations_are_not_timed_unless_equal() -> None:
