@@ -19,6 +19,8 @@ class Annotator(Protocol):
     name: str
     hashes_images: bool
     """Whether it reads `Sample.image_hash`."""
+    label_classes: int
+    """Whether it reads `Sample.label` of images alone: how many classes there are; 0: no."""
 
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer

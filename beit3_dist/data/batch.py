@@ -150,7 +150,10 @@ class MixedBatches(Dataset):
         config, data, seed = self.config, self.config.data, self.config.seed
         shards, prefix = (config.eval, "eval") if self.held_out else (data, "data")
         patterns, field = getattr(shards, stream.field), f"{prefix}.{stream.field}"
+        classes = max((annotator.label_classes for annotator in self.annotators), default=0)
         if not self.held_out and sequential(patterns, field):  # shards that are no files
+            if classes and stream is Stream.IMAGES:
+                raise ValueError(f"{field} has no random access, which the classes of images need: name files")
             batch = getattr(config.batch, stream.field)
             place = batch, self.rank, self.world, self.crops
             return SequentialStream(stream, patterns, data, seed, self.tokenizer, *place)
@@ -159,7 +162,7 @@ class MixedBatches(Dataset):
         origin = Origin(patterns, field, seed, data.cache, not self.held_out, blocks, share)
         match stream:
             case Stream.IMAGES:
-                return ImageStream(origin, data.max_pixels, self.crops)
+                return ImageStream(origin, data.max_pixels, self.crops, classes)
             case Stream.TEXTS:
                 return TextStream(origin, self.tokenizer, data.text_length)
         words = self.tokenizer, data.caption_length, data.caption_key

@@ -140,8 +140,12 @@ class Scan:
     """Members that count for no sample, hidden ones apart."""
 
     def key(self, row: int) -> str:
+        return self.raw_key(row).decode("utf-8", "replace")
+
+    def raw_key(self, row: int) -> bytes:
+        """The same as it lies in the tar."""
         start = int(self.key_ends[row - 1]) if row else 0
-        return self.keys[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
+        return self.keys[start : int(self.key_ends[row])].tobytes()
 
 
 def scan(path: str) -> Scan:
@@ -282,6 +286,12 @@ def _scan(table: Table, number: int) -> Scan:
         return shard_scan(file, table.marks[number], table.file.parent)
     except ValueError as error:
         raise ValueError(str(error).replace(file, shard)) from None
+
+
+def shard_keys(table: Table, number: int) -> list[bytes]:
+    """Keys of the samples that a table has of a shard, in its order."""
+    found, rows = _scan(table, number), table.rows
+    return [found.raw_key(int(row)) for row in rows["row"][rows["shard"] == number]]
 
 
 def _scan_share(table: Table, share: Share) -> None:

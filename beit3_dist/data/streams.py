@@ -24,6 +24,7 @@ from beit3_dist.data import transforms
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import TXT, LeftOut
+from beit3_dist.data.labels import labels_of
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.reduced import Crops, Decoded
@@ -71,6 +72,8 @@ class Sample:
     """The file of the image."""
     image_hash: int = 0
     """Of this file, where an annotator wants it: equal images have equal ones."""
+    label: int = -1
+    """The class of an image alone, where an annotator wants it."""
     words: np.ndarray = field(init=False, repr=False)
     """int64 ids of the text or the caption, <s> and </s> included; texts and pairs have them."""
 
@@ -279,10 +282,19 @@ class StreamWithImages(SampleStream):
 
 
 class ImageStream(StreamWithImages):
+    """Images without text, with their classes where these are asked for."""
+
     stream = Stream.IMAGES
 
+    def __init__(self, origin: Origin, max_pixels: int, crops: Crops | None = None, classes: int = 0) -> None:
+        """`classes`: how many classes the images' .cls members tell apart; 0: they are not read."""
+        super().__init__(origin, max_pixels, crops)
+        self.labels = [labels_of(table, origin.field, classes) for table in self.tables] if classes else []
+
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
-        """There are none."""
+        """There are none, but there may be a class."""
+        if self.labels:
+            sample.label = int(self.labels[source][index])
 
 
 class TextStream(SampleStream):

@@ -116,6 +116,8 @@ class Objective(ABC):
     """Whether it asks for visual codes, which need an image tokenizer."""
     hashes_images: bool = False
     """See `Annotator`."""
+    label_classes: int = 0
+    """See `Annotator`."""
     looks_ahead: bool = False
     """Whether its losses compare samples of all micro-batches of a step, of which there are several: each is encoded
     twice then, the first time for `look`."""

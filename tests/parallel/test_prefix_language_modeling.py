@@ -1,4 +1,4 @@
-"""Next words beside masked ones: the same training in any layout, resumed bit for bit."""
+"""Next words and classes of images beside masking: the same training in any layout, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, ParallelConfig, RunConfig
+from beit3_dist.objectives.image_classification import ImageClassificationConfig
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModelingConfig
 from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModelingConfig
 from tests.integration.runs import evaluations, metrics, program, reproducible, run_config, second_half, train_in_turn
 from tests.parallel.workers import Workers
+from tests.unit.tar_fixtures import picture, write_tar
 
 STEPS = 4
 LAYOUTS = {
@@ -26,12 +28,16 @@ LAYOUTS = {
 
 
 def with_next_words(folder: Path, out: str, **changes: Any) -> RunConfig:
-    """A run that learns masked and next words of captions and texts, validated twice."""
+    """A run that learns masked and next words of captions and texts, and classes of images, validated twice."""
     config = run_config(folder)
+    labelled = write_tar(folder / "labelled.tar", [{"__key__": str(n), "png": picture(n), "cls": b"%d" % (n % 3)}
+                                                   for n in range(11)])  # fmt: skip
+    config = replace(config, data=replace(config.data, images=str(labelled)))
     held_out = {name: getattr(config.data, name) for name in ("images", "texts", "pairs")}
     objectives = {
         "masked_data_modeling": MaskedDataModelingConfig(),
         "prefix_language_modeling": PrefixLanguageModelingConfig(texts=True, pair_weight=2.0),
+        "image_classification": ImageClassificationConfig(classes=3),
     }
     settings: dict[str, Any] = {
         "out": str(folder / out), "steps": STEPS, "objectives": objectives, "parallel": LAYOUTS["one"],
@@ -61,7 +67,7 @@ def test_losses_are_those_of_one_process(folder: Path, layout: str) -> None:
         assert len(ours) == len(reference) == (STEPS if read is metrics else 2)
         for record, expected in zip(ours, reference, strict=True):
             losses = {name: value for name, value in expected.items() if name.startswith("loss")}
-            assert set(losses) > {"loss_pair_text", "loss_pair_next_word", "loss_text_next_word"}
+            assert set(losses) > {"loss_pair_text", "loss_pair_next_word", "loss_text_next_word", "loss_image_class"}
             assert {name: record[name] for name in losses} == pytest.approx(losses, rel=1e-5)
             assert losses["loss"] == pytest.approx(
                 sum(value * (2 if name == "loss_pair_next_word" else 1) for name, value in losses.items()

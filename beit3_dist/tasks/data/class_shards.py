@@ -12,14 +12,11 @@ import numpy as np
 from beit3_dist.data.cache import cache_folder
 from beit3_dist.data.index import SCANNERS, expand
 from beit3_dist.data.kinds import IMAGE, KINDS, hidden, key_and_extension
+from beit3_dist.data.labels import CLASS, LONGEST_LABEL, class_of
 from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.unpack import plain_tar
 from beit3_dist.opening import without_mark
 from beit3_dist.tasks.data.examples import Example, TarMember, first_of
-
-CLASS = b"cls"
-LONGEST_LABEL = 64
-"""Bytes of such a member; what is longer is no number of a class."""
 
 
 @dataclass
@@ -97,11 +94,11 @@ def _scan(tar: str, path: str, number: int, classes: int) -> _Scan:
             reason = "a .cls member without an image"
         elif key not in labels:
             reason = "an image without a .cls member"
-        elif not (label.isdigit() and int(label) < classes):
+        elif not 0 <= class_of(label) < classes:
             reason = f"the class {label.decode('utf-8', 'replace')[:20]!r} is not in range({classes})"
         else:
             offset, size, base = images[key]
-            rows.append((number, offset, size, int(label)))
+            rows.append((number, offset, size, class_of(label)))
             names.append(base)
             continue
         faults.append(f"{path}, key {key.decode('utf-8', 'replace')}: {reason}")
