@@ -19,19 +19,17 @@ def workers() -> Iterator[KeptWorkers]:
 
 
 LAYOUTS = {
-    "zero0": Layout(0, "paper", accumulation=2),
-    "zero1": Layout(1, "paper", accumulation=1),
-    "zero1-clip": Layout(1, "released", clip_norm=0.5),
-    "zero2": Layout(2, "released", accumulation=2),
-    "zero2-selective": Layout(2, "paper", accumulation=1, recompute="selective"),
-    "zero1-triton": Layout(1, "paper", accumulation=2, kernels="triton"),
-    "zero3-triton": Layout(3, "released", accumulation=2, kernels="triton"),
-    "zero1-compiled": Layout(1, "shallow", accumulation=2, steps=3, kernels="compiled"),
-    "zero3-compiled": Layout(3, "shallow", accumulation=2, steps=3, kernels="compiled"),
-    "zero3-full-sgd": Layout(3, "paper", accumulation=2, recompute="full", clip_norm=0.5, sgd=True),
-    "zero3": Layout(3, "released", accumulation=1),
+    "zero0": Layout(0, "paper", accumulation=2, steps=3),
+    "zero1": Layout(1, "paper", accumulation=1, steps=3),
+    "zero1-clip": Layout(1, "released", accumulation=2, clip_norm=0.5, steps=3),
+    "zero2": Layout(2, "released", accumulation=2, clip_norm=0.5, steps=3),
+    "zero2-selective": Layout(2, "paper", accumulation=1, recompute="selective", steps=3),
+    "zero1-triton": Layout(1, "paper", accumulation=2, kernels="triton", steps=3),
+    "zero3-triton": Layout(3, "released", accumulation=2, clip_norm=0.5, kernels="triton", steps=3),
+    "zero3-full-sgd": Layout(3, "paper", accumulation=2, recompute="full", clip_norm=0.5, sgd=True, steps=3),
+    "zero3": Layout(3, "paper", accumulation=1, steps=3),
 }
-"""ZeRO-3 last: it replaces torch's linear layer in the whole process."""
+"""Few models, accumulations and bounds of the norm: the plain runs on the CPU are made once for each."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -39,11 +37,10 @@ def test_a_stage_equals_one_plain_process(layout: Layout, workers: KeptWorkers) 
     compare(layout.run(workers), layout)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize(("zero_stage", "kernels"), [(1, "torch"), (1, "triton"), (2, "triton"), (3, "torch")])
 def test_bf16_learns_what_fp32_does(zero_stage: int, kernels: str, workers: KeptWorkers) -> None:
-    """Losses of five steps, to bf16's three digits."""
-    layout = Layout(zero_stage, "paper", kernels=kernels)  # type: ignore[arg-type]
+    """Losses of three steps, to bf16's three digits."""
+    layout = Layout(zero_stage, "paper", accumulation=2, kernels=kernels, steps=3)  # type: ignore[arg-type]
     ours = torch.tensor(layout.run(workers, "bf16").losses)
-    fp32 = torch.tensor(reference("paper", 4, 3.0, False, 5).losses)
+    fp32 = torch.tensor(reference("paper", 2, 3.0, False, 3).losses)
     assert 0 < (ours - fp32).norm() <= 4e-3 * fp32.norm()
