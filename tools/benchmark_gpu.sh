@@ -6,7 +6,8 @@
 #   TINY=1 tools/benchmark_gpu.sh OUT [PART ...]  the same with toy sizes, on any machine: shows that it runs
 #
 #   giant32 giant16 base128          launchers/pretrain.py: 3 x 32, 3 x 16, 3 x 128 samples a step, ZeRO-1
-#   giant32_zero3 giant16_zero3      the same under ZeRO-3
+#   giant32_fp8                      giant32 with --precision fp8, where torchao is there
+#   giant32_zero3 giant16_zero3      giant32 and giant16 under ZeRO-3
 #   kernels attention                our operations one by one against torch and against the rate of a copy
 #   torchscale                       base beside torchscale's three forward passes, eager and compiled
 #   tests                            tests/gpu
@@ -23,7 +24,7 @@ mkdir -p "$out"
 out=$(realpath "$out")
 data=$(realpath -m "${DATA:-$out/data}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-usual=(giant32 giant16 base128 giant32_zero3 giant16_zero3 kernels attention torchscale tests)
+usual=(giant32 giant16 base128 giant32_fp8 giant32_zero3 giant16_zero3 kernels attention torchscale tests)
 parts=("${@:2}")
 ((${#parts[@]})) || parts=("${usual[@]}")
 for part in "${parts[@]}"; do
@@ -35,7 +36,7 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 read -ra arguments <<<"${ARGUMENTS:-}"
 
 if [[ -n ${TINY:-} ]]; then
-    memory=1000 precision=fp32 pictures=64 repeats=1 long=4
+    memory=1000 precision=fp32 fp8=fp8_emulated pictures=64 repeats=1 long=4
     steps=(--steps 4 --last 2)
     kernels=(--tokens 8 --width 16 --ffn_width 16 --masked 4 --classes 20)
     attention=(--samples 1 --patches 4 --text_length 3 --heads 2)
@@ -46,7 +47,7 @@ else
     # GB of the GPU, which decides what is tried at all.
     memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1) ||
         { echo "benchmark_gpu.sh: nvidia-smi finds no GPU; TINY=1 shows on any machine that it runs" >&2; exit 2; }
-    memory=$((memory * 1048576 / 1000000000)) precision=bf16 pictures=1024 repeats=10 long=1
+    memory=$((memory * 1048576 / 1000000000)) precision=bf16 fp8=fp8 pictures=1024 repeats=10 long=1
     steps=(--steps 30 --last 12)
     kernels=(--tokens 32768 --width 1408 --ffn_width 6144 --masked 4096)
     attention=(--samples 32 --patches 257 --text_length 512 --heads 16)
@@ -96,6 +97,7 @@ for part in "${parts[@]}"; do
     case $part in
     giant32) run giant32 giant 32 1 100 ;;
     giant16) run giant16 giant 16 1 70 ;;
+    giant32_fp8) run giant32_fp8 giant 32 1 100 --precision "$fp8" ;;
     giant8) run giant8 giant 8 1 50 ;;
     giant32_zero3) run giant32_zero3 giant 32 3 100 ;;
     giant16_zero3) run giant16_zero3 giant 16 3 70 ;;

@@ -1,7 +1,9 @@
 """A linear layer and the GELU behind it, whose backward pass makes the bias's gradient on its way.
 
 GELU (Hendrycks and Gimpel 2016, the exact form) is x P(x) with P the normal distribution's cumulative function; its
-slope is P(x) + x p(x) with p its density.
+slope is P(x) + x p(x) with p its density. Forward it is torch's, but where drop path comes with it. Both kernels take 16
+bytes at a time, for which the compiler has to know the rows' width: with loads of 2 bytes a former one took 1.2 TB/s on
+an H200, where torch's took 3.0.
 """
 
 from __future__ import annotations
