@@ -92,7 +92,7 @@ if __name__ == "__main__":
         compile_kernel(residual_norm._forward_kernel, forward(1408), **flags)
         compile_kernel(residual_norm._backward_kernel, backward(1408), **flags)
     block = {"WIDTH": 6144, "ROWS": gelu.ROWS, "COLUMNS": sums.STRIPE_COLUMNS}
-    compile_kernel(gelu._forward_kernel, {}, **block)
+    compile_kernel(gelu._forward_kernel, {}, **block, STRIPES=12)
     compile_kernel(gelu._backward_kernel, {}, **block, KEEP=True)
     for width, stride, factors in ((1408, 4224, False), (64064, 64064, True)):
         block = {"ROWS": sums.STRIPE_ROWS, "COLUMNS": sums.STRIPE_COLUMNS}

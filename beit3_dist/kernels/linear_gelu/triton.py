@@ -1,9 +1,9 @@
 """A linear layer and the GELU behind it, whose backward pass makes the bias's gradient on its way.
 
 GELU (Hendrycks and Gimpel 2016, the exact form) is x P(x) with P the normal distribution's cumulative function; its
-slope is P(x) + x p(x) with p its density. Forward it is torch's, but where drop path comes with it. Both kernels take 16
-bytes at a time, for which the compiler has to know the rows' width: with loads of 2 bytes a former one took 1.2 TB/s on
-an H200, where torch's took 3.0.
+slope is P(x) + x p(x) with p its density. Forward it is torch's, but where drop path comes with it. Both kernels take
+16 bytes at a time, for which the compiler has to know the rows' width: with loads of 2 bytes a former one took 1.2 TB/s
+on an H200, where torch's took 3.0.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STRIPES: tl.constexpr,
 ) -> None:
-    """Some columns of a few rows a program."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # rows x width may pass 2^31
+    """A few rows' columns of one of STRIPES stripes a program."""
+    column = tl.program_id(0) % STRIPES * COLUMNS + tl.arange(0, COLUMNS)
+    row = (tl.program_id(0) // STRIPES * ROWS + tl.arange(0, ROWS)).to(tl.int64)  # rows x width may pass 2^31
     here = row[:, None] * WIDTH + column[None, :]
     both = (row < rows)[:, None] & (column < WIDTH)[None, :]
     x = tl.load(x_ptr + here, mask=both, other=0.0).to(tl.float32)
@@ -79,10 +80,11 @@ def _backward_kernel(
 def kept_gelu(x: Tensor, keep_T: Tensor) -> Tensor:
     """gelu(x) of which each row is multiplied by its factor. x: [rows, F]."""
     (rows, width), y = x.shape, torch.empty_like(x)
+    stripes_of_row = triton.cdiv(width, STRIPE_COLUMNS)
     if rows:
         launch(
-            _forward_kernel, (triton.cdiv(width, STRIPE_COLUMNS), triton.cdiv(rows, ROWS)), x, keep_T, y,
-            rows, WIDTH=width, ROWS=ROWS, COLUMNS=STRIPE_COLUMNS,
+            _forward_kernel, (triton.cdiv(rows, ROWS) * stripes_of_row,), x, keep_T, y, rows,
+            WIDTH=width, ROWS=ROWS, COLUMNS=STRIPE_COLUMNS, STRIPES=stripes_of_row,
         )  # fmt: skip
     return y
 
