@@ -23,7 +23,6 @@ centred square.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +46,10 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.text_files import require_text
 from beit3_dist.data.transforms import normalised, read_image
 from beit3_dist.devices import device_type
-from beit3_dist.tasks.base import Normalization, Task, TaskInputs
+from beit3_dist.tasks.base import HALF, Normalization, Task, TaskInputs
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.augmentation import Views
-from beit3_dist.tasks.parts.heads import FineTuned
+from beit3_dist.tasks.parts.heads import FineTuned, NoNorm
 from beit3_dist.tasks.registry import pretrained_tasks, task_class, task_names
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -201,7 +200,7 @@ class Model:
     @torch.inference_mode()
     def _run(self, embed: Callable[[Sequence[_T]], Tensor], samples: Sequence[_T], at_once: int) -> Tensor:
         parts = [embed(some).float().cpu() for some in _batches(samples, at_once)]
-        return torch.cat([torch.empty(0, self.network.config.width), *parts])
+        return torch.cat(parts or [torch.empty(0, self.network.config.width)])
 
     def _pixels(self, images: Sequence[ImageLike]) -> Tensor:
         """[B, 3, S, S] on the device, normalised as in training."""
@@ -217,6 +216,43 @@ class Model:
         words = torch.tensor([row + [tokenizer.pad] * (length - len(row)) for row in rows])
         padding = torch.arange(length) >= torch.tensor([len(row) for row in rows])[:, None]
         return words.to(self.device), padding
+
+
+@torch.inference_mode()
+def image_features(
+    content: ModelFolder, name: str, device: torch.device | str | None = None, cls: bool = False
+) -> Callable[[Sequence[ImageLike]], Tensor]:
+    """What a frozen encoder makes of images, fp32 [N, D] on the CPU: the mean of their patches, or CLS, after the final
+    norm where it has one. Each image is seen in its largest centred square, as its classes are.
+
+    Of any model's weights, whatever its heads; errors call it `name`. Raises ValueError as `Model.of` does.
+    """
+    device = device_type() if device is None else device
+    _check_device(device)
+    try:
+        check_blocks(content.weights, content.config)
+        network = FineTuned(content.config, None, device="meta")
+        del network.text_head
+        if not any(weight.startswith("norm.") for weight in content.weights):
+            network.norm = NoNorm()
+        needed = network.state_dict().keys()
+        weights = {key: weight.float() for key, weight in content.weights.items() if key in needed}
+        network.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: its weights and config do not fit: {' '.join(str(error).split())[:300]}") from error
+    network = network.to(device).requires_grad_(False).eval()
+    views, normalize = Views(evaluation="centre"), Normalization(HALF, torch.device(device))
+
+    @torch.inference_mode()
+    def features(images: Sequence[ImageLike]) -> Tensor:
+        parts = [torch.empty(0, content.config.width)]
+        for some in _batches(images, IMAGES_AT_ONCE):
+            pixels = np.stack([views.evaluate(open_image(image), content.config.image_size) for image in some])
+            hidden = network.encode(normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)))
+            parts.append((hidden[:, 0] if cls else hidden[:, 1:].mean(1)).float().cpu())
+        return torch.cat(parts)
+
+    return features
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -252,12 +288,16 @@ def _network_and_task(
         _check_entry(entry)
         check_blocks(content.weights, content.config)
         found = task_class(entry["name"])
-        network = found.network(content.config, entry.get("classes", 0), device="meta")
         weights = content.weights
         if pretrained:  # it has the heads of all objectives
-            own, needed = f"{OBJECTIVE_HEADS}{found.pretrained_by}.", network.state_dict().keys()
-            named = {re.sub(f"^{re.escape(own)}", TASK_HEAD, name): weight for name, weight in weights.items()}
-            weights = {name: weight for name, weight in named.items() if name in needed}
+            before = f"{OBJECTIVE_HEADS}{found.pretrained_by}."
+            own = {name.removeprefix(before): w for name, w in weights.items() if name.startswith(before)}
+            with torch.device("meta"):
+                network = FineTuned(content.config, found.pretrained_head(content.config, own), device="meta")
+            named = weights | {TASK_HEAD + name: weight for name, weight in own.items()}
+            weights = {name: weight for name, weight in named.items() if name in network.state_dict()}
+        else:
+            network = found.network(content.config, entry.get("classes", 0), device="meta")
         network.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
         longest = content.config.max_text_length
         length = entry.get("text_length", min(longest, found.usual_text_length or longest))

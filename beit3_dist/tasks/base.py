@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -156,6 +156,11 @@ class Task(ABC):
     @abstractmethod
     def head(cls, config: ModelConfig, classes: int) -> TaskHead | None:
         """The head on top of the encoder; None: the model's own head for words."""
+
+    @classmethod
+    def pretrained_head(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> TaskHead | None:
+        """The head of a model as `pretrained_by` has left it, on the meta device: of this objective's own weights."""
+        return cls.head(config, 0)
 
     @classmethod
     def network(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,10 @@ class Contrastive(Task):
     @classmethod
     def head(cls, config: ModelConfig, classes: int) -> TaskHead:
         return ContrastiveHead(config.width)
+
+    @classmethod
+    def pretrained_head(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> TaskHead:
+        return ContrastiveHead(config.width, len(weights["vision_head.weight"]))
 
     def embeddings(self, model: FineTuned, inputs: TaskInputs) -> Vectors:
         """Vectors of images and of texts, each encoded by itself."""

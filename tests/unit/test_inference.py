@@ -17,6 +17,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model, open_image
 from beit3_dist.model import BEiT3
+from beit3_dist.objectives.contrast import ContrastHead
 from beit3_dist.tasks.data.augmentation import IMAGENET
 from beit3_dist.tasks.parts import generation
 from beit3_dist.tasks.registry import task_class
@@ -200,14 +201,17 @@ def test_what_a_task_does_not_offer(folders: dict[str, Path], pictures: list[Pat
 OBJECTIVES = ("masked_data_modeling", "prefix_language_modeling", "contrastive")
 
 
-def pretrained(folder: Path, tokenizer: Path, objectives: tuple[str, ...]) -> Path:
-    """A model as pretraining by these objectives leaves it, with the heads of all of them."""
+def pretrained(folder: Path, tokenizer: Path, objectives: tuple[str, ...], length: int = 24) -> Path:
+    """A model as pretraining by these objectives leaves it, with the heads of all of them; contrast by vectors of this
+    length."""
     config = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vl_expert_layers=1,
                          vocab_size=PIECES + 10, visual_vocab_size=8, max_text_length=12)  # fmt: skip
     network, draw = BEiT3(config), torch.Generator().manual_seed(0)
     values = {name: parameter.detach() for name, parameter in network.named_parameters()}
     if "contrastive" in objectives:
-        head = task_class("retrieval").network(config).task_head
+        head = ContrastHead(config.width, length, bias=True).requires_grad_(False)
+        for parameter in head.parameters():
+            parameter.zero_()
         values |= {f"objective_heads.contrastive.{name}": p.detach() for name, p in head.named_parameters()}
     weights = {name: value + 0.2 * torch.randn(value.shape, generator=draw) for name, value in values.items()}
     save_model_folder(folder, weights, config, text_tokenizer=tokenizer, objectives=objectives)

@@ -18,7 +18,7 @@ from beit3_dist.data.faults import BadSample
 from beit3_dist.data.metadata import without_metadata
 from beit3_dist.data.transforms import decode
 from beit3_dist.inference import open_image
-from beit3_dist.tasks.data.batches import _decoded
+from beit3_dist.tasks.data.batches import decoded
 from tools import build_shards
 
 LIMIT = 100_000_000
@@ -153,7 +153,7 @@ def test_a_whole_picture_is_used(name: str, tmp_path: Path) -> None:
     data, turned = (TURNED[name], True) if name in TURNED else (UPRIGHT[name], False)
     path = tmp_path / "a.picture"
     path.write_bytes(data)
-    for picture in (decode(data, LIMIT), _decoded(path, LIMIT), open_image(path)):
+    for picture in (decode(data, LIMIT), decoded(path, LIMIT), open_image(path)):
         assert is_ramp(picture, turned) and picture.info == {}
     kept = build_shards.prepared(build_shards.ImageFile(str(path.rename(tmp_path / "a.jpg"))), size=20)
     assert not kept.fault and len(kept.stored) < 10_000
@@ -220,7 +220,7 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path, head: bytes) -> None:
     path.write_bytes(head)
     os.truncate(path, 20_000_000_000)
     tracemalloc.start()
-    for read in (lambda: _decoded(path, LIMIT), lambda: open_image(path)):
+    for read in (lambda: decoded(path, LIMIT), lambda: open_image(path)):
         with pytest.raises((BadSample, ValueError), match="an image of 20,000,000,000 bytes"):
             read()
     assert "20,000,000,000 bytes" in build_shards.prepared(build_shards.ImageFile(str(path)), 0).fault
@@ -234,7 +234,7 @@ def test_a_huge_file_is_not_read_whole(tmp_path: Path, head: bytes) -> None:
 def test_pictures_that_are_no_files_are_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
-    for read in (lambda: _decoded(path, LIMIT), lambda: open_image(path)):
+    for read in (lambda: decoded(path, LIMIT), lambda: open_image(path)):
         with pytest.raises(OSError, match="not a regular file"):
             read()
     assert "not a regular file" in build_shards.prepared(build_shards.ImageFile(str(path)), 0).fault

@@ -200,7 +200,7 @@ class Examples(Dataset):
             shard, key = str(next(iter(example.images), "")), example.name
             images = []
             for image in example.images:
-                images.append(_decoded(image, self.max_pixels))
+                images.append(decoded(image, self.max_pixels))
             return example, images
         except (BadSample, OSError) as bad:
             reason = str(getattr(bad, "strerror", None) or bad)
@@ -218,7 +218,7 @@ class Examples(Dataset):
         return torch.from_numpy(words), torch.from_numpy(padding)
 
 
-def _decoded(image: Path | TarMember, max_pixels: int) -> Image.Image:
+def decoded(image: Path | TarMember, max_pixels: int) -> Image.Image:
     """The image in a file or a tar's member. Raises OSError or BadSample."""
     if isinstance(image, Path):
         return read_image(image, max_pixels)

@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""Scores a model as it is, without fine-tuning: zero-shot by its contrast or its captions, or its frozen features.
+
+    python tools/evaluate.py MODEL retrieval --data 'pairs/held_out/*.tar'
+    python tools/evaluate.py MODEL classes   --data 'images/val/*.tar' --names classes.txt [--templates prompts.txt]
+    python tools/evaluate.py MODEL captions  --data 'pairs/held_out/*.tar' [--beams 3] [--caption_metrics cider]
+    python tools/evaluate.py MODEL knn       --data 'images/val/*.tar' --train 'images/train/*.tar' --names classes.txt
+    python tools/evaluate.py MODEL probe     --data 'images/val/*.tar' --train 'images/train/*.tar' --names classes.txt
+
+MODEL is a model folder, a run's folder (its newest checkpoint, also while it trains), a checkpoint, or a file of
+weights in the released form with --text_tokenizer. DATA is a pattern of tars, of pairs or of images with .cls members,
+or an index of tools/build_index.py (.jsonl) with --images FOLDER.
+
+    retrieval   images for texts and texts for images: image_retrieval_recall@1, @5, @10, text_retrieval_recall@...; an
+                image with several captions is found by any of them, and counts once. Needs contrast: a model pretrained
+                by the objective contrastive, or fine-tuned for retrieval.
+    classes     the class whose name, in all templates, has the closest vector: acc1, acc5, mean_per_class_recall.
+                Needs contrast. --templates: a file of lines with {} for the name; without it the name alone.
+    captions    exact_match and other --caption_metrics. Needs prefix language modelling, or captioning.
+    knn         votes of the nearest images of --train: knn10_acc1, ... for 10, 20, 100 and 200 of them. Any model.
+    probe       multinomial regression on --train: lp_acc1, lp_acc5, lp_mean_per_class_recall. Any model.
+
+The frozen features are the mean of the patches, or CLS with --features cls, which masking alone does not train. Keys
+are those of CLIP_benchmark's results; --json FILE writes them in its form. A mistake is one line, exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from beit3_dist.command_line import refusing
+
+if TYPE_CHECKING:  # torch takes seconds to import: a typo is reported before that
+    from torch import Tensor
+
+    from beit3_dist.checkpoint.model_folder import ModelFolder
+    from beit3_dist.inference import Model
+
+PROGRAM = "evaluate.py"
+NEEDS = {"classes": ("names",), "knn": ("names", "train"), "probe": ("names", "train")}
+"""Options that a score cannot do without."""
+TASKS = {"retrieval": "zeroshot_retrieval", "classes": "zeroshot_classification", "probe": "linear_probe"}
+"""What CLIP_benchmark calls the scores that it has, too."""
+NEIGHBOURS = (10, 20, 100, 200)
+AT_ONCE = 256
+"""Images whose files are open at a time."""
+
+
+@dataclass
+class Captioned:
+    """Images with what people say of them."""
+
+    images: list[Any]
+    """Where each image lies: a path, or a member of a tar."""
+    captions: list[list[str]]
+    """Of each image."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = ArgumentParser(
+        PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("score", choices=("retrieval", "classes", "captions", "knn", "probe"))
+    parser.add_argument("--data", required=True, help="what is scored: a pattern of tars, or an index")
+    parser.add_argument("--train", help="knn, probe: what is learnt from, in the form of --data")
+    parser.add_argument("--images", default=".", help="folder that the images of an index lie in (default: this one)")
+    parser.add_argument("--names", type=Path, help="names of the classes, one a line in the order of their numbers")
+    parser.add_argument("--templates", type=Path, help="classes: lines such as `a photo of a {}`")
+    parser.add_argument("--features", choices=("mean", "cls"), default="mean", help="knn, probe (default: mean)")
+    parser.add_argument("--beams", type=int, default=3, help="captions: width of the search (default: 3)")
+    parser.add_argument("--max_words", type=int, help="captions: longest, </s> counted (default: as in training)")
+    text = "captions: exact_match, bleu4, cider, meteor, spice (default: exact_match)"
+    parser.add_argument("--caption_metrics", nargs="+", default=["exact_match"], metavar="METRIC", help=text)
+    parser.add_argument("--caption_key", default="caption", help="field of .json members (default: caption)")
+    parser.add_argument("--text_tokenizer", type=Path, help="SentencePiece file (default: the model's own)")
+    parser.add_argument("--cache", default="~/.cache/beit3_dist", help="folder of the shards' indexes")
+    parser.add_argument("--device", help="cpu, cuda (default: the first GPU where there is one)")
+    parser.add_argument("--json", type=Path, help="file for the scores, in the form of CLIP_benchmark's results")
+    options = parser.parse_args(list(arguments))
+    with refusing(PROGRAM):
+        for name in NEEDS.get(options.score, ()):
+            if getattr(options, name) is None:
+                raise ValueError(f"--{name} is not given, which {options.score} needs")
+        metrics = evaluate(options)
+        for name, value in metrics.items():
+            print(f"{name} {value:.4f}")
+        if options.json is not None:
+            task = TASKS.get(options.score, options.score)
+            result = {"dataset": options.data, "model": str(options.model), "task": task, "metrics": metrics}
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def evaluate(options: Namespace) -> dict[str, float]:
+    """The metrics by name. Raises ValueError or OSError with one line where they cannot be had."""
+    from beit3_dist.checkpoint.formats import read_source
+    from beit3_dist.inference import Model
+
+    content, name = read_source(options.model), str(options.model)
+    if options.text_tokenizer is not None:
+        content = replace(content, text_tokenizer=options.text_tokenizer)
+    if options.score in ("knn", "probe"):
+        return frozen(content, options)
+    task = "captioning" if options.score == "captions" else "retrieval"
+    model = Model.of(content, name, options.device, task if content.task is None else None)
+    if (missing := "caption" if task == "captioning" else "embed_images") not in model.task.serves:
+        raise ValueError(f"{name} was fine-tuned for {model.task.name}, which has no {missing} for {options.score}")
+    return {"retrieval": retrieval, "classes": classes, "captions": captions}[options.score](model, options)
+
+
+def retrieval(model: Model, options: Namespace) -> dict[str, float]:
+    import torch
+
+    from beit3_dist.tasks.parts.metrics import recall
+
+    found = captioned(options, model)
+    of_text = torch.tensor([number for number, texts in enumerate(found.captions) for _ in texts])
+    texts = model.embed_texts([text for texts in found.captions for text in texts])
+    scores = recall(embedded(model, found.images), texts, of_text)
+    return {name.replace("_recall", "_retrieval_recall"): value for name, value in scores.items()}
+
+
+def classes(model: Model, options: Namespace) -> dict[str, float]:
+    from beit3_dist.data.text_files import read_lines
+    from beit3_dist.tasks.data.names import read_names
+    from beit3_dist.tasks.parts.frozen import class_accuracies, names_as_vectors
+
+    names, templates = read_names(options.names), ["{}"]
+    if options.templates is not None:
+        templates = [line for _, line in read_lines(options.templates) if line.strip()]
+        if not templates or any("{}" not in template for template in templates):
+            raise ValueError(f"--templates: {options.templates} needs lines that have {{}} in the place of the name")
+    images, labels = labelled(options.data, "--data", options, len(names))
+    by_name = names_as_vectors(model.embed_texts, names, templates)
+    return class_accuracies(embedded(model, images) @ by_name.T, labels)
+
+
+def captions(model: Model, options: Namespace) -> dict[str, float]:
+    from beit3_dist.tasks.parts.metrics import caption_scores, check_caption_metrics
+
+    check_caption_metrics(options.caption_metrics)
+    found = captioned(options, model)
+    settings = {"beams": options.beams, "max_words": options.max_words}
+    written = [text for some in opened(found.images) for text in model.caption(some, **settings)]
+    return caption_scores(dict(enumerate(written)), dict(enumerate(found.captions)), options.caption_metrics)
+
+
+def frozen(content: ModelFolder, options: Namespace) -> dict[str, float]:
+    """k-NN and linear probe, by features of the encoder alone."""
+    from beit3_dist.inference import image_features
+    from beit3_dist.tasks.data.names import read_names
+    from beit3_dist.tasks.parts.frozen import class_accuracies, neighbours_votes, probe_scores
+
+    number = len(read_names(options.names))
+    sides = [labelled(getattr(options, side), f"--{side}", options, number) for side in ("train", "data")]
+    features = image_features(content, str(options.model), options.device, cls=options.features == "cls")
+    (train, known), (test, labels) = ((joined(map(features, opened(images))), these) for images, these in sides)
+    if options.score == "probe":
+        scores, decay = probe_scores(train, known, test, number)
+        print(f"weight of the squared norm, chosen on every fifth of --train: {decay:g}")
+        return {f"lp_{name}": value for name, value in class_accuracies(scores, labels).items()}
+    votes = {k: neighbours_votes(train, known, test, number, k) for k in NEIGHBOURS if k <= len(train)}
+    if not votes:
+        raise ValueError(f"--train has {len(train)} images, and {NEIGHBOURS[0]} neighbours are asked")
+    return {f"knn{k}_{n}": v for k, votes_NC in votes.items() for n, v in class_accuracies(votes_NC, labels).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def captioned(options: Namespace, model: Model) -> Captioned:
+    """The images of --data with all their captions."""
+    from beit3_dist.data.kinds import is_jsonl
+
+    return (captioned_index if is_jsonl(options.data) else captioned_tars)(options, model)
+
+
+def captioned_index(options: Namespace, model: Model) -> Captioned:
+    """Images by their numbers. Their texts are those of the field `captions`, else the tokens of each line as words."""
+    from beit3_dist.tasks.data.examples import read_index
+    from beit3_dist.tasks.registry import task_class
+
+    kind = task_class("captioning" if options.score == "captions" else "retrieval")
+    vocabulary = model.network.config.vocab_size
+    images: dict[int, Any] = {}
+    texts: dict[int, list[str]] = {}
+    for example in read_index(Path(options.data), kind, Path(options.images), vocab_size=vocabulary):
+        images.setdefault(example.label, example.images[0])
+        own = list(example.references)
+        if not own and example.words is not None:
+            own = [model.task.tokenizer.decode(list(example.words))]
+        texts.setdefault(example.label, []).extend(own)
+    if silent := [number for number, own in texts.items() if not own]:
+        raise ValueError(f"--data: {len(silent)} images of {options.data} have no caption; the first is {silent[0]}")
+    return Captioned(list(images.values()), [texts[number] for number in images])
+
+
+def captioned_tars(options: Namespace, model: Model) -> Captioned:
+    """Every line of a .txt member is a caption of its image."""
+    from beit3_dist.data.faults import BadSample, check_size
+    from beit3_dist.data.index import open_table
+    from beit3_dist.data.order import Stream
+    from beit3_dist.data.reader import ShardReader
+    from beit3_dist.data.streams import LARGEST_CAPTION, captions_of
+    from beit3_dist.tasks.data.examples import TarMember
+
+    table = open_table(options.data, "--data", Stream.PAIRS, options.cache)
+    reader, found = ShardReader(table), Captioned([], [])
+    for number, row in enumerate(table.rows):
+        shard = int(row["shard"])
+        try:
+            check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
+            written = reader.read(shard, *map(int, row["text"]))
+            texts = captions_of(written, int(row["kind"]), options.caption_key)
+            if not texts:
+                raise BadSample("empty caption")
+        except BadSample as bad:
+            raise ValueError(f"{table.shard(number)}, {table.key(number)}: {bad}") from None
+        found.images.append(TarMember(table.files[shard], *map(int, row["image"])))
+        found.captions.append(texts)
+    return found
+
+
+def labelled(data: str, field: str, options: Namespace, number: int) -> tuple[list[Any], Tensor]:
+    """Where each image lies, and its class, int64 [N]."""
+    import torch
+
+    from beit3_dist.data.kinds import is_jsonl
+    from beit3_dist.tasks.data.class_shards import read_class_shards
+    from beit3_dist.tasks.data.examples import read_index
+    from beit3_dist.tasks.registry import task_class
+
+    examples: Sequence[Any]
+    if is_jsonl(data):
+        examples = read_index(Path(data), task_class("imagenet"), Path(options.images), classes=number)
+    else:
+        examples = read_class_shards(data, field, options.cache, number)
+    listed = [examples[place] for place in range(len(examples))]
+    return [example.images[0] for example in listed], torch.tensor([example.label for example in listed])
+
+
+def opened(images: Sequence[Any]) -> Iterator[list[Any]]:
+    """The images in batches, decoded. Raises ValueError naming the first that cannot be: a score is of all or none."""
+    from beit3_dist.config import DataConfig
+    from beit3_dist.data.faults import BadSample
+    from beit3_dist.tasks.data.batches import decoded
+
+    def read(image: Any) -> Any:
+        try:
+            return decoded(image, DataConfig.max_pixels)
+        except BadSample as bad:
+            raise ValueError(f"--data: {image}: {bad}") from None
+
+    for first in range(0, len(images), AT_ONCE):
+        yield [read(image) for image in images[first : first + AT_ONCE]]
+
+
+def embedded(model: Model, images: Sequence[Any]) -> Tensor:
+    """Unit vectors [N, D]."""
+    return joined(model.embed_images(some) for some in opened(images))
+
+
+def joined(parts: Iterator[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(list(parts))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
