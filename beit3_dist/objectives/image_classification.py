@@ -39,7 +39,7 @@ class ImageClassificationConfig:
     """Weight of the loss."""
 
     def __post_init__(self) -> None:
-        require(self.classes > 1, f"{SECTION}.classes={self.classes}: give the number of classes, two at least")
+        require(self.classes >= 0, f"{SECTION}.classes={self.classes} is negative")
         require(0 <= self.label_smoothing < 1, f"{SECTION}.label_smoothing={self.label_smoothing} is not in [0, 1)")
         require(self.weight > 0, f"{SECTION}.weight={self.weight} must be positive")
 
@@ -52,6 +52,7 @@ class ImageClassification(Objective):
 
     def __init__(self, config: ImageClassificationConfig, run: RunConfig) -> None:
         super().__init__(config, run)
+        require(config.classes > 1, f"{SECTION}.classes={config.classes}: give the number of classes, two at least")
         self.views = [View("images", True, False)] if run.batch.images else []
         remedy = "the class {}: are these the .cls members that you mean?"
         self.losses = [

@@ -97,4 +97,4 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_classification reads none of the streams"):
         objectives_of(replace(run, batch=BatchConfig(images=0, texts=8, pairs=0)))
     with pytest.raises(ValueError, match="objectives.image_classification.classes=0: give the number of classes"):
-        ImageClassificationConfig()
+        objectives_of(replace(run, objectives={NAME: ImageClassificationConfig()}))
