@@ -98,10 +98,13 @@ class Objectives:
     def __iter__(self) -> Any:
         return iter(self._each)
 
-    def connect(self, replicas: Replicas) -> None:
-        """Tells the objectives who works on the step."""
-        for objective in self:
+    def connected(self, replicas: Replicas) -> Objectives:
+        """The same objectives, which know who works on the step. Those that draw in loader processes do not."""
+        connected = copy(self)
+        connected._each = [copy(objective) for objective in self]
+        for objective in connected:
             objective.replicas = replicas
+        return connected
 
     @property
     def ahead(self) -> Objectives | None:

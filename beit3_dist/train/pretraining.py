@@ -74,8 +74,7 @@ class Pretraining(Job[RunConfig, StepResult]):
 
     def start(self, groups: Groups) -> None:
         config, mesh, ready = self.config, self.mesh, self._ready
-        self._objectives = objectives = ready.objectives
-        objectives.connect(Replicas(groups.data))
+        self._objectives = objectives = ready.objectives.connected(Replicas(groups.data))
         largest, flops = objectives.largest(mesh.data)
         if ready.image_tokenizer is not None and ready.train_codes is None:
             flops += target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))

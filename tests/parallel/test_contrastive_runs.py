@@ -16,7 +16,16 @@ from beit3_dist.objectives.contrastive import ContrastiveConfig
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.objectives.registry import objectives_of
 from tests.equality import assert_tensors_close
-from tests.integration.runs import evaluations, metrics, reproducible, run_config, second_half, train_in_turn
+from tests.integration.runs import (
+    evaluations,
+    metrics,
+    program,
+    reproducible,
+    run_config,
+    second_half,
+    train_in_turn,
+    write_recipe,
+)
 from tests.parallel.workers import Workers
 
 STEPS = 4
@@ -107,6 +116,15 @@ def test_resumed_bit_for_bit(folder: Path, form: str, name: str) -> None:
     assert found[f"{HEAD}.vision_head.weight"].shape == (24, 32)
     assert undisturbed.keys() == found.keys()
     assert all(torch.equal(value, found[name]) for name, value in undisturbed.items())
+
+
+@pytest.mark.slow
+def test_from_the_command_line_with_loader_processes(folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(config_of(folder, "unicl", "one"), tmp_path / "recipe.yaml")
+    out = tmp_path / "run"
+    done = program("launchers/pretrain.py", "--config", str(recipe), "--out", str(out), "--data.workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert reproducible(out) == reproducible(folder / "unicl-one")
 
 
 def test_what_cannot_be_is_named(tmp_path: Path) -> None:
