@@ -22,8 +22,8 @@ from beit3_dist.data.order import Numbers, Stream, mix
 from beit3_dist.data.streams import Sample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
-from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.token_layout import TokenLayout
+from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.model.token_layout import Selection, TokenLayout
 from beit3_dist.parallel.replicas import ALONE, Replicas
 
 
@@ -105,13 +105,28 @@ class Loss:
     """What is wrong where nearly all its targets are one class, for `str.format(class)`."""
 
 
+@dataclass(frozen=True)
+class SecondPass:
+    """A micro-batch of samples that only the first pass could choose, on the device."""
+
+    inputs: MixedInputs
+    selection: Selection
+    """The tokens that are read."""
+    ids: Tensor
+    """int64 [samples]: what they draw their drop path by."""
+    targets: Any
+    """For `Objective.sums`."""
+    captions: Tensor
+    """int64 [samples] on the host: words of each sample, all of which have an image."""
+
+
 class Objective(ABC):
     """An objective of one run. `name` is that of its section in `objectives`, `Config` the section's dataclass."""
 
     name: ClassVar[str]
     Config: ClassVar[type]
     second_pass: ClassVar[bool] = False
-    """Whether it needs a second pass over the model, which a pipeline cannot make."""
+    """Whether it reads a pass of its own, `second`, after the one over all views, which a pipeline cannot make."""
     needs_codes: bool = False
     """Whether it asks for visual codes, which need an image tokenizer."""
     hashes_images: bool = False
@@ -140,9 +155,9 @@ class Objective(ABC):
         self.streams = [stream for stream in Stream if getattr(run.batch, stream.field)]
         """Those that the run has."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For loader processes, which draw annotations and are no replicas: process groups cannot go there."""
-        return {name: value for name, value in vars(self).items() if name != "replicas"}
+    def meet(self, others: Mapping[str, Objective]) -> None:
+        """Learns which objectives the run has, by name. Raises ValueError where it lacks one that it needs."""
+        return None
 
     def head(self) -> nn.Module | None:
         """Layers that the model lacks, `objective_heads.NAME` of it: with the pipeline's last stage, in checkpoints."""
@@ -189,6 +204,11 @@ class Objective(ABC):
         """The targets for `sums`, with what was found out for this micro-batch."""
         raise NotImplementedError
 
+    def second(self, batches: Sequence[MicroBatch], number: int, step: int, device: torch.device) -> SecondPass:
+        """Its own pass for micro-batch `number` of the step's, on the host, after the first pass over that one.
+        Collective over the replicas."""
+        raise NotImplementedError
+
     def classes(self, targets: Any) -> list[Tensor]:
         """int64 [m] for each loss: the classes of its targets, to be watched."""
         return [torch.zeros(0, dtype=torch.int64)] * len(self.losses)
@@ -201,6 +221,11 @@ class Objective(ABC):
         """About how many targets each loss has in a micro-batch of so many samples of each stream, for the balance of a
         pipeline's stages."""
         return [0.0] * len(self.losses)
+
+
+def normalized(pixels: Tensor) -> Tensor:
+    """uint8 images -> [-1, 1] (mean and deviation 0.5, as in the released models' fine-tuning)."""
+    return pixels.float() / 127.5 - 1.0
 
 
 def grid_of(model: ModelConfig) -> int:

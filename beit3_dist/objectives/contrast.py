@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -186,20 +186,30 @@ class Kept:
         return torch.stack([self.sums[0] + (along - along.detach()), self.sums[1]])
 
 
+def joined(parts: Sequence[Vectors]) -> Vectors:
+    """The pairs of all parts, without a gradient."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Vectors(
+        torch.cat([part.images.detach() for part in parts]),
+        torch.cat([part.texts.detach() for part in parts]),
+        parts[0].scale.detach(),
+        None if parts[0].bias is None else parts[0].bias.detach(),
+        torch.cat(labels) if labels else None,
+    )
+
+
 def contrast_step(contrast: Contrast, parts: Sequence[Vectors], replicas: Replicas = ALONE) -> list[Kept]:
     """The contrast over the micro-batches of a step, from vectors that were made without their encoder's gradient: what
     each micro-batch's losses are to be when it is encoded anew with its gradient (GradCache, Gao et al. 2021).
 
     Exact, since an encoder here drops the same paths again.
     """
-    first, sizes = parts[0], [len(part.images) for part in parts]
-    leaves = [torch.cat([part.images for part in parts]), torch.cat([part.texts for part in parts]), first.scale]
-    leaves = [leaf.detach().requires_grad_() for leaf in (leaves if first.bias is None else [*leaves, first.bias])]
-    bias_leaf = None if first.bias is None else leaves[3]
-    labels = None if first.labels is None else torch.cat([part.labels for part in parts if part.labels is not None])
+    whole, sizes = joined(parts), [len(part.images) for part in parts]
+    names = ["images", "texts", "scale"] if whole.bias is None else ["images", "texts", "scale", "bias"]
+    leaves = {name: getattr(whole, name).requires_grad_() for name in names}
     with torch.enable_grad():
-        sums = contrast(Vectors(leaves[0], leaves[1], leaves[2], bias_leaf, labels), replicas).sum(1)
-        images, texts, *of_head = torch.autograd.grad(sums[0], leaves)
+        sums = contrast(replace(whole, **leaves), replicas).sum(1)
+        images, texts, *of_head = torch.autograd.grad(sums[0], [*leaves.values()])
     kept = []
     for number, (of_images, of_texts) in enumerate(zip(images.split(sizes), texts.split(sizes), strict=True)):
         once = float(number == 0)

@@ -25,6 +25,7 @@ from beit3_dist.objectives.contrast import (
     Kept,
     Vectors,
     contrast_step,
+    joined,
     sigmoid_contrast,
     softmax_contrast,
 )
@@ -69,6 +70,9 @@ FORMS: dict[str, Contrast] = {"softmax": softmax_contrast, "sigmoid": sigmoid_co
 class Contrastive(Objective):
     """One loss: contrast of images alone with captions alone, by the vectors of CLS and <s>."""
 
+    compared: Vectors
+    """This replica's pairs that were compared last: the step's where it looks ahead, else the micro-batch's."""
+
     name = NAME
     Config = ContrastiveConfig
 
@@ -96,10 +100,7 @@ class Contrastive(Objective):
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
     ) -> dict[str, Tensor]:
         """`labels` int64 [n, 2]: hashes of image and caption, where they are asked for."""
-        if not self.hashes_images or stream is not Stream.PAIRS:
-            return {}
-        hashes = [(sample.image_hash, hash_bytes(sample.words.tobytes())) for sample in samples]
-        return {"labels": torch.tensor(hashes, dtype=torch.int64).view(-1, 2)}
+        return {"labels": hashes_of(samples)} if self.hashes_images and stream is Stream.PAIRS else {}
 
     def counts(self, batch: MicroBatch) -> list[int]:
         return [len(batch.streams["pairs"])]
@@ -123,12 +124,14 @@ class Contrastive(Objective):
         vectors = self.vectors(model, hidden_MD, targets)
         if targets.kept is not None:
             return targets.kept.sums_of(vectors)[:, None]
+        self.compared = joined([vectors])
         return FORMS[self.config.form](vectors, self.replicas).sum(1)[:, None]
 
     def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Vectors:
         return self.vectors(model, hidden_MD, targets)
 
     def looked(self, found: list[Vectors]) -> list[Kept]:
+        self.compared = joined(found)
         return contrast_step(FORMS[self.config.form], found, self.replicas)
 
     def with_looked(self, targets: Targets, own: Kept) -> Targets:
@@ -142,3 +145,9 @@ class Contrastive(Objective):
 
     def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
         return [samples["pairs"]]
+
+
+def hashes_of(pairs: Sequence[Sample]) -> Tensor:
+    """int64 [n, 2]: hashes of each pair's image, as a file, and caption, as it is read."""
+    hashes = [(sample.image_hash, hash_bytes(sample.words.tobytes())) for sample in pairs]
+    return torch.tensor(hashes, dtype=torch.int64).view(-1, 2)

@@ -9,10 +9,17 @@ from beit3_dist.objectives.base import Objective
 from beit3_dist.objectives.contrastive import Contrastive
 from beit3_dist.objectives.image_classification import ImageClassification
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
+from beit3_dist.objectives.matching import Matching
 from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModeling
 from beit3_dist.objectives.together import Objectives
 
-BUILT_IN: list[type[Objective]] = [MaskedDataModeling, Contrastive, PrefixLanguageModeling, ImageClassification]
+BUILT_IN: list[type[Objective]] = [
+    MaskedDataModeling,
+    Contrastive,
+    Matching,
+    PrefixLanguageModeling,
+    ImageClassification,
+]
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in BUILT_IN}
 """By name: the section `objectives.NAME` of a run's config."""
 

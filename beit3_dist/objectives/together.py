@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
@@ -19,7 +19,7 @@ from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.model.initialization import initial_value
 from beit3_dist.model.token_layout import Group, Selection, TokenLayout, fill, group, prefix_mask, to_device
-from beit3_dist.objectives.base import Loss, Objective, Places, View
+from beit3_dist.objectives.base import Loss, Objective, Places, SecondPass, View, normalized
 from beit3_dist.parallel.replicas import Replicas
 
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -39,6 +39,8 @@ class Reading:
     """int64 [M] for each objective: which of these are its own; None: all."""
     targets: list[Any]
     """Of each objective."""
+    second: Mapping[int, Callable[[], SecondPass]] = field(default_factory=dict)
+    """Objectives, by their place, that read a pass of their own after this one."""
 
 
 class OnHost:
@@ -77,7 +79,10 @@ class Objectives:
         self.losses: list[Loss] = [loss for objective in objectives for loss in objective.losses]
         """Of all objectives, in the order of every vector of statistics."""
         for objective in objectives:
-            require(bool(objective.views), f"objectives.{objective.name} reads none of the streams that batch has")
+            require(
+                bool(objective.views) or objective.second_pass,
+                f"objectives.{objective.name} reads none of the streams that batch has",
+            )
         require(
             any(loss.weight for loss in self.losses), "objectives: all weights are 0, so that nothing would be learnt"
         )
@@ -89,6 +94,7 @@ class Objectives:
                 f"objectives: one of them reads what {view.masked_by} hides: give the section "
                 f"objectives.{view.masked_by}, too",
             )
+        self._introduce()
         self.views = _views_of(objectives)
         """What is encoded, in the order of a layout's groups."""
         self.multiple = ROUNDED if torch.cuda.is_available() else 1
@@ -104,7 +110,13 @@ class Objectives:
         connected._each = [copy(objective) for objective in self]
         for objective in connected:
             objective.replicas = replicas
+        connected._introduce()
         return connected
+
+    def _introduce(self) -> None:
+        """Each objective meets the others."""
+        for objective in self:
+            objective.meet({other.name: other for other in self})
 
     @property
     def ahead(self) -> Objectives | None:
@@ -130,6 +142,23 @@ class Objectives:
         ]
         return replace(reading, targets=targets)
 
+    def with_second(
+        self,
+        reading: Reading,
+        batches: Sequence[MicroBatch],
+        number: int,
+        step: int,
+        made: Callable[[SecondPass], None],
+    ) -> Reading:
+        """The reading of micro-batch `number` of a step's, on the host, with what its second passes are to be. `made`
+        is told of each when it has been made."""
+
+        def second(objective: Objective) -> SecondPass:
+            made(found := objective.second(batches, number, step, reading.selection.rows.device))
+            return found
+
+        return replace(reading, second={n: partial(second, each) for n, each in enumerate(self) if each.second_pass})
+
     def first_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         """The initial value of a parameter, float32 on the CPU: a function of (seed, name), or a constant."""
         constants = self._of_heads("constants")
@@ -143,6 +172,11 @@ class Objectives:
     def _of_heads(self, of: str) -> dict[str, Any]:
         values: dict[str, Mapping[str, Any]] = {objective.name: getattr(objective, of) for objective in self}
         return {f"objective_heads.{own}.{name}": value for own, some in values.items() for name, value in some.items()}
+
+    @property
+    def second_pass(self) -> bool:
+        """Whether any of them reads a pass of its own."""
+        return any(objective.second_pass for objective in self)
 
     @property
     def needs_codes(self) -> bool:
@@ -256,11 +290,6 @@ class Objectives:
         return move(torch.cat(masks))
 
 
-def normalized(pixels: Tensor) -> Tensor:
-    """uint8 images -> [-1, 1] (mean and deviation 0.5, as in the released models' fine-tuning)."""
-    return pixels.float() / 127.5 - 1.0
-
-
 def _group(batch: MicroBatch, view: View, model: ModelConfig) -> Any:
     samples = batch.streams[view.stream]
     patches = 1 + model.patches if view.image else 0
@@ -318,7 +347,7 @@ class PretrainingModule(nn.Module):
     def forward(
         self, inputs: MixedInputs, reading: Reading, sample_ids: Tensor, step_counts: Tensor | None, step: int
     ) -> Any:
-        """One pass over the micro-batch.
+        """The pass over the micro-batch, and those that only then can be made.
 
         Returns its contribution to the step's loss (a scalar to go backward from) and the statistics [2, K]: sums of
         the losses and of correct predictions. `step_counts` [K]: targets of the whole step over all ranks; None: the
@@ -328,9 +357,14 @@ class PretrainingModule(nn.Module):
         inputs = self.with_drop_path(inputs, sample_ids, step)
         hidden_MD = self.model.hidden(inputs, reading.selection)
         if step_counts is not None:
-            return self.losses(hidden_MD, reading, step_counts)
+            return self.losses(hidden_MD, reading, step_counts, step)
         read = self._read(self.objectives.ahead or (), hidden_MD, reading)
         return [objective.look(self.model, hidden, targets) for objective, hidden, targets in read]
+
+    def _second(self, objective: Objective, second: SecondPass, step: int) -> Tensor:
+        """The sums [2, losses] of an objective's own pass."""
+        inputs = self.with_drop_path(second.inputs, second.ids, step)
+        return objective.sums(self.model, self.model.hidden(inputs, second.selection), second.targets)
 
     def _read(
         self, objectives: Iterable[Objective], hidden_MD: Tensor, reading: Reading
@@ -347,11 +381,16 @@ class PretrainingModule(nn.Module):
         factors = drop_path_factors(sample_ids, seed=self.seed, step=step, layers=config.layers, rate=config.drop_path)
         return replace(inputs, keep=factors)
 
-    def losses(self, hidden_MD: Tensor, reading: Reading, step_counts: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, hidden_MD: Tensor, reading: Reading, step_counts: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """The contribution to the loss and the statistics [2, K] from the last block's hidden states of the selected
         tokens."""
         read = self._read(self.objectives, hidden_MD, reading)
-        sums = [objective.sums(self.model, hidden, targets) for objective, hidden, targets in read]
+        sums = [
+            self._second(objective, reading.second[place](), step)
+            if place in reading.second
+            else objective.sums(self.model, hidden, targets)
+            for place, (objective, hidden, targets) in enumerate(read)
+        ]
         statistics = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
         # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
         losses = zip(self.objectives.losses, statistics[0], strict=True)

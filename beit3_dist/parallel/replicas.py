@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,23 @@ class Replicas:
     def gather_constant(self, mine: Tensor) -> Tensor:
         """As `gather`, without a gradient."""
         return mine if self.group is None or self.size == 1 else all_gather(mine, self.group)
+
+    def fetch(self, wanted: Tensor, held: int, give: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """Rows from wherever they are: `wanted` int64 [k] counts them replica by replica, of which each has `held`.
+        `give` makes them of this replica's own rows, int64 [m] on the host: tensors [m, ...]; without a gradient."""
+        if self.group is None or self.size == 1:
+            return give(wanted.cpu())
+        asked = self.gather_constant(wanted[None]).cpu()  # [replicas, k]
+        of_mine = [row[row // held == self.rank] - self.rank * held for row in asked]
+        owners = asked[self.rank] // held
+        coming, going = torch.bincount(owners, minlength=self.size).tolist(), [len(rows) for rows in of_mine]
+        place = owners.argsort(stable=True).argsort().to(wanted.device)  # what comes is sorted by owner
+        fetched = []
+        for rows in give(torch.cat(of_mine)):
+            received = rows.new_empty(len(wanted), *rows.shape[1:])
+            dist.all_to_all_single(received, rows.contiguous(), coming, going, group=self.group)
+            fetched.append(received[place])
+        return fetched
 
     def pass_on(self, *mine: Tensor) -> list[Tensor]:
         """What the replica before this one, in a ring, passes on, without a gradient: tensors of the same shapes."""

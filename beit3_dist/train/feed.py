@@ -48,6 +48,12 @@ class StepBatch:
         dist.all_reduce(wait, dist.ReduceOp.MAX)
         return cls(micro_batches, summed, wait)
 
+    def add(self, groups: Groups, tokens: int, flops: int) -> None:
+        """Adds what this process's share of the step has come to besides, once it is known. Collective."""
+        more = Totals([0] * (len(self.totals) - 4), tokens, flops, 0, 0).pack().to(groups.mesh.device)
+        groups.sum_over_data(more)
+        self.totals = self.totals + more
+
     @property
     def data_wait_s(self) -> float:
         """Seconds that the process which waited longest for its samples did so; all others wait for that one."""

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.views import Tokenize
+from beit3_dist.objectives.base import SecondPass
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.engine import Engine
-from beit3_dist.train.feed import prepared
+from beit3_dist.train.feed import StepBatch, prepared
+from beit3_dist.train.flops import encoder_flops
 
 
 def passes(
     objectives: Objectives,
     engine: Engine,
-    micro_batches: Sequence[MicroBatch],
+    batch: StepBatch,
     tokenize_of: Callable[[MicroBatch], Tokenize | None],
     step: int = 0,
 ) -> Iterator[tuple[Any, ...]]:
     """The micro-batches of a step as this process's part of the model takes them, each prepared when it is asked for;
-    before the first one, objectives that look ahead have seen all of them. Collective."""
-    ahead, mesh = objectives.ahead, engine.mesh
-    looked: list[Any] = [None] * len(micro_batches)
+    before the first one, objectives that look ahead have seen all of them. What second passes cost is added to what
+    the step has cost, once it is known. Collective."""
+    ahead, mesh, batches = objectives.ahead, engine.mesh, batch.micro_batches
+    seconds: list[SecondPass] = []
+    looked: list[Any] = [None] * len(batches)
     if ahead is not None:
-        looked = ahead.looked(engine.look((prepared(ahead, b, mesh, None) for b in micro_batches), step))
-    for micro_batch, own in zip(micro_batches, looked, strict=True):
+        looked = ahead.looked(engine.look((prepared(ahead, b, mesh, None) for b in batches), step))
+    for number, (micro_batch, own) in enumerate(zip(batches, looked, strict=True)):
         inputs, reading, ids = prepared(objectives, micro_batch, mesh, tokenize_of(micro_batch))
-        yield inputs, reading if own is None else objectives.with_looked(reading, own), ids
+        if own is not None:
+            reading = objectives.with_looked(reading, own)
+        if objectives.second_pass:
+            reading = objectives.with_second(reading, batches, number, step, seconds.append)
+        yield inputs, reading, ids
+    if objectives.second_pass:
+        captions = torch.cat([second.captions for second in seconds])
+        tokens = len(captions) * (1 + objectives.model.patches) + int(captions.sum())
+        read, none = sum(len(second.selection.rows) for second in seconds), captions[:0]
+        batch.add(engine.groups, tokens, encoder_flops(objectives.model, 0, captions, none, read))

@@ -122,7 +122,7 @@ class Pretraining(Job[RunConfig, StepResult]):
     def _passes(self, batch: StepBatch, step: int) -> Iterator[tuple[Any, ...]]:
         watched = self._target_watch.is_due(self.state.step + 1)
         tokenize_of = partial(targets_of, codes=self._ready.train_codes, tokenize=self._tokenize)
-        for inputs, reading, ids in passes(self._objectives, self._engine, batch.micro_batches, tokenize_of, step):
+        for inputs, reading, ids in passes(self._objectives, self._engine, batch, tokenize_of, step):
             if watched and reading is not None:
                 self._target_watch.add(reading)
             yield inputs, reading, ids

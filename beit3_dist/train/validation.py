@@ -45,7 +45,7 @@ def evaluate(
     for _ in range(config.eval.batches):
         batch = feed.step(lambda: list(islice(micro_batches, config.accumulation)), together)
         counts += batch.step_counts
-        result = engine.evaluate(passes(objectives, engine, batch.micro_batches, tokenize_of))
+        result = engine.evaluate(passes(objectives, engine, batch, tokenize_of))
         totals = [a + b for a, b in zip(totals, result.losses, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
     return losses_and_accuracies(objectives.losses, totals, correct, counts.tolist())

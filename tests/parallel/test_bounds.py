@@ -13,6 +13,7 @@ from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.fragments import fragments
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.train.feed import StepBatch
 from beit3_dist.train.optimizer import build_optimizer
 from beit3_dist.train.passes import passes
 from beit3_dist.train.totals import host_totals
@@ -46,7 +47,8 @@ def held_after_a_step(groups: Groups, zero_stage: int, precision: str) -> dict[s
     mine = micro_batches(config.model, 0, 2, range(groups.mesh.data_rank, groups.mesh.data_rank + 1))
     counts = torch.tensor(host_totals(mine, objectives).counts)
     groups.sum_over_data(counts)
-    steps = passes(objectives, engine, mine, lambda _: precomputed_codes(config.model))
+    batch = StepBatch(mine, counts, torch.zeros(()))
+    steps = passes(objectives, engine, batch, lambda _: precomputed_codes(config.model))
     engine.train_step(steps, counts, 0, 1e-3)
     held: dict[str, list[float]] = {}
     for piece in fragments(engine.model, engine.optimizer):

@@ -18,8 +18,8 @@ from beit3_dist.checkpoint.formats import to_released
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
+from beit3_dist.objectives.base import normalized
 from beit3_dist.objectives.masked_data_modeling import NAME
-from beit3_dist.objectives.together import normalized
 from tools.benchmarks.step import PADDING, Contender, adamw
 
 THEIRS, THEIRS_FUSED = "torchscale, three passes", "torchscale, fused AdamW"
