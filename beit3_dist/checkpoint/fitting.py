@@ -167,6 +167,27 @@ def fit(
         return _fit(weights, config, shapes, source)
 
 
+def _head_of(name: str) -> str:
+    """What the name of a head's parameter begins with: `task_head.` or `objective_heads.NAME.`; else nothing."""
+    found = re.match(rf"{re.escape(TASK_HEAD)}|{re.escape(OBJECTIVE_HEADS)}[^.]+\.", name)
+    return found[0] if found else ""
+
+
+def _in_other_places(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str
+) -> Mapping[str, Tensor]:
+    """The weights where a head that is needed is another one there: a task's head and an objective's serve as one
+    another where all that is needed is there under the same names, in the same shapes."""
+    for needed in sorted({_head_of(name) for name in shapes} - {_head_of(name) for name in weights}):
+        wanted = {name.removeprefix(needed): shape for name, shape in shapes.items() if _head_of(name) == needed}
+        for there in sorted({_head_of(name) for name in weights} - {""}):
+            if all(there + name in weights and weights[there + name].shape == s for name, s in wanted.items()):
+                log.warning("%s: %s* serves as %s*", source, there, needed)
+                weights = {**weights, **{needed + name: weights[there + name] for name in wanted}}
+                break
+    return weights
+
+
 def _fit(
     weights: Mapping[str, Tensor], config: ModelConfig, shapes: Mapping[str, torch.Size], source: str
 ) -> dict[str, Tensor]:
@@ -177,6 +198,7 @@ def _fit(
             "%s: %d vision positions are interpolated to %d for model.image_size=%d",
             source, rows, shapes[POSITIONS][0], config.image_size,
         )  # fmt: skip
+    weights = _in_other_places(weights, shapes, source)
     unused = [name for name in weights if name not in shapes]
     for name in unused:
         if not _in_any(_USE_OF_TASK, name):

@@ -58,6 +58,7 @@ _IN_BLOCK_BACK = {released: ours for ours, released in _IN_BLOCK.items()}
 _OUTSIDE_BACK = {released: ours for ours, released in _OUTSIDE.items()}
 _TASK_MODULES = ("pooler", "head", "fc_norm", "language_head", "vision_head", "logit_scale")
 _TEMPERATURE = f"{TASK_HEAD}logit_scale"  # a number there, one element here
+_CONTRAST = f"{OBJECTIVE_HEADS}contrastive."
 _MARKS = {  # task -> one of the modules that only it has
     "vqa": f"{TASK_HEAD}pooler.dense.weight",
     "retrieval": f"{TASK_HEAD}language_head.weight",
@@ -127,6 +128,9 @@ def weights_to_released(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         log.warning("shared attention and norms are written twice, for vision and for language: the form has no other")
     if not any(".inner_norm." in name for name in weights):
         log.warning("the model has no sub-LayerNorm: build torchscale's with EncoderConfig(subln=False, ...)")
+    own = {name: name.replace(_CONTRAST, TASK_HEAD, 1) for name in weights if name.startswith(_CONTRAST)}
+    if f"{_CONTRAST}logit_bias" not in own and all(len({*weights[name].shape}) == 1 for name in own):
+        weights = {own.get(name, name): value for name, value in weights.items()}  # the head of released retrieval
     if left_out := sorted({name.split(".")[1] for name in weights if name.startswith(OBJECTIVE_HEADS)}):
         log.warning("the released form has no place for the heads of %s", ", ".join(left_out))
     released = {}

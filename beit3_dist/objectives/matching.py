@@ -65,6 +65,7 @@ class Matching(Objective):
     Config = MatchingConfig
     second_pass = True
     hashes_images = True
+    _drawn: Negatives
 
     def __init__(self, config: MatchingConfig, run: RunConfig) -> None:
         super().__init__(config, run)
@@ -72,7 +73,6 @@ class Matching(Objective):
         self.views = []
         self.losses = [Loss(self.name, config.weight, title="matching of pairs", unit="pair shown")]
         self._seed, self._caption_length = run.seed, run.data.caption_length
-        self._drawn: Negatives | None = None
 
     def meet(self, others: Mapping[str, Objective]) -> None:
         contrast = others.get(Contrastive.name)
@@ -104,64 +104,65 @@ class Matching(Objective):
     def second(self, batches: Sequence[MicroBatch], number: int, step: int, device: torch.device) -> SecondPass:
         """Of each pair: itself, its caption with a drawn image, its image with a drawn caption. Negatives are drawn out
         of the pairs that the contrast has just compared: the step's, or the micro-batch's."""
-        known = batches if self._contrast.looks_ahead else batches[number : number + 1]
-        pairs = [batch.streams["pairs"] for batch in known]
-        own, n = batches[number].streams["pairs"], len(batches[number].streams["pairs"])
-        first = sum(map(len, pairs[:number])) if self._contrast.looks_ahead else 0
-        if self._drawn is None or first == 0:
-            labels = torch.cat([samples.annotations[self.name]["labels"] for samples in pairs]).to(device)
-            ids = torch.cat([samples.ids for samples in pairs]).to(device)
-            key = mix(self._seed, step)
-            near = self.config.negatives == "rank"
-            self._drawn = draw_negatives(self._contrast.compared, labels, ids, self.replicas, key, near)
-        drawn = self._drawn
-        wanted = torch.cat([drawn.images[first : first + n], drawn.captions[first : first + n]])
-        valid = wanted >= 0
+        ahead = self._contrast.looks_ahead
+        pairs = [batch.streams["pairs"] for batch in (batches if ahead else batches[number : number + 1])]
+        own, held = batches[number].streams["pairs"], sum(map(len, pairs))
+        n, first = len(own), sum(map(len, pairs[:number])) if ahead else 0
+        if first == 0:
+            self._drawn = self._draws(pairs, mix(self._seed, step), device)
+        drawn, mine = self._drawn, slice(first, first + n)
+        wanted = torch.cat([drawn.images[mine], drawn.captions[mine]])
+        valid, ids = wanted >= 0, own.ids.to(device)
         # Where there is none, the pair itself stands in, and counts for nothing.
-        itself = self.replicas.rank * sum(map(len, pairs)) + first + torch.arange(n, device=device).repeat(2)
-        wanted = torch.where(valid, wanted, itself)
-        fetched = self.replicas.fetch(wanted, sum(map(len, pairs)), lambda rows: self._shown(pairs, rows, device))
-        images, words, lengths = fetched
-        (own_images, own_words, own_lengths) = self._shown([own], torch.arange(n), device)
+        itself = self.replicas.rank * held + torch.arange(first, first + n, device=device)
+        wanted = torch.where(valid, wanted, itself.repeat(2))
+        mixed = hash64_tensor(drawn.ids[wanted]) ^ ids.repeat(2)
+        shown = self._shown([own], torch.arange(n), device)
+        others = self.replicas.fetch(wanted, held, lambda rows: self._shown(pairs, rows, device))
         return self._pass(
-            images=torch.cat([own_images, images[:n], own_images]),
-            words=torch.cat([own_words, own_words, words[n:]]).cpu(),
-            lengths=torch.cat([own_lengths, own_lengths, lengths[n:]]).cpu(),
-            ids=torch.cat([own.ids.to(device), hash64_tensor(drawn.ids[wanted]) ^ own.ids.to(device).repeat(2)]),
+            images=torch.cat([shown[0], others[0][:n], shown[0]]),
+            words=torch.cat([shown[1], shown[1], others[1][n:]]).cpu(),
+            lengths=torch.cat([shown[2], shown[2], others[2][n:]]).cpu(),
+            ids=torch.cat([ids, mixed[:n], ~mixed[n:]]),
             counted=torch.cat([valid.new_ones(n), valid]),
         )
 
+    def _draws(self, pairs: Sequence[Samples], key: int, device: torch.device) -> Negatives:
+        """For all of this replica's pairs that were compared."""
+        labels = torch.cat([samples.annotations[self.name]["labels"] for samples in pairs]).to(device)
+        ids = torch.cat([samples.ids for samples in pairs]).to(device)
+        near = self.config.negatives == "rank"
+        return draw_negatives(self._contrast.compared, labels, ids, self.replicas, key, near)
+
     def _pass(self, images: Tensor, words: Tensor, lengths: Tensor, ids: Tensor, counted: Tensor) -> SecondPass:
-        """Of M fused samples, the first third of which match. `words` [M, L] and `lengths` [M] on the host."""
-        padding, patches, samples = torch.arange(words.shape[1]) >= lengths[:, None], 1 + self.model.patches, len(ids)
-        layout = TokenLayout((group(samples, patches, padding, words.shape[1]),))
+        """Of M fused samples. `words` [M, L] and `lengths` [M] on the host."""
+        samples, patches, longest = len(ids), 1 + self.model.patches, int(lengths.max())
+        layout = TokenLayout((group(samples, patches, torch.arange(longest) >= lengths[:, None], longest),))
+        packed = to_device(layout.packed([words[:, :longest].contiguous()]), ids.device)
         rows = to_device(torch.arange(samples) * patches, ids.device)
-        inputs = MixedInputs(normalized(images), to_device(layout.packed([words]), ids.device), layout.to(ids.device))
-        selection = Selection(rows, (0, samples, 0, 0))
-        return SecondPass(inputs, selection, ids, counted, lengths)
+        inputs = MixedInputs(normalized(images), packed, layout.to(ids.device))
+        return SecondPass(inputs, Selection(rows, (0, samples, 0, 0)), ids, counted, lengths)
 
     def _shown(self, pairs: Sequence[Samples], rows: Tensor, device: torch.device) -> list[Tensor]:
         """On the device, of these rows of this replica's pairs, int64 [k] on the host: images uint8 [k, 3, S, S], words
         int64 [k, longest caption] and lengths int64 [k]."""
-        ends = np.cumsum([len(samples) for samples in pairs])
-        places = [(int(np.searchsorted(ends, row, side="right")), row) for row in rows.tolist()]
-        chosen = [(pairs[part], row - (int(ends[part]) - len(pairs[part]))) for part, row in places]
-        words = torch.zeros(len(rows), self._caption_length, dtype=torch.int64)
-        for out, (samples, row) in zip(words, chosen, strict=True):
-            assert samples.text is not None
-            out[: samples.text.shape[1]] = samples.text[row]
+        sizes = torch.tensor([len(samples) for samples in pairs])
+        parts = torch.searchsorted(sizes.cumsum(0), rows, right=True)
+        places = rows - (sizes.cumsum(0) - sizes)[parts]
 
-        def stacked(field: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-            values = [getattr(samples, field)[row] for samples, row in chosen if getattr(samples, field) is not None]
-            missing = not values and getattr(pairs[0], field) is None
-            return None if missing else torch.stack(values) if values else torch.zeros(0, *shape, dtype=dtype)
+        def chosen(field: str, of: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:
+            """The rows of a field, in their order."""
+            values = [of(getattr(samples, field)) for samples in pairs]
+            found = values[0].new_empty(len(rows), *values[0].shape[1:])
+            for part, those in enumerate(values):
+                found[parts == part] = those[places[parts == part]]
+            return found
 
-        side = self.model.image_size
-        images, jitter = stacked("images", (3, side, side), torch.uint8), stacked("jitter", (3,), torch.float32)
-        lengths = stacked("lengths", (), torch.int64)
-        assert lengths is not None
-        of_rows = MicroBatch({"pairs": Samples(rows, rows, images=images, jitter=jitter)})
-        return [SeenImages(of_rows, device).model, to_device(words, device), to_device(lengths, device)]
+        length = self._caption_length
+        words = chosen("text", lambda text: torch.nn.functional.pad(text, (0, length - text.shape[1])))
+        jitter = None if pairs[0].jitter is None else chosen("jitter")
+        seen = SeenImages(MicroBatch({"pairs": Samples(rows, rows, images=chosen("images"), jitter=jitter)}), device)
+        return [seen.model, to_device(words, device), to_device(chosen("lengths"), device)]
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """`targets`: which of the fused samples count, bool [M]."""

@@ -56,6 +56,8 @@ class TaskInputs:
     """Steps of training before this one."""
     keep: Callable[[Tensor], Tensor | None] = lambda keys: None
     """keys int64 [S] -> drop-path factors [layers, 2, S]; None in evaluation."""
+    looked: Any = None
+    """What `Task.looked` found out for this micro-batch, where the step has several and the task looks ahead."""
     agree: Callable[[bool], bool] = lambda done: done
     """Whether all ranks are done, for predictions in as many steps as it takes."""
 
@@ -91,7 +93,8 @@ class Task(ABC):
     mixes: ClassVar[bool] = False
     """Whether Mixup and CutMix may mix its images and labels."""
     contrastive: ClassVar[bool] = False
-    """Whether each example is told from all others of its step, image and text each encoded by itself."""
+    """Whether each example is told from all others of its step, image and text each encoded by itself. Where a step has
+    several micro-batches, each is encoded twice, the first time for `look`."""
 
     pretrained_by: ClassVar[str] = ""
     """The pretraining objective whose models serve for the task without fine-tuning; none where it is inherited."""
@@ -195,6 +198,15 @@ class Task(ABC):
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """[2, M]: losses, and how right each prediction is in [0, 1]; M = B, or the words of captions."""
 
+    def look(self, model: FineTuned, inputs: TaskInputs) -> Any:
+        """What a contrastive task has to know of every micro-batch of the step before the losses of the first one.
+        Nothing here has a gradient."""
+        raise NotImplementedError
+
+    def looked(self, found: list[Any]) -> list[Any]:
+        """For each micro-batch `TaskInputs.looked`, from what `look` gave of each."""
+        raise NotImplementedError
+
     @abstractmethod
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """[B, ...]: what `score` needs, of one shape for all batches."""
@@ -232,16 +244,17 @@ class TaskObjective(nn.Module):
         predict: Callable[[bool], bool] | None = None,
     ) -> Any:
         """The micro-batch's contribution to the step's loss, and the statistics [2, 1]: sums of losses and of right
-        predictions. `step_counts` [1]: what the sum is divided by. With `predict`, which tells whether all ranks are
-        done, the task's predictions."""
+        predictions. `step_counts` [1]: what the sum is divided by; None: the micro-batch is only looked at, and the
+        result is what the task sees. With `predict`, which tells whether all ranks are done, the task's predictions."""
         if predict is not None:
             return self._task.predict(self.model, replace(inputs, agree=predict))
-        assert step_counts is not None
         config = self.model.config
         inputs = replace(inputs, step=step)
         if self.training and config.drop_path > 0:
             drawn = partial(drop_path_factors, seed=self._seed, layers=config.layers, rate=config.drop_path)
             inputs = replace(inputs, keep=partial(drawn, step=step))
+        if step_counts is None:
+            return self._task.look(self.model, inputs)
         sums = self._task.losses(self.model, inputs).sum(1)
         return sums[0] / step_counts[0].clamp(min=1), sums.detach()[:, None]
 

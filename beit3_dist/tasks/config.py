@@ -66,7 +66,8 @@ class TaskBatchConfig:
     size: int = 256
     """Examples per step."""
     accumulation: int = 1
-    """Micro-batches per step. The contrastive tasks need 1: each example is told from all others of its step."""
+    """Micro-batches per step. The contrastive tasks tell each example from all others of its step, and encode every
+    micro-batch of several twice, first without gradient (GradCache)."""
 
     def __post_init__(self) -> None:
         require(self.size > 0, f"batch.size must be positive, not {self.size}")
@@ -177,11 +178,6 @@ class FinetuneConfig(TrainingConfig):
         require(
             task.needs_names or not self.data.answers,
             f"data.answers belongs to {_those_with('needs_names')}, not to task={self.task}",
-        )
-        require(
-            not task.contrastive or self.batch.accumulation == 1,
-            f"batch.accumulation={self.batch.accumulation}: task={self.task} tells each example from all others of its "
-            "step, which have to be in one micro-batch: use accumulation 1 and more ranks or activation_checkpointing",
         )
         require(
             self.parallel.pipeline == 1 and not self.parallel.sequence,

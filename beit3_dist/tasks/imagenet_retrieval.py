@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.objectives.contrast import softmax_contrast
+from beit3_dist.objectives.contrast import Vectors
 from beit3_dist.tasks.base import HALF, TaskInputs
 from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.imagenet import ImageNet
@@ -65,12 +65,13 @@ class ImageNetRetrieval(Contrastive, ImageNet):
         return NamedImages(super().examples(train), names) if train else super().examples(train)
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """Mean of the two cross-entropies of telling an example's name from all names and its image from all. All
-        examples of one class are right for each other, with equal shares: a batch holds some classes many times over,
-        and the paper does not say what becomes of them."""
         self._names = None  # the weights are about to change
-        found = replace(self.embeddings(model, inputs), labels=inputs.labels[:, None])
-        return softmax_contrast(found, self.replicas)
+        return super().losses(model, inputs)
+
+    def look(self, model: FineTuned, inputs: TaskInputs) -> Vectors:
+        """With the classes. All examples of one are right for each other, with equal shares: a batch holds some classes
+        many times over, and the paper does not say what becomes of them."""
+        return replace(self.embeddings(model, inputs), labels=inputs.labels[:, None])
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """int64 [B, 5]: the classes with the closest names, closest first."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.objectives.contrast import ContrastHead, Vectors, softmax_contrast
+from beit3_dist.objectives.contrast import ContrastHead, Kept, Vectors, contrast_step, softmax_contrast
 from beit3_dist.tasks.base import Task, TaskInputs
 from beit3_dist.tasks.data.examples import Example, Record, Rules, integer
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
@@ -43,6 +43,19 @@ class Contrastive(Task):
         images, texts, scale, _ = model.task_head(cls, start)
         return Vectors(images, texts, scale)
 
+    def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """Mean of the two cross-entropies of telling an example's text from all texts and its image from all."""
+        found = self.look(model, inputs)
+        if inputs.looked is not None:
+            return inputs.looked.sums_of(found)[:, None]
+        return softmax_contrast(found, self.replicas)
+
+    def look(self, model: FineTuned, inputs: TaskInputs) -> Vectors:
+        return self.embeddings(model, inputs)
+
+    def looked(self, found: list[Vectors]) -> list[Kept]:
+        return contrast_step(softmax_contrast, found, self.replicas)
+
     def embed_images(self, model: FineTuned, images: Tensor) -> Tensor:
         """Unit vectors [B, D] of images [B, 3, S, S]."""
         return model.task_head(model.encode(images)[:, 0], None)[0]
@@ -63,10 +76,6 @@ class Retrieval(Contrastive):
     def read(number: int, record: Record, rules: Rules) -> Example:
         image = integer(record, "image_id")
         return Example(number, rules.paths(record, "image_path"), rules.words(record), image, str(image))
-
-    def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """Mean of the two cross-entropies of telling an example's text from all texts and its image from all."""
-        return softmax_contrast(self.embeddings(model, inputs), self.replicas)
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """float [B, 2, D]: vectors of the image and of the text."""

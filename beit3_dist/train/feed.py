@@ -49,7 +49,7 @@ class StepBatch:
         return cls(micro_batches, summed, wait)
 
     def add(self, groups: Groups, tokens: int, flops: int) -> None:
-        """Adds what this process's share of the step has come to besides, once it is known. Collective."""
+        """Adds what this process's share of the step has come to besides, before `known` is asked for. Collective."""
         more = Totals([0] * (len(self.totals) - 4), tokens, flops, 0, 0).pack().to(groups.mesh.device)
         groups.sum_over_data(more)
         self.totals = self.totals + more

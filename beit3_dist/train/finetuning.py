@@ -173,11 +173,18 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         return Totals([count], tokens, flops, len(batch.faults), hash_terms)
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
-        inputs = ((self._inputs(micro_batch),) for micro_batch in batch.micro_batches)
-        result = self._engine.train_step(inputs, batch.step_counts, step, lr)
+        result = self._engine.train_step(self._passes(batch.micro_batches, step), batch.step_counts, step, lr)
         if self._average and not result.skipped:
             self._average.update()
         return result
+
+    def _passes(self, batches: list[TaskBatch], step: int) -> Iterator[tuple[TaskInputs]]:
+        """A step's micro-batches, each prepared when it is asked for; a contrastive task has seen all of several before
+        the first one. Collective."""
+        looked: list[Any] = [None] * len(batches)
+        if self.task.contrastive and len(batches) > 1:
+            looked = self.task.looked(self._engine.look(((self._inputs(batch),) for batch in batches), step))
+        return ((replace(self._inputs(batch), looked=own),) for batch, own in zip(batches, looked, strict=True))
 
     def _inputs(self, batch: TaskBatch) -> TaskInputs:
         move = lambda t: to_device(t, self.mesh.device)  # noqa: E731

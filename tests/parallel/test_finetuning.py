@@ -202,6 +202,25 @@ def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
 
 
 @pytest.mark.slow
+def test_micro_batches_of_a_contrastive_task_are_compared_as_one(folder: Path) -> None:
+    """Each example is told from all of its step, whatever the accumulation, with drop path on."""
+    tasks, sizes = [task for task in TASKS if task_class(task).contrastive], {"whole": 1, "parts": 4}
+    configs = {
+        (task, out): replace(
+            run_config(folder, task, "one", out), batch=TaskBatchConfig(size=8, accumulation=sizes[out]), steps=3
+        )
+        for task in tasks
+        for out in sizes
+    }
+    run_workers(1, run, [*configs.values()])
+    for task in tasks:
+        for field in ("loss", "acc", "grad_norm"):
+            whole, parts = (losses(folder, out, task, field) for out in sizes)
+            torch.testing.assert_close(parts[:1], whole[:1], rtol=1e-5, atol=1e-9, msg=lambda m, t=task: f"{t}: {m}")
+            torch.testing.assert_close(parts, whole, rtol=2e-4, atol=1e-9, msg=lambda m, t=task: f"{t}: {m}")
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(one_process: Path) -> None:
     """ZeRO-3 on two ranks; a moving average is part of what is resumed."""
     folder = one_process

@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from beit3_dist.checkpoint.fitting import fit
+from beit3_dist.checkpoint.released import weights_from_released, weights_to_released
 from beit3_dist.config import BatchConfig, DataConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request
 from beit3_dist.model.initialization import materialize
 from beit3_dist.objectives.contrastive import ContrastiveConfig
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.objectives.matching import MatchingConfig
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import Objectives, PretrainingModule
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.tasks.registry import task_class
+from beit3_dist.train.feed import StepBatch
 from beit3_dist.train.optimizer import decays
+from beit3_dist.train.passes import passes
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes, random_micro_batch
 from tests.unit.tar_fixtures import picture, small_run, write_tar
@@ -122,3 +131,56 @@ def test_a_caption_alone_drops_other_paths_than_its_image() -> None:
     assert torch.equal(of_pairs, batch.streams["pairs"].ids) and torch.equal(fused, of_pairs)
     assert torch.equal(texts, batch.streams["texts"].ids) and torch.equal(images, batch.streams["images"].ids)
     assert not set(captions.tolist()) & set(of_pairs.tolist())
+
+
+def test_its_head_is_the_one_of_retrieval(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fine-tuning goes on with it, a released file holds it, and a run goes on with a released one."""
+    objectives = objectives_with("softmax")
+    model = replace(CONFIGS["released"], heads=4)
+    run = replace(objectives.run, model=model)
+    values = {
+        name: torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+        for name, p in objectives_of(run).build().named_parameters()
+    }
+    needed = {name: p.shape for name, p in task_class("retrieval").network(model, device="meta").named_parameters()}
+    found = fit(values, model, needed, "a run")
+    assert found.keys() == needed.keys()
+    for part in ("vision_head.weight", "language_head.weight", "logit_scale"):
+        assert torch.equal(found[f"task_head.{part}"], values[f"objective_heads.contrastive.{part}"])
+    assert "objective_heads.contrastive.* serves as task_head.*" in caplog.text
+    released = weights_to_released(values)
+    assert torch.equal(released["vision_head.weight"], values["objective_heads.contrastive.vision_head.weight"])
+    assert released["logit_scale"].shape == () and "the heads of" not in caplog.text
+    back = fit(weights_from_released(released), model, {n: v.shape for n, v in values.items()}, "a file")
+    assert all(torch.equal(back[name], value) for name, value in values.items())
+    # A sigmoid's bias is no part of retrieval, and other lengths have no place there.
+    sigmoid = {n: p.shape for n, p in objectives_of(replace(run, objectives={"contrastive": ContrastiveConfig(
+        form="sigmoid")})).build().named_parameters()}  # fmt: skip
+    assert not any(name.startswith("objective_heads") for name in fit(found, model, sigmoid, "a task's"))
+
+
+def test_flops_of_the_second_pass_are_added_once_its_captions_are_drawn() -> None:
+    """By torch's counter."""
+    config = CONFIGS["paper"]
+    run = objectives_with("softmax").run
+    objectives = objectives_of(replace(run, objectives=run.objectives | {"matching": MatchingConfig()}))
+    model = objectives.build()
+    materialize(model, lambda name, shape: objectives.first_value(name, shape, 0), CPU)
+    batch = random_micro_batch(config, pairs=PAIRS)
+    pairs = batch.streams["pairs"]
+    batch.streams["texts"].lengths[:] = batch.streams["texts"].text.shape[1]
+    pairs.lengths[:] = pairs.text.shape[1]
+    pairs.annotations["matching"] = {"labels": torch.arange(2 * PAIRS).view(-1, 2)}
+    totals = host_totals([batch], objectives)
+    groups = SimpleNamespace(mesh=Mesh(0, 1, 0, 1, CPU), sum_over_data=lambda values: None)
+    engine: Any = SimpleNamespace(mesh=groups.mesh, groups=groups)
+    step = StepBatch([batch], totals.pack(), torch.zeros(()))
+    module = PretrainingModule(model, objectives, 0).train()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for micro_batch in passes(objectives, engine, step, lambda _: precomputed_codes(config)):
+            module(*micro_batch, torch.tensor(totals.counts), 0)[0].backward()
+    embedded_again = 2 * 4 * PAIRS * config.patches * 3 * config.patch_size**2 * config.width
+    similarities_again = 2 * 2 * PAIRS * PAIRS * config.width  # the contrast's, which recomputation does not count
+    uncounted = patch_embedding(config, batch) + embedded_again - similarities_again
+    assert step.known.flops - counter.get_total_flops() == uncounted
+    assert step.known.tokens == totals.tokens + 3 * PAIRS * (1 + config.patches + pairs.text.shape[1])

@@ -233,7 +233,6 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "retrieval", "batch": TaskBatchConfig(size=4, accumulation=2)}, "use accumulation 1"),
         ({"task": "nlvr2"}, "data.answers belongs to imagenet, imagenet_retrieval, text, vqa, not to task=nlvr2"),
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),

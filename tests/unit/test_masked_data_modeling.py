@@ -50,9 +50,10 @@ class Operations(TorchDispatchMode):
 def test_objectives_go_to_loader_processes_without_the_replicas() -> None:
     """A process group can neither be sent nor, as here, be copied."""
     objectives = objectives_for(ModelConfig())
-    objectives.connect(Replicas(Lock()))  # type: ignore[arg-type]
-    for objective in objectives:
+    connected = objectives.connected(Replicas(Lock()))  # type: ignore[arg-type]
+    for objective, other in zip(objectives, connected, strict=True):
         assert isinstance(objective, Objective) and deepcopy(objective).replicas is ALONE
+        assert other.replicas is not ALONE
 
 
 def test_weights_are_numbers_not_tensors() -> None:
