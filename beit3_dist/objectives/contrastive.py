@@ -70,11 +70,10 @@ FORMS: dict[str, Contrast] = {"softmax": softmax_contrast, "sigmoid": sigmoid_co
 class Contrastive(Objective):
     """One loss: contrast of images alone with captions alone, by the vectors of CLS and <s>."""
 
-    compared: Vectors
-    """This replica's pairs that were compared last: the step's where it looks ahead, else the micro-batch's."""
-
     name = NAME
     Config = ContrastiveConfig
+    compared: Vectors
+    """This replica's pairs that were compared last: the step's where it looks ahead, else the micro-batch's."""
 
     def __init__(self, config: ContrastiveConfig, run: RunConfig) -> None:
         super().__init__(config, run)

@@ -385,13 +385,15 @@ class PretrainingModule(nn.Module):
         """The contribution to the loss and the statistics [2, K] from the last block's hidden states of the selected
         tokens."""
         read = self._read(self.objectives, hidden_MD, reading)
-        sums = [
-            self._second(objective, reading.second[place](), step)
-            if place in reading.second
-            else objective.sums(self.model, hidden, targets)
+        sums = {
+            place: objective.sums(self.model, hidden, targets)
             for place, (objective, hidden, targets) in enumerate(read)
-        ]
-        statistics = sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+            if place not in reading.second
+        }
+        for place, objective in enumerate(self.objectives):
+            if place in reading.second:  # what the others have made of the first pass may choose its samples
+                sums[place] = self._second(objective, reading.second[place](), step)
+        statistics = sums[0] if len(sums) == 1 else torch.cat([sums[place] for place in sorted(sums)], dim=1)
         # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
         losses = zip(self.objectives.losses, statistics[0], strict=True)
         weighted = torch.stack([loss.weight * value for loss, value in losses])

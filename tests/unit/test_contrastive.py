@@ -95,6 +95,13 @@ def test_what_the_head_starts_from(form: str, scale: float) -> None:
     assert objectives.bounds == {"objective_heads.contrastive.logit_scale": (0.0, pytest.approx(math.log(100)))}
 
 
+@pytest.mark.parametrize("name", ["itc", "retrieval", "imagenet_retrieval", "nlvr2"])
+def test_the_temperature_of_tasks_is_bounded_too(name: str) -> None:
+    task = task_class(name)(SimpleNamespace(), None)  # type: ignore[arg-type]
+    bounds = {"task_head.logit_scale": (0.0, pytest.approx(math.log(100)))} if task.contrastive else {}
+    assert task.bounds(CONFIGS["paper"]) == bounds
+
+
 @pytest.mark.parametrize("form", ["softmax", "sigmoid", "unicl"])
 def test_flops_equal_torchs_counter(form: str) -> None:
     objectives = objectives_with(form)
