@@ -7,6 +7,8 @@ and BLIP learn it. The pairs are one more group of the pass, under a mask of the
 Every word after the prefix is told, at the word before it, which has its true predecessors. UniLM's form, in which some
 words are <mask> and told in their place, learns a share of them from contexts full of masks, which writing never has.
 So what is learnt here is what `inference.Model.caption` asks of a model that was only pretrained.
+
+While a micro-batch has such a group, all of its attention takes the padded kernel, which alone has masks.
 """
 
 from __future__ import annotations
