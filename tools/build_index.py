@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from beit3_dist.checkpoint.files import folder_made_aside
 from beit3_dist.command_line import refusing
-from beit3_dist.data.cache import folder_made_aside, write_whole
+from beit3_dist.data.cache import write_whole
 from beit3_dist.data.kinds import LeftOut, told
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.demo import tasks as demo

@@ -29,11 +29,10 @@ from typing import Any
 from PIL import Image
 from webdataset import ShardWriter
 
-from beit3_dist.checkpoint.files import sha256
+from beit3_dist.checkpoint.files import folder_made_aside, sha256
 from beit3_dist.children import end_with_parent
 from beit3_dist.command_line import refusing
 from beit3_dist.config import DataConfig
-from beit3_dist.data.cache import folder_made_aside
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.kinds import IMAGE_EXTENSIONS, LeftOut, images_below, told
 from beit3_dist.data.sides import side

@@ -46,8 +46,9 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
 
     from beit3_dist.data.batch import MixedBatches, requests_from
     from beit3_dist.data.loader import loader
+    from beit3_dist.data.views import SeenImages
     from beit3_dist.devices import device_type
-    from beit3_dist.image_tokenizer.codes import CodesWriter, made_from, positions_taken, write_codes
+    from beit3_dist.image_tokenizer.codes import image_ids, made_from, positions_taken, write_codes
     from beit3_dist.image_tokenizer.files import load_vqkd
     from beit3_dist.image_tokenizer.targets import ImageTargets, tokenizer_view_size
 
@@ -57,13 +58,13 @@ def precompute(config: RunConfig, folder: Path, held_out: bool) -> None:
     view = tokenizer_view_size(tokenizer, config.image_tokenizer, config.model)
     batches = MixedBatches(config, view, rank=0, world=1, held_out=held_out)
     made = made_from(config, view, held_out, batches)
-    writer = CodesWriter(folder)
     steps = config.eval.batches if held_out else config.steps
     requests = list(islice(requests_from((0, 0, 0), config.batch), steps * config.batch.accumulation))
     started = time.perf_counter()
     read = loader(batches, requests, config.data.workers, config.data.prefetch, pin=device.type == "cuda")
-    write_codes(writer, read, ImageTargets(tokenizer, device), device)
-    written = writer.close(made, positions_taken(config, held_out))
+    tokenize = ImageTargets(tokenizer, device)
+    coded = ((image_ids(batch), tokenize(SeenImages(batch, device).tokenizer)) for batch in read)
+    written = write_codes(folder, coded, made, positions_taken(config, held_out))
     seconds = time.perf_counter() - started
     print(f"wrote the codes of {written:,} images to {folder} in {seconds:.0f} s")
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from beit3_dist.checkpoint.files import sync, write_json
+from beit3_dist.checkpoint.files import folder_made_aside, sync, write_json
 from beit3_dist.config import ModelConfig
 from beit3_dist.opening import blaming, read_json
 from beit3_dist.weights import read_weights_file, require_finite
@@ -89,22 +89,15 @@ def save_model_folder(
 
     Raises ValueError where the folder already exists.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} already exists: remove it or choose another folder")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-    save_safetensors(partial / WEIGHTS, tensors)
-    sync(partial / WEIGHTS)
-    if text_tokenizer is not None:
-        shutil.copyfile(text_tokenizer, partial / TOKENIZER)
-        sync(partial / TOKENIZER)
     content = {"format": FORMAT, "model": asdict(config), "task": task, "objectives": [*objectives]}
-    write_json(partial / CONFIG, content)
-    partial.rename(folder)
-    sync(folder.parent)
+    with folder_made_aside(Path(folder)) as partial:
+        save_safetensors(partial / WEIGHTS, tensors)
+        sync(partial / WEIGHTS)
+        if text_tokenizer is not None:
+            shutil.copyfile(text_tokenizer, partial / TOKENIZER)
+            sync(partial / TOKENIZER)
+        write_json(partial / CONFIG, content)
 
 
 def config_of(fields: Any) -> ModelConfig:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from beit3_dist.checkpoint.files import sync, write_json
+from beit3_dist.checkpoint.files import folder_made_aside, sync, write_json
 from beit3_dist.checkpoint.find import Damaged, damaged, read_manifest, wrong_digests
 from beit3_dist.checkpoint.read import BUFFER, StoredShards
 from beit3_dist.checkpoint.shard import Shard
@@ -39,17 +39,12 @@ def write_neutral(checkpoint: Path, folder: Path) -> None:
 
     Raises ValueError where the checkpoint is damaged or incomplete, naming the file, or where the folder exists.
     """
-    if folder.exists():
-        raise ValueError(f"{folder} already exists: remove it or choose another folder")
     if damage := damaged(checkpoint):
         raise Damaged(damage)
     files = read_manifest(checkpoint)
     if wrong := wrong_digests(checkpoint, files):
         raise Damaged("; ".join(wrong))
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with folder_made_aside(folder) as partial:
         manifest = {_SHARD: _write_shard(partial / _SHARD, checkpoint)}
         for name, (size, digest) in files.items():
             if not name.startswith("shard_"):
@@ -57,11 +52,6 @@ def write_neutral(checkpoint: Path, folder: Path) -> None:
                 sync(partial / name)
                 manifest[name] = {"bytes": size, "sha256": digest}
         write_json(partial / "manifest.json", manifest)
-        partial.rename(folder)
-        sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_shard(path: Path, checkpoint: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -110,19 +109,6 @@ def _remove_abandoned(folder: Path) -> None:
                 partial.unlink()
         except FileNotFoundError:
             pass  # It is whole by now, or another process has removed it.
-
-
-@contextmanager
-def folder_made_aside(out: Path) -> Iterator[Path]:
-    """OUT.partial to fill, renamed to OUT when all went well; what a killed process left there is replaced. Raises
-    ValueError where OUT is in use."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} already exists; remove it or name another folder")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    partial.rename(out)
 
 
 def write_whole(target: Path, write: Callable[[BinaryIO], object], field: str = "data.cache") -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from beit3_dist.checkpoint.files import sha256, write_json
+from beit3_dist.checkpoint.files import folder_made_aside, sha256, write_json
 from beit3_dist.config import Patterns, RunConfig, require, sources_of
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.streams import SampleStream
-from beit3_dist.data.views import SeenImages, Tokenize
+from beit3_dist.data.views import Tokenize
 from beit3_dist.model.token_layout import to_device
 from beit3_dist.opening import read_json, regular_size
 
@@ -86,46 +85,32 @@ def open_codes(
     return codes
 
 
-class CodesWriter:
-    """Writes codes as they come, and the folder is whole or absent. Raises ValueError if it exists.
-
-    The ids stay in memory, 8 bytes an image, until they are sorted at the end.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        require(not folder.exists(), f"{folder} already exists; remove it or name another folder")
-        self.folder, self.partial = folder, folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self.ids: list[np.ndarray] = []
-        self.codes = open(self.partial / "codes.bin", "wb")
-        self.patches = 0
-
-    def add(self, ids: Tensor, codes: Tensor) -> None:
-        """ids int64 [n] of images with codes [n, patches]."""
-        self.ids.append(ids.numpy().copy())  # they may lie in a loader process's memory, which is an open file
-        require(int(codes.max()) <= MOST_CODES, f"a code above {MOST_CODES} does not fit into two bytes")
-        self.patches = codes.shape[1]
-        self.codes.write(codes.cpu().numpy().astype(CODE_TYPE).tobytes())
-
-    def close(self, made: dict[str, Any], taken: tuple[int, int]) -> int:
-        """Writes the rest and the manifest; `taken`: the positions of images and pairs that are covered. Returns the
-        number of ids."""
-        self.codes.close()
-        require(bool(self.ids), "the recipe takes no images, so there are no codes")
-        ids, rows = np.unique(np.concatenate(self.ids), return_index=True)  # a short stream starts over
-        np.save(self.partial / "ids.npy", ids, allow_pickle=False)
-        np.save(self.partial / "rows.npy", rows.astype(np.int64), allow_pickle=False)
+def write_codes(
+    folder: Path, coded: Iterable[tuple[Tensor, Tensor]], made: dict[str, Any], taken: tuple[int, int]
+) -> int:
+    """Writes a new folder, whole or not at all, of codes as they come: ids int64 [n] of images, codes [n, patches].
+    `taken`: the positions of images and pairs that are covered. Returns the number of ids, which stay in memory, 8
+    bytes an image, until they are sorted at the end. Raises ValueError where the folder is in use."""
+    of_images: list[np.ndarray] = []
+    with folder_made_aside(folder) as partial:
+        with open(partial / "codes.bin", "wb") as file:
+            for some, codes in coded:
+                of_images.append(some.numpy().copy())  # they may lie in a loader's memory, which is an open file
+                require(int(codes.max()) <= MOST_CODES, f"a code above {MOST_CODES} does not fit into two bytes")
+                file.write(codes.cpu().numpy().astype(CODE_TYPE).tobytes())
+        require(bool(of_images), "the recipe takes no images, so there are no codes")
+        ids, rows = np.unique(np.concatenate(of_images), return_index=True)  # a short stream starts over
+        np.save(partial / "ids.npy", ids, allow_pickle=False)
+        np.save(partial / "rows.npy", rows.astype(np.int64), allow_pickle=False)
         manifest = {
             "format": FORMAT,
             "made_from": made,
             "pictures": taken,
-            "patches": self.patches,
-            "files": {name: (self.partial / name).stat().st_size for name in FILES},
+            "patches": codes.shape[1],
+            "files": {name: (partial / name).stat().st_size for name in FILES},
         }
-        write_json(self.partial / "manifest.json", manifest)
-        self.partial.rename(self.folder)
-        return len(ids)
+        write_json(partial / "manifest.json", manifest)
+    return len(ids)
 
 
 class PrecomputedCodes:
@@ -208,9 +193,3 @@ def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Toke
         return tokenize
     looked_up = codes.of(batch)
     return lambda images: to_device(looked_up, images.device)
-
-
-def write_codes(writer: CodesWriter, batches: Iterable[MicroBatch], tokenize: Tokenize, device: torch.device) -> None:
-    """Adds the codes of all images of the micro-batches."""
-    for batch in batches:
-        writer.add(image_ids(batch), tokenize(SeenImages(batch, device).tokenizer))

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from beit3_dist.config import LoadingConfig, OptimConfig, TrainingConfig, expand_home, require
+from beit3_dist.config import (
+    LoadingConfig,
+    OptimConfig,
+    TrainingConfig,
+    expand_home,
+    require,
+    require_not_negative,
+    require_positive,
+    require_within,
+)
 from beit3_dist.tasks.registry import task_class, task_names
 
 
@@ -43,9 +52,8 @@ class TaskDataConfig(LoadingConfig):
         require(
             self.text_length >= 3, f"data.text_length={self.text_length}: a text needs at least <s>, a word and </s>"
         )
-        require(0 < self.min_crop_scale <= 1, f"data.min_crop_scale={self.min_crop_scale} is not in (0, 1]")
-        for name in ("horizontal_flip", "random_erasing"):
-            require(0 <= getattr(self, name) <= 1, f"data.{name}={getattr(self, name)} is not in [0, 1]")
+        require_within("(0, 1]", "data.", self, "min_crop_scale")
+        require_within("[0, 1]", "data.", self, "horizontal_flip", "random_erasing")
 
     def files(self, train: bool) -> list[str]:
         """The one or more files that `train`, or `validation`, names."""
@@ -70,8 +78,7 @@ class TaskBatchConfig:
     micro-batch of several twice, first without gradient (GradCache)."""
 
     def __post_init__(self) -> None:
-        require(self.size > 0, f"batch.size must be positive, not {self.size}")
-        require(self.accumulation > 0, f"batch.accumulation must be positive, not {self.accumulation}")
+        require_positive("batch.", self, "size", "accumulation")
 
 
 @dataclass(kw_only=True)
@@ -90,9 +97,8 @@ class TaskEvalConfig:
     """Examples per rank and forward; 0: the training's micro-batch."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "batch"):
-            require(getattr(self, name) >= 0, f"eval.{name}={getattr(self, name)} is negative")
-        require(self.beams > 0, f"eval.beams must be positive, not {self.beams}")
+        require_not_negative("eval.", self, "every", "batch")
+        require_positive("eval.", self, "beams")
 
 
 def _fine_tuning_optimizer() -> OptimConfig:
@@ -157,11 +163,11 @@ class FinetuneConfig(TrainingConfig):
             not self.evaluate_only or bool(self.data.validation),
             "evaluate_only: data.validation names no index of examples to evaluate on",
         )
-        for name in ("epochs", "warmup_epochs", "mixup", "cutmix"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative")
+        require_not_negative("", self, "epochs", "warmup_epochs", "mixup", "cutmix", "drop_worst_after")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
-        for name in ("layer_decay", "head_lr_scale"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        require_positive("", self, "layer_decay", "head_lr_scale")
+        require_within("[0, 1)", "", self, "ema_decay", "label_smoothing", "drop_worst_ratio")
+        require_within("(0, 1]", "", self, "caption_mask_ratio")
         require(
             self.head_lr_scale == 1 or task.has_classifier,
             f"head_lr_scale={self.head_lr_scale}: task={self.task} has no head of its own classes: leave it at 1",
@@ -171,10 +177,6 @@ class FinetuneConfig(TrainingConfig):
             f"mixup={self.mixup} and cutmix={self.cutmix} belong to {_those_with('mixes')}, not to task={self.task}: "
             "leave them at 0",
         )
-        require(self.drop_worst_after >= 0, f"drop_worst_after={self.drop_worst_after} is negative")
-        for name in ("ema_decay", "label_smoothing", "drop_worst_ratio"):
-            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
-        require(0 < self.caption_mask_ratio <= 1, f"caption_mask_ratio={self.caption_mask_ratio} is not in (0, 1]")
         require(
             task.needs_names or not self.data.answers,
             f"data.answers belongs to {_those_with('needs_names')}, not to task={self.task}",

@@ -46,7 +46,7 @@ from beit3_dist.data.order import Stream
 from beit3_dist.data.streams import ImageStream, Origin, PairStream, TextStream, json_captions
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
-from beit3_dist.image_tokenizer.codes import CodesWriter, PrecomputedCodes
+from beit3_dist.image_tokenizer.codes import PrecomputedCodes, write_codes
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
 from beit3_dist.tasks.data.class_shards import read_class_shards
@@ -330,9 +330,7 @@ class Originals:
         self.odd_pairs = write_tar(folder / "json.tar", [{"__key__": "a", "png": picture.read(), "json": caption}])
         self.checkpoint = write_checkpoint(folder / "step_0000007", 1, 2, BEiT3(TINY).state_dict(), TINY, RECIPE)
         self.model = save_model(folder / "model", "vqa", None)
-        writer = CodesWriter(folder / "codes")
-        writer.add(torch.arange(5), torch.zeros(5, 4))
-        writer.close({}, (3, 2))
+        write_codes(folder / "codes", [(torch.arange(5), torch.zeros(5, 4))], {}, (3, 2))
         self.codes = folder / "codes"
         for name in ("a/x.JPEG", "a/y.jpg", "b/z.png"):
             (folder / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)

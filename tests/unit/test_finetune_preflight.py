@@ -236,7 +236,7 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
         ({"task": "nlvr2"}, "data.answers belongs to imagenet, imagenet_retrieval, text, vqa, not to task=nlvr2"),
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
-        ({"layer_decay": 0.0}, "layer_decay=0.0 must be positive"),
+        ({"layer_decay": 0.0}, "layer_decay must be positive, not 0.0"),
         (
             {"mixup": 0.8},
             "mixup=0.8 and cutmix=0.0 belong to imagenet, not to task=vqa: leave them at 0",

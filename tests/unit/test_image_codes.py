@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beit3_dist.config import EvalConfig
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Samples
-from beit3_dist.image_tokenizer.codes import FILES, CodesWriter, PrecomputedCodes, made_from
+from beit3_dist.image_tokenizer.codes import FILES, PrecomputedCodes, made_from, write_codes
 from tests.unit.tar_fixtures import small_run
 
 
@@ -50,10 +50,8 @@ def test_codes_of_any_number_of_pictures_are_found_with_few_open_files(tmp_path:
     """Ids in any order, some of them twice, written in many pieces."""
     draw = np.random.default_rng(0)
     ids = torch.from_numpy(draw.integers(-(1 << 63), 1 << 63, 3_000))
-    writer = CodesWriter(tmp_path / "codes")
-    for some in torch.cat([ids, ids[:500]]).split(10):
-        writer.add(some, codes_of(some))
-    assert writer.close({}, (3_000, 500)) == 3_000
+    coded = ((some, codes_of(some)) for some in torch.cat([ids, ids[:500]]).split(10))
+    assert write_codes(tmp_path / "codes", coded, {}, (3_000, 500)) == 3_000
     before = len(os.listdir("/proc/self/fd"))
     codes = PrecomputedCodes(tmp_path / "codes", "image_codes", 1 << 16)
     for some in ids[torch.from_numpy(draw.permutation(3_000))].split(64):
@@ -73,14 +71,12 @@ def test_a_folder_of_a_former_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_recipe_without_pictures_has_no_codes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes no images"):
-        CodesWriter(tmp_path / "codes").close({}, (0, 0))
+        write_codes(tmp_path / "codes", [], {}, (0, 0))
 
 
 def written(folder: Path) -> Path:
     """Codes of ten pictures."""
-    writer = CodesWriter(folder / "codes")
-    writer.add(torch.arange(10), codes_of(torch.arange(10)))
-    writer.close({"view": 16}, (6, 4))
+    write_codes(folder / "codes", [(torch.arange(10), codes_of(torch.arange(10)))], {"view": 16}, (6, 4))
     return folder / "codes"
 
 

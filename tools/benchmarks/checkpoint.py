@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from beit3_dist.checkpoint.store import Store, TrainState, step_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
-from tools.benchmarks.measure import check_positive, machine, spread
+from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, spread
 from tools.benchmarks.recipe import RECIPES
 
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
@@ -70,8 +70,6 @@ class Contenders:
         """The least that a save can hold the training up: one copy to host memory."""
         for place, values in zip(self._host, self.tensors.values(), strict=True):
             place.copy_(values, non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def ours(self) -> float:
         """Saves durably; seconds that the training would have stood still."""
@@ -112,14 +110,8 @@ class Contenders:
             assert not different, f"{way} gives back other values of {', '.join(different[:3])}: nothing to compare"
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
 def benchmark_checkpoint(options: Namespace) -> dict[str, Any]:
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = gpu_or_cpu()
     model = model_of(options.recipe)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -131,15 +123,15 @@ def benchmark_checkpoint(options: Namespace) -> dict[str, Any]:
         contenders.torch_save()
         contenders.distributed()
         contenders.assert_equal_values()
-        contenders.copy()
-        taken: dict[str, list[float]] = {"copy": [], "pause": [], "ours": [], "torch.save": [], "dcp": []}
-        for _ in range(options.rounds):  # the two that are short each after one that waited for the disk
-            taken["copy"].append(seconds(contenders.copy))
-            taken["torch.save"].append(seconds(contenders.torch_save))
-            started = time.perf_counter()
-            taken["pause"].append(contenders.ours())
-            taken["ours"].append(time.perf_counter() - started)
-            taken["dcp"].append(seconds(contenders.distributed))
+        pauses: list[float] = []
+        ways = (  # the two that are short each after one that waited for the disk
+            contenders.copy,
+            contenders.torch_save,
+            lambda: pauses.append(contenders.ours()),
+            contenders.distributed,
+        )
+        copy_s, torch_s, ours_s, dcp_s = (taken.wall for taken in in_turns(ways, options.rounds, device))
+        taken = {"copy": copy_s, "pause": pauses[1:], "ours": ours_s, "torch.save": torch_s, "dcp": dcp_s}
         size = sum(path.stat().st_size for path in (folder / "ours" / step_name(contenders.step)).iterdir())
     finally:
         shutil.rmtree(folder)

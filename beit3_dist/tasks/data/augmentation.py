@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from beit3_dist.config import require_within
 from beit3_dist.data.transforms import cropped_view, resized
 from beit3_dist.optional import optional_module
 
@@ -51,11 +52,8 @@ class Views:
     """The fixed view: the whole image, squashed to a square, or its largest centred square."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.min_crop_scale <= 1:
-            raise ValueError(f"min_crop_scale={self.min_crop_scale} is not in (0, 1]")
-        for name, value in (("horizontal_flip", self.horizontal_flip), ("erase", self.erase)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value} is not in [0, 1]")
+        require_within("(0, 1]", "", self, "min_crop_scale")
+        require_within("[0, 1]", "", self, "horizontal_flip", "erase")
         if self.rand_augment:
             _rand_augment(self.rand_augment)
 
