@@ -40,7 +40,7 @@ from beit3_dist.checkpoint.model_folder import (
     check_blocks,
     read_model_folder,
 )
-from beit3_dist.config import DataConfig
+from beit3_dist.config import DataConfig, require
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.text_files import require_text
@@ -321,8 +321,7 @@ def _network_and_task(
 
 def _check_entry(entry: dict[str, Any]) -> None:
     """Raises ValueError where a folder's task is not what one of ours has written."""
-    if not isinstance(entry.get("name"), str):
-        raise ValueError(f"there is no task {entry.get('name')!r}")
+    require(isinstance(entry.get("name"), str), f"there is no task {entry.get('name')!r}")
     for field, least in (("classes", 0), ("text_length", 3)):
         value = entry.get(field, least)
         if type(value) is not int or value < least:
@@ -351,8 +350,7 @@ def _images(given: Any) -> list[ImageLike]:
 def _texts(given: Any, what: str = "texts") -> list[str]:
     texts = _listed(given, what)
     for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"{what} are strings, not {type(text).__name__}")
+        require(isinstance(text, str), f"{what} are strings, not {type(text).__name__}")
         require_text(text, f"{what}[{number}]")
     return texts
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from beit3_dist.config import require
 from beit3_dist.opening import regular_size
 
 HOLDERS = ("state_dict", "model", "module", "teacher")
@@ -98,13 +99,11 @@ def state_dict_in(content: Any, source: str) -> dict[str, Tensor]:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
     tensors = [item for item in content.items() if isinstance(item[1], Tensor)] if isinstance(content, Mapping) else []
-    if not tensors:
-        raise ValueError(f"{source} is not a state dict: it has no tensors by name, at the top or under `model`")
+    require(bool(tensors), f"{source} is not a state dict: it has no tensors by name, at the top or under `model`")
     state: dict[str, Tensor] = {}
     for key, tensor in tensors:
         name = WRAPPERS.sub("", str(key))
-        if name in state:
-            raise ValueError(f"{source} has {name} twice, with and without a wrapper's prefix")
+        require(name not in state, f"{source} has {name} twice, with and without a wrapper's prefix")
         held = tensor.untyped_storage().nbytes() if tensor.layout is torch.strided and not tensor.is_meta else 0
         if tensor.numel() * tensor.itemsize > held:
             raise ValueError(f"{source}: {name} has more elements than the file holds of it")

@@ -32,7 +32,7 @@ from webdataset import ShardWriter
 from beit3_dist.checkpoint.files import folder_made_aside, sha256
 from beit3_dist.children import end_with_parent
 from beit3_dist.command_line import refusing
-from beit3_dist.config import DataConfig
+from beit3_dist.config import DataConfig, require
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.kinds import IMAGE_EXTENSIONS, LeftOut, images_below, told
 from beit3_dist.data.sides import side
@@ -128,11 +128,9 @@ def image_samples(files: Iterable[ImageFile], options: Namespace, skipped: Skipp
 def files_of(folder: Path, left_out: LeftOut) -> list[ImageFile]:
     """All image files below a folder, in the order of their paths, and what else is there counted. Raises ValueError
     if there is none."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
+    require(folder.is_dir(), f"there is no folder {folder}")
     found = sorted(map(str, images_below(folder, left_out)))
-    if not found:
-        raise ValueError(f"no image below {folder}: none of its files ends in {', '.join(IMAGE_EXTENSIONS)}")
+    require(bool(found), f"no image below {folder}: none of its files ends in {', '.join(IMAGE_EXTENSIONS)}")
     return [ImageFile(path) for path in found]
 
 
@@ -184,8 +182,7 @@ def write(folder: Path, source: str, samples: Iterable[Sample], per_shard: int, 
             writer.write({"__key__": f"{keys[sample.side]:09d}", **sample.members})
             keys[sample.side] += 1
             counts[str(writer.fname)] += sample.count
-    if not writers:
-        raise ValueError(f"{source}: there is no usable sample")
+    require(bool(writers), f"{source}: there is no usable sample")
     for name in ("train", "held_out") if held_out else ("train",):
         if name not in writers:
             raise ValueError(
@@ -366,8 +363,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     sub.set_defaults(size=0)
 
     options = parser.parse_args(arguments)
-    if not 0 <= options.held_out < 1:
-        raise ValueError(f"--held-out {options.held_out:g} is not in [0, 1)")
+    require(0 <= options.held_out < 1, f"--held-out {options.held_out:g} is not in [0, 1)")
     for name, least in (("limit", 1), ("size", 0), ("workers", 1), ("per_shard", 1)):
         value = getattr(options, name, None)
         if value is not None and value < least:

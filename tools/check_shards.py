@@ -26,7 +26,7 @@ from rich.progress import track
 
 from beit3_dist.children import end_with_parent
 from beit3_dist.command_line import refusing
-from beit3_dist.config import DataConfig
+from beit3_dist.config import DataConfig, require
 from beit3_dist.data.cache import cache_folder
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.index import expand
@@ -143,8 +143,7 @@ def check_all(options: Namespace) -> dict[str, Any]:
         pattern = getattr(options, stream.field)
         paths = expand(pattern, f"--{stream.field}") if pattern else []
         jobs += [Work(stream, path, plain_tar(path, folder), options.caption_key, options.max_pixels) for path in paths]
-    if not jobs:
-        raise ValueError("name shards by --images, --texts or --pairs")
+    require(bool(jobs), "name shards by --images, --texts or --pairs")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         found = pool.map(check, jobs)
         shown = track(found, "checking", len(jobs), disable=not sys.stderr.isatty())
@@ -196,8 +195,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        raise ValueError(f"--jobs {options.jobs} is less than 1")
+    require(options.jobs >= 1, f"--jobs {options.jobs} is less than 1")
     return options
 
 

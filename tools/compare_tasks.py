@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from beit3_dist.command_line import refusing
+from beit3_dist.config import require
 from beit3_dist.data.text_files import read_records
 from beit3_dist.opening import read_yaml
 
@@ -26,8 +27,7 @@ def last_validation(run: Path) -> dict[str, float]:
     """The metrics of a run's last validation. Raises ValueError where there is none."""
     log = run / "eval.jsonl"
     records = list(read_records(log)) if log.is_file() else []
-    if not records:
-        raise ValueError(f"{run} has no validation in eval.jsonl: let launchers/finetune.py finish it")
+    require(bool(records), f"{run} has no validation in eval.jsonl: let launchers/finetune.py finish it")
     return records[-1][1]
 
 
@@ -49,8 +49,7 @@ def compare(folder: Path) -> list[dict[str, str | float]]:
             if metric != "step":
                 by_start = {start: score[metric] for start, score in scores.items()}
                 rows.append({"run": name, "metric": metric, "steps": scores["random"]["step"], **by_start})
-    if not rows:
-        raise ValueError(f"{folder} holds no run NAME-pretrained with its NAME-random")
+    require(bool(rows), f"{folder} holds no run NAME-pretrained with its NAME-random")
     return rows
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_dist.command_line import log_to_console, refusing
+from beit3_dist.config import require
 
 log = logging.getLogger("beit3_dist.convert_checkpoint")
 
@@ -63,8 +64,7 @@ def main(arguments: Sequence[str]) -> None:
 def convert(options: Namespace) -> None:
     """Raises ValueError or OSError with one line where it cannot be done."""
     source, destination = options.source, options.destination
-    if destination.exists():
-        raise ValueError(f"{destination} already exists: remove it or choose another name")
+    require(not destination.exists(), f"{destination} already exists: remove it or choose another name")
     for name in ("text_tokenizer", "answers"):
         file = getattr(options, name)
         if file and options.to != "safetensors":
@@ -115,8 +115,7 @@ def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) 
     from beit3_dist.tasks.registry import task_class, task_names
 
     if task is None or "classes" not in task:
-        if file is not None:
-            raise ValueError(f"--answers: {source} has no head, or none is kept, that tells answers or classes apart")
+        require(file is None, f"--answers: {source} has no head, or none is kept, that tells answers or classes apart")
         return task
     remedy = f"give --answers FILE with its {task['classes']} answers, one a line in the order of the labels"
     if file is None and task.get("answers"):
@@ -124,8 +123,7 @@ def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) 
     if file is None and (source / "manifest.json").is_file():
         data = read_yaml(source / "config.yaml").get("data")
         file = Path(str(data.get("answers")) if isinstance(data, dict) else "")
-        if not file.is_file():
-            raise ValueError(f"the run of {source} read data.answers={file}, which is not there any more: {remedy}")
+        require(file.is_file(), f"the run of {source} read data.answers={file}, which is not there any more: {remedy}")
     if file is None and task["name"] in task_names() and task_class(task["name"]).keeps_names:
         raise ValueError(f"{source} does not name its answers: {remedy}, or unilm's answer2label.txt")
     if file is None:
@@ -140,10 +138,8 @@ def _convert_to_neutral(options: Namespace) -> None:
     from beit3_dist.checkpoint.neutral import write_neutral
 
     for name in ("dtype", "image_size", "attention_heads"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name}: the neutral form holds the training state as it is")
-    if options.heads != "keep":
-        raise ValueError("--heads drop: the neutral form holds the training state as it is")
+        require(getattr(options, name) is None, f"--{name}: the neutral form holds the training state as it is")
+    require(options.heads == "keep", "--heads drop: the neutral form holds the training state as it is")
     if not (options.source / "manifest.json").is_file():
         raise ValueError(
             f"{options.source} is no checkpoint of a training run (RUN/checkpoints/step_NNNNNNN), "

@@ -74,8 +74,7 @@ def plans(config: RunConfig, ranks: Sequence[int]) -> list[Plan]:
             reason = str(error)
             continue
         found += [plan(config, model, world, zero_stage, tensor, pipeline) for zero_stage in (1, 3)]
-    if not found:
-        raise ValueError(f"no layout divides: {reason}")
+    require(bool(found), f"no layout divides: {reason}")
     return sorted(found, key=lambda p: (p.ranks, p.zero_stage, p.tensor, p.pipeline))
 
 

@@ -47,7 +47,7 @@ from beit3_dist.checkpoint.files import write_json
 from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import refusing
-from beit3_dist.config import STREAMS, BatchConfig, RunConfig
+from beit3_dist.config import STREAMS, BatchConfig, RunConfig, require
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages, Tokenize
@@ -106,8 +106,7 @@ def open_run(folder: Path, program: str, plugins: Sequence[str] = ()) -> Run:
     """Raises ValueError or OSError with one line where something is missing or does not fit. `program`: who asks."""
     config = pretraining_config(folder, program, plugins)
     metrics = read_records(folder / "metrics.jsonl")
-    if not metrics:
-        raise ValueError(f"{folder} has no metrics.jsonl with a step in it: the run has not trained yet")
+    require(bool(metrics), f"{folder} has no metrics.jsonl with a step in it: the run has not trained yet")
     checkpoint = find("auto", folder / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{folder / 'checkpoints'} holds no checkpoint yet: wait for step {config.checkpoint.every}")
@@ -591,10 +590,8 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--plugins", nargs="*", default=[], metavar="FILE", help=text)
     options = parser.parse_args(arguments)
     options.out = options.out or options.run / "report.png"
-    if not 1 <= options.pictures <= MOST_IMAGES:
-        raise ValueError(f"--pictures {options.pictures} is not in 1 to {MOST_IMAGES}")
-    if options.out.suffix != ".png":
-        raise ValueError(f"--out {options.out} does not end in .png")
+    require(1 <= options.pictures <= MOST_IMAGES, f"--pictures {options.pictures} is not in 1 to {MOST_IMAGES}")
+    require(options.out.suffix == ".png", f"--out {options.out} does not end in .png")
     if options.run.is_dir() and not options.out.parent.is_dir():
         raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
     return options

@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from beit3_dist.command_line import refusing
+from beit3_dist.config import require
 from beit3_dist.data.cache import cache_folder, digest, locked, write_whole
 from beit3_dist.data.kinds import IMAGE_EXTENSIONS, LeftOut, images_below, told
 from beit3_dist.data.transforms import resized
@@ -260,14 +261,10 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--cache", default="~/.cache/beit3_dist", help="folder of the index; ~/.cache/beit3_dist")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; the first GPU where there is one")
     options = parser.parse_args(arguments)
-    if not options.folder.is_dir():
-        raise ValueError(f"{options.folder} is no folder")
-    if not options.words.strip():
-        raise ValueError("there are no words to look for")
-    if options.top < 1:
-        raise ValueError(f"--top {options.top} is not positive")
-    if options.out.suffix != ".html":
-        raise ValueError(f"--out {options.out} does not end in .html")
+    require(options.folder.is_dir(), f"{options.folder} is no folder")
+    require(bool(options.words.strip()), "there are no words to look for")
+    require(options.top >= 1, f"--top {options.top} is not positive")
+    require(options.out.suffix == ".html", f"--out {options.out} does not end in .html")
     root = options.folder.resolve()
     for name, path in (("--out", options.out), ("--cache", Path(options.cache).expanduser())):
         place = path.resolve()  # in a hidden folder no search ever sees it
@@ -291,11 +288,9 @@ def main(arguments: list[str] | None = None) -> None:
             finally:  # an interrupted search keeps what it has read
                 if index.files != before:
                     write_index(file, index)
-        if not index.vectors:
-            raise ValueError(f"{options.folder} holds no readable image ({', '.join(IMAGE_EXTENSIONS)})")
+        require(bool(index.vectors), f"{options.folder} holds no readable image ({', '.join(IMAGE_EXTENSIONS)})")
         matches = best(index, words, options.folder, options.top)
-        if not matches:
-            raise ValueError(f"every image of {options.folder} vanished while it was searched")
+        require(bool(matches), f"every image of {options.folder} vanished while it was searched")
         picture = options.out.with_suffix(".png")
         content = page(options.words, options.folder, matches, index).encode()
         write_whole(options.out, lambda out: out.write(content), "--out")

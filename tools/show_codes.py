@@ -26,6 +26,7 @@ from report import examples, open_run
 from torch import Tensor
 
 from beit3_dist.command_line import parse, refusing
+from beit3_dist.config import require
 from beit3_dist.data.batch import requests_from
 from beit3_dist.data.views import SeenImages
 from beit3_dist.image_tokenizer.config import TokenizerConfig
@@ -90,10 +91,8 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--pictures", type=int, default=12, metavar="N", help="images to show; 12")
     options = parser.parse_args(arguments)
     options.out = options.out or options.run / "codes.png"
-    if options.pictures < 1:
-        raise ValueError(f"--pictures {options.pictures} is not positive")
-    if not options.run.is_dir():
-        raise ValueError(f"{options.run} is no folder")
+    require(options.pictures >= 1, f"--pictures {options.pictures} is not positive")
+    require(options.run.is_dir(), f"{options.run} is no folder")
     return options
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import sentencepiece
 
 from beit3_dist.command_line import refusing
-from beit3_dist.config import DataConfig
+from beit3_dist.config import DataConfig, require
 from beit3_dist.data.cache import cache_folder, write_whole
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import expand
@@ -139,12 +139,9 @@ def parse(arguments: list[str] | None) -> Namespace:
     parser.add_argument("--cache", default=DataConfig.cache, help="where compressed tars are unpacked, as data.cache")
     options = parser.parse_args(arguments)
     for name in ("pieces", "max_sentences"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)} is less than 1")
-    if not 0.98 <= options.coverage <= 1:
-        raise ValueError(f"--coverage {options.coverage:g} is not in [0.98, 1]")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
+        require(getattr(options, name) >= 1, f"--{name.replace('_', '-')} {getattr(options, name)} is less than 1")
+    require(0.98 <= options.coverage <= 1, f"--coverage {options.coverage:g} is not in [0.98, 1]")
+    require(options.out.parent.is_dir(), f"--out {options.out}: there is no folder {options.out.parent}")
     if options.out.is_dir():
         raise ValueError(f"--out {options.out} is a folder: name a file in it, such as {options.out / 'text.spm'}")
     return options

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from beit3_dist.command_line import refusing
+from beit3_dist.config import require
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Table, shard_scan
 from beit3_dist.data.order import Stream, hash_sum, sample_id
@@ -37,8 +38,7 @@ SHOWN = 10
 
 def records(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; raises ValueError where it cannot be read."""
-    if not path.exists():
-        raise ValueError(f"there is no file {path}")
+    require(path.exists(), f"there is no file {path}")
     return [record for _, record in read_records(path)]
 
 
@@ -74,8 +74,7 @@ def replaced(streams: Sequence[SampleStream], faults: list[dict[str, Any]]) -> B
         stream = Stream[fault["stream"].upper()]
         found = [(source, own.find(fault["shard"], fault["key"])) for source, own in enumerate(keys[stream])]
         places = {(source, number) for source, number in found if number is not None}
-        if not places:
-            raise ValueError(f"quarantine.jsonl: {fault['shard']} holds no sample {fault['key']!r}: other shards?")
+        require(bool(places), f"quarantine.jsonl: {fault['shard']} holds no sample {fault['key']!r}: other shards?")
         bad[fault["step"], stream] |= places
     return bad
 
@@ -94,8 +93,7 @@ def stream_terms(stream: SampleStream, first: int, count: int, bad: set[tuple[in
 
 def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
     steps = records(out / "metrics.jsonl")
-    if not steps:
-        raise ValueError(f"{out / 'metrics.jsonl'} holds no step")
+    require(bool(steps), f"{out / 'metrics.jsonl'} holds no step")
     quarantine = out / "quarantine.jsonl"
     config = pretraining_config(out, "verify_order.py", plugins)
     batches = MixedBatches(config, config.model.image_size, 0, 1)

@@ -22,7 +22,7 @@ from beit3_dist.checkpoint.model_folder import ModelFolder, config_of, is_model_
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.released import PREFIX, task_of, weights_from_released, weights_to_released
 from beit3_dist.checkpoint.timm_form import weights_from_timm
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import ModelConfig, require
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.opening import blaming, read_json, read_yaml
@@ -100,8 +100,7 @@ def read_initial_weights(
         source = read_source(path, config.heads)
         for field in ("heads", "layer_norm_eps"):  # no shape tells these
             theirs, ours = getattr(source.config, field), getattr(config, field)
-            if theirs != ours:
-                raise ValueError(f"{path} has model.{field}={theirs}, this run has {ours}")
+            require(theirs == ours, f"{path} has model.{field}={theirs}, this run has {ours}")
         return fit(source.weights, config, shapes_of(config) if shapes is None else shapes, str(path))
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import folder_made_aside, sync, write_json
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import ModelConfig, require
 from beit3_dist.opening import blaming, read_json
 from beit3_dist.weights import read_weights_file, require_finite
 
@@ -123,8 +123,7 @@ def check_blocks(weights: Iterable[str], config: ModelConfig) -> None:
     """Raises ValueError where the config has other blocks than the weights: a model makes its blocks one by one, as
     many as a file claims."""
     there = block_count(weights)
-    if there != config.layers:
-        raise ValueError(f"model.layers={config.layers}, but there are weights of {there} blocks")
+    require(there == config.layers, f"model.layers={config.layers}, but there are weights of {there} blocks")
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -156,11 +155,9 @@ def read_model_folder(folder: Path) -> ModelFolder:
     require_finite(weights.items(), str(folder / WEIGHTS))
     with blaming(f"{folder / CONFIG} is not a config of ours", TypeError, KeyError):
         written = content["format"]
-        if written != FORMAT:
-            raise ValueError(f"it has format {written}, this version reads {FORMAT}")
+        require(written == FORMAT, f"it has format {written}, this version reads {FORMAT}")
         config, task = config_of(content["model"]), content["task"]
-        if not isinstance(task, dict | None):
-            raise ValueError("its task is no object")
+        require(isinstance(task, dict | None), "its task is no object")
         objectives = content.get("objectives", [])
         if not isinstance(objectives, list) or not all(isinstance(name, str) for name in objectives):
             raise ValueError("its objectives are no list of names")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.find import Damaged, read_manifest, wrong_digests
 from beit3_dist.checkpoint.shard import Shard
+from beit3_dist.config import require
 from beit3_dist.model.cut import Cut
 from beit3_dist.opening import open_regular, parse_json
 from beit3_dist.weights import require_finite
@@ -104,8 +105,7 @@ class StoredShards:
         """Shape of a whole parameter. Raises ValueError where its elements are fewer, so that nobody makes room for
         what a header only claims."""
         shape, held = self._stored[name][0].shape, sum(shard.numel for shard in self._stored[name])
-        if held < math.prod(shape):
-            raise ValueError(f"{self._path} holds {held} of {math.prod(shape)} elements of {name}")
+        require(held >= math.prod(shape), f"{self._path} holds {held} of {math.prod(shape)} elements of {name}")
         return shape
 
     def suffixes(self, name: str) -> set[str]:
@@ -180,8 +180,7 @@ class StoredShards:
                 values = shard.read(key, begin, min(end, begin + BUFFER))
                 target[begin - start : begin - start + len(values)].copy_(values)
                 found += len(values)
-        if found != target.numel():
-            raise ValueError(f"{self._path} holds {found} of {target.numel()} elements of {key}")
+        require(found == target.numel(), f"{self._path} holds {found} of {target.numel()} elements of {key}")
 
 
 def _shards_in(file: Path) -> dict[str, _Stored]:
@@ -190,8 +189,7 @@ def _shards_in(file: Path) -> dict[str, _Stored]:
     with open_regular(file) as opened:
         size = os.fstat(opened.fileno()).st_size
         length = int.from_bytes(opened.read(8), "little")
-        if 8 + length > min(size, MOST_HEADER):
-            raise ValueError(f"{file} is no shard: its header would have {length} bytes")
+        require(8 + length <= min(size, MOST_HEADER), f"{file} is no shard: its header would have {length} bytes")
         text = opened.read(length)
     try:
         header = parse_json(text.decode())

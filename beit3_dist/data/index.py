@@ -25,6 +25,7 @@ import numpy as np
 from braceexpand import braceexpand
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
+from beit3_dist.config import require
 from beit3_dist.data.cache import DamagedCache, cache_folder, cached, digest, mapped, parsed, write_whole
 from beit3_dist.data.kinds import IMAGE, IMAGE_EXTENSIONS, JSON, JSONL, KIND_NAMES, TXT, LeftOut
 from beit3_dist.data.members import members_of
@@ -73,10 +74,8 @@ def is_sequential(pattern: str) -> bool:
 def expand(pattern: str, field: str) -> list[str]:
     """Absolute paths of the files that a brace and glob pattern names, sorted, each once. Every alternative of the
     braces must match: a shard missing from a range is an error, not a smaller data set."""
-    if not pattern:
-        raise ValueError(f"{field}: no pattern of tars is given")
-    if is_sequential(pattern):
-        raise ValueError(f"{field}: {pattern!r} has no random access, which is needed here: name files")
+    require(bool(pattern), f"{field}: no pattern of tars is given")
+    require(not is_sequential(pattern), f"{field}: {pattern!r} has no random access, which is needed here: name files")
     paths: set[str] = set()
     try:
         parts = list(braceexpand(os.path.expanduser(pattern)))
@@ -180,8 +179,7 @@ def shard_scan(path: str, mark: tuple[int, int], folder: Path) -> Scan:
     except Exception:  # noqa: S110 (there is none yet, or it is damaged, which makes numpy raise nearly anything)
         pass
     result = scan(path)
-    if fingerprint(path) != mark:
-        raise ValueError(f"{path} changed while it was indexed; start again when it is complete")
+    require(fingerprint(path) == mark, f"{path} changed while it was indexed; start again when it is complete")
     content = vars(result) | {"left_out": json.dumps(result.left_out), "mark": expected}
     write_whole(sidecar, lambda file: np.savez(file, **content))
     return result
@@ -274,8 +272,7 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Shar
     if share != ALONE and not table.file.exists():
         _scan_share(table, share)
     cached(lambda: (table.rows, table.notes), lambda: _build(table), folder / digest(*paths))
-    if len(table) == 0:
-        raise ValueError(f"{field}: no sample in {len(paths)} shard(s) of {pattern!r}: each needs {NEEDS[stream]}")
+    require(len(table) != 0, f"{field}: no sample in {len(paths)} shard(s) of {pattern!r}: each needs {NEEDS[stream]}")
     return table
 
 

@@ -75,8 +75,7 @@ def sequential(shards: Patterns, field: str) -> bool:
     """Whether a stream's shards are no files. Raises ValueError where some are and some are not."""
     patterns = [source.shards for source in sources_of(shards, field)]
     kinds = {is_sequential(pattern) for pattern in patterns}
-    if len(kinds) == 2:
-        raise ValueError(f"{field}: files and others ({', '.join(patterns)}) cannot be mixed in one stream")
+    require(len(kinds) != 2, f"{field}: files and others ({', '.join(patterns)}) cannot be mixed in one stream")
     return kinds == {True}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from beit3_dist.config import require
 from beit3_dist.data.kinds import is_json
 from beit3_dist.data.text_files import read_lines, read_records, require_text
 
@@ -27,8 +28,7 @@ LONGEST_SHOWN = 200
 def texts_in(path: Path) -> Iterator[str]:
     """The documents of a file: lines of plain text, the field `text` of .jsonl or .json records, or the texts of a JSON
     array; empty ones are left out. Raises ValueError naming file and place."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    require(path.is_file(), f"there is no file {path}")
     if not is_json(path):
         yield from filter(None, (line.strip() for _, line in read_lines(path)))
         return
@@ -41,8 +41,7 @@ def texts_in(path: Path) -> Iterator[str]:
 def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Iterator[tuple[str, str]]:
     """Path and caption of each row of a .tsv, .csv, .jsonl or .json table, as written. `rest`: the caption is the last
     column, and cells beyond the header's belong to it. Raises ValueError with the place."""
-    if not table.is_file():
-        raise ValueError(f"there is no file {table}")
+    require(table.is_file(), f"there is no file {table}")
     if is_json(table):
         if rest:
             raise ValueError(f"{table}: its records name their fields, so that no caption has a rest")
@@ -51,13 +50,11 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
             yield _text(known.get(image), image, place), _text(known.get(caption), caption, place)
         return
     separator = {".tsv": "\t", ".csv": ","}.get(table.suffix.lower(), "")
-    if not separator:
-        raise ValueError(f"{table}: a table ends in .tsv, .csv, .jsonl or .json")
+    require(bool(separator), f"{table}: a table ends in .tsv, .csv, .jsonl or .json")
     tabbed = ((number, line.split("\t")) for number, line in read_lines(table) if line)  # quotes are part of captions
     rows = _separated(table) if separator == "," else tabbed
     _, columns = next(rows, (1, []))
-    if not columns:
-        raise ValueError(f"{table} is empty: its first line names the columns")
+    require(bool(columns), f"{table} is empty: its first line names the columns")
     for column in (image, caption):
         if columns.count(column) != 1:
             raise ValueError(
@@ -105,7 +102,6 @@ def _separated(table: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _text(value: Any, field: str, place: str) -> str:
     """What a record has in a field, if it is a text. Raises ValueError."""
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: no string in the field {field!r}")
+    require(isinstance(value, str), f"{place}: no string in the field {field!r}")
     require_text(value, place)
     return value

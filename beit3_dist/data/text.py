@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import sentencepiece
 
-from beit3_dist.config import SPECIAL_ROWS
+from beit3_dist.config import SPECIAL_ROWS, require
 from beit3_dist.data.cache import Content, DamagedCache, cached, digest, mapped, parsed, write_whole
 from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.index import PROGRESS_SECONDS, Table
@@ -62,8 +62,7 @@ class TextTokenizer:
             self.model.decode(list(range(self.pieces)))  # a piece that is no text in UTF-8 fails here, not in use
         except (RuntimeError, UnicodeError):
             self.pieces = 0
-        if self.pieces == 0:
-            raise ValueError(f"text_tokenizer: {path!r} is not a SentencePiece model file")
+        require(self.pieces != 0, f"text_tokenizer: {path!r} is not a SentencePiece model file")
         controls = (self.model.unk_id(), self.model.bos_id(), self.model.eos_id())
         if controls != (0, 1, 2):
             raise ValueError(

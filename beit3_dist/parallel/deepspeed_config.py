@@ -14,7 +14,7 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
-from beit3_dist.config import TrainingConfig
+from beit3_dist.config import TrainingConfig, require
 from beit3_dist.opening import blaming, read_json
 
 SHIPPED = Path(__file__).parents[1] / "ds_configs"
@@ -70,8 +70,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file() and file == Path(SHIPPED.name, file.name):
         file = SHIPPED / file.name
-    if not file.is_file():
-        raise ValueError(f"deepspeed_config: there is no file {path}")
+    require(file.is_file(), f"deepspeed_config: there is no file {path}")
     with blaming("deepspeed_config", OSError):
         return read_json(file)
 

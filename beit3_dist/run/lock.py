@@ -15,7 +15,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from beit3_dist.config import JobConfig
+from beit3_dist.config import JobConfig, require
 from beit3_dist.run.checkpointing import starting_point
 from beit3_dist.run.endings import FolderInUse, Preempted, RunStopped
 
@@ -63,8 +63,7 @@ class RunLock(AbstractContextManager["RunLock"]):
         try:
             while not _locked(self._file):
                 in_use = f"out: {out} is in use by {_holder(self._file)}"
-                if not restarted:
-                    raise ValueError(f"{in_use}: wait for its end, or end it")
+                require(bool(restarted), f"{in_use}: wait for its end, or end it")
                 log.warning("%s; this job was put back into the queue, so that it waits for a while", in_use)
                 time.sleep(LEASE_S)
                 restarted = False

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from beit3_dist.command_line import parse
-from beit3_dist.config import RunConfig
+from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.opening import read_yaml
 
@@ -16,8 +16,7 @@ def pretraining_config(folder: Path, program: str, plugins: Sequence[str] = ()) 
     since it may be somebody else's. Raises ValueError where the folder is none of a run, or of another kind of run;
     a config that this version refuses ends `program`."""
     recipe = folder / "config.yaml"
-    if not recipe.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.yaml")
+    require(recipe.is_file(), f"{folder} is not a run folder: it has no config.yaml")
     if not {"objective", "objectives"} & read_yaml(recipe).keys():
         raise ValueError(f"{folder} is no pretraining run: its config.yaml has no objectives")
     arguments = ["--config", str(recipe), *(f"--plugins={plugin}" for plugin in plugins)]

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from beit3_dist.config import DataConfig
+from beit3_dist.config import DataConfig, require
 from beit3_dist.data.batch import Tensors
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.order import generator, mix, permute
@@ -128,8 +128,7 @@ class Examples(Dataset):
     max_pixels: int = DataConfig.max_pixels
 
     def __post_init__(self) -> None:
-        if self.max_words < 3:
-            raise ValueError(f"max_words={self.max_words} has no room for a word between <s> and </s>")
+        require(self.max_words >= 3, f"max_words={self.max_words} has no room for a word between <s> and </s>")
         if self.mixing is not None and not self.train:
             raise ValueError("mixing is for training: an evaluation measures images as they are")
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from beit3_dist.config import require
 from beit3_dist.data.kinds import LeftOut, folders_in, images_in
 from beit3_dist.data.text_files import read_large_json, read_records, require_text
 from beit3_dist.tasks.data.names import check_names
@@ -49,8 +50,7 @@ def official(path: Path) -> Iterator[None]:
 
 def load(path: Path) -> Any:
     """The content of a JSON file. Raises ValueError if there is none, or no JSON."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    require(path.is_file(), f"there is no file {path}")
     return read_large_json(path)
 
 
@@ -73,8 +73,7 @@ def once(ids: Iterable[Any], what: str) -> None:
     would be one prediction."""
     seen = set()
     for id in ids:
-        if id in seen:
-            raise ValueError(f"{what} {id} comes twice")
+        require(id not in seen, f"{what} {id} comes twice")
         seen.add(id)
 
 
@@ -143,8 +142,7 @@ def vqa(folder: Path, answers: list[str] | None) -> tuple[Indexes, list[str]]:
             normalised(answer["multiple_choice_answer"]) for side in annotations.values() for answer in side.values()
         )
         answers = [answer for answer, count in counts.items() if count >= LEAST_ANSWERS]
-        if not answers:
-            raise ValueError(f"{folder}: no answer is the most frequent one of {LEAST_ANSWERS} questions")
+        require(bool(answers), f"{folder}: no answer is the most frequent one of {LEAST_ANSWERS} questions")
     numbers = {answer: number for number, answer in enumerate(answers)}
     indexes: Indexes = {}
     images: dict[str, int] = {}
@@ -196,8 +194,7 @@ def nlvr2(folder: Path) -> Indexes:
     indexes: Indexes = {}
     for split, (name, images) in NLVR2_SPLITS.items():
         path = folder / name
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
+        require(path.is_file(), f"there is no file {path}")
         lines = indexes[f"nlvr2.{split}.index.jsonl"] = []
         with official(path):
             for place, example in read_records(path):
@@ -236,17 +233,14 @@ def imagenet(folder: Path, left_out: LeftOut) -> tuple[Indexes, list[str]]:
         for side in ("train", "val")
     }
     for name, lines in indexes.items():
-        if not lines:
-            raise ValueError(f"{folder}: no image for {name}; a side has a folder of images per class")
+        require(bool(lines), f"{folder}: no image for {name}; a side has a folder of images per class")
     seen = {line["label"] for line in indexes["imagenet.train.index.jsonl"]}
     for label, name in enumerate(classes):
-        if label not in seen:
-            raise ValueError(f"{folder / 'train' / name} holds no image, but would be a class: take the folder out")
+        require(label in seen, f"{folder / 'train' / name} holds no image, but would be a class: take the folder out")
     return indexes, classes
 
 
 def _folders(folder: Path, left_out: LeftOut) -> list[str]:
     """Names of the folders in a folder, sorted."""
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
+    require(folder.is_dir(), f"there is no folder {folder}")
     return folders_in(folder, left_out)

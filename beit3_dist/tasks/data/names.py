@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from beit3_dist.config import require
 from beit3_dist.data.text_files import read_lines, read_records, require_text
 
 MARKS = {"\ufeff": "a byte order mark", "\0": "a zero byte", "\n": "a newline"}
@@ -17,13 +18,11 @@ HIDDEN = re.compile(r"\.[^\W\d]|__MACOSX$")
 def read_names(path: Path) -> list[str]:
     """The answers (or names of classes) in the order of their labels: one a line, unilm's answer2label.txt of JSON
     lines, or a JSON array. Raises ValueError naming file and line where the list cannot be meant, see `check_names`."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    require(path.is_file(), f"there is no file {path}")
     first = next((line for _, line in read_lines(path)), "")
     read = _by_label if first.startswith("{") else read_records if first.startswith("[") else _by_line
     names = list(read(path))
-    if not names:
-        raise ValueError(f"{path} holds no name")
+    require(bool(names), f"{path} holds no name")
     check_names(names)
     return [name for _, name in names]
 
@@ -34,8 +33,7 @@ def _by_line(path: Path) -> list[tuple[str, str]]:
     while lines and not lines[-1][1].strip():
         lines.pop()
     for number, name in lines:
-        if not name.strip():
-            raise ValueError(f"{path}, line {number} is empty: the names after it would get other labels")
+        require(bool(name.strip()), f"{path}, line {number} is empty: the names after it would get other labels")
     return [(f"{path}, line {number}", name) for number, name in lines]
 
 
@@ -50,8 +48,7 @@ def _by_label(path: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{place}: label {label} is also that of {records[label][0]}")
         records[label] = place, record["answer"]
     for label in range(len(records)):
-        if label not in records:
-            raise ValueError(f"{path}: there is no answer of label {label}, but of larger ones")
+        require(label in records, f"{path}: there is no answer of label {label}, but of larger ones")
     return [records[label] for label in range(len(records))]
 
 
@@ -64,12 +61,10 @@ def check_names(names: Iterable[tuple[str, str]]) -> None:
     """
     places: dict[str, str] = {}
     for place, name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"{place}: {name!r} is no text, which a name is")
+        require(isinstance(name, str), f"{place}: {name!r} is no text, which a name is")
         require_text(name, place)
         if found := next((mark for mark in MARKS if mark in name), ""):
             raise ValueError(f"{place}: the name {name!r} holds {MARKS[found]}, as no name does that is meant")
-        if HIDDEN.match(name):
-            raise ValueError(f"{place}: {name!r} is named like a hidden file, and no answer or class")
+        require(not HIDDEN.match(name), f"{place}: {name!r} is named like a hidden file, and no answer or class")
         if (other := places.setdefault(name.strip(), place)) != place:
             raise ValueError(f"{place}: {name!r} is also the name at {other}: give each another")
