@@ -49,6 +49,7 @@ from beit3_dist.devices import device_type
 from beit3_dist.tasks.base import HALF, Normalization, Task, TaskInputs
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.augmentation import Views
+from beit3_dist.tasks.data.batches import padded_words
 from beit3_dist.tasks.parts.heads import FineTuned, NoNorm
 from beit3_dist.tasks.registry import pretrained_tasks, task_class, task_names
 
@@ -211,10 +212,7 @@ class Model:
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
         tokenizer, longest = self.task.tokenizer, self.task.config.data.text_length
-        rows = [[tokenizer.bos, *tokenizer.encode_beginning(text)[: longest - 2], tokenizer.eos] for text in texts]
-        length = max(map(len, rows))
-        words = torch.tensor([row + [tokenizer.pad] * (length - len(row)) for row in rows])
-        padding = torch.arange(length) >= torch.tensor([len(row) for row in rows])[:, None]
+        words, padding = padded_words([tokenizer.encode_beginning(text) for text in texts], longest)
         return words.to(self.device), padding
 
 

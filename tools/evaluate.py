@@ -203,27 +203,21 @@ def captioned_index(options: Namespace, model: Model) -> Captioned:
 
 def captioned_tars(options: Namespace, model: Model) -> Captioned:
     """Every line of a .txt member is a caption of its image."""
-    from beit3_dist.data.faults import BadSample, check_size
+    from beit3_dist.data.faults import BadSample
     from beit3_dist.data.index import open_table
     from beit3_dist.data.order import Stream
     from beit3_dist.data.reader import ShardReader
-    from beit3_dist.data.streams import LARGEST_CAPTION, captions_of
+    from beit3_dist.data.streams import read_captions
     from beit3_dist.tasks.data.examples import TarMember
 
     table = open_table(options.data, "--data", Stream.PAIRS, options.cache)
     reader, found = ShardReader(table), Captioned([], [])
     for number, row in enumerate(table.rows):
-        shard = int(row["shard"])
         try:
-            check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
-            written = reader.read(shard, *map(int, row["text"]))
-            texts = captions_of(written, int(row["kind"]), options.caption_key)
-            if not texts:
-                raise BadSample("empty caption")
+            found.captions.append(read_captions(row, reader, options.caption_key))
         except BadSample as bad:
             raise ValueError(f"{table.shard(number)}, {table.key(number)}: {bad}") from None
-        found.images.append(TarMember(table.files[shard], *map(int, row["image"])))
-        found.captions.append(texts)
+        found.images.append(TarMember(table.files[int(row["shard"])], *map(int, row["image"])))
     return found
 
 

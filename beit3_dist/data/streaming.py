@@ -39,6 +39,7 @@ from beit3_dist.data.streams import ATTEMPTS, LARGEST_CAPTION, SOURCE_SHIFT, Sam
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.leaving import at_the_end
+from beit3_dist.opening import blaming
 
 log = logging.getLogger(__name__)
 
@@ -360,10 +361,8 @@ class SequentialStream:
             )
         require(batch % readers == 0, f"data.virtual_readers={readers} does not divide batch.{name}={batch}")
         require(readers % world == 0, f"data.virtual_readers={readers} is not divisible by {world} data-parallel ranks")
-        try:
+        with blaming(f"data.{name}"):
             self.interleave = Interleave([source.weight for source in sources])
-        except ValueError as error:
-            raise ValueError(f"data.{name}: {error}") from None
         share = readers // world
         self.readers = own = range(rank * share, (rank + 1) * share)
         self.own = [place for place in range(batch) if place % readers in own]

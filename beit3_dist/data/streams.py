@@ -29,7 +29,7 @@ from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mi
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.reduced import Crops, Decoded
 from beit3_dist.data.text import TextTokenizer, TokenWindows
-from beit3_dist.opening import without_mark
+from beit3_dist.opening import blaming, without_mark
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +132,8 @@ class SampleStream(ABC):
         self.readers = [ShardReader(table) for table in self.tables]
         self.faults = [fault for table in self.tables for fault in self._report(table)]
         """What is wrong with whole shards and, for texts, with documents."""
-        try:
+        with blaming(field):
             self.interleave = Interleave([source.weight for source in sources])
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
 
     def _report(self, table: Table) -> list[Fault]:
         """Logs what the index of a source left out, and returns the faults of its shards."""
@@ -344,10 +342,7 @@ class PairStream(StreamWithImages):
         self.tokenizer, self.caption_length, self.caption_key = tokenizer, caption_length, caption_key
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
-        row = self.tables[source].rows[index]
-        check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
-        written = self.readers[source].read(int(row["shard"]), *map(int, row["text"]))
-        captions = captions_of(written, int(row["kind"]), self.caption_key)
+        captions = read_captions(self.tables[source].rows[index], self.readers[source], self.caption_key)
         sample.words = caption_words(captions, sample, self.tokenizer, self.caption_length)
 
 
@@ -366,6 +361,15 @@ def caption_ids(caption: str, tokenizer: TextTokenizer) -> list[int]:
     if not ids:
         raise BadSample("empty caption")
     return ids
+
+
+def read_captions(row: np.ndarray, reader: ShardReader, field: str) -> list[str]:
+    """The captions of a pair in a table's row, at least one. Raises BadSample."""
+    check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
+    captions = captions_of(reader.read(int(row["shard"]), *map(int, row["text"])), int(row["kind"]), field)
+    if not captions:
+        raise BadSample("empty caption")
+    return captions
 
 
 def captions_of(data: bytes, kind: int, field: str) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.objectives.contrast import Vectors
 from beit3_dist.tasks.base import HALF, TaskInputs
+from beit3_dist.tasks.data.batches import padded_words
 from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.imagenet import ImageNet
 from beit3_dist.tasks.parts.heads import FineTuned
@@ -81,9 +82,7 @@ class ImageNetRetrieval(Contrastive, ImageNet):
         return (images @ self._names.T).topk(min(5, len(self._names))).indices
 
     def _embedded_names(self, model: FineTuned, device: torch.device) -> Tensor:
-        tokenizer, longest = self.tokenizer, self.config.data.text_length - 2
-        names = names_as_words(self.classes, tokenizer)
-        rows = [torch.tensor([tokenizer.bos, *name[:longest], tokenizer.eos]) for name in names]
-        words = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad)
-        parts = [self.embed_texts(model, some.to(device), some == tokenizer.pad) for some in words.split(NAMES_AT_ONCE)]
+        words, padding = padded_words(names_as_words(self.classes, self.tokenizer), self.config.data.text_length)
+        split = zip(words.split(NAMES_AT_ONCE), padding.split(NAMES_AT_ONCE), strict=True)
+        parts = [self.embed_texts(model, some.to(device), padded) for some, padded in split]
         return torch.cat(parts).float()

@@ -152,7 +152,7 @@ class Examples(Dataset):
         if self.mixing is not None:
             keys = (generator(mix(self.seed, Draw.MIXING, place)) for place in request.places[::2])
             images, labels = self.mixing(images, labels, list(keys))
-        words, padding = self._words(samples)
+        words, padding = padded_words([example.words for example in samples], self.max_words)
         return TaskBatch(
             images=images.view(count, len(views) // count, 3, side, side),
             words=words,
@@ -205,16 +205,17 @@ class Examples(Dataset):
             reason = str(getattr(bad, "strerror", None) or bad)
             return Fault("examples", shard, key, f"{image}: {reason}" if image else reason)
 
-    def _words(self, samples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Words int64 and padding bool, [B, longest]; [B, 0] where no sample has words."""
-        texts = [example.words for example in samples]
-        lengths = [0 if text is None else min(len(text) + 2, self.max_words) for text in texts]
-        words = np.full((len(samples), max(lengths)), TextTokenizer.pad, dtype=np.int64)
-        for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
-            if text is not None:
-                words[row, :length] = TextTokenizer.bos, *text[: length - 2], TextTokenizer.eos
-        padding = np.arange(words.shape[1]) >= np.array(lengths)[:, None]
-        return torch.from_numpy(words), torch.from_numpy(padding)
+
+def padded_words(texts: Sequence[Sequence[int] | None], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of texts, framed by <s> and </s> and cut to `longest` with them: words int64 and padding bool, [B, L];
+    [B, 0] where all are None."""
+    lengths = [0 if text is None else min(len(text) + 2, longest) for text in texts]
+    words = np.full((len(texts), max(lengths)), TextTokenizer.pad, dtype=np.int64)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        if text is not None:
+            words[row, :length] = TextTokenizer.bos, *text[: length - 2], TextTokenizer.eos
+    padding = np.arange(words.shape[1]) >= np.array(lengths)[:, None]
+    return torch.from_numpy(words), torch.from_numpy(padding)
 
 
 def decoded(image: Path | TarMember, max_pixels: int) -> Image.Image:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from beit3_dist.data.faults import BadSample, check_size
+from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.streams import LARGEST_CAPTION, caption_ids, captions_of
+from beit3_dist.data.streams import caption_ids, read_captions
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.tasks.data.examples import Example, TarMember
 
@@ -31,16 +31,8 @@ class PairShards(Sequence[Example]):
         row, key = self.table.rows[int(place)], self.table.key(int(place))
         tar = self.table.files[int(row["shard"])]
         try:
-            words = self._words(row)
+            caption = read_captions(row, self.reader, self.caption_key)[0]
+            words = tuple(caption_ids(caption, self.tokenizer))
         except BadSample as bad:
             raise BadSample(f"{tar}, {key}: {bad}") from None
         return Example(int(place), (TarMember(tar, *map(int, row["image"])),), words, int(place), key)
-
-    def _words(self, row: Any) -> tuple[int, ...]:
-        """The caption's token ids, at least one. Raises BadSample."""
-        check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
-        written = self.reader.read(int(row["shard"]), *map(int, row["text"]))
-        captions = captions_of(written, int(row["kind"]), self.caption_key)
-        if not captions:
-            raise BadSample("empty caption")
-        return tuple(caption_ids(captions[0], self.tokenizer))
