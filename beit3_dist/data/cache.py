@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from beit3_dist.config import require
+
 log = logging.getLogger(__name__)
 
 Content = TypeVar("Content")
@@ -79,11 +81,13 @@ def cached(read: Callable[[], Content], make: Callable[[], object], lock: Path) 
     return read()
 
 
-def mapped(file: Path) -> np.ndarray:
-    """The array of a .npy file, memory-mapped. Raises DamagedCache where it is cut or something else."""
+def mapped(file: Path, what: str, whole: Callable[[np.ndarray], bool]) -> np.ndarray:
+    """The array of a .npy file, memory-mapped. Raises DamagedCache where it is cut or not `what` it should hold."""
     try:
         # A plain array over the mapped pages: np.memmap itself costs more than the reading of a row.
-        return np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        array = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        require(whole(array), f"it holds no {what}")
+        return array
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged file makes numpy raise nearly anything

@@ -32,6 +32,7 @@ from beit3_dist.data.members import members_of
 from beit3_dist.data.order import Stream
 from beit3_dist.data.tars import Tar
 from beit3_dist.data.unpack import plain_tar
+from beit3_dist.opening import blaming
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,8 @@ def expand(pattern: str, field: str) -> list[str]:
     require(bool(pattern), f"{field}: no pattern of tars is given")
     require(not is_sequential(pattern), f"{field}: {pattern!r} has no random access, which is needed here: name files")
     paths: set[str] = set()
-    try:
+    with blaming(f"{field}: {pattern!r} is no pattern"):
         parts = list(braceexpand(os.path.expanduser(pattern)))
-    except ValueError as error:
-        raise ValueError(f"{field}: {pattern!r} is no pattern: {error}") from None
     for part in parts:
         # One look at a file that is named: there may be as many as shards times ranks.
         if stat.S_ISREG(mode := _mode(part)):
@@ -232,10 +231,7 @@ class Table:
     @cached_property
     def rows(self) -> np.ndarray:
         """ROW records of all samples, shard by shard."""
-        rows = mapped(self.file)
-        if rows.dtype != ROW or rows.ndim != 1:
-            raise DamagedCache(f"{self.file} is damaged: it holds no table")
-        return rows
+        return mapped(self.file, "table", lambda rows: rows.dtype == ROW and rows.ndim == 1)
 
     @property
     def notes(self) -> dict:

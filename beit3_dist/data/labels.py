@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from beit3_dist.data.cache import DamagedCache, cached, digest, mapped, write_whole
+from beit3_dist.data.cache import cached, digest, mapped, write_whole
 from beit3_dist.data.index import SCANNERS, Table, shard_keys
 from beit3_dist.data.kinds import hidden, key_and_extension
 from beit3_dist.data.tars import DamagedTar, Tar
@@ -40,10 +40,7 @@ def labels_of(table: Table, field: str, classes: int) -> np.ndarray:
     file = table.file.with_suffix(".labels.npy")
 
     def read() -> np.ndarray:
-        labels = mapped(file)
-        if labels.dtype != np.int64 or labels.shape != (len(table),):
-            raise DamagedCache(f"{file} is damaged: it holds no classes of this table")
-        return labels
+        return mapped(file, "classes of this table", lambda x: x.dtype == np.int64 and x.shape == (len(table),))
 
     labels = cached(read, lambda: write_whole(file, lambda out: np.save(out, _read(table))), file.parent / digest(file))
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):

@@ -93,14 +93,10 @@ def addresses(pattern: str, field: str) -> list[str]:
     scheme = pattern.partition(":")[0]
     if scheme != "pipe" and scheme not in COMMANDS:
         raise ValueError(f"{field}: {pattern!r} is neither a file nor pipe:COMMAND nor {':, '.join(COMMANDS)}:")
-    try:
+    with blaming(f"{field}: {pattern!r} is no pattern"):
         found = list(dict.fromkeys(braceexpand(pattern)))
-    except ValueError as error:
-        raise ValueError(f"{field}: {pattern!r} is no pattern: {error}") from None
-    try:
+    with blaming(f"{field}: {found[0]!r} is no command"):
         command = command_of(found[0])
-    except ValueError as error:
-        raise ValueError(f"{field}: {found[0]!r} is no command: {error}") from None
     if not command or shutil.which(command[0]) is None:
         raise ValueError(f"{field}: {found[0]!r} needs the command {' '.join(command[:1])!r}, which is not there")
     return found

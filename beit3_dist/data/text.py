@@ -170,13 +170,8 @@ class TokenShard:
     @property
     def tokens(self) -> np.ndarray:
         """uint16 or uint32 [tokens], memory-mapped."""
-        return self._cached(self._mapped)
-
-    def _mapped(self) -> np.ndarray:
-        tokens = mapped(self.file)
-        if tokens.dtype not in (np.uint16, np.uint32) or tokens.ndim != 1:
-            raise DamagedCache(f"{self.file} is damaged: it holds no tokens")
-        return tokens
+        whole = lambda tokens: tokens.dtype in (np.uint16, np.uint32) and tokens.ndim == 1  # noqa: E731
+        return self._cached(lambda: mapped(self.file, "tokens", whole))
 
     @property
     def faults(self) -> list[Fault]:

@@ -14,6 +14,7 @@ import sentencepiece
 from beit3_dist.data import text
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
+from beit3_dist.data.tars import Tar
 from beit3_dist.data.text import TextTokenizer, TokenWindows
 from tests.unit.tar_fixtures import sentences, text_tar, train_tokenizer, write_tar
 
@@ -212,5 +213,6 @@ def test_batches_of_documents_make_no_difference(
 
 def test_lines_stop_at_the_end_of_the_member(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"xxone\ntwo\nthree" + b"next member\n")
-    assert list(text._lines(str(tmp_path / "file"), 2, 13)) == [b"one\n", b"two\n", b"three"]
+    with Tar(str(tmp_path / "file")) as file:
+        assert list(file.lines(2, 13)) == [b"one\n", b"two\n", b"three"]
     assert [line for line, _ in text.documents(io.BytesIO(b"a\n\nb"), jsonl=False)] == [1, 3]
