@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         if options.json is not None:
             task = TASKS.get(options.score, options.score)
             result = {"dataset": options.data, "model": str(options.model), "task": task, "metrics": metrics}
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def evaluate(options: Namespace) -> dict[str, float]:
