@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from beit3_dist.objectives import together
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.run import preflight
 from beit3_dist.run import preflight_finetuning as finetune_preflight
@@ -35,6 +36,6 @@ def test_only_a_new_run_draws_its_values(monkeypatch: pytest.MonkeyPatch) -> Non
         return [of("blocks.0.ffn.vision.fc1.weight", SHAPE) for of in (of_pretraining, of_tuning)]
 
     assert all(value.any() for value in values(None))
-    monkeypatch.setattr(preflight, "initial_value", not_to_be_called)
+    monkeypatch.setattr(together, "initial_value", not_to_be_called)
     monkeypatch.setattr(heads, "initial_value", not_to_be_called)
     assert all(value.shape == SHAPE and not value.any() for value in values(Path("checkpoint")))
