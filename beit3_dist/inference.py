@@ -97,6 +97,7 @@ class Model:
         Raises FileNotFoundError or ValueError with one line where the folder holds no model of a task, and ValueError
         where there is no such device, or a GPU that cannot be used and nobody has said to do without.
         """
+        device = _usable(device)
         return cls.of(read_model_folder(Path(folder)), os.fspath(folder), device, task)
 
     @classmethod
@@ -104,8 +105,7 @@ class Model:
         cls, content: ModelFolder, name: str, device: torch.device | str | None = None, task: str | None = None
     ) -> Model:
         """As `load`, of what was read from a folder or a file, which errors call `name`."""
-        device = device_type() if device is None else device
-        _check_device(device)
+        device = _usable(device)
         pretrained, content = content.task is None, _with_task(content, name, task)
         tokenizer = None
         if content.text_tokenizer is not None:
@@ -225,8 +225,7 @@ def image_features(
 
     Of any model's weights, whatever its heads; errors call it `name`. Raises ValueError as `Model.of` does.
     """
-    device = device_type() if device is None else device
-    _check_device(device)
+    device = _usable(device)
     try:
         check_blocks(content.weights, content.config)
         network = FineTuned(content.config, None, device="meta")
@@ -253,13 +252,15 @@ def image_features(
     return features
 
 
-def _check_device(device: torch.device | str) -> None:
-    """Raises ValueError where nothing can be computed on it here."""
+def _usable(device: torch.device | str | None) -> torch.device | str:
+    """The device, or the first GPU where there is one. Raises ValueError where nothing can be computed on it here."""
+    device = device_type() if device is None else device
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # what torch raises depends on how it was built
         reason = str(error).partition("\n")[0]
         raise ValueError(f"the device {device} cannot be used here: {reason}") from None
+    return device
 
 
 def _with_task(content: ModelFolder, name: str, task: str | None) -> ModelFolder:

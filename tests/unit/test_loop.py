@@ -113,7 +113,7 @@ def test_where_nothing_is_new_nothing_is_saved(parts: Any) -> None:
 def test_a_moving_average_leaves_skipped_steps_out() -> None:
     """Where the step is not finite, it has changed nothing."""
     job = FineTuning.__new__(FineTuning)
-    job._engine, job._average = MagicMock(), MagicMock()
+    job.task, job._engine, job._average = MagicMock(), MagicMock(), MagicMock()
     for norm in (math.nan, 1.0):
         job._engine.train_step.return_value = StepResult([1.0], [1.0], norm)
         job.train_step(MagicMock(), 0, 1e-3)
