@@ -205,9 +205,7 @@ class Model:
 
     def _pixels(self, images: Sequence[ImageLike]) -> Tensor:
         """[B, 3, S, S] on the device, normalised as in training."""
-        size = self.network.config.image_size
-        views = np.stack([self._views.evaluate(open_image(image), size) for image in images])
-        return self._normalize(torch.from_numpy(views).permute(0, 3, 1, 2).to(self.device))
+        return self._normalize(_seen(images, self._views, self.network.config.image_size).to(self.device))
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
@@ -244,12 +242,17 @@ def image_features(
     def features(images: Sequence[ImageLike]) -> Tensor:
         parts = [torch.empty(0, content.config.width)]
         for some in _batches(images, IMAGES_AT_ONCE):
-            pixels = np.stack([views.evaluate(open_image(image), content.config.image_size) for image in some])
-            hidden = network.encode(normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)))
+            hidden = network.encode(normalize(_seen(some, views, content.config.image_size).to(device)))
             parts.append((hidden[:, 0] if cls else hidden[:, 1:].mean(1)).float().cpu())
         return torch.cat(parts)
 
     return features
+
+
+def _seen(images: Sequence[ImageLike], views: Views, size: int) -> Tensor:
+    """uint8 [B, 3, S, S] on the host: the images as they are evaluated."""
+    seen = np.stack([views.evaluate(open_image(image), size) for image in images])
+    return torch.from_numpy(seen).permute(0, 3, 1, 2)
 
 
 def _usable(device: torch.device | str | None) -> torch.device | str:

@@ -54,6 +54,16 @@ class BEiT3(nn.Module):
         if torch.device(device).type != "meta":
             materialize(self, lambda name, shape: initial_value(name, shape, config, seed), device)
 
+    @property
+    def image_norm(self) -> nn.Module:
+        """The final norm of patches and CLS."""
+        return self.norm[self.norm.experts[0]]
+
+    @property
+    def text_norm(self) -> nn.Module:
+        """The final norm of words."""
+        return self.norm[self.norm.experts[-1]]
+
     def embed(self, inputs: MixedInputs) -> Tensor:
         """Patches and words as vectors, [T, D] in the layout's order."""
         patches = self.vision_embedding(inputs.images, inputs.image_mask).flatten(0, 1)
@@ -67,19 +77,19 @@ class BEiT3(nn.Module):
 
     def image_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the visual codes for some patches' hidden states, [M, codes]."""
-        return self.image_head.logits(self.norm[self.norm.experts[0]](hidden_MD))
+        return self.image_head.logits(self.image_norm(hidden_MD))
 
     def text_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the words for some words' hidden states, [M, vocabulary]."""
-        return self.text_head.logits(self.norm[self.norm.experts[-1]](hidden_MD))
+        return self.text_head.logits(self.text_norm(hidden_MD))
 
     def image_losses(self, hidden_MD: Tensor, codes: Tensor) -> Tensor:
         """Cross-entropies and correct predictions, [2, M], of some patches' hidden states and their codes [M]."""
-        return self.image_head(self.norm[self.norm.experts[0]](hidden_MD), codes)
+        return self.image_head(self.image_norm(hidden_MD), codes)
 
     def text_losses(self, hidden_MD: Tensor, words: Tensor) -> Tensor:
         """Cross-entropies and correct predictions, [2, M], of some words' hidden states and their ids [M]."""
-        return self.text_head(self.norm[self.norm.experts[-1]](hidden_MD), words)
+        return self.text_head(self.text_norm(hidden_MD), words)
 
     def encode(
         self,

@@ -114,9 +114,8 @@ class Contrastive(Objective):
     def vectors(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Vectors:
         """From what `sums` takes."""
         cls_ND, start_ND = hidden_MD.chunk(2)
-        experts = model.norm.experts
-        head, norm = model.objective_heads[self.name], model.norm
-        images, texts, scale, bias = head(norm[experts[0]](cls_ND), norm[experts[-1]](start_ND))
+        head = model.objective_heads[self.name]
+        images, texts, scale, bias = head(model.image_norm(cls_ND), model.text_norm(start_ND))
         return Vectors(images, texts, scale, bias, targets.labels)
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:

@@ -83,8 +83,7 @@ class ImageClassification(Objective):
         return move(batch.streams["images"].annotations[self.name]["label"])
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Tensor) -> Tensor:
-        head, norm = model.objective_heads[self.name], model.norm[model.norm.experts[0]]
-        logits = head(norm(hidden_MD)).float()
+        logits = model.objective_heads[self.name](model.image_norm(hidden_MD)).float()
         total = cross_entropy(logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing)
         return torch.stack([total, (logits.argmax(1) == targets).sum().to(total.dtype)])[:, None]
 

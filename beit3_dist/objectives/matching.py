@@ -166,7 +166,7 @@ class Matching(Objective):
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """`targets`: which of the fused samples count, bool [M]."""
-        logits_M2 = model.objective_heads[self.name](model.norm[model.norm.experts[0]](hidden_MD)).float()
+        logits_M2 = model.objective_heads[self.name](model.image_norm(hidden_MD)).float()
         right = (torch.arange(len(logits_M2), device=logits_M2.device) < len(logits_M2) // 3).long()
         losses = cross_entropy(logits_M2, right, reduction="none")
         hits = (logits_M2.argmax(1) == right).float()

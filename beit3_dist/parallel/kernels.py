@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu
 
 from beit3_dist.config import ModelConfig, require
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear, Product
+from beit3_dist.kernels.linear_gelu.definition import plain_linear_gelu
 from beit3_dist.kernels.registry import Function, Place, Sizes, Version, operations
 from beit3_dist.kernels.triton import lacks as triton_lacks
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
@@ -138,14 +138,13 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto", product: Pro
 def _behind(product: Product, gelu_layer_norm: Function) -> dict[str, Function]:
     """The operations that begin with a product, by another one."""
 
-    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep_T: Tensor | None = None) -> Tensor:
-        hidden = gelu(product(x, weight, bias))
-        return hidden if keep_T is None else hidden * keep_T[:, None]
-
     def linear_gelu_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *norm: Any) -> Tensor:
         return gelu_layer_norm(product(x, weight, bias), *norm)
 
-    return {"linear_gelu": linear_gelu, "linear_gelu_layer_norm": linear_gelu_layer_norm}
+    return {
+        "linear_gelu": partial(plain_linear_gelu, product=product),
+        "linear_gelu_layer_norm": linear_gelu_layer_norm,
+    }
 
 
 def _head_losses(head: Head, compute: Function, hidden_MD: Tensor, targets: Tensor) -> Tensor:

@@ -89,16 +89,18 @@ def _scan(tar: str, path: str, number: int, classes: int) -> _Scan:
             faults.append(f"{path}: {damage}")
     rows, names = [], []
     for key in images | labels:  # in the order of the tar
-        label = without_mark(labels.get(key, b"")).strip()
+        written = labels.get(key, b"")
+        label = class_of(written)
         if key not in images:
             reason = "a .cls member without an image"
         elif key not in labels:
             reason = "an image without a .cls member"
-        elif not 0 <= class_of(label) < classes:
-            reason = f"the class {label.decode('utf-8', 'replace')[:20]!r} is not in range({classes})"
+        elif not 0 <= label < classes:
+            shown = without_mark(written).strip().decode("utf-8", "replace")
+            reason = f"the class {shown[:20]!r} is not in range({classes})"
         else:
             offset, size, base = images[key]
-            rows.append((number, offset, size, class_of(label)))
+            rows.append((number, offset, size, label))
             names.append(base)
             continue
         faults.append(f"{path}, key {key.decode('utf-8', 'replace')}: {reason}")
