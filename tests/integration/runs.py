@@ -8,12 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import BatchConfig, CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from beit3_dist.config import (
+    STREAMS,
+    BatchConfig,
+    CheckpointConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from beit3_dist.image_tokenizer.files import save_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.parallel.mesh import Groups
@@ -111,6 +123,11 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
+def validated(config: RunConfig, every: int) -> EvalConfig:
+    """Validations of one batch of what is trained on."""
+    return EvalConfig(every=every, batches=1, **{name: getattr(config.data, name) for name in STREAMS})
+
+
 def metrics(out: str | Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
@@ -119,6 +136,27 @@ def metrics(out: str | Path) -> list[dict[str, Any]]:
 def evaluations(out: str | Path) -> list[dict[str, Any]]:
     """The records of eval.jsonl."""
     return [json.loads(line) for line in (Path(out) / "eval.jsonl").read_text().splitlines()]
+
+
+def same_losses(
+    out: Path, reference: Path, steps: int, weights: Mapping[str, float]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Asserts that the records of a run's steps and of its two validations have the losses of another run's, which add
+    up by `weights` (1 where none is named). Gives each record with the other's, for more to be asked of them."""
+    for read in (metrics, evaluations):
+        assert len(read(out)) == len(read(reference)) == (steps if read is metrics else 2)
+        for record, expected in zip(read(out), read(reference), strict=True):
+            assert record.get("sample_hash") == expected.get("sample_hash")
+            losses = {name: expected[name] for name in named(expected, "loss")}
+            assert {name: record[name] for name in named(record, "loss")} == pytest.approx(losses, rel=1e-5)
+            parts = (weights.get(name, 1) * value for name, value in losses.items() if name != "loss")
+            assert losses["loss"] == pytest.approx(sum(parts), rel=1e-6)
+            yield record, expected
+
+
+def named(record: dict[str, Any], beginning: str) -> set[str]:
+    """The fields of a record with this beginning."""
+    return {name for name in record if name.startswith(beginning)}
 
 
 TIMES = ("tokens_per_s", "samples_per_s", "tflops_per_device", "data_wait_s", "step_s", "memory_gb")
