@@ -28,7 +28,7 @@ from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_confi
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
 from beit3_dist.parallel.float8 import product_of_blocks
-from beit3_dist.parallel.fragments import clamp_parameters
+from beit3_dist.parallel.fragments import bounded
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
@@ -101,7 +101,7 @@ class Engine:
             )
         dtype = next(self.model.parameters()).dtype
         flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, config.model))
-        self._bounds = bounds
+        self._bounded = bounded(self.model, self.optimizer, bounds) if bounds else []
         self.zero_stage: int = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
@@ -124,8 +124,9 @@ class Engine:
         # Complete on the host when the gradient norm is, whose reading waits for the device; later the host runs ahead.
         totals = totals.to("cpu", non_blocking=True)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
-        if self._bounds:
-            clamp_parameters(self.model, self.optimizer, self._bounds)
+        with torch.no_grad():
+            for held, interval in self._bounded:
+                held.clamp_(*interval)
         self._schedule.after_step()
         losses, correct = totals.tolist()
         return StepResult(losses, correct, norm)

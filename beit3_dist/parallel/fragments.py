@@ -119,16 +119,14 @@ def refresh_parameters(model: nn.Module, optimizer: Any, held: list[Fragment], d
         parameter.copy_(whole.view_as(parameter))
 
 
-@torch.no_grad()
-def clamp_parameters(model: nn.Module, optimizer: Any, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Puts what has left its interval back to the interval's end: `bounds` by canonical name. Each rank does so with
-    all that it holds, masters and working weights, which stay the same numbers since rounding keeps the order."""
-    for piece in fragments(model, optimizer):
-        if piece.name in bounds:
-            piece.slice_of(piece.flat.detach()).clamp_(*bounds[piece.name])
-    parameters: Iterable[tuple[str, Any]] = model.named_parameters()
-    for name, parameter in parameters:
-        if name in bounds:
-            parameter.clamp_(*bounds[name])  # empty where ZeRO-3 has given it away
-            if hasattr(parameter, "ds_tensor"):
-                parameter.ds_tensor.clamp_(*bounds[name])
+def bounded(
+    model: nn.Module, optimizer: Any, bounds: Mapping[str, tuple[float, float]]
+) -> list[tuple[Tensor, tuple[float, float]]]:
+    """All that this rank holds of the parameters that stay in an interval, `bounds` by canonical name, to be put back
+    to its end after a step: masters and working weights, which stay the same numbers since rounding keeps the order.
+    What is found stays where it is as long as the optimizer does."""
+    masters = [(f.name, f.slice_of(f.flat.detach())) for f in fragments(model, optimizer) if f.name in bounds]
+    parameters: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if name in bounds]
+    # A parameter is empty where ZeRO-3 has given it away.
+    shards = [(name, p.ds_tensor) for name, p in parameters if hasattr(p, "ds_tensor")]
+    return [(held, bounds[name]) for name, held in [*masters, *parameters, *shards]]
