@@ -16,7 +16,16 @@ from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import Store, TrainState
 from beit3_dist.config import CheckpointConfig, ModelConfig, ParallelConfig
 from tests.device import DEVICE, ON_GPU
-from tests.integration.runs import kill, metrics, reproducible, run_config, start, wait_for_steps, write_recipe
+from tests.integration.runs import (
+    kill,
+    metrics,
+    reproducible,
+    run_config,
+    start,
+    wait_for_checkpoint,
+    wait_for_steps,
+    write_recipe,
+)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
@@ -32,6 +41,7 @@ def test_a_killed_run_goes_on(deterministic: bool, tmp_path: Path) -> None:
     command = ("launchers/pretrain.py", "--config", str(recipe), "--out")
     both = [start(*command, str(out)) for out in (disturbed, undisturbed)]  # at the same time: most of it is imports
     wait_for_steps(both[0], disturbed, 15)
+    wait_for_checkpoint(both[0], disturbed)
     kill(both[0])
     assert len(metrics(disturbed)) < config.steps, "the run ended before it was killed"
     resumed = start(*command, str(disturbed), "--checkpoint.resume", "auto")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from beit3_dist.checkpoint.find import find
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import (
     STREAMS,
@@ -113,6 +114,14 @@ def wait_for_steps(process: subprocess.Popen, out: str | Path, steps: int) -> No
     """Returns when the run in `out` has recorded so many steps; fails with the process's output if it ends before."""
     log, deadline = Path(out, "metrics.jsonl"), time.monotonic() + 240
     while not log.exists() or len(log.read_bytes().splitlines()) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def wait_for_checkpoint(process: subprocess.Popen, out: str | Path) -> None:
+    """Returns when the run in `out` has a whole checkpoint, which is written beside its steps and can come late."""
+    folder, deadline = Path(out, "checkpoints"), time.monotonic() + 240
+    while find("auto", folder) is None:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
 

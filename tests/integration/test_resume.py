@@ -29,6 +29,7 @@ from tests.integration.runs import (
     run_config,
     start,
     train,
+    wait_for_checkpoint,
     wait_for_steps,
     write_recipe,
 )
@@ -56,6 +57,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
     process = launch(recipe, "--out", disturbed)
     log = Path(disturbed, "metrics.jsonl")
     wait_for_steps(process, disturbed, 6)
+    wait_for_checkpoint(process, disturbed)
     kill(process)
     done = len(log.read_bytes().splitlines())
     assert done < config.steps, "the run ended before it was killed"

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from beit3_dist.config import BatchConfig, CheckpointConfig, ParallelConfig, RunConfig
-from tests.integration.runs import kill, metrics, reproducible, run_config, start, train, wait_for_steps, write_recipe
+from tests.integration.runs import (
+    kill,
+    metrics,
+    reproducible,
+    run_config,
+    start,
+    train,
+    wait_for_checkpoint,
+    write_recipe,
+)
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import image_tar, pair_tar, sentences, text_tar
 
@@ -45,7 +54,7 @@ def test_killed_resumed_and_in_other_layouts(tmp_path: Path) -> None:
     assert process.returncode == 0, output
 
     process = launch(recipe, "--out", disturbed)
-    wait_for_steps(process, disturbed, 5)
+    wait_for_checkpoint(process, disturbed)
     kill(process)
     assert len(Path(disturbed, "metrics.jsonl").read_bytes().splitlines()) < config.steps, (
         "the run ended before it was killed"
@@ -53,7 +62,7 @@ def test_killed_resumed_and_in_other_layouts(tmp_path: Path) -> None:
     # Another number of loader processes: their parts are put together in the same order, so that no bit differs.
     process = launch(recipe, "--out", disturbed, "--checkpoint.resume", "auto", "--data.workers", "0")
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0 and "going on after step 3" in output, output
+    assert process.returncode == 0 and "going on after step" in output, output
     assert [record["step"] for record in metrics(disturbed)] == list(range(1, config.steps + 1))
     assert reproducible(disturbed) == reproducible(undisturbed)
     first, last = (
