@@ -2,6 +2,7 @@
 """Measures this project against others, in one process and interleaved, after showing that both compute the same.
 
     python tools/benchmark.py model [--json] [--profile] [--layers 12 ...]
+    python tools/benchmark.py model --objectives masked_data_modeling,contrastive [--json] [--pairs 16 ...]
     python tools/benchmark.py attention [--json]
     python tools/benchmark.py kernels [--json]
     python tools/benchmark.py growth [--json]
@@ -13,6 +14,7 @@
 `model`: a whole training step (forward, backward, AdamW) of the masked data modelling of images, texts and pairs by
 our one pass over the mixed batch, by our model in three passes, and by torchscale's BEiT3 in three passes. Ours has
 torch's fused AdamW, as in training; torchscale has torch's AdamW as it comes, and in a second row the fused one too.
+With `--objectives`: forward and backward of each alone and of all in one pass, and of open_clip's model and loss.
 `recipe`: training steps of a recipe's model on one device, as more samples fill it, by each kind of kernels.
 `traffic`: kernel launches of a recipe's training step on a GPU and the bytes that they move, counted without a GPU.
 `attention`, `kernels`: our operations against their definitions in plain torch.
@@ -44,7 +46,7 @@ from beit3_dist.train.flops import peak_flops
 from beit3_dist.train.totals import host_totals
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.benchmarks import checkpoint, data, growth, kernels, recipe, torchscale, traffic  # noqa: E402
+from tools.benchmarks import checkpoint, data, growth, kernels, objectives, recipe, torchscale, traffic  # noqa: E402
 from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, profile_table, threads  # noqa: E402
 from tools.benchmarks.step import (  # noqa: E402
     Contender,
@@ -111,6 +113,8 @@ def benchmark_model(options: Namespace) -> dict[str, Any]:
         config, options.images, options.texts, options.pairs, options.text_length, tuple(options.caption_lengths)
     )
     with threads(options.threads):
+        if options.objectives:
+            return objectives.measured(options, config, batch, device)
         return _measure(options, config, batch, device)
 
 
@@ -134,8 +138,8 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
     process = {name: median(taken.process) for name, taken in zip(names, seconds, strict=True)}
     ours = names[0]
     ratio = lambda of, name: of[name] / of[ours] if name in of else None  # noqa: E731
-    objectives = objectives_for(config)
-    totals = host_totals([batch], objectives)
+    masked = objectives_for(config)
+    totals = host_totals([batch], masked)
     peak = peak_flops(device) if options.precision == "bf16" else None
     compared = {ours, theirs} <= memory.keys()
     left_out = ("measure", "table", "check", "json")
@@ -152,7 +156,7 @@ def _measure(options: Namespace, config: ModelConfig, batch: MicroBatch, device:
         "matmul_tflops": products.flops() / median(alone.wall) / 1e12,
         "model_tflops": totals.flops / wall[ours] / 1e12,
         "mfu": None if peak is None else totals.flops / wall[ours] / peak,
-        "losses": dict(zip((loss.name for loss in objectives.losses), losses, strict=True)),
+        "losses": dict(zip((loss.name for loss in masked.losses), losses, strict=True)),
         "contenders": [
             {"name": name, **taken.record(), "step_s": median(taken.wall), "activation_gb": memory.get(name)}
             for name, taken in zip(names, seconds, strict=True)
@@ -175,6 +179,8 @@ def torchscale_version() -> str:
 
 
 def model_table(record: dict[str, Any]) -> str:
+    if "rows" in record:
+        return objectives.table(record)
     options, machine, contenders = record["options"], record["machine"], record["contenders"]
     shortest, longest = options["caption_lengths"]
     lines = [
@@ -235,6 +241,8 @@ def parse(arguments: list[str] | None) -> Namespace:
     model.add_argument("--kernels", choices=recipe.KERNELS, default="torch", help=text)
     model.add_argument("--compile", action="store_true", help="also torchscale compiled and with fused attention")
     model.add_argument("--alone", action="store_true", help="only ours: for sizes at which torchscale does not fit")
+    text = "names joined by commas: instead, each of them alone and all in one pass, and open_clip beside contrastive"
+    model.add_argument("--objectives", type=lambda names: names.split(","), default=[], help=text)
     model.add_argument("--profile", action="store_true", help="also the operations that our step spends its time in")
     data.add_command(commands)
     checkpoint.add_command(commands)
@@ -249,6 +257,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 def check(options: Namespace) -> None:
     check_kernels(options.kernels)
+    objectives.check(options)
     check_positive(("images", "texts", "pairs", "repeats"), options)
     lengths = {"text_length": [options.text_length] * 2, "caption_lengths": options.caption_lengths}
     for name, (shortest, longest) in lengths.items():

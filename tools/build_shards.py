@@ -40,6 +40,7 @@ from beit3_dist.data.tables import table_rows, texts_in
 from beit3_dist.data.transforms import read_image
 from beit3_dist.demo.sources import dictionary_documents, emoji_images
 from beit3_dist.demo.tasks import caption, easy_vqa
+from beit3_dist.hashing import hash_bytes
 from beit3_dist.opening import read_json
 
 DOCUMENTS_PER_MEMBER = 1000
@@ -252,7 +253,9 @@ def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
         Sample(side(emoji.identity, options.held_out), {"png": emoji.png, "txt": emoji.name.encode()})
         for emoji in emoji_images(options.workers)
     )
-    pairs = itertools.chain(itertools.islice(drawings, options.limit), shown)
+    # In an order that a hash gives: a validation reads the first held-out pairs, which are to be of both kinds.
+    both = itertools.chain(itertools.islice(drawings, options.limit), shown)
+    pairs = sorted(both, key=lambda sample: hash_bytes(sample.members["txt"] + sample.members["png"]))
     texts = itertools.islice(dictionary_documents(), options.limit)
     members = text_samples(texts, options.held_out, DEMO_DOCUMENTS_PER_MEMBER)
     return [

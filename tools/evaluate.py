@@ -12,8 +12,9 @@ weights in the released form with --text_tokenizer. DATA is a pattern of tars, o
 or an index of tools/build_index.py (.jsonl) with --images FOLDER.
 
     retrieval   images for texts and texts for images: image_retrieval_recall@1, @5, @10, text_retrieval_recall@...; an
-                image with several captions is found by any of them, and counts once. Needs contrast: a model pretrained
-                by the objective contrastive, or fine-tuned for retrieval.
+                image with several captions is found by any of them, and counts once. Equal captions of different images
+                are told apart, as published figures do, unless --merge_captions. Needs contrast: a model pretrained by
+                the objective contrastive, or fine-tuned for retrieval.
     classes     the class whose name, in all templates, has the closest vector: acc1, acc5, mean_per_class_recall.
                 Needs contrast. --templates: a file of lines with {} for the name; without it the name alone.
     captions    exact_match and other --caption_metrics. Needs prefix language modelling, or captioning.
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--train", help="knn, probe: what is learnt from, in the form of --data")
     parser.add_argument("--images", default=".", help="folder that the images of an index lie in (default: this one)")
     parser.add_argument("--names", type=Path, help="names of the classes, one a line in the order of their numbers")
+    text = "retrieval: captions that are equal letter for letter are one, right for the images of all of them"
+    parser.add_argument("--merge_captions", action="store_true", help=text)
     parser.add_argument("--templates", type=Path, help="classes: lines such as `a photo of a {}`")
     parser.add_argument("--features", choices=("mean", "cls"), default="mean", help="knn, probe (default: mean)")
     parser.add_argument("--beams", type=int, default=3, help="captions: width of the search (default: 3)")
@@ -120,9 +123,12 @@ def retrieval(model: Model, options: Namespace) -> dict[str, float]:
     from beit3_dist.tasks.parts.metrics import recall
 
     found = captioned(options, model)
-    of_text = torch.tensor([number for number, texts in enumerate(found.captions) for _ in texts])
-    texts = model.embed_texts([text for texts in found.captions for text in texts])
-    scores = recall(embedded(model, found.images), texts, of_text)
+    pairs = [(number, text) for number, texts in enumerate(found.captions) for text in texts]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(text for _, text in pairs))}
+    texts = [*rows] if options.merge_captions else [text for _, text in pairs]
+    of_text = torch.tensor([rows[text] for _, text in pairs]) if options.merge_captions else None
+    of_image = torch.tensor([image for image, _ in pairs])
+    scores = recall(embedded(model, found.images), model.embed_texts(texts), of_image, of_text)
     return {name.replace("_recall", "_retrieval_recall"): value for name, value in scores.items()}
 
 

@@ -55,6 +55,22 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "equal losses: image" in printed and "ours, one pass" in printed and "torchscale, three passes" in printed
 
 
+def test_objectives_alone_and_together(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip")
+    names = ["masked_data_modeling", "contrastive"]
+    assert run("model", "--json", "--objectives", ",".join(names), *TINY) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    together, *alone, theirs = rows.values()
+    assert [*rows] == ["all in one pass", *names, "open_clip, contrast"]
+    assert together["flops"] == sum(part["flops"] for part in alone)  # they share no view
+    assert theirs["flops"] > alone[1]["flops"] / 2
+    assert run("model", "--alone", "--objectives", "contrastive", *TINY) == 0
+    printed = capsys.readouterr().out
+    assert "open_clip" not in printed and "sum of its parts" not in printed
+    assert run("model", "--objectives", "contrastive,matching", *TINY) == 2
+    assert "matching: it has a second pass" in capsys.readouterr().err
+
+
 def contenders() -> list[benchmark.Contender]:
     options = benchmark.parse(["model", *map(str, TINY)])
     geometry = {name: getattr(options, name) for name in benchmark.GEOMETRY}

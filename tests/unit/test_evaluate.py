@@ -117,6 +117,11 @@ def test_retrieval_of_images_with_several_captions(data: Path, model: Path) -> N
     hits = [(scores[i][[o == i for o in owners]].max() > scores[i][[o != i for o in owners]].max()) for i in range(3)]
     assert found["text_retrieval_recall@1"] == pytest.approx(sum(map(bool, hits)) / 3)
     assert found["image_retrieval_recall@5"] == 1.0
+    merged = scored(data, model, "retrieval", "--data", data / "pairs.tar", "--merge_captions")
+    texts = [*dict.fromkeys(text for some in CAPTIONS for text in some)]
+    best = (used.embed_images(images(range(3))) @ used.embed_texts(texts).T).argmax(1).tolist()
+    share = sum(texts[place] in CAPTIONS[image] for image, place in enumerate(best)) / 3
+    assert merged["text_retrieval_recall@1"] == pytest.approx(share)
 
 
 def test_retrieval_of_an_index_is_that_of_tars(data: Path, model: Path) -> None:

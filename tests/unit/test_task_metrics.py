@@ -98,6 +98,15 @@ def test_recall_of_scores_with_ties() -> None:
     assert recall(images, texts, torch.tensor(owners)) == pytest.approx(brute_force(images, texts, owners))
 
 
+def test_recall_of_texts_that_belong_to_several_images() -> None:
+    images, texts = torch.eye(4)[:, :3], torch.tensor([[3.0, 1.0, 2.0], [0.0, 2.0, 3.0]])
+    # Scores of the texts: [3, 1, 2, 0] and [0, 2, 3, 0]. The first is of images 0 and 1, the second of 1, 2 and 3.
+    found = recall(images, texts, torch.tensor([0, 1, 1, 2, 3]), torch.tensor([0, 0, 1, 1, 1]))
+    assert found["image_recall@1"] == 1.0
+    assert found["text_recall@1"] == 0.75  # the last image's score is the same for both texts
+    assert found["text_recall@5"] == 1.0
+
+
 def test_a_model_that_gives_everything_one_vector_recalls_nothing() -> None:
     assert set(recall(torch.ones(20, 3), torch.ones(20, 3), torch.arange(20)).values()) == {0.0}
 
