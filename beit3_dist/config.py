@@ -18,6 +18,8 @@ SPECIAL_ROWS = 10
 
 Recompute = Literal["none", "attention", "selective", "full"]
 """What activation checkpointing recomputes in a block."""
+Sharing = Literal["shared", "per_modality"]
+"""Whether vision and language tokens pass the same weights, or each their own."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -75,9 +77,13 @@ class ModelConfig:
     """Side of a patch in pixels; must divide image_size."""
     image_size: int = 224
     """Side of the square input image in pixels."""
-    attention: Literal["shared", "per_modality"] = "shared"
+    attention: Sharing = "shared"
     """shared: one set of attention projections and norms for all tokens (the paper). per_modality: one set for vision
     tokens and one for language tokens, including the final norm (the released base and large models)."""
+    ffn: Sharing = "per_modality"
+    """per_modality: a feed-forward network for vision tokens and one for language tokens, the experts (BEiT-3, VLMo).
+    shared: one for all tokens, which makes a single tower with shared attention (ViLT, ViT-BERT); there are no experts
+    then, and vl_expert_layers is 0."""
     sub_layernorm: bool = False
     """An extra LayerNorm before attention's output projection and before the second FFN matrix (the released ones)."""
     vl_expert_layers: int = 3
@@ -106,6 +112,10 @@ class ModelConfig:
         require(
             0 <= self.vl_expert_layers <= self.layers,
             f"model.vl_expert_layers={self.vl_expert_layers} is not between 0 and model.layers={self.layers}",
+        )
+        require(
+            self.ffn == "per_modality" or self.vl_expert_layers == 0,
+            f"model.vl_expert_layers={self.vl_expert_layers}: with model.ffn=shared there are no experts: use 0",
         )
         require_within("[0, 1)", "model.", self, "drop_path")
         require(

@@ -136,7 +136,7 @@ def check_whole(weights: Mapping[str, Tensor], config: ModelConfig) -> None:
 
 
 def _architecture(config: ModelConfig) -> str:
-    fields = ("layers", "attention", "sub_layernorm", "vl_expert_layers")
+    fields = ("layers", "attention", "ffn", "sub_layernorm", "vl_expert_layers")
     return ", ".join(f"model.{field}={getattr(config, field)}" for field in fields)
 
 

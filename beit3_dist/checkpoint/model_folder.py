@@ -18,14 +18,14 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import folder_made_aside, sync, write_json
-from beit3_dist.config import ModelConfig, require
+from beit3_dist.config import ModelConfig, Sharing, require
 from beit3_dist.opening import blaming, read_json
 from beit3_dist.weights import read_weights_file, require_finite
 
@@ -109,8 +109,9 @@ def config_of(fields: Any) -> ModelConfig:
         if type(given) is int and given > MOST:
             raise ValueError(f"model.{name}={given} is more than {MOST}")
     config = ModelConfig(**fields)
-    if config.attention not in get_args(get_type_hints(ModelConfig)["attention"]):
-        raise ValueError(f"model.attention={config.attention!r} is not known")
+    for name in ("attention", "ffn"):
+        if getattr(config, name) not in get_args(Sharing):
+            raise ValueError(f"model.{name}={getattr(config, name)!r} is not known")
     return config
 
 

@@ -115,7 +115,8 @@ def _in_canonical_shape(name: str, value: Tensor) -> Tensor:
 
 
 def weights_to_released(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the released keys and shapes. Shared attention is written twice, which computes the same.
+    """Our weights under the released keys and shapes. What both modalities share is written twice, which computes the
+    same.
 
     Raises ValueError for a model with VL experts.
     """
@@ -125,7 +126,7 @@ def weights_to_released(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             "for vision and one for language; --to safetensors and --to neutral hold all of it"
         )
     if any(".shared." in name for name in weights):
-        log.warning("shared attention and norms are written twice, for vision and for language: the form has no other")
+        log.warning("what vision and language share is written twice, once for each: the form has no other")
     if not any(".inner_norm." in name for name in weights):
         log.warning("the model has no sub-LayerNorm: build torchscale's with EncoderConfig(subln=False, ...)")
     own = {name: name.replace(_CONTRAST, TASK_HEAD, 1) for name in weights if name.startswith(_CONTRAST)}

@@ -14,7 +14,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.cut import cut
-from beit3_dist.model.multiway import Multiway
+from beit3_dist.model.multiway import Multiway, modules_of
 from beit3_dist.model.token_layout import Group, Selection, TokenLayout
 
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        experts = ("shared",) if config.attention == "shared" else ("vision", "language")
+        experts = modules_of(config.attention)
         self.head_dim = config.width // config.heads
         width, eps = config.width, config.layer_norm_eps
         heads_of_rank = lambda: cut(Linear(width, width), weight=0, bias=0)  # noqa: E731

@@ -14,7 +14,7 @@ from beit3_dist.model.block import Encoder
 from beit3_dist.model.embedding import LanguageEmbedding, VisionEmbedding
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import initial_value, materialize
-from beit3_dist.model.multiway import Multiway
+from beit3_dist.model.multiway import Multiway, modules_of
 from beit3_dist.model.token_layout import Selection, TokenLayout, group
 
 
@@ -47,8 +47,7 @@ class BEiT3(nn.Module):
             self.vision_embedding = VisionEmbedding(config)
             self.language_embedding = LanguageEmbedding(config)
             self.blocks = Encoder(config)
-            experts = ("shared",) if config.attention == "shared" else ("vision", "language")
-            self.norm = Multiway(experts, lambda: LayerNorm(config.width, config.layer_norm_eps))
+            self.norm = Multiway(modules_of(config.attention), lambda: LayerNorm(config.width, config.layer_norm_eps))
             self.image_head = Head(config.width, config.visual_vocab_size)
             self.text_head = Head(config.width, config.vocab_size)
         if torch.device(device).type != "meta":
@@ -132,7 +131,7 @@ class BEiT3(nn.Module):
 
 
 def parameter_counts(model: BEiT3) -> dict[str, int]:
-    """Parameters by role: vision, language, vl (the experts' matrices, as the paper's table 2 counts them),
+    """Parameters by role: vision, language, vl (the experts' matrices, as the paper's table 2 counts them) or shared,
     attention, embeddings, heads, norms."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.model.attention import Attention
-from beit3_dist.model.multiway import FeedForward, Multiway, fork, merge
+from beit3_dist.model.multiway import FeedForward, Multiway, fork, merge, modules_of
 from beit3_dist.model.token_layout import Segments, Selection, TokenLayout
 
 
@@ -20,9 +20,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, has_vl_expert: bool) -> None:
         super().__init__()
-        norm_experts = ("shared",) if config.attention == "shared" else ("vision", "language")
-        experts = ("vision", "vl", "language") if has_vl_expert else ("vision", "language")
-        self.attention_norm = Multiway(norm_experts, lambda: LayerNorm(config.width, config.layer_norm_eps))
+        experts = ("vision", "vl", "language") if has_vl_expert else modules_of(config.ffn)
+        norms = modules_of(config.attention)
+        self.attention_norm = Multiway(norms, lambda: LayerNorm(config.width, config.layer_norm_eps))
         self.attention = Attention(config)
         self.ffn = Multiway(experts, lambda: FeedForward(config))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import ModelConfig, Sharing
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
@@ -37,6 +37,11 @@ class Multiway(nn.ModuleDict):
 
     def each(self, slices: list[Tensor]) -> list[Tensor]:
         return [self[name](part) for name, part in zip(self.experts, slices, strict=True)]
+
+
+def modules_of(sharing: Sharing) -> tuple[str, ...]:
+    """The names under which a part of the model has its modules: one for all tokens, or one for each modality."""
+    return ("shared",) if sharing == "shared" else ("vision", "language")
 
 
 def join(slices: list[Tensor]) -> Tensor:

@@ -103,6 +103,12 @@ LAYOUTS = {
     "dp2tp2pp2-zero3-selective": Layout(3, "paper", data=2, tensor=2, pipeline=2, recompute="selective"),
 }
 
+TOWERS = {
+    "tower-dp2-zero3": Layout(3, "tower", data=2, steps=2),
+    "tower-tp2-zero2-sequence": Layout(2, "tower", tensor=2, sequence=True, steps=2),
+    "tower-pp2-zero1-interleaved": Layout(1, "tower", pipeline=2, chunks=2, steps=2),
+}
+
 COMPILED = {
     "one-zero1-compiled": Layout(1, "shallow", accumulation=2, steps=3, kernels="compiled"),
     "dp2-zero3-compiled": Layout(3, "shallow", data=2, accumulation=2, steps=3, kernels="compiled"),
@@ -194,7 +200,7 @@ def workers() -> Iterator[KeptWorkers]:
     kept.close()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), *TOWERS.values()], ids=[*LAYOUTS, *TOWERS])
 def test_layout_equals_one_process(layout: Layout, workers: KeptWorkers) -> None:
     compare(layout.run(workers), layout)
 

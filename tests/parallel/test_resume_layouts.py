@@ -30,6 +30,7 @@ STEPS = 2 + 2 * len(LAYOUTS)
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "paper": {"attention": "shared", "sub_layernorm": False, "vl_expert_layers": 1},
     "released": {"attention": "per_modality", "sub_layernorm": True, "vl_expert_layers": 0},
+    "tower": {"ffn": "shared", "vl_expert_layers": 0},
 }
 
 

@@ -30,6 +30,7 @@ SIZE = {
 CONFIGS = {
     "paper": ModelConfig(**SIZE, vl_expert_layers=1),
     "released": ModelConfig(**SIZE, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
+    "tower": ModelConfig(**SIZE, ffn="shared", vl_expert_layers=0),
 }
 
 

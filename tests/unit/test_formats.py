@@ -198,17 +198,20 @@ def test_vl_experts_are_refused_with_the_reason(form: str, tmp_path: Path, capsy
     assert not (tmp_path / "x.pth").exists()
 
 
-def test_shared_attention_is_expanded_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = replace(PAPER, vl_expert_layers=0, sub_layernorm=True)
+@pytest.mark.parametrize("ffn", ["per_modality", "shared"])
+def test_what_is_shared_is_expanded_with_a_note(ffn: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(PAPER, vl_expert_layers=0, sub_layernorm=True, ffn=ffn)
     model = BEiT3(config)
     save_model_folder(tmp_path / "ours", dict(model.named_parameters()), config)
     main([str(tmp_path / "ours"), str(tmp_path / "x.pth"), "--to", "released"])
-    assert "shared attention and norms are written twice" in notes(caplog)
+    assert "what vision and language share is written twice" in notes(caplog)
     state = torch.load(tmp_path / "x.pth", weights_only=True)["model"]
     assert state.keys() == released().keys()
     query = model.blocks["1"].attention.q["shared"].weight
     for branch in "AB":
         assert torch.equal(state[f"beit3.encoder.layers.1.self_attn.q_proj.{branch}.weight"], query)
+    first, second = (state[f"beit3.encoder.layers.1.ffn.{branch}.fc1.weight"] for branch in "AB")
+    assert torch.equal(first, second) == (ffn == "shared")
     assert_identical(state, to_released(model))
 
 

@@ -102,6 +102,19 @@ def test_blocks_equal_plain_ones(attention: str, selected: bool, recompute: Reco
         layers=2, width=16, heads=2, ffn_width=24, patch_size=2, image_size=4, attention=attention,
         sub_layernorm=attention == "per_modality", vl_expert_layers=1, vocab_size=20, visual_vocab_size=8,
     )  # fmt: skip
+    compare_blocks(config, selected, recompute)
+
+
+def test_blocks_of_a_single_tower_equal_plain_ones() -> None:
+    config = ModelConfig(
+        layers=2, width=16, heads=2, ffn_width=24, patch_size=2, image_size=4, ffn="shared", vl_expert_layers=0,
+        vocab_size=20, visual_vocab_size=8,
+    )  # fmt: skip
+    compare_blocks(config, selected=True, recompute="none")
+
+
+def compare_blocks(config: ModelConfig, selected: bool, recompute: Recompute) -> None:
+    """Raises AssertionError where fused blocks of random values compute something else than plain ones."""
     model, tokens = BEiT3(config).to(DEVICE), layout()
     with torch.no_grad():
         for parameter in model.parameters():
