@@ -4,6 +4,7 @@
     model = Model.load("FOLDER")                        # config.json, model.safetensors, tokenizer.spm
     model.embed_images(["a.jpg", "b.png"])              # retrieval: unit vectors [2, D]
     model.embed_texts(["a red circle"])                 # retrieval: unit vectors [1, D]
+    model.match(["a.jpg"], ["a red circle"])            # retrieval, of a model that was pretrained by matching: [1]
     model.answer(["a.jpg"], ["what shape is this?"])    # vqa: one answer for each image and its question
     model.caption(["a.jpg"])                            # captioning
     model.classify(["a.jpg"])                           # imagenet: images; text: sentences
@@ -46,6 +47,7 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.text_files import require_text
 from beit3_dist.data.transforms import normalised, read_image
 from beit3_dist.devices import device_type
+from beit3_dist.objectives.matching import Matching, MatchingHead
 from beit3_dist.tasks.base import HALF, Normalization, Task, TaskInputs
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.augmentation import Views
@@ -57,6 +59,8 @@ ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
+MATCH_HEAD = "match_head."
+"""Prefix of the weights of matching's head, beside that of the task."""
 
 _T = TypeVar("_T")
 
@@ -139,6 +143,26 @@ class Model:
         """Unit vectors of texts, fp32 [N, D] on the CPU. What is longer than the model's texts is cut."""
         task, listed = self._task_for("embed_texts", "embeddings"), _texts(texts)
         return self._run(lambda some: task.embed_texts(self.network, *self._words(some)), listed, TEXTS_AT_ONCE)
+
+    def match(self, images: Sequence[ImageLike], texts: Sequence[str]) -> Tensor:
+        """How well each text fits the image in the same place, told from both together: the logit of a match less that
+        of none, fp32 [N] on the CPU."""
+        self._task_for("embed_texts", "matches")
+        images, texts = _images(images), _texts(texts)
+        if len(images) != len(texts):
+            raise ValueError(f"{len(images)} images and {len(texts)} texts: each text needs its image")
+        head: Any = getattr(self.network, "match_head", None)
+        if head is None:
+            raise ValueError(
+                f"{self.name} was not pretrained by objectives.matching, which teaches what belongs together"
+            )
+
+        def matches(rows: Sequence[int]) -> Tensor:
+            pixels, (words, padding) = self._pixels([images[r] for r in rows]), self._words([texts[r] for r in rows])
+            no, yes = head(self.network.encode(pixels, words, padding)[:, 0]).unbind(1)
+            return yes - no
+
+        return self._run(matches, range(len(texts)), IMAGES_AT_ONCE)
 
     def answer(self, images: Sequence[ImageLike], questions: Sequence[str]) -> list[str]:
         """The likeliest of the model's answers to each question about the image in the same place."""
@@ -297,6 +321,11 @@ def _network_and_task(
             with torch.device("meta"):
                 network = FineTuned(content.config, found.pretrained_head(content.config, own), device="meta")
             named = weights | {TASK_HEAD + name: weight for name, weight in own.items()}
+            matching = f"{OBJECTIVE_HEADS}{Matching.name}."
+            if found.contrastive and f"{matching}score.weight" in weights:
+                with torch.device("meta"):
+                    network.match_head = MatchingHead(content.config.width, f"{matching}pooler.weight" in weights)
+                named |= {name.replace(matching, MATCH_HEAD): weight for name, weight in weights.items()}
             weights = {name: weight for name, weight in named.items() if name in network.state_dict()}
         else:
             network = found.network(content.config, entry.get("classes", 0), device="meta")

@@ -14,7 +14,8 @@ or an index of tools/build_index.py (.jsonl) with --images FOLDER.
     retrieval   images for texts and texts for images: image_retrieval_recall@1, @5, @10, text_retrieval_recall@...; an
                 image with several captions is found by any of them, and counts once. Equal captions of different images
                 are told apart, as published figures do, unless --merge_captions. Needs contrast: a model pretrained by
-                the objective contrastive, or fine-tuned for retrieval.
+                the objective contrastive, or fine-tuned for retrieval. --rerank N: the N best each are put in order by
+                the objective matching.
     classes     the class whose name, in all templates, has the closest vector: acc1, acc5, mean_per_class_recall.
                 Needs contrast. --templates: a file of lines with {} for the name; without it the name alone.
     captions    exact_match and other --caption_metrics. Needs prefix language modelling, or captioning.
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--names", type=Path, help="names of the classes, one a line in the order of their numbers")
     text = "retrieval: captions that are equal letter for letter are one, right for the images of all of them"
     parser.add_argument("--merge_captions", action="store_true", help=text)
+    text = "retrieval: the N best by contrast are put in order by matching, where that was learnt, too (default: 0)"
+    parser.add_argument("--rerank", type=int, default=0, metavar="N", help=text)
     parser.add_argument("--templates", type=Path, help="classes: lines such as `a photo of a {}`")
     parser.add_argument("--features", choices=("mean", "cls"), default="mean", help="knn, probe (default: mean)")
     parser.add_argument("--beams", type=int, default=3, help="captions: width of the search (default: 3)")
@@ -128,8 +131,28 @@ def retrieval(model: Model, options: Namespace) -> dict[str, float]:
     texts = [*rows] if options.merge_captions else [text for _, text in pairs]
     of_text = torch.tensor([rows[text] for _, text in pairs]) if options.merge_captions else None
     of_image = torch.tensor([image for image, _ in pairs])
-    scores = recall(embedded(model, found.images), model.embed_texts(texts), of_image, of_text)
+    vectors = embedded(model, found.images), model.embed_texts(texts)
+    more = reranked(model, found.images, texts, vectors[0] @ vectors[1].T, options.rerank) if options.rerank else None
+    scores = recall(*vectors, of_image, of_text, more)
     return {name.replace("_recall", "_retrieval_recall"): value for name, value in scores.items()}
+
+
+def reranked(model: Model, images: Sequence[Any], texts: list[str], scores: Tensor, best: int) -> tuple[Tensor, Tensor]:
+    """What `recall` adds to scores [M, N], by text and by image, so that the `best` of each are in the order of
+    matching's logits and the similarities, and before all others (BLIP's sum)."""
+    import torch
+
+    chosen = [torch.zeros_like(scores, dtype=torch.bool) for _ in range(2)]
+    for dim, among in enumerate(chosen):  # images for each text, then texts for each image
+        among.scatter_(dim, scores.topk(min(best, scores.shape[dim]), dim).indices, True)
+    wanted, logits = chosen[0] | chosen[1], torch.zeros_like(scores, dtype=torch.float64)
+    for first, some in zip(range(0, len(images), AT_ONCE), opened(images), strict=False):
+        rows, columns = wanted[first : first + AT_ONCE].nonzero().T
+        matches = model.match([some[row] for row in rows.tolist()], [texts[column] for column in columns.tolist()])
+        logits[first + rows, columns] = matches.double()
+    lifted = logits - logits.min() + 2  # a similarity is never more than 2 above another
+    by_text, by_image = (torch.where(among, lifted, 0) for among in chosen)
+    return by_text.T, by_image
 
 
 def classes(model: Model, options: Namespace) -> dict[str, float]:

@@ -91,7 +91,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:  # noqa: F811
-    return pretrained(tmp_path_factory.mktemp("models") / "all", tokenizer, OBJECTIVES)
+    return pretrained(tmp_path_factory.mktemp("models") / "all", tokenizer, (*OBJECTIVES, "matching"))
 
 
 def scored(data: Path, *arguments: str | Path) -> dict[str, float]:
@@ -122,6 +122,23 @@ def test_retrieval_of_images_with_several_captions(data: Path, model: Path) -> N
     best = (used.embed_images(images(range(3))) @ used.embed_texts(texts).T).argmax(1).tolist()
     share = sum(texts[place] in CAPTIONS[image] for image, place in enumerate(best)) / 3
     assert merged["text_retrieval_recall@1"] == pytest.approx(share)
+
+
+def test_the_best_are_put_in_order_by_matching(data: Path, model: Path) -> None:
+    arguments = (data, model, "retrieval", "--data", data / "pairs.tar")
+    used, texts = Model.load(model, "cpu", "retrieval"), [text for some in CAPTIONS for text in some]
+    scores = used.embed_images(images(range(3))) @ used.embed_texts(texts).T
+    pairs = [(image, text) for image in range(3) for text in range(6)]
+    logits = used.match([images([image])[0] for image, _ in pairs], [texts[text] for _, text in pairs]).view(3, 6)
+    by_both, right = scores + logits, torch.tensor([0, 0, 1, 2, 2, 2])
+    everything = scored(*arguments, "--rerank", "6")  # of all
+    assert everything["image_retrieval_recall@1"] == pytest.approx((by_both.argmax(0) == right).float().mean().item())
+    alone, one = (scored(*arguments, *more) for more in ((), ("--rerank", "1")))
+    assert all(one[name] == alone[name] for name in alone if "image" in name)  # the best stays so
+    two = scores.topk(2, dim=0).indices
+    best = two.gather(0, by_both.gather(0, two).argmax(0)[None])[0]
+    found = scored(*arguments, "--rerank", "2")["image_retrieval_recall@1"]
+    assert found == pytest.approx((best == right).float().mean().item())
 
 
 def test_retrieval_of_an_index_is_that_of_tars(data: Path, model: Path) -> None:

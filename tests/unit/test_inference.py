@@ -18,6 +18,7 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model, open_image
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.contrast import ContrastHead
+from beit3_dist.objectives.matching import MatchingHead
 from beit3_dist.tasks.data.augmentation import IMAGENET
 from beit3_dist.tasks.parts import generation
 from beit3_dist.tasks.registry import task_class
@@ -213,6 +214,9 @@ def pretrained(folder: Path, tokenizer: Path, objectives: tuple[str, ...], lengt
         for parameter in head.parameters():
             parameter.zero_()
         values |= {f"objective_heads.contrastive.{name}": p.detach() for name, p in head.named_parameters()}
+    if "matching" in objectives:
+        matching = MatchingHead(config.width, pooled=True)
+        values |= {f"objective_heads.matching.{name}": p.detach() for name, p in matching.named_parameters()}
     weights = {name: value + 0.2 * torch.randn(value.shape, generator=draw) for name, value in values.items()}
     save_model_folder(folder, weights, config, text_tokenizer=tokenizer, objectives=objectives)
     return folder
@@ -247,6 +251,22 @@ def test_a_pretrained_models_contrast_is_used(tmp_path: Path, tokenizer: Path, p
             Model.load(folder, device="cpu", task=task)
     with pytest.raises(ValueError, match="was fine-tuned for vqa, not for captioning"):
         Model.load(save(tmp_path / "vqa", "vqa", tokenizer), task="captioning")
+
+
+def test_a_pretrained_model_tells_what_matches(tmp_path: Path, tokenizer: Path, pictures: list[Path]) -> None:
+    folder = pretrained(tmp_path / "model", tokenizer, (*OBJECTIVES, "matching"))
+    model, weights = Model.load(folder, device="cpu", task="retrieval"), read_model_folder(folder).weights
+    matches = model.match(pictures, SENTENCES[:4])
+    head = {name.rpartition("matching.")[2]: w for name, w in weights.items() if "heads.matching." in name}
+    cls = model.network.encode(model._pixels(pictures), *model._words(SENTENCES[:4]))[:, 0]
+    pooled = torch.tanh(cls @ head["pooler.weight"].T + head["pooler.bias"])
+    logits = pooled @ head["score.weight"].T + head["score.bias"]
+    torch.testing.assert_close(matches, logits[:, 1] - logits[:, 0])
+    with pytest.raises(ValueError, match="4 images and 1 texts"):
+        model.match(pictures, SENTENCES[:1])
+    without = Model.load(pretrained(tmp_path / "other", tokenizer, OBJECTIVES), device="cpu", task="retrieval")
+    with pytest.raises(ValueError, match="was not pretrained by objectives.matching"):
+        without.match(pictures, SENTENCES[:4])
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path, tokenizer: Path) -> None:

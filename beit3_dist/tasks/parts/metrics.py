@@ -41,27 +41,38 @@ def first_rows(keys: Iterable[Key]) -> dict[Key, int]:
     return first
 
 
-def recall(images: Tensor, texts: Tensor, image_of_text: Tensor, row_of_text: Tensor | None = None) -> dict[str, float]:
+def recall(
+    images: Tensor,
+    texts: Tensor,
+    image_of_text: Tensor,
+    row_of_text: Tensor | None = None,
+    more: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, float]:
     """Recall at 1, 5 and 10 of images for texts and of texts for images.
 
     Vectors [M, D] and [N, D] whose product is the score, and int64 [N]: the image that each text belongs to. With
     `row_of_text`, int64 like `image_of_text`, a text may belong to several: pair i is of an image and of that row of
-    the texts. A rank is that of the best of what belongs there. A wrong candidate with the same score as the right one
-    comes before it: a model that cannot tell anything apart finds nothing.
+    the texts. `more`: what is added to the scores of images for texts, [N, M], and of texts for images, [M, N].
+
+    A rank is that of the best of what belongs there. A wrong candidate with the same score as the right one comes
+    before it: a model that cannot tell anything apart finds nothing.
     """
     rows = torch.arange(len(texts)) if row_of_text is None else row_of_text
+    for_texts, for_images = more or (None, None)
     ranks = {
-        "image_recall": _ranks(texts, images, rows, image_of_text),
-        "text_recall": _ranks(images, texts, image_of_text, rows),
+        "image_recall": _ranks(texts, images, rows, image_of_text, for_texts),
+        "text_recall": _ranks(images, texts, image_of_text, rows, for_images),
     }
     return {f"{name}@{k}": (rank < k).double().mean().item() for name, rank in ranks.items() for k in RECALL_AT}
 
 
-def _ranks(queries: Tensor, candidates: Tensor, query: Tensor, candidate: Tensor) -> Tensor:
+def _ranks(queries: Tensor, candidates: Tensor, query: Tensor, candidate: Tensor, more: Tensor | None) -> Tensor:
     """int64 [queries]: before the best of its candidates, so many wrong ones. Pair i, int64 [P], belongs together."""
     ranks = []
     for rows in torch.arange(len(queries)).split(ROWS_AT_ONCE):
         scores = queries[rows] @ candidates.T
+        if more is not None:
+            scores = scores + more[rows]
         mine, own = (query >= rows[0]) & (query <= rows[-1]), torch.zeros_like(scores, dtype=torch.bool)
         own[query[mine] - rows[0], candidate[mine]] = True
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
