@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,11 +162,12 @@ def read_state(path: Path, model: DataclassInstance) -> TrainState:
     if content.get("format") != FORMAT:
         raise ValueError(f"checkpoint.resume: {path} has format {content.get('format')}, this version reads {FORMAT}")
     theirs = content.get("model")
-    for name, value in asdict(model).items():
-        written = theirs.get(name) if isinstance(theirs, dict) else None
-        if written != value:
+    for field in fields(model):
+        # A field that came after the checkpoint has the value that leaves everything as it was.
+        written = theirs.get(field.name, field.default) if isinstance(theirs, dict) else None
+        if written != (value := getattr(model, field.name)):
             raise ValueError(
-                f"checkpoint.resume: {path} was trained with model.{name}={written}, "
+                f"checkpoint.resume: {path} was trained with model.{field.name}={written}, "
                 f"this run has {value}: use its config, or another `out` to start anew"
             )
     try:
