@@ -31,13 +31,15 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -219,15 +221,6 @@ def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
 # Guessing -------------------------------------------------------------------------------------------------------------
 
 
-class Chunk(NamedTuple):
-    """A piece of a caption as it is drawn."""
-
-    text: str
-    """With a space in front where a word begins."""
-    right: bool | None
-    """Whether a hidden word was guessed; None: the word was not hidden."""
-
-
 @dataclass(frozen=True)
 class Example:
     """An image, with or without a caption, and what the model makes of its hidden parts."""
@@ -240,7 +233,7 @@ class Example:
     """int64 [patches]: the true codes."""
     guesses: Tensor
     """int64 [patches]: the model's codes at hidden patches, the true ones elsewhere."""
-    caption: list[Chunk]
+    caption: str
     """Empty for an image of the image stream."""
 
 
@@ -279,28 +272,27 @@ def guess(
         if name in guessed:
             hidden, codes_P = batch.streams[stream].annotations[masked.name]["image_mask"][0], true[stream][0]
             filled = codes_P.masked_scatter(hidden, guessed[name])
-            found[name] = Example(pixels[stream][0], hidden, codes_P, filled, [])
+            found[name] = Example(pixels[stream][0], hidden, codes_P, filled, "")
     if "pair_image" in found:
         samples = batch.streams["pairs"]
         assert samples.text is not None and samples.lengths is not None
         words = samples.text[0, : int(samples.lengths[0])]
         mask = samples.annotations[masked.name]["text_mask"][0, : len(words)]
-        caption = chunks(
-            run.shown.tokenizer, words, mask, words.masked_scatter(mask, guessed.get("pair_text", words[:0]))
-        )
+        guesses = words.masked_scatter(mask, guessed.get("pair_text", words[:0]))
+        caption = caption_of(run.shown.tokenizer, words, mask, guesses)
         found["pair_image"] = replace(found["pair_image"], caption=caption)
     return found
 
 
-def chunks(tokenizer: TextTokenizer, words: Tensor, mask: Tensor, guesses: Tensor) -> list[Chunk]:
-    """The caption without <s> and </s>: words as they are, hidden ones as [guess→truth]."""
-    result = []
+def caption_of(tokenizer: TextTokenizer, words: Tensor, mask: Tensor, guesses: Tensor) -> str:
+    """The caption without <s> and </s>: words as they are, hidden ones as [guess] where it is right and else as
+    [guess→truth]."""
+    result = ""
     for true, hidden, guessed in zip(words.tolist()[1:-1], mask.tolist()[1:-1], guesses.tolist()[1:-1], strict=True):
         piece, guess = spelled(tokenizer, true), spelled(tokenizer, guessed)
-        space = " " if piece.startswith(" ") else ""
-        shown = f"{space}[{guess.strip()}→{piece.strip()}]" if hidden else piece
-        result.append(Chunk(shown, guessed == true if hidden else None))
-    return result
+        told = piece.strip() if guessed == true else f"{guess.strip()}→{piece.strip()}"
+        result += f"{' ' * piece.startswith(' ')}[{told}]" if hidden else piece
+    return result.strip()
 
 
 def spelled(tokenizer: TextTokenizer, word: int) -> str:
@@ -360,7 +352,7 @@ def summary_lines(run: Run, report: Record) -> Iterator[str]:
         f"({', '.join(f'{count:,} {name}' for name, count in samples.items())})"
     )
     yield (
-        f"{clock(report['wall_s'])} of training steps, {report['samples_per_s']:,.0f} samples/s, "
+        f"{timedelta(seconds=round(report['wall_s']))} of training steps, {report['samples_per_s']:,.0f} samples/s, "
         f"{report['data_wait_share']:.1%} of the time waiting for data"
     )
     yield ""
@@ -395,11 +387,6 @@ def verdict(loss: float | None, bound: float | None) -> str:
     return "" if loss is None or bound is None else "below" if loss < bound else "above"
 
 
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
 # Figure ---------------------------------------------------------------------------------------------------------------
 
 WIDTH, DPI = 1400, 100
@@ -420,7 +407,7 @@ MOST_IMAGES = 12
 GREY, GREY_EDGE = 150, 172
 """Levels of hidden patches and of two of their edges, which tell them from a grey image."""
 COLORS = ("#0072b2", "#d55e00", "#008f68", "#b8488f")
-INK, FAINT, RIGHT, WRONG = "#222222", "#6b6b6b", "#007a4d", "#c23b00"
+INK, FAINT = "#222222", "#6b6b6b"
 ROWS = (
     "original",
     "input, hidden\npatches in grey",
@@ -440,8 +427,9 @@ def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[E
     rows = math.ceil(len(losses) / PANELS_IN_A_ROW)
     tile = min(LARGEST_TILE, (WIDTH - LEFT - MARGIN - GAP * (most - 1)) // most)
     block, top = HEADING + len(ROWS) * (tile + GAP), PANELS_TOP + rows * ROW_OF_PANELS
-    lines = [caption_lines(pair.caption, tile // CHARACTER) for pair in shown.get("pair_image", [])]
-    below = max(map(len, lines), default=0) * CAPTION_LINE + 2 * MARGIN
+    wrapped = partial(textwrap.fill, width=tile // CHARACTER, max_lines=CAPTION_LINES, placeholder="…")
+    captions = [wrapped(pair.caption) for pair in shown.get("pair_image", [])]
+    below = CAPTION_LINES * CAPTION_LINE * bool(captions) + 2 * MARGIN
     height = top + len(shown) * block + below
     figure = matplotlib("figure").Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
     page = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
@@ -457,15 +445,16 @@ def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[E
         part, kind = report["codes_right"][name], report["pictures"].capitalize()
         remark = "nothing is hidden" if part is None else f"{part:.0%} of the hidden codes guessed"
         if name == "pair_image":
-            remark += "; hidden words of the caption as [guess→truth]"
+            remark += "; hidden words of the caption as [guess], or [guess→truth] where it is wrong"
         page.plot([MARGIN, WIDTH - MARGIN], [top + 4, top + 4], color="#d0d0d0", linewidth=0.8)
         heading = f"{kind} {'pairs' if name == 'pair_image' else 'images'}"
         page.text(MARGIN, top + 38, heading, size=12.5, weight="bold", color=INK)
         page.text(WIDTH - MARGIN, top + 38, remark, size=10.5, color=FAINT, ha="right")
         draw_tiles(page, top + HEADING, tile, some, looks)
         top += block + (MARGIN if name == "image" else 0)
-    for place, caption in enumerate(lines):
-        draw_caption(page, LEFT + place * (tile + GAP), top + 4, caption)
+    for place, caption in enumerate(captions):
+        left, monospaced = LEFT + place * (tile + GAP), {"family": "DejaVu Sans Mono", "size": CAPTION_POINTS}
+        page.text(left, top + 4, caption, **monospaced, va="top", linespacing=1.25, color=INK, parse_math=False)
     return figure
 
 
@@ -474,7 +463,8 @@ def draw_title(page: Axes, report: Record) -> None:
     page.text(MARGIN, 36, f"What {report['run']} has learnt", size=16, weight="bold", color=INK, parse_math=False)
     remark = (
         f"{report['steps']:,} of {report['planned_steps']:,} steps, {sum(report['samples'].values()):,} samples in "
-        f"{clock(report['wall_s'])}; images drawn with the checkpoint of step {report['checkpoint_step']:,}"
+        f"{timedelta(seconds=round(report['wall_s']))}; images drawn with the checkpoint of step "
+        f"{report['checkpoint_step']:,}"
     )
     page.text(MARGIN, 60, remark, size=10.5, color=FAINT)
     line = partial(matplotlib("lines").Line2D, [], [], color=INK)
@@ -543,38 +533,6 @@ def draw_tiles(page: Axes, top: float, tile: int, shown: list[Example], looks: T
             left, upper = LEFT + number * (tile + GAP), top + row * (tile + GAP)
             page.imshow(image, extent=(left, left + tile, upper + tile, upper), aspect="auto")
             page.add_patch(rectangle((left, upper), tile, tile))
-
-
-Line = list[tuple[int, Chunk]]
-"""A line of a caption: chunks and the columns where they begin."""
-
-
-def caption_lines(caption: list[Chunk], width: int) -> list[Line]:
-    """The caption in lines of `width` characters, broken between words where it can be; an ellipsis for the rest."""
-    lines: list[Line] = [[]]
-    place = 0
-    for number, chunk in enumerate(caption):
-        rest_of_word = takewhile(lambda other: not other.text.startswith(" "), caption[number + 1 :])
-        word = len(chunk.text) + sum(len(other.text) for other in rest_of_word)
-        starts_word = chunk.text.startswith(" ")
-        if place and (place + len(chunk.text) > width or starts_word and place + word > width):
-            lines, place = [*lines, []], 0
-        text = chunk.text if place else chunk.text.lstrip()
-        text = text if len(text) <= width else f"{text[: width - 1]}\u2026"
-        lines[-1].append((place, Chunk(text, chunk.right)))
-        place += len(text)
-    if len(lines) > CAPTION_LINES:
-        lines = [*lines[: CAPTION_LINES - 1], [(0, Chunk("\u2026", None))]]
-    return lines
-
-
-def draw_caption(page: Axes, left: float, top: float, lines: list[Line]) -> None:
-    """The caption, guessed words in green and missed ones in red."""
-    write = partial(page.text, family="DejaVu Sans Mono", size=CAPTION_POINTS, parse_math=False)
-    for row, line in enumerate(lines):
-        for place, chunk in line:
-            color = INK if chunk.right is None else RIGHT if chunk.right else WRONG
-            write(left + place * CHARACTER, top + (row + 0.8) * CAPTION_LINE, chunk.text, color=color)
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
+from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.model.beit3 import BEiT3
@@ -163,7 +164,7 @@ def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content:
     def hits(examples: list[report.Example]) -> int:
         return sum(int((e.guesses == e.codes)[e.hidden].sum()) for e in examples)
 
-    words = [chunk.right for pair in pairs for chunk in pair.caption if chunk.right is not None]
+    words = ["→" not in word for pair in pairs for word in re.findall(r"\[[^]]*]", pair.caption)]
     assert (hits(images), hits(pairs), sum(words), len(words)) == (image, pair_image, pair_text, hidden[3])
     shares = {"image": image / float(hidden[0]), "pair_image": pair_image / float(hidden[2])}
     assert content["codes_right"] == pytest.approx(shares)
@@ -272,7 +273,7 @@ def test_hidden_patches_are_drawn_where_they_are() -> None:
     picture = torch.arange(3 * 4 * 4, dtype=torch.uint8).reshape(3, 4, 4)
     looks = torch.stack([torch.full((3, 2, 2), level, dtype=torch.uint8) for level in (200, 210)])
     hidden: Tensor = torch.tensor([False, True, False, False])  # the upper right patch
-    example = report.Example(picture, hidden, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 0]), [])
+    example = report.Example(picture, hidden, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 0]), "")
     original, masked, guessed, true = report.tiles(example, looks)
     assert (original == picture.permute(1, 2, 0).numpy()).all()
     for drawn, levels in ((masked, {report.GREY, report.GREY_EDGE}), (guessed, {200}), (true, {210})):
@@ -280,17 +281,16 @@ def test_hidden_patches_are_drawn_where_they_are() -> None:
         assert (drawn[2:] == original[2:]).all() and (drawn[:2, :2] == original[:2, :2]).all()
 
 
-def test_captions_are_broken_between_words() -> None:
-    caption = [report.Chunk(text, None) for text in (" medium", "-dark", " skin", " [tone→hand]", "s")]
-    lines = report.caption_lines(caption, 13)
-    assert ["".join(chunk.text for _, chunk in line) for line in lines] == [
-        " medium-dark".strip(),
-        "skin",
-        "[tone→hand]s",
-    ]
-    assert [place for place, _ in lines[0]] == [0, 6]
-    long = report.caption_lines([report.Chunk(f" word{i}", None) for i in range(50)], 13)
-    assert len(long) == report.CAPTION_LINES and long[-1][0][1].text == "…"
+def test_hidden_words_of_a_caption_stand_in_brackets(config: RunConfig) -> None:
+    tokenizer = TextTokenizer(config.text_tokenizer)
+    words = torch.tensor([tokenizer.bos, *tokenizer.encode("a red dog runs"), tokenizer.eos])
+    mask = torch.zeros_like(words, dtype=torch.bool)
+    assert report.caption_of(tokenizer, words, mask, words) == "a red dog runs"
+    mask[1] = mask[-2] = True
+    guesses = words.clone()
+    guesses[-2] = tokenizer.unk
+    caption = report.caption_of(tokenizer, words, mask, guesses)
+    assert caption.startswith("[") and "]" in caption.split("red")[0] and "[<unk>→" in caption
 
 
 def test_a_record_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:

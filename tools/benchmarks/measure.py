@@ -194,15 +194,8 @@ def profile_table(action: Callable[[], Any], device: torch.device, rows: int = 2
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
         action()
         synchronize(device)
-    time_of = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total  # noqa: E731
-    events = sorted(profiler.key_averages(), key=time_of, reverse=True)
-    total = sum(map(time_of, events))
-    lines = [f"{'operation':60}{'ms':>10}{'share':>8}{'calls':>8}"]
-    lines += [
-        f"{event.key[:58]:60}{time_of(event) / 1e3:10.2f}{time_of(event) / total:8.1%}{event.count:8}"
-        for event in events[:rows]
-    ]
-    return "\n".join(lines)
+    by = f"self_{'device' if cuda else 'cpu'}_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=58)
 
 
 @contextmanager
