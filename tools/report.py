@@ -104,9 +104,9 @@ class Run:
     """The held-out streams, or the training streams of a run that names no held-out shards; one sample at once."""
 
 
-def open_run(folder: Path, program: str, plugins: Sequence[str] = ()) -> Run:
-    """Raises ValueError or OSError with one line where something is missing or does not fit. `program`: who asks."""
-    config = pretraining_config(folder, program, plugins)
+def open_run(folder: Path, plugins: Sequence[str] = ()) -> Run:
+    """Raises ValueError or OSError with one line where something is missing or does not fit."""
+    config = pretraining_config(folder, PROGRAM, plugins)
     metrics = read_records(folder / "metrics.jsonl")
     require(bool(metrics), f"{folder} has no metrics.jsonl with a step in it: the run has not trained yet")
     checkpoint = find("auto", folder / "checkpoints")
@@ -485,7 +485,8 @@ def draw_losses(axes: Axes, run: Run, report: Record, loss: Loss, color: str) ->
     bound = report["entropies"].get(loss.name)
     steps, losses = column(run.metrics, "step"), column(run.metrics, f"loss_{loss.name}")
     axes.plot(steps, losses, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, running_mean(losses, max(1, len(losses) // 25)), color=color, linewidth=2)
+    known = np.isfinite(losses)
+    axes.plot(steps[known], running_mean(losses[known], max(1, len(losses) // 25)), color=color, linewidth=2)
     held_out = column(run.evaluations, "step"), column(run.evaluations, f"loss_{loss.name}")
     axes.plot(*held_out, "o", color=color, markersize=5, markeredgecolor="white", markeredgewidth=0.8, zorder=3)
     if bound is not None:
@@ -503,13 +504,9 @@ def draw_losses(axes: Axes, run: Run, report: Record, loss: Loss, color: str) ->
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values up to each place, fewer at the beginning; NaNs do not count."""
-    finite = np.isfinite(values)
-    sums, counts = (
-        np.concatenate([np.zeros(window), np.cumsum(part)]) for part in (np.where(finite, values, 0), finite)
-    )
-    number = counts[window:] - counts[:-window]
-    return np.where(number > 0, (sums[window:] - sums[:-window]) / np.maximum(number, 1), np.nan)
+    """Mean of the last `window` values up to each place, fewer at the beginning."""
+    sums = np.concatenate([np.zeros(window), np.cumsum(values)])
+    return (sums[window:] - sums[:-window]) / np.minimum(np.arange(len(values)) + 1, window)
 
 
 def tiles(example: Example, looks: Tensor) -> list[np.ndarray]:
@@ -559,7 +556,7 @@ def main(arguments: list[str] | None = None) -> None:
     with refusing(PROGRAM):
         options = parse_arguments(arguments)
         matplotlib("figure")
-        run = open_run(options.run, PROGRAM, options.plugins)
+        run = open_run(options.run, options.plugins)
         device = torch.device(device_type())
     sample = sample_training(run, device)
     shown = examples(run, device, options.pictures)

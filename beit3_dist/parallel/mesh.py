@@ -156,9 +156,6 @@ class Groups:
     def get_tensor_model_parallel_rank(self) -> int:
         return self.mesh.tensor_rank
 
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return self.mesh.pipeline_rank
-
     def get_pipeline_model_parallel_world_size(self) -> int:
         return self.mesh.pipeline
 

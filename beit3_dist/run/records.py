@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
@@ -212,7 +213,8 @@ class Reporter:
         step = f"step {done}/{self._steps}  loss {record['loss']:.3f}"
         rest = [form.format(record[name]) for name, form in PROGRESS.items() if name in record]
         if len(self._seconds) >= FEWEST:
-            rest.append(f"{_duration(median(self._seconds) * (self._steps - done))} left")
+            seconds = median(self._seconds) * (self._steps - done)
+            rest.append(f"{timedelta(seconds=int(seconds))} left")
         short = "  ".join([step, *rest])
         line = "  ".join([step, f"({parts})", *rest]) if parts else short
         if is_terminal:
@@ -220,10 +222,3 @@ class Reporter:
             self._print(f"{_CLEAR}{short if len(short) <= width < len(line) else line[:width]}")
         else:
             self._print(f"{line}\n")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return f"{days} d {hours:02d}:{minutes:02d}:{seconds:02d}" if days else f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -275,7 +275,7 @@ def test_the_longest_progress_fits_a_screen_of_120_columns(
     reporter.close()
     last = terminal.getvalue().split("\x1b[K")[-1].rstrip("\n")
     assert len(last) < columns and last.endswith(
-        "lr 1.0e-03  grad norm 12.3  12346 samples/s  71.3 GB  13 d 21:19:12 left"
+        "lr 1.0e-03  grad norm 12.3  12346 samples/s  71.3 GB  13 days, 21:19:12 left"
     )
     assert ("pair_text" in last) == (columns == 200)
 
@@ -310,7 +310,7 @@ def test_days_are_told(tmp_path: Path, clock: SimpleNamespace) -> None:
         clock.now += 11.0
         reporter.step(record_of(step))
     reporter.close()
-    assert terminal.getvalue().endswith("127 d 07:32:36 left\n")  # 999,996 steps of 11 s
+    assert terminal.getvalue().endswith("127 days, 7:32:36 left\n")  # 999,996 steps of 11 s
 
 
 def test_evaluation_goes_to_its_own_file(tmp_path: Path) -> None:

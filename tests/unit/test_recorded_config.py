@@ -38,7 +38,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 def test_another_kind_of_run_is_named(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(OTHERS[kind]))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    for use in (lambda: report.open_run(tmp_path, "show_codes.py"), lambda: verify_order.verify(tmp_path)):
+    for use in (lambda: report.open_run(tmp_path), lambda: verify_order.verify(tmp_path)):
         with pytest.raises(ValueError, match=rf"^{tmp_path} is no pretraining run"):
             use()
 
@@ -46,8 +46,8 @@ def test_another_kind_of_run_is_named(kind: str, tmp_path: Path) -> None:
 def test_a_config_that_is_refused_is_the_callers_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(PRETRAINING) + "older_field: 1\n")
     with pytest.raises(SystemExit):
-        report.open_run(tmp_path, "show_codes.py")
-    assert capsys.readouterr().err.startswith("show_codes.py: error: ")
+        report.open_run(tmp_path)
+    assert capsys.readouterr().err.startswith("report.py: error: ")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "objective", "a: [", "[" * 200_000])
