@@ -16,9 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from beit3_dist.checkpoint.files import sha256
 from beit3_dist.checkpoint.find import checkpoint_of, damaged
 from beit3_dist.checkpoint.fitting import check_whole, fit, infer_config, shapes_of
-from beit3_dist.checkpoint.model_folder import ModelFolder, config_of, is_model_folder, model_in, read_model_folder
+from beit3_dist.checkpoint.model_folder import (
+    WEIGHTS,
+    ModelFolder,
+    config_of,
+    is_model_folder,
+    model_in,
+    read_model_folder,
+)
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.released import PREFIX, task_of, weights_from_released, weights_to_released
 from beit3_dist.checkpoint.timm_form import weights_from_timm
@@ -85,6 +93,18 @@ def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
     with blaming(str(path), RuntimeError):  # RuntimeError: a model of more elements than torch can count
         check_whole(source.weights, source.config)
     return source
+
+
+def digest_of_source(path: Path) -> str:
+    """SHA-256 of what `read_source` would read: of a checkpoint its manifest, which has the digests of its files.
+
+    Raises FileNotFoundError or ValueError where there is nothing.
+    """
+    path = checkpoint_of(path)
+    if path.is_dir():
+        inside = "manifest.json" if (path / "manifest.json").is_file() else WEIGHTS
+        path = (path if inside == "manifest.json" else model_in(path)) / inside
+    return sha256(path)
 
 
 def read_initial_weights(

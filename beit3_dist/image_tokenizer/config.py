@@ -10,14 +10,13 @@ from beit3_dist.config import (
     LoadingConfig,
     OptimConfig,
     Patterns,
-    expand_home,
-    require,
     require_divides,
     require_not_negative,
     require_positive,
     require_within,
     sources_of,
 )
+from beit3_dist.teachers.config import TeacherConfig
 
 
 @dataclass(kw_only=True)
@@ -53,36 +52,6 @@ class TokenizerModelConfig:
         require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
         require_divides("model.heads", self.heads, "model.width", self.width)
         require_within("[0, 1)", "model.", self, "codebook_decay")
-
-
-@dataclass(kw_only=True)
-class TeacherConfig:
-    """The frozen network whose features are rebuilt from the codes."""
-
-    kind: Literal["efficientnet_lite0", "clip", "timm"] = "efficientnet_lite0"
-    """efficientnet_lite0: comes with its weights in a package. clip: the visual tower of an OpenAI-CLIP or open_clip
-    file (the paper's teacher is CLIP ViT-B/16). timm: a model of timm."""
-    weights: str = ""
-    """clip, timm: local file with the weights. clip reads OpenAI's archives, .pt/.pth/.bin and .safetensors."""
-    name: str = ""
-    """timm: name of the model, e.g. vit_base_patch16_224.dino."""
-    quick_gelu: bool = True
-    """clip: x * sigmoid(1.702 x) as in OpenAI's models; false for open_clip's models without -quickgelu in the name."""
-    head_dim: int = 64
-    """clip: width of an attention head (64; 80 in ViT-H-14, 88 in ViT-g-14, 104 in ViT-bigG-14)."""
-
-    def __post_init__(self) -> None:
-        expand_home(self, "weights")
-        require_positive("teacher.", self, "head_dim")
-        require(
-            bool(self.weights) == (self.kind != "efficientnet_lite0"),
-            f"teacher.weights={self.weights!r} does not fit teacher.kind={self.kind}: "
-            "clip and timm need a local file, efficientnet_lite0 brings its own",
-        )
-        require(
-            bool(self.name) == (self.kind == "timm"),
-            f"teacher.name={self.name!r} does not fit teacher.kind={self.kind}: timm, and only timm, needs a name",
-        )
 
 
 @dataclass(kw_only=True)

@@ -19,8 +19,8 @@ from beit3_dist.config import OptimConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.quantizer import CodeUsage
-from beit3_dist.image_tokenizer.teachers import Teacher
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.teachers.vision import Teacher
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.image_tokenizer.network import VQKD
-from beit3_dist.parallel.collectives import all_gather
+from beit3_dist.model.token_layout import to_device
+from beit3_dist.parallel.collectives import made_in_shares
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,10 @@ class ImageTargets:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        ranks = 1 if self._group is None else self._group.size()
-        if self._group is None or ranks == 1 or not len(images):
-            return self._codes(images)
-        share = -(-len(images) // ranks)
-        # The last shares are filled up with the first images, so that all are of one size.
-        places = torch.arange(share, device=images.device) + self._group.rank() * share
-        codes = self._codes(images[places % len(images)])
-        return all_gather(codes, self._group)[: len(images)]
+        def codes(rows: Tensor) -> Tensor:
+            return self._codes(images[to_device(rows, images.device)])
+
+        return made_in_shares(codes, len(images), self._group)
 
     def _codes(self, images: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):

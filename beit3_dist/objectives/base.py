@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from beit3_dist.config import ModelConfig, RunConfig
@@ -142,6 +143,8 @@ class Objective(ABC):
     """Names of its head's parameters that every step leaves in an interval."""
     replicas: Replicas = ALONE
     """Those that work on the step."""
+    teachers: Mapping[str, str] = {}
+    """Field -> weights of a frozen network that it learns from; their content is that of the whole run."""
 
     losses: list[Loss]
     """What it tells apart, in the order of its counts and sums."""
@@ -158,6 +161,20 @@ class Objective(ABC):
     def meet(self, others: Mapping[str, Objective]) -> None:
         """Learns which objectives the run has, by name. Raises ValueError where it lacks one that it needs."""
         return None
+
+    def open_teachers(self) -> Any:
+        """The networks that it learns from, on the CPU, for `use_teachers`; they are no part of the model. Raises
+        ValueError naming the field where one does not fit."""
+        return None
+
+    def use_teachers(self, opened: Any, device: torch.device | None, group: dist.ProcessGroup | None) -> None:
+        """What they are. From here on they make targets on `device`, which the processes of `group` are asked for
+        alike; None: on a pipeline stage that needs no targets."""
+        return None
+
+    def target_flops(self, samples: Mapping[str, int]) -> float:
+        """FLOPs of its teachers for so many samples of each stream."""
+        return 0
 
     def head(self) -> nn.Module | None:
         """Layers that the model lacks, `objective_heads.NAME` of it: with the pipeline's last stage, in checkpoints."""

@@ -80,6 +80,16 @@ class MaskedDataModelingConfig:
         """Share of the patches of pairs that are masked."""
         return self.image_mask_ratio if self.pair_image_mask_ratio == "same" else self.pair_image_mask_ratio
 
+    @property
+    def ratios(self) -> dict[tuple[Stream, str], float]:
+        """Stream and side -> share of its patches or words that is masked."""
+        return {
+            (Stream.IMAGES, IMAGE): self.image_mask_ratio,
+            (Stream.TEXTS, TEXT): self.text_mask_ratio,
+            (Stream.PAIRS, IMAGE): self.of_pair_images,
+            (Stream.PAIRS, TEXT): self.caption_mask_ratio,
+        }
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -107,12 +117,7 @@ class MaskedDataModeling(Objective):
 
     def __init__(self, config: MaskedDataModelingConfig, run: RunConfig) -> None:
         super().__init__(config, run)
-        self._ratios = {
-            (Stream.IMAGES, IMAGE): config.image_mask_ratio,
-            (Stream.TEXTS, TEXT): config.text_mask_ratio,
-            (Stream.PAIRS, IMAGE): config.of_pair_images,
-            (Stream.PAIRS, TEXT): config.caption_mask_ratio,
-        }
+        self._ratios = config.ratios
         self._sides = [side for side, ratio in self._ratios.items() if side[0] in self.streams and ratio > 0]
         require(bool(self._sides), f"{SECTION}: of all streams that batch has the mask ratios are 0")
         views = {s: View(s.field, s.has_images, s.has_text, masked_by=self.name) for s in self.streams}

@@ -7,6 +7,7 @@ from typing import TypeVar
 from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives.base import Objective
 from beit3_dist.objectives.contrastive import Contrastive
+from beit3_dist.objectives.distillation import Distillation
 from beit3_dist.objectives.image_classification import ImageClassification
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.matching import Matching
@@ -19,6 +20,7 @@ BUILT_IN: list[type[Objective]] = [
     Matching,
     PrefixLanguageModeling,
     ImageClassification,
+    Distillation,
 ]
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in BUILT_IN}
 """By name: the section `objectives.NAME` of a run's config."""

@@ -17,6 +17,17 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def made_in_shares(make: Callable[[Tensor], Tensor], count: int, group: dist.ProcessGroup | None) -> Tensor:
+    """What `make` gives of rows 0 to count - 1, int64 on the host, without a gradient. Where the processes of `group`
+    would all make the same, each makes its share of it; collective then."""
+    rows = torch.arange(count)
+    if group is None or group.size() == 1 or not count:
+        return make(rows)
+    share = -(-count // group.size())
+    # The last shares are filled up with the first rows, so that all are of one size.
+    return all_gather(make((rows[:share] + group.rank() * share) % count), group)[:count]
+
+
 def _same(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return x.view_as(x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,6 +38,8 @@ class Ready(ReadyToTrain):
     """Initial values of a new run; zeros for one that goes on."""
     objectives: Objectives
     """What is learnt."""
+    teachers: dict[str, Any]
+    """Objective -> the frozen networks that it learns from, on the CPU; None: it has none."""
     image_tokenizer: VQKD | None
     """The tokenizer of the image targets, on the CPU; None: no objective has any."""
     train: MixedBatches
@@ -70,11 +73,13 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     if objectives.needs_codes:
         image_tokenizer = load_vqkd(config.image_tokenizer)
         view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
+    teachers = {objective.name: objective.open_teachers() for objective in objectives}
     check_loaders(config, mesh, view if view != own and not config.image_codes else 0)
     ranks = mesh.data_rank, mesh.data
     train = MixedBatches(config, own if config.image_codes else view, *ranks, annotators=[*objectives])
     train.restore(state.readers, state.step > 0)
-    state.sources = same_sources(config, checkpoint, state.sources, pretraining_sources(config, train))
+    weights = {field: path for objective in objectives for field, path in objective.teachers.items()}
+    state.sources = same_sources(config, checkpoint, state.sources, pretraining_sources(config, train, weights))
     same_recipe(config, checkpoint)
     train_codes = open_codes(config, view, False, train)
     held_out = held_out_codes = None
@@ -83,7 +88,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
         held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, annotators=[*objectives])
         held_out_codes = open_codes(config, view, True, held_out)
     values = _values(config, checkpoint, objectives)
-    opened = objectives, image_tokenizer, train, held_out, train_codes, held_out_codes
+    opened = objectives, teachers, image_tokenizer, train, held_out, train_codes, held_out_codes
     return Ready(config, mesh, state, checkpoint, values, *opened)
 
 

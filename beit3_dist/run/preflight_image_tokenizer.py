@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from beit3_dist.config import require, require_divides
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.images import ImageBatches
-from beit3_dist.image_tokenizer.teachers import Teacher, build_teacher
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.checkpointing import ReadyToTrain, starting_point
 from beit3_dist.run.resumption import same_recipe
 from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import same_sources, tokenizer_sources
+from beit3_dist.teachers.build import build_teacher
+from beit3_dist.teachers.vision import Teacher
 
 
 @dataclass

@@ -71,8 +71,11 @@ ON_RESUME = {name: on_resume for on_resume, names in _FIELDS.items() for name in
 
 
 def on_resume(name: str) -> OnResume:
-    """The class of a field. Those of objectives, which plugins may bring, are all of one."""
-    return OnResume.RECIPE if name.startswith("objectives.") else ON_RESUME[name]
+    """The class of a field. Those of objectives, which plugins may bring, are all of one, but for their teachers."""
+    if not name.startswith("objectives."):
+        return ON_RESUME[name]
+    _, is_teachers, of_teacher = name.partition(".teacher.")
+    return ON_RESUME[f"teacher.{of_teacher}"] if is_teachers else OnResume.RECIPE
 
 
 def objectives_in(fields: Iterable[str]) -> set[str]:

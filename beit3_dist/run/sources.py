@@ -10,10 +10,12 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from beit3_dist.checkpoint.files import sha256
+from beit3_dist.checkpoint.formats import digest_of_source
 from beit3_dist.config import JobConfig, Patterns, RunConfig, sources_of
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import expand
@@ -31,15 +33,16 @@ Sources = dict[str, Any]
 CONSEQUENCES = {
     "image_tokenizer": "that codes would mean something else from here on",
     "data.answers": "that labels would mean something else from here on",
-    "teacher.weights": "that codes would be taught by another network from here on",
+    "teacher.weights": "that another network would teach from here on",
 }
-"""Field -> what going on with another value of it would mean."""
+"""Field, or the end of its name -> what going on with another value of it would mean."""
 OF_THE_ORDER = "that samples would come twice or not at all"
 """The same for all other fields."""
 
 
-def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
-    """What pretraining depends on: its training streams, and what its targets are made with."""
+def pretraining_sources(config: RunConfig, batches: MixedBatches, teachers: Mapping[str, str]) -> Sources:
+    """What pretraining depends on: its training streams, and what its targets are made with. `teachers`: field ->
+    weights of a network that an objective learns from."""
     data = config.data
     return {
         "seed": config.seed,
@@ -47,6 +50,7 @@ def pretraining_sources(config: RunConfig, batches: MixedBatches) -> Sources:
         "data.text_length": data.text_length,
         "text_tokenizer": batches.tokenizer.fingerprint[:16],
         **({"image_tokenizer": sha256(Path(config.image_tokenizer))[:16]} if config.image_tokenizer else {}),
+        **{field: digest_of_source(Path(weights))[:16] for field, weights in teachers.items()},
         **{f"data.{s.field}": stream_source(found, getattr(data, s.field)) for s, found in batches.streams.items()},
     }
 
@@ -76,7 +80,8 @@ def finetuning_sources(config: FinetuneConfig, examples: int, tokenizer: TextTok
 
 def tokenizer_sources(config: TokenizerConfig, stream: SampleStream) -> Sources:
     """What the training of an image tokenizer depends on: its images and its teacher."""
-    teacher = {"teacher.weights": sha256(Path(config.teacher.weights))[:16]} if config.teacher.weights else {}
+    weights = config.teacher.weights
+    teacher = {"teacher.weights": digest_of_source(Path(weights))[:16]} if weights else {}
     return {"seed": config.seed, "data.images": stream_source(stream, config.data.images), **teacher}
 
 
@@ -98,11 +103,15 @@ def same_sources(config: JobConfig, checkpoint: Path | None, kept: Sources, foun
         if not config.checkpoint.other_data:
             weights = f" with --init_from {checkpoint}" if hasattr(config, "init_from") else ""
             raise ValueError(
-                f"{change}, so {CONSEQUENCES.get(name, OF_THE_ORDER)}: bring the former back, or start a new run"
+                f"{change}, so {_consequence(name)}: bring the former back, or start a new run"
                 f"{weights}, or go on all the same by --checkpoint.other_data true"
             )
         log.warning("%s; checkpoint.other_data lets the run go on", change)
     return found
+
+
+def _consequence(name: str) -> str:
+    return next((what for field, what in CONSEQUENCES.items() if name.endswith(field)), OF_THE_ORDER)
 
 
 def _changes(name: str, kept: Any, found: Any) -> tuple[str, str]:

@@ -4,7 +4,8 @@ A product of [m, k] and [k, n] counts 2 m k n. Counted are the matrix products o
 projections, attention scores and mixtures, patch embedding, and heads at masked positions; in pretraining the last
 block's experts and output projection run at masked positions too. Under a prefix's mask scores and mixtures count where
 a query sees a key, although a kernel that takes any mask computes the others, too; fine-tuning counts all of them.
-Recomputation, norms, softmax, padding, the image tokenizer and the heads of fine-tuning but captioning's are not. The
+Recomputation, norms, softmax, padding, the image tokenizer, teachers and the heads of fine-tuning but captioning's are
+not. The
 backward pass costs twice the forward pass.
 """
 

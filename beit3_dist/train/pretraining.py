@@ -78,6 +78,10 @@ class Pretraining(Job[RunConfig, StepResult]):
         largest, flops = objectives.largest(mesh.data)
         if ready.image_tokenizer is not None and ready.train_codes is None:
             flops += target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))
+        for objective in objectives:
+            makes_targets = mesh.device if mesh.is_last_stage else None
+            objective.use_teachers(ready.teachers[objective.name], makes_targets, groups.tensor)
+            flops += objective.target_flops(dict(zip(STREAMS, config.micro_batch(mesh.data), strict=True)))
         self._engine = Engine(
             config,
             groups,

@@ -18,10 +18,11 @@ from beit3_dist.config import (
     RunConfig,
     Source,
 )
-from beit3_dist.image_tokenizer.config import TeacherConfig, TokenizerConfig, TokenizerDataConfig
+from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.tasks.config import TaskDataConfig
+from beit3_dist.teachers.config import TeacherConfig
 
 STREAMS = {"images": "i.tar", "texts": "t.tar", "pairs": "p.tar"}
 

@@ -1,208 +1,269 @@
-"""Teachers from local files against independent derivations: CLIP's tower in plain loops and in timm, timm's models."""
+"""Distillation: losses against plain derivations from whole passes, what they cost, what is refused."""
 
 from __future__ import annotations
 
-import math
-import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cosine_similarity, kl_div, linear, log_softmax, smooth_l1_loss
+from torch.utils.flop_counter import FlopCounterMode
 
-from beit3_dist.image_tokenizer.teachers import CLIP_MEAN, CLIP_STD, build_teacher, teacher_weights
+from beit3_dist.checkpoint.model_folder import save_model_folder
+from beit3_dist.config import BatchConfig, ModelConfig, RunConfig
+from beit3_dist.data.batch import MicroBatch, MixedBatches, Request
+from beit3_dist.model import BEiT3
+from beit3_dist.model.initialization import initial_value, materialize
+from beit3_dist.objectives.distillation import NAME, DistillationConfig
+from beit3_dist.objectives.image_classification import ImageClassificationConfig
+from beit3_dist.objectives.lessons import LessonConfig
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModelingConfig
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.soft_targets import divergence
+from beit3_dist.objectives.together import Objectives, PretrainingModule
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.run.preflight import prepare_run
+from beit3_dist.teachers.build import build_teacher
+from beit3_dist.teachers.config import TeacherConfig
+from beit3_dist.train.totals import host_totals
+from tests.integration.runs import run_config
+from tests.micro_batches import CPU, precomputed_codes
+from tests.unit import test_teachers as clip
+from tests.unit.test_image_classification import CLASSES, labelled, opened
 
-WIDTH, HEAD, PATCH, GRID, LAYERS, JOINT = 32, 8, 8, 3, 2, 12
-
-
-def pixels(count: int = 2, side: int = GRID * PATCH) -> Tensor:
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def clip_file() -> dict[str, Tensor]:
-    """Random values under the names of OpenAI's files, a text tower's included."""
-    shapes = {
-        "class_embedding": (WIDTH,),
-        "positional_embedding": (GRID * GRID + 1, WIDTH),
-        "proj": (WIDTH, JOINT),
-        "conv1.weight": (WIDTH, 3, PATCH, PATCH),
-    }
-    for layer in range(LAYERS):
-        block = f"transformer.resblocks.{layer}"
-        shapes |= {
-            f"{block}.attn.in_proj_weight": (3 * WIDTH, WIDTH),
-            f"{block}.attn.in_proj_bias": (3 * WIDTH,),
-            f"{block}.attn.out_proj.weight": (WIDTH, WIDTH),
-            f"{block}.attn.out_proj.bias": (WIDTH,),
-            f"{block}.mlp.c_fc.weight": (4 * WIDTH, WIDTH),
-            f"{block}.mlp.c_fc.bias": (4 * WIDTH,),
-            f"{block}.mlp.c_proj.weight": (WIDTH, 4 * WIDTH),
-            f"{block}.mlp.c_proj.bias": (WIDTH,),
-        }
-    norms = ["ln_pre", "ln_post", *(f"transformer.resblocks.{i}.ln_{n}" for i in range(LAYERS) for n in (1, 2))]
-    shapes |= {f"{norm}.{part}": (WIDTH,) for norm in norms for part in ("weight", "bias")}
-    draw = torch.Generator().manual_seed(1)
-    values = {name: 0.2 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-    values |= {name: 1 + value for name, value in values.items() if "ln_" in name and name.endswith("weight")}
-    return {f"visual.{name}": value for name, value in values.items()} | {"logit_scale": torch.tensor(4.6)}
+MASKING = MaskedDataModelingConfig.__module__.rpartition(".")[2]
+WIDTH = 16
+ALONE = Mesh(0, 1, 0, 1, CPU)
 
 
-def plain_features(state: dict[str, Tensor], pictures: Tensor, quick: bool) -> Tensor:
-    """CLIP's tower from its description, in float64, patch by patch and head by head."""
-    w = {name.removeprefix("visual."): value.double() for name, value in state.items()}
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        deviation = (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return (x - x.mean(-1, keepdim=True)) / deviation * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    result = []
-    for picture in pictures.double():
-        picture = torch.stack([(picture[c] - CLIP_MEAN[c]) / CLIP_STD[c] for c in range(3)])
-        tokens = [w["class_embedding"]]
-        for row in range(GRID):
-            for column in range(GRID):
-                patch = picture[:, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH]
-                tokens.append((w["conv1.weight"] * patch).sum((1, 2, 3)))
-        x = norm(torch.stack(tokens) + w["positional_embedding"], "ln_pre")
-        for layer in range(LAYERS):
-            block = f"transformer.resblocks.{layer}"
-            y = norm(x, f"{block}.ln_1") @ w[f"{block}.attn.in_proj_weight"].T + w[f"{block}.attn.in_proj_bias"]
-            heads = []
-            for start in range(0, WIDTH, HEAD):
-                q, k, v = (y[:, part * WIDTH + start : part * WIDTH + start + HEAD] for part in range(3))
-                scores = (q @ k.T / math.sqrt(HEAD)).exp()
-                heads.append(scores / scores.sum(-1, keepdim=True) @ v)
-            x = x + torch.cat(heads, -1) @ w[f"{block}.attn.out_proj.weight"].T + w[f"{block}.attn.out_proj.bias"]
-            y = norm(x, f"{block}.ln_2") @ w[f"{block}.mlp.c_fc.weight"].T + w[f"{block}.mlp.c_fc.bias"]
-            y = y / (1 + (-1.702 * y).exp()) if quick else y * (1 + torch.erf(y / math.sqrt(2))) / 2
-            x = x + y @ w[f"{block}.mlp.c_proj.weight"].T + w[f"{block}.mlp.c_proj.bias"]
-        result.append(norm(x[1:], "ln_post") @ w["proj"])
-    return torch.stack(result)
-
-
-class Archive(nn.Module):
-    """A module whose state dict holds given names, to be written as OpenAI's TorchScript archives are."""
-
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in state.items():
-            owner: nn.Module = self
-            *path, leaf = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner._modules[part]  # type: ignore[assignment]
-            owner.register_buffer(leaf, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-def write(state: dict[str, Tensor], kind: str, folder: Path) -> str:
-    path = folder / f"clip.{kind}"
-    if kind == "safetensors":
-        save_file(state, path)
-    elif kind == "pth":
-        torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}, "epoch": 3}, path)
-    else:
-        torch.jit.script(Archive(state)).save(str(path))
+def teacher_folder(folder: Path, run: RunConfig, seed: int = 5, **changes: Any) -> str:
+    """A teacher of another size than the run's model, that tells classes apart, too."""
+    settings: dict[str, Any] = {"layers": 1, "width": WIDTH, "heads": 2, "ffn_width": 24, "vl_expert_layers": 0}
+    config = replace(run.model, **settings | changes)
+    model = BEiT3(config, device="meta")
+    weights = {name: initial_value(name, p.shape, config, seed) * 5 for name, p in model.named_parameters()}
+    draw = torch.Generator().manual_seed(seed)
+    weights["objective_heads.image_classification.weight"] = torch.randn(CLASSES, config.width, generator=draw)
+    weights["objective_heads.image_classification.bias"] = torch.randn(CLASSES, generator=draw)
+    path = folder / f"teacher-{seed}"
+    if not path.exists():
+        save_model_folder(path, weights, config, text_tokenizer=Path(run.text_tokenizer))
     return str(path)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "jit.pt"])
-@pytest.mark.parametrize("quick", [True, False])
-def test_clip_teacher_equals_a_plain_derivation(kind: str, quick: bool, tmp_path: Path) -> None:
-    state = clip_file()
-    teacher = build_teacher("clip", GRID, weights=write(state, kind, tmp_path), quick_gelu=quick, head_dim=HEAD)
-    expected = plain_features(state, pixels(), quick)
-    features = teacher(pixels())
-    assert features.shape == (2, GRID * GRID, JOINT) and teacher.channels == JOINT
-    # fp32 against fp64 over two layers; the two kinds of GELU differ by 1e-2.
-    torch.testing.assert_close(features.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+def beit3(folder: Path, run: RunConfig, **lesson: Any) -> LessonConfig:
+    return LessonConfig(teacher=TeacherConfig(kind="beit3", weights=teacher_folder(folder, run)), **lesson)
 
 
-def test_clip_teacher_equals_timms_clip(tmp_path: Path) -> None:
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
-
-    state = clip_file()
-    theirs = VisionTransformer(
-        img_size=GRID * PATCH, patch_size=PATCH, embed_dim=WIDTH, depth=LAYERS, num_heads=WIDTH // HEAD,
-        num_classes=JOINT, pre_norm=True, norm_layer=nn.LayerNorm, act_layer="quick_gelu", global_pool="token"
-    ).eval()  # fmt: skip
-    renamed = checkpoint_filter_fn(state, theirs)
-    theirs.load_state_dict({name: value for name, value in renamed.items() if name != "head.bias"}, strict=False)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    with torch.no_grad():
-        expected = theirs.forward_features((pixels() - mean) / std)[:, 1:] @ state["visual.proj"]
-    ours = build_teacher("clip", GRID, weights=write(state, "pth", tmp_path), head_dim=HEAD)(pixels())
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+def with_clip(folder: Path) -> TeacherConfig:
+    path = clip.write(clip.clip_file(), "pth", folder)
+    return TeacherConfig(kind="clip", weights=path, head_dim=clip.HEAD)
 
 
-def test_features_are_resampled_to_the_code_grid(tmp_path: Path) -> None:
-    """A picture of another size and a finer code grid: constant features stay constant, order stays row by row."""
-    path = write(clip_file(), "pth", tmp_path)
-    own, finer = (build_teacher("clip", grid, weights=path, head_dim=HEAD) for grid in (GRID, 2 * GRID))
-    assert finer(pixels(side=48)).shape == (2, 4 * GRID * GRID, JOINT)
-    features, fine = own(pixels()), finer(pixels())
-    # A corner of the finer map lies beyond the centre of the corner patch, where bilinear resampling repeats it.
-    torch.testing.assert_close(fine[:, [0, 5, 30, 35]], features[:, [0, 2, 6, 8]])
+def distilled(run: RunConfig, lessons: Mapping[str, LessonConfig], **others: Any) -> RunConfig:
+    return replace(run, objectives=others | {NAME: DistillationConfig(**lessons)})
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224"])
-def test_timm_teacher_gives_the_models_last_features(name: str, tmp_path: Path) -> None:
-    import timm
+def taught(run: RunConfig) -> tuple[Objectives, PretrainingModule]:
+    """The objectives with their teachers, and a model whose values are large enough to tell apart."""
+    objectives = objectives_of(run)
+    for objective in objectives:
+        objective.use_teachers(objective.open_teachers(), CPU, None)
+    model = objectives.build()
+    materialize(model, lambda name, shape: initial_value(name, shape, run.model, 0) * 5, "cpu")
+    return objectives, PretrainingModule(model, objectives, seed=0).eval()
 
-    torch.manual_seed(0)
-    source = timm.create_model(name, pretrained=False).eval()  # with its classifier, as in published files
-    torch.save(source.state_dict(), tmp_path / "weights.pth")
-    teacher = build_teacher("timm", 7, name=name, weights=str(tmp_path / "weights.pth"))
-    x = pixels(1, 224)
-    features = teacher(x)
-    assert features.shape == (1, 49, teacher.channels)
-    mean, std = (torch.tensor(source.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
-    with torch.no_grad():
-        own = source.forward_features((x - mean) / std)
-    if name.startswith("vit"):  # 14 x 14 patches, so on a finer grid nothing is resampled
-        features = build_teacher("timm", 14, name=name, weights=str(tmp_path / "weights.pth"))(x)
-        expected = own[:, 1:]
+
+def statistics(objectives: Objectives, module: PretrainingModule, batch: MicroBatch) -> dict[str, tuple[float, float]]:
+    """Loss -> its sum and its hits."""
+    prepared = objectives.prepare(batch, CPU, precomputed_codes(module.model.config))
+    counts = torch.tensor(objectives.counts(batch))
+    contribution, found = module(*prepared, counts, 0)
+    weights = torch.tensor([loss.weight for loss in objectives.losses])
+    torch.testing.assert_close(contribution, (weights * found[0] / counts).sum())
+    names = [loss.name for loss in objectives.losses]
+    return dict(zip(names, zip(*found.tolist(), strict=True), strict=True))
+
+
+def loaded(path: str) -> BEiT3:
+    teacher = build_teacher("beit3", 4, weights=path)
+    return teacher.model  # type: ignore[attr-defined]
+
+
+def whitened(features: Tensor) -> Tensor:
+    centred = features - features.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def test_losses_equal_plain_derivations(tmp_path: Path) -> None:
+    """Masked features of images from CLIP; distributions of hidden words; all features of pairs: beside masking."""
+    run = run_config(tmp_path, batch=BatchConfig(images=4, texts=4, pairs=4))
+    lessons = {
+        "images": LessonConfig(learns="masked_features", teacher=with_clip(tmp_path), channels=clip.JOINT, weight=0.5),
+        "texts": beit3(tmp_path, run, learns="masked_logits", temperature=2.0),
+        "pairs": beit3(tmp_path, run, learns="features", compared="smooth_l1", channels=WIDTH),
+    }
+    run = distilled(run, lessons, **{MASKING: MaskedDataModelingConfig()})
+    objectives, module = taught(run)
+    batch = MixedBatches(run, 32, 0, 1, annotators=[*objectives])[Request((0, 0, 0), 0)]
+    found, model = statistics(objectives, module, batch), module.model
+    heads = model.objective_heads[NAME]
+    assert set(heads) == {"distilled_image", "distilled_pair_image", "distilled_pair_text"}
+    streams, teacher = batch.streams, loaded(lessons["texts"].teacher.weights)
+    padding = {name: torch.arange(s.text.shape[1]) >= s.lengths[:, None]
+               for name, s in streams.items() if s.text is not None}  # fmt: skip
+    seen = objectives.prepare(batch, CPU, precomputed_codes(model.config))[0].images  # after the jitter
+    pixels = {"images": seen[:4], "pairs": seen[4:8]}
+
+    drawn = streams["images"].annotations[MASKING]
+    hidden = model.encode(pixels["images"], image_mask=drawn["image_mask"])[:, 1:][drawn["image_mask"]]
+    network = build_teacher("clip", 4, weights=lessons["images"].teacher.weights, head_dim=clip.HEAD)
+    target = whitened(network((pixels["images"] + 1) / 2)[drawn["image_mask"]])
+    expected = (1 - cosine_similarity(heads["distilled_image"](hidden), target)).sum()
+    assert found["distilled_image"] == (pytest.approx(expected.item(), rel=1e-5), 0)
+
+    drawn = streams["texts"].annotations[MASKING]
+    both = [m.encode(text=drawn["text"], text_padding=padding["texts"])[drawn["text_mask"]] for m in (model, teacher)]
+    ours, theirs = (log_softmax(m.text_head.logits(h) / 2, 1) for m, h in zip((model, teacher), both, strict=True))
+    expected = kl_div(ours, theirs, log_target=True, reduction="sum")
+    alike = (ours.argmax(1) == theirs.argmax(1)).sum()
+    assert found["distilled_text"] == (pytest.approx(expected.item(), rel=1e-5), alike.item())
+
+    whole = [m.encode(pixels["pairs"], streams["pairs"].text, padding["pairs"]) for m in (model, teacher)]
+    patches, words = slice(1, 1 + model.config.patches), slice(1 + model.config.patches, None)
+    real = ~padding["pairs"]
+    for side, where, keep in (("image", patches, torch.ones(4, 16, dtype=torch.bool)), ("text", words, real)):
+        ours, theirs = (hidden[:, where][keep] for hidden in whole)
+        predicted = heads[f"distilled_pair_{side}"](ours)
+        expected = smooth_l1_loss(predicted, whitened(theirs), reduction="none", beta=2.0).mean(1).sum()
+        assert found[f"distilled_pair_{side}"][0] == pytest.approx(expected.item(), rel=1e-5)
+    distilling = next(objective for objective in objectives if objective.name == NAME)
+    assert distilling.counts(batch)[1:3] == [4 * 16, int(real.sum())]
+    assert distilling.target_flops({"images": 2, "texts": 0, "pairs": 0}) > 2 * 2 * 9 * 12 * clip.WIDTH**2
+    assert not any("teacher" in name for name, _ in module.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["beit3", "timm"])
+def test_classes_are_learnt_by_the_head_that_classifies(kind: str, tmp_path: Path) -> None:
+    run = labelled(tmp_path, [f"{n % CLASSES}".encode() for n in range(16)])
+    if kind == "timm":
+        import timm
+
+        torch.manual_seed(0)
+        torch.save(timm.create_model("resnet10t", num_classes=CLASSES).state_dict(), tmp_path / "resnet.pth")
+        teacher = TeacherConfig(kind="timm", name="resnet10t", weights=str(tmp_path / "resnet.pth"))
+        lesson = LessonConfig(learns="classes", teacher=teacher, temperature=4.0)
     else:
-        expected = (own.permute(0, 3, 1, 2) if name.startswith("swin") else own).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+        lesson = beit3(tmp_path, run, learns="classes", temperature=4.0)
+    classification = ImageClassificationConfig(classes=CLASSES, weight=0.3)
+    run = distilled(run, {"images": lesson}, image_classification=classification)
+    objectives, module = taught(run)
+    batch = opened(run)[Request((0, 0, 0), 0)]
+    found = statistics(objectives, module, batch)
+    images = objectives.prepare(batch, CPU)[0].images
+    ours = module.model.objective_heads["image_classification"](module.model.encode(images)[:, 0])
+    if kind == "timm":
+        network = timm.create_model("resnet10t", num_classes=CLASSES).eval()
+        network.load_state_dict(torch.load(tmp_path / "resnet.pth", weights_only=True))
+        config = timm.data.resolve_model_data_config(network)
+        side, mean, std = config["input_size"][-1], *(torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
+        larger = torch.nn.functional.interpolate((images + 1) / 2, (side, side), mode="bicubic", antialias=True)
+        theirs = network((larger.clamp(0, 1) - mean) / std)
+    else:
+        network = build_teacher("beit3", 4, weights=lesson.teacher.weights)
+        draw = torch.Generator().manual_seed(5)
+        weight, bias = torch.randn(CLASSES, WIDTH, generator=draw), torch.randn(CLASSES, generator=draw)
+        theirs = linear(network.model.encode(images)[:, 0], weight, bias)
+    both = [log_softmax(logits / 4, 1) for logits in (ours, theirs)]
+    expected = kl_div(*both, log_target=True, reduction="sum").item()
+    assert found["distilled_image"][0] == pytest.approx(expected, rel=1e-4)
+    assert found["distilled_image"][1] == (ours.argmax(1) == theirs.argmax(1)).sum()
 
 
-def test_a_file_that_does_not_fit_is_one_clear_line(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.pth"
-    broken.write_bytes(b"no weights")
-    torch.save({"conv1.weight": torch.zeros(4, 3, 2, 2)}, tmp_path / "other.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    for path, reason in (("none.pth", "does not exist"), ("broken.pth", "cannot be read"), ("list.pth", "no tensors"),
-                         ("other.pth", "no CLIP vision transformer")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^teacher.weights=.*{path}.*{reason}") as caught:
-            build_teacher("clip", 2, weights=str(tmp_path / path))
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="does not fit teacher.name=resnet18"):
-        build_teacher("timm", 2, name="resnet18", weights=str(tmp_path / "other.pth"))
-    with pytest.raises(ValueError, match="teacher.name=no_such_net is no model of timm"):
-        build_teacher("timm", 2, name="no_such_net", weights=str(tmp_path / "other.pth"))
+def test_divergence_is_torchs_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("beit3_dist.objectives.soft_targets.CHUNK", 20)
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 7, 9, generator=draw)
+    leaf = ours.clone().requires_grad_()
+    losses = kl_div(log_softmax(leaf / 3, 1), log_softmax(theirs / 3, 1), log_target=True, reduction="none").sum(1)
+    factors = torch.rand(7, generator=draw)
+    (losses * factors).sum().backward()
+    mine = ours.clone().requires_grad_()
+    found = divergence(mine * 1, lambda rows: theirs[rows], 3.0)
+    (found[0] * factors).sum().backward()
+    torch.testing.assert_close(found, torch.stack([losses, (ours.argmax(1) == theirs.argmax(1)).float()]))
+    torch.testing.assert_close(mine.grad, leaf.grad)
+    assert divergence(ours[:0].clone(), lambda rows: theirs[rows]).shape == (2, 0)
 
 
-def test_a_broken_timm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"^teacher.kind=timm needs timm, which cannot be imported"):
-        build_teacher("timm", 2, name="resnet18", weights="any.pth")
+def test_flops_equal_torchs_counter(tmp_path: Path) -> None:
+    """Of the student; the teacher's own are told apart."""
+    run = run_config(tmp_path, batch=BatchConfig(images=4, texts=4, pairs=4))
+    lessons = {
+        "images": beit3(tmp_path, run, learns="features", channels=WIDTH),
+        "texts": beit3(tmp_path, run, learns="masked_logits"),
+    }
+    run = distilled(run, lessons, **{MASKING: MaskedDataModelingConfig()})
+    objectives, module = taught(run)
+    batch = MixedBatches(run, 32, 0, 1, annotators=[*objectives])[Request((0, 0, 0), 0)]
+    for name in ("texts", "pairs"):  # no padding, which torch would count inside attention
+        batch.streams[name].lengths[:] = batch.streams[name].text.shape[1]
+    prepared = objectives.prepare(batch, CPU, precomputed_codes(run.model))
+    counts = torch.tensor(objectives.counts(batch))
+    distilling = next(objective for objective in objectives if objective.name == NAME)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module(*prepared, counts, 0)[0].backward()
+    words, codes = run.model.vocab_size, run.model.visual_vocab_size
+    assert distilling.head_flops([10, 3]) == 2 * 32 * (10 * WIDTH + 3 * words) and codes != words
+    teachers_head = 2 * int(counts[-1]) * WIDTH * words
+    embedded = 3 * 4 * run.model.patches * 3 * run.model.patch_size**2 * run.model.width  # masked, whole, of pairs
+    assert host_totals([batch], objectives).flops - 2 * embedded == counter.get_total_flops() - teachers_head
 
 
-class Intruder:
-    """What a hostile file would run."""
+@pytest.mark.parametrize(
+    ("lesson", "words"),
+    [
+        ({"learns": "features", "channels": WIDTH + 1}, "channels=17, but this teacher's features have 16"),
+        ({"learns": "features"}, "distillation.pairs.channels=0: give the number"),
+        ({"learns": "classes"}, "distillation.pairs.learns=classes: images alone have classes"),
+        ({"learns": "masked_logits", "teacher": {"model": {"visual_vocab_size": 9}}}, "tells 9 codes of 16 patches"),
+        ({"learns": "masked_logits", "teacher": {"model": {"vocab_size": 300}}}, "has another text tokenizer"),
+        ({"learns": "features", "channels": WIDTH, "teacher": {"model": {"max_text_length": 9}}}, "at most 9 tokens"),
+        ({"learns": "masked_logits", "teacher": {"kind": "efficientnet_lite0"}}, "does not say: use beit3"),
+        ({"learns": "features", "channels": 3, "teacher": {"kind": "beit3", "weights": "no"}}, "teacher.weights: .*no"),
+        ({}, "learns nothing"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(lesson: dict[str, Any], words: str, tmp_path: Path) -> None:
+    run = run_config(tmp_path)
+    teacher = dict(lesson.pop("teacher", {}))
+    changes = teacher.pop("model", {})
+    weights = teacher_folder(tmp_path, run, **changes)
+    of = TeacherConfig(**(teacher or {"kind": "beit3", "weights": weights}))
+    run = distilled(run, {"pairs": LessonConfig(teacher=of, **lesson)}, **{MASKING: MaskedDataModelingConfig()})
+    with pytest.raises(ValueError, match=words) as refusal:
+        prepare_run(run, ALONE)
+    assert "objectives.distillation" in str(refusal.value) and "\n" not in str(refusal.value)
 
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return print, ("unpickled",)
 
-
-def test_nothing_is_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model": Intruder()}, tmp_path / "hostile.pth")
-    with pytest.raises(ValueError, match="cannot be read"):
-        teacher_weights(str(tmp_path / "hostile.pth"))
-    assert "unpickled" not in capsys.readouterr().out
+def test_what_it_lacks_is_named(tmp_path: Path) -> None:
+    run = run_config(tmp_path)
+    classes = {"images": beit3(tmp_path, run, learns="classes")}
+    with pytest.raises(ValueError, match="learns=classes by the head of .*image_classification: give that section"):
+        objectives_of(distilled(run, classes, **{MASKING: MaskedDataModelingConfig()}))
+    masked = {"texts": beit3(tmp_path, run, learns="masked_logits")}
+    with pytest.raises(ValueError, match="reads what masked_data_modeling hides: give the section"):
+        objectives_of(distilled(run, masked))
+    whole = MaskedDataModelingConfig(text_mask_ratio=0)
+    with pytest.raises(ValueError, match="distillation.texts.learns=masked_logits: masked_data_modeling hides nothing"):
+        objectives_of(distilled(run, masked, **{MASKING: whole}))
+    with pytest.raises(ValueError, match="distillation.texts.teacher.kind=efficientnet_lite0 reads no text"):
+        objectives_of(distilled(run, {"texts": LessonConfig(learns="features", channels=3)}))
+    other = ModelConfig(**vars(run.model) | {"patch_size": 16})
+    finer = distilled(replace(run, model=other), {"images": beit3(tmp_path, run, learns="features", channels=WIDTH)})
+    assert prepare_run(finer, ALONE).teachers[NAME]  # features are resampled to the student's patches

@@ -14,6 +14,7 @@ FLOORS = (  # a floor imports those before it, and none of its own
     ("kernels",),
     ("model",),
     ("data", "parallel", "checkpoint"),
+    ("teachers",),
     ("objectives",),
     ("image_tokenizer",),
     ("tasks",),

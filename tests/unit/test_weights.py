@@ -23,14 +23,14 @@ from beit3_dist.checkpoint.formats import load_released, read_initial_weights, r
 from beit3_dist.checkpoint.released import weights_to_torchscale
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.timm_form import weights_to_timm
-from beit3_dist.image_tokenizer import teachers as distillation
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
-from beit3_dist.image_tokenizer.teachers import build_teacher
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
+from beit3_dist.teachers import vision as distillation
+from beit3_dist.teachers.build import build_teacher
 from beit3_dist.weights import Ignored, read_weights_file, require_finite, state_dict_in
-from tests.unit import test_distillation as clip
+from tests.unit import test_teachers as clip
 from tests.unit.test_formats import TINY, released
 from tests.unit.test_inference import save as save_fine_tuned
 from tests.unit.test_neutral import write_checkpoint

