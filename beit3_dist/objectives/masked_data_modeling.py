@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,9 @@ class MaskedDataModelingConfig:
     pair_image_mask_ratio: float | Literal["same"] = "same"
     """Of the images of pairs; same: as image_mask_ratio. 0: captions are masked beside whole images, as in VLMo,
     ViLT and ALBEF."""
+    predict_codes: bool = True
+    """Whether masked patches are predicted as visual codes. false: another objective says what is hidden there, such as
+    distillation a teacher's features (EVA, MVP), and no image tokenizer is needed."""
     text_mask_ratio: float = 0.15
     """Share of a text's words masked; the count is exact: max(1, round(ratio * words))."""
     caption_mask_ratio: float = 0.5
@@ -118,10 +121,11 @@ class MaskedDataModeling(Objective):
     def __init__(self, config: MaskedDataModelingConfig, run: RunConfig) -> None:
         super().__init__(config, run)
         self._ratios = config.ratios
-        self._sides = [side for side, ratio in self._ratios.items() if side[0] in self.streams and ratio > 0]
-        require(bool(self._sides), f"{SECTION}: of all streams that batch has the mask ratios are 0")
+        masked = [side for side, ratio in self._ratios.items() if side[0] in self.streams and ratio > 0]
+        require(bool(masked), f"{SECTION}: of all streams that batch has the mask ratios are 0")
+        self._sides = [(stream, side) for stream, side in masked if side == TEXT or config.predict_codes]
         views = {s: View(s.field, s.has_images, s.has_text, masked_by=self.name) for s in self.streams}
-        self.views = [view for stream, view in views.items() if stream in {masked for masked, _ in self._sides}]
+        self.views = [view for stream, view in views.items() if stream in {stream for stream, _ in masked}]
         codes, words = self.model.visual_vocab_size, self.model.vocab_size
         patch: dict[str, Any] = {"unit": "patch", "classes": codes, "remedy": CODE}
         word: dict[str, Any] = {"unit": "word", "classes": words, "remedy": WORD}
@@ -135,6 +139,14 @@ class MaskedDataModeling(Objective):
         self._images = [views[stream] for stream, side in self._sides if side == IMAGE]
         self._texts = [views[stream] for stream, side in self._sides if side == TEXT][::-1]  # pairs' lie before texts'
         self.needs_codes = bool(self._images)
+
+    def meet(self, others: Mapping[str, Objective]) -> None:
+        elsewhere = [view for other in others.values() if other is not self for view in other.views]
+        require(
+            self.config.predict_codes or any(view.image and view.masked_by == self.name for view in elsewhere),
+            f"{SECTION}.predict_codes=false: nobody says what masked patches hide: give the section "
+            "objectives.distillation with masked_features of images or pairs",
+        )
 
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
@@ -177,6 +189,7 @@ class MaskedDataModeling(Objective):
         patches, words = self._masks(batch, "image_mask", self._images), self._masks(batch, "text_mask", self._texts)
         return torch.cat(
             [
+                torch.zeros(0, dtype=torch.int64),
                 *(places.patches(view, mask) for view, mask in zip(self._images, patches, strict=True)),
                 *(places.words(view, mask) for view, mask in zip(self._texts, words, strict=True)),
             ]
@@ -206,6 +219,8 @@ class MaskedDataModeling(Objective):
         patches, words = hidden_MD.split([len(targets.codes), len(targets.words)])
         of_images = _sums(model.image_losses(patches, targets.codes), targets.patch_counts)
         of_texts = _sums(model.text_losses(words, targets.words), targets.word_counts)
+        if not self._sides:
+            return hidden_MD.new_zeros(2, 0, dtype=torch.float32)
         return torch.stack(self._ordered(of_images, of_texts), dim=1)
 
     def guesses(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ class Objectives:
                 bool(objective.views) or objective.second_pass,
                 f"objectives.{objective.name} reads none of the streams that batch has",
             )
+        self._introduce()
         require(
             any(loss.weight for loss in self.losses), "objectives: all weights are 0, so that nothing would be learnt"
         )
@@ -94,7 +95,6 @@ class Objectives:
                 f"objectives: one of them reads what {view.masked_by} hides: give the section "
                 f"objectives.{view.masked_by}, too",
             )
-        self._introduce()
         self.views = _views_of(objectives)
         """What is encoded, in the order of a layout's groups."""
         self.multiple = ROUNDED if torch.cuda.is_available() else 1

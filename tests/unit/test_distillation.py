@@ -185,6 +185,35 @@ def test_classes_are_learnt_by_the_head_that_classifies(kind: str, tmp_path: Pat
     assert found["distilled_image"][1] == (ours.argmax(1) == theirs.argmax(1)).sum()
 
 
+def test_masked_features_take_the_place_of_codes(tmp_path: Path) -> None:
+    """Images alone, of which nothing else is learnt, as EVA does; beside masked words, as in pairs."""
+    alone = replace(run_config(tmp_path), image_tokenizer="", batch=BatchConfig(images=4, texts=0, pairs=0))
+    masking = MaskedDataModelingConfig(predict_codes=False)
+    lesson = LessonConfig(learns="masked_features", teacher=with_clip(tmp_path), channels=clip.JOINT)
+    for run, stream in ((alone, "images"), (replace(alone, batch=BatchConfig(images=0, texts=0, pairs=4)), "pairs")):
+        with pytest.raises(ValueError, match="masked_data_modeling.predict_codes=false: nobody says .*distillation"):
+            objectives_of(replace(run, objectives={MASKING: masking}))
+        run = distilled(run, {stream: lesson}, **{MASKING: masking})
+        assert prepare_run(run, ALONE).image_tokenizer is None
+        objectives, module = taught(run)
+        batch = MixedBatches(run, 32, 0, 1, annotators=[*objectives])[Request((0, 0, 0), 0)]
+        own = {"distilled_image"} if stream == "images" else {"pair_text", "distilled_pair_image"}
+        assert statistics(objectives, module, batch).keys() == own and not objectives.needs_codes
+        drawn, pixels = batch.streams[stream].annotations[MASKING], objectives.prepare(batch, CPU)[0].images
+        samples, text = batch.streams[stream], {}
+        if stream == "pairs":
+            text = {
+                "text": drawn["text"],
+                "text_padding": torch.arange(drawn["text"].shape[1]) >= samples.lengths[:, None],
+            }
+        hidden = module.model.encode(pixels, image_mask=drawn["image_mask"], **text)[:, 1:17][drawn["image_mask"]]
+        name = (own - {"pair_text"}).pop()
+        network = build_teacher("clip", 4, weights=lesson.teacher.weights, head_dim=clip.HEAD)
+        target = whitened(network((pixels + 1) / 2)[drawn["image_mask"]])
+        expected = (1 - cosine_similarity(module.model.objective_heads[NAME][name](hidden), target)).sum()
+        assert statistics(objectives, module, batch)[name][0] == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_divergence_is_torchs_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("beit3_dist.objectives.soft_targets.CHUNK", 20)
     draw = torch.Generator().manual_seed(0)
