@@ -86,7 +86,7 @@ class Distillation(Objective):
         return nn.ModuleDict(heads) if heads else None
 
     def open_teachers(self) -> dict[Stream, Opened]:
-        return {stream: lesson.open() for stream, lesson in self.lessons.items()}
+        return {stream: lesson.opened() for stream, lesson in self.lessons.items()}
 
     def use_teachers(self, opened: Any, device: torch.device | None, group: dist.ProcessGroup | None) -> None:
         self._opened, self._device, self._group = opened, device, group

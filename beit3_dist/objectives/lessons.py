@@ -94,7 +94,7 @@ class Lesson:
         hides = MaskedDataModeling.name if self.masked else ""
         self.view = View(stream.field, stream.has_images, stream.has_text, masked_by=hides)
 
-    def open(self) -> Opened:
+    def opened(self) -> Opened:
         """The teacher. Raises ValueError naming the field where it does not fit."""
         config, model = self.config, self.run.model
         given = config.teacher
