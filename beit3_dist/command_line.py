@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +53,18 @@ def begin(program: str) -> None:
         take_place()
     except ValueError as error:
         refuse(program, error)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """For the imports that take seconds: torch, DeepSpeed. A program names its mistakes before them. Without garbage
+    collection, which would search again and again what they leave, and that stays: a quarter of their time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def log_to_console() -> None:

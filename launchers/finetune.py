@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 
-from beit3_dist.command_line import begin, parse
+from beit3_dist.command_line import begin, importing, parse
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.registry import summaries
 
@@ -24,11 +24,11 @@ PROGRAM = "finetune.py"
 def main(arguments: list[str]) -> None:
     begin(PROGRAM)
     config = parse(FinetuneConfig, PROGRAM, f"Fine-tunes BEiT-3 on a downstream task. {summaries()}", arguments)
-    # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import read_mesh
-    from beit3_dist.run.launch import launch
-    from beit3_dist.run.preflight_finetuning import prepare_finetuning
-    from beit3_dist.train.finetuning import finetune
+    with importing():
+        from beit3_dist.parallel.mesh import read_mesh
+        from beit3_dist.run.launch import launch
+        from beit3_dist.run.preflight_finetuning import prepare_finetuning
+        from beit3_dist.train.finetuning import finetune
 
     launch(PROGRAM, lambda: prepare_finetuning(config, read_mesh(config.parallel.tensor)), finetune)
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 
-from beit3_dist.command_line import begin, parse
+from beit3_dist.command_line import begin, importing, parse
 from beit3_dist.config import RunConfig
 from beit3_dist.objectives import SECTIONS
 
@@ -27,11 +27,11 @@ def main(arguments: list[str]) -> None:
     begin(PROGRAM)
     about = "Pretrains BEiT-3 on images, texts and image-text pairs."
     config = parse(RunConfig, PROGRAM, about, arguments, SECTIONS)
-    # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import read_mesh
-    from beit3_dist.run.launch import launch
-    from beit3_dist.run.preflight import prepare_run
-    from beit3_dist.train.pretraining import pretrain
+    with importing():
+        from beit3_dist.parallel.mesh import read_mesh
+        from beit3_dist.run.launch import launch
+        from beit3_dist.run.preflight import prepare_run
+        from beit3_dist.train.pretraining import pretrain
 
     parallel = config.parallel
     launch(PROGRAM, lambda: prepare_run(config, read_mesh(parallel.tensor, parallel.pipeline)), pretrain)

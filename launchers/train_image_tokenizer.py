@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 
-from beit3_dist.command_line import begin, parse
+from beit3_dist.command_line import begin, importing, parse
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 
 PROGRAM = "train_image_tokenizer.py"
@@ -25,11 +25,11 @@ PROGRAM = "train_image_tokenizer.py"
 def main(arguments: list[str]) -> None:
     begin(PROGRAM)
     config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
-    # torch takes seconds to import: a typo is reported before that.
-    from beit3_dist.parallel.mesh import read_mesh
-    from beit3_dist.run.launch import launch
-    from beit3_dist.run.preflight_image_tokenizer import prepare_tokenizer_run
-    from beit3_dist.train.image_tokenizer import train_image_tokenizer
+    with importing():
+        from beit3_dist.parallel.mesh import read_mesh
+        from beit3_dist.run.launch import launch
+        from beit3_dist.run.preflight_image_tokenizer import prepare_tokenizer_run
+        from beit3_dist.train.image_tokenizer import train_image_tokenizer
 
     launch(PROGRAM, lambda: prepare_tokenizer_run(config, read_mesh()), train_image_tokenizer)
 
