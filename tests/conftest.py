@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# Until all tests are collected, what is made is imported modules, which stay: they are not searched for garbage.
+gc.disable()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -54,3 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("product")]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()

@@ -22,8 +22,7 @@ import torch
 from tests.device import DEVICE, ON_GPU
 
 TIMEOUT_S = 180
-JOBS = ("pretraining", "finetuning", "image_tokenizer")
-PRELOAD = ["torch", "deepspeed", *(f"beit3_dist.train.{job}" for job in JOBS)]
+PRELOAD = ["tests.parallel.preload"]
 """What the fork server imports, of which there is one for all tests of a process."""
 
 
@@ -56,6 +55,7 @@ def _work(rank: int, world: int, tensor: int, pipeline: int, port: int, tasks: C
             function, arguments = tasks.recv()
             tasks.send(("result", function(groups, *arguments)))
             gc.collect()  # engines are circles of references
+            gc.freeze()  # again: a run ends by lifting it
     except EOFError:
         pass
     except BaseException:
