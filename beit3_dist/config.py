@@ -558,12 +558,17 @@ class RunConfig(TrainingConfig):
     objectives: dict[str, Any] = field(default_factory=dict)
     """What is learnt: the section of each objective by its name (objectives/registry.py). Empty: masked data modelling
     with its defaults."""
+    train_only: list[str] | str = field(default_factory=list)
+    """Patterns, with * for any characters, of the names of the parameters that are trained, such as
+    blocks.*.ffn.language.*; those behind a ! are left out, and patterns that all have one leave out of everything. The
+    others are frozen: they have no gradient, no moments and no decay, and keep their values. Empty: all are trained."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expand_home(self, "image_tokenizer", "image_codes")
+        self.train_only = [self.train_only] if isinstance(self.train_only, str) else self.train_only
         for name in STREAMS:
             count = getattr(self.batch, name)
             require(

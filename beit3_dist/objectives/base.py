@@ -234,6 +234,10 @@ class Objective(ABC):
         """FLOPs of its heads, forward, for so many targets of each loss."""
         return 0
 
+    def head_products(self, counts: Sequence[float]) -> Mapping[str, float]:
+        """How the names of heads' parameters begin -> what of `head_flops` is products with their weights."""
+        return {f"objective_heads.{self.name}.": self.head_flops(counts)}
+
     def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
         """About how many targets each loss has in a micro-batch of so many samples of each stream, for the balance of a
         pipeline's stages."""

@@ -141,6 +141,10 @@ class Contrastive(Objective):
         directions = 1 if self.config.form == "sigmoid" else 2
         return counts[0] * 2 * length * (2 * self.model.width + directions * self._candidates)
 
+    def head_products(self, counts: Sequence[float]) -> dict[str, float]:
+        length = self.config.dim or self.model.width
+        return {f"objective_heads.{self.name}.": counts[0] * 4 * length * self.model.width}
+
     def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
         return [samples["pairs"]]
 

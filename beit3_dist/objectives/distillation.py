@@ -181,7 +181,22 @@ class Distillation(Objective):
 
     def head_flops(self, counts: Sequence[float]) -> float:
         """The student's; those of a teacher and of its heads count as little as an image tokenizer's."""
-        return sum(2 * self.model.width * n * self._outputs(*side) for n, side in zip(counts, self._sides, strict=True))
+        return sum(self.head_products(counts).values())
+
+    def head_products(self, counts: Sequence[float]) -> dict[str, float]:
+        products: dict[str, float] = {}
+        for loss, side, n in zip(self.losses, self._sides, counts, strict=True):
+            head = self._head(loss.name, *side)
+            products[head] = products.get(head, 0.0) + 2 * self.model.width * n * self._outputs(*side)
+        return products
+
+    def _head(self, loss: str, lesson: Lesson, side: str) -> str:
+        """How the names of the parameters begin that make the student's side of a loss."""
+        if lesson.config.learns == "classes":
+            return f"objective_heads.{ImageClassification.name}."
+        if lesson.of_features:
+            return f"objective_heads.{self.name}.{loss}."
+        return "image_head." if side == IMAGE else "text_head."
 
     def _outputs(self, lesson: Lesson, side: str) -> int:
         """Of the head, for each token."""

@@ -240,7 +240,13 @@ class MaskedDataModeling(Objective):
         return self._ordered(targets.codes.split(targets.patch_counts), targets.words.split(targets.word_counts))
 
     def head_flops(self, counts: Sequence[float]) -> float:
-        return sum(2 * self.model.width * count * loss.classes for loss, count in zip(self.losses, counts, strict=True))
+        return sum(self.head_products(counts).values())
+
+    def head_products(self, counts: Sequence[float]) -> dict[str, float]:
+        products = {"image_head.": 0.0, "text_head.": 0.0}
+        for loss, (_, side), count in zip(self.losses, self._sides, counts, strict=True):
+            products["image_head." if side == IMAGE else "text_head."] += 2 * self.model.width * count * loss.classes
+        return products
 
     def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
         words = {Stream.TEXTS: run.data.text_length, Stream.PAIRS: run.data.caption_length}

@@ -128,6 +128,9 @@ class PrefixLanguageModeling(Objective):
     def head_flops(self, counts: Sequence[float]) -> float:
         return 2 * self.model.width * self.model.vocab_size * sum(counts)
 
+    def head_products(self, counts: Sequence[float]) -> dict[str, float]:
+        return {"text_head.": self.head_flops(counts)}
+
     def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
         lengths = {"pairs": run.data.caption_length, "texts": run.data.text_length}
         share = 0.5 if self.config.prefix == "drawn" else 1.0

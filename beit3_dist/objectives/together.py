@@ -19,6 +19,7 @@ from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.model.initialization import initial_value
 from beit3_dist.model.token_layout import Group, Selection, TokenLayout, fill, group, prefix_mask, to_device
+from beit3_dist.model.trained import freeze
 from beit3_dist.objectives.base import Loss, Objective, Places, SecondPass, View, normalized
 from beit3_dist.parallel.replicas import Replicas
 
@@ -69,6 +70,13 @@ class OnHost:
     def united(self) -> Tensor:
         """int64 [M]: those that any objective reads."""
         return self.rows[0] if len(self.rows) == 1 else torch.cat(self.rows).unique()
+
+    @cached_property
+    def read(self) -> tuple[int, int, int, int]:
+        """How many they are of each segment."""
+        ends = torch.tensor(self.layout.segments).cumsum(0)
+        a, b, c, d = torch.searchsorted(self.united, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
+        return a, b, c, d
 
 
 class Objectives:
@@ -184,13 +192,20 @@ class Objectives:
         return any(objective.needs_codes for objective in self)
 
     def build(self) -> BEiT3:
-        """The model with all heads, on the meta device."""
+        """The model with all heads, on the meta device, frozen but for `train_only`."""
         model = BEiT3(self.model, device="meta")
         with torch.device("meta"):
             heads = {objective.name: head for objective in self if (head := objective.head()) is not None}
         if heads:
             model.objective_heads = nn.ModuleDict(heads)
+        freeze(model, self.run.train_only)
         return model
+
+    @cached_property
+    def trained(self) -> frozenset[str] | None:
+        """Names of the parameters that are trained, where some are frozen."""
+        named = self.build().named_parameters() if self.run.train_only else ()
+        return frozenset(name for name, parameter in named if parameter.requires_grad) or None
 
     def counts(self, batch: MicroBatch) -> list[int]:
         """[K]: targets of each loss in a micro-batch."""
@@ -207,11 +222,18 @@ class Objectives:
 
     def head_flops(self, counts: Sequence[float]) -> float:
         """FLOPs of all heads, forward, for so many targets of each loss [K]."""
-        total, left = 0.0, list(counts)
+        return sum(objective.head_flops(own) for objective, own in self._of_each(counts))
+
+    def head_products(self, counts: Sequence[float]) -> list[tuple[str, float]]:
+        """`Objective.head_products` of all of them, for so many targets of each loss [K]."""
+        return [item for objective, own in self._of_each(counts) for item in objective.head_products(own).items()]
+
+    def _of_each(self, counts: Sequence[float]) -> Iterator[tuple[Objective, Sequence[float]]]:
+        """Each objective with the counts of its own losses, of those of all [K]."""
+        left = list(counts)
         for objective in self:
-            total += objective.head_flops(left[: len(objective.losses)])
+            yield objective, left[: len(objective.losses)]
             del left[: len(objective.losses)]
-        return total
 
     def laid_out(self, groups: Sequence[Group]) -> TokenLayout:
         """The layout of the views' groups."""
@@ -265,7 +287,7 @@ class Objectives:
         rows, united = known.rows, known.united
         targets = [objective.targets(batch, known.places, seen, move) for objective in self]
         own = [None if len(rows) == 1 else move(torch.searchsorted(united, some)) for some in rows]
-        return inputs, Reading(_selection(move(united), united, known.layout), own, targets), ids
+        return inputs, Reading(Selection(move(united), known.read), own, targets), ids
 
     def _images(self, batch: MicroBatch, seen: SeenImages, device: torch.device) -> Tensor:
         """uint8 [images of all views, 3, S, S]."""
@@ -321,13 +343,6 @@ def _text(batch: MicroBatch, view: View) -> Tensor:
     text = samples.annotations[view.masked_by]["text"] if view.masked_by else samples.text
     assert text is not None
     return text
-
-
-def _selection(rows: Tensor, on_host: Tensor, layout: TokenLayout) -> Selection:
-    """Rows that ascend, with how many of them each segment has."""
-    ends = torch.tensor(layout.segments).cumsum(0)
-    a, b, c, d = torch.searchsorted(on_host, ends).diff(prepend=torch.zeros(1, dtype=torch.int64)).tolist()
-    return Selection(rows, (a, b, c, d))
 
 
 class PretrainingModule(nn.Module):

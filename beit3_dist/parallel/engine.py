@@ -28,7 +28,7 @@ from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_confi
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
 from beit3_dist.parallel.float8 import product_of_blocks
-from beit3_dist.parallel.fragments import bounded
+from beit3_dist.parallel.fragments import KEPT, bounded, share_of
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
@@ -56,7 +56,7 @@ class StepResult:
 class Engine:
     """The model under its objective and DeepSpeed.
 
-    build: the whole model without memory, on the meta device.
+    build: the whole model without memory, on the meta device; what of it has no gradient there is frozen.
     values: (name, shape) -> initial value of a parameter, fp32 on the CPU.
     objective: model -> module that is called as (*micro_batch, step_counts, step) and returns the micro-batch's
     contribution to the loss, a scalar, and statistics [2, K] of its K losses; it has `columns` = K.
@@ -88,7 +88,7 @@ class Engine:
             set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what computes it
         zero = settings["zero_optimization"]
         # A bucket larger than the model only wastes memory (DeepSpeed's default is 2 GB in fp32).
-        elements = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        elements = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters() if p.requires_grad)
         zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET, elements))
         settings["zero_allow_untested_optimizer"] = True
         module: Any = objective(self.model)
@@ -225,6 +225,8 @@ def _build_model(
     module; under ZeRO-3 each is sharded before the next one is made, so that no rank ever holds the whole model.
     """
     mesh, dtype = groups.mesh, torch.bfloat16 if config.in_bf16 else torch.float32
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    kept: dict[str, tuple[int, Tensor]] = {}
     whole_shapes, cuts = {name: parameter.shape for name, parameter in model.named_parameters()}, cuts_of(model)
     if mesh.tensor > 1:
         apply_tensor_parallelism(model, groups.tensor, config.parallel.sequence)
@@ -233,7 +235,10 @@ def _build_model(
 
     def part_of_value(name: str, shape: torch.Size) -> Tensor:
         value, cut = values(name, whole_shapes[name]), cut_for(cuts, name, mesh.tensor_rank, mesh.tensor)
-        return value if cut is None else cut.of(value)
+        part = value if cut is None else cut.of(value)
+        if name in frozen and config.parallel.zero_stage > 0:
+            kept[name] = share_of(part, mesh.data_rank, mesh.data)
+        return part
 
     modules = [(name, module) for name, module in model.named_children() if name != "blocks"]
     modules += [(f"blocks.{i}", block) for i, block in model.blocks.items()]
@@ -247,6 +252,9 @@ def _build_model(
         for module in model.modules():
             if isinstance(module, (Linear, Head)):
                 module.compute = linear_that_lets_go
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            setattr(parameter, KEPT, kept[name])
     mark_model_parallel(model, mesh.tensor_rank, cuts)
     return model, whole_shapes, cuts
 

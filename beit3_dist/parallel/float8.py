@@ -100,13 +100,18 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient_TF: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient_TF: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TD, weight_FD = ctx.saved_tensors
         if not len(x_TD):
             return torch.empty_like(x_TD), torch.zeros_like(weight_FD), None
         gradient8 = _cast(gradient_TF, "grad_output", ctx.emulated)
         x8, weight8 = _cast(x_TD, "input", ctx.emulated), _cast(weight_FD, "weight", ctx.emulated)
-        return torch.mm(gradient8, weight8), torch.mm(gradient8.t(), x8), None
+        for_x, for_weight, _ = ctx.needs_input_grad
+        return (
+            torch.mm(gradient8, weight8) if for_x else None,
+            torch.mm(gradient8.t(), x8) if for_weight else None,
+            None,
+        )
 
 
 def _cast(x: Tensor, role: str, emulated: bool) -> Tensor:

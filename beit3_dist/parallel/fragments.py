@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+KEPT = "kept_share"
+"""Attribute of a frozen parameter at ZeRO 1 to 3, (first element, fp32 values [n]): this replica's share of it on the
+host. DeepSpeed keeps no master of such a one, and its working weights may be rounded."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Fragment:
     offset: int
     """Where the fragment begins in `flat`."""
     numel: int
+    trained: bool = True
+    """Whether the optimizer steps on it; what is frozen has no moments."""
 
     def slice_of(self, flat: Tensor) -> Tensor:
         """The fragment's elements of a tensor shaped like `flat`: a view, 1-D."""
@@ -49,7 +54,11 @@ def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
     masters = masters or getattr(optimizer, "fp32_groups_flat_partition", None)
     parameters: Iterable[tuple[str, Any]] = model.named_parameters()  # DeepSpeed adds attributes to them
     for name, parameter in parameters:
-        if hasattr(parameter, "ds_id"):  # ZeRO-3
+        if hasattr(parameter, KEPT):
+            start, values = getattr(parameter, KEPT)
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            yield Fragment(name, shape, start, values, 0, values.numel(), trained=False)
+        elif hasattr(parameter, "ds_id"):  # ZeRO-3
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             held = parameter.ds_tensor.numel()  # padded so that all ranks hold as much
             start = held * dist.get_rank(parameter.ds_process_group)
@@ -70,11 +79,23 @@ def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
                     mapping.hp_fragment_address.numel,
                 )
         else:  # ZeRO-0 in fp32: the parameter is its own master, and every rank holds all of it
-            yield Fragment(name, tuple(parameter.shape), 0, parameter, 0, parameter.numel())
+            yield Fragment(
+                name, tuple(parameter.shape), 0, parameter, 0, parameter.numel(), trained=parameter.requires_grad
+            )
+
+
+def share_of(value: Tensor, rank: int, ranks: int) -> tuple[int, Tensor]:
+    """The first of the elements of a parameter that one of several replicas keeps where it is frozen, and a copy of
+    them, fp32 [n] on the host: as many as ZeRO-3 gives each."""
+    size = -(-value.numel() // ranks)
+    start = min(rank * size, value.numel())
+    return start, value.detach().flatten()[start : start + size].to("cpu", torch.float32, copy=True)
 
 
 def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
-    """The moments of a fragment: views into the state, which must exist."""
+    """The moments of a fragment: views into the state, which must exist; none of one that is frozen."""
+    if not fragment.trained:
+        return {}
     state = inner_optimizer(optimizer).state[fragment.flat]
     return {key: fragment.slice_of(state[key]) for key in MOMENTS}
 
@@ -82,7 +103,7 @@ def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
 def create_optimizer_state(optimizer: Any, held: list[Fragment], steps: int) -> None:
     """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, its moments zero."""
     inner = inner_optimizer(optimizer)
-    for fragment in held:
+    for fragment in (one for one in held if one.trained):
         state = inner.state[fragment.flat]
         if MOMENTS[0] in state:
             continue
@@ -109,7 +130,7 @@ def refresh_parameters(model: nn.Module, optimizer: Any, held: list[Fragment], d
         return
     mine = {fragment.name: fragment for fragment in held}
     for name, parameter in model.named_parameters():
-        if not hasattr(parameter, "_hp_mapping"):
+        if not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, KEPT):
             continue  # ZeRO-0: the parameter is the master
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         if name in mine:
@@ -124,9 +145,11 @@ def bounded(
 ) -> list[tuple[Tensor, tuple[float, float]]]:
     """All that this rank holds of the parameters that stay in an interval, `bounds` by canonical name, to be put back
     to its end after a step: masters and working weights, which stay the same numbers since rounding keeps the order.
-    What is found stays where it is as long as the optimizer does."""
-    masters = [(f.name, f.slice_of(f.flat.detach())) for f in fragments(model, optimizer) if f.name in bounds]
-    parameters: list[tuple[str, Any]] = [(name, p) for name, p in model.named_parameters() if name in bounds]
+    What is found stays where it is as long as the optimizer does; what is frozen needs none of it."""
+    held = (f for f in fragments(model, optimizer) if f.trained and f.name in bounds)
+    masters = [(f.name, f.slice_of(f.flat.detach())) for f in held]
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad and name in bounds)
+    parameters: list[tuple[str, Any]] = list(named)
     # A parameter is empty where ZeRO-3 has given it away.
     shards = [(name, p.ds_tensor) for name, p in parameters if hasattr(p, "ds_tensor")]
     return [(held, bounds[name]) for name, held in [*masters, *parameters, *shards]]

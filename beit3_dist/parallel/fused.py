@@ -269,12 +269,14 @@ class _Projection(torch.autograd.Function):
         slices, weights = saved[:experts], saved[experts:]
         if ctx.pairs is not None:  # in place: the gradient was made by attention's core, for nobody else
             _reorder(gradient, ctx.pairs[0], ctx.pairs[1].place)
-        of_slices: list[Tensor] = []
-        of_weights: list[Tensor] = []
+        needed = ctx.needs_input_grad[4:]
+        of_slices: list[Tensor | None] = []
+        of_weights: list[Tensor | None] = []
         of_biases: list[Tensor | None] = []
         for e, (part, of_qkv) in enumerate(zip(slices, gradient.split(ctx.sizes), strict=True)):
-            of_slices.append(of_qkv @ _joined(weights[3 * e : 3 * e + 3]))
-            of_weights += (of_qkv.t() @ part).chunk(3)
+            of_slices.append(of_qkv @ _joined(weights[3 * e : 3 * e + 3]) if needed[e] else None)
+            trained = any(needed[experts + 3 * e : experts + 3 * e + 3])
+            of_weights += (of_qkv.t() @ part).chunk(3) if trained else [None] * 3
             if ctx.of_queries:
                 of_biases += [ctx.column_sums(of_qkv[:, :width]), gradient.new_zeros(width), None]
             else:

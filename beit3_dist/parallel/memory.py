@@ -15,7 +15,8 @@ DeepSpeed 0.19.8 holds these bytes when the gradients of a step are complete:
 bf16 gradients are accumulated in fp32. ZeRO-1 in bf16 shards no gradients (`flat_step.FlatBF16`): at the end of a
 backward pass the bf16 ones, 2 P, lie beside their fp32 sums, then they go; where `overlap_comm` is set, the last
 backward pass of a step releases them bucket by bucket. ZeRO 1 to 3 in fp32 hold every sharded weight twice,
-as parameter and as master. tests/parallel/test_memory.py counts the same in real tensors.
+as parameter and as master. tests/parallel/test_memory.py counts the same in real tensors. Of what is frozen
+(`train_only`) there are the working parameters alone; the fp32 values that checkpoints take lie on the host.
 
 Beside these, the buffers of the reduction: reduce_bucket_size elements (two such for ZeRO-2 and ZeRO-1 in fp32 where
 the DeepSpeed file sets overlap_comm). ZeRO-0 leaves the reduction to the engine, which joins gradients up to 5e8
@@ -98,46 +99,47 @@ def state_bytes(
     for pipeline_rank in range(parallel.pipeline):
         mine = [range(config.model.layers)] if plan is None else plan.of(pipeline_rank)
         for tensor_rank in range(parallel.tensor):
-            count = _local_parameters(model, parallel, mine, pipeline_rank, tensor_rank)
-            records.append(_record(config, data, zero, count, pipeline_rank, tensor_rank))
+            count, trained = _local_parameters(model, parallel, mine, pipeline_rank, tensor_rank)
+            records.append(_record(config, data, zero, count, trained, pipeline_rank, tensor_rank))
     return records
 
 
 def _local_parameters(
     model: BEiT3, parallel: ParallelConfig, stages: list[range], pipeline_rank: int, tensor_rank: int
-) -> int:
-    """Parameters of one tensor rank's part of one pipeline rank's stages."""
+) -> tuple[int, int]:
+    """Parameters of one tensor rank's part of one pipeline rank's stages, and how many of them are trained."""
     part = copy(model)  # pruned below; the modules themselves are shared
     part._modules = dict(model._modules)
     part.blocks = copy(model.blocks)
     part.blocks._modules = dict(model.blocks._modules)
     keep_stages(part, stages, is_first=pipeline_rank == 0, is_last=pipeline_rank == parallel.pipeline - 1)
-    cuts, numbers = cuts_of(model), 0
+    cuts, numbers, trained = cuts_of(model), 0, 0
     for name, parameter in part.named_parameters():
         cut = cut_for(cuts, name, tensor_rank, parallel.tensor)
-        numbers += prod(parameter.shape if cut is None else cut.shape(tuple(parameter.shape)))
-    return numbers
+        number = prod(parameter.shape if cut is None else cut.shape(tuple(parameter.shape)))
+        numbers, trained = numbers + number, trained + number * parameter.requires_grad
+    return numbers, trained
 
 
 def _record(
-    config: RunConfig, data: int, zero: dict[str, Any], count: int, pipeline_rank: int, tensor_rank: int
+    config: RunConfig, data: int, zero: dict[str, Any], count: int, trained: int, pipeline_rank: int, tensor_rank: int
 ) -> StateBytes:
-    """The formulas of the module's docstring; count: P."""
+    """The formulas of the module's docstring; count: P, of which `trained` are."""
     stage, bf16 = config.parallel.zero_stage, config.in_bf16
-    size, sharded = 2 if bf16 else 4, count / data
+    size, sharded = 2 if bf16 else 4, trained / data
     if stage == 0:
-        bucket = 4 * min(ENGINE_BUCKET, count)
+        bucket = 4 * min(ENGINE_BUCKET, trained)
     else:
         buffers = 2 if stage < 3 and zero.get("overlap_comm") and not (stage == 1 and bf16) else 1
-        bucket = size * buffers * zero.get("reduce_bucket_size", min(DEFAULT_BUCKET, count))
+        bucket = size * buffers * zero.get("reduce_bucket_size", min(DEFAULT_BUCKET, trained))
     return StateBytes(
         pipeline_rank=pipeline_rank,
         tensor_rank=tensor_rank,
         parameters=count,
-        working=size * (sharded if stage == 3 else count),
-        gradients=4 * sharded if stage >= 2 else (6 if bf16 else 4) * count,
+        working=size * (count / data if stage == 3 else count),
+        gradients=4 * sharded if stage >= 2 else (6 if bf16 else 4) * trained,
         masters=4 * sharded if stage else 0,
-        moments=8 * (sharded if stage else count),
+        moments=8 * (sharded if stage else trained),
         bucket=bucket,
         live=size * min(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS), count) * (stage == 3),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.token_layout import TokenLayout
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.mesh import Groups
+
+OF_FIRST = ("vision_embedding", "language_embedding")
+"""What the first stage has beside its layers; the last one has all else."""
 
 
 def check_pipeline(config: RunConfig) -> None:
@@ -108,14 +112,29 @@ def plan_stages(config: RunConfig, largest: TokenLayout, last_flops: float) -> S
     return StagePlan(stages, ranks, tokens)
 
 
+def check_trained_stages(plan: StagePlan, trained: Iterable[str]) -> None:
+    """Raises ValueError for a stage with none of the `trained` parameters: nothing would take its gradient."""
+    counts = [0] * len(plan.stages)
+    for name in trained:
+        if block := re.match(r"blocks\.(\d+)\.", name):
+            counts[next(n for n, layers in enumerate(plan.stages) if int(block[1]) in layers)] += 1
+        else:
+            counts[0 if name.startswith(OF_FIRST) else -1] += 1
+    for number, (layers, count) in enumerate(zip(plan.stages, counts, strict=True)):
+        require(
+            count > 0,
+            f"train_only leaves nothing to train in stage {number + 1} of {len(counts)} (layers {layers.start} to "
+            f"{layers.stop - 1}): use a smaller parallel.pipeline, or name some of its parameters",
+        )
+
+
 def keep_stages(model: BEiT3, stages: Iterable[range], is_first: bool, is_last: bool) -> None:
     """Deletes, on the meta device, what other processes hold. Every parameter keeps its canonical name."""
     kept = {str(layer) for layers in stages for layer in layers}
     for layer in [layer for layer in model.blocks if layer not in kept]:
         del model.blocks[layer]
     for name, _ in list(model.named_children()):
-        of_first = name in ("vision_embedding", "language_embedding")
-        if name != "blocks" and not (is_first if of_first else is_last):  # norm and heads, whichever there are
+        if name != "blocks" and not (is_first if name in OF_FIRST else is_last):  # norm and heads, whichever there are
             delattr(model, name)
 
 

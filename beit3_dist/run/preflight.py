@@ -22,7 +22,7 @@ from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.float8 import check_float8
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.parallel.pipeline import check_pipeline
+from beit3_dist.parallel.pipeline import check_pipeline, check_trained_stages, plan_stages
 from beit3_dist.parallel.tensor import check_tensor
 from beit3_dist.run.checkpointing import ReadyToTrain, starting_point
 from beit3_dist.run.resumption import same_recipe
@@ -67,6 +67,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
             f"parallel.pipeline={config.parallel.pipeline}: the objective {objective.name} takes a second pass over "
             "the model, which a pipeline cannot: use parallel.pipeline=1",
         )
+    check_trained(config, mesh, objectives)
     checkpoint, state = starting_point(config)
     own = view = config.model.image_size  # looked up codes need no view for the tokenizer
     image_tokenizer = None
@@ -90,6 +91,14 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
     values = _values(config, checkpoint, objectives)
     opened = objectives, teachers, image_tokenizer, train, held_out, train_codes, held_out_codes
     return Ready(config, mesh, state, checkpoint, values, *opened)
+
+
+def check_trained(config: RunConfig, mesh: Mesh, objectives: Objectives) -> None:
+    """Raises ValueError where `train_only` fits neither the model nor the stages of its pipeline."""
+    if (trained := objectives.trained) is None:
+        return
+    if (plan := plan_stages(config, *objectives.largest(mesh.data))) is not None:
+        check_trained_stages(plan, trained)
 
 
 def check_loaders(config: RunConfig, mesh: Mesh, view: int = 0) -> None:

@@ -5,16 +5,22 @@ projections, attention scores and mixtures, patch embedding, and heads at masked
 block's experts and output projection run at masked positions too. Under a prefix's mask scores and mixtures count where
 a query sees a key, although a kernel that takes any mask computes the others, too; fine-tuning counts all of them.
 Recomputation, norms, softmax, padding, the image tokenizer, teachers and the heads of fine-tuning but captioning's are
-not. The
-backward pass costs twice the forward pass.
+not. The backward pass costs twice the forward pass: a product has two gradients, of weights and of inputs. Where
+parameters are frozen, those that autograd does not need are not counted.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.model.multiway import modules_of
+from beit3_dist.model.token_layout import Segments
+from beit3_dist.objectives.together import Objectives
 
 PEAK_BF16 = {  # dense bf16 tensor FLOP/s, from NVIDIA's data sheets, without sparsity
     "H200 NVL": 835.5e12,
@@ -60,3 +66,104 @@ def encoder_flops(
     last = tokens * 6 * d * d + attention + (tokens if read is None else read) * (2 * d * d + 4 * d * f)
     embedding = 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d
     return 3 * ((config.layers - 1) * block + last + embedding)
+
+
+@dataclass(frozen=True)
+class _Tokens(Segments):
+    """Numbers of tokens alone."""
+
+    counts: tuple[int, int, int, int]
+
+    @property
+    def segments(self) -> tuple[int, int, int, int]:
+        return self.counts
+
+
+def pretraining_flops(
+    objectives: Objectives,
+    images: int,
+    caption_lengths: Tensor,
+    text_lengths: Tensor,
+    read: tuple[int, int, int, int],
+    counts: list[int],
+    unseen: int = 0,
+) -> int:
+    """As `encoder_flops`, with the heads at `counts` [K] targets, and without what frozen parameters spare. `read`: of
+    each segment."""
+    model = objectives.model
+    flops = encoder_flops(model, images, caption_lengths, text_lengths, sum(read), unseen)
+    flops += 3 * int(objectives.head_flops(counts))
+    if objectives.trained is None:
+        return flops
+    patches, pairs = 1 + model.patches, len(caption_lengths)
+    lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
+    pixels = 2 * (images + pairs) * model.patches * 3 * model.patch_size**2 * model.width
+    segments = (images * patches, pairs * patches, int(caption_lengths.sum()), int(text_lengths.sum()))
+    products = 2 * model.width * (int(lengths.square().sum()) - unseen)
+    spared = _Spared(model, objectives.trained, _Tokens(segments), _Tokens(read), products)
+    return flops - spared.embedding(pixels) - spared.blocks() - spared.heads(objectives.head_products(counts))
+
+
+class _Spared:
+    """The products of a backward pass that nobody needs: gradients of frozen weights, and of inputs that depend on
+    nothing trained. As exact as autograd, but that attention is taken to be one operation over all samples."""
+
+    def __init__(
+        self, model: ModelConfig, trained: Collection[str], tokens: Segments, read: Segments, products: int
+    ) -> None:
+        """`read`: tokens of the last block behind attention. `products`: FLOPs of the scores, and of the mixtures."""
+        self._model, self._trained, self._tokens, self._read, self._products = model, trained, tokens, read, products
+        self._flows = False
+        """Whether a gradient is needed here, walking from the pixels upwards."""
+
+    def _learns(self, beginning: str) -> bool:
+        return any(name.startswith(beginning) for name in self._trained)
+
+    def _product(self, name: str, flops: int, needed: bool) -> tuple[int, bool]:
+        """What the linear layer `name` is spared, whose input's gradient is `needed`, and whether its output's is."""
+        spared = flops * ((not needed) + (f"{name}.weight" not in self._trained))
+        return spared, needed or self._learns(f"{name}.")
+
+    def embedding(self, pixels: int) -> int:
+        """`pixels`: FLOPs of the patches' projection."""
+        self._flows = self._learns("vision_embedding.") or self._learns("language_embedding.")
+        return 2 * pixels * ("vision_embedding.projection.weight" not in self._trained)
+
+    def blocks(self) -> int:
+        return sum(self._block(number) for number in range(self._model.layers))
+
+    def _block(self, number: int) -> int:
+        config, spared, block = self._model, 0, f"blocks.{number}"
+        d, f = config.width, config.ffn_width
+        behind = self._read if number == config.layers - 1 else self._tokens
+        sides = modules_of(config.attention)
+        projected = dict.fromkeys("qkv", False)
+        for side, tokens in zip(sides, self._tokens.sizes(sides), strict=True):
+            needed = self._flows or self._learns(f"{block}.attention_norm.{side}.")
+            for part in projected:
+                less, learns = self._product(f"{block}.attention.{part}.{side}", 2 * tokens * d * d, needed)
+                spared, projected[part] = spared + less, projected[part] or learns
+        of_queries, of_keys, of_values = projected.values()
+        without = (not (of_queries or of_keys)) + (not of_queries) + (not of_keys) + (not of_values)
+        spared += self._products * without
+        flows = self._flows
+        for side, tokens in zip(sides, behind.sizes(sides), strict=True):
+            needed = any(projected.values()) or self._learns(f"{block}.attention.inner_norm.{side}.")
+            less, learns = self._product(f"{block}.attention.out.{side}", 2 * tokens * d * d, needed)
+            spared, flows = spared + less, flows or learns
+        self._flows = flows
+        has_vl = number >= config.layers - config.vl_expert_layers
+        experts = ("vision", "vl", "language") if has_vl else modules_of(config.ffn)
+        for expert, tokens in zip(experts, behind.sizes(experts), strict=True):
+            ffn, needed = f"{block}.ffn.{expert}", self._flows or self._learns(f"{block}.ffn.{expert}.norm.")
+            for layer in ("fc1", "fc2"):
+                less, needed = self._product(f"{ffn}.{layer}", 2 * tokens * d * f, needed)
+                spared, needed = spared + less, needed or self._learns(f"{ffn}.inner_norm.")
+            flows = flows or needed
+        self._flows = flows
+        return spared
+
+    def heads(self, products: list[tuple[str, float]]) -> int:
+        """`products`: how the names of heads' parameters begin, and the FLOPs of their products, forward."""
+        needed = self._flows or self._learns("norm.")
+        return int(sum(flops * ((not needed) + (not self._learns(head))) for head, flops in products))

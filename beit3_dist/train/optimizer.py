@@ -34,10 +34,11 @@ def _decayed_and_not(
     # Under ZeRO-3 a parameter is empty here; `ds_shape` is its whole shape.
     shape = lambda p: getattr(p, "ds_shape", p.shape)  # noqa: E731
     named = [(n, p) for n, p in named if p.requires_grad]
-    return [
+    both: list[dict[str, Any]] = [
         {"params": [p for n, p in named if decays(n, shape(p))], "weight_decay": weight_decay},
         {"params": [p for n, p in named if not decays(n, shape(p))], "weight_decay": 0.0},
     ]
+    return [group for group in both if group["params"]]
 
 
 def layered_groups(
@@ -57,7 +58,7 @@ def layered_groups(
     for (layer, is_head), named in sorted(by_layer.items(), key=lambda item: item[0]):
         scale = decay ** (layers + 1 - layer) * (head if is_head else 1.0)
         both = _decayed_and_not(named, weight_decay, decays_in_fine_tuning)
-        groups += [group | {"lr_scale": scale} for group in both if group["params"]]
+        groups += [group | {"lr_scale": scale} for group in both]
     return groups
 
 

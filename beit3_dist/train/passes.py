@@ -13,7 +13,7 @@ from beit3_dist.objectives.base import SecondPass
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.train.feed import StepBatch, prepared
-from beit3_dist.train.flops import encoder_flops
+from beit3_dist.train.flops import pretraining_flops
 
 
 def passes(
@@ -41,5 +41,7 @@ def passes(
     if objectives.second_pass:
         captions = torch.cat([second.captions for second in seconds])
         tokens = len(captions) * (1 + objectives.model.patches) + int(captions.sum())
-        read, none = sum(len(second.selection.rows) for second in seconds), captions[:0]
-        batch.add(engine.groups, tokens, encoder_flops(objectives.model, 0, captions, none, read))
+        a, b, c, d = torch.tensor([second.selection.counts for second in seconds]).sum(0).tolist()
+        nothing = [0] * len(objectives.losses)
+        flops = pretraining_flops(objectives, 0, captions, captions[:0], (a, b, c, d), nothing)
+        batch.add(engine.groups, tokens, flops)

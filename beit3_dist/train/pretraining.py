@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -33,6 +34,8 @@ from beit3_dist.train.optimizer import build_optimizer
 from beit3_dist.train.passes import passes
 from beit3_dist.train.target_watch import TargetWatch
 from beit3_dist.train.validation import evaluate
+
+log = logging.getLogger(__name__)
 
 
 def pretrain(ready: Ready) -> None:
@@ -92,6 +95,10 @@ class Pretraining(Job[RunConfig, StepResult]):
             plan=plan_stages(config, largest, flops),
             bounds=objectives.bounds,
         )
+        if (trained := objectives.trained) is not None:
+            sizes = {name: shape.numel() for name, shape in self._engine.whole_shapes.items()}
+            trained_size = sum(sizes[name] for name in trained)
+            log.info("train_only: %s of %s parameters train", f"{trained_size:,}", f"{sum(sizes.values()):,}")
         self._tokenize = None
         if ready.image_tokenizer is not None and mesh.is_last_stage:
             self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device, groups.tensor)

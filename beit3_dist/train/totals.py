@@ -12,7 +12,7 @@ from torch import Tensor
 from beit3_dist.data.batch import MicroBatch, hash_terms
 from beit3_dist.objectives.base import View
 from beit3_dist.objectives.together import Objectives
-from beit3_dist.train.flops import encoder_flops
+from beit3_dist.train.flops import pretraining_flops
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,10 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
         lengths[view.kind].append(torch.zeros(len(samples)) if samples.lengths is None else samples.lengths)
     images, captions, texts = (torch.cat([torch.zeros(0, dtype=torch.int64), *some]) for some in lengths)
     unseen = sum(_unseen(batch, view) for view in objectives.views)
-    flops = encoder_flops(objectives.model, len(images), captions, texts, len(known.united), unseen)
     return Totals(
         counts,
         tokens=known.layout.tokens,
-        flops=flops + 3 * int(objectives.head_flops(counts)),
+        flops=pretraining_flops(objectives, len(images), captions, texts, known.read, counts, unseen),
         replaced=len(batch.faults),
         hash_terms=hash_terms(batch),
     )

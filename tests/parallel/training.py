@@ -24,6 +24,7 @@ from beit3_dist.data.views import Tokenize
 from beit3_dist.model import BEiT3
 from beit3_dist.model.cut import cut_for, cuts_of
 from beit3_dist.model.initialization import initial_value, materialize, named_generator
+from beit3_dist.model.trained import freeze
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
@@ -184,6 +185,7 @@ def engine_run(
             record["first_moments"] = {
                 f.name: (f.start, optimizer_state(engine.optimizer, f)["exp_avg"].cpu().numpy().copy())
                 for f in fragments(engine.model, engine.optimizer)
+                if f.trained
             }
     record["weights"] = _weights(engine)
     if config.parallel.zero_stage == 3:
@@ -220,6 +222,8 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
     def whole(key: str) -> dict[str, torch.Tensor]:
         tensors = {}
         for name, shape in shapes.items():
+            if not any(name in record[key] for record in records):
+                continue
             slices = [local(key, name, shape, rank) for rank in range(ranks)]
             if name not in cuts:
                 for other in slices[1:]:
@@ -243,6 +247,7 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     """The definition: one process, fp32, plain torch, the whole global batch of `parts` micro-batches."""
     model = BEiT3(config.model, device="meta")
     materialize(model, lambda name, shape: starting_value(name, shape, config), "cpu")
+    freeze(model, config.train_only)
     objectives = objectives_of(config)
     objective = PretrainingModule(model, objectives, config.seed).train()
     optim = config.optim
@@ -266,7 +271,7 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
             sums += statistics[0]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
         if step == 0:
-            trace.first_gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+            trace.first_gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.steps, optim)
         optimizer.step()

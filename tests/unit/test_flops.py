@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
+from beit3_dist.model.trained import freeze
 from beit3_dist.train import flops
 from beit3_dist.train.flops import encoder_flops, peak_flops
 from beit3_dist.train.totals import host_totals
@@ -34,8 +35,8 @@ CONFIGS = {
 }
 
 
-def counted_by_torch(config: ModelConfig, batch, recompute: str = "none") -> int:
-    objective = pretraining(BEiT3(config)).train()
+def counted_by_torch(config: ModelConfig, batch, recompute: str = "none", model: BEiT3 | None = None) -> int:
+    objective = pretraining(model or BEiT3(config)).train()
     objective.model.blocks.recompute = recompute
     step = (*prepared(objective, batch), counts_of(objective, batch), 0)
     # The plain attention is a few matrix products; a fused one on the CPU is an operation that torch does not count.
@@ -133,3 +134,26 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(flops.torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda", 0)) == peak
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize(
+    "train_only",
+    [
+        ["!*.fc1.*", "!*.attention*", "!vision_embedding.*"],
+        ["blocks.2.*", "norm.*", "*_head.*"],
+        ["*.attention.q.*", "*.out.*", "text_head.*"],
+        ["*_head.*"],
+    ],
+)
+def test_what_is_frozen_counts_no_gradient_of_weights(config: ModelConfig, train_only: list[str]) -> None:
+    batch = random_micro_batch(config)
+    for name in ("pairs", "texts"):
+        batch.streams[name].lengths[:] = batch.streams[name].text.shape[1]
+    objectives = objectives_for(config)
+    objectives.run.train_only = train_only
+    model = BEiT3(config)
+    freeze(model, train_only)
+    theirs = counted_by_torch(config, batch, model=model)
+    pixels = patch_embedding(config, batch) * any("vision_embedding.projection.weight" == n for n in objectives.trained)
+    assert host_totals([batch], objectives).flops - theirs == pixels

@@ -170,9 +170,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         gradient, classes, factors = _once(ctx), len(weight), gradient_2M[0].contiguous()
         # Of a row's factor the products' other sides take care, which are far smaller than the logits' gradient.
-        of_hidden = (gradient @ _pad(weight)).mul_(factors[:, None])
-        of_weight = gradient.t() @ (hidden * factors[:, None]).to(hidden.dtype)
-        return of_hidden, of_weight[:classes], column_sums(gradient[:, :classes], factors), None  # 0 behind them
+        for_hidden, for_weight, *_ = ctx.needs_input_grad
+        of_hidden = of_weight = None
+        if for_hidden:
+            of_hidden = (gradient @ _pad(weight)).mul_(factors[:, None])
+        if for_weight:
+            of_weight = (gradient.t() @ (hidden * factors[:, None]).to(hidden.dtype))[:classes]  # 0 behind them
+        return of_hidden, of_weight, column_sums(gradient[:, :classes], factors), None
 
 
 def _pad(weight: Tensor) -> Tensor:

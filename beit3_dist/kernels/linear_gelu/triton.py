@@ -116,7 +116,8 @@ class _LinearGelu(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, hidden, keep_T = ctx.saved_tensors
         of_hidden, of_bias = gelu_backward(gradient, hidden, keep_T)
-        return of_hidden @ weight, of_hidden.t() @ x, of_bias, None
+        for_x, for_weight, *_ = ctx.needs_input_grad
+        return of_hidden @ weight if for_x else None, of_hidden.t() @ x if for_weight else None, of_bias, None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep_T: Tensor | None = None) -> Tensor:
