@@ -313,12 +313,14 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW with a linear warm-up and a cosine decay."""
+    """AdamW with a linear warm-up and a decay."""
 
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
-    """Learning rate that the cosine comes down to in the end (the paper is silent; BEiT v1 and v2 use 1e-5)."""
+    """Learning rate that the decay comes down to in the end (the paper is silent; BEiT v1 and v2 use 1e-5)."""
+    decay: Literal["cosine", "linear"] = "cosine"
+    """How it comes down after the warm-up: by half a cosine, or by a line (BERT, ViLT, VLMo)."""
     warmup_steps: int = 10_000
     """Steps of the linear warm-up from 0."""
     beta1: float = 0.9
@@ -579,9 +581,9 @@ class RunConfig(TrainingConfig):
                 not count or not self.eval.every or bool(getattr(self.eval, name)),
                 f"eval.{name} is empty but eval.every={self.eval.every}: name held-out shards or set eval.every to 0",
             )
-        for name in ("text_length", "caption_length"):
+        for name, samples in {"text_length": self.batch.texts, "caption_length": self.batch.pairs}.items():
             require(
-                getattr(self.data, name) <= self.model.max_text_length,
+                not samples or getattr(self.data, name) <= self.model.max_text_length,
                 f"data.{name}={getattr(self.data, name)} exceeds model.max_text_length={self.model.max_text_length}",
             )
 

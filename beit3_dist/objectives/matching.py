@@ -1,4 +1,4 @@
-"""Image-text matching: is this caption of this image, told from both together, in a second pass with hard negatives."""
+"""Image-text matching: is this caption of this image, told from both together, in a second pass with negatives."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ SECTION = f"objectives.{NAME}"
 
 @dataclass(kw_only=True)
 class MatchingConfig:
-    """Matching of pairs and of hard negatives, in a second pass over the model. Needs objectives.contrastive."""
+    """Matching of pairs and of negatives, in a second pass over the model. Hard ones need objectives.contrastive."""
 
     weight: float = 1.0
     """Weight of the loss."""
     head: Literal["pooler", "linear"] = "pooler"
     """What tells by the fused CLS. pooler: a matrix and tanh before the two classes (VLMo). linear: the two alone
     (ALBEF)."""
-    negatives: Literal["all", "rank"] = "all"
-    """Whose pairs hard negatives are drawn from. all: every rank's (VLMo). rank: those of its own rank (ALBEF), so that
-    the loss depends on the number of ranks."""
+    negatives: Literal["all", "rank", "random"] = "all"
+    """Whose pairs negatives are drawn from. all: every rank's, hard ones by contrast's similarities (VLMo). rank: hard
+    ones of its own rank (ALBEF), so that the loss depends on the number of ranks. random: every rank's in the
+    micro-batch, all alike, without contrast (ViLT)."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"{SECTION}.weight={self.weight} must be positive")
@@ -66,6 +67,7 @@ class Matching(Objective):
     second_pass = True
     hashes_images = True
     _drawn: Negatives
+    _contrast: Contrastive | None = None
 
     def __init__(self, config: MatchingConfig, run: RunConfig) -> None:
         super().__init__(config, run)
@@ -75,10 +77,13 @@ class Matching(Objective):
         self._seed, self._caption_length = run.seed, run.data.caption_length
 
     def meet(self, others: Mapping[str, Objective]) -> None:
+        if self.config.negatives == "random":
+            return
         contrast = others.get(Contrastive.name)
         require(
             isinstance(contrast, Contrastive),
-            f"{SECTION} draws its negatives by contrast's similarities: give the section objectives.contrastive, too",
+            f"{SECTION} draws its negatives by contrast's similarities: give the section objectives.contrastive, too, "
+            f"or draw them by {SECTION}.negatives=random",
         )
         assert isinstance(contrast, Contrastive)
         self._contrast = contrast
@@ -104,7 +109,7 @@ class Matching(Objective):
     def second(self, batches: Sequence[MicroBatch], number: int, step: int, device: torch.device) -> SecondPass:
         """Of each pair: itself, its caption with a drawn image, its image with a drawn caption. Negatives are drawn out
         of the pairs that the contrast has just compared: the step's, or the micro-batch's."""
-        ahead = self._contrast.looks_ahead
+        ahead = self._contrast is not None and self._contrast.looks_ahead
         pairs = [batch.streams["pairs"] for batch in (batches if ahead else batches[number : number + 1])]
         own, held = batches[number].streams["pairs"], sum(map(len, pairs))
         n, first = len(own), sum(map(len, pairs[:number])) if ahead else 0
@@ -131,8 +136,8 @@ class Matching(Objective):
         """For all of this replica's pairs that were compared."""
         labels = torch.cat([samples.annotations[self.name]["labels"] for samples in pairs]).to(device)
         ids = torch.cat([samples.ids for samples in pairs]).to(device)
-        near = self.config.negatives == "rank"
-        return draw_negatives(self._contrast.compared, labels, ids, self.replicas, key, near)
+        near, compared = self.config.negatives == "rank", self._contrast.compared if self._contrast else None
+        return draw_negatives(compared, labels, ids, self.replicas, key, near)
 
     def _pass(self, images: Tensor, words: Tensor, lengths: Tensor, ids: Tensor, counted: Tensor) -> SecondPass:
         """Of M fused samples. `words` [M, L] and `lengths` [M] on the host."""

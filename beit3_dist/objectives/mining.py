@@ -25,24 +25,26 @@ class Negatives:
 
 
 def draw_negatives(
-    vectors: Vectors, labels: Tensor, ids: Tensor, replicas: Replicas, key: int, near: bool = False
+    vectors: Vectors | None, labels: Tensor, ids: Tensor, replicas: Replicas, key: int, near: bool = False
 ) -> Negatives:
     """Draws by the shares of the softmax over a row of the scaled similarities (ALBEF, Li et al. 2021), after all pairs
     are left out that have the image or the caption in common: `labels` int64 [n, 2], hashes of either.
 
     The draw adds Gumbel noise to the similarities and takes the largest, which cannot fail however sharp they are. The
     noise is a function of (`key`, id of the one, id of the other), so that any number of replicas draws alike. `ids`
-    int64 [n]. `near`: only out of this replica's own pairs.
+    int64 [n]. `vectors`: None draws all of them with equal shares. `near`: only out of this replica's own pairs.
     """
-    images, texts, others = (replicas.gather_constant(part) for part in (vectors.images, vectors.texts, labels))
-    everyones = replicas.gather_constant(ids)
+    others, everyones = replicas.gather_constant(labels), replicas.gather_constant(ids)
     out = in_common(labels, others)
     if near:
         first, places = replicas.rank * len(ids), torch.arange(len(everyones), device=ids.device)
         out = out | ((places < first) | (places >= first + len(ids)))
-    scores = vectors.scale * vectors.images @ texts.T, vectors.scale * vectors.texts @ images.T
-    noises = (gumbel(ids, everyones, key + direction) for direction in range(2))
-    captions, drawn = (_largest(s.double() + noise, out) for s, noise in zip(scores, noises, strict=True))
+    noises = [gumbel(ids, everyones, key + direction) for direction in range(2)]
+    if vectors is not None:
+        images, texts = replicas.gather_constant(vectors.images), replicas.gather_constant(vectors.texts)
+        scores = vectors.scale * vectors.images @ texts.T, vectors.scale * vectors.texts @ images.T
+        noises = [s.double() + noise for s, noise in zip(scores, noises, strict=True)]
+    captions, drawn = (_largest(noisy, out) for noisy in noises)
     return Negatives(captions, drawn, everyones)
 
 

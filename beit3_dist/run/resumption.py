@@ -44,7 +44,7 @@ _FIELDS = {
         batch.images batch.texts batch.pairs batch.size
         data.caption_key data.max_pixels
         optim.beta1 optim.beta2
-        label_smoothing mixup cutmix caption_mask_ratio drop_worst_ratio drop_worst_after ema_decay
+        label_smoothing name_smoothing mixup cutmix caption_mask_ratio drop_worst_ratio drop_worst_after ema_decay
         teacher.kind teacher.name teacher.quick_gelu teacher.head_dim""",
     OnResume.COMPARED: """
         seed text_tokenizer image_tokenizer teacher.weights
@@ -55,7 +55,7 @@ _FIELDS = {
         activation_checkpointing_every deepspeed_config image_codes layer_decay head_lr_scale pictures_every
         batch.accumulation
         parallel.tensor parallel.pipeline parallel.chunks parallel.sequence parallel.zero_stage
-        optim.lr optim.min_lr optim.warmup_steps optim.eps optim.weight_decay optim.clip_norm
+        optim.lr optim.min_lr optim.decay optim.warmup_steps optim.eps optim.weight_decay optim.clip_norm
         data.caption_length data.min_crop_scale data.scaled_decoding data.color_jitter data.horizontal_flip
         data.rand_augment data.random_erasing data.max_bad_fraction data.validation
         eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.beams eval.length_penalty

@@ -48,6 +48,18 @@ def test_draws_have_the_shares_of_the_softmax_over_what_is_no_match() -> None:
             assert chi_square < 27  # of 4 to 6 degrees of freedom: once in 10,000 rows
 
 
+def test_without_vectors_all_that_are_no_match_are_drawn_alike() -> None:
+    number = 1000
+    found = [draw_negatives(None, LABELS, IDS, ALONE, key) for key in range(number)]
+    match = (LABELS[:, None] == LABELS).any(2)
+    for chosen in (torch.stack([one.captions for one in found]), torch.stack([one.images for one in found])):
+        for row in range(PAIRS):
+            counts = torch.bincount(chosen[:, row], minlength=PAIRS)
+            assert counts[match[row]].sum() == 0
+            expected = number / int((~match[row]).sum())
+            assert ((counts[~match[row]] - expected) ** 2 / expected).sum() < 27
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1e6])
 def test_no_sharpness_makes_it_fail(scale: float) -> None:
     """Where multinomial draws have weights that are all zero."""

@@ -28,6 +28,13 @@ def test_cosine_from_the_peak_to_the_floor() -> None:
     assert 1e-5 < rates[-1] < 1e-5 + 1e-3 * (math.pi / 100) ** 2
 
 
+def test_line_from_the_peak_to_the_floor() -> None:
+    config = OptimConfig(lr=1e-3, min_lr=1e-5, warmup_steps=10, decay="linear")
+    assert [learning_rate(step, STEPS, config) for step in (9, 10, 35, 60)] == pytest.approx(
+        [1e-3, 1e-3, 1e-5 + 0.99e-3 * 0.75, 1e-5 + 0.99e-3 * 0.5]
+    )
+
+
 def test_without_warm_up() -> None:
     assert learning_rate(0, 5, OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=0)) == 1.0
 
