@@ -76,10 +76,11 @@ Contrast = Callable[[Vectors, Replicas], Tensor]
 """-> [2, n]: the loss of each own pair, and the mean of its two hits."""
 
 
-def softmax_contrast(pairs: Vectors, replicas: Replicas = ALONE) -> Tensor:
+def softmax_contrast(pairs: Vectors, replicas: Replicas = ALONE, smoothing: float = 0.0) -> Tensor:
     """The mean of the two cross-entropies of telling a pair's text from all texts and its image from all images (CLIP).
 
     With labels all that have one in common with a pair are right for it, with equal shares (UniCL, Yang et al. 2022).
+    `smoothing`: share of a target that all candidates have alike (Szegedy et al. 2016).
     """
     texts, images = replicas.gather(pairs.texts), replicas.gather(pairs.images)
     if pairs.labels is None:
@@ -87,17 +88,18 @@ def softmax_contrast(pairs: Vectors, replicas: Replicas = ALONE) -> Tensor:
     else:
         right = in_common(pairs.labels, replicas.gather_constant(pairs.labels))
     by_image, by_text = pairs.scale * pairs.images @ texts.T, pairs.scale * pairs.texts @ images.T
-    return (_told(by_image, right) + _told(by_text, right)) / 2
+    return (_told(by_image, right, smoothing) + _told(by_text, right, smoothing)) / 2
 
 
-def _told(logits: Tensor, right: Tensor) -> Tensor:
+def _told(logits: Tensor, right: Tensor, smoothing: float) -> Tensor:
     """[2, n]: cross-entropies of [n, N], and whether the largest is right. `right`: which one is, int64 [n], or which
     ones are, bool [n, N]."""
     if right.ndim == 1:
-        return torch.stack([cross_entropy(logits, right, reduction="none"), (logits.argmax(1) == right).float()])
-    shares = right / right.sum(1, keepdim=True)
-    hits = right.gather(1, logits.argmax(1, keepdim=True))[:, 0]
-    return torch.stack([cross_entropy(logits, shares, reduction="none"), hits.float()])
+        targets, hits = right, logits.argmax(1) == right
+    else:
+        targets, hits = right / right.sum(1, keepdim=True), right.gather(1, logits.argmax(1, keepdim=True))[:, 0]
+    losses = cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    return torch.stack([losses, hits.float()])
 
 
 def in_common(mine: Tensor, theirs: Tensor) -> Tensor:

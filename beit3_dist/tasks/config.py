@@ -134,6 +134,8 @@ class FinetuneConfig(TrainingConfig):
     (unilm's 0.9999 suits long runs)."""
     label_smoothing: float = 0.1
     """captioning, and imagenet and text without mixing: probability spread over all classes."""
+    name_smoothing: float = 0.0
+    """imagenet_retrieval: the same, over all examples of the step (the paper's giant: 0.1)."""
     mixup: float = 0.0
     """imagenet: alpha of Mixup (unilm: 0.8)."""
     cutmix: float = 0.0
@@ -166,7 +168,7 @@ class FinetuneConfig(TrainingConfig):
         require_not_negative("", self, "epochs", "warmup_epochs", "mixup", "cutmix", "drop_worst_after")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
         require_positive("", self, "layer_decay", "head_lr_scale")
-        require_within("[0, 1)", "", self, "ema_decay", "label_smoothing", "drop_worst_ratio")
+        require_within("[0, 1)", "", self, "ema_decay", "label_smoothing", "name_smoothing", "drop_worst_ratio")
         require_within("(0, 1]", "", self, "caption_mask_ratio")
         require(
             self.head_lr_scale == 1 or task.has_classifier,

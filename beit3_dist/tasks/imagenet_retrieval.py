@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.objectives.contrast import Vectors
+from beit3_dist.objectives.contrast import Contrast, Vectors, softmax_contrast
 from beit3_dist.tasks.base import HALF, TaskInputs
 from beit3_dist.tasks.data.batches import padded_words
 from beit3_dist.tasks.data.examples import Example
@@ -59,6 +60,10 @@ class ImageNetRetrieval(Contrastive, ImageNet):
     statistics = HALF  # both sides as in pretraining, and as in the contrastive step before
     has_classifier = mixes = False
     _names: Tensor | None = None
+
+    @property
+    def contrast(self) -> Contrast:
+        return partial(softmax_contrast, smoothing=self.config.name_smoothing)
 
     def examples(self, train: bool) -> Sequence[Example]:
         """In training with the names of their classes."""

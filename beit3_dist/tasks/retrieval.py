@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.objectives.contrast import ContrastHead, Kept, Vectors, contrast_step, softmax_contrast
+from beit3_dist.objectives.contrast import Contrast, ContrastHead, Kept, Vectors, contrast_step, softmax_contrast
 from beit3_dist.tasks.base import Task, TaskInputs
 from beit3_dist.tasks.data.examples import Example, Record, Rules, integer
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
@@ -35,6 +35,11 @@ class Contrastive(Task):
     def pretrained_head(cls, config: ModelConfig, weights: Mapping[str, Tensor]) -> TaskHead:
         return ContrastiveHead(config.width, len(weights["vision_head.weight"]))
 
+    @property
+    def contrast(self) -> Contrast:
+        """How vectors are compared."""
+        return softmax_contrast
+
     def embeddings(self, model: FineTuned, inputs: TaskInputs) -> Vectors:
         """Vectors of images and of texts, each encoded by itself."""
         keep = inputs.keep(inputs.keys), inputs.keep(~inputs.keys)  # either side draws for itself
@@ -48,13 +53,13 @@ class Contrastive(Task):
         found = self.look(model, inputs)
         if inputs.looked is not None:
             return inputs.looked.sums_of(found)[:, None]
-        return softmax_contrast(found, self.replicas)
+        return self.contrast(found, self.replicas)
 
     def look(self, model: FineTuned, inputs: TaskInputs) -> Vectors:
         return self.embeddings(model, inputs)
 
     def looked(self, found: list[Vectors]) -> list[Kept]:
-        return contrast_step(softmax_contrast, found, self.replicas)
+        return contrast_step(self.contrast, found, self.replicas)
 
     def embed_images(self, model: FineTuned, images: Tensor) -> Tensor:
         """Unit vectors [B, D] of images [B, 3, S, S]."""

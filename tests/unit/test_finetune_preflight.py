@@ -260,10 +260,10 @@ def test_recipes_are_whole(recipe: Path) -> None:
     asked = ["--out", "o", "--text_tokenizer", "t", "--data.train", "x"]
     task = ["--task", "vqa"] if recipe.stem == "demo" else []
     config = parse(FinetuneConfig, "finetune.py", "", ["--config", str(recipe), *asked, *task])
-    assert config.task == (recipe.stem.rpartition("_")[0] or "vqa")
+    assert config.task == (recipe.stem.replace("_in21k", "").rpartition("_")[0] or "vqa")
     if recipe.stem != "demo":
-        assert config.model.width == {"base": 768, "large": 1024}[recipe.stem.rpartition("_")[2]]
-        assert config.epochs > 0 and "Needs --out" in recipe.read_text()
+        assert config.model.width == {"base": 768, "large": 1024, "giant": 1408}[recipe.stem.rpartition("_")[2]]
+        assert (config.epochs > 0 or config.steps == 16_000) and "Needs --out" in recipe.read_text()
 
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
@@ -271,7 +271,7 @@ def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path
     config = parse(
         FinetuneConfig, "", "", ["--config", str(recipe), "--out", "x", "--text_tokenizer", "", "--data.train", "x"]
     )
-    recomputed = recipe.stem in RECOMPUTED
+    recomputed = recipe.stem in RECOMPUTED or recipe.stem.endswith("_giant")
     assert config.activation_checkpointing == ("full" if recomputed else "none")
     assert config.data.horizontal_flip == 0.5
     imagenets = "rand-m9-mstd0.5-inc1"
@@ -279,6 +279,32 @@ def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path
     assert config.data.rand_augment == changes.get(config.task, "")
     if config.task == "captioning":
         assert config.eval.caption_metrics == ["bleu4", "cider"]
+
+
+def test_the_giants_figures_are_the_papers() -> None:
+    """Its tables 12 to 14 and 17: rate, batch, epochs and warm-up, layer decay, weight decay, drop path, pixels."""
+    table = {
+        "imagenet_retrieval_in21k": (5e-5, 16384, 50, 5, 0.85, 0.05, 0.4, 224),
+        "imagenet_retrieval": (3e-5, 2048, 15, 3, 0.95, 0.05, 0.4, 336),
+        "itc": (3e-5, 16384, 5, 1, 0.95, 0.05, 0.3, 224),
+        "retrieval": (1e-5, 3072, 15, 3, 0.95, 0.05, 0.3, 420),
+        "vqa": (1e-5, 128, 10, 1, 1.0, 0.01, 0.4, 756),
+        "nlvr2": (1e-3, 256, 20, 5, 0.8, 0.05, 0.4, 224),
+        "captioning": (8e-6, 256, 0, 0, 1.0, 0.01, 0.3, 392),
+    }
+    for name, figures in table.items():
+        recipe = next(path for path in RECIPES if path.stem == f"{name}_giant")
+        asked = ["--config", str(recipe), "--out", "x", "--text_tokenizer", "", "--data.train", "x"]
+        config = parse(FinetuneConfig, "", "", asked)
+        optim, model = config.optim, config.model
+        assert figures == (
+            optim.lr, config.batch.size, config.epochs, config.warmup_epochs, config.layer_decay, optim.weight_decay,
+            model.drop_path, model.image_size,
+        ), name  # fmt: skip
+        assert (optim.beta1, optim.beta2, optim.eps) == (
+            (0.9, 0.98, 1e-6) if name.endswith("in21k") else (0.9, 0.999, 1e-8)
+        )
+        assert config.name_smoothing == (0.1 if config.task == "imagenet_retrieval" else 0.0)
 
 
 def test_layers_learn_at_their_own_rates() -> None:
