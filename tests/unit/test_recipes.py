@@ -1,0 +1,88 @@
+"""Recipes of pretraining: each is whole, and builds at full size, on the meta device, what its paper counts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from beit3_dist.command_line import parse
+from beit3_dist.config import RunConfig
+from beit3_dist.objectives import SECTIONS
+from beit3_dist.objectives.registry import objectives_of
+
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
+HEADS = "(image|text)_head|objective_heads"
+"""Heads of pretraining, which papers leave out where they count."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A count of parameters, in millions, that somebody gives."""
+
+    millions: float
+    source: str
+    left_out: str
+    """Pattern of what this count leaves out of ours, from the beginning of a name."""
+    lacking: float = 0.0
+    """Millions that ours has not, as the recipe says."""
+    within: float = 0.01
+
+
+TABLE = {
+    "vlmo_base": Published(175, "unilm/vlmo/README", HEADS),
+    "vlmo_large": Published(562, "unilm/vlmo/README", HEADS),
+    "vilt_base": Published(87.4, "ViLT, section 4: without the words", f"{HEADS}|language_embedding"),
+    "vit_bert_base": Published(85.8, "timm's vit_base_patch16_224", f"{HEADS}|language_embedding"),
+    "albef_base": Published(209.5, "ALBEF, 3.1: 85.8 + 123.7", HEADS, lacking=6 * 4 * 768 * 769 / 1e6),
+    "clip_base": Published(86.2, "open_clip's ViT-B-16, the image tower",
+                           f"{HEADS}|language_embedding|(.*\\.)?language\\."),
+    "siglip_base": Published(203.2, "open_clip's ViT-B-16-SigLIP", HEADS, lacking=7.1),
+    "beit3_base_contrast": Published(222, "unilm/beit3/README: with contrast's head", "(image|text)_head"),
+    "base": Published(276, "unilm/beit3/README", "objective_heads"),
+    "large": Published(746, "unilm/beit3/README", "objective_heads"),
+    "giant": Published(1900, "BEiT-3, table 2: rounded", "objective_heads", within=0.03),
+}  # fmt: skip
+
+
+def config_of(recipe: str) -> RunConfig:
+    """The recipe with what it asks for in its first lines."""
+    streams = [part for stream in ("images", "texts", "pairs") for part in (f"--data.{stream}", f"{stream}.tar")]
+    asked = ["--out", "o", "--text_tokenizer", "t.spm", "--image_tokenizer", "i.pth", *streams]
+    return parse(RunConfig, "pretrain.py", "", ["--config", str(RECIPES / f"{recipe}.yaml"), *asked], SECTIONS)
+
+
+@pytest.mark.parametrize("recipe", TABLE)
+def test_it_builds_what_its_paper_counts(recipe: str) -> None:
+    published, config = TABLE[recipe], config_of(recipe)
+    objectives = objectives_of(config)
+    model: nn.Module = objectives.build()
+    counted = sum(p.numel() for name, p in model.named_parameters() if not re.match(published.left_out, name))
+    assert counted / 1e6 + published.lacking == pytest.approx(published.millions, rel=published.within)
+    assert objectives.needs_codes == (config.model.visual_vocab_size > 1 and "vlmo" not in recipe)
+
+
+def test_all_recipes_are_in_the_table_or_a_demos() -> None:
+    names = {path.stem for path in RECIPES.glob("*.yaml")}
+    assert {name for name in names if not re.match("demo|image_tokenizer", name)} == TABLE.keys()
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("demo*.yaml")))
+def test_demos_are_small_and_go_nowhere_else(recipe: str) -> None:
+    config = config_of(recipe)
+    assert sum(p.numel() for p in objectives_of(config).build().parameters()) < 6e6
+    text = (RECIPES / f"{recipe}.yaml").read_text()
+    assert re.search(r"^out: demo/", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("recipe", [name for name in TABLE if name not in ("base", "large", "giant")])
+def test_every_figure_has_its_source(recipe: str) -> None:
+    """Beside it, or in a line above it. How a run reads and saves is no paper's matter."""
+    lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
+    for before, line in pairwise(lines):
+        figure = re.search(r"^ *(?!seed|workers|checkpoint|parallel|deepspeed_config|teacher)\w+: .*\d", line)
+        assert not figure or "# " in line or before.startswith("# "), f"{recipe} gives no source of {line.strip()}"
