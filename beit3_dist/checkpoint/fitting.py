@@ -48,8 +48,11 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in BEiT3(config, device="meta").named_parameters()}
 
 
-def infer_config(weights: Mapping[str, Tensor], attention_heads: int | None) -> ModelConfig:
-    """The geometry of per-modality weights. What a file of weights does not tell has the released models' values.
+def infer_config(
+    weights: Mapping[str, Tensor], attention_heads: int | None, layer_norm_eps: float | None = None
+) -> ModelConfig:
+    """The geometry of per-modality weights. What a file of weights does not tell has the released models' values;
+    `layer_norm_eps`: of one that is not of their architecture.
 
     Raises ValueError where the number of attention heads is not known from the width.
     """
@@ -66,6 +69,7 @@ def infer_config(weights: Mapping[str, Tensor], attention_heads: int | None) -> 
     def rows(name: str, otherwise: int) -> int:
         return len(weights[name]) if name in weights else otherwise
 
+    released = "blocks.0.attention.inner_norm.vision.weight" in weights
     return ModelConfig(
         layers=block_count(weights),
         width=width,
@@ -74,7 +78,8 @@ def infer_config(weights: Mapping[str, Tensor], attention_heads: int | None) -> 
         patch_size=patch_size,
         image_size=grid * patch_size,
         attention="per_modality",
-        sub_layernorm="blocks.0.attention.inner_norm.vision.weight" in weights,
+        sub_layernorm=released,
+        layer_norm_eps=plain.layer_norm_eps if released or layer_norm_eps is None else layer_norm_eps,
         vl_expert_layers=0,
         vocab_size=rows("language_embedding.words.weight", plain.vocab_size),
         visual_vocab_size=rows("image_head.weight", plain.visual_vocab_size),
@@ -173,6 +178,17 @@ def _head_of(name: str) -> str:
     return found[0] if found else ""
 
 
+def _as_shared(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> Mapping[str, Tensor]:
+    """The weights where what has one modality alone is a start of what both share in the model (VLMo and ViLT begin with
+    a vision Transformer)."""
+    if any(re.fullmatch(_GROUPS["the language side"], name) for name in weights):
+        return weights
+    shared = {name: name.replace(".vision.", ".shared.") for name in weights}
+    if taken := {name for name, other in shared.items() if name not in shapes and other in shapes}:
+        log.warning("%s has weights of vision alone: what vision and language share starts from them", source)
+    return {shared[name] if name in taken else name: value for name, value in weights.items()}
+
+
 def _in_other_places(
     weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str
 ) -> Mapping[str, Tensor]:
@@ -198,7 +214,7 @@ def _fit(
             "%s: %d vision positions are interpolated to %d for model.image_size=%d",
             source, rows, shapes[POSITIONS][0], config.image_size,
         )  # fmt: skip
-    weights = _in_other_places(weights, shapes, source)
+    weights = _in_other_places(_as_shared(weights, shapes, source), shapes, source)
     unused = [name for name in weights if name not in shapes]
     for name in unused:
         if not _in_any(_USE_OF_TASK, name):

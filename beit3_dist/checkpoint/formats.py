@@ -2,7 +2,7 @@
 
 - released: unilm's .pth files, `{"model": {"beit3.encoder...": ...}}`
 - torchscale: the state dict of torchscale's BEiT3, the same keys without `beit3.`
-- timm: the state dict of timm's `beit3_*` vision models
+- timm: the state dict of timm's `beit3_*` vision models, and of its `vit_*` ones as a start
 - a model folder: see model_folder.py
 - a checkpoint of a training run, sharded or neutral: its master weights, or their moving average where it has one
 """
@@ -69,10 +69,11 @@ def _read_checkpoint(path: Path) -> ModelFolder:
     return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None, objectives)
 
 
-def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
+def read_source(path: Path, attention_heads: int | None = None, layer_norm_eps: float | None = None) -> ModelFolder:
     """Weights under our names with their config, from any of the forms above.
 
-    `attention_heads`: of a single file of weights, which does not tell; known for the released widths. Raises
+    `attention_heads`: of a single file of weights, which does not tell; known for the released widths.
+    `layer_norm_eps`: the same; known for the released architecture. Raises
     FileNotFoundError or ValueError with one line where there is nothing, or nothing of these forms, or not all of it.
     A run's folder means its newest whole checkpoint.
     """
@@ -89,7 +90,9 @@ def read_source(path: Path, attention_heads: int | None = None) -> ModelFolder:
     else:
         weights = _canonical(read_weights_file(path), str(path))
         with blaming(str(path), TypeError):  # TypeError: a table that is a single number
-            source = ModelFolder(infer_config(weights, attention_heads), weights, task_of(weights), None)
+            source = ModelFolder(
+                infer_config(weights, attention_heads, layer_norm_eps), weights, task_of(weights), None
+            )
     with blaming(str(path), RuntimeError):  # RuntimeError: a model of more elements than torch can count
         check_whole(source.weights, source.config)
     return source
@@ -117,7 +120,7 @@ def read_initial_weights(
     init_from and the file.
     """
     with blaming("init_from", OSError):
-        source = read_source(path, config.heads)
+        source = read_source(path, config.heads, config.layer_norm_eps)
         for field in ("heads", "layer_norm_eps"):  # no shape tells these
             theirs, ours = getattr(source.config, field), getattr(config, field)
             require(theirs == ours, f"{path} has model.{field}={theirs}, this run has {ours}")

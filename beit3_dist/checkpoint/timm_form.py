@@ -1,4 +1,4 @@
-"""The vision branch as a VisionTransformer of timm: its `beit3_*` models.
+"""The vision branch as a VisionTransformer of timm: its `beit3_*` models, and its `vit_*` ones as a start.
 
 For an image alone only the vision experts run, so the vision side of any of our models fits, with VL experts too.
 timm builds a model with the classifier of ImageNet (`fc_norm` on the mean of the patches, then `head`) by default, and
@@ -90,9 +90,11 @@ def _how_to_load(config: ModelConfig, timm: Mapping[str, Tensor]) -> str:
 
 
 def weights_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under our names; there is no language side and no mask token. Raises ValueError for an unknown key."""
+    """Weights under our names; there is no language side and no mask token. A classifier that stands on CLS, as that of
+    the vit_* models, is left out. Raises ValueError for an unknown key."""
     if "head.weight" in state and "fc_norm.weight" not in state:
-        raise ValueError("its classifier does not stand on fc_norm, as the beit3_* models' does: remove head.*")
+        log.warning("its classifier stands on CLS, where no task of ours has one: it is left out")
+        state = {key: value for key, value in state.items() if not key.startswith("head.")}
     weights = {}
     for key, value in state.items():
         block = re.fullmatch(r"(blocks\.\d+)\.(.+)\.(weight|bias)", key)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
+from beit3_dist.checkpoint.formats import load_released
 from beit3_dist.checkpoint.timm_form import weights_to_timm
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3, parameter_counts
@@ -42,6 +45,23 @@ def test_images_pass_timms_vision_transformer(caplog: pytest.LogCaptureFixture) 
     weights = {name: parameter.detach() for name, parameter in ours.named_parameters()}
     theirs.load_state_dict(weights_to_timm(weights, TOWER))
     close(ours.encode(images(2)), theirs(images(2)))
+
+
+@pytest.mark.parametrize("config", [TOWER, replace(TOWER, ffn="per_modality")], ids=["tower", "shared attention"])
+def test_a_run_starts_from_timms_vision_transformer(
+    config: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ViLT does, and VLMo. Its classifier is left out, and its epsilon, which no file tells, is the run's."""
+    theirs = timm.models.VisionTransformer(
+        img_size=48, patch_size=8, embed_dim=32, depth=3, num_heads=4, mlp_ratio=1.5, num_classes=5
+    )
+    torch.save(theirs.state_dict(), tmp_path / "vit.pth")
+    model = load_released(tmp_path / "vit.pth", replace(config, image_size=48, layer_norm_eps=1e-6))
+    notes = " ".join(record.getMessage() for record in caplog.records)
+    assert "what vision and language share starts from them" in notes
+    assert "has no weights for the language side" in notes and "classifier stands on CLS" in notes
+    pictures = torch.randn(2, 3, 48, 48)
+    close(model.encode(pictures), theirs.forward_features(pictures), rtol=1e-4, atol=1e-5)
 
 
 def plain(model: BEiT3) -> nn.TransformerEncoder:
