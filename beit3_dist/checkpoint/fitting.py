@@ -179,8 +179,8 @@ def _head_of(name: str) -> str:
 
 
 def _as_shared(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> Mapping[str, Tensor]:
-    """The weights where what has one modality alone is a start of what both share in the model (VLMo and ViLT begin with
-    a vision Transformer)."""
+    """The weights where those of vision alone are a start of what both share in the model (VLMo and ViLT begin
+    with a vision Transformer)."""
     if any(re.fullmatch(_GROUPS["the language side"], name) for name in weights):
         return weights
     shared = {name: name.replace(".vision.", ".shared.") for name in weights}
