@@ -84,22 +84,22 @@ def test_draws_depend_on_the_key_and_on_the_direction() -> None:
     assert (captions[0] != captions[1]).any() and (captions != images).float().mean() > 0.3
 
 
-def on_a_rank(groups: Groups, near: bool) -> tuple[list[int], list[int]]:
+def on_a_rank(groups: Groups, near: bool) -> tuple[list[int], ...]:
     replicas = Replicas(groups.data)
     mine = torch.arange(PAIRS).chunk(replicas.size)[replicas.rank]
     pairs = vectors()
     own = Vectors(pairs.images[mine], pairs.texts[mine], pairs.scale)
     found = draw_negatives(own, LABELS[mine], IDS[mine], replicas, 7, near)
-    return found.captions.tolist(), found.images.tolist()
+    alike = draw_negatives(None, LABELS[mine], IDS[mine], replicas, 7, near)
+    return found.captions.tolist(), found.images.tolist(), alike.captions.tolist(), alike.images.tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_ranks_draws_alike(world: int) -> None:
-    whole = draw_negatives(vectors(), LABELS, IDS, ALONE, 7)
-    ranks = run_workers(world, on_a_rank, False)
-    assert sum((captions for captions, _ in ranks), []) == whole.captions.tolist()
-    assert sum((images for _, images in ranks), []) == whole.images.tolist()
+    hard, alike = (draw_negatives(of, LABELS, IDS, ALONE, 7) for of in (vectors(), None))
+    joined = [sum(parts, []) for parts in zip(*run_workers(world, on_a_rank, False), strict=True)]
+    assert joined == [part.tolist() for found in (hard, alike) for part in (found.captions, found.images)]
 
 
 @pytest.mark.slow
