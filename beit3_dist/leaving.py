@@ -91,6 +91,7 @@ def leave_when_asked(program: str) -> None:
     global _listener
     if _listener is None:
         _listener = _Listener(program)
+    _listener.asked = None
     for number in SIGNALS:
         signal.signal(number, lambda number, frame: None)  # the thread does it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers/slurm/shield.py has held them back

@@ -37,6 +37,7 @@ _GROUPS = {
     **_NORM,
     "the mask token": r"vision_embedding\.mask_token",
     "the language side": r"language_embedding\..*|(.*\.)?language\..*",
+    "the vision-language experts": r"blocks\.\d+\.ffn\.vl\..*",
 }
 _RELEASED_HEADS = {768: 12, 1024: 16, 1408: 16}  # width -> attention heads of base, large and giant
 

@@ -121,10 +121,23 @@ def read_initial_weights(
     """
     with blaming("init_from", OSError):
         source = read_source(path, config.heads, config.layer_norm_eps)
+    return fit_initial(source.weights, source.config, config, shapes or shapes_of(config), str(path))
+
+
+def fit_initial(
+    weights: Mapping[str, Tensor],
+    theirs: ModelConfig,
+    config: ModelConfig,
+    shapes: Mapping[str, torch.Size],
+    source: str,
+) -> dict[str, Tensor]:
+    """What a run takes of the weights of a model of the geometry `theirs`, as `read_initial_weights` does; they may lie
+    on the meta device. `source`: what they are called."""
+    with blaming("init_from"):
         for field in ("heads", "layer_norm_eps"):  # no shape tells these
-            theirs, ours = getattr(source.config, field), getattr(config, field)
-            require(theirs == ours, f"{path} has model.{field}={theirs}, this run has {ours}")
-        return fit(source.weights, config, shapes_of(config) if shapes is None else shapes, str(path))
+            one, other = getattr(theirs, field), getattr(config, field)
+            require(one == other, f"{source} has model.{field}={one}, this run has {other}")
+        return fit(weights, config, shapes, source)
 
 
 def load_released(path_or_dict: str | Path | Mapping[str, Any], config: ModelConfig) -> BEiT3:

@@ -47,7 +47,7 @@ class RunFolder:
         """OUT."""
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self.log_file = out / "logs" / f"rank{mesh.rank:05d}.log"
-        handler = _Log(self.log_file)
+        self._log = handler = _Log(self.log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(handler)
         logging.getLogger("beit3_dist").setLevel(logging.INFO)
@@ -101,6 +101,8 @@ class RunFolder:
         if self._reporter:
             self.sync()
             self._reporter.close()
+        logging.getLogger().removeHandler(self._log)
+        self._log.close()
 
 
 def keep_config(out: Path, recipe: str, step: int) -> None:

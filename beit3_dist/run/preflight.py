@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from beit3_dist.checkpoint.formats import read_initial_weights
+from beit3_dist.checkpoint.formats import fit_initial, read_initial_weights
 from beit3_dist.config import RunConfig, require
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
@@ -52,8 +52,11 @@ class Ready(ReadyToTrain):
     """Codes of the held-out views."""
 
 
-def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
-    """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
+def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) -> Ready:
+    """Opens and checks everything. Raises ValueError with one line that names the field and the remedy.
+
+    `before`: the run that `init_from` names, if it is still to come; all is checked then, but nothing can start.
+    """
     config.micro_batch(mesh.data)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)
@@ -88,7 +91,7 @@ def prepare_run(config: RunConfig, mesh: Mesh) -> Ready:
         held_out_view = own if config.eval.image_codes else view
         held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, annotators=[*objectives])
         held_out_codes = open_codes(config, view, True, held_out)
-    values = _values(config, checkpoint, objectives)
+    values = _values(config, checkpoint, objectives, before)
     opened = objectives, teachers, image_tokenizer, train, held_out, train_codes, held_out_codes
     return Ready(config, mesh, state, checkpoint, values, *opened)
 
@@ -115,7 +118,7 @@ def _reads(mesh: Mesh) -> bool:
     return mesh.tensor_rank == 0 and mesh.pipeline_rank in (0, mesh.pipeline - 1)
 
 
-def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives) -> Values:
+def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives, before: RunConfig | None) -> Values:
     """Initial values of a new run: of `init_from` where that has them, else a function of (seed, name). Zeros for one
     that goes on."""
     if checkpoint is not None:
@@ -123,5 +126,10 @@ def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives) 
     weights: dict[str, Tensor] = {}
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in objectives.build().named_parameters()}
-        weights = read_initial_weights(Path(config.init_from), config.model, shapes)
+        if before is None:
+            weights = read_initial_weights(Path(config.init_from), config.model, shapes)
+        else:
+            weights = fit_initial(
+                dict(objectives_of(before).build().named_parameters()), before.model, config.model, shapes, before.out
+            )
     return lambda name, shape: weights[name] if name in weights else objectives.first_value(name, shape, config.seed)

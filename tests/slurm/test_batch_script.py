@@ -131,6 +131,21 @@ def test_who_goes_back_into_the_queue(code: int, saved: str, signal: str, requeu
     assert job.returncode == code and cluster.count("scontrol requeue") == requeued, job.stdout + job.stderr
 
 
+def test_a_new_checkpoint_of_any_stage_is_one(cluster: Cluster, tmp_path: Path) -> None:
+    for name in ("images", "pairs"):
+        (tmp_path / f"{name}.yaml").write_text("steps: 20000\n")
+    (tmp_path / "stages.yaml").write_text("stages: {images: images.yaml, run: pairs.yaml}\n")
+    stages = ("--config", str(tmp_path / "stages.yaml"), "--out", str(tmp_path))
+    program = {"BEIT3_PROGRAM": "launchers/stages.py"}
+    job = cluster.job(ExitCode.FAILED, *stages, **program, SAVED="step_0001000")
+    assert job.returncode == ExitCode.FAILED and cluster.count("scontrol requeue") == 1, job.stderr
+    assert "launchers/stages.py --text_tokenizer" in cluster.calls.read_text()
+    job = cluster.job(ExitCode.FAILED, *stages, **program, SAVED="step_0001000")
+    assert cluster.count("scontrol requeue") == 1, "as before"
+    job = cluster.job(0, *stages, "--run.stepps", "3", **program)
+    assert job.returncode == 2 and "stage run: error" in job.stderr
+
+
 def test_the_first_checkpoint_is_a_new_one(cluster: Cluster) -> None:
     assert cluster.job(ExitCode.FAILED, SAVED="step_0001000").returncode == ExitCode.FAILED
     assert cluster.count("scontrol requeue") == 1

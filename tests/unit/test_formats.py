@@ -296,7 +296,6 @@ def test_positions_follow_the_runs_resolution(tmp_path: Path, caplog: pytest.Log
         ({"layers": 3}, r"has no .*blocks\.2\."),
         ({"attention": "shared"}, r"model\.attention=shared|has no blocks\.0\.attention\.k\.shared"),
         ({"sub_layernorm": False}, r"inner_attn_ln.* is no weight of a model with .*sub_layernorm=False"),
-        ({"vl_expert_layers": 1}, r"has no blocks\.1\.ffn\.vl"),
         ({"vocab_size": 50}, r"shape \[40.*needs \[50"),
         ({"max_text_length": 30}, r"embed_positions\.B\.weight .*shape \[22, 16\], the model needs \[32, 16\]"),
     ],
@@ -305,6 +304,17 @@ def test_another_models_weights_are_refused(change: dict, message: str, tmp_path
     path = Path(save(released(), tmp_path / "x.pth"))
     with pytest.raises(ValueError, match=rf"^init_from: {path}: .*({message})"):
         read_initial_weights(path, replace(TINY, **change))
+
+
+def test_vision_language_experts_that_are_new_begin_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All of them, or none: half of them are another model's."""
+    path = Path(save(released(), tmp_path / "x.pth"))
+    weights = read_initial_weights(path, replace(TINY, vl_expert_layers=1))
+    assert not any(".ffn.vl." in name for name in weights) and "blocks.1.ffn.vision.fc1.weight" in weights
+    assert "has no weights for the vision-language experts: initial values are taken" in notes(caplog)
+    save_model_folder(tmp_path / "ours", BEiT3(PAPER).state_dict(), PAPER)
+    with pytest.raises(ValueError, match=r"^init_from: .*ours: it has no blocks\.0\.ffn\.vl"):
+        read_initial_weights(tmp_path / "ours", replace(PAPER, vl_expert_layers=2))
 
 
 def test_what_no_shape_tells_is_compared(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Runs in stages: all are checked before the first one begins; see run/stage_file.py."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from beit3_dist.checkpoint.find import find, read_state
+from beit3_dist.config import RunConfig, require
+from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.run.preflight import Ready, prepare_run
+from beit3_dist.run.stage_file import Stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReadyStages:
+    """What is left to do."""
+
+    stages: list[Stage]
+    """From the first one that is not done."""
+    first: Ready | None
+    """The first of them, opened; None: all are done."""
+    mesh_of: Callable[[RunConfig], Mesh]
+
+
+def prepare_stages(stages: Sequence[Stage], mesh_of: Callable[[RunConfig], Mesh]) -> ReadyStages:
+    """Checks all stages that are left, and opens the first of them. Raises ValueError with one line that names the
+    stage and the field."""
+    left = list(stages)
+    while left and _is_done(left[0].config):
+        log.info("stage %s is done", left[0].name)
+        del left[0]
+    first, before = None, None
+    for stage in left:
+        try:
+            config = stage.config
+            if before is not None:
+                _check_not_begun(config)
+            ready = prepare_run(config, mesh_of(config), before)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stage {stage.name}: {error}") from None
+        first, before = first or ready, config
+    return ReadyStages(left, first, mesh_of)
+
+
+def _is_done(config: RunConfig) -> bool:
+    """Whether a run that goes on has nothing left to do."""
+    if config.checkpoint.resume != "auto":
+        return False
+    checkpoint = find("auto", Path(config.out) / "checkpoints")
+    return checkpoint is not None and read_state(checkpoint, config.model).step >= config.steps
+
+
+def _check_not_begun(config: RunConfig) -> None:
+    begun = find("auto", Path(config.out) / "checkpoints")
+    require(
+        begun is None, f"{begun} was made before the stage before it was done: move {config.out} away to begin it anew"
+    )

@@ -1,0 +1,42 @@
+"""Trains the stages of a run, one after the other in the same processes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+
+import torch
+import torch.distributed as dist
+
+from beit3_dist.leaving import leave_when_asked
+from beit3_dist.run.endings import RunStopped
+from beit3_dist.run.preflight import prepare_run
+from beit3_dist.run.stages import ReadyStages
+from beit3_dist.train.pretraining import pretrain
+
+log = logging.getLogger(__name__)
+
+
+def train_stages(program: str, ready: ReadyStages) -> None:
+    """Raises RunStopped where a stage cannot begin although it was checked, since files have changed meanwhile."""
+    first = ready.first
+    for stage in ready.stages:
+        log.info("stage %s, in %s", stage.name, stage.config.out)
+        try:
+            opened = first or prepare_run(stage.config, ready.mesh_of(stage.config))
+        except (ValueError, OSError) as error:
+            raise RunStopped(f"stage {stage.name}: {error}") from error
+        first = None
+        pretrain(opened)
+        del opened
+        _make_room()
+        leave_when_asked(program)  # nothing is left to save
+
+
+def _make_room() -> None:
+    """Frees what a stage has held: engines are circles of references. Collective."""
+    dist.barrier()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
