@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from multiprocessing import forkserver
 from pathlib import Path
 
 # Until all tests are collected, what is made is imported modules, which stay: they are not searched for garbage.
@@ -40,6 +41,19 @@ def define_torchvision_operators() -> torch.library.Library | None:
         return library
     return None
 
+
+def preload_the_fork_server() -> None:
+    """A process has one fork server, for loader processes and for test workers, and it imports what was asked for when
+    it started. Let it be what workers need, whoever comes first. (On a GPU nothing that has imported DeepSpeed may be
+    forked, and workers do without.)"""
+    from tests.parallel.workers import PRELOAD
+
+    forkserver.set_forkserver_preload(PRELOAD)
+    forkserver.set_forkserver_preload = lambda modules: None  # type: ignore[assignment]
+
+
+if not torch.cuda.is_available():
+    preload_the_fork_server()
 
 _torchvision_operators = define_torchvision_operators()
 
