@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes, random_micro_batch
 
 SMALL = dict(
-    layers=8,
+    layers=4,
     width=64,
     heads=4,
     ffn_width=128,
@@ -83,8 +83,10 @@ def run_config(
     steps: int = 5,
     sgd: bool = False,
     kernels: str = "torch",
+    layers: int | None = None,
 ) -> RunConfig:
-    """A run on a global batch of SAMPLES images, texts and pairs. `sgd`: with the rate of plain gradient descent."""
+    """A run on a global batch of SAMPLES images, texts and pairs. `sgd`: with the rate of plain gradient descent.
+    `layers`: None: as many as the model has."""
     return RunConfig(
         out="unused",
         text_tokenizer="unused",
@@ -94,7 +96,7 @@ def run_config(
         precision=precision,
         kernels=kernels,
         data=DataConfig(images="unused", texts="unused", pairs="unused", text_length=20, caption_length=20),
-        model=MODELS[model],
+        model=replace(MODELS[model], layers=layers or MODELS[model].layers),
         activation_checkpointing=activation_checkpointing,
         activation_checkpointing_every=activation_checkpointing_every,
         deepspeed_config=str(SMALL_PIECES),
