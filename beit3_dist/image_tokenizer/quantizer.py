@@ -69,7 +69,8 @@ class Quantizer(nn.Module):
         """[..., C] unit vectors -> [...] int64 codes, by the smallest squared Euclidean distance."""
         weight = self.embedding.weight
         # |z - w|^2 without |z|^2, which is the same for every code.
-        return (weight.square().sum(-1) - 2 * z @ weight.t()).argmin(-1)
+        distances_MK = torch.addmm(weight.square().sum(-1), z.flatten(0, -2), weight.t(), alpha=-2)
+        return distances_MK.argmin(-1).unflatten(0, z.shape[:-1])
 
     def look_up(self, codes: Tensor) -> Tensor:
         """[...] codes -> [..., C] codebook vectors."""

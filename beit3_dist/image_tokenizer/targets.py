@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.image_tokenizer.fused import fuse_encoder
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.collectives import made_in_shares
@@ -39,14 +40,19 @@ def target_flops(tokenizer: VQKD, images: int) -> float:
 
 
 class ImageTargets:
-    """Images uint8 [B, 3, S, S] -> codes int64 [B, patches], without gradients; bf16 on CUDA, fp32 on the CPU.
+    """Images uint8 [B, 3, S, S] -> codes int64 [B, patches], without gradients; in bf16 and by `kernels` (the
+    config's) on CUDA, in fp32 on the CPU.
 
     Where the processes of `group` all have the same images, each makes the codes of its share of them; collective then.
     """
 
-    def __init__(self, tokenizer: VQKD, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, tokenizer: VQKD, device: torch.device, group: dist.ProcessGroup | None = None, kernels: str = "auto"
+    ) -> None:
         self._tokenizer = tokenizer.to(device).eval().requires_grad_(False)
         self._device, self._group = device, group
+        if device.type == "cuda":
+            fuse_encoder(self._tokenizer, kernels)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -57,4 +63,4 @@ class ImageTargets:
 
     def _codes(self, images: Tensor) -> Tensor:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
-            return self._tokenizer.encode(images.float() / 255)
+            return self._tokenizer.encode(images / 255)

@@ -246,7 +246,7 @@ class Objective(ABC):
 
 def normalized(pixels: Tensor) -> Tensor:
     """uint8 images -> [-1, 1] (mean and deviation 0.5, as in the released models' fine-tuning)."""
-    return pixels.float() / 127.5 - 1.0
+    return pixels / 127.5 - 1.0
 
 
 def grid_of(model: ModelConfig) -> int:

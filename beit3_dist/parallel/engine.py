@@ -29,7 +29,7 @@ from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
 from beit3_dist.parallel.float8 import product_of_blocks
 from beit3_dist.parallel.fragments import KEPT, bounded, share_of
-from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, use_kernels
+from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
@@ -100,7 +100,7 @@ class Engine:
                 model=module, optimizer=optimizer(self.model, "offload_optimizer" in zero), config=settings, mpu=groups
             )
         dtype = next(self.model.parameters()).dtype
-        flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, config.model))
+        flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, sizes_of(config.model)))
         self._bounded = bounded(self.model, self.optimizer, bounds) if bounds else []
         self.zero_stage: int = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (

@@ -98,10 +98,13 @@ class FusedForward:
             keep_2T = None if keep_2T is None else keep_2T.index_select(1, rows)
         mixed = self._inner_norm(mixed_TD, tokens, packing if place is None else None)
         outs = _modules(attention.out)
-        biases = [out.bias for out in outs]
         if self._carries_bias:
-            biases = [torch.addmv(outs[0].bias, outs[0].weight, _modules(attention.v)[0].bias)]
-        branch = Branch([_product(out, part) for out, part in zip(outs, mixed, strict=True)], biases, place)
+            (out,), (values,) = outs, _modules(attention.v)
+            projected, bias = _Output.apply(mixed[0], out.weight, out.bias, values.bias)
+            branch = Branch([projected], [bias], place)
+        else:
+            of_experts = [_product(out, part) for out, part in zip(outs, mixed, strict=True)]
+            branch = Branch(of_experts, [out.bias for out in outs], place)
         keep = (None, None) if keep_2T is None else keep_2T.unbind(0)
         experts = _modules(block.ffn)
         x_TD, slices = residual_norm(x_TD, branch, keep[0], _norms(block.ffn, tokens))
@@ -282,6 +285,24 @@ class _Projection(torch.autograd.Function):
             else:
                 of_biases += ctx.column_sums(of_qkv).chunk(3)
         return None, None, None, None, *of_slices, *of_weights, *of_biases
+
+
+class _Output(torch.autograd.Function):
+    """The output projection x W' of all tokens, and what is to be added to it: its own bias and what it makes of the
+    values', b + W c. W's gradient is that of both, added up in the product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, of_values: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, weight, of_values)
+        return x @ weight.t(), torch.addmv(bias, weight, of_values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, of_sum: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, of_values = ctx.saved_tensors
+        for_x, for_weight, *_ = ctx.needs_input_grad
+        of_weight = torch.outer(of_sum, of_values).addmm_(gradient.t(), x) if for_weight else None
+        return gradient @ weight if for_x else None, of_weight, of_sum, weight.t() @ of_sum
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -44,10 +44,9 @@ def chosen_kernels(choice: str) -> str:
     return "triton" if torch.cuda.is_available() and not _triton_lacks() else "torch"
 
 
-def chosen_versions(kernels: str, dtype: torch.dtype, model: ModelConfig) -> dict[str, Version]:
+def chosen_versions(kernels: str, dtype: torch.dtype, sizes: Sizes) -> dict[str, Version]:
     """Of each operation the preferred version among those that `kernels` (as chosen) may mean and that may serve; none
-    where the model computes it by its definition."""
-    sizes = Sizes(width=model.width, ffn_width=model.ffn_width, heads=model.heads, classes=model.vocab_size)
+    where it is computed by its definition."""
     chosen = {}
     for name, operation in operations().items():
         serving = operation.serving(operation.cases(sizes)[0].place(_device(), dtype), kernels)
@@ -56,9 +55,14 @@ def chosen_versions(kernels: str, dtype: torch.dtype, model: ModelConfig) -> dic
     return chosen
 
 
-def chosen_function(operation: str, kernels: str, dtype: torch.dtype, model: ModelConfig) -> Function | None:
+def sizes_of(model: ModelConfig) -> Sizes:
+    """What its operations take."""
+    return Sizes(width=model.width, ffn_width=model.ffn_width, heads=model.heads, classes=model.vocab_size)
+
+
+def chosen_function(operation: str, kernels: str, dtype: torch.dtype, sizes: Sizes) -> Function | None:
     """What computes one operation by `kernels` (of the config); None: its definition, or torch."""
-    version = chosen_versions(chosen_kernels(kernels), dtype, model).get(operation)
+    version = chosen_versions(chosen_kernels(kernels), dtype, sizes).get(operation)
     return None if version is None else operations()[operation].function(version)
 
 
@@ -102,7 +106,7 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto", product: Pro
     """Makes the model compute by `kernels` and `attention_kernel`. `product`: what multiplies in the blocks instead of
     their layers' own. Call it once the model is cut to the rank's parts and stages."""
     kernels, dtype, known = chosen_kernels(choice), next(model.parameters()).dtype, operations()
-    chosen = chosen_versions(kernels, dtype, model.config)
+    chosen = chosen_versions(kernels, dtype, sizes_of(model.config))
     functions = {name: known[name].function(version) for name, version in chosen.items()}
     for module in model.modules():
         if isinstance(module, (LayerNorm, Linear)) and module.operation in functions:

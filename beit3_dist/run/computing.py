@@ -6,7 +6,7 @@ import deepspeed
 import torch
 
 from beit3_dist.config import JobConfig, TrainingConfig
-from beit3_dist.parallel.kernels import chosen_attention, chosen_kernels, chosen_versions
+from beit3_dist.parallel.kernels import chosen_attention, chosen_kernels, chosen_versions, sizes_of
 
 
 def computed_by(config: JobConfig, device: torch.device) -> str:
@@ -25,6 +25,6 @@ def computed_by(config: JobConfig, device: torch.device) -> str:
         head_dim = config.model.width // config.model.heads
         attention = chosen_attention(config.attention_kernel, kernels, dtype, head_dim)
         parts += [f"kernels {kernels}", f"attention {attention}"]
-        versions = chosen_versions(kernels, dtype, config.model).items()
+        versions = chosen_versions(kernels, dtype, sizes_of(config.model)).items()
         parts += [f"{operation} {it.name}" for operation, it in versions if it.name not in (kernels, "torch")]
     return ", ".join(parts)

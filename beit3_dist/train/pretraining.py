@@ -101,7 +101,7 @@ class Pretraining(Job[RunConfig, StepResult]):
             log.info("train_only: %s of %s parameters train", f"{trained_size:,}", f"{sum(sizes.values()):,}")
         self._tokenize = None
         if ready.image_tokenizer is not None and mesh.is_last_stage:
-            self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device, groups.tensor)
+            self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device, groups.tensor, config.kernels)
         self._target_watch = TargetWatch(objectives, mesh)
         self._feed = Feed(config, objectives, groups)
         images, texts, pairs = (self.state.consumed.get(stream, 0) for stream in self.samples)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,11 @@ def resources(code: bytes) -> str:
     return ", ".join(word for word in words if word.startswith(("REG:", "STACK:", "LOCAL:")))
 
 
-def compile_kernel(kernel: Any, options: dict[str, Any], **constants: Any) -> None:
+def compile_kernel(kernel: Any, options: dict[str, Any], others: Sequence[str] = (), **constants: Any) -> None:
+    """others: arguments that are in fp32, beside the usual ones."""
     annotations = inspect.get_annotations(kernel.fn)
     names = [name for name in kernel.arg_names if name not in constants]
-    types = {name: type_of(name, annotations[name]) for name in names}
-    if kernel is cross_entropy._forward_kernel:
-        types["out_ptr"] = "*fp32"
+    types = {name: type_of(name, annotations[name]) for name in names} | dict.fromkeys(others, "*fp32")
     source = ASTSource(
         fn=kernel,
         signature=types | dict.fromkeys(constants, "constexpr"),
@@ -91,6 +91,10 @@ if __name__ == "__main__":
         flags = {"WIDTH": 1408, "BLOCK": 2048, "BRANCH": branch, "KEEP": keep, "NORM": norm, "PLACE": place}
         compile_kernel(residual_norm._forward_kernel, forward(1408), **flags)
         compile_kernel(residual_norm._backward_kernel, backward(1408), **flags)
+    # The image tokenizer's: all in fp32 but the branch and y.
+    vectors = [f"{name}{number}" for name in ("added", "weight", "bias") for number in range(residual_norm.SEGMENTS)]
+    flags = {"WIDTH": 768, "BLOCK": 1024, "BRANCH": True, "KEEP": 0, "NORM": True, "PLACE": 0}
+    compile_kernel(residual_norm._forward_kernel, forward(768), ["x_ptr", "r_ptr", *vectors], **flags)
     block = {"WIDTH": 6144, "ROWS": gelu.ROWS, "COLUMNS": sums.STRIPE_COLUMNS}
     compile_kernel(gelu._forward_kernel, {}, **block, STRIPES=12)
     compile_kernel(gelu._backward_kernel, {}, **block, KEEP=True)
@@ -103,5 +107,5 @@ if __name__ == "__main__":
         compile_kernel(adamw._step_kernel, {}, GRADIENT=gradient, **shape)
     options = {"num_warps": cross_entropy.WARPS}
     shape = {"CLASSES": 64010, "STRIDE": 64064, "BLOCK": cross_entropy.BLOCK}
-    compile_kernel(cross_entropy._forward_kernel, options, **shape, BIAS=True)
+    compile_kernel(cross_entropy._forward_kernel, options, ["out_ptr"], **shape, BIAS=True)
     compile_kernel(cross_entropy._scale_kernel, options, **shape)

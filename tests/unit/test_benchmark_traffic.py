@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from beit3_dist.config import ModelConfig, OptimConfig
+from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.train.optimizer import parameter_groups
@@ -123,15 +124,19 @@ def test_kernels_are_read() -> None:
 
 
 def of_steps(groups: Groups) -> list[dict[str, tuple[int, int]]]:
-    """(launches, bytes) by operation of a step of one micro-batch and of one of two."""
+    """(launches, bytes) by operation of a step of one micro-batch, of one of two, of one with an image tokenizer."""
     batch = random_micro_batch(MODEL, images=2, texts=2, pairs=3, text_length=9, caption_lengths=(4, 7))
-    accounts = [benchmark_traffic.account(groups, MODEL, [batch] * n, OptimConfig(clip_norm=3.0)) for n in (1, 2)]
+    optim = OptimConfig(clip_norm=3.0)
+    accounts = [benchmark_traffic.account(groups, MODEL, [batch] * n, optim) for n in (1, 2)]
+    with META:
+        tokenizer = VQKD(64, width=16, layers=1, heads=2, codebook_size=20, code_dim=4, target_dim=4)
+    accounts.append(benchmark_traffic.account(groups, MODEL, [batch], optim, tokenizer=tokenizer))
     return [{name: (row.launches, row.bytes) for name, row in it.rows.items()} for it in accounts]
 
 
 def test_a_step() -> None:
     """The parts of a step that can be counted by hand, of a model with 2 layers and 3 kinds of samples."""
-    [(one, two)] = run_workers(1, of_steps)
+    [(one, two, coded)] = run_workers(1, of_steps)
     groups = [group["params"] for group in parameter_groups(BEiT3(MODEL, device="meta"), 0.0)]
     elements, tensors = sum(p.numel() for group in groups for p in group), sum(map(len, groups))
     padded = sum(-(-sum(p.numel() for p in group) // 2) * 2 for group in groups)
@@ -144,6 +149,8 @@ def test_a_step() -> None:
     assert two["attention's core"][0] == 2 * one["attention's core"][0]
     assert two["foreach_copy"] == (2 * sum(lists), (6 + 4) * elements)
     assert two["foreach_norm"] == one["foreach_norm"] and two["fused_adamw"] == one["fused_adamw"]
+    # The image tokenizer sees views of its own size, with a code for each patch: fp32 distances, int64 codes.
+    assert coded["argmin"] == (1, 5 * MODEL.patches * (20 * 4 + 8))
 
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

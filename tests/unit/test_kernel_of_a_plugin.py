@@ -16,7 +16,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.registry import Operation, Place, Version, operations, register, register_version
 from beit3_dist.model import BEiT3
-from beit3_dist.parallel.kernels import chosen_versions, use_kernels
+from beit3_dist.parallel.kernels import chosen_versions, sizes_of, use_kernels
 from beit3_dist.plugins import load_plugins
 from beit3_dist.run.computing import computed_by
 from tests.equality import assert_close
@@ -92,5 +92,6 @@ def test_it_serves_no_width_but_its_own(layer_norm: Operation) -> None:
         return "" if (place.device, place.width) == ("cpu", 32) else "rows of 32 numbers on a CPU"
 
     register_version("layer_norm", Version("of_32", "two_moments", ("torch",), lacks))
-    chosen = [chosen_versions("torch", torch.float32, replace(CONFIG, width=width)) for width in (32, 64)]
+    models = [replace(CONFIG, width=width) for width in (32, 64)]
+    chosen = [chosen_versions("torch", torch.float32, sizes_of(model)) for model in models]
     assert [versions["layer_norm"].name for versions in chosen if "layer_norm" in versions] == ["of_32"]

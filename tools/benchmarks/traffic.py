@@ -44,12 +44,13 @@ from torch.utils._pytree import tree_leaves
 
 from beit3_dist.config import ModelConfig, OptimConfig
 from beit3_dist.data.batch import MicroBatch
+from beit3_dist.image_tokenizer.fused import fuse_encoder
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.together import ROUNDED, PretrainingModule
-from beit3_dist.parallel.kernels import chosen_function, use_kernels
+from beit3_dist.parallel.kernels import chosen_function, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
 from beit3_dist.recipe import read_sections
@@ -210,7 +211,8 @@ class Traffic(TorchDispatchMode):
             launches = 1 + (values > BLOCK_VALUES)  # several blocks make one sum, and count how many are done
         else:
             launches = SEVERAL.get(name, 1)
-        self.record(PRODUCTS if name in PRODUCT else name.strip("_"), launches, moved, floor)
+        name = name.strip("_")
+        self.record(PRODUCTS if name in PRODUCT else name, launches, moved, floor)
 
     def launch(self, kernel: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
         """Stands in for the launch of a Triton kernel."""
@@ -354,15 +356,18 @@ def account(
         optimizer = _optimizer(network, optim, groups)
         engine = _Engine(PretrainingModule(network, objectives, seed=0), optimizer)
         with patch("torch.cuda.is_available", lambda: True):
-            optimizer.take_over(engine, chosen_function("adamw", kernels, torch.bfloat16, model))
+            optimizer.take_over(engine, chosen_function("adamw", kernels, torch.bfloat16, sizes_of(model)))
+            fused = tokenizer is not None and fuse_encoder(tokenizer, kernels)
         schedule = Accumulation(SimpleNamespace(accumulation=len(batches)), meta_groups, engine, len(objectives.losses))
         counts = torch.tensor([sum(c) for c in zip(*map(objectives.counts, batches), strict=True)], device=META)
 
         def tokenize(pictures: Tensor) -> Tensor:
             if tokenizer is None:
                 return torch.empty(len(pictures), model.patches, dtype=torch.int64, device=META)
-            with _Autocast():
-                return ImageTargets(tokenizer, META)(pictures)
+            side = tokenizer.image_size
+            views = torch.empty(len(pictures), 3, side, side, dtype=torch.uint8, device=META)
+            with nullcontext() if fused else _Autocast():
+                return ImageTargets(tokenizer, META)(views)
 
         for _ in range(2):
             traffic.rows.clear()

@@ -157,32 +157,35 @@ ALIGNED = 64
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        padded = hidden @ _pad(weight).t()
-        logits = padded[:, : len(weight)]
+        padded = _pad(weight)
+        ctx.gradient = hidden @ padded.t()
+        logits = ctx.gradient[:, : len(weight)]
         _check(logits, targets)
-        ctx.save_for_backward(hidden, weight)
-        ctx.gradient = padded
+        ctx.save_for_backward(hidden, padded)  # the head goes backward next, so that a copy does not stay for long
+        ctx.classes = len(weight)
         return _to_gradient(logits, bias, targets)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        gradient, classes, factors = _once(ctx), len(weight), gradient_2M[0].contiguous()
+        hidden, padded = ctx.saved_tensors
+        gradient, classes, factors = _once(ctx), ctx.classes, gradient_2M[0].contiguous()
         # Of a row's factor the products' other sides take care, which are far smaller than the logits' gradient.
         for_hidden, for_weight, *_ = ctx.needs_input_grad
         of_hidden = of_weight = None
         if for_hidden:
-            of_hidden = (gradient @ _pad(weight)).mul_(factors[:, None])
+            of_hidden = (gradient @ padded).mul_(factors[:, None])
         if for_weight:
-            of_weight = (gradient.t() @ (hidden * factors[:, None]).to(hidden.dtype))[:classes]  # 0 behind them
+            scaled = torch.mul(hidden, factors[:, None], out=torch.empty_like(hidden))
+            of_weight = (gradient.t() @ scaled)[:classes]  # 0 behind them
         return of_hidden, of_weight, column_sums(gradient[:, :classes], factors), None
 
 
 def _pad(weight: Tensor) -> Tensor:
-    """The weights [classes, D] and rows of zeros, an aligned number of rows in all; a copy, which costs little beside
-    the products."""
-    return pad(weight, (0, 0, 0, -len(weight) % ALIGNED))
+    """The weights [classes, D] and rows of zeros, an aligned number of rows in all; where there are zeros a copy, which
+    costs little beside the products."""
+    zeros = -len(weight) % ALIGNED
+    return pad(weight, (0, 0, 0, zeros)) if zeros else weight
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:

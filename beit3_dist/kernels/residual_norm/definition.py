@@ -37,6 +37,8 @@ class Norms:
     eps: float
     place_T: Tensor | None = None
     """int64 [T], a permutation: each token's row in the only y, where that is to lie in another order."""
+    dtype: torch.dtype | None = None
+    """Of y; None: of the tokens."""
 
 
 def plain_residual_norm(
@@ -54,7 +56,7 @@ def plain_residual_norm(
     if norms is None:
         return x_TD, []
     normal = [
-        layer_norm(part, weight.shape, weight, bias, norms.eps)
+        layer_norm(part, weight.shape, weight, bias, norms.eps).to(norms.dtype or part.dtype)
         for part, weight, bias in zip(x_TD.split(norms.sizes), norms.weights, norms.biases, strict=True)
     ]
     if norms.place_T is not None:

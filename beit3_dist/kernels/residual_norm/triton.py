@@ -276,10 +276,13 @@ class _ResidualNorm(torch.autograd.Function):
         mode: int,
         norm_sizes: tuple[int, ...],
         eps: float,
+        of_y: torch.dtype,
         branches: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         require_narrow("x", x)
+        if any(ctx.needs_input_grad) and any(dtype != x.dtype for dtype in (of_y, *(t.dtype for t in tensors))):
+            raise ValueError("tokens, branches and norms of different types have no gradients")
         x = x.contiguous()
         (rows, width), norms = x.shape, len(norm_sizes)
         parts, added = [t.contiguous() for t in tensors[:branches]], tensors[branches : 2 * branches]
@@ -288,7 +291,7 @@ class _ResidualNorm(torch.autograd.Function):
         shape = forward_shape(width)
         plan = _plan(rows, *sizes, backward_shape(width).programs(x.device))
         r = torch.empty_like(x) if branches else x
-        y = torch.empty_like(x) if norms else x
+        y = torch.empty_like(x, dtype=of_y) if norms else x
         mean, scale = torch.empty(2, rows if norms else 0, dtype=torch.float32, device=x.device)
         if rows:
             launch(
@@ -337,7 +340,7 @@ class _ResidualNorm(torch.autograd.Function):
                 PLACE=ctx.mode, num_warps=shape.warps, maxnreg=shape.registers,
             )  # fmt: skip
         sums = sum_programs(partial, plan.sums, of_r.dtype)
-        return of_x, *[None] * 7, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
+        return of_x, *[None] * 8, *(of_branches.split(list(branch_sizes)) if branches else ()), *sums
 
 
 def _keep(keep: Tensor | None, kept: bool) -> int:
@@ -348,7 +351,7 @@ def _keep(keep: Tensor | None, kept: bool) -> int:
 def residual_norm(
     x_TD: Tensor, branch: Branch | None, keep_T: Tensor | None, norms: Norms | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """`plain_residual_norm`. Weights and biases have the type of x; either the branch or y may lie in another order."""
+    """`plain_residual_norm`. For gradients all is of one type; either the branch or y may lie in another order."""
     branch, norms = branch or Branch([], []), norms or Norms([], [], [], 0.0)
     mode, place = 0, None
     for of, slices, elsewhere in ((BRANCH_MOVED, branch.slices, branch.place_T), (Y_MOVED, norms.sizes, norms.place_T)):
@@ -357,15 +360,13 @@ def residual_norm(
         if elsewhere is not None:
             mode, place = of.value, elsewhere
     tensors = (*branch.slices, *branch.biases, *norms.weights, *norms.biases)
-    sizes = tuple(norms.sizes)
-    r_TD, *y = _ResidualNorm.apply(
-        x_TD, keep_T, branch.kept, place, mode, sizes, norms.eps, len(branch.slices), *tensors
-    )
+    of_norms = tuple(norms.sizes), norms.eps, norms.dtype or x_TD.dtype
+    r_TD, *y = _ResidualNorm.apply(x_TD, keep_T, branch.kept, place, mode, *of_norms, len(branch.slices), *tensors)
     return r_TD, y
 
 
 def gathered_norm(x_TD: Tensor, place_T: Tensor, norms: Norms) -> list[Tensor]:
     """The LayerNorms of x[place], for each expert [T_e, D]. place_T: int64 [T], a permutation; x is read by nobody
     else."""
-    tensors, mode = (*norms.weights, *norms.biases), GATHERED.value
-    return list(_ResidualNorm.apply(x_TD, None, False, place_T, mode, tuple(norms.sizes), norms.eps, 0, *tensors)[1:])
+    tensors, of_norms = (*norms.weights, *norms.biases), (tuple(norms.sizes), norms.eps, x_TD.dtype)
+    return list(_ResidualNorm.apply(x_TD, None, False, place_T, GATHERED.value, *of_norms, 0, *tensors)[1:])
