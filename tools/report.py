@@ -52,7 +52,7 @@ from beit3_dist.command_line import refusing
 from beit3_dist.config import STREAMS, BatchConfig, RunConfig, require
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.data.views import SeenImages, Tokenize
+from beit3_dist.data.views import SeenImages
 from beit3_dist.devices import device_type
 from beit3_dist.image_tokenizer.drawing import mosaic, patches_of
 from beit3_dist.image_tokenizer.files import load_vqkd
@@ -114,7 +114,7 @@ def open_run(folder: Path, plugins: Sequence[str] = ()) -> Run:
         raise ValueError(f"{folder / 'checkpoints'} holds no checkpoint yet: wait for step {config.checkpoint.every}")
     state = read_state(checkpoint, config.model)
     objectives, image_tokenizer, view_size = objectives_of(config), None, config.model.image_size
-    if objectives.needs_codes:
+    if objectives.coded:
         image_tokenizer = load_vqkd(config.image_tokenizer)
         view_size = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
     there = [name for name in STREAMS if getattr(config.batch, name)]
@@ -176,7 +176,7 @@ def sample_training(run: Run, device: torch.device) -> TrainingSample:
     for request in islice(requests_from((0, 0, 0), run.train.config.batch), number):
         batch = run.train[request]
         codes = codes_of(run, batch, device)
-        _, reading, _ = run.objectives.prepare(batch, device, given(codes), embeds=False)
+        _, reading, _ = run.objectives.prepare(batch, device, codes, embeds=False)
         assert reading is not None
         for loss, classes in run.objectives.classes(reading):
             if loss.name in counts:
@@ -202,11 +202,6 @@ def codes_of(run: Run, batch: MicroBatch, device: torch.device) -> Tensor | None
     if run.image_tokenizer is None:
         return None
     return ImageTargets(run.image_tokenizer, device)(SeenImages(batch, device).tokenizer)
-
-
-def given(codes: Tensor | None) -> Tokenize | None:
-    """What gives codes that are there already."""
-    return None if codes is None else lambda _: codes
 
 
 def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
@@ -242,7 +237,7 @@ def examples(run: Run, device: torch.device, number: int) -> dict[str, list[Exam
     """`number` examples each of the image stream and of pairs, where the run masks them, spread evenly over the shown
     streams."""
     masked = next((objective for objective in run.objectives if isinstance(objective, MaskedDataModeling)), None)
-    if masked is None or not masked.needs_codes:
+    if masked is None or not masked.coded:
         return {}
     model = run.objectives.build()
     model.load_state_dict(read_weights(run.checkpoint), assign=True)
@@ -262,7 +257,7 @@ def guess(
 ) -> dict[str, Example]:
     """The examples of a micro-batch with one image, one pair or both, by the name of their loss."""
     codes = codes_of(run, batch, device)
-    inputs, reading, _ = Objectives(run.config, [masked]).prepare(batch, device, given(codes))
+    inputs, reading, _ = Objectives(run.config, [masked]).prepare(batch, device, codes)
     assert reading is not None and codes is not None
     hidden_MD = model.hidden(inputs)[reading.selection.rows]
     guessed = {name: some.cpu() for name, some in masked.guesses(model, hidden_MD, reading.targets[0]).items()}

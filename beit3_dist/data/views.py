@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import torch
@@ -13,6 +13,8 @@ from beit3_dist.model.token_layout import to_device
 
 Tokenize = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, S, S] on the device -> visual codes int64 [B, patches]."""
+Codes = Tokenize | Tensor
+"""What makes visual codes, or those of a micro-batch's images, int64 [I, patches]."""
 GREY = (0.299, 0.587, 0.114)
 """Weights of the channels in a colour's grey (ITU-R 601-2, as in Pillow)."""
 
@@ -30,11 +32,11 @@ def jittered(images: Tensor, weights: Tensor) -> Tensor:
 
 class SeenImages:
     """The images of a micro-batch on the device, those of all its streams in one tensor: I images, stream by stream.
-    What nobody asks for is not made. `tokenize` makes visual codes."""
+    What nobody asks for is not made."""
 
-    def __init__(self, batch: MicroBatch, device: torch.device, tokenize: Tokenize | None = None) -> None:
+    def __init__(self, batch: MicroBatch, device: torch.device, codes: Codes | None = None) -> None:
         self._streams = {name: samples for name, samples in batch.streams.items() if samples.images is not None}
-        self._device, self._tokenize = device, tokenize
+        self._device, self._codes = device, codes
 
     @cached_property
     def model(self) -> Tensor:
@@ -52,11 +54,23 @@ class SeenImages:
         """What the model sees of each stream, uint8 [n, 3, S, S]."""
         return self.by_stream(self.model)
 
-    @cached_property
-    def codes(self) -> dict[str, Tensor]:
-        """Visual codes of each stream's images, int64 [n, patches]."""
-        assert self._tokenize is not None
-        return self.by_stream(self._tokenize(self.tokenizer))
+    def codes(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Visual codes of those images of each stream that are wanted, bool [n] on the host: int64 [m, patches]."""
+        none = {name: torch.zeros(len(samples), dtype=torch.bool) for name, samples in self._streams.items()}
+        chosen = none | dict(wanted)
+        some = torch.cat([*chosen.values()])
+        of_streams = [int(part.sum()) for part in chosen.values()]
+        return dict(zip(chosen, self._codes_of(some).split(of_streams), strict=True))
+
+    def _codes_of(self, wanted: Tensor) -> Tensor:
+        """Of the images that are wanted, bool [I]."""
+        assert self._codes is not None
+        if isinstance(self._codes, Tensor):
+            return to_device(self._codes[wanted.to(self._codes.device)], self._device)
+        if not wanted.any():
+            return torch.zeros(0, 1, dtype=torch.int64, device=self._device)
+        rows = to_device(wanted.nonzero().squeeze(1), self._device)
+        return self._codes(self.tokenizer if wanted.all() else self.tokenizer.index_select(0, rows))
 
     def by_stream(self, of_all: Tensor) -> dict[str, Tensor]:
         """What belongs to each stream's images, of [I, ...]."""

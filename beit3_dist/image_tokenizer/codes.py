@@ -27,8 +27,7 @@ from beit3_dist.checkpoint.files import folder_made_aside, sha256, write_json
 from beit3_dist.config import Patterns, RunConfig, require, sources_of
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.streams import SampleStream
-from beit3_dist.data.views import Tokenize
-from beit3_dist.model.token_layout import to_device
+from beit3_dist.data.views import Codes, Tokenize
 from beit3_dist.opening import read_json, regular_size
 
 FORMAT = 2
@@ -186,10 +185,7 @@ def image_ids(batch: MicroBatch) -> Tensor:
     return torch.cat([samples.ids for samples in batch.with_images])
 
 
-def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Tokenize | None) -> Tokenize | None:
-    """What gives the codes of a micro-batch's images: the precomputed ones where there are any, else `tokenize`; None
-    on a pipeline stage that needs no targets."""
-    if codes is None or tokenize is None:
-        return tokenize
-    looked_up = codes.of(batch)
-    return lambda images: to_device(looked_up, images.device)
+def targets_of(batch: MicroBatch, codes: PrecomputedCodes | None, tokenize: Tokenize | None) -> Codes | None:
+    """The precomputed codes of a micro-batch's images where there are any, else `tokenize`, which makes them; None on a
+    pipeline stage that needs no targets."""
+    return tokenize if codes is None or tokenize is None else codes.of(batch)

@@ -8,7 +8,7 @@ any of them reads. On the device the objective makes its losses from the hidden 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,8 +128,8 @@ class Objective(ABC):
     Config: ClassVar[type]
     second_pass: ClassVar[bool] = False
     """Whether it reads a pass of its own, `second`, after the one over all views, which a pipeline cannot make."""
-    needs_codes: bool = False
-    """Whether it asks for visual codes, which need an image tokenizer."""
+    coded: Set[str] = frozenset()
+    """Streams for whose images it asks for visual codes, which need an image tokenizer."""
     hashes_images: bool = False
     """See `Annotator`."""
     label_classes: int = 0

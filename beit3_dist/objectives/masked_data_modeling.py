@@ -138,7 +138,7 @@ class MaskedDataModeling(Objective):
         self.losses = [of_sides[side] for side in self._sides]
         self._images = [views[stream] for stream, side in self._sides if side == IMAGE]
         self._texts = [views[stream] for stream, side in self._sides if side == TEXT][::-1]  # pairs' lie before texts'
-        self.needs_codes = bool(self._images)
+        self.coded = {view.stream for view in self._images}
 
     def meet(self, others: Mapping[str, Objective]) -> None:
         elsewhere = [view for other in others.values() if other is not self for view in other.views]
@@ -198,10 +198,14 @@ class MaskedDataModeling(Objective):
     def targets(self, batch: MicroBatch, places: Places, seen: SeenImages, move: Callable[[Tensor], Tensor]) -> Targets:
         patches, words = self._masks(batch, "image_mask", self._images), self._masks(batch, "text_mask", self._texts)
         none = torch.zeros(0, dtype=torch.int64)
-        masked_codes = [
-            seen.codes[view.stream].flatten()[move(mask.flatten().nonzero().squeeze(1))]
-            for view, mask in zip(self._images, patches, strict=True)
-        ]
+        masked_codes = []
+        if self._images:
+            masked = {view.stream: mask.any(1) for view, mask in zip(self._images, patches, strict=True)}
+            codes = seen.codes(masked)
+            masked_codes = [
+                codes[view.stream].flatten()[move(mask[masked[view.stream]].flatten().nonzero().squeeze(1))]
+                for view, mask in zip(self._images, patches, strict=True)
+            ]
         truths = [batch.streams[view.stream].text for view in self._texts]
         masked_words = [
             places.packed(view, truth)[places.packed(view, mask)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from beit3_dist.config import STREAMS, ModelConfig, RunConfig, require
 from beit3_dist.data.batch import MicroBatch
-from beit3_dist.data.views import SeenImages, Tokenize
+from beit3_dist.data.views import Codes, SeenImages
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.model.initialization import initial_value
@@ -187,9 +187,9 @@ class Objectives:
         return any(objective.second_pass for objective in self)
 
     @property
-    def needs_codes(self) -> bool:
-        """Whether an image tokenizer has to run, or codes to be looked up."""
-        return any(objective.needs_codes for objective in self)
+    def coded(self) -> set[str]:
+        """Streams for some of whose images an image tokenizer has to run, or codes to be looked up."""
+        return set().union(*(objective.coded for objective in self))
 
     def build(self) -> BEiT3:
         """The model with all heads, on the meta device, frozen but for `train_only`."""
@@ -258,21 +258,21 @@ class Objectives:
         self,
         batch: MicroBatch,
         device: torch.device,
-        tokenize: Tokenize | None = None,
+        codes: Codes | None = None,
         embeds: bool = True,
         reads: bool = True,
     ) -> tuple[MixedInputs, Reading | None, Tensor]:
         """Inputs, what is read, and sample ids [samples of all groups] on `device`, of a micro-batch on the host.
 
-        `tokenize` makes visual codes, where they are needed. `embeds`: this process needs the inputs themselves, not
-        only their layout. `reads`: it needs the targets; else they are None. Every index is made on the host, so that
-        the device never has to be waited for.
+        `codes`: visual ones, or what makes them of the images that need some. `embeds`: this process needs the inputs
+        themselves, not only their layout. `reads`: it needs the targets; else they are None. Every index is made on the
+        host, so that the device never has to be waited for.
         """
 
         def move(tensor: Tensor) -> Tensor:
             return to_device(tensor, device)
 
-        known, seen = self.on_host(batch), SeenImages(batch, device, tokenize)
+        known, seen = self.on_host(batch), SeenImages(batch, device, codes)
         inputs = MixedInputs(
             images=normalized(self._images(batch, seen, device) if embeds else torch.zeros(0, device=device)),
             words=move(known.layout.packed([_text(batch, v) for v in self.views if v.text]) if embeds else NONE),

@@ -74,7 +74,7 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
     checkpoint, state = starting_point(config)
     own = view = config.model.image_size  # looked up codes need no view for the tokenizer
     image_tokenizer = None
-    if objectives.needs_codes:
+    if objectives.coded:
         image_tokenizer = load_vqkd(config.image_tokenizer)
         view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
     teachers = {objective.name: objective.open_teachers() for objective in objectives}

@@ -21,7 +21,7 @@ from torch import Tensor
 from beit3_dist.config import RunConfig
 from beit3_dist.data.batch import MicroBatch, Samples, mapped
 from beit3_dist.data.order import Stream
-from beit3_dist.data.views import Tokenize
+from beit3_dist.data.views import Codes
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.run.preemption import Read, Together, by_itself
@@ -76,9 +76,9 @@ def timed(read: Callable[[], Read]) -> tuple[Read, float]:
     return read(), time.perf_counter() - started
 
 
-def prepared(objectives: Objectives, batch: MicroBatch, mesh: Mesh, tokenize: Tokenize | None) -> tuple[Any, ...]:
+def prepared(objectives: Objectives, batch: MicroBatch, mesh: Mesh, codes: Codes | None) -> tuple[Any, ...]:
     """A micro-batch as this process's part of the model takes it, on the device."""
-    return objectives.prepare(batch, mesh.device, tokenize, mesh.pipeline_rank == 0, mesh.is_last_stage)
+    return objectives.prepare(batch, mesh.device, codes, mesh.pipeline_rank == 0, mesh.is_last_stage)
 
 
 class Feed:

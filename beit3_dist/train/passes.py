@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from beit3_dist.data.batch import MicroBatch
-from beit3_dist.data.views import Tokenize
+from beit3_dist.data.views import Codes
 from beit3_dist.objectives.base import SecondPass
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.engine import Engine
@@ -20,7 +20,7 @@ def passes(
     objectives: Objectives,
     engine: Engine,
     batch: StepBatch,
-    tokenize_of: Callable[[MicroBatch], Tokenize | None],
+    codes_of: Callable[[MicroBatch], Codes | None],
     step: int = 0,
 ) -> Iterator[tuple[Any, ...]]:
     """The micro-batches of a step as this process's part of the model takes them, each prepared when it is asked for;
@@ -32,7 +32,7 @@ def passes(
     if ahead is not None:
         looked = ahead.looked(engine.look((prepared(ahead, b, mesh, None) for b in batches), step))
     for number, (micro_batch, own) in enumerate(zip(batches, looked, strict=True)):
-        inputs, reading, ids = prepared(objectives, micro_batch, mesh, tokenize_of(micro_batch))
+        inputs, reading, ids = prepared(objectives, micro_batch, mesh, codes_of(micro_batch))
         if own is not None:
             reading = objectives.with_looked(reading, own)
         if objectives.second_pass:

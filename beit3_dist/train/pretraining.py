@@ -80,7 +80,8 @@ class Pretraining(Job[RunConfig, StepResult]):
         self._objectives = objectives = ready.objectives.connected(Replicas(groups.data))
         largest, flops = objectives.largest(mesh.data)
         if ready.image_tokenizer is not None and ready.train_codes is None:
-            flops += target_flops(ready.image_tokenizer, sum(config.micro_batch(mesh.data)[::2]))
+            sizes = dict(zip(STREAMS, config.micro_batch(mesh.data), strict=True))
+            flops += target_flops(ready.image_tokenizer, sum(sizes[stream] for stream in objectives.coded))
         for objective in objectives:
             makes_targets = mesh.device if mesh.is_last_stage else None
             objective.use_teachers(ready.teachers[objective.name], makes_targets, groups.tensor)
@@ -132,8 +133,8 @@ class Pretraining(Job[RunConfig, StepResult]):
 
     def _passes(self, batch: StepBatch, step: int) -> Iterator[tuple[Any, ...]]:
         watched = self._target_watch.is_due(self.state.step + 1)
-        tokenize_of = partial(targets_of, codes=self._ready.train_codes, tokenize=self._tokenize)
-        for inputs, reading, ids in passes(self._objectives, self._engine, batch, tokenize_of, step):
+        codes_of = partial(targets_of, codes=self._ready.train_codes, tokenize=self._tokenize)
+        for inputs, reading, ids in passes(self._objectives, self._engine, batch, codes_of, step):
             if watched and reading is not None:
                 self._target_watch.add(reading)
             yield inputs, reading, ids

@@ -54,7 +54,7 @@ def test_each_image_has_its_own_class(tmp_path: Path) -> None:
 def test_its_loss_is_that_of_whole_images_from_cls(tmp_path: Path) -> None:
     run = labelled(tmp_path, [f"{n % CLASSES}".encode() for n in range(16)])
     objectives = objectives_of(run)
-    assert not objectives.needs_codes
+    assert not objectives.coded
     model = objectives.build()
     materialize(model, lambda name, shape: initial_value(name, shape, run.model, 0) * 5, "cpu")
     module, batch = PretrainingModule(model, objectives, seed=0), opened(run)[Request((0, 0, 0), 0)]

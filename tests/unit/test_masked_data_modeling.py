@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from beit3_dist.config import BatchConfig, ModelConfig
 from beit3_dist.data.batch import Request
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.data.views import SeenImages
 from beit3_dist.model.token_layout import Selection
 from beit3_dist.objectives.base import Objective
 from beit3_dist.objectives.masked_data_modeling import (
@@ -111,7 +112,7 @@ def test_a_side_of_ratio_0_is_seen_whole_and_has_no_loss(case: str, tmp_path: Pa
     run = small_run(tmp_path, objectives={NAME: MaskedDataModelingConfig(**section)})
     objectives = objectives_of(run)
     assert [loss.name for loss in objectives.losses] == names
-    assert objectives.needs_codes == any("image" in name for name in names)
+    assert objectives.coded == {{"image": "images", "pair_image": "pairs"}[name] for name in names if "image" in name}
     batch = opened(run)[Request((0, 0, 0), 0)]
     inputs, reading, _ = objectives.prepare(batch, torch.device("cpu"), precomputed_codes(run.model))
     drawn = {name: samples.annotations[NAME] for name, samples in batch.streams.items()}
@@ -165,3 +166,26 @@ def test_ratios_that_cannot_be(section: dict[str, Any], message: str, tmp_path: 
     with pytest.raises(ValueError, match=message):
         batch = BatchConfig(images=8, texts=0, pairs=0)
         objectives_of(small_run(tmp_path, objectives={NAME: MaskedDataModelingConfig(**section)}, batch=batch))
+
+
+@pytest.mark.parametrize(
+    "section", [{}, {"mask_pairs": "one"}, {"pair_image_mask_ratio": 0.0}, {"image_mask_ratio": 0.0}], ids=str
+)
+def test_only_images_with_masked_patches_are_coded(section: dict[str, Any], tmp_path: Path) -> None:
+    run = small_run(tmp_path, objectives={NAME: MaskedDataModelingConfig(**section)})
+    objectives, batch, asked = objectives_of(run), opened(run)[Request((0, 0, 0), 0)], []
+    tokenize = precomputed_codes(run.model)
+
+    def watched(images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        return tokenize(images)
+
+    _, reading, _ = objectives.prepare(batch, torch.device("cpu"), watched)
+    all_codes = tokenize(SeenImages(batch, torch.device("cpu")).tokenizer)
+    _, given, _ = objectives.prepare(batch, torch.device("cpu"), all_codes)
+    masks = torch.cat([samples.annotations[NAME]["image_mask"] for samples in batch.with_images])
+    assert reading is not None and given is not None
+    assert torch.equal(reading.targets[0].codes, all_codes[masks])
+    assert torch.equal(given.targets[0].codes, all_codes[masks])
+    masked = int(masks.any(1).sum())
+    assert asked == [masked] * (masked > 0) and (masked == len(masks)) == (not section)
