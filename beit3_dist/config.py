@@ -386,9 +386,21 @@ class EvalConfig:
     """Held-out tars of pairs."""
     image_codes: str = ""
     """Folder of the held-out views' visual codes; empty: the image tokenizer computes them at every validation."""
+    retrieval: str = ""
+    """Pattern of tars of pairs: each validation also scores retrieval both ways on all of them, by the model's contrast
+    as it is (image_retrieval_recall@1, ..., as tools/evaluate.py). A .txt member may have several lines, a caption
+    each. Empty: none."""
+    classes: str = ""
+    """Pattern of tars of images with .cls members: each validation also tells their classes by their names, by the
+    model's contrast (acc1, acc5, mean_per_class_recall). Empty: none."""
+    class_names: str = ""
+    """File with the names of eval.classes, one a line in the order of their numbers."""
+    templates: str = "shipped"
+    """File of lines with {} in the place of a class's name, over which its vectors are averaged; shipped: eight that
+    come with the program (tasks/data/zero_shot.py)."""
 
     def __post_init__(self) -> None:
-        expand_home(self, "image_codes")
+        expand_home(self, "image_codes", "class_names", "templates")
         require_not_negative("eval.", self, "every")
         require_positive("eval.", self, "batches")
         for name in STREAMS:

@@ -17,7 +17,8 @@ or an index of tools/build_index.py (.jsonl) with --images FOLDER.
                 the objective contrastive, or fine-tuned for retrieval. --rerank N: the N best each are put in order by
                 the objective matching.
     classes     the class whose name, in all templates, has the closest vector: acc1, acc5, mean_per_class_recall.
-                Needs contrast. --templates: a file of lines with {} for the name; without it the name alone.
+                Needs contrast. --templates: a file of lines with {} for the name, or `shipped` for eight that
+                come with the program; without it the name alone.
     captions    exact_match and other --caption_metrics. Needs prefix language modelling, or captioning.
     knn         votes of the nearest images of --train: knn10_acc1, ... for 10, 20, 100 and 200 of them. Any model.
     probe       multinomial regression on --train: lp_acc1, lp_acc5, lp_mean_per_class_recall. Any model.
@@ -32,7 +33,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a typo is reported before th
 
     from beit3_dist.checkpoint.model_folder import ModelFolder
     from beit3_dist.inference import Model
+    from beit3_dist.tasks.data.zero_shot import Captioned
 
 PROGRAM = "evaluate.py"
 NEEDS = {"classes": ("names",), "knn": ("names", "train"), "probe": ("names", "train")}
@@ -52,16 +54,6 @@ TASKS = {"retrieval": "zeroshot_retrieval", "classes": "zeroshot_classification"
 NEIGHBOURS = (10, 20, 100, 200)
 AT_ONCE = 256
 """Images whose files are open at a time."""
-
-
-@dataclass
-class Captioned:
-    """Images with what people say of them."""
-
-    images: list[Any]
-    """Where each image lies: a path, or a member of a tar."""
-    captions: list[list[str]]
-    """Of each image."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -78,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--merge_captions", action="store_true", help=text)
     text = "retrieval: the N best by contrast are put in order by matching, where that was learnt, too (default: 0)"
     parser.add_argument("--rerank", type=int, default=0, metavar="N", help=text)
-    parser.add_argument("--templates", type=Path, help="classes: lines such as `a photo of a {}`")
+    parser.add_argument("--templates", help="classes: lines such as `a photo of a {}`, or shipped")
     parser.add_argument("--features", choices=("mean", "cls"), default="mean", help="knn, probe (default: mean)")
     parser.add_argument("--beams", type=int, default=3, help="captions: width of the search (default: 3)")
     parser.add_argument("--max_words", type=int, help="captions: longest, </s> counted (default: as in training)")
@@ -156,15 +148,12 @@ def reranked(model: Model, images: Sequence[Any], texts: list[str], scores: Tens
 
 
 def classes(model: Model, options: Namespace) -> dict[str, float]:
-    from beit3_dist.data.text_files import read_lines
     from beit3_dist.tasks.data.names import read_names
+    from beit3_dist.tasks.data.zero_shot import read_templates
     from beit3_dist.tasks.parts.frozen import class_accuracies, names_as_vectors
 
-    names, templates = read_names(options.names), ["{}"]
-    if options.templates is not None:
-        templates = [line for _, line in read_lines(options.templates) if line.strip()]
-        if not templates or any("{}" not in template for template in templates):
-            raise ValueError(f"--templates: {options.templates} needs lines that have {{}} in the place of the name")
+    names = read_names(options.names)
+    templates = ("{}",) if options.templates is None else read_templates(options.templates, "--templates")
     images, labels = labelled(options.data, "--data", options, len(names))
     by_name = names_as_vectors(model.embed_texts, names, templates)
     return class_accuracies(embedded(model, images) @ by_name.T, labels)
@@ -206,13 +195,17 @@ def frozen(content: ModelFolder, options: Namespace) -> dict[str, float]:
 def captioned(options: Namespace, model: Model) -> Captioned:
     """The images of --data with all their captions."""
     from beit3_dist.data.kinds import is_jsonl
+    from beit3_dist.tasks.data.zero_shot import captioned_tars
 
-    return (captioned_index if is_jsonl(options.data) else captioned_tars)(options, model)
+    if is_jsonl(options.data):
+        return captioned_index(options, model)
+    return captioned_tars(options.data, "--data", options.cache, options.caption_key)
 
 
 def captioned_index(options: Namespace, model: Model) -> Captioned:
     """Images by their numbers. Their texts are those of the field `captions`, else the tokens of each line as words."""
     from beit3_dist.tasks.data.examples import read_index
+    from beit3_dist.tasks.data.zero_shot import Captioned
     from beit3_dist.tasks.registry import task_class
 
     kind = task_class("captioning" if options.score == "captions" else "retrieval")
@@ -230,58 +223,27 @@ def captioned_index(options: Namespace, model: Model) -> Captioned:
     return Captioned(list(images.values()), [texts[number] for number in images])
 
 
-def captioned_tars(options: Namespace, model: Model) -> Captioned:
-    """Every line of a .txt member is a caption of its image."""
-    from beit3_dist.data.faults import BadSample
-    from beit3_dist.data.index import open_table
-    from beit3_dist.data.order import Stream
-    from beit3_dist.data.reader import ShardReader
-    from beit3_dist.data.streams import read_captions
-    from beit3_dist.tasks.data.examples import TarMember
-
-    table = open_table(options.data, "--data", Stream.PAIRS, options.cache)
-    reader, found = ShardReader(table), Captioned([], [])
-    for number, row in enumerate(table.rows):
-        try:
-            found.captions.append(read_captions(row, reader, options.caption_key))
-        except BadSample as bad:
-            raise ValueError(f"{table.shard(number)}, {table.key(number)}: {bad}") from None
-        found.images.append(TarMember(table.files[int(row["shard"])], *map(int, row["image"])))
-    return found
-
-
 def labelled(data: str, field: str, options: Namespace, number: int) -> tuple[list[Any], Tensor]:
     """Where each image lies, and its class, int64 [N]."""
     import torch
 
     from beit3_dist.data.kinds import is_jsonl
-    from beit3_dist.tasks.data.class_shards import read_class_shards
     from beit3_dist.tasks.data.examples import read_index
+    from beit3_dist.tasks.data.zero_shot import classed_tars
     from beit3_dist.tasks.registry import task_class
 
-    examples: Sequence[Any]
-    if is_jsonl(data):
-        examples = read_index(Path(data), task_class("imagenet"), Path(options.images), classes=number)
-    else:
-        examples = read_class_shards(data, field, options.cache, number)
-    listed = [examples[place] for place in range(len(examples))]
-    return [example.images[0] for example in listed], torch.tensor([example.label for example in listed])
+    if not is_jsonl(data):
+        return classed_tars(data, field, options.cache, number)
+    examples = read_index(Path(data), task_class("imagenet"), Path(options.images), classes=number)
+    return [example.images[0] for example in examples], torch.tensor([example.label for example in examples])
 
 
 def opened(images: Sequence[Any]) -> Iterator[list[Any]]:
     """The images in batches, decoded. Raises ValueError naming the first that cannot be: a score is of all or none."""
-    from beit3_dist.config import DataConfig
-    from beit3_dist.data.faults import BadSample
-    from beit3_dist.tasks.data.batches import decoded
-
-    def read(image: Any) -> Any:
-        try:
-            return decoded(image, DataConfig.max_pixels)
-        except BadSample as bad:
-            raise ValueError(f"--data: {image}: {bad}") from None
+    from beit3_dist.tasks.data.zero_shot import decoded_whole
 
     for first in range(0, len(images), AT_ONCE):
-        yield [read(image) for image in images[first : first + AT_ONCE]]
+        yield [decoded_whole(image, "--data") for image in images[first : first + AT_ONCE]]
 
 
 def embedded(model: Model, images: Sequence[Any]) -> Tensor:

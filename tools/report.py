@@ -22,6 +22,7 @@ that does not exist is null:
     entropies, baselines {LOSS: number}       of the targets, as above; nats and a share
     targets {LOSS: count}, sampled {images, texts, pairs}   masked positions and samples that these come from
     held_out_step                               step of the last validation
+    zero_shot {NAME: number}                    what it has scored beside losses and accuracies
     pictures                                    "held-out" or "training": which samples are drawn
     collapsed                                   what is to be said of streams whose targets are all but one
     codes_right {image, pair_image}             share of the drawn images' hidden patches whose code is guessed
@@ -327,10 +328,17 @@ def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]])
         "targets": {name: int(counts.sum()) for name, counts in sample.counts.items()},
         "sampled": {name: sample.samples * bool(getattr(run.config.batch, name)) for name in STREAMS},
         "held_out_step": run.evaluations[-1]["step"] if run.evaluations else None,
+        "zero_shot": zero_shot(run),
         "pictures": "held-out" if run.shown.held_out else "training",
         "collapsed": list(filter(None, (collapse(loss, sample.counts[loss.name]) for loss in watched(run)))),
         "codes_right": {name: codes_right(some) for name, some in shown.items()},
     }
+
+
+def zero_shot(run: Run) -> dict[str, float]:
+    """What the last validation has scored beside losses and their accuracies."""
+    known = {"step", "loss", *(f"{of}_{loss.name}" for loss in run.objectives.losses for of in ("loss", "acc"))}
+    return {name: value for record in run.evaluations[-1:] for name, value in record.items() if name not in known}
 
 
 def codes_right(shown: list[Example]) -> float | None:
@@ -371,6 +379,8 @@ def summary_lines(run: Run, report: Record) -> Iterator[str]:
     )
     if report["held_out_step"] is not None:
         yield f"Held-out: the validation after step {report['held_out_step']:,}."
+    for name, value in report["zero_shot"].items():
+        yield f"{name:32}  {digits(value, '7.1%')}"
 
 
 def digits(value: float | None, form: str) -> str:

@@ -360,15 +360,24 @@ class PretrainingModule(nn.Module):
         """K."""
 
     def forward(
-        self, inputs: MixedInputs, reading: Reading, sample_ids: Tensor, step_counts: Tensor | None, step: int
+        self,
+        inputs: Any,
+        reading: Any = None,
+        sample_ids: Any = None,
+        step_counts: Tensor | None = None,
+        step: int = 0,
+        predict: Any = None,
     ) -> Any:
-        """The pass over the micro-batch, and those that only then can be made.
+        """The pass over the micro-batch, and those that only then can be made; or, where there is `predict`, what the
+        function `inputs` makes of the model.
 
         Returns its contribution to the step's loss (a scalar to go backward from) and the statistics [2, K]: sums of
         the losses and of correct predictions. `step_counts` [K]: targets of the whole step over all ranks; None: the
         micro-batch is only looked at, as prepared by the objectives that look ahead, and the result is what each sees.
         `sample_ids` [samples of all groups] and `step` key the drop path in training.
         """
+        if predict is not None:
+            return inputs(self.model)
         inputs = self.with_drop_path(inputs, sample_ids, step)
         hidden_MD = self.model.hidden(inputs, reading.selection)
         if step_counts is not None:

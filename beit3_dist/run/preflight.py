@@ -16,6 +16,7 @@ from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
 from beit3_dist.model.initialization import Values, zeros
+from beit3_dist.objectives.contrastive import Contrastive
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
@@ -28,6 +29,7 @@ from beit3_dist.run.checkpointing import ReadyToTrain, starting_point
 from beit3_dist.run.resumption import same_recipe
 from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import pretraining_sources, same_sources
+from beit3_dist.tasks.data.zero_shot import ZeroShotData, open_zero_shot
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Ready(ReadyToTrain):
     """Codes of the training views; None: the tokenizer computes them."""
     held_out_codes: PrecomputedCodes | None
     """Codes of the held-out views."""
+    zero_shot: ZeroShotData | None
+    """What validations score beside the losses."""
 
 
 def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) -> Ready:
@@ -91,8 +95,11 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
         held_out_view = own if config.eval.image_codes else view
         held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, annotators=[*objectives])
         held_out_codes = open_codes(config, view, True, held_out)
+    zero_shot = open_zero_shot(config.eval, config.data)
+    if zero_shot is not None:
+        check_zero_shot(config)
     values = _values(config, checkpoint, objectives, before)
-    opened = objectives, teachers, image_tokenizer, train, held_out, train_codes, held_out_codes
+    opened = objectives, teachers, image_tokenizer, train, held_out, train_codes, held_out_codes, zero_shot
     return Ready(config, mesh, state, checkpoint, values, *opened)
 
 
@@ -102,6 +109,21 @@ def check_trained(config: RunConfig, mesh: Mesh, objectives: Objectives) -> None
         return
     if (plan := plan_stages(config, *objectives.largest(mesh.data))) is not None:
         check_trained_stages(plan, trained)
+
+
+def check_zero_shot(config: RunConfig) -> None:
+    """Raises ValueError where the run has no vectors to score by."""
+    field = "eval.retrieval" if config.eval.retrieval else "eval.classes"
+    require(
+        Contrastive.name in config.objectives,
+        f"{field} is scored by contrast, which the run does not learn: give the section objectives.{Contrastive.name}, "
+        f"or leave {field} out",
+    )
+    require(
+        config.parallel.pipeline == 1,
+        f"{field}: a pipeline encodes nothing beside its training: use parallel.pipeline=1, or leave {field} out and "
+        "score checkpoints by tools/evaluate.py",
+    )
 
 
 def check_loaders(config: RunConfig, mesh: Mesh, view: int = 0) -> None:

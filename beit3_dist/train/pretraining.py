@@ -34,6 +34,7 @@ from beit3_dist.train.optimizer import build_optimizer
 from beit3_dist.train.passes import passes
 from beit3_dist.train.target_watch import TargetWatch
 from beit3_dist.train.validation import evaluate
+from beit3_dist.train.zero_shot import ZeroShot
 
 log = logging.getLogger(__name__)
 
@@ -151,4 +152,7 @@ class Pretraining(Job[RunConfig, StepResult]):
         engine, feed, ready, tokenize = self._engine, self._feed, self._ready, self._tokenize
         assert ready.held_out is not None
         codes = ready.held_out_codes
-        return evaluate(self.config, self._objectives, engine, feed, ready.held_out, codes, tokenize, together)
+        scores = evaluate(self.config, self._objectives, engine, feed, ready.held_out, codes, tokenize, together)
+        if ready.zero_shot is not None:
+            scores |= ZeroShot(self.config, ready.zero_shot, engine, ready.train.tokenizer, together).scores()
+        return scores

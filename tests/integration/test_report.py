@@ -83,7 +83,7 @@ def test_the_json_has_the_documented_keys(content: report.Record) -> None:
     assert set(content) == {
         "run", "checkpoint", "checkpoint_step", "steps", "planned_steps", "wall_s", "samples", "samples_per_s",
         "data_wait_share", "losses", "accuracies", "entropies", "baselines", "targets", "sampled", "held_out_step",
-        "pictures", "codes_right", "collapsed",
+        "zero_shot", "pictures", "codes_right", "collapsed",
     }  # fmt: skip
     assert set(content) == documented_keys()
     for name in ("losses", "accuracies", "entropies", "baselines", "targets"):

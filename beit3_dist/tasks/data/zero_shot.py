@@ -1,0 +1,126 @@
+"""What a model is scored on as it is: images with all their captions, and images with classes, whose names are put into
+prompt templates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3_dist.config import DataConfig, EvalConfig, require
+from beit3_dist.data.faults import BadSample
+from beit3_dist.data.index import open_table
+from beit3_dist.data.order import Stream
+from beit3_dist.data.reader import ShardReader
+from beit3_dist.data.streams import read_captions
+from beit3_dist.data.text_files import read_lines
+from beit3_dist.opening import blaming
+from beit3_dist.tasks.data.batches import decoded
+from beit3_dist.tasks.data.class_shards import read_class_shards
+from beit3_dist.tasks.data.examples import TarMember
+from beit3_dist.tasks.data.names import read_names
+
+SHIPPED = "shipped"
+TEMPLATES = (
+    "{}",
+    "a photo of a {}",
+    "a picture that shows the {}",
+    "one {} seen from near",
+    "a {} far away in the background",
+    "a drawing of some {}",
+    "a dark, blurred image of a {}",
+    "this is a {}, and nothing else",
+)
+"""Those that come with the program: the name alone, kinds of pictures, sizes, bad pictures."""
+
+
+@dataclass
+class Captioned:
+    """Images with what people say of them."""
+
+    images: list[Any] = field(default_factory=list)
+    """Where each image lies: a path, or a member of a tar."""
+    captions: list[list[str]] = field(default_factory=list)
+    """Of each image."""
+
+
+@dataclass
+class Classed:
+    """Images with their classes."""
+
+    images: list[Any]
+    labels: Tensor
+    """int64 [N]."""
+    names: list[str]
+    """Of the classes."""
+    templates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ZeroShotData:
+    """What a run is scored on beside its held-out losses."""
+
+    captioned: Captioned | None
+    classed: Classed | None
+
+
+def captioned_tars(pattern: str, name: str, cache: str, caption_key: str) -> Captioned:
+    """The pairs of tars; every line of a .txt member is a caption of its image. Raises ValueError naming the field
+    `name`, or the tar and the pair."""
+    table = open_table(pattern, name, Stream.PAIRS, cache)
+    reader, found = ShardReader(table), Captioned()
+    for number, row in enumerate(table.rows):
+        try:
+            found.captions.append(read_captions(row, reader, caption_key))
+        except BadSample as bad:
+            raise ValueError(f"{table.shard(number)}, {table.key(number)}: {bad}") from None
+        found.images.append(TarMember(table.files[int(row["shard"])], *map(int, row["image"])))
+    return found
+
+
+def classed_tars(pattern: str, name: str, cache: str, classes: int) -> tuple[list[Any], Tensor]:
+    """Where each image of tars lies, and its class, int64 [N], from its .cls member. Raises ValueError as
+    `read_class_shards` does."""
+    examples = read_class_shards(pattern, name, cache, classes)
+    listed = [examples[place] for place in range(len(examples))]
+    return [example.images[0] for example in listed], torch.tensor([example.label for example in listed])
+
+
+def read_templates(file: str, name: str) -> tuple[str, ...]:
+    """The lines of a file, each with {} in the place of a class's name; `shipped`: TEMPLATES. Raises ValueError naming
+    the field `name`."""
+    if file == SHIPPED:
+        return TEMPLATES
+    with blaming(name, OSError):
+        templates = tuple(line for _, line in read_lines(Path(file)) if line.strip())
+        if not templates or any("{}" not in template for template in templates):
+            raise ValueError(f"{file} needs lines that have {{}} in the place of the name")
+    return templates
+
+
+def decoded_whole(image: Any, name: str) -> Image.Image:
+    """An image that is scored. Raises ValueError naming it where it cannot be: a score is of all images or of none."""
+    try:
+        return decoded(image, DataConfig.max_pixels)
+    except BadSample as bad:
+        raise ValueError(f"{name}: {image}: {bad}") from None
+
+
+def open_zero_shot(config: EvalConfig, data: DataConfig) -> ZeroShotData | None:
+    """What `eval.retrieval` and `eval.classes` name; None for nothing. Raises ValueError naming the field."""
+    if not config.every or not (config.retrieval or config.classes):
+        return None
+    captioned = classed = None
+    if config.retrieval:
+        captioned = captioned_tars(config.retrieval, "eval.retrieval", data.cache, data.caption_key)
+    if config.classes:
+        require(bool(config.class_names), "eval.classes needs eval.class_names, a file with a class's name a line")
+        with blaming("eval.class_names", OSError):
+            names = read_names(Path(config.class_names))
+        images, labels = classed_tars(config.classes, "eval.classes", data.cache, len(names))
+        classed = Classed(images, labels, names, read_templates(config.templates, "eval.templates"))
+    return ZeroShotData(captioned, classed)
