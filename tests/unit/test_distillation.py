@@ -198,7 +198,7 @@ def test_masked_features_take_the_place_of_codes(tmp_path: Path) -> None:
         objectives, module = taught(run)
         batch = MixedBatches(run, 32, 0, 1, annotators=[*objectives])[Request((0, 0, 0), 0)]
         own = {"distilled_image"} if stream == "images" else {"pair_text", "distilled_pair_image"}
-        assert statistics(objectives, module, batch).keys() == own and not objectives.needs_codes
+        assert statistics(objectives, module, batch).keys() == own and not objectives.coded
         drawn, pixels = batch.streams[stream].annotations[MASKING], objectives.prepare(batch, CPU)[0].images
         samples, text = batch.streams[stream], {}
         if stream == "pairs":
