@@ -19,7 +19,7 @@ as parameter and as master. tests/parallel/test_memory.py counts the same in rea
 (`train_only`) there are the working parameters alone; the fp32 values that checkpoints take lie on the host.
 
 Beside these, the buffers of the reduction: reduce_bucket_size elements (two such for ZeRO-2 and ZeRO-1 in fp32 where
-the DeepSpeed file sets overlap_comm). ZeRO-0 leaves the reduction to the engine, which joins gradients up to 5e8
+`overlap_comm` is set). ZeRO-0 leaves the reduction to the engine, which joins gradients up to 5e8
 elements. Under ZeRO-3 the gathered parameters, at most
 min(stage3_max_live_parameters, P). The optimizer step of ZeRO-1 and ZeRO-2 in fp32 copies gradients for a moment, at
 most 4 P / d more, when activations are gone.

@@ -90,16 +90,19 @@ def _measure(groups: Groups, config: RunConfig) -> dict[str, int]:
     most: dict[str, int] = {}
     backward = engine.deepspeed.backward
 
-    def backward_and_count(*arguments: Any, **keywords: Any) -> None:
-        backward(*arguments, **keywords)
+    def count_all() -> None:
         for kind, count in _bytes_by_kind(engine).items():
             most[kind] = max(most.get(kind, 0), count)
+
+    def backward_and_count(*arguments: Any, **keywords: Any) -> None:
+        backward(*arguments, **keywords)
+        count_all()
 
     if isinstance(engine.optimizer, FlatBF16):  # releases the gradients when it has summed them up
         update = engine.optimizer.update_hp_grads
 
         def count_and_update() -> None:
-            most.update(_bytes_by_kind(engine))
+            count_all()
             update()
 
         engine.optimizer.update_hp_grads = lambda clear_lp_grads: count_and_update()

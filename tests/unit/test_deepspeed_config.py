@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_without_a_file_everything_comes_from_the_run() -> None:
     settings = deepspeed_config(run_config(), 2)
     assert settings["train_micro_batch_size_per_gpu"] == 16
     assert settings["gradient_clipping"] == 2.5
-    assert settings["zero_optimization"] == {"stage": 2}
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": True}
     assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": False}
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     # The engine accumulates by itself: DeepSpeed sees one micro-batch per step.
@@ -88,6 +89,19 @@ def test_other_settings_are_passed_on(written) -> None:
     settings = deepspeed_config(run_config(written(file)), 2)
     assert settings["zero_optimization"] == {"overlap_comm": False, "reduce_bucket_size": 7, "stage": 2}
     assert settings["wall_clock_breakdown"] is True
+
+
+def test_reductions_overlap_where_no_gradient_is_lost(written) -> None:
+    stages = [deepspeed_config(run_config(zero_stage=stage), 2)["zero_optimization"] for stage in (1, 2, 3)]
+    assert [zero.get("overlap_comm", "as DeepSpeed has it") for zero in stages] == [True, True, "as DeepSpeed has it"]
+    file = str(written({"zero_optimization": {"overlap_comm": True}}))
+    interleaved = ParallelConfig(zero_stage=1, pipeline=2, chunks=2)
+    config = replace(run_config(), parallel=interleaved, deepspeed_config=file)
+    assert deepspeed_config(config, 2)["zero_optimization"]["overlap_comm"]
+    fp32 = replace(config, precision="fp32")
+    assert "overlap_comm" not in deepspeed_config(replace(fp32, deepspeed_config=""), 2)["zero_optimization"]
+    with pytest.raises(ValueError, match="overlap_comm, by which ZeRO-1 in fp32 loses gradients where parallel.chunks"):
+        deepspeed_config(fp32, 2)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +161,7 @@ def test_torchs_linear_stays_what_it_is(stage: int, written) -> None:
     """DeepSpeed replaces it in the whole process unless it is told not to (see tests/parallel/test_frozen_networks)."""
     for given in ({}, {"memory_efficient_linear": False}, {"memory_efficient_linear": "auto"}):
         settings = deepspeed_config(run_config(written({"zero_optimization": given}), zero_stage=stage), 2)
-        told = {"memory_efficient_linear": False} if stage == 3 else {}
+        told = {"memory_efficient_linear": False} if stage == 3 else {"overlap_comm": True}
         assert settings["zero_optimization"] == {"stage": stage} | told
     file = written({"zero_optimization": {"memory_efficient_linear": True}})
     with pytest.raises(ValueError, match=r"ds\.json sets zero_optimization\.memory_efficient_linear=true.*tokenizer"):
