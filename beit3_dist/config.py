@@ -88,6 +88,16 @@ class ModelConfig:
     """An extra LayerNorm before attention's output projection and before the second FFN matrix (the released ones)."""
     vl_expert_layers: int = 3
     """Top layers with a vision-language expert that takes both sides of a pair (paper: 3; released models: 0)."""
+    fusion_layers: int = 0
+    """Top layers in which a pair's words look at its image, which rests, by cross-attention (ALBEF, mPLUG); below them
+    images and words are encoded alone. Needs attention and ffn per_modality. 0: there are none, and pairs attend
+    jointly in all layers (BEiT-3)."""
+    connected_every: int = 0
+    """After so many fusion layers one is connected: image and words of a pair attend jointly by weights in common, and
+    what the image was is added to what it becomes (mPLUG's skip connection). It counts as one of them. 0: none is."""
+    language_layers: int = 0
+    """Of the layers below fusion, the upper ones that words pass, too; in the others images alone are encoded (ALBEF: 6
+    of 12). 0: all of them."""
     vocab_size: int = 64010
     """Rows of the word embedding and of the text head: SentencePiece pieces + 10."""
     visual_vocab_size: int = 8192
@@ -98,6 +108,11 @@ class ModelConfig:
     """Stochastic depth of the last block; it grows linearly from 0 at the first. Per sample, for both branches."""
     layer_norm_eps: float = 1e-5
     """Epsilon of every LayerNorm."""
+
+    @property
+    def lower_layers(self) -> int:
+        """Layers below fusion."""
+        return self.layers - self.fusion_layers
 
     @property
     def patches(self) -> int:
@@ -116,6 +131,21 @@ class ModelConfig:
         require(
             self.ffn == "per_modality" or self.vl_expert_layers == 0,
             f"model.vl_expert_layers={self.vl_expert_layers}: with model.ffn=shared there are no experts: use 0",
+        )
+        require_not_negative("model.", self, "fusion_layers", "connected_every", "language_layers")
+        require(
+            self.fusion_layers == 0
+            or (self.attention == self.ffn == "per_modality" and self.vl_expert_layers == 0 < self.lower_layers),
+            f"model.fusion_layers={self.fusion_layers} stand above two encoders: use model.attention=per_modality, "
+            "model.ffn=per_modality, model.vl_expert_layers=0 and more model.layers",
+        )
+        require(
+            max(self.connected_every, self.language_layers) == 0 or self.fusion_layers > 0,
+            "model.connected_every and model.language_layers are of a model with model.fusion_layers",
+        )
+        require(
+            self.language_layers <= self.lower_layers,
+            f"model.language_layers={self.language_layers} exceeds the {self.lower_layers} layers below fusion",
         )
         require_within("[0, 1)", "model.", self, "drop_path")
         require(
@@ -517,6 +547,11 @@ class TrainingConfig(JobConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         expand_home(self, "deepspeed_config", "init_from")
+        require(
+            not self.model.fusion_layers or not (self.parallel.sequence or self.kernels == "compiled"),
+            f"model.fusion_layers={self.model.fusion_layers}: tokens rest in some layers, which parallel.sequence and "
+            "kernels=compiled do not know: leave both off",
+        )
         self.plugins = [self.plugins] if isinstance(self.plugins, str) else self.plugins
         require(
             self.precision == "fp32" or self.parallel.zero_stage > 0,

@@ -70,7 +70,7 @@ def weights_to_timm(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[
     timm["patch_embed.proj.weight"] = as_convolution(timm["patch_embed.proj.weight"])
     timm["cls_token"] = timm["cls_token"].reshape(1, 1, -1)
     timm["pos_embed"] = timm["pos_embed"][FIRST_POSITION:].unsqueeze(0)
-    for layer in range(config.layers):
+    for layer in range(config.lower_layers):
         for leaf in ("weight", "bias"):
             parts = [vision[f"blocks.{layer}.attention.{part}.vision.{leaf}"] for part in "qkv"]
             timm[f"blocks.{layer}.attn.qkv.{leaf}"] = torch.cat(parts)

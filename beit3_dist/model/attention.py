@@ -14,11 +14,11 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.cut import cut
-from beit3_dist.model.multiway import Multiway, modules_of
+from beit3_dist.model.multiway import Multiway
 from beit3_dist.model.token_layout import Group, Selection, TokenLayout
 
 
-def _join(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
+def joined(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
     """Patches [B * patches, H, d] and packed words [real words, H, d] -> [B, H, N, d], zeros at padding."""
     pieces = []
     if patches is not None:
@@ -31,8 +31,8 @@ def _join(patches: Tensor | None, words: Tensor | None, group: Group) -> Tensor:
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).transpose(1, 2)
 
 
-def _part(joint: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """The reverse of `_join`: patches [B * patches, H, d] and packed words [real words, H, d]; either may be empty."""
+def parted(joint: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """The reverse of `joined`: patches [B * patches, H, d] and packed words [real words, H, d]; either may be empty."""
     patches, words = (part.flatten(0, 1) for part in joint.transpose(1, 2).split([group.patches, group.words], dim=1))
     return patches, words if group.index is None else words.index_select(0, group.index)
 
@@ -62,16 +62,16 @@ def attend(q: list[Tensor], k: list[Tensor], v: list[Tensor], layout: TokenLayou
         of_patches = number if group.kind < 2 else None
         of_words = number - first_words if group.kind > 0 else None
         q_BHND, k_BHND, v_BHND = (
-            _join(None if of_patches is None else p[of_patches], None if of_words is None else w[of_words], group)
+            joined(None if of_patches is None else p[of_patches], None if of_words is None else w[of_words], group)
             for p, w in parts
         )
-        mixed = _part(scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=group.mask), group)
+        mixed = parted(scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=group.mask), group)
         if of_patches is not None:
             patches[of_patches] = mixed[0]
         if of_words is not None:
             words[of_words] = mixed[1]
     if len(q) == 1:
-        return [torch.cat([*patches, *words])]
+        return [torch.cat([*patches, *words])] if layout.groups else q
     return [torch.cat(some) if some else empty for some, empty in zip((patches, words), q, strict=True)]
 
 
@@ -84,7 +84,7 @@ def _select(slices: list[Tensor], selection: Selection) -> list[Tensor]:
 
 
 class Attention(nn.Module):
-    """Projections (shared, or one set per modality) around `attend`, with an optional sub-LayerNorm before `out`.
+    """Projections (one set, or one for each modality) around `attend`, with an optional sub-LayerNorm before `out`.
 
     `enter` and `leave` are where tensor parallelism communicates; without it they change nothing.
     """
@@ -96,9 +96,8 @@ class Attention(nn.Module):
     leave: Callable[[list[Tensor], Any], list[Tensor]] = staticmethod(lambda slices, layout: slices)
     """(the experts' slices of the output, the layout that `enter` gave) -> the slices."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, experts: tuple[str, ...]) -> None:
         super().__init__()
-        experts = modules_of(config.attention)
         self.head_dim = config.width // config.heads
         width, eps = config.width, config.layer_norm_eps
         heads_of_rank = lambda: cut(Linear(width, width), weight=0, bias=0)  # noqa: E731

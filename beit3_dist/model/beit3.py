@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
-from beit3_dist.model.block import Encoder
 from beit3_dist.model.embedding import LanguageEmbedding, VisionEmbedding
+from beit3_dist.model.encoder import Encoder
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.model.multiway import Multiway, modules_of

@@ -47,6 +47,10 @@ class Decoder:
 
         Raises ValueError where the model has no positions for so many words.
         """
+        if model.config.fusion_layers:
+            raise ValueError(
+                "a model with model.fusion_layers writes no captions: nothing keeps what its words look at"
+            )
         if max_words >= model.config.max_text_length:
             raise ValueError(
                 f"captions of {max_words} words and <s> are longer than model.max_text_length="

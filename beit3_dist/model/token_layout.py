@@ -60,6 +60,19 @@ class Group:
     def real_words(self) -> int:
         return self.samples * self.words if self.index is None else len(self.index)
 
+    @property
+    def of_patches(self) -> Group:
+        """A pair's image alone."""
+        return Group(self.samples, self.patches, 0)
+
+    @property
+    def of_words(self) -> Group:
+        """A pair's words alone, under the same mask."""
+        own = None if self.mask is None else self.mask[..., -self.words :]
+        if own is not None and own.shape[-2] > 1:
+            own = own[..., -self.words :, :]
+        return replace(self, patches=0, mask=own, fused=False)
+
     def positions(self, device: torch.device) -> Tensor:
         """Position of each real word in its text, int64 [real words]."""
         rows = torch.arange(self.samples * self.words, device=device) if self.index is None else self.index
@@ -147,6 +160,8 @@ class Segments:
         match experts:
             case ("shared",):
                 return [image_patches + pair_patches + pair_words + text_words]
+            case ("vision",):  # of images alone
+                return [image_patches + pair_patches]
             case ("vision", "language"):
                 return [image_patches + pair_patches, pair_words + text_words]
             case ("vision", "vl", "language"):
@@ -190,6 +205,26 @@ class TokenLayout(Segments):
             total(self.word_groups, words, True),
             total(self.word_groups, words, False),
         )
+
+    @cached_property
+    def alone(self) -> TokenLayout:
+        """The same tokens with the images of pairs as images alone, and their words as texts alone."""
+        return TokenLayout((*self.images_alone.groups, *self.words_alone.groups))
+
+    @cached_property
+    def images_alone(self) -> TokenLayout:
+        """The patches, which come first."""
+        return TokenLayout(tuple(g.of_patches if g.fused else g for g in self.patch_groups if not g.filler))
+
+    @cached_property
+    def words_alone(self) -> TokenLayout:
+        """The words, which come last."""
+        return TokenLayout(tuple(g.of_words if g.fused else g for g in self.word_groups))
+
+    @cached_property
+    def pairs(self) -> TokenLayout:
+        """The tokens of pairs, which lie in the middle."""
+        return TokenLayout(tuple(g for g in self.groups if g.fused))
 
     @property
     def tokens(self) -> int:

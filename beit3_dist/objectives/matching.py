@@ -144,9 +144,13 @@ class Matching(Objective):
         samples, patches, longest = len(ids), 1 + self.model.patches, int(lengths.max())
         layout = TokenLayout((group(samples, patches, torch.arange(longest) >= lengths[:, None], longest),))
         packed = to_device(layout.packed([words[:, :longest].contiguous()]), ids.device)
-        rows = to_device(torch.arange(samples) * patches, ids.device)
+        first, counts = torch.arange(samples) * patches, (0, samples, 0, 0)
+        if self.model.fusion_layers:  # CLS knows no words there: <s>
+            before = lengths.cumsum(0) - lengths
+            first, counts = samples * patches + before, (0, 0, samples, 0)
+        rows = to_device(first, ids.device)
         inputs = MixedInputs(normalized(images), packed, layout.to(ids.device))
-        return SecondPass(inputs, Selection(rows, (0, samples, 0, 0)), ids, counted, lengths)
+        return SecondPass(inputs, Selection(rows, counts), ids, counted, lengths)
 
     def _shown(self, pairs: Sequence[Samples], rows: Tensor, device: torch.device) -> list[Tensor]:
         """On the device, of these rows of this replica's pairs, int64 [k] on the host: images uint8 [k, 3, S, S], words
@@ -171,7 +175,8 @@ class Matching(Objective):
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """`targets`: which of the fused samples count, bool [M]."""
-        logits_M2 = model.objective_heads[self.name](model.image_norm(hidden_MD)).float()
+        norm = model.text_norm if self.model.fusion_layers else model.image_norm
+        logits_M2 = model.objective_heads[self.name](norm(hidden_MD)).float()
         right = (torch.arange(len(logits_M2), device=logits_M2.device) < len(logits_M2) // 3).long()
         losses = cross_entropy(logits_M2, right, reduction="none")
         hits = (logits_M2.argmax(1) == right).float()

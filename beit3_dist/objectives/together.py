@@ -92,6 +92,10 @@ class Objectives:
                 f"objectives.{objective.name} reads none of the streams that batch has",
             )
         self._introduce()
+        if self.model.fusion_layers and run.train_only:
+            frozen = (name for name, p in self.build().named_parameters() if not p.requires_grad)
+            within = next((name for name in frozen if name.startswith("blocks.")), "")
+            require(not within, f"train_only freezes {within}: with model.fusion_layers, leave blocks out of it")
         require(
             any(loss.weight for loss in self.losses), "objectives: all weights are 0, so that nothing would be learnt"
         )

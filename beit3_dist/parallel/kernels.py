@@ -125,7 +125,7 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto", product: Pro
         for block in model.blocks.values():
             assert isinstance(block, Block)
             block.forward = CompiledForward(block)  # type: ignore[method-assign]
-    elif kernels == "triton":
+    elif kernels == "triton" and not model.config.fusion_layers:
         head_dim = model.config.width // model.config.heads
         attention, varlen = chosen_attention(attention, kernels, dtype, head_dim), VARLEN_ATTENTION
         core = None if attention == "padded" else varlen.function(varlen.version(attention))

@@ -24,6 +24,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from beit3_dist.config import RunConfig, TrainingConfig, require
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
+from beit3_dist.model.encoder import kind_of
 from beit3_dist.model.token_layout import TokenLayout
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.mesh import Groups
@@ -104,11 +105,14 @@ def plan_stages(config: RunConfig, largest: TokenLayout, last_flops: float) -> S
         return None
     model, d = config.model, config.model.width
     images, tokens = sum(g.samples for g in largest.patch_groups if g.patches), sum(largest.segments)
-    # Per block: projections and FFN; attention's own products are alike in all blocks and left out.
-    block = 3.0 * tokens * (8 * d * d + 4 * d * model.ffn_width)
+    # Per block: projections and FFN; attention's own products are left out.
+    block = 3.0 * (8 * d * d + 4 * d * model.ffn_width)
+    a, b, c, _ = largest.segments
+    of_kind = {"joint": tokens, "alone": tokens, "images": a + b, "co_attention": 1.5 * c + 0.2 * b, "connected": b + c}
+    costs = [block * of_kind[kind_of(model, layer)] for layer in range(model.layers)]
     embedding = 3.0 * 2 * images * model.patches * 3 * model.patch_size**2 * d
     ranks, chunks = config.parallel.pipeline, config.parallel.chunks
-    stages = balanced_stages([block] * model.layers, embedding, last_flops, ranks * chunks)
+    stages = balanced_stages(costs, embedding, last_flops, ranks * chunks)
     return StagePlan(stages, ranks, tokens)
 
 

@@ -29,8 +29,8 @@ from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.block import Encoder
 from beit3_dist.model.cut import cut_for, cuts_of, dimensions_of
+from beit3_dist.model.encoder import Encoder
 from beit3_dist.model.head import Head
 from beit3_dist.model.multiway import FeedForward, join
 from beit3_dist.model.token_layout import Selection, TokenLayout

@@ -37,7 +37,8 @@ _FIELDS = {
     OnResume.FIXED: """
         task batch train_only
         model.layers model.width model.heads model.ffn_width model.patch_size model.image_size model.attention model.ffn
-        model.sub_layernorm model.vl_expert_layers model.vocab_size model.visual_vocab_size model.max_text_length
+        model.sub_layernorm model.vl_expert_layers model.fusion_layers model.connected_every
+        model.language_layers model.vocab_size model.visual_vocab_size model.max_text_length
         model.drop_path model.layer_norm_eps
         model.codebook_size model.code_dim model.decoder_layers model.codebook_decay""",
     OnResume.RECIPE: """

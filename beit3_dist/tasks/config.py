@@ -165,6 +165,11 @@ class FinetuneConfig(TrainingConfig):
             not self.evaluate_only or bool(self.data.validation),
             "evaluate_only: data.validation names no index of examples to evaluate on",
         )
+        require(
+            not self.model.fusion_layers or task.contrastive,
+            f"model.fusion_layers={self.model.fusion_layers}: task={self.task} reads CLS, which rests in them and "
+            f"knows no text; {_those_with('contrastive')} can be trained",
+        )
         require_not_negative("", self, "epochs", "warmup_epochs", "mixup", "cutmix", "drop_worst_after")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
         require_positive("", self, "layer_decay", "head_lr_scale")

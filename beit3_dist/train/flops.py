@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.model.encoder import kind_of
 from beit3_dist.model.multiway import modules_of
 from beit3_dist.model.token_layout import Segments
 from beit3_dist.objectives.together import Objectives
@@ -59,6 +60,9 @@ def encoder_flops(
     """
     d, f = config.width, config.ffn_width
     pairs, patches = len(caption_lengths), 1 + config.patches
+    if config.fusion_layers:
+        blocks = _fusion_flops(config, images, caption_lengths, text_lengths, unseen)
+        return 3 * (blocks + 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d)
     tokens = (images + pairs) * patches + int(caption_lengths.sum()) + int(text_lengths.sum())
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
     attention = 4 * d * (int(lengths.square().sum()) - unseen)
@@ -66,6 +70,31 @@ def encoder_flops(
     last = tokens * 6 * d * d + attention + (tokens if read is None else read) * (2 * d * d + 4 * d * f)
     embedding = 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d
     return 3 * ((config.layers - 1) * block + last + embedding)
+
+
+def _fusion_flops(config: ModelConfig, images: int, caption_lengths: Tensor, text_lengths: Tensor, unseen: int) -> int:
+    """Forward, of the blocks of a model with fusion layers: each takes the tokens that do not rest in it."""
+    d, f = config.width, config.ffn_width
+    pairs, patches, captions = len(caption_lengths), 1 + config.patches, int(caption_lengths.sum())
+
+    def block(tokens: int, keys: int) -> int:
+        """`keys`: pairs of a query and a key."""
+        return tokens * (8 * d * d + 4 * d * f) + 4 * d * keys
+
+    def squares(lengths: Tensor) -> int:
+        return int(lengths.square().sum()) - unseen
+
+    of_images = block((images + pairs) * patches, (images + pairs) * patches**2)
+    words = torch.cat([caption_lengths, text_lengths])
+    of_words = block(int(words.sum()), squares(words))
+    cross = 4 * d * d * (captions + pairs * patches) + 4 * d * patches * captions
+    cost = {
+        "images": of_images,
+        "alone": of_images + of_words,
+        "co_attention": block(captions, squares(caption_lengths)) + cross,
+        "connected": block(pairs * patches + captions, squares(patches + caption_lengths)),
+    }
+    return sum(cost[kind_of(config, layer)] for layer in range(config.layers))
 
 
 @dataclass(frozen=True)
@@ -94,6 +123,8 @@ def pretraining_flops(
     flops = encoder_flops(model, images, caption_lengths, text_lengths, sum(read), unseen)
     flops += 3 * int(objectives.head_flops(counts))
     if objectives.trained is None:
+        return flops
+    if model.fusion_layers:  # of its blocks nothing is frozen
         return flops
     patches, pairs = 1 + model.patches, len(caption_lengths)
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])

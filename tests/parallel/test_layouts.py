@@ -114,6 +114,9 @@ TOWERS = {
     "tower-dp2-zero3": Layout(3, "tower", data=2, steps=2),
     "tower-tp2-zero2-sequence": Layout(2, "tower", tensor=2, sequence=True, steps=2),
     "tower-pp2-zero1-interleaved": Layout(1, "tower", pipeline=2, chunks=2, steps=2),
+    "fusion-dp2-zero3": Layout(3, "fusion", data=2, steps=2),
+    "fusion-tp2-zero2-full": Layout(2, "fusion", tensor=2, recompute="full", steps=2),
+    "fusion-pp2-zero1": Layout(1, "fusion", pipeline=2, steps=2),
 }
 
 COMPILED = {

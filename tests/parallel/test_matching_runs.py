@@ -145,6 +145,19 @@ def test_negatives_that_are_drawn_alike_need_no_contrast(tmp_path: Path) -> None
     assert not torch.equal(shown[0][0], shown[2][0])
 
 
+def test_with_fusion_layers_the_first_words_tell(tmp_path: Path) -> None:
+    """CLS rests there and knows no words."""
+    config = with_matching(tmp_path, "one", negatives="random")
+    model = replace(config.model, layers=3, attention="per_modality", vl_expert_layers=0, fusion_layers=1)
+    sections = {name: section for name, section in config.objectives.items() if name != "contrastive"}
+    ready = prepare_run(replace(config, objectives=sections, model=model), ONE)
+    matching = next(o for o in ready.objectives.connected(Replicas()) if o.name == "matching")
+    second = matching.second([ready.train[Request((0, 0, 0), 0)]], 0, 3, torch.device("cpu"))
+    _, patches, words, _ = second.inputs.layout.segments
+    assert second.selection.counts == (0, 0, 24, 0) and words == len(second.inputs.words)
+    assert (second.inputs.words[second.selection.rows - patches] == 0).all()  # <s>
+
+
 def test_what_it_lacks_is_named(tmp_path: Path) -> None:
     config = with_matching(tmp_path, "one")
     with pytest.raises(ValueError, match="objectives.matching draws .* give the section objectives.contrastive, too"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.trained import freeze
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.train import flops
 from beit3_dist.train.flops import encoder_flops, peak_flops
 from beit3_dist.train.totals import host_totals
@@ -32,6 +35,14 @@ CONFIGS = {
     "paper": ModelConfig(**SIZE, vl_expert_layers=1),
     "released": ModelConfig(**SIZE, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
     "tower": ModelConfig(**SIZE, ffn="shared", vl_expert_layers=0),
+    "fusion": ModelConfig(
+        **SIZE | {"layers": 6},
+        attention="per_modality",
+        vl_expert_layers=0,
+        fusion_layers=3,
+        connected_every=1,
+        language_layers=2,
+    ),
 }
 
 
@@ -136,7 +147,7 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert peak_flops(torch.device("cuda", 0)) == peak
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("config", [c for c in CONFIGS.values() if not c.fusion_layers])
 @pytest.mark.parametrize(
     "train_only",
     [
@@ -157,3 +168,12 @@ def test_what_is_frozen_counts_no_gradient_of_weights(config: ModelConfig, train
     theirs = counted_by_torch(config, batch, model=model)
     pixels = patch_embedding(config, batch) * any("vision_embedding.projection.weight" == n for n in objectives.trained)
     assert host_totals([batch], objectives).flops - theirs == pixels
+
+
+def test_blocks_with_fusion_are_trained_as_a_whole() -> None:
+    run = objectives_for(CONFIGS["fusion"]).run
+    objectives_of(replace(run, train_only=["!image_head.*"]))
+    with pytest.raises(
+        ValueError, match=r"^train_only freezes blocks\.0\.attention\..*: with model\.fusion_layers, leave blocks out"
+    ):
+        objectives_of(replace(run, train_only=["!blocks.0.attention.*"]))

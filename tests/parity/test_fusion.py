@@ -1,0 +1,132 @@
+"""Fusion above two encoders (ALBEF's, mPLUG's) against torch's own attention, in fp64, and what rests in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from beit3_dist.config import ModelConfig
+from beit3_dist.model import BEiT3
+from beit3_dist.model.decoding import Decoder
+from beit3_dist.model.encoder import kind_of
+from beit3_dist.model.token_layout import prefix_mask
+
+ALBEF = ModelConfig(layers=5, width=32, heads=4, ffn_width=48, patch_size=8, image_size=16, attention="per_modality",
+                    vl_expert_layers=0, fusion_layers=2, language_layers=2, vocab_size=60, visual_vocab_size=20,
+                    max_text_length=16)  # fmt: skip
+MPLUG = replace(ALBEF, layers=7, fusion_layers=4, connected_every=1)
+PADDING = torch.arange(6) >= torch.tensor([6, 2, 4])[:, None]
+close = torch.testing.assert_close
+
+
+def built(config: ModelConfig) -> BEiT3:
+    """With values of ordinary size: initial biases are zero and would hide mistakes."""
+    model, draw = BEiT3(config).double(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
+    return model
+
+
+def samples() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(3, 3, 16, 16, generator=draw, dtype=torch.float64), torch.randint(4, 60, (3, 6), generator=draw)
+
+
+def attended(module: nn.Module, side: str, q: Tensor, kv: Tensor, hidden: Tensor | None, keys: str = "") -> Tensor:
+    """torch's multi-head attention with the module's weights."""
+    theirs = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
+    parts = [module.q[side], module.k[keys or side], module.v[keys or side]]
+    weight, bias = (torch.cat([getattr(part, kind) for part in parts]) for kind in ("weight", "bias"))
+    out = module.out[side]
+    return nn.functional.multi_head_attention_forward(
+        *(x.transpose(0, 1) for x in (q, kv, kv)), 32, 4, weight, bias, None, None, False, 0.0, out.weight, out.bias,
+        key_padding_mask=hidden, need_weights=False,
+    )[0].transpose(0, 1) + 0 * theirs.in_proj_bias.sum()  # fmt: skip
+
+
+def fed(ffn: nn.Module, x: Tensor) -> Tensor:
+    return ffn.fc2(gelu(ffn.fc1(ffn.norm(x))))
+
+
+def plain(model: BEiT3, pictures: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, layer by layer, over padded samples."""
+    v = model.vision_embedding(pictures)
+    w = model.language_embedding(text.flatten(), torch.arange(6).repeat(3)).unflatten(0, (3, 6))
+    for layer, block in model.blocks.items():
+        kind = kind_of(model.config, int(layer))
+        if kind in ("images", "alone"):
+            norm = block.attention_norm
+            v = v + attended(block.attention, "vision", *(norm["vision"](v),) * 2, None)
+            v = v + fed(block.ffn["vision"], v)
+            if kind == "alone":
+                w = w + attended(block.attention, "language", *(norm["language"](w),) * 2, PADDING)
+                w = w + fed(block.ffn["language"], w)
+        elif kind == "co_attention":
+            w = w + attended(block.attention, "language", *(block.attention_norm["language"](w),) * 2, PADDING)
+            queries, keys = block.cross_norm["language"](w), block.cross_norm["vision"](v)
+            w = w + attended(block.cross_attention, "language", queries, keys, None, "vision")
+            w = w + fed(block.ffn["language"], w)
+        else:
+            x = torch.cat([v, w], dim=1)
+            hidden = torch.cat([PADDING.new_zeros(3, v.shape[1]), PADDING], dim=1)
+            x = x + attended(block.attention, "shared", *(block.attention_norm["shared"](x),) * 2, hidden)
+            x = x + fed(block.ffn["shared"], x)
+            v, w = v + x[:, : v.shape[1]], x[:, v.shape[1] :]
+    return model.image_norm(v), model.text_norm(w)[~PADDING]
+
+
+@pytest.mark.parametrize("config", [ALBEF, MPLUG], ids=["ALBEF", "mPLUG"])
+def test_pairs_are_fused_as_defined(config: ModelConfig) -> None:
+    model, (pictures, text) = built(config), samples()
+    found = model.encode(pictures, text, PADDING)
+    ours, theirs = (found[:, :5], found[:, 5:][~PADDING]), plain(model, pictures, text)
+    close(ours, theirs)
+    draw = torch.Generator().manual_seed(2)
+    toward = [torch.randn(part.shape, generator=draw, dtype=torch.float64) for part in ours]
+    leaves = [p for name, p in model.named_parameters() if "head" not in name and "mask_token" not in name]
+    gradients = [
+        torch.autograd.grad(sum((part * to).sum() for part, to in zip(parts, toward, strict=True)), leaves)
+        for parts in (ours, theirs)
+    ]
+    close(*gradients)
+
+
+@pytest.mark.parametrize("config", [ALBEF, MPLUG], ids=["ALBEF", "mPLUG"])
+def test_what_is_alone_never_meets_and_rests_in_fusion(config: ModelConfig) -> None:
+    """Images and texts alone are what the encoders below fusion make of them."""
+    model, (pictures, text) = built(config), samples()
+    below = BEiT3(replace(config, layers=config.lower_layers + 1, fusion_layers=1, connected_every=0)).double()
+    below.load_state_dict({n: p for n, p in model.state_dict().items() if n in below.state_dict()})
+    close(model.encode(pictures), below.encode(pictures))
+    close(model.encode(text=text), below.encode(text=text))
+    fused = model.encode(pictures, text)[:, :5]
+    assert torch.allclose(fused, model.encode(pictures)) == (config is ALBEF)
+
+
+def test_no_word_sees_a_later_one_behind_its_prefix() -> None:
+    """Prefix language modelling over fusion layers: a change of the last word changes no hidden state before it."""
+    model, (pictures, text) = built(MPLUG), samples()
+    mask = prefix_mask(5, 6, torch.tensor([0, 2, 3]))
+    changed = text.clone()
+    changed[:, -1] = (changed[:, -1] + 7) % 60
+    one, other = (model.encode(pictures, some, attention_mask=mask) for some in (text, changed))
+    close(one[:, :-1], other[:, :-1])
+    assert not torch.allclose(one[:, -1], other[:, -1])
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for changes, message in (
+        ({"ffn": "shared"}, r"model\.fusion_layers=2 stand above two encoders: use model\.attention=per_modality"),
+        ({"layers": 2}, r"model\.fusion_layers=2 stand above"),
+        ({"fusion_layers": 0}, r"model\.connected_every and model\.language_layers are of a model with"),
+        ({"language_layers": 4}, r"model\.language_layers=4 exceeds the 3 layers below fusion"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(ALBEF, **changes)
+    with pytest.raises(ValueError, match="writes no captions"):
+        Decoder(BEiT3(ALBEF), torch.zeros(1, 3, 16, 16), 1, 4)
