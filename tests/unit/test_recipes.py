@@ -11,9 +11,10 @@ import pytest
 from torch import nn
 
 from beit3_dist.command_line import parse
-from beit3_dist.config import RunConfig
+from beit3_dist.config import STREAMS, RunConfig
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.run.stage_file import read_stages
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 HEADS = "(image|text)_head|objective_heads"
@@ -72,7 +73,20 @@ def test_it_builds_what_its_paper_counts(recipe: str) -> None:
 
 def test_all_recipes_are_in_the_table_or_a_demos() -> None:
     names = {path.stem for path in RECIPES.glob("*.yaml")}
-    assert {name for name in names if not re.match("demo|image_tokenizer", name)} == TABLE.keys()
+    assert {name for name in names if not re.match("demo|image_tokenizer|.*_stages$", name)} == TABLE.keys()
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in RECIPES.glob("*_stages.yaml")))
+def test_stages_are_of_one_model_and_train_what_they_read(file: str) -> None:
+    recipes = [path.stem for path in read_stages(RECIPES / f"{file}.yaml").values()]
+    stages = [config_of(recipe) for recipe in recipes]
+    assert recipes[-1] == file.removesuffix("_stages") and all(stage.model == stages[0].model for stage in stages)
+    read = [[name for name in STREAMS if getattr(stage.batch, name)] for stage in stages]
+    assert read == [["images"], ["texts"], ["pairs"]]
+    of_images, of_texts, of_pairs = (objectives_of(stage).trained or frozenset() for stage in stages)
+    assert all("language" not in name and ".vl." not in name and "text_head" not in name for name in of_images)
+    assert all(re.match(r"language_embedding|.*\.language\.|norm\.|text_head", name) for name in of_texts)
+    assert of_images | of_texts < of_pairs | {"image_head.weight", "image_head.bias"}
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("demo*.yaml")))
