@@ -438,6 +438,29 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class GradientMaskingConfig:
+    """Which stream's gradient each weight of a shared encoder takes, images' or texts' (ViT-BERT, Li et al. 2021). A
+    run of images and texts without pairs; each micro-batch goes forward and backward stream by stream."""
+
+    every: int = 0
+    """Steps between updates of the masks, which begin with the texts' gradient for all weights (ViT-BERT does not say);
+    0: there are no masks, and each weight takes the sum of both."""
+    share: float = 0.5
+    """Share of the weights that takes the images' gradient in the end (ViT-BERT: 50 %)."""
+    share_per_update: float = 0.1
+    """Share of the weights that an update adds to them, those with the smallest gradients of texts (ViT-BERT: 10 %)."""
+
+    def __post_init__(self) -> None:
+        require_not_negative("gradient_masking.", self, "every")
+        require_within("[0, 1]", "gradient_masking.", self, "share")
+        require_within("(0, 1]", "gradient_masking.", self, "share_per_update")
+
+    def share_after(self, steps: int) -> float:
+        """Share of the weights that takes the images' gradient after so many steps."""
+        return min(self.share, steps // self.every * self.share_per_update)
+
+
+@dataclass(kw_only=True)
 class GuardConfig:
     """What a run watches itself for. None of it changes what an undisturbed run computes."""
 
@@ -611,12 +634,16 @@ class RunConfig(TrainingConfig):
     """Patterns, with * for any characters, of the names of the parameters that are trained, such as
     blocks.*.ffn.language.*; those behind a ! are left out, and patterns that all have one leave out of everything. The
     others are frozen: they have no gradient, no moments and no decay, and keep their values. Empty: all are trained."""
+    gradient_masking: GradientMaskingConfig = field(default_factory=GradientMaskingConfig)
+    """Masks of the shared encoder's gradients."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out validation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         expand_home(self, "image_tokenizer", "image_codes")
+        if self.gradient_masking.every:
+            self._check_gradient_masking()
         self.train_only = [self.train_only] if isinstance(self.train_only, str) else self.train_only
         for name in STREAMS:
             count = getattr(self.batch, name)
@@ -633,6 +660,22 @@ class RunConfig(TrainingConfig):
                 not samples or getattr(self.data, name) <= self.model.max_text_length,
                 f"data.{name}={getattr(self.data, name)} exceeds model.max_text_length={self.model.max_text_length}",
             )
+
+    def _check_gradient_masking(self) -> None:
+        name = f"gradient_masking.every={self.gradient_masking.every}"
+        require(
+            bool(self.batch.images and self.batch.texts and not self.batch.pairs),
+            f"{name} tells the gradients of images and texts apart: give both batch.images and batch.texts, and "
+            "batch.pairs=0",
+        )
+        require(
+            self.model.attention == "shared",
+            f"{name} masks what both streams share: use model.attention=shared (and model.ffn=shared for all of it)",
+        )
+        require(
+            self.parallel.pipeline == 1,
+            f"{name}: a pipeline takes the streams of a micro-batch together: use parallel.pipeline=1",
+        )
 
     @property
     def accumulation(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
-from beit3_dist.config import RunConfig, require
+from beit3_dist.config import STREAMS, GradientMaskingConfig, RunConfig, require
 from beit3_dist.objectives.base import Objective
 from beit3_dist.objectives.contrastive import Contrastive
 from beit3_dist.objectives.distillation import Distillation
@@ -37,5 +39,23 @@ def register(objective: Kind) -> Kind:
 
 def objectives_of(config: RunConfig) -> Objectives:
     """The objectives of a run: those whose sections it has. Raises ValueError naming the field where one cannot be."""
+    return Objectives(config, objectives_of_run(config))
+
+
+def objectives_of_run(config: RunConfig) -> list[Objective]:
+    """Each of them alone."""
     chosen = config.objectives or {MaskedDataModeling.name: MaskedDataModeling.Config()}
-    return Objectives(config, [OBJECTIVES[name](section, config) for name, section in chosen.items()])
+    return [OBJECTIVES[name](section, config) for name, section in chosen.items()]
+
+
+def objectives_by_stream(config: RunConfig, streams: Sequence[str]) -> dict[str, Objectives]:
+    """For each stream the objectives of a run that has it alone: those of the run's that read something of it. Raises
+    ValueError where there is none."""
+    found = {}
+    for stream in streams:
+        batch = replace(config.batch, **{other: 0 for other in STREAMS if other != stream})
+        alone = replace(config, batch=batch, gradient_masking=GradientMaskingConfig())
+        chosen = [one for one in objectives_of_run(alone) if one.views]
+        require(bool(chosen), f"gradient_masking.every={config.gradient_masking.every}: no objective reads {stream}")
+        found[stream] = Objectives(alone, chosen)
+    return found

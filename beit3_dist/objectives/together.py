@@ -42,6 +42,8 @@ class Reading:
     """Of each objective."""
     second: Mapping[int, Callable[[], SecondPass]] = field(default_factory=dict)
     """Objectives, by their place, that read a pass of their own after this one."""
+    objectives: Objectives | None = None
+    """Whose they are, where they are not all of the run's."""
 
 
 class OnHost:
@@ -412,17 +414,24 @@ class PretrainingModule(nn.Module):
     def losses(self, hidden_MD: Tensor, reading: Reading, step_counts: Tensor, step: int = 0) -> tuple[Tensor, Tensor]:
         """The contribution to the loss and the statistics [2, K] from the last block's hidden states of the selected
         tokens."""
-        read = self._read(self.objectives, hidden_MD, reading)
+        objectives = reading.objectives or self.objectives
+        read = self._read(objectives, hidden_MD, reading)
         sums = {
             place: objective.sums(self.model, hidden, targets)
             for place, (objective, hidden, targets) in enumerate(read)
             if place not in reading.second
         }
-        for place, objective in enumerate(self.objectives):
+        for place, objective in enumerate(objectives):
             if place in reading.second:  # what the others have made of the first pass may choose its samples
                 sums[place] = self._second(objective, reading.second[place](), step)
         statistics = sums[0] if len(sums) == 1 else torch.cat([sums[place] for place in sorted(sums)], dim=1)
         # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
-        losses = zip(self.objectives.losses, statistics[0], strict=True)
+        losses = zip(objectives.losses, statistics[0], strict=True)
         weighted = torch.stack([loss.weight * value for loss, value in losses])
-        return (weighted / step_counts.clamp(min=1)).sum(), statistics.detach()
+        if reading.objectives is None:
+            return (weighted / step_counts.clamp(min=1)).sum(), statistics.detach()
+        names = [loss.name for loss in self.objectives.losses]
+        places = [names.index(loss.name) for loss in objectives.losses]
+        of_all = statistics.new_zeros(2, self.columns)
+        of_all[:, places] = statistics.detach()
+        return (weighted / step_counts[places].clamp(min=1)).sum(), of_all

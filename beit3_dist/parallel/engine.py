@@ -31,7 +31,7 @@ from beit3_dist.parallel.float8 import product_of_blocks
 from beit3_dist.parallel.fragments import KEPT, bounded, share_of
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages
+from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages, zero_gradients
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
 
 
@@ -64,6 +64,7 @@ class Engine:
     final form.
     plan: the stages of a pipeline; needed where there is one.
     bounds: name -> interval of the parameters that every step leaves in one.
+    passes: forward and backward passes of a micro-batch in training.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Engine:
         optimizer: Callable[[BEiT3, bool], torch.optim.Optimizer],
         plan: StagePlan | None = None,
         bounds: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+        passes: int = 1,
     ) -> None:
         self.mesh, self.groups = groups.mesh, groups
         settings = deepspeed_config(config, groups.mesh.data)
@@ -106,7 +108,7 @@ class Engine:
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
             if isinstance(module, Stages)
-            else Accumulation(config, groups, self.deepspeed, module.columns)
+            else Accumulation(config.accumulation * passes, groups, self.deepspeed, module.columns, passes > 1)
         )
 
     def train_step(
@@ -184,9 +186,10 @@ class Engine:
 class Accumulation:
     """The schedule without a pipeline: one micro-batch after the other."""
 
-    def __init__(self, config: TrainingConfig, groups: Groups, engine: Any, columns: int) -> None:
-        self._engine, self._mesh, self._micro_batches = engine, groups.mesh, config.accumulation
-        self._columns = columns
+    def __init__(self, micro_batches: int, groups: Groups, engine: Any, columns: int, partial: bool = False) -> None:
+        """`micro_batches`: forward and backward passes of a step. `partial`: some are of a part of the model alone."""
+        self._engine, self._mesh, self._micro_batches = engine, groups.mesh, micro_batches
+        self._columns, self._partial = columns, partial
 
     def train(self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int) -> Tensor:
         """Forward and backward of a step's micro-batches; their statistics [2, K]."""
@@ -208,7 +211,9 @@ class Accumulation:
         return totals
 
     def after_step(self) -> None:
-        """Nothing is left over."""
+        """A pass may leave parameters without gradient, which the next step's first one does not overwrite either."""
+        if self._partial:
+            zero_gradients(self._engine)
 
 
 def _build_model(

@@ -281,11 +281,15 @@ class Pipeline:
         return self._backwards == self.micro_batches * self.chunks
 
     def after_step(self) -> None:
-        """(*) ZeRO-3 overwrites its gradient buffer only for the chunk that goes backward first in a step; the others
-        would accumulate onto the last step's gradients."""
-        buffer = getattr(self._engine.optimizer, "grad_partitions_flat_buffer", None)
-        if buffer is not None:
-            buffer.zero_()
+        """(*) The chunks that do not go backward first in a step would accumulate onto the last step's gradients."""
+        zero_gradients(self._engine)
+
+
+def zero_gradients(engine: Any) -> None:
+    """Of ZeRO-3, which overwrites its gradient buffer only where a step's first backward pass has a gradient."""
+    buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    if buffer is not None:
+        buffer.zero_()
 
 
 def check_order_within(data: dist.ProcessGroup) -> None:

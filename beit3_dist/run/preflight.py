@@ -17,7 +17,7 @@ from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.objectives.contrastive import Contrastive
-from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.registry import objectives_by_stream, objectives_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.float8 import check_float8
@@ -75,6 +75,8 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
             "the model, which a pipeline cannot: use parallel.pipeline=1",
         )
     check_trained(config, mesh, objectives)
+    if config.gradient_masking.every:
+        objectives_by_stream(config, ("images", "texts"))
     checkpoint, state = starting_point(config)
     own = view = config.model.image_size  # looked up codes need no view for the tokenizer
     image_tokenizer = None

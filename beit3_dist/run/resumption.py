@@ -36,6 +36,7 @@ class OnResume(Enum):
 _FIELDS = {
     OnResume.FIXED: """
         task batch train_only
+        gradient_masking.every gradient_masking.share gradient_masking.share_per_update
         model.layers model.width model.heads model.ffn_width model.patch_size model.image_size model.attention model.ffn
         model.sub_layernorm model.vl_expert_layers model.fusion_layers model.connected_every
         model.language_layers model.vocab_size model.visual_vocab_size model.max_text_length

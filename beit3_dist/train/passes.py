@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,3 +46,19 @@ def passes(
         nothing = [0] * len(objectives.losses)
         flops = pretraining_flops(objectives, 0, captions, captions[:0], (a, b, c, d), nothing)
         batch.add(engine.groups, tokens, flops)
+
+
+def passes_by_stream(
+    by_stream: Mapping[str, Objectives],
+    engine: Engine,
+    batch: StepBatch,
+    codes_of: Callable[[MicroBatch], Codes | None],
+    begins: Callable[[str], None],
+) -> Iterator[tuple[Any, ...]]:
+    """As `passes`, each micro-batch stream by stream, with the objectives of each; `begins` is told which is next."""
+    for micro_batch in batch.micro_batches:
+        for stream, objectives in by_stream.items():
+            alone = MicroBatch({stream: micro_batch.streams[stream]})
+            inputs, reading, ids = prepared(objectives, alone, engine.mesh, codes_of(alone))
+            begins(stream)
+            yield inputs, replace(reading, objectives=objectives), ids

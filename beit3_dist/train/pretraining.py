@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,7 @@ from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
 from beit3_dist.train.feed import Feed, StepBatch
 from beit3_dist.train.loop import Job, train
+from beit3_dist.train.masked_by_stream import MaskedByStream
 from beit3_dist.train.metrics import losses_and_accuracies, speed
 from beit3_dist.train.optimizer import build_optimizer
 from beit3_dist.train.passes import passes
@@ -96,7 +98,9 @@ class Pretraining(Job[RunConfig, StepResult]):
             optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
             plan=plan_stages(config, largest, flops),
             bounds=objectives.bounds,
+            passes=2 if config.gradient_masking.every else 1,
         )
+        self._masked = MaskedByStream(config, ready, self._engine) if config.gradient_masking.every else None
         if (trained := objectives.trained) is not None:
             sizes = {name: shape.numel() for name, shape in self._engine.whole_shapes.items()}
             trained_size = sum(sizes[name] for name in trained)
@@ -114,10 +118,11 @@ class Pretraining(Job[RunConfig, StepResult]):
         self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
 
     def shards(self) -> Iterator[Shard]:
-        return contribution(self._engine)
+        return contribution(self._engine, self._masked.masks.of_fragment if self._masked else None)
 
     def load(self, checkpoint: Path) -> None:
-        load_checkpoint(checkpoint, self._engine, self.state)
+        with self._masked.restored() if self._masked else nullcontext() as more:
+            load_checkpoint(checkpoint, self._engine, self.state, more)
 
     def first_faults(self) -> list[Fault]:
         return self._ready.train.faults()
@@ -130,12 +135,19 @@ class Pretraining(Job[RunConfig, StepResult]):
         return batch
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
-        return self._engine.train_step(self._passes(batch, step), batch.step_counts, step, lr)
+        result = self._engine.train_step(self._passes(batch, step), batch.step_counts, step, lr)
+        if self._masked:
+            self._masked.after(step + 1)
+        return result
 
     def _passes(self, batch: StepBatch, step: int) -> Iterator[tuple[Any, ...]]:
         watched = self._target_watch.is_due(self.state.step + 1)
         codes_of = partial(targets_of, codes=self._ready.train_codes, tokenize=self._tokenize)
-        for inputs, reading, ids in passes(self._objectives, self._engine, batch, codes_of, step):
+        if self._masked:
+            made = self._masked.passes(batch, codes_of)
+        else:
+            made = passes(self._objectives, self._engine, batch, codes_of, step)
+        for inputs, reading, ids in made:
             if watched and reading is not None:
                 self._target_watch.add(reading)
             yield inputs, reading, ids

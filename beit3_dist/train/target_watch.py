@@ -67,9 +67,10 @@ class TargetWatch:
         """Counts the targets of one of the step's micro-batches. Does not wait for the device."""
         if self._mesh.tensor_rank:
             return  # neighbours have the same
-        watched = [classes for loss, classes in self._objectives.classes(reading) if loss.classes]
-        for counts, values in zip(self._step.split(self._sizes), watched, strict=True):
-            counts.index_add_(0, values, torch.ones_like(values))
+        counts = dict(zip((loss.name for loss in self._losses), self._step.split(self._sizes), strict=True))
+        for loss, values in (reading.objectives or self._objectives).classes(reading):
+            if loss.classes:
+                counts[loss.name].index_add_(0, values, torch.ones_like(values))
 
     def measure(self) -> dict[str, float]:
         """The fields of the step's record: entropies in nats. Says once, on the first process, which streams have

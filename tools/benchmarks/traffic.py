@@ -358,7 +358,7 @@ def account(
         with patch("torch.cuda.is_available", lambda: True):
             optimizer.take_over(engine, chosen_function("adamw", kernels, torch.bfloat16, sizes_of(model)))
             fused = tokenizer is not None and fuse_encoder(tokenizer, kernels)
-        schedule = Accumulation(SimpleNamespace(accumulation=len(batches)), meta_groups, engine, len(objectives.losses))
+        schedule = Accumulation(len(batches), meta_groups, engine, len(objectives.losses))
         counts = torch.tensor([sum(c) for c in zip(*map(objectives.counts, batches), strict=True)], device=META)
 
         def tokenize(pictures: Tensor) -> Tensor:
