@@ -157,12 +157,10 @@ class Model:
                 f"{self.name} was not pretrained by objectives.matching, which teaches what belongs together"
             )
 
-        model = self.network.config
-        place = 1 + model.patches if model.fusion_layers else 0  # <s> or CLS, see objectives/matching.py
-
         def matches(rows: Sequence[int]) -> Tensor:
             pixels, (words, padding) = self._pixels([images[r] for r in rows]), self._words([texts[r] for r in rows])
-            no, yes = head(self.network.encode(pixels, words, padding)[:, place]).unbind(1)
+            start = self.network.encode(pixels, words, padding)[:, 1 + self.network.config.patches]
+            no, yes = head(start).unbind(1)
             return yes - no
 
         return self._run(matches, range(len(texts)), IMAGES_AT_ONCE)

@@ -36,8 +36,8 @@ class MatchingConfig:
     weight: float = 1.0
     """Weight of the loss."""
     head: Literal["pooler", "linear"] = "pooler"
-    """What tells by the fused CLS. pooler: a matrix and tanh before the two classes (VLMo). linear: the two alone
-    (ALBEF)."""
+    """What tells by <s> of the caption beside its image. pooler: a matrix and tanh before the two classes (VLMo).
+    linear: the two alone (ALBEF)."""
     negatives: Literal["all", "rank", "random"] = "all"
     """Whose pairs negatives are drawn from. all: every rank's, hard ones by contrast's similarities (VLMo). rank: hard
     ones of its own rank (ALBEF), so that the loss depends on the number of ranks. random: every rank's in the
@@ -48,15 +48,15 @@ class MatchingConfig:
 
 
 class MatchingHead(nn.Module):
-    """CLS [M, D] -> logits [M, 2] of no match and match."""
+    """<s> [M, D] -> logits [M, 2] of no match and match."""
 
     def __init__(self, width: int, pooled: bool) -> None:
         super().__init__()
         self.pooler = Linear(width, width) if pooled else None
         self.score = Linear(width, 2)
 
-    def forward(self, cls_MD: Tensor) -> Tensor:
-        return self.score(cls_MD if self.pooler is None else torch.tanh(self.pooler(cls_MD)))
+    def forward(self, start_MD: Tensor) -> Tensor:
+        return self.score(start_MD if self.pooler is None else torch.tanh(self.pooler(start_MD)))
 
 
 class Matching(Objective):
@@ -144,13 +144,9 @@ class Matching(Objective):
         samples, patches, longest = len(ids), 1 + self.model.patches, int(lengths.max())
         layout = TokenLayout((group(samples, patches, torch.arange(longest) >= lengths[:, None], longest),))
         packed = to_device(layout.packed([words[:, :longest].contiguous()]), ids.device)
-        first, counts = torch.arange(samples) * patches, (0, samples, 0, 0)
-        if self.model.fusion_layers:  # CLS knows no words there: <s>
-            before = lengths.cumsum(0) - lengths
-            first, counts = samples * patches + before, (0, 0, samples, 0)
-        rows = to_device(first, ids.device)
+        rows = to_device(samples * patches + lengths.cumsum(0) - lengths, ids.device)
         inputs = MixedInputs(normalized(images), packed, layout.to(ids.device))
-        return SecondPass(inputs, Selection(rows, counts), ids, counted, lengths)
+        return SecondPass(inputs, Selection(rows, (0, 0, samples, 0)), ids, counted, lengths)
 
     def _shown(self, pairs: Sequence[Samples], rows: Tensor, device: torch.device) -> list[Tensor]:
         """On the device, of these rows of this replica's pairs, int64 [k] on the host: images uint8 [k, 3, S, S], words
@@ -175,8 +171,7 @@ class Matching(Objective):
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """`targets`: which of the fused samples count, bool [M]."""
-        norm = model.text_norm if self.model.fusion_layers else model.image_norm
-        logits_M2 = model.objective_heads[self.name](norm(hidden_MD)).float()
+        logits_M2 = model.objective_heads[self.name](model.text_norm(hidden_MD)).float()
         right = (torch.arange(len(logits_M2), device=logits_M2.device) < len(logits_M2) // 3).long()
         losses = cross_entropy(logits_M2, right, reduction="none")
         hits = (logits_M2.argmax(1) == right).float()

@@ -258,8 +258,8 @@ def test_a_pretrained_model_tells_what_matches(tmp_path: Path, tokenizer: Path, 
     model, weights = Model.load(folder, device="cpu", task="retrieval"), read_model_folder(folder).weights
     matches = model.match(pictures, SENTENCES[:4])
     head = {name.rpartition("matching.")[2]: w for name, w in weights.items() if "heads.matching." in name}
-    cls = model.network.encode(model._pixels(pictures), *model._words(SENTENCES[:4]))[:, 0]
-    pooled = torch.tanh(cls @ head["pooler.weight"].T + head["pooler.bias"])
+    start = model.network.encode(model._pixels(pictures), *model._words(SENTENCES[:4]))[:, 5]  # <s>, after 4 patches
+    pooled = torch.tanh(start @ head["pooler.weight"].T + head["pooler.bias"])
     logits = pooled @ head["score.weight"].T + head["score.bias"]
     torch.testing.assert_close(matches, logits[:, 1] - logits[:, 0])
     with pytest.raises(ValueError, match="4 images and 1 texts"):
