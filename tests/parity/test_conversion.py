@@ -99,6 +99,7 @@ def test_torchscales_file_returns_identical(form: str, dtype: torch.dtype, tmp_p
 # -------------------------------------------------------------------------------------------------------------- timm
 
 
+@pytest.mark.slow
 def test_timms_base_model_gives_our_vision_features(tmp_path: Path) -> None:
     import timm
 

@@ -283,6 +283,7 @@ def test_dictionary_is_clean_and_of_the_expected_size() -> None:
     assert "crex: a genus of birds including the corncrake (Crex crex)." in texts
 
 
+@pytest.mark.slow
 def test_killed_build_never_looks_whole(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word\n" * 2_000_000)
     command = [sys.executable, str(TOOL), "texts", str(tmp_path / "long.txt"), str(tmp_path / "out"), "--held-out", "0"]

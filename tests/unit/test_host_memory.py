@@ -23,6 +23,7 @@ print(min(pages_of_a_step() for _ in range(5)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is Linux's")
+@pytest.mark.slow
 def test_freed_memory_is_used_again() -> None:
     """A step of 300 MB is 73,000 pages of 4 KB. Kept, a later one takes next to none; without, each takes those of its
     large tensor at least."""

@@ -153,6 +153,7 @@ def peak_growth(work: str, *paths: Path) -> int:
     return int(result.stdout)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_buffers_and_not_by_the_checkpoint(tmp_path: Path) -> None:
     """10 parameters of 6 MiB, weight and moments: 180 MiB, in shards cut over 2 x 2 ranks along rows and columns. The
     peak stays below twice the largest parameter plus buffers of 1 MiB each, of which a few are held at once."""

@@ -54,6 +54,7 @@ def table_of(folder: Path, stream: Stream, samples: int) -> Table:
 
 
 @pytest.mark.parametrize("kind", ["images", "texts"])
+@pytest.mark.slow
 def test_ten_million_samples(tmp_path: Path, kind: str) -> None:
     for shard in range(SHARDS):
         (tmp_path / f"{shard:04d}.tar").write_bytes(b"")

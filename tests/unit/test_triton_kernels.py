@@ -210,6 +210,7 @@ def test_cross_entropy_refuses_what_it_would_compute_wrongly() -> None:
 # ------------------------------------------------------------------------------------------------------ on real chips
 
 
+@pytest.mark.slow
 def test_the_compiler_takes_them(tmp_path: Path) -> None:
     """In a process without the interpreter, into an empty cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
