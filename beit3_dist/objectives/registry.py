@@ -51,11 +51,12 @@ def objectives_of_run(config: RunConfig) -> list[Objective]:
 def objectives_by_stream(config: RunConfig, streams: Sequence[str]) -> dict[str, Objectives]:
     """For each stream the objectives of a run that has it alone: those of the run's that read something of it. Raises
     ValueError where there is none."""
-    found = {}
+    of_all, found = objectives_of_run(config), {}
     for stream in streams:
         batch = replace(config.batch, **{other: 0 for other in STREAMS if other != stream})
         alone = replace(config, batch=batch, gradient_masking=GradientMaskingConfig())
-        chosen = [one for one in objectives_of_run(alone) if one.views]
+        reading = [one for one in of_all if any(view.stream == stream for view in one.views)]
+        chosen = [type(one)(one.config, alone) for one in reading]
         require(bool(chosen), f"gradient_masking.every={config.gradient_masking.every}: no objective reads {stream}")
         found[stream] = Objectives(alone, chosen)
     return found

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from beit3_dist.checkpoint.read import StoredShards, read_weights
+from beit3_dist.command_line import parse
 from beit3_dist.config import BatchConfig, CheckpointConfig, GradientMaskingConfig, ParallelConfig, RunConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.cut import cuts_of
 from beit3_dist.model.initialization import materialize
+from beit3_dist.objectives import SECTIONS
+from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModelingConfig as PrefixConfig
 from beit3_dist.objectives.registry import objectives_by_stream, objectives_of
 from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine
@@ -212,6 +215,19 @@ def test_masks_are_part_of_a_checkpoint(tmp_path: Path) -> None:
             assert torch.equal(mask, theirs.whole(name, TEXT_MASK)) and mask.unique().tolist() in ([0, 1], [0], [1])
             zeros, elements = zeros + int((mask == 0).sum()), elements + mask.numel()
     assert zeros == round(0.5 * elements)
+
+
+def test_each_stream_has_the_objectives_that_read_it() -> None:
+    """Of ViT-BERT's recipe: one of them would refuse a run of images alone."""
+    recipe = ["--config", "launchers/recipes/vit_bert_base.yaml", "--out", "unused", "--text_tokenizer", "unused"]
+    recipe += ["--data.images", "unused", "--data.texts", "unused"]
+    config = parse(RunConfig, "", "", recipe, SECTIONS)
+    losses = {stream: own.losses for stream, own in objectives_by_stream(config, ("texts", "images")).items()}
+    assert {stream: [loss.name for loss in some] for stream, some in losses.items()} == {
+        "texts": ["text", "distilled_text"], "images": ["image_class", "distilled_image"]
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="gradient_masking.every=1: no objective reads images"):
+        objectives_by_stream(replace(config_of(), objectives={"prefix_language_modeling": PrefixConfig()}), ["images"])
 
 
 def test_a_bit_for_each_weight() -> None:
