@@ -31,6 +31,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "paper": {"attention": "shared", "sub_layernorm": False, "vl_expert_layers": 1},
     "released": {"attention": "per_modality", "sub_layernorm": True, "vl_expert_layers": 0},
     "tower": {"ffn": "shared", "vl_expert_layers": 0},
+    "fusion": {
+        "layers": 4,
+        "attention": "per_modality",
+        "vl_expert_layers": 0,
+        "fusion_layers": 2,
+        "connected_every": 1,
+    },
 }
 
 

@@ -11,9 +11,10 @@ from torch.nn.functional import gelu
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
+from beit3_dist.model.beit3 import MixedInputs
 from beit3_dist.model.decoding import Decoder
 from beit3_dist.model.encoder import kind_of
-from beit3_dist.model.token_layout import prefix_mask
+from beit3_dist.model.token_layout import TokenLayout, fill, group, prefix_mask
 
 ALBEF = ModelConfig(layers=5, width=32, heads=4, ffn_width=48, patch_size=8, image_size=16, attention="per_modality",
                     vl_expert_layers=0, fusion_layers=2, language_layers=2, vocab_size=60, visual_vocab_size=20,
@@ -106,6 +107,23 @@ def test_what_is_alone_never_meets_and_rests_in_fusion(config: ModelConfig) -> N
     close(model.encode(text=text), below.encode(text=text))
     fused = model.encode(pictures, text)[:, :5]
     assert torch.allclose(fused, model.encode(pictures)) == (config is ALBEF)
+
+
+def test_words_of_no_pair_change_nothing() -> None:
+    """A mixed micro-batch whose captions are filled up, as on a GPU."""
+    model, (pictures, text) = built(MPLUG), samples()
+    groups = (group(2, 5, None), group(3, 5, PADDING, 6), group(2, 0, None, 4))
+    hidden = []
+    for some in (groups, fill(groups, [1], 7)):
+        layout = TokenLayout(some)
+        words = layout.packed([text, text[:2, :4]])
+        inputs = MixedInputs(torch.cat([pictures[:2], pictures]), words, layout)
+        own = torch.cat([torch.full((size,), True) for size in layout.segments[:2]] + [
+            torch.full((g.real_words,), not g.filler) for g in layout.word_groups
+        ])  # fmt: skip
+        hidden.append(model.hidden(inputs)[own])
+    assert len(groups) < len(fill(groups, [1], 7))
+    close(hidden[0], hidden[1])
 
 
 def test_no_word_sees_a_later_one_behind_its_prefix() -> None:
