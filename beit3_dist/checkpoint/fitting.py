@@ -96,15 +96,15 @@ def _in_both_forms(name: str) -> str:
         return name
 
 
-def absent_groups(names: Iterable[str], needed: Iterable[str]) -> list[str]:
+def absent_groups(names: Iterable[str], needed: Iterable[str], besides: Mapping[str, str] | None = None) -> list[str]:
     """The groups of `needed` weights of which `names` has none. Raises ValueError where a weight of a group that is
-    there, or of none of the groups, is missing."""
+    there, or of none of the groups, is missing. `besides`: further groups."""
     needed = set(needed)
     missing = needed - set(names)
     absent, excused = [], set()
     objectives = {name.split(".")[1] for name in needed if name.startswith(OBJECTIVE_HEADS)}
     heads = {f"the head of {name}": rf"{re.escape(OBJECTIVE_HEADS + name)}\..*" for name in sorted(objectives)}
-    for group, pattern in {**_GROUPS, **heads}.items():
+    for group, pattern in {**_GROUPS, **heads, **(besides or {})}.items():
         members = {name for name in needed if re.fullmatch(pattern, name)}
         if members and members <= missing:
             absent.append(group)
@@ -224,7 +224,9 @@ def _fit(
         if any(re.fullmatch(pattern, name) for name in unused):
             log.warning("%s: %s is not used", source, group)
     used = {name: value for name, value in weights.items() if name in shapes}
-    for group in absent_groups(used, shapes):
+    fusion = "|".join(map(str, range(config.lower_layers, config.layers)))
+    besides = {"the fusion layers": rf"blocks\.({fusion})\..*"} if fusion else {}  # two encoders are a start
+    for group in absent_groups(used, shapes, besides):
         log.warning("%s has no weights for %s: initial values are taken", source, group)
     check_shapes(used, shapes)
     return {name: value.float() for name, value in used.items()}

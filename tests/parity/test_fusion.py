@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from beit3_dist.checkpoint.formats import read_initial_weights
+from beit3_dist.checkpoint.model_folder import save_model_folder
+from beit3_dist.checkpoint.timm_form import weights_to_timm
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.beit3 import MixedInputs
@@ -135,6 +140,29 @@ def test_no_word_sees_a_later_one_behind_its_prefix() -> None:
     one, other = (model.encode(pictures, some, attention_mask=mask) for some in (text, changed))
     close(one[:, :-1], other[:, :-1])
     assert not torch.allclose(one[:, -1], other[:, -1])
+
+
+@pytest.mark.parametrize("config", [ALBEF, MPLUG], ids=["ALBEF", "mPLUG"])
+def test_two_encoders_are_a_start(config: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of both modalities, as from CLIP, or of images alone, as from DeiT."""
+    towers = replace(config, layers=3, fusion_layers=0, connected_every=0, language_layers=0)
+    config = replace(config, language_layers=0)
+    weights = {name: p.detach() + 0.25 for name, p in BEiT3(towers).named_parameters()}
+    save_model_folder(tmp_path / "towers", weights, towers)
+    torch.save(weights_to_timm(weights, towers), tmp_path / "vit.pth")
+    for source in ("towers", "vit.pth"):
+        caplog.clear()
+        found = read_initial_weights(tmp_path / source, config)
+        assert all(torch.equal(v, weights[name]) for name, v in found.items() if "positions" not in name)
+        assert (
+            not any(re.match(r"blocks\.[3-6]\.", name) for name in found) and "blocks.2.ffn.vision.fc1.weight" in found
+        )
+        assert "has no weights for the fusion layers: initial values are taken" in caplog.text
+    with pytest.raises(ValueError, match=r"it has no blocks\.3\.cross_attention\.k\.vision\.bias"):
+        damaged = dict(BEiT3(config).named_parameters())
+        del damaged["blocks.3.cross_attention.k.vision.bias"]
+        save_model_folder(tmp_path / "damaged", damaged, config)
+        read_initial_weights(tmp_path / "damaged", config)
 
 
 def test_what_cannot_be_is_refused() -> None:
