@@ -6,12 +6,8 @@ Recipes are written as users write them, so that they also show that recipes sta
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
-import multiprocessing
-import os
 import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,11 +20,10 @@ from safetensors.torch import load_file
 
 from beit3_dist.data.text import TextTokenizer
 from tests.integration.runs import save_random_tokenizer
-from tests.parallel.workers import PRELOAD, free_port
+from tests.launching import launch
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, text_tar, train_tokenizer, write_tar
 
 STEPS = 10
-TIMEOUT_S = 240
 CHANGING = {"tokens_per_s", "samples_per_s", "tflops_per_device", "data_wait_s", "step_s", "memory_gb", "computes"}
 """Fields of records that depend on the clock, the process and the machine."""
 EXAMPLES, IMAGES = 22, 10
@@ -160,45 +155,9 @@ def run(case: str, data: Path, out: Path, *arguments: str) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings, sort_keys=False))
-    launch(launcher, processes, out.with_suffix(".txt"), "--config", str(file), *arguments)
+    ended = launch(launcher, "--config", str(file), *arguments, processes=processes)
+    assert ended.returncode == 0, ended.stderr[-3000:]
     return result(out, launcher)
-
-
-def launch(launcher: str, processes: int, printed: Path, *arguments: str) -> None:
-    """What a launcher does with so many processes, each forked from one that has imported what it will import."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    port = free_port()
-    ranks = [
-        context.Process(target=_rank, args=(rank, processes, port, launcher, str(printed), arguments))
-        for rank in range(processes)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(TIMEOUT_S)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    assert codes == [0] * processes, f"exit codes {codes}: {printed.read_text()[-3000:]}"
-
-
-def _rank(rank: int, world: int, port: int, launcher: str, printed: str, arguments: tuple[str, ...]) -> None:
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    if world > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "LOCAL_SIZE": world}
-        os.environ.update({name: str(value) for name, value in place.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(1)
-    from tests.conftest import define_torchvision_operators
-
-    operators = define_torchvision_operators()
-    importlib.import_module(f"launchers.{launcher}").main(list(arguments))
-    del operators
-    sys.stdout.flush()
 
 
 def result(out: Path, launcher: str) -> dict[str, Any]:

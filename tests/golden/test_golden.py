@@ -21,7 +21,8 @@ import yaml
 
 from beit3_dist.inference import Model
 from tests.golden.record import VALUES
-from tests.golden.runs import CASES, IMAGES, LAYOUTS, STEPS, launch, machine, make_data, result, run, small_recipe
+from tests.golden.runs import CASES, IMAGES, LAYOUTS, STEPS, machine, make_data, result, run, small_recipe
+from tests.launching import launch
 
 OLD = Path(__file__).with_name("old")
 TEXTS = ["a red circle", "the statement is used to import a module"]
@@ -72,7 +73,8 @@ def test_a_checkpoint_written_before_goes_on(data: Path, tmp_path: Path) -> None
     shutil.copytree(OLD / "run", out)
     launcher, _, settings = small_recipe("demo-one_process", data, out)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"checkpoint": {"every": 6, "resume": "auto"}}))
-    launch(launcher, 1, tmp_path / "printed.txt", "--config", str(tmp_path / "recipe.yaml"))
+    ended = launch(launcher, "--config", str(tmp_path / "recipe.yaml"))
+    assert ended.returncode == 0, ended.stderr
     whole = json.loads((OLD / "run.json").read_text())["metrics"]
     found = result(out, launcher)["metrics"]
     assert [record["step"] for record in found] == [*range(1, STEPS + 1)]

@@ -13,7 +13,17 @@ import psutil
 import pytest
 
 from beit3_dist.config import CheckpointConfig, DataConfig
-from tests.integration.runs import REPOSITORY, metrics, reproducible, run_config, train, write_recipe
+from tests.integration.runs import (
+    REPOSITORY,
+    metrics,
+    reproducible,
+    run_config,
+    start,
+    train,
+    wait_for_steps,
+    write_recipe,
+)
+from tests.launching import launch
 from tests.parallel.workers import free_port, run_workers
 
 FAULTY = str(Path(__file__).parent / "faulty_pretrain.py")
@@ -83,16 +93,10 @@ def test_torchrun_and_a_signal_to_go(tmp_path: Path) -> None:
     undisturbed = run_config(tmp_path, out=str(tmp_path / "undisturbed"), checkpoint=CheckpointConfig(every=100))
     assert run_workers(2, train, undisturbed) == ["", ""]
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
-               str(free_port()), "launchers/pretrain.py", "--config", str(recipe), "--checkpoint.every", "100",
-               "--checkpoint.resume", "auto"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)  # fmt: skip
-    log = Path(config.out, "metrics.jsonl")
-    while not log.exists() or len(log.read_bytes().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+    arguments = ["--config", str(recipe), "--checkpoint.every", "100", "--checkpoint.resume", "auto"]
+    process = start("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
+                    "launchers/pretrain.py", *arguments)  # fmt: skip
+    wait_for_steps(process, config.out, 3)
     for child in psutil.Process(process.pid).children(recursive=True):
         child.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
@@ -100,6 +104,6 @@ def test_torchrun_and_a_signal_to_go(tmp_path: Path) -> None:
     assert 3 <= done < config.steps and f"asked to go: saved after step {done} of 12" in output, output
     assert "exitcode  : 75" in output, output
 
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=240)
+    result = launch("pretrain", *arguments, processes=2)
     assert result.returncode == 0 and f"going on after step {done}" in result.stderr, result.stderr
     assert reproducible(config.out) == reproducible(undisturbed.out)

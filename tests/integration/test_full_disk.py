@@ -13,8 +13,9 @@ import pytest
 from beit3_dist.checkpoint.find import find, read_manifest
 from beit3_dist.config import CheckpointConfig, RunConfig
 from beit3_dist.leaving import ExitCode
-from tests.integration.runs import metrics, reproducible, run_config, start, train, write_recipe
-from tests.parallel.workers import free_port, run_workers
+from tests.integration.runs import metrics, reproducible, run_config, train, write_recipe
+from tests.launching import launch
+from tests.parallel.workers import run_workers
 
 
 @pytest.fixture
@@ -76,10 +77,7 @@ def test_a_full_disk_under_the_records_stops_all_processes_with_one_line(tmp_pat
     metrics_file = tmp_path / "run" / "metrics.jsonl"
     metrics_file.parent.mkdir()
     metrics_file.symlink_to("/dev/full")
-    process = start("-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2", "--master_port",
-                    str(free_port()), "launchers/pretrain.py", "--config", str(recipe), "--checkpoint.resume",
-                    "auto")  # fmt: skip
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == ExitCode.STOPPED and "Traceback" not in output, output
+    ended = launch("pretrain", "--config", str(recipe), "--checkpoint.resume", "auto", processes=2)
+    assert ended.returncodes == 2 * [ExitCode.STOPPED] and "Traceback" not in ended.stderr, ended.stderr
     told = f"error: {metrics_file}: No space left on device: make room, then go on with --checkpoint.resume auto"
-    assert output.count(told) == 1, output
+    assert ended.stderr.count(told) == 1, ended.stderr

@@ -16,6 +16,7 @@ import pytest
 
 from beit3_dist.config import RunConfig
 from tests.integration.runs import REPOSITORY, run_config, write_recipe
+from tests.launching import launch
 from tests.parallel.workers import free_port
 
 SECONDS = 10
@@ -64,9 +65,8 @@ def test_pictures_of_which_none_can_be_used_end_all_processes_with_3(tmp_path: P
     """With loader processes; the samples are written down."""
     config = run_config(tmp_path)
     config.data = replace(config.data, workers=1, max_pixels=1)
-    process = start(config, tmp_path)
-    output, _ = process.communicate(timeout=240)
-    assert "pretrain.py: error: 100 bad samples in a row in the stream of images" in output, output
-    assert "exitcode  : 3" in output and output.count("Traceback") == 1, output
+    ended = launch("pretrain", "--config", str(write_recipe(config, tmp_path / "recipe.yaml")), processes=2)
+    assert "pretrain.py: error: 100 bad samples in a row in the stream of images" in ended.stderr, ended.stderr
+    assert ended.returncodes == [3, 3] and "Traceback" not in ended.stderr, ended.stderr
     faults = [json.loads(line) for line in Path(config.out, "quarantine.jsonl").read_text().splitlines()]
     assert len(faults) >= 100 and {fault["step"] for fault in faults} == {1}

@@ -31,6 +31,7 @@ from beit3_dist.objectives.masked_data_modeling import NAME
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
 from tests.integration.runs import metrics, program, run_config, write_recipe
+from tests.launching import launch
 from tools import report
 
 STEPS = 24
@@ -57,7 +58,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = run_config(folder, steps=STEPS, checkpoint=CheckpointConfig(every=8))
     held_out = {name: str(folder / f"{name}-1.tar") for name in ("images", "texts", "pairs")}
     config = replace(config, eval=EvalConfig(every=8, batches=1, **held_out))
-    trained = program("launchers/pretrain.py", "--config", str(write_recipe(config, folder / "recipe.yaml")))
+    trained = launch("pretrain", "--config", str(write_recipe(config, folder / "recipe.yaml")))
     assert trained.returncode == 0, trained.stderr
     reported = program("tools/report.py", config.out, "--pictures", str(PICTURES))
     assert reported.returncode == 0, reported.stderr

