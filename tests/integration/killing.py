@@ -130,8 +130,11 @@ def kill_at_random(
                 seen, old = seen + (old >= 0 and size() > old), size()
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.05))
-        else:  # While it starts, reads the checkpoint, or cuts the file back.
-            time.sleep(rng.uniform(0, 1.0))
+        else:  # While it starts, reads the checkpoint, or cuts the file back: at the latest at its first line.
+            deadline, old = time.monotonic() + rng.uniform(0, 1.0), size()
+            while time.monotonic() < deadline and size() <= old:
+                old = size()
+                time.sleep(0.002)
         assert process.is_alive(), "the run ended before it was killed"
         process.kill()
         process.join()

@@ -18,6 +18,7 @@ from beit3_dist.checkpoint.find import damaged, find, read_manifest, read_state,
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import Store, TrainState
+from tests.parallel.workers import PRELOAD
 from tests.unit.small_checkpoints import MODEL
 
 KILLS = 30
@@ -44,7 +45,7 @@ def save_for_ever(rank: int, folder: str, meeting: str, step: int) -> None:
 
 def start(folder: Path, meeting: Path, step: int) -> list[BaseProcess]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "beit3_dist.train.pretraining"])
+    context.set_forkserver_preload(PRELOAD)
     processes: list[BaseProcess] = []
     for rank in range(2):
         processes.append(context.Process(target=save_for_ever, args=(rank, str(folder), str(meeting), step)))
