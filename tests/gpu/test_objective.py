@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from tests.equality import assert_close, assert_tensors_close
 from tests.micro_batches import counts_of, precomputed_codes, prepared, pretraining, random_micro_batch
 
 CPU = torch.device("cpu")
-GIANT = dict(layers=2, width=1408, heads=16, ffn_width=6144, patch_size=14, image_size=224)
-BASE = dict(layers=2, width=768, heads=12, ffn_width=3072, patch_size=16, image_size=224)
-SMALL = dict(layers=2, width=48, heads=2, ffn_width=64, patch_size=8, image_size=32, vocab_size=150,
+GIANT: dict[str, Any] = dict(layers=2, width=1408, heads=16, ffn_width=6144, patch_size=14, image_size=224)
+BASE: dict[str, Any] = dict(layers=2, width=768, heads=12, ffn_width=3072, patch_size=16, image_size=224)
+SMALL: dict[str, Any] = dict(layers=2, width=48, heads=2, ffn_width=64, patch_size=8, image_size=32, vocab_size=150,
              visual_vocab_size=40, max_text_length=90)  # fmt: skip
 PAPER = ModelConfig(**(GIANT if ON_GPU else SMALL), vl_expert_layers=1, drop_path=0.3)
 """The giant's blocks, two of its 40."""
