@@ -125,17 +125,17 @@ def _decoded(source: bytes | BinaryIO, max_pixels: int, reduce: Reduce) -> tuple
 
 def _opened(file: BinaryIO, max_pixels: int, reduce: Reduce) -> tuple[Image.Image, Grid | None]:
     with _pillow(max_pixels):
-        return _plain(Image.open(file, formats=_formats()), max_pixels, reduce)
+        return _plain(Image.open(file, formats=_formats()), max_pixels, reduce, stays=False)
 
 
 def normalised(image: Image.Image, max_pixels: int) -> Image.Image:
     """What `decode` makes of an opened image, which stays as it is. Raises BadSample."""
     with _pillow(max_pixels):
-        return _plain(image, max_pixels, _whole)[0]
+        return _plain(image, max_pixels, _whole, stays=True)[0]
 
 
-def _plain(image: Image.Image, max_pixels: int, reduce: Reduce) -> tuple[Image.Image, Grid | None]:
-    """The image upright, in RGB and without metadata, and how it is reduced."""
+def _plain(image: Image.Image, max_pixels: int, reduce: Reduce, stays: bool) -> tuple[Image.Image, Grid | None]:
+    """The image upright, in RGB and without metadata, and how it is reduced. `stays`: it is used elsewhere, too."""
     if not image.width * image.height:
         raise BadSample("undecodable image: it has no pixels")
     if image.width * image.height > max_pixels:
@@ -144,7 +144,8 @@ def _plain(image: Image.Image, max_pixels: int, reduce: Reduce) -> tuple[Image.I
     image.load()
     plain = to_rgb(upright(image))
     if plain.info:  # what is saved from it would hold the profile and the comments
-        plain = plain.copy() if plain is image else plain
+        if plain is image:
+            plain = image.copy() if stays else image._new(image.im)  # the same pixels
         plain.info = {}
     return plain, grid
 

@@ -267,3 +267,13 @@ def test_single_pixel_picture() -> None:
     image = transforms.decode(picture(1, 1, 1), LIMIT)
     view, _ = two_views(image, np.random.default_rng(0), 32, 32, config())
     assert view.shape == (32, 32, 3)
+
+
+def test_metadata_are_left_behind_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), "red").save(file, "JPEG", comment=b"a comment")
+    opened = Image.open(io.BytesIO(file.getvalue()))
+    assert transforms.normalised(opened, 100).info == {} and opened.info["comment"] == b"a comment"
+    monkeypatch.setattr(Image.Image, "copy", lambda image: pytest.fail("pixels that nobody else has were copied"))
+    decoded = transforms.decode(file.getvalue(), 100)
+    assert decoded.info == {} and decoded.tobytes() == opened.tobytes()
