@@ -31,6 +31,10 @@ MOST_HEADER = 100_000_000
 """Bytes of the longest header of a file of shards, as in the safetensors library."""
 AVERAGE = "/ema"
 """What is added to the name of a weight whose moving average is meant."""
+TEACHER = "/momentum"
+"""The same of an average that teaches, and is no better model than the weights."""
+OBJECTIVE_STATE = "objective_state."
+"""What the names of what objectives keep from step to step begin with, beside parameters."""
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +64,8 @@ def read_weights(path: Path, averaged: bool = False) -> dict[str, Tensor]:
     if averaged and shards.have(AVERAGE):
         suffix = AVERAGE
         log.info("%s: the moving average of its weights is taken", path)
-    weights = {name: shards.whole(name, suffix) for name in shards.names}
+    names = (name for name in shards.names if not name.startswith(OBJECTIVE_STATE))
+    weights = {name: shards.whole(name, suffix) for name in names}
     require_finite(weights.items(), str(path))
     return weights
 

@@ -137,6 +137,11 @@ class Objective(ABC):
     looks_ahead: bool = False
     """Whether its losses compare samples of all micro-batches of a step, of which there are several: each is encoded
     twice then, the first time for `look`."""
+    looks_back: bool = False
+    """Whether it learns from a moving average of the weights, by which each micro-batch of a step is encoded before,
+    without drop path, for `look`."""
+    average_decay: float = 0.0
+    """Decay of that average; 0: it asks for none."""
     constants: Mapping[str, float] = {}
     """Names of its head's parameters that start from a number; others from a function of (seed, name)."""
     bounds: Mapping[str, tuple[float, float]] = {}
@@ -209,17 +214,26 @@ class Objective(ABC):
         from the last block's hidden states of `rows`, before the final norm."""
 
     def look(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Any:
-        """Where it looks ahead: what it has to know of every micro-batch of the step before the losses of the first
-        one, from what `sums` takes. Nothing here has a gradient."""
+        """Where it looks ahead or back: what it has to know of every micro-batch of the step before the losses of the
+        first one, from what `sums` takes. Nothing here has a gradient."""
         raise NotImplementedError
 
-    def looked(self, found: list[Any]) -> list[Any]:
+    def looked(self, found: list[Any], step: int) -> list[Any]:
         """For each micro-batch what `with_looked` takes, from what `look` gave of each."""
         raise NotImplementedError
 
     def with_looked(self, targets: Any, own: Any) -> Any:
         """The targets for `sums`, with what was found out for this micro-batch."""
         raise NotImplementedError
+
+    def after_step(self) -> None:
+        """After a training step that was not skipped."""
+        return None
+
+    def state(self) -> dict[str, Tensor]:
+        """What checkpoints hold of it beside its head, from `use_teachers` on: name -> float32, the same on all ranks
+        and in any layout; filled in place where a run goes on."""
+        return {}
 
     def second(self, batches: Sequence[MicroBatch], number: int, step: int, device: torch.device) -> SecondPass:
         """Its own pass for micro-batch `number` of the step's, on the host, after the first pass over that one.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.config import RunConfig, require
@@ -29,6 +30,8 @@ from beit3_dist.objectives.contrast import (
     sigmoid_contrast,
     softmax_contrast,
 )
+from beit3_dist.objectives.momentum_distillation import MomentumDistillation
+from beit3_dist.objectives.pair_queue import PairQueue, TaughtPairs
 
 NAME = "contrastive"
 SECTION = f"objectives.{NAME}"
@@ -60,8 +63,12 @@ class Targets:
 
     labels: Tensor | None
     """int64 [n, 2]: hashes of image and caption; None: each pair is right for itself alone."""
+    places: Tensor | None = None
+    """int64 [n]: of the pairs in the step, where a moving average teaches."""
     kept: Kept | None = None
     """The contrast of the step, where it is one of several micro-batches'."""
+    taught: TaughtPairs | None = None
+    """What the moving average says."""
 
 
 FORMS: dict[str, Contrast] = {"softmax": softmax_contrast, "sigmoid": sigmoid_contrast, "unicl": softmax_contrast}
@@ -79,9 +86,14 @@ class Contrastive(Objective):
         super().__init__(config, run)
         self.views = [View("pairs", True, False), View("pairs", False, True)] if run.batch.pairs else []
         self.losses = [Loss(self.name, config.weight, title="images and captions alone", unit="pair")]
-        self.hashes_images = config.form == "unicl"
+        self.looks_back = MomentumDistillation.name in run.objectives
+        require(
+            not self.looks_back or (config.form, config.negatives) == ("softmax", "step"),
+            f"objectives.{MomentumDistillation.name} needs {SECTION}.form=softmax and {SECTION}.negatives=step",
+        )
+        self.hashes_images = config.form == "unicl" or self.looks_back
         accumulation = run.batch.accumulation
-        self.looks_ahead = config.negatives == "step" and accumulation > 1
+        self.looks_ahead = config.negatives == "step" and accumulation > 1 and not self.looks_back
         require(
             not self.looks_ahead or run.parallel.pipeline == 1,
             f"{SECTION}.negatives=step: with batch.accumulation={accumulation} micro-batches are encoded twice, which "
@@ -90,6 +102,13 @@ class Contrastive(Objective):
         self._candidates = run.batch.pairs // (1 if config.negatives == "step" else accumulation)
         head = self.head()
         self.constants, self.bounds = head.constants, head.bounds
+
+    def meet(self, others: Mapping[str, Objective]) -> None:
+        self._momentum: Any = others.get(MomentumDistillation.name)
+
+    def use_teachers(self, opened: Any, device: torch.device | None, group: dist.ProcessGroup | None) -> None:
+        if self.looks_back and device is not None:
+            self._queue = PairQueue(self._momentum.config.queue, self.config.dim or self.model.width, device)
 
     def head(self) -> ContrastHead:
         with torch.device("meta"):
@@ -109,7 +128,8 @@ class Contrastive(Objective):
 
     def targets(self, batch: MicroBatch, places: Places, seen: SeenImages, move: Callable[[Tensor], Tensor]) -> Targets:
         labels = batch.streams["pairs"].annotations.get(self.name, {}).get("labels")
-        return Targets(None if labels is None else move(labels))
+        places_in_step = move(batch.streams["pairs"].positions) if self.looks_back else None
+        return Targets(None if labels is None else move(labels), places_in_step)
 
     def vectors(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Vectors:
         """From what `sums` takes."""
@@ -123,23 +143,41 @@ class Contrastive(Objective):
         if targets.kept is not None:
             return targets.kept.sums_of(vectors)[:, None]
         self.compared = joined([vectors])
+        if targets.taught is not None:
+            alpha = targets.taught.alpha if model.training else 0.0
+            return targets.taught.contrast(vectors, alpha).sum(1)[:, None]
         return FORMS[self.config.form](vectors, self.replicas).sum(1)[:, None]
 
-    def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Vectors:
-        return self.vectors(model, hidden_MD, targets)
+    def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> tuple[Vectors, Tensor | None]:
+        return self.vectors(model, hidden_MD, targets), targets.places
 
-    def looked(self, found: list[Vectors]) -> list[Kept]:
-        self.compared = joined(found)
-        return contrast_step(FORMS[self.config.form], found, self.replicas)
+    def looked(self, found: list[tuple[Vectors, Any]], step: int) -> list[dict[str, Any]]:
+        vectors, places = zip(*found, strict=True)
+        if self.looks_back:
+            taught = self._queue.teach(vectors, places, self.replicas, self._momentum.alpha(step))
+            return [{"taught": own} for own in taught]
+        self.compared = joined(vectors)
+        return [{"kept": own} for own in contrast_step(FORMS[self.config.form], vectors, self.replicas)]
 
-    def with_looked(self, targets: Targets, own: Kept) -> Targets:
-        return replace(targets, kept=own)
+    def with_looked(self, targets: Targets, own: dict[str, Any]) -> Targets:
+        return replace(targets, **own)
+
+    def after_step(self) -> None:
+        if self.looks_back:
+            self._queue.keep()
+
+    def state(self) -> dict[str, Tensor]:
+        """The queue of a moving average's pairs."""
+        return {"queue": self._queue.rows} if self.looks_back and len(self._queue.rows) else {}
 
     def head_flops(self, counts: Sequence[float]) -> float:
-        """Two projections of a pair, and its similarities: with all texts, and but for the sigmoid with all images."""
+        """Two projections of a pair, and its similarities: with all texts, and but for the sigmoid with all images.
+        What a moving average has made has no gradient: two products where there are three else."""
         length = self.config.dim or self.model.width
-        directions = 1 if self.config.form == "sigmoid" else 2
-        return counts[0] * 2 * length * (2 * self.model.width + directions * self._candidates)
+        candidates = self._candidates * (1 if self.config.form == "sigmoid" else 2)
+        if self.looks_back:
+            candidates = (self._candidates + self._momentum.config.queue) * 2 * 2 / 3
+        return counts[0] * 2 * length * (2 * self.model.width + candidates)
 
     def head_products(self, counts: Sequence[float]) -> dict[str, float]:
         length = self.config.dim or self.model.width

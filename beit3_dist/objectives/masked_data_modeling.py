@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,8 @@ from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.base import Loss, Objective, Places, View, grid_of
 from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
+from beit3_dist.objectives.momentum_distillation import MomentumDistillation
+from beit3_dist.objectives.soft_targets import mixed_cross_entropy
 
 NAME = "masked_data_modeling"
 SECTION = f"objectives.{NAME}"
@@ -106,6 +108,8 @@ class Targets:
     """[Mi, Mpi], without those of streams that the run does not have."""
     word_counts: list[int]
     """[Mpt, Mt], likewise."""
+    taught: tuple[Tensor, float] | None = None
+    """What a moving average of the model says of the words, logits [Mpt + Mt, vocabulary], and its share of them."""
 
 
 CODE = "the code {}: look at image_tokenizer with tools/show_codes.py"
@@ -139,8 +143,10 @@ class MaskedDataModeling(Objective):
         self._images = [views[stream] for stream, side in self._sides if side == IMAGE]
         self._texts = [views[stream] for stream, side in self._sides if side == TEXT][::-1]  # pairs' lie before texts'
         self.coded = {view.stream for view in self._images}
+        self.looks_back = MomentumDistillation.name in run.objectives and bool(self._texts)
 
     def meet(self, others: Mapping[str, Objective]) -> None:
+        self._momentum: Any = others.get(MomentumDistillation.name)
         elsewhere = [view for other in others.values() if other is not self for view in other.views]
         require(
             self.config.predict_codes or any(view.image and view.masked_by == self.name for view in elsewhere),
@@ -222,10 +228,23 @@ class MaskedDataModeling(Objective):
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         patches, words = hidden_MD.split([len(targets.codes), len(targets.words)])
         of_images = _sums(model.image_losses(patches, targets.codes), targets.patch_counts)
-        of_texts = _sums(model.text_losses(words, targets.words), targets.word_counts)
+        if targets.taught is not None and model.training:
+            losses = mixed_cross_entropy(model.text_logits(words), targets.words, *targets.taught)
+        else:
+            losses = model.text_losses(words, targets.words)
+        of_texts = _sums(losses, targets.word_counts)
         if not self._sides:
             return hidden_MD.new_zeros(2, 0, dtype=torch.float32)
         return torch.stack(self._ordered(of_images, of_texts), dim=1)
+
+    def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
+        return model.text_logits(hidden_MD[len(targets.codes) :])
+
+    def looked(self, found: list[Tensor], step: int) -> list[tuple[Tensor, float]]:
+        return [(logits, self._momentum.alpha(step)) for logits in found]
+
+    def with_looked(self, targets: Targets, own: tuple[Tensor, float]) -> Targets:
+        return replace(targets, taught=own)
 
     def guesses(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Loss -> int64 [m]: the likeliest code or word at each of its tokens, from what `sums` takes."""

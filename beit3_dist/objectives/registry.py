@@ -13,6 +13,7 @@ from beit3_dist.objectives.distillation import Distillation
 from beit3_dist.objectives.image_classification import ImageClassification
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.matching import Matching
+from beit3_dist.objectives.momentum_distillation import MomentumDistillation
 from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModeling
 from beit3_dist.objectives.together import Objectives
 
@@ -23,6 +24,7 @@ BUILT_IN: list[type[Objective]] = [
     PrefixLanguageModeling,
     ImageClassification,
     Distillation,
+    MomentumDistillation,
 ]
 OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in BUILT_IN}
 """By name: the section `objectives.NAME` of a run's config."""

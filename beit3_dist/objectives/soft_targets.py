@@ -1,4 +1,4 @@
-"""Soft targets: another network's distribution over classes, for a head's logits."""
+"""Soft targets: distributions over classes that another network makes, for a head's logits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 CHUNK = 1 << 24
 """Logits whose distributions are made at a time, fp32: 64 MB."""
+Targets = Callable[[slice], tuple[Tensor, Tensor]]
+"""Some of the rows -> the classes' shares of their targets, fp32 [m, C], and the class that is right, int64 [m]."""
 
 
 def divergence(logits_MC: Tensor, teacher: Callable[[slice], Tensor], temperature: float = 1.0) -> Tensor:
@@ -19,30 +21,48 @@ def divergence(logits_MC: Tensor, teacher: Callable[[slice], Tensor], temperatur
     beside the student's s, which nobody else reads: they are overwritten by their gradient. Goes backward once.
     (Hinton et al. 2015 multiply by T^2; ViT-BERT, Li et al. 2021, does not.)
     """
-    return _Divergence.apply(logits_MC, teacher, temperature)
+
+    def targets(rows: slice) -> tuple[Tensor, Tensor]:
+        shares = (teacher(rows).float() / temperature).softmax(1)
+        return shares, shares.argmax(1)
+
+    return _CrossEntropy.apply(logits_MC, targets, temperature, True)
 
 
-class _Divergence(torch.autograd.Function):
+def mixed_cross_entropy(logits_MC: Tensor, classes: Tensor, teacher_MC: Tensor, alpha: float) -> Tensor:
+    """[2, M] fp32: cross-entropies with the shares alpha softmax(t) + (1 - alpha) the true class, int64 [M] (ALBEF, eq.
+    7), and 1 where the largest class is the true one. `logits_MC` are overwritten, as above."""
+
+    def targets(rows: slice) -> tuple[Tensor, Tensor]:
+        shares, true = alpha * teacher_MC[rows].float().softmax(1), classes[rows]
+        return shares.scatter_add_(1, true[:, None], shares.new_full((len(true), 1), 1 - alpha)), true
+
+    return _CrossEntropy.apply(logits_MC, targets, 1.0, False)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Of softmax(logits / temperature) with given shares, less the shares' own entropy where it is asked for."""
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, teacher: Callable[[slice], Tensor], temperature: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Targets, temperature: float, less_entropy: bool) -> Tensor:
         at_once = max(1, CHUNK // logits.shape[1])
         found = [torch.zeros(2, 0, device=logits.device)]
         for first in range(0, len(logits), at_once):
             rows = slice(first, first + at_once)
-            wide, theirs = logits[rows].float() / temperature, teacher(rows).float() / temperature
-            alike = (wide.argmax(1) == theirs.argmax(1)).float()
-            theirs = theirs.log_softmax(1)
-            wide = wide.log_softmax(1)
-            shares = theirs.exp()
-            found.append(torch.stack([(shares * (theirs - wide)).sum(1), alike]))
+            shares, right = targets(rows)
+            wide = (logits[rows].float() / temperature).log_softmax(1)
+            losses = -(shares * wide).sum(1)
+            if less_entropy:
+                losses = losses - torch.special.entr(shares).sum(1)
+            found.append(torch.stack([losses, (wide.argmax(1) == right).float()]))
             logits[rows] = (wide.exp_() - shares) / temperature
         ctx.gradient = logits.detach()
         return torch.cat(found, dim=1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.gradient is None:
-            raise RuntimeError("this divergence has gone backward before: its logits are overwritten")
+            raise RuntimeError("this cross-entropy has gone backward before: its logits are overwritten")
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(gradient_2M[0][:, None]), None, None
+        return gradient.mul_(gradient_2M[0][:, None]), None, None, None

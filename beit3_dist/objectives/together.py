@@ -90,7 +90,7 @@ class Objectives:
         """Of all objectives, in the order of every vector of statistics."""
         for objective in objectives:
             require(
-                bool(objective.views) or objective.second_pass,
+                bool(objective.views) or objective.second_pass or not objective.losses,
                 f"objectives.{objective.name} reads none of the streams that batch has",
             )
         self._introduce()
@@ -135,26 +135,49 @@ class Objectives:
     @property
     def ahead(self) -> Objectives | None:
         """Those that look ahead, with what they want encoded; None where none does."""
+        return self._some(lambda objective: objective.looks_ahead)
+
+    @property
+    def back(self) -> Objectives | None:
+        """Those that look back, likewise."""
+        return self._some(lambda objective: objective.looks_back)
+
+    def _some(self, wanted: Callable[[Objective], bool]) -> Objectives | None:
         some = copy(self)
-        some._each = [objective for objective in self if objective.looks_ahead]
+        some._each = [objective for objective in self if wanted(objective)]
         some.losses = [loss for objective in some for loss in objective.losses]
         some.views = _views_of(some._each)
         return some if some._each else None
 
-    def looked(self, found: list[list[Any]]) -> list[list[Any]]:
-        """For each micro-batch what each objective that looks ahead has found out, from what each saw in each."""
-        of_each = [objective.looked(list(seen)) for objective, seen in zip(self, zip(*found, strict=True), strict=True)]
-        return [list(own) for own in zip(*of_each, strict=True)]
+    @property
+    def average_decay(self) -> float:
+        """Decay of the moving average of the weights that those learn from which look back; 0: there is none."""
+        return max((objective.average_decay for objective in self), default=0.0)
 
-    def with_looked(self, reading: Reading, own: list[Any]) -> Reading:
-        """The reading of a micro-batch with what was found out for it, in the order of the objectives that look
-        ahead."""
-        left = iter(own)
+    def looked(self, found: list[list[Any]], step: int) -> list[dict[str, Any]]:
+        """For each micro-batch what each of these objectives, by name, has found out from what each saw in each."""
+        of_each = {
+            objective.name: objective.looked(list(seen), step)
+            for objective, seen in zip(self, zip(*found, strict=True), strict=True)
+        }
+        return [{name: own[number] for name, own in of_each.items()} for number in range(len(found))]
+
+    def with_looked(self, reading: Reading, own: Mapping[str, Any]) -> Reading:
+        """The reading of a micro-batch with what objectives, by name, have found out for it."""
         targets = [
-            each.with_looked(targets, next(left)) if each.looks_ahead else targets
+            each.with_looked(targets, own[each.name]) if each.name in own else targets
             for each, targets in zip(self, reading.targets, strict=True)
         ]
         return replace(reading, targets=targets)
+
+    def after_step(self) -> None:
+        """After a training step that was not skipped."""
+        for objective in self:
+            objective.after_step()
+
+    def state(self) -> dict[str, Tensor]:
+        """What checkpoints hold of the objectives beside their heads, by OBJECTIVE.NAME; see `Objective.state`."""
+        return {f"{each.name}.{name}": value for each in self for name, value in each.state().items()}
 
     def with_second(
         self,
@@ -379,7 +402,7 @@ class PretrainingModule(nn.Module):
 
         Returns its contribution to the step's loss (a scalar to go backward from) and the statistics [2, K]: sums of
         the losses and of correct predictions. `step_counts` [K]: targets of the whole step over all ranks; None: the
-        micro-batch is only looked at, as prepared by the objectives that look ahead, and the result is what each sees.
+        micro-batch is only looked at, and the result is what each of `reading.objectives` sees.
         `sample_ids` [samples of all groups] and `step` key the drop path in training.
         """
         if predict is not None:
@@ -388,7 +411,7 @@ class PretrainingModule(nn.Module):
         hidden_MD = self.model.hidden(inputs, reading.selection)
         if step_counts is not None:
             return self.losses(hidden_MD, reading, step_counts, step)
-        read = self._read(self.objectives.ahead or (), hidden_MD, reading)
+        read = self._read(reading.objectives or (), hidden_MD, reading)
         return [objective.look(self.model, hidden, targets) for objective, hidden, targets in read]
 
     def _second(self, objective: Objective, second: SecondPass, step: int) -> Tensor:

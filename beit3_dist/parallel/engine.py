@@ -140,10 +140,14 @@ class Engine:
         return StepResult(losses, correct, 0.0)
 
     @torch.no_grad()
-    def look(self, micro_batches: Iterable[tuple[Any, ...]], step: int) -> list[Any]:
+    def look(self, micro_batches: Iterable[tuple[Any, ...]], step: int, drops: bool = True) -> list[Any]:
         """What the objective sees in micro-batches before any of them is trained or evaluated on: called as
-        (*micro_batch, None, step), without gradient. Collective."""
-        return [self.deepspeed(*micro_batch, None, step) for micro_batch in micro_batches]
+        (*micro_batch, None, step), without gradient; in training with its drop path if it `drops`. Collective."""
+        training = self.model.training
+        self.deepspeed.train(training and drops)
+        seen = [self.deepspeed(*micro_batch, None, step) for micro_batch in micro_batches]
+        self.deepspeed.train(training)
+        return seen
 
     @torch.no_grad()
     def predict(self, inputs: Any, agree: Callable[[bool], bool]) -> Any:

@@ -14,17 +14,27 @@ from beit3_dist.parallel.fragments import Fragment, fragments, refresh_parameter
 
 
 class WeightAverage:
-    """average <- decay * average + (1 - decay) * weights after every step; it begins with the first step's weights."""
+    """average <- decay * average + (1 - decay) * weights after every step; it begins with the first step's weights, or
+    with those of `begin`. `suffix`: of its names in checkpoints."""
 
-    def __init__(self, engine: Engine, decay: float) -> None:
-        self._engine, self._decay = engine, decay
+    def __init__(self, engine: Engine, decay: float, suffix: str = AVERAGE) -> None:
+        self._engine, self._decay, self._suffix = engine, decay, suffix
         self._averages: dict[Tensor, Tensor] = {}
         """Master weights, as the optimizer steps on them -> their average."""
+
+    def _masters(self) -> set[Tensor]:
+        return {fragment.flat for fragment in fragments(self._engine.model, self._engine.optimizer)}
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begins with the weights as they are."""
+        for weights in self._masters():
+            self._begin(weights)
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes the step's new weights in."""
-        for weights in {fragment.flat for fragment in fragments(self._engine.model, self._engine.optimizer)}:
+        for weights in self._masters():
             if weights in self._averages:
                 self._averages[weights].lerp_(weights.detach().float(), 1 - self._decay)
             else:
@@ -34,7 +44,7 @@ class WeightAverage:
         """What a checkpoint holds of the average: suffix of the parameter's name -> view of this rank's elements."""
         if fragment.flat not in self._averages:  # every step so far was skipped, or it will be read from a checkpoint
             self._begin(fragment.flat)
-        return {AVERAGE: fragment.slice_of(self._averages[fragment.flat])}
+        return {self._suffix: fragment.slice_of(self._averages[fragment.flat])}
 
     def _begin(self, weights: Tensor) -> None:
         self._averages[weights] = weights.detach().to(torch.float32, copy=True)

@@ -4,9 +4,9 @@ A product of [m, k] and [k, n] counts 2 m k n. Counted are the matrix products o
 projections, attention scores and mixtures, patch embedding, and heads at masked positions; in pretraining the last
 block's experts and output projection run at masked positions too. Under a prefix's mask scores and mixtures count where
 a query sees a key, although a kernel that takes any mask computes the others, too; fine-tuning counts all of them.
-Recomputation, norms, softmax, padding, the image tokenizer, teachers and the heads of fine-tuning but captioning's are
-not. The backward pass costs twice the forward pass: a product has two gradients, of weights and of inputs. Where
-parameters are frozen, those that autograd does not need are not counted.
+Recomputation, norms, softmax, padding, the image tokenizer, teachers, a moving average that teaches, and the heads of
+fine-tuning but captioning's are not. The backward pass costs twice the forward pass: a product has two gradients, of
+weights and of inputs. Where parameters are frozen, those that autograd does not need are not counted.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def pretraining_flops(
     each segment."""
     model = objectives.model
     flops = encoder_flops(model, images, caption_lengths, text_lengths, sum(read), unseen)
-    flops += 3 * int(objectives.head_flops(counts))
+    flops += round(3 * objectives.head_flops(counts))
     if objectives.trained is None:
         return flops
     if model.fusion_layers:  # of its blocks nothing is frozen

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from beit3_dist.checkpoint import read
+from beit3_dist.checkpoint.read import OBJECTIVE_STATE, TEACHER
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.config import STREAMS, RunConfig
 from beit3_dist.data.batch import requests_from
@@ -24,10 +26,11 @@ from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.parallel.replicas import Replicas
-from beit3_dist.run.checkpointing import contribution, load_checkpoint
+from beit3_dist.run.checkpointing import More, contribution, load_checkpoint
 from beit3_dist.run.folder import of_all
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
+from beit3_dist.train.averages import WeightAverage
 from beit3_dist.train.feed import Feed, StepBatch
 from beit3_dist.train.loop import Job, train
 from beit3_dist.train.masked_by_stream import MaskedByStream
@@ -105,6 +108,10 @@ class Pretraining(Job[RunConfig, StepResult]):
             sizes = {name: shape.numel() for name, shape in self._engine.whole_shapes.items()}
             trained_size = sum(sizes[name] for name in trained)
             log.info("train_only: %s of %s parameters train", f"{trained_size:,}", f"{sum(sizes.values()):,}")
+        decay = objectives.average_decay
+        self._average = WeightAverage(self._engine, decay, TEACHER) if decay else None
+        if self._average is not None:
+            self._average.begin()
         self._tokenize = None
         if ready.image_tokenizer is not None and mesh.is_last_stage:
             self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device, groups.tensor, config.kernels)
@@ -118,11 +125,23 @@ class Pretraining(Job[RunConfig, StepResult]):
         self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
 
     def shards(self) -> Iterator[Shard]:
-        return contribution(self._engine, self._masked.masks.of_fragment if self._masked else None)
+        yield from contribution(self._engine, self._masked.masks.of_fragment if self._masked else self._more)
+        if self.mesh.data_rank == self.mesh.tensor_rank == 0:
+            yield from self._kept()
 
     def load(self, checkpoint: Path) -> None:
-        with self._masked.restored() if self._masked else nullcontext() as more:
+        with self._masked.restored() if self._masked else nullcontext(self._more) as more:
             load_checkpoint(checkpoint, self._engine, self.state, more)
+        read.load(checkpoint, self._kept())
+
+    @property
+    def _more(self) -> More | None:
+        return None if self._average is None else self._average.of_fragment
+
+    def _kept(self) -> Iterator[Shard]:
+        """What the objectives keep from step to step."""
+        for name, value in self._objectives.state().items():
+            yield Shard(OBJECTIVE_STATE + name, value.shape, 0, {"": value.view(-1)})
 
     def first_faults(self) -> list[Fault]:
         return self._ready.train.faults()
@@ -138,6 +157,10 @@ class Pretraining(Job[RunConfig, StepResult]):
         result = self._engine.train_step(self._passes(batch, step), batch.step_counts, step, lr)
         if self._masked:
             self._masked.after(step + 1)
+        if not result.skipped:
+            self._objectives.after_step()
+            if self._average is not None:
+                self._average.update()
         return result
 
     def _passes(self, batch: StepBatch, step: int) -> Iterator[tuple[Any, ...]]:
@@ -146,7 +169,7 @@ class Pretraining(Job[RunConfig, StepResult]):
         if self._masked:
             made = self._masked.passes(batch, codes_of)
         else:
-            made = passes(self._objectives, self._engine, batch, codes_of, step)
+            made = passes(self._objectives, self._engine, batch, codes_of, self._average, step)
         for inputs, reading, ids in made:
             if watched and reading is not None:
                 self._target_watch.add(reading)
@@ -161,10 +184,10 @@ class Pretraining(Job[RunConfig, StepResult]):
         return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0
 
     def evaluate(self, together: Together) -> dict[str, float]:
-        engine, feed, ready, tokenize = self._engine, self._feed, self._ready, self._tokenize
+        engine, feed, ready = self._engine, self._feed, self._ready
         assert ready.held_out is not None
-        codes = ready.held_out_codes
-        scores = evaluate(self.config, self._objectives, engine, feed, ready.held_out, codes, tokenize, together)
+        made_by = ready.held_out_codes, self._tokenize, self._average
+        scores = evaluate(self.config, self._objectives, engine, feed, ready.held_out, *made_by, together)
         if ready.zero_shot is not None:
             scores |= ZeroShot(self.config, ready.zero_shot, engine, ready.train.tokenizer, together).scores()
         return scores

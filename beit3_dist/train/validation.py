@@ -15,6 +15,7 @@ from beit3_dist.image_tokenizer.codes import PrecomputedCodes, targets_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.run.preemption import Together, by_itself
+from beit3_dist.train.averages import WeightAverage
 from beit3_dist.train.feed import Feed
 from beit3_dist.train.metrics import losses_and_accuracies
 from beit3_dist.train.passes import passes
@@ -28,13 +29,15 @@ def evaluate(
     held_out: MixedBatches,
     codes: PrecomputedCodes | None,
     tokenize: Tokenize | None,
+    average: WeightAverage | None,
     together: Together = by_itself,
 ) -> dict[str, float]:
     """Losses and accuracies over the first `eval.batches` batches of the held-out streams. Collective.
 
     The samples, crops and masks are the same every time; a stream with fewer samples starts over. They are read as the
     training's are, by `data.workers` processes, which live as long as the validation.
-    `codes`: precomputed image targets; None: `tokenize` makes them. `together`: how the processes read.
+    `codes`: precomputed image targets; None: `tokenize` makes them. `average`: of the weights, where it teaches.
+    `together`: how the processes read.
     """
     requests = list(islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.accumulation))
     workers, pin = min(config.data.workers, len(requests)), engine.mesh.device.type == "cuda"
@@ -45,7 +48,7 @@ def evaluate(
     for _ in range(config.eval.batches):
         batch = feed.step(lambda: list(islice(micro_batches, config.accumulation)), together)
         counts += batch.step_counts
-        result = engine.evaluate(passes(objectives, engine, batch, codes_of))
+        result = engine.evaluate(passes(objectives, engine, batch, codes_of, average))
         totals = [a + b for a, b in zip(totals, result.losses, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
     return losses_and_accuracies(objectives.losses, totals, correct, counts.tolist())

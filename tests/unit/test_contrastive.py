@@ -184,7 +184,7 @@ def test_flops_of_the_second_pass_are_added_once_its_captions_are_drawn() -> Non
     step = StepBatch([batch], totals.pack(), torch.zeros(()))
     module = PretrainingModule(model, objectives, 0).train()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        for micro_batch in passes(objectives, engine, step, lambda _: precomputed_codes(config)):
+        for micro_batch in passes(objectives, engine, step, lambda _: precomputed_codes(config), None):
             module(*micro_batch, torch.tensor(totals.counts), 0)[0].backward()
     embedded_again = 2 * 4 * PAIRS * config.patches * 3 * config.patch_size**2 * config.width
     similarities_again = 2 * 2 * PAIRS * PAIRS * config.width  # the contrast's, which recomputation does not count

@@ -49,7 +49,7 @@ def validated(config: RunConfig, watching: Watching) -> list[list[MicroBatch]]:
     objectives = objectives_of(config)
     held_out = Signed(config, 32, 0, 1, held_out=True, annotators=[*objectives])
     engine: Any = watching
-    scores = evaluation.evaluate(config, objectives, engine, engine, held_out, None, None)
+    scores = evaluation.evaluate(config, objectives, engine, engine, held_out, None, None, None)
     assert scores["loss_text"] == sum(map(len, watching.steps)) / config.eval.batches
     return watching.steps
 
