@@ -10,7 +10,7 @@ drawn by tools/report.py.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -43,26 +43,19 @@ def rows_of(folder: Path, number: int) -> list[Tensor]:
     return [shown, mosaic(codes, nearest_patches(tokenizer, others))]
 
 
-def parse_arguments(arguments: list[str] | None) -> Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run of train_image_tokenizer")
     parser.add_argument("--out", type=Path, metavar="PNG", help="picture to write; RUN/codes.png")
     parser.add_argument("--pictures", type=int, default=12, metavar="N", help="images to show; 12")
     options = parser.parse_args(arguments)
-    options.out = options.out or options.run / "codes.png"
-    require(options.pictures >= 1, f"--pictures {options.pictures} is not positive")
-    require(options.run.is_dir(), f"{options.run} is no folder")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
     with refusing(PROGRAM):
-        options = parse_arguments(arguments)
+        require(options.pictures >= 1, f"--pictures {options.pictures} is not positive")
         rows = rows_of(options.run, options.pictures)
-        picture = Image.fromarray(sheet(rows).permute(1, 2, 0).numpy())
+        picture, out = Image.fromarray(sheet(rows).permute(1, 2, 0).numpy()), options.out or options.run / "codes.png"
         zoom = max(1, LEGIBLE // rows[0].shape[-1])
-        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(options.out)
-    print(options.out)
+        picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(out)
+    print(out)
 
 
 if __name__ == "__main__":
