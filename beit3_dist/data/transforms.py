@@ -58,8 +58,9 @@ def largest_file(max_pixels: int) -> int:
 
 @contextmanager
 def _pillow(max_pixels: int) -> Iterator[None]:
-    """Pillow at the one limit of pixels that the run's config names, and its errors as BadSample."""
-    Image.MAX_IMAGE_PIXELS = max_pixels
+    """Pillow at the one limit of pixels that the run's config names, and its errors as BadSample. Its own limit, which
+    belongs to all of the process, is put back."""
+    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.simplefilter("ignore", UserWarning)  # Odd metadata; an image that decodes is good.
@@ -73,6 +74,8 @@ def _pillow(max_pixels: int) -> Iterator[None]:
             raise BadSample(f"undecodable image: none of {', '.join(_formats())}") from None
         except Exception as error:  # Broken files make Pillow raise nearly anything, from OSError to struct.error.
             raise BadSample(f"undecodable image: {type(error).__name__}: {error}") from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = usual
 
 
 @cache

@@ -40,7 +40,7 @@ class MomentumDistillationConfig:
     """Pairs before the step's own, seen by the average of their time, that contrastive tells a pair from, too."""
 
     def __post_init__(self) -> None:
-        require_within("[0, 1)", f"{SECTION}.", self, "decay")
+        require_within("(0, 1)", f"{SECTION}.", self, "decay")
         require_within("[0, 1]", f"{SECTION}.", self, "alpha")
         require_not_negative(f"{SECTION}.", self, "ramp_steps", "queue")
 

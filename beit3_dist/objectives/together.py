@@ -90,7 +90,7 @@ class Objectives:
         """Of all objectives, in the order of every vector of statistics."""
         for objective in objectives:
             require(
-                bool(objective.views) or objective.second_pass or not objective.losses,
+                bool(objective.views) or objective.second_pass or objective.average_decay > 0,
                 f"objectives.{objective.name} reads none of the streams that batch has",
             )
         self._introduce()

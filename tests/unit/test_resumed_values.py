@@ -31,7 +31,7 @@ def test_only_a_new_run_draws_its_values(monkeypatch: pytest.MonkeyPatch) -> Non
     tuning = FinetuneConfig(task="nlvr2", out="unused", text_tokenizer="unused", model=pretraining.model, data=task)
 
     def values(checkpoint: Path | None) -> list[torch.Tensor]:
-        of_pretraining = preflight._values(pretraining, checkpoint, objectives_of(pretraining))
+        of_pretraining = preflight._values(pretraining, checkpoint, objectives_of(pretraining), before=None)
         of_tuning = finetune_preflight._values(tuning, task_class("nlvr2")(tuning, None), checkpoint)
         return [of("blocks.0.ffn.vision.fc1.weight", SHAPE) for of in (of_pretraining, of_tuning)]
 

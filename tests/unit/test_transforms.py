@@ -277,3 +277,11 @@ def test_metadata_are_left_behind_without_a_copy(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Image.Image, "copy", lambda image: pytest.fail("pixels that nobody else has were copied"))
     decoded = transforms.decode(file.getvalue(), 100)
     assert decoded.info == {} and decoded.tobytes() == opened.tobytes()
+
+
+def test_pillows_own_limit_is_put_back() -> None:
+    usual = Image.MAX_IMAGE_PIXELS
+    transforms.decode(picture(1), LIMIT)
+    with pytest.raises(BadSample):
+        transforms.decode(picture(1), 10)
+    assert usual == Image.MAX_IMAGE_PIXELS != LIMIT
