@@ -48,7 +48,7 @@ def held_after_a_step(groups: Groups, zero_stage: int, precision: str) -> dict[s
     counts = torch.tensor(host_totals(mine, objectives).counts)
     groups.sum_over_data(counts)
     batch = StepBatch(mine, counts, torch.zeros(()))
-    steps = passes(objectives, engine, batch, lambda _: precomputed_codes(config.model))
+    steps = passes(objectives, engine, batch, lambda _: precomputed_codes(config.model), average=None)
     engine.train_step(steps, counts, 0, 1e-3)
     held: dict[str, list[float]] = {}
     for piece in fragments(engine.model, engine.optimizer):

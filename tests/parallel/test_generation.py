@@ -85,7 +85,7 @@ def write(groups: Groups, architecture: str, zero_stage: int, tensor: int) -> li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", ENDING)
 @pytest.mark.parametrize(("zero_stage", "tensor"), [(3, 1), (1, 2)], ids=["dp2-zero3", "tp2"])
 def test_captions_of_two_ranks(architecture: str, zero_stage: int, tensor: int) -> None:
     expected = plain(architecture)

@@ -172,6 +172,15 @@ def test_cancelled_saves_and_stays_cancelled(cluster: dict[str, str], recipe: li
     assert (out / "checkpoints" / "latest").read_text().strip() == f"step_{done:07d}", log.read_text()
 
 
+def trainers(out: Path) -> list[psutil.Process]:
+    """The processes that train into a folder."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(out) in (line := process.info["cmdline"] or []) and "launchers/pretrain.py" in line[:3]
+    ]
+
+
 def end(cluster: dict[str, str], job: str, log: Path) -> None:
     """Leaves the next test an idle cluster."""
     slurm(cluster, "scancel", job)
@@ -187,7 +196,7 @@ def test_asked_while_the_data_are_indexed_it_goes_back_into_the_queue(
     images = recipe[recipe.index("--data.images") + 1]
     with locked(cache / digest(*expand(images, "data.images"))):  # another job builds this index, for hours
         job = submit(cluster, [*recipe, "--data.cache", str(cache)], out)
-        wait(cluster, "attempt", lambda: log.exists() and "attempt 1:" in log.read_text(), log)
+        wait(cluster, "trainers", lambda: len(trainers(out)) == 2, log)  # before, the signal ends what starts them
         slurm(cluster, "scancel", "--signal=USR1", "--batch", job)
         wait(cluster, "requeued job", lambda: state(cluster, job) == "PENDING", log)
     assert "pretrain.py: asked to go before the training has begun" in log.read_text()
@@ -203,13 +212,9 @@ def test_killed_after_a_checkpoint_it_goes_back_into_the_queue(
     out, log = tmp_path / "killed", tmp_path / "killed.txt"
     job = submit(cluster, [*recipe, "--steps", "1000", "--checkpoint.every", "2"], out)
     wait(cluster, "checkpoint", (out / "checkpoints" / "latest").exists, log)
-    trainers = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if str(out) in (line := process.info["cmdline"] or []) and "launchers/pretrain.py" in line[:3]
-    ]
-    assert len(trainers) == 2, trainers
-    trainers[1].kill()  # as the kernel does where memory runs out
+    both = trainers(out)
+    assert len(both) == 2, both
+    both[1].kill()  # as the kernel does where memory runs out
     wait(cluster, "requeued job", lambda: state(cluster, job) == "PENDING", log)
     assert "to go on from the newest checkpoint" in log.read_text()
     end(cluster, job, log)
