@@ -115,6 +115,7 @@ def evaluate(options: Namespace) -> dict[str, float]:
 def retrieval(model: Model, options: Namespace) -> dict[str, float]:
     import torch
 
+    from beit3_dist.tasks.parts.frozen import named_as_published
     from beit3_dist.tasks.parts.metrics import recall
 
     found = captioned(options, model)
@@ -125,8 +126,7 @@ def retrieval(model: Model, options: Namespace) -> dict[str, float]:
     of_image = torch.tensor([image for image, _ in pairs])
     vectors = embedded(model, found.images), model.embed_texts(texts)
     more = reranked(model, found.images, texts, vectors[0] @ vectors[1].T, options.rerank) if options.rerank else None
-    scores = recall(*vectors, of_image, of_text, more)
-    return {name.replace("_recall", "_retrieval_recall"): value for name, value in scores.items()}
+    return named_as_published(recall(*vectors, of_image, of_text, more))
 
 
 def reranked(model: Model, images: Sequence[Any], texts: list[str], scores: Tensor, best: int) -> tuple[Tensor, Tensor]:

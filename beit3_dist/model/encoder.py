@@ -31,8 +31,14 @@ def kind_of(config: ModelConfig, layer: int) -> Kind:
     return "images" if 0 < config.language_layers < -above else "alone"
 
 
+def experts_of(config: ModelConfig, layer: int) -> tuple[str, ...]:
+    """The feed-forward networks of a joint layer: the top `vl_expert_layers` have a vision-language expert."""
+    has_vl = layer >= config.layers - config.vl_expert_layers
+    return ("vision", "vl", "language") if has_vl else modules_of(config.ffn)
+
+
 def block_of(config: ModelConfig, layer: int) -> nn.Module:
-    """The modules of a layer; of the joint ones, the top `vl_expert_layers` have a vision-language expert."""
+    """The modules of a layer."""
     match kind_of(config, layer):
         case "co_attention":
             return CoAttention(config)
@@ -40,10 +46,7 @@ def block_of(config: ModelConfig, layer: int) -> nn.Module:
             return Connected(config)
         case "images":
             return Block(config, ("vision",), ("vision",))
-    has_vl = layer >= config.layers - config.vl_expert_layers
-    return Block(
-        config, modules_of(config.attention), ("vision", "vl", "language") if has_vl else modules_of(config.ffn)
-    )
+    return Block(config, modules_of(config.attention), experts_of(config, layer))
 
 
 class Encoder(nn.ModuleDict):

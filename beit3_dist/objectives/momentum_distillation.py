@@ -60,7 +60,6 @@ class MomentumDistillation(Objective):
             f"{SECTION}: the moving average makes a pass before every step, which parallel.pipeline={pipeline} cannot: "
             "use parallel.pipeline=1",
         )
-
         masking = run.gradient_masking.every
         require(masking == 0, f"{SECTION}: gradient_masking.every={masking} has passes of its own: use one of the two")
 

@@ -67,7 +67,7 @@ class GradientMasks:
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor:
         """Of the gradient of one stream what this parameter takes."""
-        mask = unpacked(self._bits[name], self._counts[name]).view_as(gradient)
+        mask = self.mask(name).view_as(gradient)
         return gradient * (mask if self.takes_text else ~mask)
 
     def mask(self, name: str) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.model.encoder import kind_of
+from beit3_dist.model.encoder import experts_of, kind_of
 from beit3_dist.model.multiway import modules_of
 from beit3_dist.model.token_layout import Segments
 from beit3_dist.objectives.together import Objectives
@@ -60,16 +60,20 @@ def encoder_flops(
     """
     d, f = config.width, config.ffn_width
     pairs, patches = len(caption_lengths), 1 + config.patches
+    embedding = _patch_embedding(config, images + pairs)
     if config.fusion_layers:
-        blocks = _fusion_flops(config, images, caption_lengths, text_lengths, unseen)
-        return 3 * (blocks + 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d)
+        return 3 * (_fusion_flops(config, images, caption_lengths, text_lengths, unseen) + embedding)
     tokens = (images + pairs) * patches + int(caption_lengths.sum()) + int(text_lengths.sum())
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
     attention = 4 * d * (int(lengths.square().sum()) - unseen)
     block = tokens * (8 * d * d + 4 * d * f) + attention
     last = tokens * 6 * d * d + attention + (tokens if read is None else read) * (2 * d * d + 4 * d * f)
-    embedding = 2 * (images + pairs) * config.patches * 3 * config.patch_size**2 * d
     return 3 * ((config.layers - 1) * block + last + embedding)
+
+
+def _patch_embedding(config: ModelConfig, images: int) -> int:
+    """Forward, of the product of all pixels and the patches' projection."""
+    return 2 * images * config.patches * 3 * config.patch_size**2 * config.width
 
 
 def _fusion_flops(config: ModelConfig, images: int, caption_lengths: Tensor, text_lengths: Tensor, unseen: int) -> int:
@@ -122,17 +126,15 @@ def pretraining_flops(
     model = objectives.model
     flops = encoder_flops(model, images, caption_lengths, text_lengths, sum(read), unseen)
     flops += round(3 * objectives.head_flops(counts))
-    if objectives.trained is None:
-        return flops
-    if model.fusion_layers:  # of its blocks nothing is frozen
+    if objectives.trained is None or model.fusion_layers:  # of whose blocks nothing is frozen
         return flops
     patches, pairs = 1 + model.patches, len(caption_lengths)
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
-    pixels = 2 * (images + pairs) * model.patches * 3 * model.patch_size**2 * model.width
     segments = (images * patches, pairs * patches, int(caption_lengths.sum()), int(text_lengths.sum()))
     products = 2 * model.width * (int(lengths.square().sum()) - unseen)
     spared = _Spared(model, objectives.trained, _Tokens(segments), _Tokens(read), products)
-    return flops - spared.embedding(pixels) - spared.blocks() - spared.heads(objectives.head_products(counts))
+    embedding = _patch_embedding(model, images + pairs)
+    return flops - spared.embedding(embedding) - spared.blocks() - spared.heads(objectives.head_products(counts))
 
 
 class _Spared:
@@ -183,8 +185,7 @@ class _Spared:
             less, learns = self._product(f"{block}.attention.out.{side}", 2 * tokens * d * d, needed)
             spared, flows = spared + less, flows or learns
         self._flows = flows
-        has_vl = number >= config.layers - config.vl_expert_layers
-        experts = ("vision", "vl", "language") if has_vl else modules_of(config.ffn)
+        experts = experts_of(config, number)
         for expert, tokens in zip(experts, behind.sizes(experts), strict=True):
             ffn, needed = f"{block}.ffn.{expert}", self._flows or self._learns(f"{block}.ffn.{expert}.norm.")
             for layer in ("fc1", "fc2"):

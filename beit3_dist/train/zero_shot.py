@@ -24,7 +24,7 @@ from beit3_dist.run.preemption import Together
 from beit3_dist.tasks.data.augmentation import Views
 from beit3_dist.tasks.data.batches import padded_words
 from beit3_dist.tasks.data.zero_shot import Captioned, Classed, ZeroShotData, decoded_whole
-from beit3_dist.tasks.parts.frozen import class_accuracies, names_as_vectors
+from beit3_dist.tasks.parts.frozen import class_accuracies, named_as_published, names_as_vectors
 from beit3_dist.tasks.parts.metrics import recall
 from beit3_dist.tasks.retrieval import Retrieval
 
@@ -54,8 +54,7 @@ class ZeroShot:
     def _retrieval(self, pairs: Captioned) -> dict[str, float]:
         owners = torch.tensor([image for image, texts in enumerate(pairs.captions) for _ in texts])
         texts = self._texts([text for some in pairs.captions for text in some])
-        scores = recall(self._images(pairs.images, "eval.retrieval"), texts, owners)
-        return {name.replace("_recall", "_retrieval_recall"): value for name, value in scores.items()}
+        return named_as_published(recall(self._images(pairs.images, "eval.retrieval"), texts, owners))
 
     def _classes(self, classed: Classed) -> dict[str, float]:
         by_name = names_as_vectors(self._texts, classed.names, classed.templates)

@@ -50,18 +50,15 @@ SMALL = dict(
     max_text_length=20,
     drop_path=0.2,
 )
+FUSION: dict[str, Any] = dict(
+    layers=6, attention="per_modality", vl_expert_layers=0, fusion_layers=3, connected_every=1, language_layers=2
+)
+"""All kinds of layers that fuse pairs above two encoders."""
 MODELS = {
     "paper": ModelConfig(**SMALL, attention="shared", sub_layernorm=False, vl_expert_layers=2),
     "released": ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
-    "tower": ModelConfig(**SMALL | {"layers": 4}, ffn="shared", vl_expert_layers=0),
-    "fusion": ModelConfig(
-        **SMALL | {"layers": 6},
-        attention="per_modality",
-        vl_expert_layers=0,
-        fusion_layers=3,
-        connected_every=1,
-        language_layers=2,
-    ),
+    "tower": ModelConfig(**SMALL, ffn="shared", vl_expert_layers=0),
+    "fusion": ModelConfig(**SMALL | FUSION),
     # Of the shapes of tests/integration/runs.py, so that both find the same compiled code in torch's cache.
     "shallow": ModelConfig(**SMALL | {"layers": 2, "width": 32, "heads": 2, "ffn_width": 64}, vl_expert_layers=1),
 }

@@ -17,6 +17,7 @@ from beit3_dist.train import flops
 from beit3_dist.train.flops import encoder_flops, peak_flops
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import counts_of, prepared, pretraining, random_micro_batch
+from tests.parallel.training import FUSION
 from tools.benchmarks.step import objectives_for
 
 SIZE = {
@@ -35,14 +36,7 @@ CONFIGS = {
     "paper": ModelConfig(**SIZE, vl_expert_layers=1),
     "released": ModelConfig(**SIZE, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
     "tower": ModelConfig(**SIZE, ffn="shared", vl_expert_layers=0),
-    "fusion": ModelConfig(
-        **SIZE | {"layers": 6},
-        attention="per_modality",
-        vl_expert_layers=0,
-        fusion_layers=3,
-        connected_every=1,
-        language_layers=2,
-    ),
+    "fusion": ModelConfig(**SIZE | FUSION),
 }
 
 

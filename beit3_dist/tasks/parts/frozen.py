@@ -23,6 +23,11 @@ HELD_OUT = 5
 """Every so many-th example chooses the probe's decay."""
 
 
+def named_as_published(recalls: dict[str, float]) -> dict[str, float]:
+    """The recalls of `metrics.recall` under the names of CLIP_benchmark's results."""
+    return {name.replace("_recall", "_retrieval_recall"): value for name, value in recalls.items()}
+
+
 def class_accuracies(scores_NC: Tensor, labels: Tensor) -> dict[str, float]:
     """acc1, acc5 where there are more than five classes, and the mean over the classes of their share of right ones.
 
