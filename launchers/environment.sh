@@ -85,7 +85,8 @@ import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-print(*project["dependencies"], *extras["demo"], *extras["dev"], sep="\n")
+used = ("demo", "dev", "hub", "trackers", "docs")
+print(*project["dependencies"], *(package for extra in used for package in extras[extra]), sep="\n")
 PYTHON
 )
 stage "3/5 the packages of pyproject.toml" "${install[@]}" --no-build-isolation "${packages[@]}"
