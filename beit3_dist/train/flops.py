@@ -2,8 +2,9 @@
 
 A product of [m, k] and [k, n] counts 2 m k n. Counted are the matrix products of the model at real tokens: experts,
 projections, attention scores and mixtures, patch embedding, and heads at masked positions; in pretraining the last
-block's experts and output projection run at masked positions too. Under a prefix's mask scores and mixtures count where
-a query sees a key, although a kernel that takes any mask computes the others, too; fine-tuning counts all of them.
+block's experts and output projection run at masked positions too. Under a prefix's mask attention counts 4 D for each
+one of the mask, D for scores and D for mixtures, twice: what no kernel can do without, although one that takes any mask
+computes the zeros, too. Fine-tuning counts whole squares.
 Recomputation, norms, softmax, padding, the image tokenizer, teachers, a moving average that teaches, and the heads of
 fine-tuning but captioning's are not. The backward pass costs twice the forward pass: a product has two gradients, of
 weights and of inputs. Where parameters are frozen, those that autograd does not need are not counted.
@@ -44,19 +45,50 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_BF16.items() if key in name), None)
 
 
+@dataclass(frozen=True)
+class Unseen:
+    """Zeros in the masks of a micro-batch's samples: pairs of a query and a key that it does not see."""
+
+    captions: int = 0
+    """Between words of a caption."""
+    patches: int = 0
+    """Patches' queries (CLS is one) and keys of their captions' words."""
+    texts: int = 0
+    """Between words of a text."""
+
+    @classmethod
+    def under_prefix(cls, patches: int, lengths: Tensor, prefixes: Tensor) -> Unseen:
+        """By `prefix_mask`: of each sample [B] the keys after the prefix lie behind the queries of its patches (0: a
+        text) and of the prefix, and each of them behind those of the words before it."""
+        after = lengths - prefixes
+        words = int((prefixes * after + after * (after - 1) // 2).sum())
+        return cls(captions=words, patches=patches * int(after.sum())) if patches else cls(texts=words)
+
+    def __add__(self, other: Unseen) -> Unseen:
+        return Unseen(self.captions + other.captions, self.patches + other.patches, self.texts + other.texts)
+
+    @property
+    def total(self) -> int:
+        """Where the tokens of a pair attend to one another."""
+        return self.captions + self.patches + self.texts
+
+
+NOTHING_UNSEEN = Unseen()
+
+
 def encoder_flops(
     config: ModelConfig,
     images: int,
     caption_lengths: Tensor,
     text_lengths: Tensor,
     read: int | None = None,
-    unseen: int = 0,
+    unseen: Unseen = NOTHING_UNSEEN,
 ) -> int:
     """FLOPs of forward and backward of one micro-batch on one rank, heads left out.
 
     caption_lengths [P], text_lengths [T]: int64, words of the pairs and texts; `images`: those alone. `read`: tokens
-    that are read after the last block, which computes no others; None: all, as in fine-tuning. `unseen`: pairs of a
-    query and a later key of its sample that a mask parts.
+    that are read after the last block, which computes no others; None: all, as in fine-tuning. `unseen`: what masks
+    part.
     """
     d, f = config.width, config.ffn_width
     pairs, patches = len(caption_lengths), 1 + config.patches
@@ -65,7 +97,7 @@ def encoder_flops(
         return 3 * (_fusion_flops(config, images, caption_lengths, text_lengths, unseen) + embedding)
     tokens = (images + pairs) * patches + int(caption_lengths.sum()) + int(text_lengths.sum())
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
-    attention = 4 * d * (int(lengths.square().sum()) - unseen)
+    attention = 4 * d * (int(lengths.square().sum()) - unseen.total)
     block = tokens * (8 * d * d + 4 * d * f) + attention
     last = tokens * 6 * d * d + attention + (tokens if read is None else read) * (2 * d * d + 4 * d * f)
     return 3 * ((config.layers - 1) * block + last + embedding)
@@ -76,7 +108,9 @@ def _patch_embedding(config: ModelConfig, images: int) -> int:
     return 2 * images * config.patches * 3 * config.patch_size**2 * config.width
 
 
-def _fusion_flops(config: ModelConfig, images: int, caption_lengths: Tensor, text_lengths: Tensor, unseen: int) -> int:
+def _fusion_flops(
+    config: ModelConfig, images: int, caption_lengths: Tensor, text_lengths: Tensor, unseen: Unseen
+) -> int:
     """Forward, of the blocks of a model with fusion layers: each takes the tokens that do not rest in it."""
     d, f = config.width, config.ffn_width
     pairs, patches, captions = len(caption_lengths), 1 + config.patches, int(caption_lengths.sum())
@@ -86,17 +120,19 @@ def _fusion_flops(config: ModelConfig, images: int, caption_lengths: Tensor, tex
         return tokens * (8 * d * d + 4 * d * f) + 4 * d * keys
 
     def squares(lengths: Tensor) -> int:
-        return int(lengths.square().sum()) - unseen
+        return int(lengths.square().sum())
 
     of_images = block((images + pairs) * patches, (images + pairs) * patches**2)
     words = torch.cat([caption_lengths, text_lengths])
-    of_words = block(int(words.sum()), squares(words))
+    of_words = block(int(words.sum()), squares(words) - unseen.captions - unseen.texts)
     cross = 4 * d * d * (captions + pairs * patches) + 4 * d * patches * captions
     cost = {
         "images": of_images,
         "alone": of_images + of_words,
-        "co_attention": block(captions, squares(caption_lengths)) + cross,
-        "connected": block(pairs * patches + captions, squares(patches + caption_lengths)),
+        "co_attention": block(captions, squares(caption_lengths) - unseen.captions) + cross,
+        "connected": block(
+            pairs * patches + captions, squares(patches + caption_lengths) - unseen.captions - unseen.patches
+        ),
     }
     return sum(cost[kind_of(config, layer)] for layer in range(config.layers))
 
@@ -119,7 +155,7 @@ def pretraining_flops(
     text_lengths: Tensor,
     read: tuple[int, int, int, int],
     counts: list[int],
-    unseen: int = 0,
+    unseen: Unseen = NOTHING_UNSEEN,
 ) -> int:
     """As `encoder_flops`, with the heads at `counts` [K] targets, and without what frozen parameters spare. `read`: of
     each segment."""
@@ -131,7 +167,7 @@ def pretraining_flops(
     patches, pairs = 1 + model.patches, len(caption_lengths)
     lengths = torch.cat([torch.full((images,), patches), patches + caption_lengths, text_lengths])
     segments = (images * patches, pairs * patches, int(caption_lengths.sum()), int(text_lengths.sum()))
-    products = 2 * model.width * (int(lengths.square().sum()) - unseen)
+    products = 2 * model.width * (int(lengths.square().sum()) - unseen.total)
     spared = _Spared(model, objectives.trained, _Tokens(segments), _Tokens(read), products)
     embedding = _patch_embedding(model, images + pairs)
     return flops - spared.embedding(embedding) - spared.blocks() - spared.heads(objectives.head_products(counts))

@@ -12,7 +12,7 @@ from torch import Tensor
 from beit3_dist.data.batch import MicroBatch, hash_terms
 from beit3_dist.objectives.base import View
 from beit3_dist.objectives.together import Objectives
-from beit3_dist.train.flops import pretraining_flops
+from beit3_dist.train.flops import NOTHING_UNSEEN, Unseen, pretraining_flops
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
         samples = batch.streams[view.stream]
         lengths[view.kind].append(torch.zeros(len(samples)) if samples.lengths is None else samples.lengths)
     images, captions, texts = (torch.cat([torch.zeros(0, dtype=torch.int64), *some]) for some in lengths)
-    unseen = sum(_unseen(batch, view) for view in objectives.views)
+    patches = 1 + objectives.model.patches
+    unseen = sum((_unseen(batch, view, patches) for view in objectives.views), NOTHING_UNSEEN)
     return Totals(
         counts,
         tokens=known.layout.tokens,
@@ -78,10 +79,8 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
     )
 
 
-def _unseen(batch: MicroBatch, view: View) -> int:
-    """Pairs of a query and a key after it that its mask parts: all pairs of the tokens after the prefix."""
+def _unseen(batch: MicroBatch, view: View, patches: int) -> Unseen:
     samples = batch.streams[view.stream]
     if not view.prefix_by or samples.lengths is None:
-        return 0
-    after = samples.lengths - samples.annotations[view.prefix_by]["prefix"]
-    return int((after * (after - 1) // 2).sum())
+        return NOTHING_UNSEEN
+    return Unseen.under_prefix(patches * view.image, samples.lengths, samples.annotations[view.prefix_by]["prefix"])

@@ -18,6 +18,7 @@ from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, RunConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.order import Stream
 from beit3_dist.model import BEiT3
+from beit3_dist.model.encoder import kind_of
 from beit3_dist.model.token_layout import prefix_mask
 from beit3_dist.objectives.prefix_language_modeling import NAME, PrefixLanguageModelingConfig
 from beit3_dist.objectives.registry import objectives_of
@@ -25,22 +26,22 @@ from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.train.totals import host_totals
 from tests.equality import assert_close
 from tests.micro_batches import CPU, counts_of, precomputed_codes, random_micro_batch
+from tests.parallel.training import FUSION
 
 MODEL = ModelConfig(layers=3, width=32, heads=4, ffn_width=48, patch_size=8, image_size=16, vocab_size=60,
                     visual_vocab_size=20, max_text_length=20, vl_expert_layers=1, drop_path=0.0)  # fmt: skip
 PATCHES = 1 + MODEL.patches
 
 
-def module(model: BEiT3 | None = None, batch: BatchConfig | None = None, **section: Any) -> PretrainingModule:
+def module(config: ModelConfig = MODEL, batch: BatchConfig | None = None, **section: Any) -> PretrainingModule:
     """A model of weights of ordinary size under the objective alone."""
     streams = DataConfig(images="unused", texts="unused", pairs="unused", text_length=14, caption_length=9)
     objectives: dict[str, Any] = {NAME: PrefixLanguageModelingConfig(**section)}
-    run = RunConfig(out="unused", text_tokenizer="unused", data=streams, model=MODEL, objectives=objectives)
-    if model is None:
-        model, draw = BEiT3(MODEL), torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.2)
+    run = RunConfig(out="unused", text_tokenizer="unused", data=streams, model=config, objectives=objectives)
+    model, draw = BEiT3(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.2)
     return PretrainingModule(model, objectives_of(replace(run, batch=batch or run.batch)), seed=0)
 
 
@@ -165,20 +166,31 @@ def test_prefixes_are_drawn_by_each_samples_key_alone() -> None:
     assert draw([6, 7], prefix="image") == [0, 0]
 
 
-def test_flops_count_what_is_seen() -> None:
+@pytest.mark.parametrize("fusion", [False, True])
+def test_flops_count_the_ones_of_the_mask(fusion: bool) -> None:
     """Torch counts whole squares of scores, and the patch embedding's backward pass once, since pixels need none."""
-    model = module(texts=True)
-    batch = batch_of({"pairs": [0, 4], "texts": [0, 2, 5, 0]})
-    for name in ("pairs", "texts"):
+    config = replace(MODEL, **FUSION) if fusion else MODEL
+    model = module(config, texts=True)
+    prefixes = {"pairs": [0, 4], "texts": [0, 2, 5, 0]}
+    batch = batch_of(prefixes)
+    for name in prefixes:
         batch.streams[name].lengths[:] = batch.streams[name].text.shape[1]
-    inputs, reading, ids = model.objectives.prepare(batch, CPU, precomputed_codes(MODEL))
+    inputs, reading, ids = model.objectives.prepare(batch, CPU, precomputed_codes(config))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.train()(inputs, reading, ids, counts_of(model, batch), 0)[0].backward()
-    captions, texts = batch.streams["pairs"].text.shape[1], batch.streams["texts"].text.shape[1]
-    parted = sum(n * (n - 1) // 2 for n in (captions, captions - 4, texts, texts - 2, texts - 5, texts))
-    unseen = 3 * MODEL.layers * 4 * MODEL.width * parted
-    patches = 2 * 2 * MODEL.patches * 3 * MODEL.patch_size**2 * MODEL.width
-    assert host_totals([batch], model.objectives).flops == counter.get_total_flops() - unseen + patches
+
+    def zeros(stream: str, patches: int, first: int = 0) -> int:
+        """In the masks of a stream's samples, without `first` tokens."""
+        words, prefix = batch.streams[stream].text.shape[1], torch.tensor(prefixes[stream])
+        return int((~prefix_mask(patches, words, prefix))[:, first:, first:].sum())
+
+    pairs, captions, texts = zeros("pairs", PATCHES), zeros("pairs", PATCHES, PATCHES), zeros("texts", 0)
+    of_layer = {"joint": pairs + texts, "images": 0, "alone": captions + texts, "co_attention": captions,
+                "connected": pairs}  # fmt: skip
+    unseen = sum(of_layer[kind_of(config, layer)] for layer in range(config.layers))
+    patches = 2 * 2 * config.patches * 3 * config.patch_size**2 * config.width
+    expected = counter.get_total_flops() - 3 * 4 * config.width * unseen + patches
+    assert host_totals([batch], model.objectives).flops == expected
 
 
 @pytest.mark.parametrize(
