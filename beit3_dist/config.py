@@ -417,22 +417,38 @@ class EvalConfig:
     image_codes: str = ""
     """Folder of the held-out views' visual codes; empty: the image tokenizer computes them at every validation."""
     retrieval: str = ""
-    """Pattern of tars of pairs: each validation also scores retrieval both ways on all of them, by the model's contrast
+    """Pattern of tars of pairs: each validation also scores retrieval both ways among them, by the model's contrast
     as it is (image_retrieval_recall@1, ..., as tools/evaluate.py). A .txt member may have several lines, a caption
     each. Empty: none."""
+    captions: str = ""
+    """Pattern of tars of pairs: each validation also writes a caption of each image, as prefix language modelling has
+    taught it, by a beam search of width 3; exact_match is the share of those that are a caption of the pair. Empty:
+    none."""
     classes: str = ""
-    """Pattern of tars of images with .cls members: each validation also tells their classes by their names, by the
-    model's contrast (acc1, acc5, mean_per_class_recall). Empty: none."""
+    """Pattern of tars of images with .cls members: each validation also tells their classes by their names, where the
+    model learns contrast (acc1, acc5, mean_per_class_recall), and from eval.classes_train. Empty: none."""
+    classes_train: str = ""
+    """Pattern of such tars from which each validation learns the classes of eval.classes by the frozen encoder's
+    features: votes of the nearest images (knn10_acc1, ...) and a linear probe (lp_acc1, ...). Empty: none."""
     class_names: str = ""
     """File with the names of eval.classes, one a line in the order of their numbers."""
     templates: str = "shipped"
     """File of lines with {} in the place of a class's name, over which its vectors are averaged; shipped: eight that
     come with the program (tasks/data/zero_shot.py)."""
+    at_most: int = 5000
+    """Images of each of these tars that are scored, or learnt from: of more, so many at equal distances, which bounds a
+    validation's time; 0: all."""
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The fields that name what validations score beside the losses."""
+        return tuple(name for name in ("retrieval", "captions", "classes") if getattr(self, name))
 
     def __post_init__(self) -> None:
         expand_home(self, "image_codes", "class_names", "templates")
-        require_not_negative("eval.", self, "every")
+        require_not_negative("eval.", self, "every", "at_most")
         require_positive("eval.", self, "batches")
+        require(bool(self.classes) or not self.classes_train, "eval.classes_train teaches the classes of eval.classes")
         for name in STREAMS:
             sources_of(getattr(self, name), f"eval.{name}")
 

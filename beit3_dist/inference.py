@@ -52,6 +52,7 @@ from beit3_dist.tasks.base import HALF, Normalization, Task, TaskInputs
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.augmentation import Views
 from beit3_dist.tasks.data.batches import padded_words
+from beit3_dist.tasks.parts.frozen import frozen_features
 from beit3_dist.tasks.parts.heads import FineTuned, NoNorm
 from beit3_dist.tasks.registry import pretrained_tasks, task_class, task_names
 
@@ -230,7 +231,8 @@ class Model:
 
     def _pixels(self, images: Sequence[ImageLike]) -> Tensor:
         """[B, 3, S, S] on the device, normalised as in training."""
-        return self._normalize(_seen(images, self._views, self.network.config.image_size).to(self.device))
+        seen = self._views.seen(map(open_image, images), self.network.config.image_size)
+        return self._normalize(seen.to(self.device))
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
@@ -267,17 +269,12 @@ def image_features(
     def features(images: Sequence[ImageLike]) -> Tensor:
         parts = [torch.empty(0, content.config.width)]
         for some in _batches(images, IMAGES_AT_ONCE):
-            hidden = network.encode(normalize(_seen(some, views, content.config.image_size).to(device)))
-            parts.append((hidden[:, 0] if cls else hidden[:, 1:].mean(1)).float().cpu())
+            seen = views.seen(map(open_image, some), content.config.image_size)
+            hidden = network.encode(normalize(seen.to(device)))
+            parts.append(frozen_features(hidden, cls).float().cpu())
         return torch.cat(parts)
 
     return features
-
-
-def _seen(images: Sequence[ImageLike], views: Views, size: int) -> Tensor:
-    """uint8 [B, 3, S, S] on the host: the images as they are evaluated."""
-    seen = np.stack([views.evaluate(open_image(image), size) for image in images])
-    return torch.from_numpy(seen).permute(0, 3, 1, 2)
 
 
 def _usable(device: torch.device | str | None) -> torch.device | str:

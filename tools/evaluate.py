@@ -34,6 +34,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,14 +45,14 @@ if TYPE_CHECKING:  # torch takes seconds to import: a typo is reported before th
 
     from beit3_dist.checkpoint.model_folder import ModelFolder
     from beit3_dist.inference import Model
-    from beit3_dist.tasks.data.zero_shot import Captioned
+    from beit3_dist.tasks.data.zero_shot import Captioned, Labelled
+    from beit3_dist.tasks.parts.scores import Match
 
 PROGRAM = "evaluate.py"
 NEEDS = {"classes": ("names",), "knn": ("names", "train"), "probe": ("names", "train")}
 """Options that a score cannot do without."""
 TASKS = {"retrieval": "zeroshot_retrieval", "classes": "zeroshot_classification", "probe": "linear_probe"}
 """What CLIP_benchmark calls the scores that it has, too."""
-NEIGHBOURS = (10, 20, 100, 200)
 AT_ONCE = 256
 """Images whose files are open at a time."""
 
@@ -76,6 +77,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--max_words", type=int, help="captions: longest, </s> counted (default: as in training)")
     text = "captions: exact_match, bleu4, cider, meteor, spice (default: exact_match)"
     parser.add_argument("--caption_metrics", nargs="+", default=["exact_match"], metavar="METRIC", help=text)
+    text = "images scored, and learnt from: of more, so many at equal distances, as eval.at_most (default: 0, all)"
+    parser.add_argument("--at_most", type=int, default=0, metavar="N", help=text)
     parser.add_argument("--caption_key", default="caption", help="field of .json members (default: caption)")
     parser.add_argument("--text_tokenizer", type=Path, help="SentencePiece file (default: the model's own)")
     parser.add_argument("--cache", default="~/.cache/beit3_dist", help="folder of the shards' indexes")
@@ -113,80 +116,70 @@ def evaluate(options: Namespace) -> dict[str, float]:
 
 
 def retrieval(model: Model, options: Namespace) -> dict[str, float]:
-    import torch
-
-    from beit3_dist.tasks.parts.frozen import named_as_published
-    from beit3_dist.tasks.parts.metrics import recall
+    from beit3_dist.tasks.parts.scores import retrieval_scores
 
     found = captioned(options, model)
-    pairs = [(number, text) for number, texts in enumerate(found.captions) for text in texts]
-    rows = {text: row for row, text in enumerate(dict.fromkeys(text for _, text in pairs))}
-    texts = [*rows] if options.merge_captions else [text for _, text in pairs]
-    of_text = torch.tensor([rows[text] for _, text in pairs]) if options.merge_captions else None
-    of_image = torch.tensor([image for image, _ in pairs])
-    vectors = embedded(model, found.images), model.embed_texts(texts)
-    more = reranked(model, found.images, texts, vectors[0] @ vectors[1].T, options.rerank) if options.rerank else None
-    return named_as_published(recall(*vectors, of_image, of_text, more))
+
+    def match(texts: Sequence[str]) -> Match:
+        return lambda images, rows: matches(model, found.images, texts, images, rows)
+
+    vectors = partial(embedded, model), model.embed_texts
+    return retrieval_scores(found, *vectors, options.merge_captions, options.rerank, match)
 
 
-def reranked(model: Model, images: Sequence[Any], texts: list[str], scores: Tensor, best: int) -> tuple[Tensor, Tensor]:
-    """What `recall` adds to scores [M, N], by text and by image, so that the `best` of each are in the order of
-    matching's logits and the similarities, and before all others (BLIP's sum)."""
+def matches(model: Model, images: Sequence[Any], texts: Sequence[str], of_image: Tensor, of_text: Tensor) -> Tensor:
+    """What matching says of pairs of an image and a text, int64 [P] each, the images in ascending order: [P]."""
     import torch
 
-    chosen = [torch.zeros_like(scores, dtype=torch.bool) for _ in range(2)]
-    for dim, among in enumerate(chosen):  # images for each text, then texts for each image
-        among.scatter_(dim, scores.topk(min(best, scores.shape[dim]), dim).indices, True)
-    wanted, logits = chosen[0] | chosen[1], torch.zeros_like(scores, dtype=torch.float64)
-    for first, some in zip(range(0, len(images), AT_ONCE), opened(images), strict=False):
-        rows, columns = wanted[first : first + AT_ONCE].nonzero().T
-        matches = model.match([some[row] for row in rows.tolist()], [texts[column] for column in columns.tolist()])
-        logits[first + rows, columns] = matches.double()
-    lifted = logits - logits.min() + 2  # a similarity is never more than 2 above another
-    by_text, by_image = (torch.where(among, lifted, 0) for among in chosen)
-    return by_text.T, by_image
+    parts = [torch.empty(0)]
+    for first, some in zip(range(0, len(images), AT_ONCE), opened(images), strict=True):
+        here = (of_image >= first) & (of_image < first + AT_ONCE)
+        shown = [some[row] for row in (of_image[here] - first).tolist()]
+        parts.append(model.match(shown, [texts[row] for row in of_text[here].tolist()]))
+    return torch.cat(parts)
 
 
 def classes(model: Model, options: Namespace) -> dict[str, float]:
     from beit3_dist.tasks.data.names import read_names
-    from beit3_dist.tasks.data.zero_shot import read_templates
-    from beit3_dist.tasks.parts.frozen import class_accuracies, names_as_vectors
+    from beit3_dist.tasks.data.zero_shot import Classed, read_templates
+    from beit3_dist.tasks.parts.scores import name_scores
 
     names = read_names(options.names)
     templates = ("{}",) if options.templates is None else read_templates(options.templates, "--templates")
-    images, labels = labelled(options.data, "--data", options, len(names))
-    by_name = names_as_vectors(model.embed_texts, names, templates)
-    return class_accuracies(embedded(model, images) @ by_name.T, labels)
+    classed = Classed(*labelled(options.data, "--data", options, len(names)), names, templates)
+    return name_scores(classed, partial(embedded, model), model.embed_texts)
 
 
 def captions(model: Model, options: Namespace) -> dict[str, float]:
-    from beit3_dist.tasks.parts.metrics import caption_scores, check_caption_metrics
+    from beit3_dist.tasks.parts.metrics import check_caption_metrics
+    from beit3_dist.tasks.parts.scores import caption_matches
 
     check_caption_metrics(options.caption_metrics)
-    found = captioned(options, model)
     settings = {"beams": options.beams, "max_words": options.max_words}
-    written = [text for some in opened(found.images) for text in model.caption(some, **settings)]
-    return caption_scores(dict(enumerate(written)), dict(enumerate(found.captions)), options.caption_metrics)
+
+    def write(images: Sequence[Any]) -> list[str]:
+        return [text for some in opened(images) for text in model.caption(some, **settings)]
+
+    return caption_matches(captioned(options, model), write, options.caption_metrics)
 
 
 def frozen(content: ModelFolder, options: Namespace) -> dict[str, float]:
     """k-NN and linear probe, by features of the encoder alone."""
     from beit3_dist.inference import image_features
     from beit3_dist.tasks.data.names import read_names
-    from beit3_dist.tasks.parts.frozen import class_accuracies, neighbours_votes, probe_scores
+    from beit3_dist.tasks.parts.scores import NEIGHBOURS, linear_scores, neighbour_scores
 
     number = len(read_names(options.names))
     sides = [labelled(getattr(options, side), f"--{side}", options, number) for side in ("train", "data")]
+    if options.score == "knn" and len(sides[0][0]) < NEIGHBOURS[0]:
+        raise ValueError(f"--train has {len(sides[0][0])} images, and {NEIGHBOURS[0]} neighbours are asked")
     features = image_features(content, str(options.model), options.device, cls=options.features == "cls")
     (train, known), (test, labels) = ((joined(map(features, opened(images))), these) for images, these in sides)
-    if options.score == "probe":
-        scores, decay = probe_scores(train, known, test, number)
-        print(f"weight of the squared norm, chosen on every fifth of --train: {decay:g}")
-        return {f"lp_{name}": value for name, value in class_accuracies(scores, labels).items()}
-    votes = {k: neighbours_votes(train, known, test, number, k) for k in NEIGHBOURS if k <= len(train)}
-    if not votes:
-        raise ValueError(f"--train has {len(train)} images, and {NEIGHBOURS[0]} neighbours are asked")
-    return {f"knn{k}_{n}": v for k, votes_NC in votes.items() for n, v in class_accuracies(votes_NC, labels).items()}
+    if options.score == "knn":
+        return neighbour_scores(train, known, test, labels, number)
+    found, decay = linear_scores(train, known, test, labels, number)
+    print(f"weight of the squared norm, chosen on every fifth of --train: {decay:g}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -199,13 +192,13 @@ def captioned(options: Namespace, model: Model) -> Captioned:
 
     if is_jsonl(options.data):
         return captioned_index(options, model)
-    return captioned_tars(options.data, "--data", options.cache, options.caption_key)
+    return captioned_tars(options.data, "--data", options.cache, options.caption_key, options.at_most)
 
 
 def captioned_index(options: Namespace, model: Model) -> Captioned:
     """Images by their numbers. Their texts are those of the field `captions`, else the tokens of each line as words."""
     from beit3_dist.tasks.data.examples import read_index
-    from beit3_dist.tasks.data.zero_shot import Captioned
+    from beit3_dist.tasks.data.zero_shot import Captioned, spread
     from beit3_dist.tasks.registry import task_class
 
     kind = task_class("captioning" if options.score == "captions" else "retrieval")
@@ -220,22 +213,22 @@ def captioned_index(options: Namespace, model: Model) -> Captioned:
         texts.setdefault(example.label, []).extend(own)
     if silent := [number for number, own in texts.items() if not own]:
         raise ValueError(f"--data: {len(silent)} images of {options.data} have no caption; the first is {silent[0]}")
-    return Captioned(list(images.values()), [texts[number] for number in images])
+    numbers = list(images)
+    chosen = [numbers[place] for place in spread(len(numbers), options.at_most)]
+    return Captioned([images[number] for number in chosen], [texts[number] for number in chosen])
 
 
-def labelled(data: str, field: str, options: Namespace, number: int) -> tuple[list[Any], Tensor]:
-    """Where each image lies, and its class, int64 [N]."""
-    import torch
-
+def labelled(data: str, field: str, options: Namespace, number: int) -> Labelled:
+    """The images of --data or --train, with their classes."""
     from beit3_dist.data.kinds import is_jsonl
+    from beit3_dist.tasks.data import zero_shot
     from beit3_dist.tasks.data.examples import read_index
-    from beit3_dist.tasks.data.zero_shot import classed_tars
     from beit3_dist.tasks.registry import task_class
 
     if not is_jsonl(data):
-        return classed_tars(data, field, options.cache, number)
+        return zero_shot.classed_tars(data, field, options.cache, number, options.at_most)
     examples = read_index(Path(data), task_class("imagenet"), Path(options.images), classes=number)
-    return [example.images[0] for example in examples], torch.tensor([example.label for example in examples])
+    return zero_shot.labelled(examples, options.at_most)
 
 
 def opened(images: Sequence[Any]) -> Iterator[list[Any]]:

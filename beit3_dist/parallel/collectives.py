@@ -17,6 +17,13 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return out
 
 
+def all_agree(done: bool, device: torch.device) -> bool:
+    """Whether it is so on all ranks of the run."""
+    flag = torch.tensor(int(done), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
 def made_in_shares(make: Callable[[Tensor], Tensor], count: int, group: dist.ProcessGroup | None) -> Tensor:
     """What `make` gives of rows 0 to count - 1, int64 on the host, without a gradient. Where the processes of `group`
     would all make the same, each makes its share of it; collective then."""

@@ -17,6 +17,7 @@ from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.objectives.contrastive import Contrastive
+from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModeling
 from beit3_dist.objectives.registry import objectives_by_stream, objectives_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
@@ -114,17 +115,27 @@ def check_trained(config: RunConfig, mesh: Mesh, objectives: Objectives) -> None
 
 
 def check_zero_shot(config: RunConfig) -> None:
-    """Raises ValueError where the run has no vectors to score by."""
-    field = "eval.retrieval" if config.eval.retrieval else "eval.classes"
+    """Raises ValueError where the run does not learn what it is scored by."""
+    by_contrast, by_words = (Contrastive.name, "contrast"), (PrefixLanguageModeling.name, "prefix language modelling")
+    needs = {"retrieval": by_contrast, "captions": by_words}
+    if not config.eval.classes_train:  # else its features are scored, whatever it learns
+        needs["classes"] = by_contrast
+    for field in config.eval.scored:
+        objective, called = needs.get(field, (None, ""))
+        require(
+            objective is None or objective in config.objectives,
+            f"eval.{field} is scored by {called}, which the run does not learn: give the section "
+            f"objectives.{objective}, or leave eval.{field} out",
+        )
+        require(
+            config.parallel.pipeline == 1,
+            f"eval.{field}: a pipeline encodes nothing beside its training: use parallel.pipeline=1, or leave "
+            f"eval.{field} out and score checkpoints by tools/evaluate.py",
+        )
     require(
-        Contrastive.name in config.objectives,
-        f"{field} is scored by contrast, which the run does not learn: give the section objectives.{Contrastive.name}, "
-        f"or leave {field} out",
-    )
-    require(
-        config.parallel.pipeline == 1,
-        f"{field}: a pipeline encodes nothing beside its training: use parallel.pipeline=1, or leave {field} out and "
-        "score checkpoints by tools/evaluate.py",
+        not (config.eval.captions and config.parallel.sequence),
+        "eval.captions: words are written one at a time, which sequence parallelism cannot share out: use "
+        "parallel.sequence=false, or leave eval.captions out and score checkpoints by tools/evaluate.py",
     )
 
 

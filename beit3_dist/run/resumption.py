@@ -60,8 +60,9 @@ _FIELDS = {
         optim.lr optim.min_lr optim.decay optim.warmup_steps optim.eps optim.weight_decay optim.clip_norm
         data.caption_length data.min_crop_scale data.scaled_decoding data.color_jitter data.horizontal_flip
         data.rand_augment data.random_erasing data.max_bad_fraction data.validation
-        eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.retrieval eval.classes
-        eval.class_names eval.templates eval.beams eval.length_penalty eval.caption_metrics eval.batch
+        eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.retrieval eval.captions
+        eval.classes eval.classes_train eval.class_names eval.templates eval.at_most
+        eval.beams eval.length_penalty eval.caption_metrics eval.batch
         checkpoint.every checkpoint.keep checkpoint.keep_every
         guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",
     OnResume.FREE: """

@@ -16,7 +16,7 @@ from beit3_dist.objectives.masking import mask_words
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.tasks.base import Task, TaskInputs, cross_entropies
 from beit3_dist.tasks.data.examples import Example, Record, Rules, integer, strings
-from beit3_dist.tasks.parts.generation import generate
+from beit3_dist.tasks.parts.generation import generate, padded
 from beit3_dist.tasks.parts.heads import FineTuned
 from beit3_dist.tasks.parts.metrics import caption_scores, check_caption_metrics
 from beit3_dist.tasks.parts.submissions import write_results
@@ -129,8 +129,7 @@ class Captioning(Task):
             at_mask=not self.pretrained,
             agree=agree,
         )
-        padded = [caption + [self.tokenizer.pad] * (1 + longest - len(caption)) for caption in captions]
-        return torch.tensor(padded, device=images.device)
+        return padded(captions, 1 + longest, self.tokenizer.pad, images.device)
 
     def results(self, predictions: Tensor) -> list[str]:
         return [self.tokenizer.decode(words) for words in predictions.tolist()]

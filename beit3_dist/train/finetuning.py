@@ -23,7 +23,7 @@ from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import hash_sum, mix
 from beit3_dist.model.token_layout import to_device
-from beit3_dist.parallel.collectives import all_gather
+from beit3_dist.parallel.collectives import all_agree, all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, connect
 from beit3_dist.parallel.replicas import Replicas
@@ -240,14 +240,9 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         parts: list[Tensor] = []
         batches = iter(self._loader(self._dataset(self._validation, train=False), places))
         while (batch := together(lambda: next(batches, None))) is not None:
-            mine = self._engine.predict(self._inputs(batch), self._all_done)
+            mine = self._engine.predict(self._inputs(batch), partial(all_agree, device=mesh.device))
             parts.append(all_gather(mine, groups.data).cpu())
         return torch.cat(parts)[: len(self._validation)]
-
-    def _all_done(self, done: bool) -> bool:
-        flag = torch.tensor(int(done), device=self.mesh.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag)
 
     def finish(self) -> None:
         """The last checkpoint's weights (their average, where there is one) as a folder for inference. Collective: the

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -75,6 +75,16 @@ class Views:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return resized(image, size, (left, top, left + side, top + side))
+
+    def seen(self, images: Iterable[Image.Image], size: int) -> torch.Tensor:
+        """The fixed views of images, uint8 [B, 3, size, size]."""
+        return stacked([self.evaluate(image, size) for image in images], size)
+
+
+def stacked(views: Sequence[np.ndarray], size: int) -> torch.Tensor:
+    """Views uint8 [size, size, 3] as one tensor [B, 3, size, size]; there may be none."""
+    pixels = np.stack(views) if views else np.empty((0, size, size, 3), dtype=np.uint8)
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from beit3_dist.data.order import generator, mix, permute
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.transforms import decode, largest_file, read_image
 from beit3_dist.opening import open_regular
-from beit3_dist.tasks.data.augmentation import Mixing, Views
+from beit3_dist.tasks.data.augmentation import Mixing, Views, stacked
 from beit3_dist.tasks.data.examples import Example, TarMember
 
 ATTEMPTS = 100
@@ -146,8 +146,7 @@ class Examples(Dataset):
             views.extend(own)
         count = len(samples)
         side = self.image_size
-        pixels = np.stack(views) if views else np.empty((0, side, side, 3), dtype=np.uint8)
-        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        images = stacked(views, side)
         labels = self.labels(samples)
         if self.mixing is not None:
             keys = (generator(mix(self.seed, Draw.MIXING, place)) for place in request.places[::2])

@@ -3,6 +3,7 @@ prompt templates."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from beit3_dist.data.text_files import read_lines
 from beit3_dist.opening import blaming
 from beit3_dist.tasks.data.batches import decoded
 from beit3_dist.tasks.data.class_shards import read_class_shards
-from beit3_dist.tasks.data.examples import TarMember
+from beit3_dist.tasks.data.examples import Example, TarMember
 from beit3_dist.tasks.data.names import read_names
 
 SHIPPED = "shipped"
@@ -48,6 +49,10 @@ class Captioned:
     """Of each image."""
 
 
+Labelled = tuple[list[Any], Tensor]
+"""Where each of N images lies, and its class, int64 [N]."""
+
+
 @dataclass
 class Classed:
     """Images with their classes."""
@@ -58,22 +63,32 @@ class Classed:
     names: list[str]
     """Of the classes."""
     templates: tuple[str, ...]
+    train: Labelled | None = None
+    """What the classes are learnt from, with the encoder frozen."""
 
 
 @dataclass(frozen=True)
 class ZeroShotData:
     """What a run is scored on beside its held-out losses."""
 
-    captioned: Captioned | None
+    retrieval: Captioned | None
+    captions: Captioned | None
     classed: Classed | None
 
 
-def captioned_tars(pattern: str, name: str, cache: str, caption_key: str) -> Captioned:
-    """The pairs of tars; every line of a .txt member is a caption of its image. Raises ValueError naming the field
-    `name`, or the tar and the pair."""
+def spread(count: int, at_most: int) -> Sequence[int]:
+    """Which of `count` samples are scored: all, or `at_most` at equal distances, since images of a class often lie
+    together. 0: there is no limit."""
+    return range(count) if not 0 < at_most < count else [place * count // at_most for place in range(at_most)]
+
+
+def captioned_tars(pattern: str, name: str, cache: str, caption_key: str, at_most: int = 0) -> Captioned:
+    """The pairs of tars, or `at_most` of them; every line of a .txt member is a caption of its image. Raises ValueError
+    naming the field `name`, or the tar and the pair."""
     table = open_table(pattern, name, Stream.PAIRS, cache)
     reader, found = ShardReader(table), Captioned()
-    for number, row in enumerate(table.rows):
+    for number in spread(len(table.rows), at_most):
+        row = table.rows[number]
         try:
             found.captions.append(read_captions(row, reader, caption_key))
         except BadSample as bad:
@@ -82,11 +97,15 @@ def captioned_tars(pattern: str, name: str, cache: str, caption_key: str) -> Cap
     return found
 
 
-def classed_tars(pattern: str, name: str, cache: str, classes: int) -> tuple[list[Any], Tensor]:
-    """Where each image of tars lies, and its class, int64 [N], from its .cls member. Raises ValueError as
+def classed_tars(pattern: str, name: str, cache: str, classes: int, at_most: int = 0) -> Labelled:
+    """The images of tars, or `at_most` of them, with the classes of their .cls members. Raises ValueError as
     `read_class_shards` does."""
-    examples = read_class_shards(pattern, name, cache, classes)
-    listed = [examples[place] for place in range(len(examples))]
+    return labelled(read_class_shards(pattern, name, cache, classes), at_most)
+
+
+def labelled(examples: Sequence[Example], at_most: int = 0) -> Labelled:
+    """Of each example, or of `at_most` of them, its image and its class."""
+    listed = [examples[place] for place in spread(len(examples), at_most)]
     return [example.images[0] for example in listed], torch.tensor([example.label for example in listed])
 
 
@@ -111,16 +130,26 @@ def decoded_whole(image: Any, name: str) -> Image.Image:
 
 
 def open_zero_shot(config: EvalConfig, data: DataConfig) -> ZeroShotData | None:
-    """What `eval.retrieval` and `eval.classes` name; None for nothing. Raises ValueError naming the field."""
-    if not config.every or not (config.retrieval or config.classes):
+    """What `eval.retrieval`, `eval.captions` and `eval.classes` name; None for nothing. Raises ValueError naming the
+    field."""
+    if not config.every or not config.scored:
         return None
-    captioned = classed = None
-    if config.retrieval:
-        captioned = captioned_tars(config.retrieval, "eval.retrieval", data.cache, data.caption_key)
+    limit = config.at_most
+    pairs = {
+        field: captioned_tars(pattern, f"eval.{field}", data.cache, data.caption_key, limit)
+        for field in ("retrieval", "captions")
+        if (pattern := getattr(config, field))
+    }
+    classed = None
     if config.classes:
         require(bool(config.class_names), "eval.classes needs eval.class_names, a file with a class's name a line")
         with blaming("eval.class_names", OSError):
             names = read_names(Path(config.class_names))
-        images, labels = classed_tars(config.classes, "eval.classes", data.cache, len(names))
-        classed = Classed(images, labels, names, read_templates(config.templates, "eval.templates"))
-    return ZeroShotData(captioned, classed)
+        sides = {
+            field: classed_tars(pattern, f"eval.{field}", data.cache, len(names), limit)
+            for field in ("classes", "classes_train")
+            if (pattern := getattr(config, field))
+        }
+        templates = read_templates(config.templates, "eval.templates")
+        classed = Classed(*sides["classes"], names, templates, sides.get("classes_train"))
+    return ZeroShotData(pairs.get("retrieval"), pairs.get("captions"), classed)

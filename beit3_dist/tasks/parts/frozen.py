@@ -23,9 +23,9 @@ HELD_OUT = 5
 """Every so many-th example chooses the probe's decay."""
 
 
-def named_as_published(recalls: dict[str, float]) -> dict[str, float]:
-    """The recalls of `metrics.recall` under the names of CLIP_benchmark's results."""
-    return {name.replace("_recall", "_retrieval_recall"): value for name, value in recalls.items()}
+def frozen_features(hidden_BND: Tensor, cls: bool = False) -> Tensor:
+    """[B, D] of an image's hidden states, CLS and patches: the mean of the patches, or CLS."""
+    return hidden_BND[:, 0] if cls else hidden_BND[:, 1:].mean(1)
 
 
 def class_accuracies(scores_NC: Tensor, labels: Tensor) -> dict[str, float]:
@@ -58,7 +58,7 @@ def neighbours_votes(train_MD: Tensor, labels: Tensor, test_ND: Tensor, classes:
     for some in normalize(test_ND, dim=1).split(ROWS_AT_ONCE):
         near, rows = (some @ train.T).topk(min(k, len(train)), dim=1)
         weights = ((near - 1) / TEMPERATURE).exp()  # less 1: the largest is then no more than e^0
-        votes.append(torch.zeros(len(some), classes).scatter_add_(1, labels[rows], weights))
+        votes.append(some.new_zeros(len(some), classes).scatter_add_(1, labels[rows], weights))
     return torch.cat(votes)
 
 
@@ -68,7 +68,7 @@ def probe_scores(train_MD: Tensor, labels: Tensor, test_ND: Tensor, classes: int
     """
     mean, deviation = train_MD.mean(0), train_MD.std(0).clamp(min=1e-6)
     train, test = (train_MD - mean) / deviation, (test_ND - mean) / deviation
-    held_out = torch.arange(len(train)) % HELD_OUT == HELD_OUT - 1
+    held_out = torch.arange(len(train), device=train.device) % HELD_OUT == HELD_OUT - 1
 
     def right(decay: float) -> float:
         logits = _regression(train[~held_out], labels[~held_out], classes, decay)(train[held_out])
@@ -80,8 +80,8 @@ def probe_scores(train_MD: Tensor, labels: Tensor, test_ND: Tensor, classes: int
 
 def _regression(x_MD: Tensor, labels: Tensor, classes: int, decay: float) -> Callable[[Tensor], Tensor]:
     """Multinomial regression with decay / 2 times the squared norm of its matrix beside the mean cross-entropy."""
-    weight = torch.zeros(classes, x_MD.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
+    weight = x_MD.new_zeros(classes, x_MD.shape[1]).requires_grad_()
+    bias = x_MD.new_zeros(classes).requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

@@ -82,6 +82,11 @@ def generate(
     return beam.best()
 
 
+def padded(texts: list[list[int]], length: int, pad: int, device: torch.device) -> Tensor:
+    """int64 [B, length]: texts of fewer tokens, filled up."""
+    return torch.tensor([text + [pad] * (length - len(text)) for text in texts], device=device)
+
+
 class _Beams:
     """K open captions and the best finished one of each of B images, as tensors."""
 

@@ -80,6 +80,25 @@ def _ranks(queries: Tensor, candidates: Tensor, query: Tensor, candidate: Tensor
     return torch.cat(ranks)
 
 
+def shortlists(images: Tensor, texts: Tensor, best: int) -> tuple[Tensor, Tensor]:
+    """The `best` images of each text, and the `best` texts of each image, by vectors as in `recall`: bool [M, N]."""
+    scores = images @ texts.T
+    chosen = [torch.zeros_like(scores, dtype=torch.bool) for _ in range(2)]
+    for dim, among in enumerate(chosen):
+        among.scatter_(dim, scores.topk(min(best, scores.shape[dim]), dim).indices, True)
+    return chosen[0], chosen[1]
+
+
+def reranked(chosen: tuple[Tensor, Tensor], pairs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What `recall` adds, so that the `shortlists` are in the order of matching's logits and the similarities (BLIP's
+    sum), and before all others. `logits` [P] are of the pairs int64 [P, 2], which either list has."""
+    lifted = torch.zeros(chosen[0].shape, dtype=torch.float64)
+    # A similarity is never more than 2 above another.
+    lifted[tuple(pairs.T)] = logits.double() - logits.double().min() + 2
+    by_text, by_image = (torch.where(among, lifted, 0) for among in chosen)
+    return by_text.T, by_image
+
+
 def check_caption_metrics(names: Sequence[str]) -> None:
     """Raises ValueError with the remedy where a caption metric is unknown or lacks what it runs on."""
     for name in names:
