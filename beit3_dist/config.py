@@ -8,9 +8,9 @@ paper is silent the docstring says so and names the practice that was followed. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import expanduser
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the SentencePiece pieces: 64,000 pieces give the released 64,010 rows
@@ -61,6 +61,13 @@ def require_divides(divisor_name: str, divisor: int, name: str, value: int) -> N
     require(divisor > 0 and value % divisor == 0, f"{name}={value} is not divisible by {divisor_name}={divisor}")
 
 
+_ABOVE_VISION = (
+    "fusion_layers", "connected_every", "language_layers", "decoder_layers", "vision_layers", "vision_width",
+    "vision_heads",
+)  # fmt: skip
+"""Fields of ModelConfig that are 0 where pairs attend jointly in all layers."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The Multiway Transformer. The defaults are the paper's giant."""
@@ -98,6 +105,16 @@ class ModelConfig:
     language_layers: int = 0
     """Of the layers below fusion, the upper ones that words pass, too; in the others images alone are encoded (ALBEF: 6
     of 12). 0: all of them."""
+    decoder_layers: int = 0
+    """Layers of a decoder above fusion, which writes the words after a prefix while it looks at the fused image and
+    prefix by cross-attention (mPLUG: 12). It has no stochastic depth. 0: there is none."""
+    vision_layers: int = 0
+    """Layers of an image encoder of its own width below a model with fusion_layers, whose layers below fusion are those
+    of words alone then (mPLUG large: 24). It has no stochastic depth. 0: images pass the layers below fusion."""
+    vision_width: int = 0
+    """Hidden size of that image encoder; its feed-forward networks are as much wider than the others."""
+    vision_heads: int = 0
+    """Attention heads of that image encoder; must divide its width."""
     vocab_size: int = 64010
     """Rows of the word embedding and of the text head: SentencePiece pieces + 10."""
     visual_vocab_size: int = 8192
@@ -113,6 +130,18 @@ class ModelConfig:
     def lower_layers(self) -> int:
         """Layers below fusion."""
         return self.layers - self.fusion_layers
+
+    @property
+    def of_vision(self) -> ModelConfig:
+        """The image encoder of its own width."""
+        return replace(
+            self,
+            layers=self.vision_layers,
+            width=self.vision_width,
+            heads=self.vision_heads,
+            ffn_width=self.ffn_width * self.vision_width // self.width,
+            **cast(Any, dict.fromkeys(_ABOVE_VISION, 0)),
+        )
 
     @property
     def patches(self) -> int:
@@ -132,7 +161,7 @@ class ModelConfig:
             self.ffn == "per_modality" or self.vl_expert_layers == 0,
             f"model.vl_expert_layers={self.vl_expert_layers}: with model.ffn=shared there are no experts: use 0",
         )
-        require_not_negative("model.", self, "fusion_layers", "connected_every", "language_layers")
+        require_not_negative("model.", self, *_ABOVE_VISION)
         require(
             self.fusion_layers == 0
             or (self.attention == self.ffn == "per_modality" and self.vl_expert_layers == 0 < self.lower_layers),
@@ -143,6 +172,11 @@ class ModelConfig:
             max(self.connected_every, self.language_layers) == 0 or self.fusion_layers > 0,
             "model.connected_every and model.language_layers are of a model with model.fusion_layers",
         )
+        require(
+            max(self.decoder_layers, self.vision_layers) == 0 or self.fusion_layers > 0,
+            "model.decoder_layers and model.vision_layers are of a model with model.fusion_layers",
+        )
+        self._check_vision()
         require(
             self.language_layers <= self.lower_layers,
             f"model.language_layers={self.language_layers} exceeds the {self.lower_layers} layers below fusion",
@@ -155,6 +189,19 @@ class ModelConfig:
         require(
             self.vocab_size > SPECIAL_ROWS,
             f"model.vocab_size={self.vocab_size} leaves no room for words beside {SPECIAL_ROWS} special rows",
+        )
+
+    def _check_vision(self) -> None:
+        name = f"model.vision_layers={self.vision_layers}"
+        if self.vision_layers == 0:
+            both = max(self.vision_width, self.vision_heads)
+            require(both == 0, f"model.vision_width and model.vision_heads are of an image encoder, but {name}")
+            return
+        require_positive("model.", self, "vision_width", "vision_heads")
+        require_divides("model.vision_heads", self.vision_heads, "model.vision_width", self.vision_width)
+        require(
+            self.language_layers == 0,
+            f"model.language_layers={self.language_layers}: with {name} words pass all layers below fusion: use 0",
         )
 
 

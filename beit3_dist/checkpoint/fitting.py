@@ -29,7 +29,7 @@ _OWN_HEADS = {
     "the text head": r"text_head\..*",
     "the task's head": r"task_head\..*",
 }
-_NORM = {"the final norm": r"norm\..*"}
+_NORM = {"the final norm": r"norm\..*", "the decoder": r"decoder\..*"}
 _HEADS = {**_OWN_HEADS, "heads of objectives": rf"{re.escape(OBJECTIVE_HEADS)}.*"}
 _USE_OF_TASK = {**_HEADS, **_NORM}
 _GROUPS = {

@@ -15,7 +15,9 @@ from beit3_dist.model.encoder import Encoder
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.model.multiway import Multiway, modules_of
+from beit3_dist.model.text_decoder import TextDecoder
 from beit3_dist.model.token_layout import Selection, TokenLayout, group
+from beit3_dist.model.vision_tower import VisionTower
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class MixedInputs:
 class BEiT3(nn.Module):
     """The model. `device="meta"` builds it without memory; else its values are a function of (seed, name)."""
 
+    decoder: TextDecoder
+    """What writes the words after a prefix, in a model with `decoder_layers`."""
     objective_heads: nn.ModuleDict
     """Layers of objectives by their names, in pretraining with such that have some of their own."""
 
@@ -44,12 +48,14 @@ class BEiT3(nn.Module):
         super().__init__()
         self.config = config
         with torch.device("meta"):
-            self.vision_embedding = VisionEmbedding(config)
+            self.vision_embedding = VisionTower(config) if config.vision_layers else VisionEmbedding(config)
             self.language_embedding = LanguageEmbedding(config)
             self.blocks = Encoder(config)
             self.norm = Multiway(modules_of(config.attention), lambda: LayerNorm(config.width, config.layer_norm_eps))
             self.image_head = Head(config.width, config.visual_vocab_size)
             self.text_head = Head(config.width, config.vocab_size)
+            if config.decoder_layers:
+                self.decoder = TextDecoder(config)
         if torch.device(device).type != "meta":
             materialize(self, lambda name, shape: initial_value(name, shape, config, seed), device)
 
@@ -122,25 +128,23 @@ class BEiT3(nn.Module):
         if real is not None:
             words = words[real]
         hidden_TD = self.norm(self.hidden(MixedInputs(images, words, layout, image_mask, keep)), layout)
-        patch_part, word_part = hidden_TD.split([batch * patches, one_group.real_words])
-        if real is not None:
-            padded = word_part.new_zeros(batch * length, self.config.width)
-            word_part = padded.index_copy(0, real, word_part)
-        width = self.config.width
-        return torch.cat([patch_part.view(batch, patches, width), word_part.view(batch, length, width)], dim=1)
+        return layout.groups[0].by_sample(hidden_TD)
 
 
 def parameter_counts(model: BEiT3) -> dict[str, int]:
     """Parameters by role: vision, language, vl (the experts' matrices, as the paper's table 2 counts them) or shared,
-    attention, embeddings, heads, norms."""
+    attention, embeddings, heads, norms, decoder."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         parts = name.split(".")
-        if any("norm" in part for part in parts):
+        if parts[0] == "decoder":
+            role = "decoder"
+        elif any("norm" in part for part in parts):
             role = "norms"
         elif "ffn" in parts:
             role = parts[parts.index("ffn") + 1]
         else:
-            role = {"blocks": "attention", "image_head": "heads", "text_head": "heads"}.get(parts[0], "embeddings")
+            heads = ("image_head", "text_head")
+            role = "attention" if "blocks" in parts else "heads" if parts[0] in heads else "embeddings"
         counts[role] += parameter.numel()
     return dict(counts)

@@ -3,14 +3,15 @@
 A caption is written in UniLM's order (Dong et al. 2019): patches see no words and a word sees no later ones, so keys
 and values of the image and of written words never change, and a step runs what is new alone. The next word is asked
 for in the form that the model was taught: at a <mask> in its place, which sees the words so far (UniLM's, and BEiT-3's
-captioning), or at the last word (prefix language modelling).
+captioning), or at the last word (prefix language modelling). A model with a decoder of its own, which looks at an image
+and <s>, writes by that.
 
 Shape letters: B images, K captions of each image (beams), P its CLS + patches, H heads, d a head's width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,15 +48,7 @@ class Decoder:
 
         Raises ValueError where the model has no positions for so many words.
         """
-        if model.config.fusion_layers:
-            raise ValueError(
-                "a model with model.fusion_layers writes no captions: nothing keeps what its words look at"
-            )
-        if max_words >= model.config.max_text_length:
-            raise ValueError(
-                f"captions of {max_words} words and <s> are longer than model.max_text_length="
-                f"{model.config.max_text_length}"
-            )
+        _check_length(model, max_words)
         self.model, self.captions, self.written = model, captions, 0
         self.samples, self.device = len(images), images.device
         patches = 1 + model.config.patches
@@ -84,8 +77,57 @@ class Decoder:
 
     def _run(self, x_TD: Tensor, group: Group) -> Tensor:
         """The blocks' output for the next tokens of every sample: its patches or its words."""
-        with _remembering(self.model, self._caches):
+        with _remembering(self.model.blocks.values(), self._caches):
             return self.model.blocks(x_TD, TokenLayout((group,)), None)
+
+
+class WritingDecoder:
+    """The same by the model's own decoder. Image and <s> are encoded once, by the first step, which knows <s>; of what
+    the decoder looks at, keys and values are kept once for all K captions."""
+
+    def __init__(self, model: BEiT3, images: Tensor, captions: int, max_words: int) -> None:
+        """As `Decoder`."""
+        _check_length(model, max_words)
+        self.model, self.images, self.captions, self.written = model, images, captions, 0
+        self._caches = [_Cache(0, captions, max_words) for _ in model.decoder.blocks]
+        self._kept: list[list[Tensor]] = [[] for _ in self._caches]
+        self._memory = torch.empty(0)
+
+    def step(self, words: Tensor, mask: int | None = None) -> Tensor:
+        """As `Decoder.step`. The next word is asked for at the last one."""
+        if self.written == 0:
+            self._memory = self.model.encode(self.images, words[:, :1])
+        group = Group(len(self.images), self._memory.shape[1], self.captions, fused=True)
+        positions, blocks = torch.full_like(words.flatten(), self.written), self.model.decoder.blocks.values()
+        with _remembering(blocks, self._caches, self._kept):
+            hidden = self.model.decoder(self._memory, words.flatten(), positions, group)
+        self.written += 1
+        return self.model.text_head.logits(hidden).unflatten(0, words.shape)
+
+    def follow(self, origins: Tensor) -> None:
+        """As `Decoder.follow`."""
+        for cache in self._caches:
+            cache.follow(origins, self.written)
+
+
+def decoder_of(model: BEiT3, images: Tensor, captions: int, max_words: int) -> Decoder | WritingDecoder:
+    """What writes `captions` captions of each image. Raises ValueError where the model cannot."""
+    if model.config.decoder_layers:
+        return WritingDecoder(model, images, captions, max_words)
+    if model.config.fusion_layers:
+        raise ValueError(
+            "a model with model.fusion_layers and without model.decoder_layers writes no captions: nothing keeps what "
+            "its words look at"
+        )
+    return Decoder(model, images, captions, max_words)
+
+
+def _check_length(model: BEiT3, max_words: int) -> None:
+    if max_words >= model.config.max_text_length:
+        raise ValueError(
+            f"captions of {max_words} words and <s> are longer than model.max_text_length="
+            f"{model.config.max_text_length}"
+        )
 
 
 class _Cache:
@@ -119,7 +161,7 @@ class _Cache:
 
     def _mask(self, start: int, end: int, device: torch.device) -> Tensor | None:
         """Which of the tokens [0, end) those of [start, end) see; None: all."""
-        if start == 0:
+        if start < self.patches:
             return None
         token = torch.arange(self.patches, end, device=device) - self.patches
         step, caption = token // self.captions, token % self.captions
@@ -135,14 +177,19 @@ class _Cache:
 
 
 @contextmanager
-def _remembering(model: BEiT3, caches: list[_Cache]) -> Iterator[None]:
-    """Inside, every block's attention goes through its cache."""
-    attentions: list[Any] = [block.attention for block in model.blocks.values()]
+def _remembering(blocks: Iterable[Any], caches: list[_Cache], kept: Sequence[list[Tensor]] = ()) -> Iterator[None]:
+    """Inside, every block's attention goes through its cache, and its cross-attention keeps keys and values in its list
+    of `kept`."""
+    attentions, crossing = [block.attention for block in blocks], [block.cross_attention for block in blocks if kept]
     usual = [attention.attend for attention in attentions]
     try:
         for attention, cache in zip(attentions, caches, strict=True):
             attention.attend = cache
+        for attention, own in zip(crossing, kept, strict=True):
+            attention.kept = own
         yield
     finally:
         for attention, attend in zip(attentions, usual, strict=True):
             attention.attend = attend
+        for attention in crossing:
+            attention.kept = None

@@ -12,22 +12,25 @@ from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.model.block import Block
-from beit3_dist.model.fusion import CoAttention, Connected
+from beit3_dist.model.fusion import WORDS, CoAttention, Connected
 from beit3_dist.model.multiway import modules_of
 from beit3_dist.model.token_layout import Selection, TokenLayout
 
-Kind = Literal["joint", "alone", "images", "co_attention", "connected"]
+Kind = Literal["joint", "alone", "images", "words", "co_attention", "connected"]
 
 
 def kind_of(config: ModelConfig, layer: int) -> Kind:
-    """What a layer does: joint, attention over all of a sample's tokens; alone, over each modality by itself; images,
-    the same of images, while words rest; co_attention and connected, fusion of pairs, while all others rest."""
+    """What a layer does: joint, attention over all of a sample's tokens; alone, over each modality by itself; images or
+    words, the same of these, while the others rest; co_attention and connected, fusion of pairs, while all others rest.
+    """
     if config.fusion_layers == 0:
         return "joint"
     above = layer - config.lower_layers
     if above >= 0:
         every = config.connected_every + 1
         return "connected" if every > 1 and above % every == every - 1 else "co_attention"
+    if config.vision_layers:
+        return "words"
     return "images" if 0 < config.language_layers < -above else "alone"
 
 
@@ -46,6 +49,8 @@ def block_of(config: ModelConfig, layer: int) -> nn.Module:
             return Connected(config)
         case "images":
             return Block(config, ("vision",), ("vision",))
+        case "words":
+            return Block(config, WORDS, WORDS)
     return Block(config, modules_of(config.attention), experts_of(config, layer))
 
 
@@ -112,11 +117,13 @@ def _through(
     if kind == "alone":
         return block(x_TD, layout.alone, keep_2T, selection, recompute)
     image_patches, pair_patches, pair_words, text_words = layout.segments
-    first, own, rest = 0, image_patches + pair_patches, pair_words + text_words
-    if kind != "images":
-        first, own, rest = image_patches, pair_patches + pair_words, text_words
+    first, own, rest, of_own = image_patches, pair_patches + pair_words, text_words, layout.pairs
+    if kind == "images":
+        first, own, rest, of_own = 0, image_patches + pair_patches, pair_words + text_words, layout.images_alone
+    elif kind == "words":
+        first, own, rest, of_own = image_patches + pair_patches, pair_words + text_words, 0, layout.words_alone
     before_TD, own_TD, after_TD = x_TD.split([first, own, rest])
     keep = None if keep_2T is None else keep_2T[:, first : first + own]
-    own_TD = block(own_TD, layout.images_alone if kind == "images" else layout.pairs, keep, None, recompute)
+    own_TD = block(own_TD, of_own, keep, None, recompute)
     x_TD = torch.cat([before_TD, own_TD, after_TD])
     return x_TD if selection is None else x_TD.index_select(0, selection.rows)

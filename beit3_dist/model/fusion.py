@@ -29,6 +29,9 @@ WORDS = ("language",)
 class CrossAttention(Attention):
     """Words attend to the patches of their pair."""
 
+    kept: list[Tensor] | None = None
+    """Keys and values [P, H, d] of patches that are the same in every pass, from the first one on; see decoding.py."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, WORDS)
         of_patches = lambda: cut(Linear(config.width, config.width), weight=0, bias=0)  # noqa: E731
@@ -37,10 +40,14 @@ class CrossAttention(Attention):
     def look(self, slices: list[Tensor], layout: TokenLayout) -> Tensor:
         """Patches and words [P, D], [W, D] -> [W, D]."""
         (patches, words), layout = self.enter(slices, layout)
-        (q,), (k,), (v,) = (
-            [part.unflatten(-1, (-1, self.head_dim)) for part in projection.each([tokens])]
-            for projection, tokens in ((self.q, words), (self.k, patches), (self.v, patches))
+        (q,) = (part.unflatten(-1, (-1, self.head_dim)) for part in self.q.each([words]))
+        k, v = self.kept or (
+            part.unflatten(-1, (-1, self.head_dim))
+            for projection in (self.k, self.v)
+            for part in projection.each([patches])
         )
+        if self.kept is not None:
+            self.kept[:] = k, v
         sizes_v, sizes_w = layout.pieces
         mixed = [q[:0]]
         parts = zip(layout.groups, q.split(sizes_w), k.split(sizes_v), v.split(sizes_v), strict=True)
@@ -53,7 +60,8 @@ class CrossAttention(Attention):
                 joined(k_part, None, group),
                 joined(v_part, None, group),
             )
-            seen = scaled_dot_product_attention(q_BHLd, k_BHPd, v_BHPd)
+            mask = None if group.whole or group.mask is None else group.mask[..., -group.words :, : group.patches]
+            seen = scaled_dot_product_attention(q_BHLd, k_BHPd, v_BHPd, attn_mask=mask)
             mixed.append(parted(seen, group.of_words)[1])
         return self.leave(self.output([torch.cat(mixed)], None), layout)[0]
 

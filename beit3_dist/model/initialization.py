@@ -52,7 +52,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     if config.sub_layernorm and name == "language_embedding.words.weight":
         return value.normal_(std=config.width**-0.5, generator=named_generator(seed, name))
     draw_small(value, named_generator(seed, name))
-    layer = re.match(r"blocks\.(\d+)\.", name)
+    layer = re.match(r"(?:decoder\.|vision_embedding\.)?blocks\.(\d+)\.", name)
     if layer is None:
         return value
     if config.sub_layernorm and re.search(r"\.(v|out|fc1|fc2)\.", name):

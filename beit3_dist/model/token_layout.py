@@ -13,7 +13,7 @@ Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -84,8 +84,20 @@ class Group:
         return rows // max(self.words, 1)
 
     def to(self, device: torch.device) -> Group:
-        move = lambda t: None if t is None else to_device(t, device)  # noqa: E731
-        return replace(self, index=move(self.index), mask=move(self.mask))
+        return self.moved(lambda tensor: to_device(tensor, device))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Group:
+        """The group, whose tensors `move` brings to a device."""
+        index, mask = (None if tensor is None else move(tensor) for tensor in (self.index, self.mask))
+        return replace(self, index=index, mask=mask)
+
+    def by_sample(self, x_TD: Tensor) -> Tensor:
+        """Its tokens [T, D], all patches before all real words -> [B, N, D], zeros at padding."""
+        patches, words = x_TD.split([self.samples * self.patches, self.real_words])
+        if self.index is not None:
+            words = words.new_zeros(self.samples * self.words, words.shape[1]).index_copy(0, self.index, words)
+        sizes = ((patches, self.patches), (words, self.words))
+        return torch.cat([part.view(self.samples, size, part.shape[1]) for part, size in sizes], dim=1)
 
 
 def group(
@@ -162,6 +174,8 @@ class Segments:
                 return [image_patches + pair_patches + pair_words + text_words]
             case ("vision",):  # of images alone
                 return [image_patches + pair_patches]
+            case ("language",):  # of words alone
+                return [pair_words + text_words]
             case ("vision", "language"):
                 return [image_patches + pair_patches, pair_words + text_words]
             case ("vision", "vl", "language"):

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beit3_dist.config import ModelConfig, RunConfig
-from beit3_dist.data.batch import MicroBatch
+from beit3_dist.data.batch import MicroBatch, Samples
 from beit3_dist.data.order import Numbers, Stream, mix
 from beit3_dist.data.streams import Sample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
-from beit3_dist.model.token_layout import Selection, TokenLayout
+from beit3_dist.model.token_layout import Group, Selection, TokenLayout
 from beit3_dist.parallel.replicas import ALONE, Replicas
 
 
@@ -43,6 +43,14 @@ class View:
     prefix_by: str = ""
     """The objective whose annotations say how its texts begin: `prefix` int64 [n], see `prefix_mask`. What comes after
     the prefix sees nothing that follows it. Empty: every token sees all of its sample."""
+    ends: bool = False
+    """Whether the texts end with that prefix, of which there is <s> at least; what comes after it is not shown."""
+
+    def lengths(self, samples: Samples) -> Tensor:
+        """int64 [n]: tokens that are shown of each text; 0 where there are none."""
+        if samples.lengths is None:
+            return torch.zeros(len(samples), dtype=torch.int64)
+        return samples.annotations[self.prefix_by]["prefix"].clamp(min=1) if self.ends else samples.lengths
 
     @property
     def kind(self) -> int:
@@ -81,6 +89,16 @@ class Places:
         if view.image:
             return self._patches[view] + torch.arange(group.samples) * group.patches
         return self._words[view] + (group.positions(torch.device("cpu")) == 0).nonzero().squeeze(1)
+
+    def group(self, view: View) -> Group:
+        """The view's group of the layout."""
+        return self._groups[view]
+
+    def all(self, view: View) -> Tensor:
+        """Rows, int64 [T], of all tokens of a view of pairs: all patches, then all words."""
+        group = self._groups[view]
+        patches = self._patches[view] + torch.arange(group.samples * group.patches)
+        return torch.cat([patches, self._words[view] + torch.arange(group.real_words)])
 
     def packed(self, view: View, words: Tensor) -> Tensor:
         """The entries of [n, L] at tokens that are no padding."""
@@ -246,6 +264,10 @@ class Objective(ABC):
 
     def head_flops(self, counts: Sequence[float]) -> float:
         """FLOPs of its heads, forward, for so many targets of each loss."""
+        return 0
+
+    def sample_flops(self, batch: MicroBatch) -> float:
+        """FLOPs of its heads, forward, that depend on more of a micro-batch than how many targets there are."""
         return 0
 
     def head_products(self, counts: Sequence[float]) -> Mapping[str, float]:

@@ -8,6 +8,9 @@ Every word after the prefix is told, at the word before it, which has its true p
 words are <mask> and told in their place, learns a share of them from contexts full of masks, which writing never has.
 So what is learnt here is what `inference.Model.caption` asks of a model that was only pretrained.
 
+Where the model has a decoder (model.decoder_layers; mPLUG, Li et al. 2022), the pass encodes an image and the prefix of
+its caption alone, <s> at least, and the decoder, which looks at what became of both, writes the rest after <s>.
+
 While a micro-batch has such a group, all of its attention takes the padded kernel, which alone has masks.
 """
 
@@ -28,6 +31,8 @@ from beit3_dist.data.streams import Sample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.text_decoder import decoder_group, flops_of_reading, flops_per_word
+from beit3_dist.model.token_layout import Group
 from beit3_dist.objectives.base import Loss, Objective, Places, View
 from beit3_dist.objectives.masked_data_modeling import WORD
 
@@ -43,7 +48,7 @@ class PrefixLanguageModelingConfig:
     """drawn: the prefix is the image and a number of words, drawn per sample from none to all (SimVLM); </s> always
     comes after it. image: it is the image alone (captioning); texts then have none."""
     texts: bool = False
-    """Whether the stream of texts is learnt too, which costs one more pass over them."""
+    """Whether the stream of texts is learnt too, which costs one more pass over them; not by a model with a decoder."""
     pair_weight: float = 1.0
     """Weight of the captions' loss (SimVLM and mPLUG: 1; CoCa has 2 beside contrast's 1)."""
     text_weight: float = 1.0
@@ -55,6 +60,20 @@ class PrefixLanguageModelingConfig:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What a decoder reads of a micro-batch."""
+
+    read: Group
+    """The pairs that were encoded: images and prefixes."""
+    words: Tensor
+    """int64 [M]: <s> and, but for the last, the words after each prefix."""
+    positions: Tensor
+    """int64 [M]: of these, from <s> on."""
+    group: Group
+    """Of `decoder_group`."""
+
+
+@dataclass(frozen=True)
 class Targets:
     """The words that follow those that are read, pairs' before texts'."""
 
@@ -62,6 +81,8 @@ class Targets:
     """int64 [M]."""
     counts: list[int]
     """How many of each loss."""
+    written: Written | None = None
+    """What a decoder reads; None: there is none."""
 
 
 class PrefixLanguageModeling(Objective):
@@ -75,9 +96,15 @@ class PrefixLanguageModeling(Objective):
         weights = {Stream.PAIRS: config.pair_weight}
         if config.texts:
             require(Stream.TEXTS in self.streams, f"{SECTION}.texts: the run has no texts, batch.texts=0")
+            require(
+                self.model.decoder_layers == 0,
+                f"{SECTION}.texts: the decoder of model.decoder_layers={self.model.decoder_layers} looks at images, "
+                "which texts lack: leave it off",
+            )
             weights[Stream.TEXTS] = config.text_weight
         streams = [stream for stream in weights if stream in self.streams]
-        self.views = [View(s.field, s.has_images, True, prefix_by=self.name) for s in streams]
+        ends = self.model.decoder_layers > 0
+        self.views = [View(s.field, s.has_images, True, prefix_by=self.name, ends=ends) for s in streams]
         titles = {Stream.PAIRS: "next words of captions", Stream.TEXTS: "next words of texts"}
         self.losses = [
             Loss(f"{stream.field[:-1]}_next_word", weights[stream], title=titles[stream], unit="word",
@@ -106,7 +133,9 @@ class PrefixLanguageModeling(Objective):
         return [int(after.sum()) for after in self._after(batch)]
 
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
-        """The word before each of them."""
+        """The word before each of them; for a decoder, all that it looks at."""
+        if self.model.decoder_layers:
+            return torch.cat([places.all(view) for view in self.views])
         before = (after.roll(-1, dims=1) for after in self._after(batch))
         return torch.cat([places.words(view, mask) for view, mask in zip(self.views, before, strict=True)])
 
@@ -116,20 +145,55 @@ class PrefixLanguageModeling(Objective):
             text = batch.streams[view.stream].text
             assert text is not None
             words.append(text[after])
-        return Targets(move(torch.cat(words)), [len(some) for some in words])
+        told, counts = move(torch.cat(words)), [len(some) for some in words]
+        written = self._written(batch, places, move) if self.model.decoder_layers else None
+        return Targets(told, counts, written)
+
+    def _written(self, batch: MicroBatch, places: Places, move: Callable[[Tensor], Tensor]) -> Written:
+        (view,) = self.views
+        samples, read = batch.streams[view.stream], places.group(view)
+        assert samples.text is not None and samples.lengths is not None
+        lengths, text = view.lengths(samples), samples.text
+        after = samples.lengths - lengths
+        place, shown = torch.arange(int(after.max())), torch.arange(read.patches + read.words)
+        before = (lengths[:, None] + place - 1).clamp(max=text.shape[1] - 1)
+        words = text.gather(1, before)
+        words[:, 0] = text[:, 0]
+        group = decoder_group(shown < read.patches + lengths[:, None], place >= after[:, None])
+        here = words.flatten() if group.index is None else words.flatten()[group.index]
+        return Written(read.moved(move), move(here), move(group.positions(torch.device("cpu"))), group.moved(move))
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
-        losses_2M = model.text_losses(hidden_MD, targets.words)
+        if targets.written is None:
+            losses_2M = model.text_losses(hidden_MD, targets.words)
+        else:
+            written, read = targets.written, targets.written.read
+            patches, words = hidden_MD.split([read.samples * read.patches, read.real_words])
+            memory = read.by_sample(torch.cat([model.image_norm(patches), model.text_norm(words)]))
+            told = model.decoder(memory, written.words, written.positions, written.group)
+            losses_2M = model.text_head(told, targets.words)
         return torch.stack([part.sum(1) for part in losses_2M.split(targets.counts, dim=1)], dim=1)
 
     def classes(self, targets: Targets) -> list[Tensor]:
         return list(targets.words.split(targets.counts))
 
     def head_flops(self, counts: Sequence[float]) -> float:
-        return 2 * self.model.width * self.model.vocab_size * sum(counts)
+        return sum(self.head_products(counts).values())
 
     def head_products(self, counts: Sequence[float]) -> dict[str, float]:
-        return {"text_head.": self.head_flops(counts)}
+        told, words = sum(counts), flops_per_word(self.model)
+        products = {"text_head.": 2 * self.model.width * self.model.vocab_size * told}
+        return products | ({"decoder.": words * told} if words else {})
+
+    def sample_flops(self, batch: MicroBatch) -> float:
+        """Of the decoder: keys and values of what it looks at, and its attention."""
+        if not self.model.decoder_layers:
+            return 0
+        (view,) = self.views
+        samples = batch.streams[view.stream]
+        assert samples.lengths is not None
+        lengths = view.lengths(samples)
+        return flops_of_reading(self.model, 1 + self.model.patches + lengths, samples.lengths - lengths)
 
     def expected_counts(self, samples: dict[str, int], run: RunConfig) -> list[float]:
         lengths = {"pairs": run.data.caption_length, "texts": run.data.text_length}

@@ -347,11 +347,11 @@ def _group(batch: MicroBatch, view: View, model: ModelConfig) -> Any:
     if not view.text:
         return group(len(samples), patches, None)
     assert samples.text is not None and samples.lengths is not None
-    width = samples.text.shape[1]
-    mask = None
-    if view.prefix_by:
+    lengths, mask = view.lengths(samples), None
+    width = int(lengths.max()) if view.ends else samples.text.shape[1]
+    if view.prefix_by and not view.ends:
         mask = prefix_mask(patches, width, samples.annotations[view.prefix_by]["prefix"])
-    return group(len(samples), patches, torch.arange(width) >= samples.lengths[:, None], width, mask)
+    return group(len(samples), patches, torch.arange(width) >= lengths[:, None], width, mask)
 
 
 def _views_of(objectives: Sequence[Objective]) -> list[View]:
@@ -371,7 +371,7 @@ def _text(batch: MicroBatch, view: View) -> Tensor:
     samples = batch.streams[view.stream]
     text = samples.annotations[view.masked_by]["text"] if view.masked_by else samples.text
     assert text is not None
-    return text
+    return text[:, : int(view.lengths(samples).max())] if view.ends else text
 
 
 class PretrainingModule(nn.Module):

@@ -22,8 +22,11 @@ from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
 from beit3_dist.model.cut import cut_for, cuts_of
+from beit3_dist.model.encoder import Encoder
 from beit3_dist.model.head import Head
 from beit3_dist.model.initialization import Values, materialize
+from beit3_dist.model.text_decoder import TextDecoder
+from beit3_dist.model.vision_tower import VisionTower
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
@@ -83,8 +86,10 @@ class Engine:
         settings = deepspeed_config(config, groups.mesh.data)
         built = _build_model(config, build(), groups, settings, values, plan)
         self.model, self.whole_shapes, self.cuts = built
-        self.model.blocks.recompute = config.recompute(self.mesh.pipeline_rank)
-        self.model.blocks.recompute_every = config.activation_checkpointing_every
+        for stack in self.model.modules():
+            if isinstance(stack, (Encoder, VisionTower, TextDecoder)):
+                stack.recompute = config.recompute(self.mesh.pipeline_rank)
+                stack.recompute_every = config.activation_checkpointing_every
         use_kernels(self.model, config.kernels, config.attention_kernel, product_of_blocks(config.precision))
         if chosen_kernels(config.kernels) != "torch":
             set_z3_leaf_modules(self.model, [Block])  # ZeRO-3 gathers a block as a whole, outside of what computes it

@@ -108,9 +108,11 @@ def plan_stages(config: RunConfig, largest: TokenLayout, last_flops: float) -> S
     # Per block: projections and FFN; attention's own products are left out.
     block = 3.0 * (8 * d * d + 4 * d * model.ffn_width)
     a, b, c, _ = largest.segments
-    of_kind = {"joint": tokens, "alone": tokens, "images": a + b, "co_attention": 1.5 * c + 0.2 * b, "connected": b + c}
+    of_kind = {"joint": tokens, "alone": tokens, "images": a + b, "words": tokens - a - b,
+               "co_attention": 1.5 * c + 0.2 * b, "connected": b + c}  # fmt: skip
     costs = [block * of_kind[kind_of(model, layer)] for layer in range(model.layers)]
-    embedding = 3.0 * 2 * images * model.patches * 3 * model.patch_size**2 * d
+    embedding = 3.0 * 2 * images * model.patches * 3 * model.patch_size**2 * (model.vision_width or d)
+    embedding += model.vision_layers * (a + b) * block * (model.vision_width / d) ** 2
     ranks, chunks = config.parallel.pipeline, config.parallel.chunks
     stages = balanced_stages(costs, embedding, last_flops, ranks * chunks)
     return StagePlan(stages, ranks, tokens)

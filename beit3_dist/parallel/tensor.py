@@ -49,6 +49,7 @@ from beit3_dist.parallel.collectives import (
 def check_tensor(config: ModelConfig, ranks: int) -> None:
     """Raises ValueError where the model cannot be cut into so many parts."""
     require_divides("parallel.tensor", ranks, "model.heads", config.heads)
+    require_divides("parallel.tensor", ranks, "model.vision_heads", config.vision_heads)
     require_divides("parallel.tensor", ranks, "model.ffn_width", config.ffn_width)
 
 
@@ -61,7 +62,7 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
         owner, _, leaf = name.rpartition(".")
         if (parallel := _parallel_layer(layer, name.startswith("blocks."), group, sequence)) is not None:
             setattr(model.get_submodule(owner), leaf, parallel)
-    for module in model.blocks.modules():
+    for module in model.modules():
         if isinstance(module, FeedForward):  # whose tokens may come in any order: shares are gathered rank by rank
             enter, leave = (gather, reduce_scatter) if sequence else (copy, reduce)
             module.enter, module.leave = partial(enter, group=group), partial(leave, group=group)

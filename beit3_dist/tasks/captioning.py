@@ -1,8 +1,11 @@
-"""Words for an image: masked words of the caption are recovered in UniLM's order, and written by beam search."""
+"""Words for an image: masked words of the caption are recovered in UniLM's order, and written by beam search.
+
+A model with a decoder learns to write the caption word by word with it instead, after the image and <s> (mPLUG)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.order import Numbers
 from beit3_dist.model.decoding import caption_mask
+from beit3_dist.model.text_decoder import decoder_group
 from beit3_dist.objectives.masking import mask_words
 from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.tasks.base import Task, TaskInputs, cross_entropies
@@ -71,7 +75,12 @@ class Captioning(Task):
         return None
 
     def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Masks words and </s>, never <s>; of the masked ones 80 % become <mask> and 10 % a random word."""
+        """Masks words and </s>, never <s>; of the masked ones 80 % become <mask> and 10 % a random word. For a decoder
+        nothing is masked, and each word's next one is told."""
+        if self.config.model.decoder_layers:
+            following = words.where(~padding, -1).roll(-1, dims=1)
+            following[:, -1] = -1
+            return words, following
         tokenizer = self.tokenizer
         inputs, predict = mask_words(
             words.numpy(),
@@ -87,20 +96,29 @@ class Captioning(Task):
         return torch.from_numpy(inputs), words.where(torch.from_numpy(predict), -1)
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        """Cross-entropy with label smoothing of the masked words, [2, M]; late in training without the worst ones."""
+        """Cross-entropy with label smoothing of the words to tell, [2, M]; late in training without the worst ones."""
         assert inputs.targets is not None
-        mask = caption_mask(1 + model.config.patches, inputs.words.shape[1])  # on the host, as the padding is
-        hidden = model.encode(
-            inputs.images[:, 0], inputs.words, inputs.padding, attention_mask=mask, keep=inputs.keep(inputs.keys)
-        )
-        words_BLD = hidden[:, 1 + model.config.patches :]
         masked = inputs.targets >= 0
-        logits = model.text_head.logits(words_BLD[masked])
+        logits = model.text_head.logits(self._words(model, inputs)[masked])
         losses, right = cross_entropies(logits, inputs.targets[masked], self.config.label_smoothing)
         if self.config.drop_worst_ratio > 0 and inputs.step > self.config.drop_worst_after:
             room, group = len(inputs.targets) * self.config.data.text_length, self.replicas.group
             losses = losses * weights_of_the_better(losses.detach(), self.config.drop_worst_ratio, room, group)
         return torch.stack([losses, right])
+
+    def _words(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """Hidden states of the captions' words, [B, L, D]."""
+        images, words, keep = inputs.images[:, 0], inputs.words, inputs.keep(inputs.keys)
+        patches = 1 + model.config.patches
+        if not model.config.decoder_layers:
+            mask = caption_mask(patches, words.shape[1])  # on the host, as the padding is
+            return model.encode(images, words, inputs.padding, attention_mask=mask, keep=keep)[:, patches:]
+        read = inputs.padding.new_ones(len(words), patches + 1)
+        group = decoder_group(read, inputs.padding).to(words.device)
+        places = group.positions(words.device)
+        packed = words.flatten() if group.index is None else words.flatten()[group.index]
+        memory = model.encode(images, words[:, :1], keep=keep)
+        return replace(group, patches=0).by_sample(model.decoder(memory, packed, places, group))
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """int64 [B, text_length]: captions, padded."""
@@ -126,7 +144,7 @@ class Captioning(Task):
             beams=beams,
             length_penalty=length_penalty,
             max_words=longest,
-            at_mask=not self.pretrained,
+            at_mask=not self.pretrained and not model.config.decoder_layers,
             agree=agree,
         )
         return padded(captions, 1 + longest, self.tokenizer.pad, images.device)

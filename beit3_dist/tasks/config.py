@@ -166,9 +166,9 @@ class FinetuneConfig(TrainingConfig):
             "evaluate_only: data.validation names no index of examples to evaluate on",
         )
         require(
-            not self.model.fusion_layers or task.contrastive,
-            f"model.fusion_layers={self.model.fusion_layers}: task={self.task} reads CLS, which rests in them and "
-            f"knows no text; {_those_with('contrastive')} can be trained",
+            "caption" not in task.serves or not self.model.fusion_layers or self.model.decoder_layers > 0,
+            f"model.fusion_layers={self.model.fusion_layers} without model.decoder_layers: task={self.task} needs a "
+            "model that writes, and in fusion layers nothing keeps what words look at",
         )
         require_not_negative("", self, "epochs", "warmup_epochs", "mixup", "cutmix", "drop_worst_after")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")

@@ -55,6 +55,12 @@ class VQA(Task):
     def head(cls, config: ModelConfig, classes: int) -> TaskHead:
         return PooledHead(config.width, classes)
 
+    def logits(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """Of the answers [B, answers], from CLS; with fusion layers, in which CLS rests, from <s> (ALBEF)."""
+        keep = inputs.keep(inputs.keys)
+        hidden = model.encode(inputs.images[:, 0], inputs.words, inputs.padding, keep=keep)
+        return model.task_head(hidden[:, 1 + model.config.patches :] if model.config.fusion_layers else hidden)
+
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Binary cross-entropy of every answer, summed over the answers."""
         logits = self.logits(model, inputs)

@@ -22,6 +22,7 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import hash_sum, mix
+from beit3_dist.model.text_decoder import flops_of_reading, flops_per_word
 from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.collectives import all_agree, all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
@@ -167,7 +168,13 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             samples = (len(lengths), none, lengths)
         else:
             samples = (0, lengths.repeat(per_sample), none)
-        flops = encoder_flops(model, *samples) + 3 * 2 * model.width * model.vocab_size * masked
+        flops = 3 * 2 * model.width * model.vocab_size * masked
+        if masked and model.decoder_layers:  # which writes them all, after the image and <s>
+            start = torch.ones_like(lengths)
+            samples = (0, start, none)
+            flops += 3 * flops_per_word(model) * int(lengths.sum())
+            flops += 3 * flops_of_reading(model, start + 1 + model.patches, lengths)
+        flops += encoder_flops(model, *samples)
         tokens = len(lengths) * per_sample * (1 + model.patches) + int(lengths.sum()) * max(1, per_sample)
         hash_terms = hash_sum((batch.places - self._consumed).numpy(), batch.ids.numpy())
         return Totals([count], tokens, flops, len(batch.faults), hash_terms)

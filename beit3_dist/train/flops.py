@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -105,36 +106,45 @@ def encoder_flops(
 
 def _patch_embedding(config: ModelConfig, images: int) -> int:
     """Forward, of the product of all pixels and the patches' projection."""
-    return 2 * images * config.patches * 3 * config.patch_size**2 * config.width
+    width = config.vision_width or config.width
+    return 2 * images * config.patches * 3 * config.patch_size**2 * width
+
+
+def _block(config: ModelConfig, tokens: int, keys: int) -> int:
+    """Forward, of a block. `keys`: pairs of a query and a key."""
+    d, f = config.width, config.ffn_width
+    return tokens * (8 * d * d + 4 * d * f) + 4 * d * keys
 
 
 def _fusion_flops(
     config: ModelConfig, images: int, caption_lengths: Tensor, text_lengths: Tensor, unseen: Unseen
 ) -> int:
     """Forward, of the blocks of a model with fusion layers: each takes the tokens that do not rest in it."""
-    d, f = config.width, config.ffn_width
+    d, block = config.width, partial(_block, config)
     pairs, patches, captions = len(caption_lengths), 1 + config.patches, int(caption_lengths.sum())
-
-    def block(tokens: int, keys: int) -> int:
-        """`keys`: pairs of a query and a key."""
-        return tokens * (8 * d * d + 4 * d * f) + 4 * d * keys
 
     def squares(lengths: Tensor) -> int:
         return int(lengths.square().sum())
 
-    of_images = block((images + pairs) * patches, (images + pairs) * patches**2)
+    tokens_and_keys = (images + pairs) * patches, (images + pairs) * patches**2
+    of_images = block(*tokens_and_keys)
     words = torch.cat([caption_lengths, text_lengths])
     of_words = block(int(words.sum()), squares(words) - unseen.captions - unseen.texts)
     cross = 4 * d * d * (captions + pairs * patches) + 4 * d * patches * captions
     cost = {
         "images": of_images,
+        "words": of_words,
         "alone": of_images + of_words,
         "co_attention": block(captions, squares(caption_lengths) - unseen.captions) + cross,
         "connected": block(
             pairs * patches + captions, squares(patches + caption_lengths) - unseen.captions - unseen.patches
         ),
     }
-    return sum(cost[kind_of(config, layer)] for layer in range(config.layers))
+    layers = sum(cost[kind_of(config, layer)] for layer in range(config.layers))
+    if config.vision_layers == 0:
+        return layers
+    of_vision = config.vision_layers * _block(config.of_vision, *tokens_and_keys)
+    return layers + of_vision + 2 * tokens_and_keys[0] * config.vision_width * d
 
 
 @dataclass(frozen=True)

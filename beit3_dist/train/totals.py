@@ -66,14 +66,15 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
     lengths: list[list[Tensor]] = [[], [], []]
     for view in objectives.views:
         samples = batch.streams[view.stream]
-        lengths[view.kind].append(torch.zeros(len(samples)) if samples.lengths is None else samples.lengths)
+        lengths[view.kind].append(view.lengths(samples))
     images, captions, texts = (torch.cat([torch.zeros(0, dtype=torch.int64), *some]) for some in lengths)
     patches = 1 + objectives.model.patches
     unseen = sum((_unseen(batch, view, patches) for view in objectives.views), NOTHING_UNSEEN)
     return Totals(
         counts,
         tokens=known.layout.tokens,
-        flops=pretraining_flops(objectives, len(images), captions, texts, known.read, counts, unseen),
+        flops=pretraining_flops(objectives, len(images), captions, texts, known.read, counts, unseen)
+        + round(3 * sum(objective.sample_flops(batch) for objective in objectives)),
         replaced=len(batch.faults),
         hash_terms=hash_terms(batch),
     )
@@ -81,6 +82,6 @@ def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:
 
 def _unseen(batch: MicroBatch, view: View, patches: int) -> Unseen:
     samples = batch.streams[view.stream]
-    if not view.prefix_by or samples.lengths is None:
+    if not view.prefix_by or view.ends or samples.lengths is None:
         return NOTHING_UNSEEN
     return Unseen.under_prefix(patches * view.image, samples.lengths, samples.annotations[view.prefix_by]["prefix"])

@@ -21,7 +21,7 @@ from tests.unit.test_generation import Words
 WORDS = Words(mask=149, words=range(4, 140))
 LONGEST = 8
 PICTURES = 7
-ENDING = {"paper": 3.0, "released": 2.0, "shallow": 0.0}
+ENDING = {"paper": 3.0, "released": 2.0, "shallow": 0.0, "writer": 4.0}
 """How much likelier </s> is made."""
 
 

@@ -1,4 +1,5 @@
-"""Next words and classes of images beside masking: the same training in any layout, resumed bit for bit."""
+"""Next words and classes of images beside masking, and the words that a decoder writes above fusion: the same training
+in any layout, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -56,15 +57,30 @@ def with_next_words(folder: Path, out: str, **changes: Any) -> RunConfig:
     return replace(config, **settings | changes)
 
 
+def with_decoder(folder: Path, out: str, **changes: Any) -> RunConfig:
+    """All of mPLUG's kinds of layers, under masked and written words of captions."""
+    config = with_next_words(folder, f"decoder-{out}", **changes)
+    model = replace(config.model, layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=3,
+                    connected_every=1, vision_layers=2, vision_width=48, vision_heads=6, decoder_layers=2)  # fmt: skip
+    names = ("masked_data_modeling", "prefix_language_modeling")
+    objectives = {name: config.objectives[name] for name in names}
+    objectives[names[1]] = replace(objectives[names[1]], texts=False)
+    checkpointing = "full" if out == "tp2" else "none"
+    batch = BatchConfig(images=0, texts=0, pairs=6, accumulation=3)
+    return replace(config, model=model, objectives=objectives, activation_checkpointing=checkpointing, batch=batch)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of all layouts; that of two replicas is resumed in its middle, too."""
+    """The runs of all layouts; those of two replicas are resumed in their middle, too."""
     folder = tmp_path_factory.mktemp("next_words")
     for layout, parallel in LAYOUTS.items():
-        config = with_next_words(folder, layout, parallel=parallel)
+        without_sequence = replace(parallel, sequence=False)  # which fusion layers refuse
+        configs = [with_next_words(folder, layout, parallel=parallel),
+                   with_decoder(folder, layout, parallel=without_sequence)]  # fmt: skip
         ranks = {"one": 1, "pp3": 3}.get(layout, 2)
         with Workers(ranks, parallel.tensor, parallel.pipeline) as workers:
-            workers.run(train_in_turn, [config, second_half(config)] if layout == "dp2" else [config])
+            workers.run(train_in_turn, configs + [second_half(c) for c in configs if layout == "dp2"])
     return folder
 
 
@@ -79,16 +95,26 @@ def test_losses_are_those_of_one_process(folder: Path, layout: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "tp2", "pp3"])
-def test_first_gradients_are_those_of_one_process(folder: Path, layout: str) -> None:
-    ours, expected = (metrics(folder / name)[0]["grad_norm"] for name in (layout, "one"))
+def test_a_decoder_learns_as_in_one_process(folder: Path, layout: str) -> None:
+    pairs = same_losses(folder / f"decoder-{layout}", folder / "decoder-one", STEPS, {"loss_pair_next_word": 2})
+    for record, _ in pairs:
+        assert named(record, "loss") > {"loss_pair_text", "loss_pair_next_word"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["", "decoder-"])
+@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp3"])
+def test_first_gradients_are_those_of_one_process(folder: Path, layout: str, run: str) -> None:
+    ours, expected = (metrics(folder / f"{run}{name}")[0]["grad_norm"] for name in (layout, "one"))
     assert ours == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_resumed_bit_for_bit(folder: Path) -> None:
-    assert reproducible(folder / "dp2-resumed") == reproducible(folder / "dp2")[STEPS // 2 :]
+@pytest.mark.parametrize("run", ["dp2", "decoder-dp2"])
+def test_resumed_bit_for_bit(folder: Path, run: str) -> None:
+    assert reproducible(folder / f"{run}-resumed") == reproducible(folder / run)[STEPS // 2 :]
     last = Path("checkpoints", f"step_{STEPS:07d}")
-    undisturbed, found = read_weights(folder / "dp2" / last), read_weights(folder / "dp2-resumed" / last)
+    undisturbed, found = read_weights(folder / run / last), read_weights(folder / f"{run}-resumed" / last)
     assert all(torch.equal(value, found[name]) for name, value in undisturbed.items())
 
 

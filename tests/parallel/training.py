@@ -59,6 +59,7 @@ MODELS = {
     "released": ModelConfig(**SMALL, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
     "tower": ModelConfig(**SMALL, ffn="shared", vl_expert_layers=0),
     "fusion": ModelConfig(**SMALL | FUSION),
+    "writer": ModelConfig(**SMALL | FUSION | {"decoder_layers": 2}),
     # Of the shapes of tests/integration/runs.py, so that both find the same compiled code in torch's cache.
     "shallow": ModelConfig(**SMALL | {"layers": 2, "width": 32, "heads": 2, "ffn_width": 64}, vl_expert_layers=1),
 }

@@ -17,14 +17,19 @@ from beit3_dist.checkpoint.timm_form import weights_to_timm
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.beit3 import MixedInputs
-from beit3_dist.model.decoding import Decoder
+from beit3_dist.model.decoding import decoder_of
+from beit3_dist.model.embedding import VisionEmbedding
 from beit3_dist.model.encoder import kind_of
+from beit3_dist.model.text_decoder import decoder_group
 from beit3_dist.model.token_layout import TokenLayout, fill, group, prefix_mask
 
 ALBEF = ModelConfig(layers=5, width=32, heads=4, ffn_width=48, patch_size=8, image_size=16, attention="per_modality",
                     vl_expert_layers=0, fusion_layers=2, language_layers=2, vocab_size=60, visual_vocab_size=20,
                     max_text_length=16)  # fmt: skip
 MPLUG = replace(ALBEF, layers=7, fusion_layers=4, connected_every=1)
+LARGE = replace(MPLUG, layers=6, language_layers=0, vision_layers=2, vision_width=48, vision_heads=6, decoder_layers=2)
+"""With an image encoder of its own width, and a decoder."""
+ALL, NAMES = [ALBEF, MPLUG, LARGE], ["ALBEF", "mPLUG", "mPLUG-large"]
 PADDING = torch.arange(6) >= torch.tensor([6, 2, 4])[:, None]
 close = torch.testing.assert_close
 
@@ -43,16 +48,18 @@ def samples() -> tuple[Tensor, Tensor]:
     return torch.randn(3, 3, 16, 16, generator=draw, dtype=torch.float64), torch.randint(4, 60, (3, 6), generator=draw)
 
 
-def attended(module: nn.Module, side: str, q: Tensor, kv: Tensor, hidden: Tensor | None, keys: str = "") -> Tensor:
-    """torch's multi-head attention with the module's weights."""
-    theirs = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
+def attended(
+    module: nn.Module, side: str, q: Tensor, kv: Tensor, hidden: Tensor | None, keys: str = "", later: bool = False
+) -> Tensor:
+    """torch's multi-head attention with the module's weights. `later`: what comes later is hidden, too."""
+    width, mask = q.shape[2], torch.ones(q.shape[1], kv.shape[1], dtype=torch.bool).triu(1) if later else None
     parts = [module.q[side], module.k[keys or side], module.v[keys or side]]
     weight, bias = (torch.cat([getattr(part, kind) for part in parts]) for kind in ("weight", "bias"))
     out = module.out[side]
     return nn.functional.multi_head_attention_forward(
-        *(x.transpose(0, 1) for x in (q, kv, kv)), 32, 4, weight, bias, None, None, False, 0.0, out.weight, out.bias,
-        key_padding_mask=hidden, need_weights=False,
-    )[0].transpose(0, 1) + 0 * theirs.in_proj_bias.sum()  # fmt: skip
+        *(x.transpose(0, 1) for x in (q, kv, kv)), width, width // 8, weight, bias, None, None, False, 0.0, out.weight,
+        out.bias, key_padding_mask=hidden, need_weights=False, attn_mask=mask,
+    )[0].transpose(0, 1)  # fmt: skip
 
 
 def fed(ffn: nn.Module, x: Tensor) -> Tensor:
@@ -61,23 +68,31 @@ def fed(ffn: nn.Module, x: Tensor) -> Tensor:
 
 def plain(model: BEiT3, pictures: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, layer by layer, over padded samples."""
-    v = model.vision_embedding(pictures)
+    embedding = model.vision_embedding
+    v = VisionEmbedding.forward(embedding, pictures)
+    if model.config.vision_layers:
+        for block in embedding.blocks.values():
+            v = v + attended(block.attention, "vision", *(block.attention_norm["vision"](v),) * 2, None)
+            v = v + fed(block.ffn["vision"], v)
+        v = embedding.bridge_norm(embedding.bridge(v))
     w = model.language_embedding(text.flatten(), torch.arange(6).repeat(3)).unflatten(0, (3, 6))
     for layer, block in model.blocks.items():
         kind = kind_of(model.config, int(layer))
+        norm = block.attention_norm
         if kind in ("images", "alone"):
-            norm = block.attention_norm
             v = v + attended(block.attention, "vision", *(norm["vision"](v),) * 2, None)
             v = v + fed(block.ffn["vision"], v)
-            if kind == "alone":
-                w = w + attended(block.attention, "language", *(norm["language"](w),) * 2, PADDING)
-                w = w + fed(block.ffn["language"], w)
+        if kind in ("words", "alone"):
+            w = w + attended(block.attention, "language", *(norm["language"](w),) * 2, PADDING)
+            w = w + fed(block.ffn["language"], w)
+        elif kind == "images":
+            pass
         elif kind == "co_attention":
             w = w + attended(block.attention, "language", *(block.attention_norm["language"](w),) * 2, PADDING)
             queries, keys = block.cross_norm["language"](w), block.cross_norm["vision"](v)
             w = w + attended(block.cross_attention, "language", queries, keys, None, "vision")
             w = w + fed(block.ffn["language"], w)
-        else:
+        elif kind == "connected":
             x = torch.cat([v, w], dim=1)
             hidden = torch.cat([PADDING.new_zeros(3, v.shape[1]), PADDING], dim=1)
             x = x + attended(block.attention, "shared", *(block.attention_norm["shared"](x),) * 2, hidden)
@@ -86,7 +101,7 @@ def plain(model: BEiT3, pictures: Tensor, text: Tensor) -> tuple[Tensor, Tensor]
     return model.image_norm(v), model.text_norm(w)[~PADDING]
 
 
-@pytest.mark.parametrize("config", [ALBEF, MPLUG], ids=["ALBEF", "mPLUG"])
+@pytest.mark.parametrize("config", ALL, ids=NAMES)
 def test_pairs_are_fused_as_defined(config: ModelConfig) -> None:
     model, (pictures, text) = built(config), samples()
     found = model.encode(pictures, text, PADDING)
@@ -94,7 +109,7 @@ def test_pairs_are_fused_as_defined(config: ModelConfig) -> None:
     close(ours, theirs)
     draw = torch.Generator().manual_seed(2)
     toward = [torch.randn(part.shape, generator=draw, dtype=torch.float64) for part in ours]
-    leaves = [p for name, p in model.named_parameters() if "head" not in name and "mask_token" not in name]
+    leaves = [p for name, p in model.named_parameters() if not re.search(r"head|mask_token|^decoder", name)]
     gradients = [
         torch.autograd.grad(sum((part * to).sum() for part, to in zip(parts, toward, strict=True)), leaves)
         for parts in (ours, theirs)
@@ -165,14 +180,61 @@ def test_two_encoders_are_a_start(config: ModelConfig, tmp_path: Path, caplog: p
         read_initial_weights(tmp_path / "damaged", config)
 
 
+def test_the_decoder_writes_as_defined() -> None:
+    """Of texts of other lengths, after images and words of other lengths; one by one it tells the same."""
+    model, (pictures, text) = built(LARGE), samples()
+    memory = model.encode(pictures, text, PADDING)
+    written, after = text.flip(1)[:, :5], torch.arange(5) >= torch.tensor([3, 5, 4])[:, None]
+    group = decoder_group(torch.cat([PADDING.new_ones(3, 5), ~PADDING], dim=1), after)
+    places = torch.arange(5).expand(3, 5)
+    found = model.decoder(memory, written[~after], places[~after], group)
+    decoder = model.decoder
+    w = decoder.embedding(written.flatten(), places.flatten()).unflatten(0, (3, 5))
+    hidden = torch.cat([PADDING.new_zeros(3, 5), PADDING], dim=1)
+    for block in decoder.blocks.values():
+        w = w + attended(block.attention, "language", *(block.attention_norm["language"](w),) * 2, None, later=True)
+        queries, keys = block.cross_norm["language"](w), block.cross_norm["vision"](memory)
+        w = w + attended(block.cross_attention, "language", queries, keys, hidden, "vision")
+        w = w + fed(block.ffn["language"], w)
+    close(found, decoder.norm(w)[~after])
+
+    writer, images = decoder_of(model, pictures, 2, 5), model.encode(pictures, text[:, :1])
+    said = torch.randint(4, 60, (3, 2, 5), generator=torch.Generator().manual_seed(3))
+    said[:, 0, 0] = said[:, 1, 0] = text[:, 0]
+    swapped = torch.tensor([[1, 0]]).expand(3, 2)
+    whole = [
+        decoder(
+            images,
+            said[:, k].flatten(),
+            places.flatten(),
+            decoder_group(PADDING.new_ones(3, images.shape[1]), PADDING.new_zeros(3, 5)),
+        ).unflatten(0, (3, 5))
+        for k in range(2)
+    ]
+    for step in range(5):
+        logits = writer.step(said[:, :, step] if step < 2 else said[:, :, step].flip(1))
+        expected = torch.stack([model.text_head.logits(one[:, step]) for one in whole], dim=1)
+        close(logits, expected if step < 2 else expected.flip(1))
+        if step == 1:
+            writer.follow(swapped)
+
+
 def test_what_cannot_be_is_refused() -> None:
     for changes, message in (
         ({"ffn": "shared"}, r"model\.fusion_layers=2 stand above two encoders: use model\.attention=per_modality"),
         ({"layers": 2}, r"model\.fusion_layers=2 stand above"),
         ({"fusion_layers": 0}, r"model\.connected_every and model\.language_layers are of a model with"),
+        (
+            {"fusion_layers": 0, "language_layers": 0, "decoder_layers": 2},
+            r"model\.decoder_layers and model\.vision_layers",
+        ),
+        ({"vision_layers": 2, "language_layers": 0}, r"model\.vision_width must be positive"),
+        ({"vision_width": 48}, r"model\.vision_width and model\.vision_heads are of an image encoder, but"),
+        ({"vision_layers": 2, "vision_width": 48, "vision_heads": 5}, r"48 is not divisible by model\.vision_heads=5"),
+        ({"vision_layers": 2, "vision_width": 48, "vision_heads": 6}, r"model\.language_layers=2: with model\.vision"),
         ({"language_layers": 4}, r"model\.language_layers=4 exceeds the 3 layers below fusion"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(ALBEF, **changes)
-    with pytest.raises(ValueError, match="writes no captions"):
-        Decoder(BEiT3(ALBEF), torch.zeros(1, 3, 16, 16), 1, 4)
+    with pytest.raises(ValueError, match="without model.decoder_layers writes no captions"):
+        decoder_of(BEiT3(ALBEF), torch.zeros(1, 3, 16, 16), 1, 4)

@@ -18,7 +18,8 @@ TOKENIZER: Any = SimpleNamespace(bos=BOS, pad=PAD, mask=MASK, words=range(4, 300
 
 
 def task(**settings: Any) -> Captioning:
-    config: Any = SimpleNamespace(caption_mask_ratio=0.7, **settings)
+    model = SimpleNamespace(decoder_layers=0)
+    config: Any = SimpleNamespace(caption_mask_ratio=0.7, model=model, **settings)
     return Captioning(config, TOKENIZER)
 
 

@@ -37,6 +37,9 @@ CONFIGS = {
     "released": ModelConfig(**SIZE, attention="per_modality", sub_layernorm=True, vl_expert_layers=0),
     "tower": ModelConfig(**SIZE, ffn="shared", vl_expert_layers=0),
     "fusion": ModelConfig(**SIZE | FUSION),
+    "vision_tower": ModelConfig(
+        **SIZE | FUSION | {"language_layers": 0, "vision_layers": 2, "vision_width": 96, "vision_heads": 8}
+    ),
 }
 
 
@@ -53,7 +56,7 @@ def counted_by_torch(config: ModelConfig, batch, recompute: str = "none", model:
 def patch_embedding(config: ModelConfig, batch) -> int:
     """FLOPs of one product of all pixels and the projection."""
     patches = sum(map(len, batch.with_images)) * config.patches
-    return 2 * patches * 3 * config.patch_size**2 * config.width
+    return 2 * patches * 3 * config.patch_size**2 * (config.vision_width or config.width)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

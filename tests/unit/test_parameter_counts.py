@@ -47,6 +47,21 @@ def test_giant_is_table_2_of_the_paper() -> None:
     assert by_role["heads"] == (64010 + 8192) * (1408 + 1)
 
 
+def test_mplugs_decoder_is_berts() -> None:
+    """12 layers of BERT base with a cross-attention each, words and positions: 109.5M - the pooler's 0.6M - the types
+    of segments + 12 x 2.36M. And CLIP's ViT-L/14 is 303.2M without its output projection of 1,024 x 768."""
+    mplug = ModelConfig(layers=12, width=768, heads=12, ffn_width=3072, patch_size=14, image_size=224,
+                        attention="per_modality", vl_expert_layers=0, vocab_size=30522, max_text_length=512,
+                        fusion_layers=6, decoder_layers=12, vision_layers=24, vision_width=1024,
+                        vision_heads=16)  # fmt: skip
+    model = BEiT3(mplug, device="meta")
+    decoder = sum(p.numel() for p in model.decoder.parameters())
+    assert decoder / 1e6 == pytest.approx(109.48 - 0.59 + 12 * 2.36, rel=1e-3)
+    vision = sum(p.numel() for name, p in model.vision_embedding.named_parameters() if "bridge" not in name)
+    assert vision / 1e6 == pytest.approx(303.18, rel=1e-3)
+    assert counts(mplug)["decoder"] == decoder
+
+
 def test_each_group_by_hand() -> None:
     """2 layers, the upper one with a VL expert; D = 8, F = 12, patches of 2 x 2 pixels, 4 of them."""
     config = ModelConfig(

@@ -19,6 +19,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.order import Stream
 from beit3_dist.model import BEiT3
 from beit3_dist.model.encoder import kind_of
+from beit3_dist.model.text_decoder import decoder_group
 from beit3_dist.model.token_layout import prefix_mask
 from beit3_dist.objectives.prefix_language_modeling import NAME, PrefixLanguageModelingConfig
 from beit3_dist.objectives.registry import objectives_of
@@ -193,14 +194,53 @@ def test_flops_count_the_ones_of_the_mask(fusion: bool) -> None:
     assert host_totals([batch], model.objectives).flops == expected
 
 
+WRITING = replace(MODEL, layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=2, decoder_layers=2)
+
+
+def test_a_decoder_tells_what_follows_the_prefix() -> None:
+    """Against image and prefix encoded alone, caption by caption. FLOPs are torch's, but for what a mask parts."""
+    model = module(WRITING)
+    batch = batch_of({"pairs": [0, 3]})
+    samples = batch.streams["pairs"]
+    samples.lengths[:] = torch.tensor([7, 9])
+    pixels, text = samples.images.float() / 127.5 - 1, samples.text
+    losses = 0.0
+    for row, (prefix, length) in enumerate([(1, 7), (3, 9)]):
+        memory = model.model.encode(pixels[row : row + 1], text[row : row + 1, :prefix])
+        words = torch.cat([text[row, :1], text[row, prefix : length - 1]])
+        group = decoder_group(
+            torch.ones(memory.shape[:2], dtype=torch.bool), torch.zeros(1, len(words), dtype=torch.bool)
+        )
+        logits = model.model.text_head.logits(model.model.decoder(memory, words, torch.arange(len(words)), group))
+        losses += cross_entropy(logits, text[row, prefix:length], reduction="sum").item()
+    inputs, reading, ids = model.objectives.prepare(batch, CPU)
+    counts = counts_of(model, batch)
+    assert counts.tolist() == [6 + 6] and sum(inputs.layout.segments) == 2 * PATCHES + 1 + 3
+    contribution, statistics = model(inputs, reading, ids, counts, 0)
+    assert contribution.item() == pytest.approx(losses / 12, rel=1e-5)
+
+    samples.annotations[NAME]["prefix"][:], samples.lengths[:] = 3, 9
+    inputs, reading, ids = model.objectives.prepare(replace(batch), CPU)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train()(inputs, reading, ids, counts, 0)[0].backward()
+    parted = 3 * WRITING.decoder_layers * 4 * WRITING.width * 2 * (6 * 5 // 2)
+    patches = 2 * 2 * MODEL.patches * 3 * MODEL.patch_size**2 * MODEL.width
+    assert host_totals([replace(batch)], model.objectives).flops == counter.get_total_flops() - parted + patches
+
+
 @pytest.mark.parametrize(
     ("section", "batch", "words"),
     [
         ({"pair_weight": -1.0}, None, "objectives.prefix_language_modeling.pair_weight=-1.0 is negative"),
         ({"texts": True}, BatchConfig(texts=0), "prefix_language_modeling.texts: the run has no texts, batch.texts=0"),
+        (
+            {"texts": True, "model": WRITING},
+            None,
+            "the decoder of model.decoder_layers=2 looks at images, which texts lack",
+        ),
         ({}, BatchConfig(pairs=0), "objectives.prefix_language_modeling reads none of the streams that batch has"),
     ],
 )
 def test_what_cannot_be_is_named(section: dict[str, Any], batch: BatchConfig | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        module(batch=batch, **section)
+        module(section.pop("model", MODEL), batch=batch, **section)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.decoding import Decoder
+from beit3_dist.model.decoding import decoder_of
 
 
 class Vocabulary(Protocol):
@@ -65,14 +65,15 @@ def generate(
     others are in the batch.
 
     `max_words` counts </s>; a caption that reaches it is cut there, and competes as it is. `at_mask`: whether the model
-    was taught to tell a word at a <mask> in its place, or at the word before it, see `Decoder.step`. `agree`: called
+    was taught to tell a word at a <mask> in its place, or at the word before it, see `Decoder.step`; a model's own
+    decoder tells it there alone. `agree`: called
     after every step with whether all images of this process are done; the search ends when it returns True. Under
     ZeRO-3 and tensor parallelism all ranks must end at the same step: let it be a reduction over the ranks.
 
     Raises ValueError for numbers that cannot be, RuntimeError where the model's logits are not finite.
     """
     search = _Search(beams, length_penalty, max_words)
-    decoder = Decoder(model, images, beams, max_words)
+    decoder = decoder_of(model, images, beams, max_words)
     beam = _Beams(len(images), vocabulary, model.config.vocab_size, search, images.device)
     mask = vocabulary.mask if at_mask else None
     for _ in range(max_words):

@@ -1,8 +1,8 @@
 """BEiT-3 with the head of a downstream task, and the heads that tasks share.
 
 The heads and their names below `task_head.` are those of unilm's released fine-tuned models, so that its checkpoints
-fit. What a task does not use is left out: the head for visual codes always, the head for words where there is another,
-the final norm where the task's head begins with one of its own.
+fit. What a task does not use is left out: the head for visual codes always, the head for words and the decoder where
+there is another head, the final norm where that begins with one of its own.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class FineTuned(BEiT3):
         del self.image_head
         if head is not None:
             del self.text_head
+            if config.decoder_layers:
+                del self.decoder
             self.task_head = head
             if head.begins_with_norm:
                 self.norm: nn.Module = NoNorm()  # type: ignore[assignment]
