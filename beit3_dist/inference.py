@@ -55,6 +55,7 @@ from beit3_dist.tasks.data.batches import padded_words
 from beit3_dist.tasks.parts.frozen import frozen_features
 from beit3_dist.tasks.parts.heads import FineTuned, NoNorm
 from beit3_dist.tasks.registry import pretrained_tasks, task_class, task_names
+from beit3_dist.tasks.retrieval import match_logits
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
@@ -152,17 +153,16 @@ class Model:
         images, texts = _images(images), _texts(texts)
         if len(images) != len(texts):
             raise ValueError(f"{len(images)} images and {len(texts)} texts: each text needs its image")
-        head: Any = getattr(self.network, "match_head", None)
+        head: Any = getattr(self.network, "match_head", None) or getattr(self.network.task_head, "match", None)
         if head is None:
             raise ValueError(
-                f"{self.name} was not pretrained by objectives.matching, which teaches what belongs together"
+                f"{self.name} was not pretrained by objectives.matching, nor fine-tuned for retrieval_matching, which "
+                "teach what belongs together"
             )
 
         def matches(rows: Sequence[int]) -> Tensor:
             pixels, (words, padding) = self._pixels([images[r] for r in rows]), self._words([texts[r] for r in rows])
-            start = self.network.encode(pixels, words, padding)[:, 1 + self.network.config.patches]
-            no, yes = head(start).unbind(1)
-            return yes - no
+            return match_logits(self.network, head, pixels, words, padding)
 
         return self._run(matches, range(len(texts)), IMAGES_AT_ONCE)
 

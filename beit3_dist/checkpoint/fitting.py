@@ -27,7 +27,8 @@ POSITIONS = "vision_embedding.positions"
 _OWN_HEADS = {
     "the image head": r"image_head\..*",
     "the text head": r"text_head\..*",
-    "the task's head": r"task_head\..*",
+    "the task's head": r"task_head\.(?!match\.).*",
+    "the task's head of matching": r"task_head\.match\..*",
 }
 _NORM = {"the final norm": r"norm\..*", "the decoder": r"decoder\..*"}
 _HEADS = {**_OWN_HEADS, "heads of objectives": rf"{re.escape(OBJECTIVE_HEADS)}.*"}

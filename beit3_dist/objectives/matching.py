@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from beit3_dist.config import RunConfig, require
 from beit3_dist.data.batch import MicroBatch, Samples
@@ -17,13 +17,12 @@ from beit3_dist.data.order import Stream, mix
 from beit3_dist.data.streams import Sample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
-from beit3_dist.hashing import hash64_tensor
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3, MixedInputs
 from beit3_dist.model.token_layout import Selection, TokenLayout, group, to_device
 from beit3_dist.objectives.base import Loss, Objective, Places, SecondPass, normalized
 from beit3_dist.objectives.contrastive import Contrastive, hashes_of
-from beit3_dist.objectives.mining import Negatives, draw_negatives
+from beit3_dist.objectives.mining import Negatives, draw_negatives, matching_losses, with_negatives
 
 NAME = "matching"
 SECTION = f"objectives.{NAME}"
@@ -115,22 +114,17 @@ class Matching(Objective):
         n, first = len(own), sum(map(len, pairs[:number])) if ahead else 0
         if first == 0:
             self._drawn = self._draws(pairs, mix(self._seed, step), device)
-        drawn, mine = self._drawn, slice(first, first + n)
-        wanted = torch.cat([drawn.images[mine], drawn.captions[mine]])
-        valid, ids = wanted >= 0, own.ids.to(device)
-        # Where there is none, the pair itself stands in, and counts for nothing.
-        itself = self.replicas.rank * held + torch.arange(first, first + n, device=device)
-        wanted = torch.where(valid, wanted, itself.repeat(2))
-        mixed = hash64_tensor(drawn.ids[wanted]) ^ ids.repeat(2)
-        shown = self._shown([own], torch.arange(n), device)
-        others = self.replicas.fetch(wanted, held, lambda rows: self._shown(pairs, rows, device))
-        return self._pass(
-            images=torch.cat([shown[0], others[0][:n], shown[0]]),
-            words=torch.cat([shown[1], shown[1], others[1][n:]]).cpu(),
-            lengths=torch.cat([shown[2], shown[2], others[2][n:]]).cpu(),
-            ids=torch.cat([ids, mixed[:n], ~mixed[n:]]),
-            counted=torch.cat([valid.new_ones(n), valid]),
+        give = partial(self._shown, pairs, device=device)
+        shown = with_negatives(
+            self._drawn,
+            first,
+            own.ids.to(device),
+            self._shown([own], torch.arange(n), device),
+            self.replicas,
+            held,
+            give,
         )
+        return self._pass(shown.images, shown.words.cpu(), shown.lengths.cpu(), shown.ids, shown.counted)
 
     def _draws(self, pairs: Sequence[Samples], key: int, device: torch.device) -> Negatives:
         """For all of this replica's pairs that were compared."""
@@ -171,11 +165,8 @@ class Matching(Objective):
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """`targets`: which of the fused samples count, bool [M]."""
-        logits_M2 = model.objective_heads[self.name](model.text_norm(hidden_MD)).float()
-        right = (torch.arange(len(logits_M2), device=logits_M2.device) < len(logits_M2) // 3).long()
-        losses = cross_entropy(logits_M2, right, reduction="none")
-        hits = (logits_M2.argmax(1) == right).float()
-        return torch.stack([(losses * targets).sum(), (hits * targets).sum()])[:, None]
+        logits_M2 = model.objective_heads[self.name](model.text_norm(hidden_MD))
+        return matching_losses(logits_M2, targets).sum(1)[:, None]
 
     def head_flops(self, counts: Sequence[float]) -> float:
         width, pooled = self.model.width, self.config.head == "pooler"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from beit3_dist.hashing import WORD, hash64, hash64_tensor, right_shift, signed
 from beit3_dist.objectives.contrast import Vectors, in_common
@@ -46,6 +48,60 @@ def draw_negatives(
         noises = [s.double() + noise for s, noise in zip(scores, noises, strict=True)]
     captions, drawn = (_largest(noisy, out) for noisy in noises)
     return Negatives(captions, drawn, everyones)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """3 n pairs to be told apart from matches: n that match, their captions with drawn images, their images with drawn
+    captions."""
+
+    images: Tensor
+    """[3 n, ...]."""
+    words: Tensor
+    """int64 [3 n, longest]."""
+    lengths: Tensor
+    """int64 [3 n]: of the captions."""
+    ids: Tensor
+    """int64 [3 n]: what each draws its drop path by."""
+    counted: Tensor
+    """bool [3 n]; False: there was no negative, the pair itself stands in, and counts for nothing."""
+
+
+def with_negatives(
+    drawn: Negatives,
+    first: int,
+    ids: Tensor,
+    own: list[Tensor],
+    replicas: Replicas,
+    held: int,
+    give: Callable[[Tensor], list[Tensor]],
+) -> Shown:
+    """The pairs `first` to `first` + n - 1 of this replica's `held`, beside what was `drawn` for them. `ids` int64 [n];
+    `own`: their images, words and lengths; `give`: the same of rows of this replica's pairs, as `Replicas.fetch` takes
+    it."""
+    n, mine = len(ids), slice(first, first + len(ids))
+    wanted = torch.cat([drawn.images[mine], drawn.captions[mine]])
+    valid = wanted >= 0
+    itself = replicas.rank * held + torch.arange(first, first + n, device=ids.device)
+    wanted = torch.where(valid, wanted, itself.repeat(2))
+    mixed = hash64_tensor(drawn.ids[wanted]) ^ ids.repeat(2)
+    others = replicas.fetch(wanted, held, give)
+    return Shown(
+        images=torch.cat([own[0], others[0][:n], own[0]]),
+        words=torch.cat([own[1], own[1], others[1][n:]]),
+        lengths=torch.cat([own[2], own[2], others[2][n:]]),
+        ids=torch.cat([ids, mixed[:n], ~mixed[n:]]),
+        counted=torch.cat([valid.new_ones(n), valid]),
+    )
+
+
+def matching_losses(logits_M2: Tensor, counted: Tensor) -> Tensor:
+    """[2, M]: cross-entropies of the logits of no match and match of `Shown` pairs, and hits; 0 where one does not
+    count."""
+    logits_M2 = logits_M2.float()
+    right = (torch.arange(len(logits_M2), device=logits_M2.device) < len(logits_M2) // 3).long()
+    losses = cross_entropy(logits_M2, right, reduction="none")
+    return torch.stack([losses, (logits_M2.argmax(1) == right).float()]) * counted
 
 
 def _largest(scores: Tensor, out: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ _FIELDS = {
         data.rand_augment data.random_erasing data.max_bad_fraction data.validation
         eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.retrieval eval.captions
         eval.classes eval.classes_train eval.class_names eval.templates eval.at_most
-        eval.beams eval.length_penalty eval.caption_metrics eval.batch
+        eval.beams eval.length_penalty eval.caption_metrics eval.batch eval.rerank
         checkpoint.every checkpoint.keep checkpoint.keep_every
         guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",
     OnResume.FREE: """

@@ -60,6 +60,8 @@ class TaskInputs:
     """What `Task.looked` found out for this micro-batch, where the step has several and the task looks ahead."""
     agree: Callable[[bool], bool] = lambda done: done
     """Whether all ranks are done, for predictions in as many steps as it takes."""
+    again: bool = False
+    """Whether these are examples that `Task.refined` has asked for."""
 
 
 class Task(ABC):
@@ -95,6 +97,8 @@ class Task(ABC):
     contrastive: ClassVar[bool] = False
     """Whether each example is told from all others of its step, image and text each encoded by itself. Where a step has
     several micro-batches, each is encoded twice, the first time for `look`."""
+    matched: ClassVar[int] = 0
+    """Pairs of each example that a contrastive task encodes beside that, image and text together."""
 
     pretrained_by: ClassVar[str] = ""
     """The pretraining objective whose models serve for the task without fine-tuning; none where it is inherited."""
@@ -213,16 +217,27 @@ class Task(ABC):
 
     # The predictions [N, ...] of all examples, on the CPU.
 
+    def refined(
+        self, predictions: Tensor, examples: Sequence[Example], predict: Callable[[Sequence[Example]], Tensor]
+    ) -> Any:
+        """What is scored and written, where that needs another look at examples once the predictions of all are known:
+        `predict` gives those of `predict_again`. Collective."""
+        return predictions
+
+    def predict_again(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """As `predict`, of the examples that `refined` asks for."""
+        raise NotImplementedError
+
     def results(self, predictions: Tensor) -> list[Any]:
         return predictions.tolist()
 
     @abstractmethod
-    def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
+    def score(self, predictions: Any, examples: Sequence[Example]) -> dict[str, float]:
         """The metrics, of predictions in the examples' order. Examples without a truth (an index for a test server) do
         not count; none where no example has one."""
 
     @abstractmethod
-    def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
+    def write_predictions(self, folder: Path, predictions: Any, examples: Sequence[Example]) -> None:
         """Writes them into a folder in the benchmark's submission format."""
 
 
@@ -247,7 +262,8 @@ class TaskObjective(nn.Module):
         predictions. `step_counts` [1]: what the sum is divided by; None: the micro-batch is only looked at, and the
         result is what the task sees. With `predict`, which tells whether all ranks are done, the task's predictions."""
         if predict is not None:
-            return self._task.predict(self.model, replace(inputs, agree=predict))
+            look = self._task.predict_again if inputs.again else self._task.predict
+            return look(self.model, replace(inputs, agree=predict))
         config = self.model.config
         inputs = replace(inputs, step=step)
         if self.training and config.drop_path > 0:

@@ -95,9 +95,12 @@ class TaskEvalConfig:
     """captioning: any of exact_match, bleu4, cider (need pycocoevalcap), meteor, spice (need Java as well)."""
     batch: int = 0
     """Examples per rank and forward; 0: the training's micro-batch."""
+    rerank: int = 128
+    """retrieval_matching: so many of the images that are most similar to a text, and of the texts to an image, are put
+    in order by matching (ALBEF: 128 on Flickr30k, 256 on COCO); 0: similarity alone."""
 
     def __post_init__(self) -> None:
-        require_not_negative("eval.", self, "every", "batch")
+        require_not_negative("eval.", self, "every", "batch", "rerank")
         require_positive("eval.", self, "beams")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from beit3_dist.objectives.contrast import Contrast, ContrastHead, Kept, Vectors
 from beit3_dist.tasks.base import Task, TaskInputs
 from beit3_dist.tasks.data.examples import Example, Record, Rules, integer
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
-from beit3_dist.tasks.parts.metrics import ROWS_AT_ONCE, first_rows, recall
+from beit3_dist.tasks.parts.metrics import ROWS_AT_ONCE, More, first_rows, recall
 from beit3_dist.tasks.registry import register
 
 BEST = 10
@@ -50,7 +50,10 @@ class Contrastive(Task):
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Mean of the two cross-entropies of telling an example's text from all texts and its image from all."""
-        found = self.look(model, inputs)
+        return self.contrasted(self.look(model, inputs), inputs)
+
+    def contrasted(self, found: Vectors, inputs: TaskInputs) -> Tensor:
+        """The losses of the micro-batch's vectors, or their sums as a part of the step's."""
         if inputs.looked is not None:
             return inputs.looked.sums_of(found)[:, None]
         return self.contrast(found, self.replicas)
@@ -87,42 +90,63 @@ class Retrieval(Contrastive):
         found = self.embeddings(model, inputs)
         return torch.stack([found.images, found.texts], dim=1)
 
-    def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
+    def score(self, predictions: Any, examples: Sequence[Example]) -> dict[str, float]:
         """Recall at 1, 5 and 10 both ways, each image counted once however many texts it has, and their mean."""
-        of_text = [int(example.label) for example in examples]
-        first = first_rows(of_text)
-        numbers = {image: number for number, image in enumerate(first)}
-        scores = recall(
-            predictions[list(first.values()), 0], predictions[:, 1], torch.tensor([numbers[image] for image in of_text])
-        )
-        return scores | {"mean_recall": sum(scores.values()) / len(scores)}
+        return mean_recalls(predictions, examples)
 
-    def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
+    def write_predictions(self, folder: Path, predictions: Any, examples: Sequence[Example]) -> None:
         write_retrieval(folder, [e.name for e in examples], predictions[:, 0], predictions[:, 1])
+
+
+def images_and_owners(examples: Sequence[Example]) -> tuple[list[int], Tensor]:
+    """The row of each image's first example, and int64 [N]: by its place among them, the image of each text."""
+    of_text = [int(example.label) for example in examples]
+    first = first_rows(of_text)
+    numbers = {image: number for number, image in enumerate(first)}
+    return list(first.values()), torch.tensor([numbers[image] for image in of_text])
+
+
+def mean_recalls(predictions: Tensor, examples: Sequence[Example], more: More | None = None) -> dict[str, float]:
+    """`recall` by vectors [N, 2, D] of images and texts, with `more` added to their scores, and its mean."""
+    rows, of_text = images_and_owners(examples)
+    scores = recall(predictions[rows, 0], predictions[:, 1], of_text, more=more)
+    return scores | {"mean_recall": sum(scores.values()) / len(scores)}
+
+
+def match_logits(
+    model: FineTuned, head: Callable[[Tensor], Tensor], images: Tensor, words: Tensor, padding: Tensor
+) -> Tensor:
+    """[B]: what matching's head says of images [B, 3, S, S] and words [B, L], for a match less than against one."""
+    no, yes = head(model.encode(images, words, padding)[:, 1 + model.config.patches]).unbind(1)
+    return yes - no
 
 
 class ContrastiveHead(ContrastHead, TaskHead):
     """The contrast's head as a task's."""
 
 
-def write_retrieval(folder: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor) -> Path:
+def write_retrieval(
+    folder: Path, image_of_text: Sequence[str], images: Tensor, texts: Tensor, more: More | None = None
+) -> Path:
     """retrieval.jsonl: the ten best images of each text, and the ten best texts of each image, with their scores. Row i
     is text i, vectors [N, D], and the image that it belongs to; an image that comes several times is taken from its
-    first row. A text is called by its row, an image by its name."""
+    first row. A text is called by its row, an image by its name. `more` is added to the scores, as by `recall`."""
     first = first_rows(image_of_text)
     names, images = list(first), images[list(first.values())]
+    of_texts, of_images = more or (None, None)
     path = folder / "retrieval.jsonl"
     with open(path, "w", encoding="utf-8") as file:
-        for row, (places, scores) in enumerate(_best(texts, images)):
+        for row, (places, scores) in enumerate(_best(texts, images, of_texts)):
             record: dict[str, Any] = {"text": row, "images": [names[place] for place in places], "scores": scores}
             file.write(json.dumps(record) + "\n")
-        for name, (places, scores) in zip(names, _best(images, texts), strict=True):
+        for name, (places, scores) in zip(names, _best(images, texts, of_images), strict=True):
             file.write(json.dumps({"image": name, "texts": places, "scores": scores}) + "\n")
     return path
 
 
-def _best(queries: Tensor, candidates: Tensor) -> Iterable[tuple[list[int], list[float]]]:
+def _best(queries: Tensor, candidates: Tensor, more: Tensor | None) -> Iterable[tuple[list[int], list[float]]]:
     for rows in torch.arange(len(queries)).split(ROWS_AT_ONCE):
-        best = (queries[rows] @ candidates.T).topk(min(BEST, len(candidates)))
+        similar = queries[rows] @ candidates.T
+        best = (similar if more is None else similar + more[rows]).topk(min(BEST, len(candidates)))
         for places, scores in zip(best.indices.tolist(), best.values.tolist(), strict=True):
             yield places, [round(score, 5) for score in scores]

@@ -165,7 +165,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         elif lengths.sum() == 0:
             samples = (len(lengths) * per_sample, none, none)
         elif self.task.contrastive:
-            samples = (len(lengths), none, lengths)
+            samples = (len(lengths), lengths.repeat(self.task.matched), lengths)
         else:
             samples = (0, lengths.repeat(per_sample), none)
         flops = 3 * 2 * model.width * model.vocab_size * masked
@@ -223,12 +223,14 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
     def evaluate(self, together: Together = by_itself) -> dict[str, float]:
         """The scores, on the first rank alone, as some metrics start programs; the others wait for it."""
         with self._average.applied() if self._average else nullcontext():
-            predictions = self._predictions(together)
+            predict = partial(self._predictions, together)
+            first = predict(self._validation)
+            predictions = self.task.refined(first, self._validation, partial(predict, again=True))
         scores = self._scores(predictions) if self.mesh.is_first else {}
         dist.barrier()
         return scores
 
-    def _scores(self, predictions: Tensor) -> dict[str, float]:
+    def _scores(self, predictions: Any) -> dict[str, float]:
         """Of all predictions, which are written where no other step follows."""
         if self.state.step == self.config.steps or self.config.evaluate_only:
             folder = Path(self.config.out) / "predictions"
@@ -239,17 +241,20 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             log.warning("data.validation: %s holds no truths, so that there is no score", self.config.data.validation)
         return scores
 
-    def _predictions(self, together: Together) -> Tensor:
-        """The task's predictions of all validation examples in their order, on the CPU of every rank. Collective."""
+    def _predictions(self, together: Together, examples: Sequence[Example], again: bool = False) -> Tensor:
+        """The task's predictions of all examples in their order, on the CPU of every rank. Collective. `again`: these
+        are a second look's."""
         mesh, groups = self.mesh, self._groups
         count = self.config.eval.batch or self.config.micro_batch(mesh.data)[0]
-        places = validation_places(len(self._validation), count, mesh.data_rank, mesh.data)
+        places = validation_places(len(examples), count, mesh.data_rank, mesh.data)
         parts: list[Tensor] = []
-        batches = iter(self._loader(self._dataset(self._validation, train=False), places))
+        batches = iter(self._loader(self._dataset(examples, train=False), places))
         while (batch := together(lambda: next(batches, None))) is not None:
-            mine = self._engine.predict(self._inputs(batch), partial(all_agree, device=mesh.device))
+            mine = self._engine.predict(
+                replace(self._inputs(batch), again=again), partial(all_agree, device=mesh.device)
+            )
             parts.append(all_gather(mine, groups.data).cpu())
-        return torch.cat(parts)[: len(self._validation)]
+        return torch.cat(parts)[: len(examples)]
 
     def finish(self) -> None:
         """The last checkpoint's weights (their average, where there is one) as a folder for inference. Collective: the

@@ -33,6 +33,7 @@ from tests.conftest import define_torchvision_operators
 from tests.integration.runs import metrics, reproducible
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import pair_tar, picture, sentences, train_tokenizer
+from tools import evaluate
 
 EXAMPLES, PICTURES, STEPS, SAVED, KILLED = 22, 10, 6, 3, 5
 CLASSES = ["red", "green", "blue", "black", "white"]
@@ -47,6 +48,7 @@ TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the comm
     "nlvr2": {},
     "captioning": {"eval": TaskEvalConfig(beams=2), "drop_worst_after": 1, "activation_checkpointing": "full"},
     "retrieval": {"batch": TaskBatchConfig(size=8), "activation_checkpointing": "full"},
+    "retrieval_matching": {"batch": TaskBatchConfig(size=8), "eval": TaskEvalConfig(batch=2, rerank=3)},
     "itc": {"batch": TaskBatchConfig(size=8)},
     "text": {"ema_decay": 0.9, "layer_decay": 0.5},
 }
@@ -70,6 +72,7 @@ def records(task: str, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
                           "identifier": f"id-{n}"},
                 "captioning": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
                 "retrieval": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
+                "retrieval_matching": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
                 "itc": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
                 "text": {"text_segment": words[n], "label": n % 5},
             }[task]
@@ -163,6 +166,12 @@ def test_the_model_for_use_predicts_what_the_run_predicted(one_process: Path) ->
     for task, samples in (("imagenet", pictures("imagenet")), ("text", texts("text"))):
         classes = [CLASSES[int(line.rsplit(",", 1)[1])] for line in written[task].splitlines()[1:]]
         assert models[task].classify(samples) == classes, task
+    index = str(one_process / "retrieval_matching.validation.jsonl")
+    asked_of = [str(out / "retrieval_matching" / "model"), "retrieval", "--data", index, "--images", str(one_process)]
+    evaluate.main([*asked_of, "--rerank", "3", "--device", "cpu", "--json", str(one_process / "scores.json")])
+    scores = json.loads((out / "retrieval_matching" / "eval.jsonl").read_text())
+    for name, value in json.loads((one_process / "scores.json").read_text())["metrics"].items():
+        assert scores[name.replace("_retrieval", "")] == pytest.approx(value), name
     truths = [line.rsplit(",", 1)[1] == "True" for line in written["nlvr2"].splitlines()]
     two = list(zip(pictures("nlvr2"), pictures("nlvr2", "image2_path"), strict=True))
     assert models["nlvr2"].is_true(two, texts("nlvr2")) == truths
@@ -203,8 +212,10 @@ def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
 
 @pytest.mark.slow
 def test_micro_batches_of_a_contrastive_task_are_compared_as_one(folder: Path) -> None:
-    """Each example is told from all of its step, whatever the accumulation, with drop path on."""
-    tasks, sizes = [task for task in TASKS if task_class(task).contrastive], {"whole": 1, "parts": 4}
+    """Each example is told from all of its step, whatever the accumulation, with drop path on. Negatives of matching
+    come from the micro-batch."""
+    tasks = [task for task in TASKS if task_class(task).contrastive and not task_class(task).matched]
+    sizes = {"whole": 1, "parts": 4}
     configs = {
         (task, out): replace(
             run_config(folder, task, "one", out), batch=TaskBatchConfig(size=8, accumulation=sizes[out]), steps=3

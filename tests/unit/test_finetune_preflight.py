@@ -26,8 +26,8 @@ from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
 
 MESH = Mesh(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 RECIPES = sorted((Path(__file__).parents[2] / "launchers/recipes/finetune").glob("*.yaml"))
-RECOMPUTED = ("captioning_base", "captioning_large", "retrieval_base", "retrieval_large", "vqa_large", "nlvr2_large",
-              "imagenet_large")  # fmt: skip
+RECOMPUTED = ("captioning_base", "captioning_large", "retrieval_base", "retrieval_large", "retrieval_matching_base",
+              "vqa_large", "nlvr2_large", "imagenet_large")  # fmt: skip
 """Whose released commands have --checkpoint_activations."""
 MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=32, vocab_size=310,
                     visual_vocab_size=8, vl_expert_layers=1, max_text_length=16)  # fmt: skip

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,6 +126,8 @@ class Examples(Dataset):
     labels: Callable[[Sequence[Example]], torch.Tensor] = class_labels
     mixing: Mixing | None = None
     max_pixels: int = DataConfig.max_pixels
+    _last: tuple[Any, Any] = (None, None)
+    """The image that was decoded last, and where it lies: of examples in a row that share it, it is decoded once."""
 
     def __post_init__(self) -> None:
         require(self.max_words >= 3, f"max_words={self.max_words} has no room for a word between <s> and </s>")
@@ -198,7 +200,9 @@ class Examples(Dataset):
             shard, key = str(next(iter(example.images), "")), example.name
             images = []
             for image in example.images:
-                images.append(decoded(image, self.max_pixels))
+                if image != self._last[0]:
+                    self._last = image, decoded(image, self.max_pixels)
+                images.append(self._last[1])
             return example, images
         except (BadSample, OSError) as bad:
             reason = str(getattr(bad, "strerror", None) or bad)

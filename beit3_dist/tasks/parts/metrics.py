@@ -18,6 +18,8 @@ from torch import Tensor
 from beit3_dist.optional import optional_module
 
 Key = TypeVar("Key", bound=Hashable)
+More = tuple[Tensor, Tensor]
+"""What is added to the scores of images for N texts, [N, M], and to those of texts for M images, [M, N]."""
 
 RECALL_AT = (1, 5, 10)
 ROWS_AT_ONCE = 1024
@@ -46,13 +48,13 @@ def recall(
     texts: Tensor,
     image_of_text: Tensor,
     row_of_text: Tensor | None = None,
-    more: tuple[Tensor, Tensor] | None = None,
+    more: More | None = None,
 ) -> dict[str, float]:
     """Recall at 1, 5 and 10 of images for texts and of texts for images.
 
     Vectors [M, D] and [N, D] whose product is the score, and int64 [N]: the image that each text belongs to. With
     `row_of_text`, int64 like `image_of_text`, a text may belong to several: pair i is of an image and of that row of
-    the texts. `more`: what is added to the scores of images for texts, [N, M], and of texts for images, [M, N].
+    the texts. `more`: what is added to the scores.
 
     A rank is that of the best of what belongs there. A wrong candidate with the same score as the right one comes
     before it: a model that cannot tell anything apart finds nothing.
@@ -89,7 +91,7 @@ def shortlists(images: Tensor, texts: Tensor, best: int) -> tuple[Tensor, Tensor
     return chosen[0], chosen[1]
 
 
-def reranked(chosen: tuple[Tensor, Tensor], pairs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def reranked(chosen: tuple[Tensor, Tensor], pairs: Tensor, logits: Tensor) -> More:
     """What `recall` adds, so that the `shortlists` are in the order of matching's logits and the similarities (BLIP's
     sum), and before all others. `logits` [P] are of the pairs int64 [P, 2], which either list has."""
     lifted = torch.zeros(chosen[0].shape, dtype=torch.float64)
