@@ -52,6 +52,9 @@ TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the comm
     "itc": {"batch": TaskBatchConfig(size=8)},
     "text": {"ema_decay": 0.9, "layer_decay": 0.5},
 }
+FUSED: dict[str, Any] = dict(layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=2, connected_every=1,
+                             vision_layers=1, vision_width=48, vision_heads=4, decoder_layers=1)  # fmt: skip
+"""Changes of a model to one with all of mPLUG's kinds of layers."""
 LAYOUTS = {"one": ParallelConfig(zero_stage=1), "dp2": ParallelConfig(zero_stage=3),
            "tp2": ParallelConfig(zero_stage=1, tensor=2)}  # fmt: skip
 
@@ -208,6 +211,47 @@ def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
         for name, weight in models[1].weights.items():
             # AdamW turns noise of tiny gradients into steps of up to the rate: six steps of 1e-3.
             torch.testing.assert_close(models[0].weights[name], weight, rtol=1e-4, atol=2e-5, msg=f"{task} {name}")
+
+
+@pytest.mark.slow
+def test_fusion_models_learn_alike_and_go_on_bitwise(folder: Path) -> None:
+    """What words have seen of an image is read, and a decoder writes; validated in the middle, too."""
+    tasks = ("vqa", "nlvr2", "captioning")
+
+    def of_layout(layout: str, resume: str = "none") -> list[FinetuneConfig]:
+        configs = [run_config(folder, task, layout, f"fused-{layout}") for task in tasks]
+        configs = [
+            replace(c, model=replace(c.model, **FUSED), steps=4, eval=replace(c.eval, every=2),
+                    checkpoint=CheckpointConfig(every=2), label_smoothing=0.0) for c in configs
+        ]  # fmt: skip
+        if resume == "none":
+            return configs
+        half = [str(Path(c.out) / "checkpoints" / "step_0000002") for c in configs]
+        return [
+            replace(c, out=c.out.replace("/fused-", "/resumed-"), checkpoint=replace(c.checkpoint, resume=path))
+            for c, path in zip(configs, half, strict=True)
+        ]
+
+    run_workers(1, run, of_layout("one"))
+    run_workers(2, run, [*of_layout("dp2"), *of_layout("dp2", resume="half")])
+    run_workers(2, run, of_layout("tp2"), tensor=2)
+    for task in tasks:
+        for layout in ("dp2", "tp2"):
+            for field in ("loss", "grad_norm"):
+                ours, expected = (losses(folder, f"fused-{out}", task, field) for out in (layout, "one"))
+                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0, msg=lambda m, t=task: f"{t}: {m}")
+            scores = [(folder / f"fused-{out}" / task / "eval.jsonl").read_text() for out in (layout, "one")]
+            for one, other in zip(*(map(json.loads, text.splitlines()) for text in scores), strict=True):
+                assert one == pytest.approx(other, rel=1e-5), task
+        outs = [folder / name / task for name in ("resumed-dp2", "fused-dp2")]
+        assert reproducible(outs[0]) == reproducible(outs[1])[2:], task
+        resumed, whole = (read_model_folder(out / "model").weights for out in outs)
+        assert all(torch.equal(resumed[name], weight) for name, weight in whole.items()), task
+        assert any(name.startswith("decoder.") for name in whole) == (task == "captioning")
+    written = json.loads(next((folder / "fused-one" / "captioning" / "predictions").iterdir()).read_text())
+    model = Model.load(folder / "fused-one" / "captioning" / "model", "cpu")
+    pictures = [folder / f"{line['image_id']}.png" for line in written]
+    assert model.caption(pictures, beams=2) == [line["caption"] for line in written]
 
 
 @pytest.mark.slow

@@ -328,3 +328,15 @@ def test_layers_learn_at_their_own_rates() -> None:
         "task_head.head.3.bias": (10.0, 0.0),
     }
     assert {name: scale[id(parameters[name])] for name in expected} == expected
+
+
+def test_a_fusion_model_without_a_decoder_writes_nothing(folder: Path) -> None:
+    model = replace(MODEL, attention="per_modality", vl_expert_layers=0, fusion_layers=1)
+    for task in ("vqa", "nlvr2", "imagenet", "retrieval", "text"):
+        run(folder, task=task, model=model, data=TaskDataConfig(train="t.jsonl", text_length=10))
+    caption = {"task": "captioning", "data": TaskDataConfig(train="t.jsonl", text_length=10)}
+    with pytest.raises(
+        ValueError, match=r"model\.fusion_layers=1 without model\.decoder_layers: task=captioning needs"
+    ):
+        run(folder, model=model, **caption)
+    run(folder, model=replace(model, decoder_layers=1), **caption)
