@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -30,6 +32,9 @@ from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.masked_data_modeling import NAME
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
+from beit3_dist.reports import examples, figure, opened, targets
+from beit3_dist.reports.opened import Record
+from beit3_dist.train.target_watch import entropy
 from tests.integration.runs import metrics, program, run_config, write_recipe
 from tests.launching import launch
 from tools import report
@@ -39,7 +44,7 @@ PICTURES = 4
 
 STREAMS = ("image", "text", "pair_image", "pair_text")
 TITLES = dict(zip(STREAMS, ("images", "texts", "images of pairs", "captions of pairs"), strict=True))
-PICTURES_TOP = report.PANELS_TOP + report.ROW_OF_PANELS
+PICTURES_TOP = figure.PANELS_TOP + figure.ROW_OF_PANELS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +72,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def content(config: RunConfig) -> report.Record:
+def content(config: RunConfig) -> Record:
     """report.json."""
     return json.loads((Path(config.out) / "report.json").read_text())
 
@@ -80,7 +85,7 @@ def documented_keys() -> set[str]:
     return {name.strip() for line in left if line for name in line.split(",")}
 
 
-def test_the_json_has_the_documented_keys(content: report.Record) -> None:
+def test_the_json_has_the_documented_keys(content: Record) -> None:
     assert set(content) == {
         "run", "checkpoint", "checkpoint_step", "steps", "planned_steps", "wall_s", "samples", "samples_per_s",
         "data_wait_share", "losses", "accuracies", "entropies", "baselines", "targets", "sampled", "held_out_step",
@@ -93,7 +98,7 @@ def test_the_json_has_the_documented_keys(content: report.Record) -> None:
     assert content["pictures"] == "held-out"
 
 
-def test_losses_and_times_are_those_of_the_metrics(config: RunConfig, content: report.Record) -> None:
+def test_losses_and_times_are_those_of_the_metrics(config: RunConfig, content: Record) -> None:
     records = metrics(config.out)
     held_out = json.loads((Path(config.out) / "eval.jsonl").read_text().splitlines()[-1])
     for field, prefix in (("losses", "loss"), ("accuracies", "acc")):
@@ -107,9 +112,9 @@ def test_losses_and_times_are_those_of_the_metrics(config: RunConfig, content: r
     assert content["samples_per_s"] == pytest.approx(12 * STEPS / content["wall_s"])
 
 
-def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content: report.Record) -> None:
+def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content: Record) -> None:
     """The same samples, one target after the other."""
-    at_once = report.SAMPLES_AT_ONCE
+    at_once = opened.SAMPLES_AT_ONCE
     batch = BatchConfig(images=at_once, texts=at_once, pairs=at_once)
     batches = MixedBatches(replace(config, batch=batch), 32, 0, 1, annotators=[*objectives_of(config)])
     tokenizer = load_vqkd(config.image_tokenizer)
@@ -134,16 +139,16 @@ def test_entropies_and_baselines_equal_a_plain_count(config: RunConfig, content:
     for name, count in counts.items():
         total = count.total()
         assert content["targets"][name] == total > 2000
-        entropy = -sum(n / total * math.log(n / total) for n in count.values())
+        expected = -sum(n / total * math.log(n / total) for n in count.values())
         # Both sum in float64, in another order.
-        assert content["entropies"][name] == pytest.approx(entropy, rel=1e-9)
+        assert content["entropies"][name] == pytest.approx(expected, rel=1e-9)
         assert content["baselines"][name] == pytest.approx(count.most_common(1)[0][1] / total, rel=1e-6)
 
 
-def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content: report.Record) -> None:
+def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content: Record) -> None:
     """Right guesses of the examples, drawn one by one, against the training objective's count over the same samples."""
-    run = report.open_run(Path(config.out))
-    shown = report.examples(run, torch.device("cpu"), PICTURES)
+    run = opened.open_run(Path(config.out), report.PROGRAM)
+    shown = examples.examples(run, torch.device("cpu"), PICTURES)
     images, pairs = shown["image"], shown["pair_image"]
     model = BEiT3(config.model, device="meta")
     checkpoint = find("auto", Path(config.out) / "checkpoints")
@@ -162,10 +167,10 @@ def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content:
         hidden += torch.tensor(run.objectives.counts(batch))
     image, _, pair_image, pair_text = right.tolist()
 
-    def hits(examples: list[report.Example]) -> int:
-        return sum(int((e.guesses == e.codes)[e.hidden].sum()) for e in examples)
+    def hits(some: list[examples.Example]) -> int:
+        return sum(int((e.guesses == e.codes)[e.hidden].sum()) for e in some)
 
-    words = ["→" not in word for pair in pairs for word in re.findall(r"\[[^]]*]", pair.caption)]
+    words = ["→" not in word for pair in pairs for word in re.findall(r"\[[^]]*]", examples.in_brackets(pair.caption))]
     assert (hits(images), hits(pairs), sum(words), len(words)) == (image, pair_image, pair_text, hidden[3])
     shares = {"image": image / float(hidden[0]), "pair_image": pair_image / float(hidden[2])}
     assert content["codes_right"] == pytest.approx(shares)
@@ -175,14 +180,14 @@ def test_the_picture_is_drawn(config: RunConfig) -> None:
     pixels = np.asarray(Image.open(Path(config.out) / "report.png").convert("RGB"))
     height, width, _ = pixels.shape
     assert width == 1400 and height > 1400
-    curves = pixels[report.PANELS_TOP : report.PANELS_TOP + report.PANELS_HEIGHT].reshape(-1, 3)
-    for color in report.COLORS:
+    curves = pixels[figure.PANELS_TOP : figure.PANELS_TOP + figure.PANELS_HEIGHT].reshape(-1, 3)
+    for color in figure.COLORS:
         assert (curves == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(1).any(), f"no curve is {color}"
-    first_tile = pixels[PICTURES_TOP + report.HEADING :, report.LEFT :][: report.LARGEST_TILE]
+    first_tile = pixels[PICTURES_TOP + figure.HEADING :, figure.LEFT :][: figure.LARGEST_TILE]
     assert len(np.unique(first_tile.reshape(-1, 3), axis=0)) > 100
 
 
-def test_the_summary_says_below_or_above(config: RunConfig, content: report.Record) -> None:
+def test_the_summary_says_below_or_above(config: RunConfig, content: Record) -> None:
     summary = (Path(config.out).parent / "summary.txt").read_text()
     for name in STREAMS:
         line = next(line for line in summary.splitlines() if line.startswith(f"{TITLES[name]}  "))
@@ -197,7 +202,7 @@ def test_the_summary_says_below_or_above(config: RunConfig, content: report.Reco
 def test_a_run_without_validation_shows_training_samples(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "SAMPLES", report.SAMPLES_AT_ONCE)  # enough for what this test looks at
+    monkeypatch.setattr(targets, "SAMPLES", opened.SAMPLES_AT_ONCE)  # enough for what this test looks at
     out = copied(config, tmp_path, replace(config, eval=EvalConfig()))
     (out / "eval.jsonl").unlink()
     report.main([str(out), "--pictures", "1"])
@@ -253,31 +258,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 
 def test_the_entropy_of_a_known_distribution() -> None:
-    assert report.entropy(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(math.log(4), rel=1e-12)
-    assert report.entropy(torch.tensor([0, 7])) == 0
+    assert entropy(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(math.log(4), rel=1e-12)
+    assert entropy(torch.tensor([0, 7])) == 0
 
 
 def test_a_code_without_patches_looks_like_its_nearest_neighbour() -> None:
     sums = torch.tensor([[10.0, 20.0], [0.0, 0.0], [90.0, 60.0]], dtype=torch.float64)
     codebook = torch.tensor([[1.0, 0.0], [0.1, 1.0], [0.0, 1.0]])
-    looks = report.mean_patches(sums, torch.tensor([2, 0, 3]), codebook)
+    looks = targets.mean_patches(sums, torch.tensor([2, 0, 3]), codebook)
     assert looks.tolist() == [[5, 10], [30, 20], [30, 20]]
 
 
 def test_the_running_mean_of_few_values() -> None:
     values = np.array([4.0, 1.0, 5.0, 3.0, 7.0])
     expected = [values[max(0, i - 2) : i + 1].mean() for i in range(5)]
-    assert report.running_mean(values, 3) == pytest.approx(expected)
+    assert figure.running_mean(values, 3) == pytest.approx(expected)
 
 
 def test_hidden_patches_are_drawn_where_they_are() -> None:
     picture = torch.arange(3 * 4 * 4, dtype=torch.uint8).reshape(3, 4, 4)
     looks = torch.stack([torch.full((3, 2, 2), level, dtype=torch.uint8) for level in (200, 210)])
     hidden: Tensor = torch.tensor([False, True, False, False])  # the upper right patch
-    example = report.Example(picture, hidden, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 0]), "")
-    original, masked, guessed, true = report.tiles(example, looks)
+    example = examples.Example(picture, hidden, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 0]))
+    original, masked, guessed, true = examples.tiles(example, looks)
     assert (original == picture.permute(1, 2, 0).numpy()).all()
-    for drawn, levels in ((masked, {report.GREY, report.GREY_EDGE}), (guessed, {200}), (true, {210})):
+    for drawn, levels in ((masked, {examples.GREY, examples.GREY_EDGE}), (guessed, {200}), (true, {210})):
         assert set(np.unique(drawn[:2, 2:])) == levels
         assert (drawn[2:] == original[2:]).all() and (drawn[:2, :2] == original[:2, :2]).all()
 
@@ -286,14 +291,43 @@ def test_hidden_words_of_a_caption_stand_in_brackets(config: RunConfig) -> None:
     tokenizer = TextTokenizer(config.text_tokenizer)
     words = torch.tensor([tokenizer.bos, *tokenizer.encode("a red dog runs"), tokenizer.eos])
     mask = torch.zeros_like(words, dtype=torch.bool)
-    assert report.caption_of(tokenizer, words, mask, words) == "a red dog runs"
+    assert examples.in_brackets(examples.pieces_of(tokenizer, words, mask, words)) == "a red dog runs"
     mask[1] = mask[-2] = True
     guesses = words.clone()
     guesses[-2] = tokenizer.unk
-    caption = report.caption_of(tokenizer, words, mask, guesses)
+    caption = examples.in_brackets(examples.pieces_of(tokenizer, words, mask, guesses))
     assert caption.startswith("[") and "]" in caption.split("red")[0] and "[<unk>→" in caption
 
 
 def test_a_record_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert report.read_records(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert opened.read_records(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_a_page_shows_what_the_model_makes_of_the_same_examples(config: RunConfig, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    report.main([config.out, "--html", str(page), "--pictures", "2"])
+    shown = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])["runs"][0]
+    assert shown["checkpoint_step"] == shown["step"] == STEPS and shown["pictures"] == "held-out"
+    drawn = examples.examples(opened.open_run(Path(config.out), report.PROGRAM), torch.device("cpu"), 2)
+    for name, some in drawn.items():
+        for example, told in zip(some, shown["examples"][name], strict=True):
+            assert told["caption"] == [[piece.text, piece.guess] for piece in example.caption]
+            original = Image.open(io.BytesIO(base64.b64decode(told["tiles"][0].split(",")[1])))
+            assert np.abs(np.asarray(original, dtype=int) - example.image.permute(1, 2, 0).numpy()).mean() < 8
+            assert len({*told["tiles"]}) > 1
+    assert shown["losses"]["image"]["title"] == "images" and shown["entropies"].keys() == shown["losses"].keys()
+
+
+@pytest.mark.parametrize(("arguments", "named"), [
+    (["{run}", "{run}"], "--html"), (["{run}", "--html", "page.png"], ".html"),
+    (["{run}", "--live", "--out", "a.png"], "--out"),
+    (["nowhere", "--html", "page.html"], "nowhere"), (["{run}", "--html", "page.html", "--pictures", "13"], "0 to 12"),
+])  # fmt: skip
+def test_a_mistake_about_pages_is_one_line(
+    config: RunConfig, capsys: pytest.CaptureFixture[str], arguments: list[str], named: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        report.main([argument.format(run=config.out) for argument in arguments])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and named in error and len(error.strip().splitlines()) == 1, error

@@ -14,6 +14,8 @@ import torch
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.config import STREAMS, BatchConfig, CheckpointConfig, DataConfig, EvalConfig, ParallelConfig, RunConfig
 from beit3_dist.parallel.mesh import Mesh
+from beit3_dist.reports import targets
+from beit3_dist.reports.opened import SAMPLES_AT_ONCE
 from beit3_dist.run.preflight import prepare_run
 from tests.integration.runs import evaluations, metrics, reproducible, run_config, second_half, train_in_turn
 from tests.parallel.workers import Workers
@@ -110,7 +112,7 @@ def test_resumed_bit_for_bit(folder: Path, stream: str) -> None:
 def test_tools_take_its_run(
     folder: Path, stream: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "SAMPLES", report.SAMPLES_AT_ONCE)  # enough for what this test looks at
+    monkeypatch.setattr(targets, "SAMPLES", SAMPLES_AT_ONCE)  # enough for what this test looks at
     out = folder / f"{stream}-one"
     report.main([str(out), "--pictures", "1"])
     content = json.loads((out / "report.json").read_text())
@@ -119,7 +121,7 @@ def test_tools_take_its_run(
     assert set(content["codes_right"]) == LOSSES[stream] & {"image", "pair_image"}
     assert verify_order.main([str(out)]) == 0
     printed = capsys.readouterr().out
-    assert f"of {report.SAMPLES_AT_ONCE} training samples" in printed and "4 steps, 16 samples" in printed
+    assert f"of {SAMPLES_AT_ONCE} training samples" in printed and "4 steps, 16 samples" in printed
 
 
 def test_images_need_an_image_tokenizer(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ FLOORS = (  # a floor imports those before it, and none of its own
     ("tasks",),
     ("run", "inference", "demo"),
     ("train",),
+    ("reports",),
     ("tools", "launchers"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -11,9 +11,10 @@ from beit3_dist.command_line import to_yaml
 from beit3_dist.config import DataConfig, RunConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig, TokenizerDataConfig
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.reports.opened import open_run
 from beit3_dist.run.recorded_config import pretraining_config
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
-from tools import report, verify_order
+from tools import verify_order
 
 PRETRAINING = RunConfig(
     out="out", text_tokenizer="t", image_tokenizer="v", data=DataConfig(images="i", texts="t", pairs="p")
@@ -38,7 +39,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 def test_another_kind_of_run_is_named(kind: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(OTHERS[kind]))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    for use in (lambda: report.open_run(tmp_path), lambda: verify_order.verify(tmp_path)):
+    for use in (lambda: open_run(tmp_path, "report.py"), lambda: verify_order.verify(tmp_path)):
         with pytest.raises(ValueError, match=rf"^{tmp_path} is no pretraining run"):
             use()
 
@@ -46,7 +47,7 @@ def test_another_kind_of_run_is_named(kind: str, tmp_path: Path) -> None:
 def test_a_config_that_is_refused_is_the_callers_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(PRETRAINING) + "older_field: 1\n")
     with pytest.raises(SystemExit):
-        report.open_run(tmp_path)
+        open_run(tmp_path, "report.py")
     assert capsys.readouterr().err.startswith("report.py: error: ")
 
 

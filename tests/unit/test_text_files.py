@@ -19,13 +19,14 @@ from beit3_dist.data.text import documents
 from beit3_dist.data.text_files import read_lines, read_records
 from beit3_dist.opening import read_json, read_yaml
 from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
+from beit3_dist.reports import opened
 from beit3_dist.tasks.data import benchmarks
 from beit3_dist.tasks.data.class_shards import read_class_shards
 from beit3_dist.tasks.data.examples import read_index
 from beit3_dist.tasks.data.names import read_names
 from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import picture, write_tar
-from tools import compare_tasks, report, train_text_tokenizer, verify_order
+from tools import compare_tasks, train_text_tokenizer, verify_order
 
 MARK = b"\xef\xbb\xbf"
 TEXTS = ["yes\u2028sir", "no\x85way", "red\x0bwine", "a\x0ccar", "b\x1cc\x1dd\x1ee", "the\u2029last"]
@@ -209,7 +210,7 @@ SMALL: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "YAML": ("a.yaml", "a: 7", lambda path: read_yaml(path)["a"]),
     "a DeepSpeed file": ("ds.json", '{"a": 7}', deepspeed_stage),
     "a recipe": ("recipe.yaml", "seed: 7", recipe_seed),
-    "a report's records": ("metrics.jsonl", '{"a": 7}\n', lambda path: report.read_records(path)[0]["a"]),
+    "a report's records": ("metrics.jsonl", '{"step": 7}\n', lambda path: opened.read_records(path)[0]["step"]),
     "records to verify": ("metrics.jsonl", '{"a": 7}\n', lambda path: verify_order.records(path)[0]["a"]),
     "validations to compare": ("eval.jsonl", '{"a": 1}\n{"a": 7}\n', evaluation),
 }

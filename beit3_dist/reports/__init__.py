@@ -1,0 +1,1 @@
+"""What runs have learnt, for people: numbers, a picture, a page."""
