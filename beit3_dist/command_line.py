@@ -13,7 +13,15 @@ from io import StringIO
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import (
+    SUPPRESS,
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    set_parsing_settings,
+)
 
 from beit3_dist.launched import rank, take_place
 from beit3_dist.leaving import ExitCode, leave_when_asked
@@ -99,6 +107,10 @@ class Sections:
                 )
 
 
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions keep their lines, of which some are commands."""
+
+
 class _Recipe(ActionConfigFile):
     """--config FILE: the fields of a file that was checked as a whole; it is named with what is wrong in them."""
 
@@ -143,10 +155,12 @@ def parse(
         parser = ArgumentParser(
             prog=program,
             description=description,
+            formatter_class=_Help,
             exit_on_error=False,
             usage=f"{program} --config RECIPE.yaml [--field VALUE ...] [--print_config] [--help]",
         )
-        parser.add_argument("--config", action=_Recipe, help="recipe: a YAML file with any of the fields below")
+        about = "a YAML file with any of the fields below, or the name of a recipe that comes with the program"
+        parser.add_argument("--config", action=_Recipe, help=about)
         parser.add_argument("--local_rank", "--local-rank", type=int, default=SUPPRESS, help=SUPPRESS)  # of launchers
         parser.add_class_arguments(config_class, skip={sections.field} if sections else set())
         for path, recipe in recipes.items():

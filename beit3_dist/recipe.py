@@ -11,11 +11,27 @@ import yaml
 
 from beit3_dist.opening import MOST_YAML, one_line, read_text
 
+RECIPES = Path(__file__).parent / "launchers" / "recipes"
+"""Of the recipes that come with the program."""
 NULL = "tag:yaml.org,2002:null"
 MERGE = "<<"
 """The key that YAML merges; it may come several times."""
 FORMER = {"objective": "objectives.masked_data_modeling"}
 """Sections under the names that former versions gave them, which recipes and run folders still have."""
+
+
+def shipped_recipes() -> list[str]:
+    """The names by which recipes that come with the program are found."""
+    files = [*sorted(RECIPES.glob("*.yaml")), *sorted(RECIPES.glob("finetune/*.yaml"))]
+    return [str(file.relative_to(RECIPES).with_suffix("")) for file in files]
+
+
+def find_recipe(name: str | Path, folder: Path = Path()) -> Path:
+    """The file of this name in a folder, or else the recipe that comes with the program: `base`, `base.yaml`,
+    `finetune/vqa_base`, or as it stands in the repository, `launchers/recipes/base.yaml`."""
+    path = folder / name
+    shipped = RECIPES / f"{str(name).removeprefix('launchers/recipes/').removesuffix('.yaml')}.yaml"
+    return shipped if (path.is_dir() or not path.exists()) and shipped.is_file() else path
 
 
 def current_name(name: str) -> str:
@@ -58,10 +74,11 @@ def fields_in(texts: list[tuple[Path, str]]) -> dict[str, Any]:
 
 
 def recipe_texts(path: str | Path) -> list[tuple[Path, str]]:
-    """The recipe, after those that it is based on, whose fields it changes: `based_on: FILE`, beside itself. Each with
-    its text under today's names. Raises ValueError for a file that cannot be read, or that is based on itself."""
+    """The recipe, after those that it is based on, whose fields it changes: `based_on: FILE`, beside itself or one that
+    comes with the program. Each with its text under today's names. Raises ValueError for a file that cannot be read, or
+    that is based on itself."""
     texts: list[tuple[Path, str]] = []
-    following: Path | None = Path(path)
+    following: Path | None = find_recipe(path)
     while following is not None:
         path = following
         if path.resolve() in [other.resolve() for other, _ in texts]:
@@ -71,7 +88,7 @@ def recipe_texts(path: str | Path) -> list[tuple[Path, str]]:
         except OSError as error:
             raise ValueError(f"the recipe {path} cannot be read: {error.strerror or error}") from None
         base = re.search(r"^based_on: *(\S+) *$", text, flags=re.MULTILINE)
-        following = path.parent / base[1] if base else None
+        following = find_recipe(base[1], path.parent) if base else None
         # A line that is a comment keeps the numbers of the others.
         texts.insert(0, (path, current_names(text.replace(base[0], f"# {base[0]}") if base else text)))
     return texts

@@ -3,7 +3,7 @@
     python launchers/finetune.py --config RECIPE.yaml [--a.b VALUE ...]                              one process
     deepspeed [--num_accelerators N] launchers/finetune.py --config RECIPE.yaml [--a.b VALUE ...]    all devices
 
-Recipes are in launchers/recipes/finetune/; --task names what to train, --init_from the weights to start from. The
+tools/list_recipes.py lists the recipes; --task names what to train, --init_from the weights to start from. The
 indexes of the data come from tools/build_index.py. At the end OUT/model holds what beit3_dist.inference loads, and
 OUT/predictions the validation's in the benchmark's submission format. --evaluate_only true does no more than the
 validation, of --init_from MODEL or of OUT's newest checkpoint. --print_config prints the resolved config and --help
@@ -23,7 +23,7 @@ PROGRAM = "finetune.py"
 
 def main(arguments: list[str]) -> None:
     begin(PROGRAM)
-    config = parse(FinetuneConfig, PROGRAM, f"Fine-tunes BEiT-3 on a downstream task. {summaries()}", arguments)
+    config = parse(FinetuneConfig, PROGRAM, f"{__doc__}\n{summaries()}", arguments)
     with importing():
         from beit3_dist.parallel.mesh import read_mesh
         from beit3_dist.run.launch import launch

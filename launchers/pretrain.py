@@ -5,7 +5,7 @@
     torchrun --nproc_per_node N launchers/pretrain.py --config RECIPE.yaml [--a.b VALUE ...]         the same
     srun --ntasks-per-node N python launchers/pretrain.py --config RECIPE.yaml [--a.b VALUE ...]     in a Slurm job
 
-Recipes are in launchers/recipes/. --print_config prints the resolved config and --help every field.
+tools/list_recipes.py lists the recipes. --print_config prints the resolved config and --help every field.
 A mistake in the config or the data is one line and exit code 2, before any process group starts. SIGTERM, SIGUSR1 or
 SIGHUP (a closed terminal, but for nohup) to any process: all save after their step and end with exit code 75, to go on
 with --checkpoint.resume auto. launchers/slurm/pretrain.sbatch does that for jobs that are preempted. Exit code 3: the
@@ -25,8 +25,7 @@ PROGRAM = "pretrain.py"
 
 def main(arguments: list[str]) -> None:
     begin(PROGRAM)
-    about = "Pretrains BEiT-3 on images, texts and image-text pairs."
-    config = parse(RunConfig, PROGRAM, about, arguments, SECTIONS)
+    config = parse(RunConfig, PROGRAM, str(__doc__), arguments, SECTIONS)
     with importing():
         from beit3_dist.parallel.mesh import read_mesh
         from beit3_dist.run.launch import launch

@@ -24,7 +24,7 @@ PROGRAM = "train_image_tokenizer.py"
 
 def main(arguments: list[str]) -> None:
     begin(PROGRAM)
-    config = parse(TokenizerConfig, PROGRAM, "Trains the BEiT v2 image tokenizer (VQ-KD).", arguments)
+    config = parse(TokenizerConfig, PROGRAM, str(__doc__), arguments)
     with importing():
         from beit3_dist.parallel.mesh import read_mesh
         from beit3_dist.run.launch import launch

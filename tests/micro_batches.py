@@ -14,7 +14,7 @@ from beit3_dist.model.beit3 import MixedInputs
 from beit3_dist.model.token_layout import TokenLayout, group
 from beit3_dist.objectives.masked_data_modeling import NAME
 from beit3_dist.objectives.together import PretrainingModule
-from tools.benchmarks.step import objectives_for
+from beit3_dist.tools.benchmarks.step import objectives_for
 
 CPU = torch.device("cpu")
 

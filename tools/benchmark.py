@@ -31,7 +31,6 @@ import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -42,13 +41,9 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.parallel.host_memory import keep_freed_memory
 from beit3_dist.parallel.kernels import check_kernels
-from beit3_dist.train.flops import peak_flops
-from beit3_dist.train.totals import host_totals
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.benchmarks import checkpoint, data, growth, kernels, objectives, recipe, torchscale, traffic  # noqa: E402
-from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, profile_table, threads  # noqa: E402
-from tools.benchmarks.step import (  # noqa: E402
+from beit3_dist.tools.benchmarks import checkpoint, data, growth, kernels, objectives, recipe, torchscale, traffic
+from beit3_dist.tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, profile_table, threads
+from beit3_dist.tools.benchmarks.step import (
     Contender,
     MasterAdamW,
     OurStep,
@@ -60,8 +55,11 @@ from tools.benchmarks.step import (  # noqa: E402
     random_micro_batch,
     switch,
 )
-from tools.benchmarks.torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED  # noqa: E402
+from beit3_dist.tools.benchmarks.torchscale import THEIRS, THEIRS_COMPILED, THEIRS_FUSED
+from beit3_dist.train.flops import peak_flops
+from beit3_dist.train.totals import host_totals
 
+PROGRAM = "benchmark.py"
 GEOMETRY = {
     "layers": 6,
     "width": 768,
@@ -219,7 +217,7 @@ def model_table(record: dict[str, Any]) -> str:
 def parse(arguments: list[str] | None) -> Namespace:
     """The options. Raises ValueError for what cannot be measured; argparse ends the process for what it does not
     know, with exit code 2 as well."""
-    parser = ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     common = ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     with_defaults: Any = partial(ArgumentParser, formatter_class=ArgumentDefaultsHelpFormatter, parents=[common])
@@ -272,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
             keep_freed_memory()  # as training does
         record = options.measure(options)
     except ValueError as error:
-        print(f"benchmark.py: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(record) if options.json else options.table(record))
     return 0

@@ -28,6 +28,7 @@ from beit3_dist.tasks.data import benchmarks
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
 from beit3_dist.tasks.data.names import read_names
 
+PROGRAM = "build_index.py"
 TEXTS_AT_ONCE = 4096
 """Texts that are tokenised in one call, over several threads."""
 ANSWERS = "answer2label.txt"
@@ -137,13 +138,14 @@ def build_demo(options: Namespace) -> None:
 def parse(arguments: list[str] | None) -> Namespace:
     """The command line."""
     parser = ArgumentParser(
+        prog=PROGRAM,
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
         epilog="Examples:\n"
-        "  build_index.py coco dataset_coco.json indexes --text_tokenizer beit3.spm\n"
-        "  build_index.py vqa vqa_v2 indexes --text_tokenizer beit3.spm --answers answer2label.txt\n"
-        "  build_index.py imagenet /data/imagenet indexes\n"
-        "  build_index.py demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
+        f"  {PROGRAM} coco dataset_coco.json indexes --text_tokenizer beit3.spm\n"
+        f"  {PROGRAM} vqa vqa_v2 indexes --text_tokenizer beit3.spm --answers answer2label.txt\n"
+        f"  {PROGRAM} imagenet /data/imagenet indexes\n"
+        f"  {PROGRAM} demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
     )
     names = "coco | flickr30k | vqa | nlvr2 | imagenet | demo"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
@@ -200,7 +202,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Builds what the command line asks for; exits with code 2 after one line where it cannot."""
-    with refusing("build_index.py"):
+    with refusing(PROGRAM):
         options = parse(arguments)
         options.build(options)
 

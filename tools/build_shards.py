@@ -43,6 +43,7 @@ from beit3_dist.demo.tasks import caption, easy_vqa
 from beit3_dist.hashing import hash_bytes
 from beit3_dist.opening import read_json
 
+PROGRAM = "build_shards.py"
 DOCUMENTS_PER_MEMBER = 1000
 """A tar spends 1 KB on every member: one document each would make a dictionary ten times as large."""
 OUT_HELP = "folder to make; it must not exist yet, or be empty"
@@ -286,13 +287,14 @@ def is_complete(options: Namespace) -> bool:
 def parse(arguments: list[str] | None) -> Namespace:
     """The command line. Raises ValueError for a number out of range; exits with code 2 on anything else wrong."""
     parser = ArgumentParser(
+        prog=PROGRAM,
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
         epilog="Examples:\n"
-        "  build_shards.py images ~/photos shards/images --size 256\n"
-        "  build_shards.py pairs coco/captions.tsv shards/pairs --held-out 0.01\n"
-        "  build_shards.py texts wiki-*.txt books.jsonl shards/texts\n"
-        "  build_shards.py demo demo/data\n"
+        f"  {PROGRAM} images ~/photos shards/images --size 256\n"
+        f"  {PROGRAM} pairs coco/captions.tsv shards/pairs --held-out 0.01\n"
+        f"  {PROGRAM} texts wiki-*.txt books.jsonl shards/texts\n"
+        f"  {PROGRAM} demo demo/data\n"
         "A run then reads 'shards/images/train/*.tar' and validates on 'shards/images/held_out/*.tar'.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="images | pairs | texts | demo")
@@ -376,7 +378,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Builds what the command line asks for."""
-    with refusing("build_shards.py"):
+    with refusing(PROGRAM):
         options = parse(arguments)
         if options.command == "demo" and is_complete(options):
             print(f"{options.out} is complete")

@@ -39,6 +39,7 @@ from beit3_dist.data.text import documents
 from beit3_dist.data.transforms import decode, largest_file
 from beit3_dist.data.unpack import plain_tar
 
+PROGRAM = "check_shards.py"
 SHOWN = 20
 """Problems that the table lists; --json lists all."""
 
@@ -186,7 +187,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    parser = ArgumentParser(prog="check_shards.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for stream in Stream:
         parser.add_argument(f"--{stream.field}", default="", metavar="PATTERN", help="brace or glob pattern")
     parser.add_argument("--caption_key", default=DataConfig.caption_key, help="as data.caption_key of the run")
@@ -201,7 +202,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Checks and prints; returns the exit code."""
-    with refusing("check_shards.py"):
+    with refusing(PROGRAM):
         options = parse(arguments)
         record = check_all(options)
     print(json.dumps(record) if options.json else table(record))

@@ -20,6 +20,7 @@ from beit3_dist.config import require
 from beit3_dist.data.text_files import read_records
 from beit3_dist.opening import read_yaml
 
+PROGRAM = "compare_tasks.py"
 STARTS = ("pretrained", "random")
 
 
@@ -54,11 +55,11 @@ def compare(folder: Path) -> list[dict[str, str | float]]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = ArgumentParser(prog="compare_tasks.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(list(arguments))
-    with refusing("compare_tasks.py"):
+    with refusing(PROGRAM):
         rows = compare(options.folder)
     if options.json:
         print(json.dumps(rows, indent=1))

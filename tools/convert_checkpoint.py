@@ -36,6 +36,7 @@ DTYPES = ("fp16", "fp32")
 
 
 def main(arguments: Sequence[str]) -> None:
+    log_to_console()
     parser = ArgumentParser(
         PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -181,5 +182,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    log_to_console()
     main(sys.argv[1:])

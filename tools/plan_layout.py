@@ -26,6 +26,7 @@ from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
 from beit3_dist.parallel.memory import state_bytes
 
+PROGRAM = "plan_layout.py"
 UNUSED = ("out", "text_tokenizer", "image_tokenizer", "data.images", "data.texts", "data.pairs")
 
 
@@ -79,14 +80,16 @@ def plans(config: RunConfig, ranks: Sequence[int]) -> list[Plan]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
     parser.add_argument("--device-gb", type=float, default=80.0)
     parser.add_argument("--json", action="store_true")
     options, rest = parser.parse_known_args(arguments)
     placeholders = [f"--{name}=unused" for name in UNUSED]
-    config = parse(RunConfig, "plan_layout.py", str(__doc__), [*placeholders, *rest], SECTIONS)
-    with refusing("plan_layout.py"):
+    config = parse(RunConfig, PROGRAM, str(__doc__), [*placeholders, *rest], SECTIONS)
+    with refusing(PROGRAM):
         found = plans(config, options.ranks)
     if options.json:
         print(json.dumps([asdict(p) | {"fits": p.all_gb <= options.device_gb} for p in found]))

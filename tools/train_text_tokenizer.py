@@ -28,6 +28,7 @@ from beit3_dist.data.tars import DamagedTar, Tar
 from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.data.unpack import plain_tar
 
+PROGRAM = "train_text_tokenizer.py"
 SEED = 0
 """Of the choice of sentences when there are more than asked for."""
 THREADS = 16
@@ -120,9 +121,10 @@ def plain(error: str, options: Namespace) -> str:
 
 def parse(arguments: list[str] | None) -> Namespace:
     """The command line. Raises ValueError for a number out of range; exits with code 2 on anything else wrong."""
-    text = "  train_text_tokenizer.py --shards 'data/texts/train/*.tar' 'data/pairs/train/*.tar' --out text.spm"
+    text = f"  {PROGRAM} --shards 'data/texts/train/*.tar' 'data/pairs/train/*.tar' --out text.spm"
     example = f"Example:\n{text}"
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, epilog=example)
+    raw = RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=raw, epilog=example)
     text = (
         "brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and .jsonl files, one "
         "document or caption a line, or .json files with an array of them"
@@ -149,7 +151,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, writes and describes the tokenizer."""
-    with refusing("train_text_tokenizer.py"):
+    with refusing(PROGRAM):
         options = parse(arguments)
         first = next(sentences(options.shards, options.cache), None)
         if first is None:

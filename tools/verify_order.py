@@ -30,6 +30,7 @@ from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.text_files import read_records
 from beit3_dist.run.recorded_config import pretraining_config
 
+PROGRAM = "verify_order.py"
 Bad = dict[tuple[int, Stream], set[tuple[int, int]]]
 """(step, stream) -> (source, number in the source) of each sample that was replaced in that step."""
 SHOWN = 10
@@ -95,7 +96,7 @@ def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
     steps = records(out / "metrics.jsonl")
     require(bool(steps), f"{out / 'metrics.jsonl'} holds no step")
     quarantine = out / "quarantine.jsonl"
-    config = pretraining_config(out, "verify_order.py", plugins)
+    config = pretraining_config(out, PROGRAM, plugins)
     batches = MixedBatches(config, config.model.image_size, 0, 1)
     streams = tuple(batches.indexed(stream) for stream in batches.streams)
     bad = replaced(streams, records(quarantine) if quarantine.exists() else [])
@@ -137,7 +138,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def parse(arguments: list[str] | None) -> Namespace:
-    parser = ArgumentParser(prog="verify_order.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     text = "files that define objectives of the run"
@@ -148,7 +149,7 @@ def parse(arguments: list[str] | None) -> Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.ERROR)  # the run's own log has the warnings of its shards
-    with refusing("verify_order.py"):
+    with refusing(PROGRAM):
         report = verify(options.out, options.plugins)
     print(json.dumps(report) if options.json else table(report))
     return 1 if report["mistakes"] else 0

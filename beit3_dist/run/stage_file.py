@@ -5,7 +5,8 @@
       texts: vlmo_base_texts.yaml
       pairs: vlmo_base.yaml
 
-A line names a stage and its recipe, beside the file. Every stage is a run of its own in OUT/NAME.
+A line names a stage and its recipe, beside the file or one that comes with the program. Every stage is a run of its own
+in OUT/NAME.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from beit3_dist.command_line import parse, refusing
 from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives import SECTIONS
-from beit3_dist.recipe import read_recipe, read_sections
+from beit3_dist.recipe import find_recipe, read_recipe, read_sections
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Stage:
 def read_stages(path: Path) -> dict[str, Path]:
     """Name -> recipe of the stages of a file, in their order. Raises ValueError as `read_recipe` does, and for a stage
     that is none."""
-    recipes: dict[str, Path] = {}
+    path, recipes = find_recipe(path), dict[str, Path]()
     own = {field.name for field in fields(RunConfig)}
     for name, recipe in read_sections(path, "stages")["stages"].items():
         stage = f"{path}, stages.{name}"
         require(bool(re.fullmatch(r"[a-z0-9_-]+", str(name))), f"{stage}: a name has only a to z, 0 to 9, _ and -")
         require(name not in own, f"{stage}: this is the name of a field: choose another one")
         require(isinstance(recipe, str), f"{stage}: {recipe!r} is no recipe's file")
-        file = path.parent / recipe
+        file = find_recipe(recipe, path.parent)
         require(
             not recipes or "init_from" not in read_recipe(file),
             f"{file}: a stage's init_from is the stage before it: leave it out",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.benchmarks import torchscale
+from beit3_dist.tools.benchmarks import torchscale
 
 torchscale_beit3 = torchscale.torchscale_beit3
 

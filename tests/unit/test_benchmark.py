@@ -13,9 +13,9 @@ from torch import nn
 from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.registry import Case, operations
 from beit3_dist.parallel import compiled
+from beit3_dist.tools.benchmarks import growth, kernels, recipe
+from beit3_dist.tools.benchmarks.measure import MatrixProducts, kept_bytes, peak_bytes
 from tools import benchmark
-from tools.benchmarks import growth, kernels, recipe
-from tools.benchmarks.measure import MatrixProducts, kept_bytes, peak_bytes
 
 TINY = [
     *("--layers", 2, "--width", 16, "--heads", 2, "--ffn_width", 24, "--patch_size", 8, "--image_size", 32),
@@ -308,7 +308,7 @@ def test_kernels_of_a_recipe_are_compared(monkeypatch: pytest.MonkeyPatch) -> No
         with torch.no_grad():
             model.text_head.bias[::2] += 3.0
 
-    monkeypatch.setattr(sys.modules["tools.benchmarks.step"], "use_kernels", worse)
+    monkeypatch.setattr(sys.modules["beit3_dist.tools.benchmarks.step"], "use_kernels", worse)
     with pytest.raises(AssertionError, match="the losses of torch differ"):
         benchmark.switch(step, "compiled", "bf16")
 
@@ -341,6 +341,6 @@ def test_torchscale_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def missing(config: ModelConfig) -> nn.Module:
         raise ModuleNotFoundError("No module named 'torchscale'")
 
-    monkeypatch.setattr(sys.modules["tools.benchmarks.torchscale"], "torchscale_beit3", missing)
+    monkeypatch.setattr(sys.modules["beit3_dist.tools.benchmarks.torchscale"], "torchscale_beit3", missing)
     assert run("model", *TINY) == 2
     assert "torchscale cannot be imported" in capsys.readouterr().err

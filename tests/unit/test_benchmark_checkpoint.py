@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from beit3_dist.tools.benchmarks import checkpoint
 from tests.unit.small_checkpoints import one_process as one_process
 from tools import benchmark
-from tools.benchmarks import checkpoint
 
 RECIPE = "model: {layers: 2, width: 8, heads: 2, ffn_width: 12, vl_expert_layers: 1, vocab_size: 50}\n"
 

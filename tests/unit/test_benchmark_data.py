@@ -15,8 +15,8 @@ from beit3_dist.data import transforms
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
 from beit3_dist.objectives.masked_data_modeling import NAME
 from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.tools.benchmarks import data
 from tools import benchmark
-from tools.benchmarks import data
 
 
 class Idle(torch.utils.data.Dataset):

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.tools.benchmarks import run
 from tests.conftest import REPOSITORY
 from tools import benchmark
-from tools.benchmarks import run
 
 RECIPE = {
     "out": "unused",

@@ -12,11 +12,11 @@ from beit3_dist.config import ModelConfig, OptimConfig
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.tools.benchmarks import traffic as benchmark_traffic
+from beit3_dist.tools.benchmarks.step import random_micro_batch
 from beit3_dist.train.optimizer import parameter_groups
 from tests.parallel.workers import run_workers
 from tools import benchmark
-from tools.benchmarks import traffic as benchmark_traffic
-from tools.benchmarks.step import random_micro_batch
 
 META = torch.device("meta")
 MODEL = ModelConfig(

@@ -13,12 +13,12 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.model.trained import freeze
 from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.tools.benchmarks.step import objectives_for
 from beit3_dist.train import flops
 from beit3_dist.train.flops import encoder_flops, peak_flops
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import counts_of, prepared, pretraining, random_micro_batch
 from tests.parallel.training import FUSION
-from tools.benchmarks.step import objectives_for
 
 SIZE = {
     "layers": 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Set
@@ -60,8 +61,9 @@ def imports(tree: ast.Module, modules: Set[str], annotations: bool) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, "imports name the whole path"
-            inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= inside & modules or {node.module}
+            module = re.sub(r"^beit3_dist\.(?=(tools|launchers)\b)", "", node.module)  # links in the package
+            inside = {f"{module}.{alias.name}" for alias in node.names}
+            found |= inside & modules or {module}
     return found & modules
 
 

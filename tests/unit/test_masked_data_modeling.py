@@ -28,11 +28,11 @@ from beit3_dist.objectives.masked_data_modeling import (
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule, Reading
 from beit3_dist.parallel.replicas import ALONE, Replicas
+from beit3_dist.tools.benchmarks.step import objectives_for
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes, random_micro_batch
 from tests.unit.tar_fixtures import small_run
 from tests.unit.test_batch import opened
-from tools.benchmarks.step import objectives_for
 
 
 class Operations(TorchDispatchMode):

@@ -26,8 +26,8 @@ from beit3_dist.data.reduced import MARGIN, ReducedImage, reduce, scale_for
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes
 from beit3_dist.image_tokenizer.config import TokenizerDataConfig
 from beit3_dist.image_tokenizer.images import ImageBatches
+from beit3_dist.tools.benchmarks.data import photograph
 from tests.unit.tar_fixtures import picture, small_run, write_tar
-from tools.benchmarks.data import photograph
 
 LIMIT = 10**8
 LEVELS = 1.25

@@ -15,10 +15,10 @@ from beit3_dist.objectives.base import Loss
 from beit3_dist.objectives.masked_data_modeling import Targets
 from beit3_dist.objectives.together import Reading
 from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.tools.benchmarks.step import objectives_for
 from beit3_dist.train.target_watch import ENOUGH, TargetWatch, collapse, entropy
 from tests.parallel.workers import run_workers
 from tests.unit.small_checkpoints import one_process as one_process
-from tools.benchmarks.step import objectives_for
 
 MODEL = ModelConfig(layers=1, width=8, heads=2, ffn_width=8, vocab_size=30, visual_vocab_size=20, vl_expert_layers=0)
 MANY = 60

@@ -29,8 +29,8 @@ from beit3_dist.checkpoint.store import Store, TrainState, step_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
-from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, spread
-from tools.benchmarks.recipe import RECIPES
+from beit3_dist.tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, spread
+from beit3_dist.tools.benchmarks.recipe import RECIPES
 
 SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
 BYTES_PER_PARAMETER = 4 * len(SUFFIXES)

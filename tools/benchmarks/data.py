@@ -39,7 +39,7 @@ from beit3_dist.data.order import Stream, generator, mix
 from beit3_dist.data.streaming import SequentialStream
 from beit3_dist.data.streams import Draw, Sample, SampleStream
 from beit3_dist.objectives.registry import objectives_of
-from tools.benchmarks.measure import check_positive
+from beit3_dist.tools.benchmarks.measure import check_positive
 
 IMAGE = (500, 375)
 """Width and height: the usual ones in ImageNet."""

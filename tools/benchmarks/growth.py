@@ -19,8 +19,8 @@ import torch
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, threads
-from tools.benchmarks.step import Contender, OurStep, adamw, products_of, random_micro_batch
+from beit3_dist.tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, threads
+from beit3_dist.tools.benchmarks.step import Contender, OurStep, adamw, products_of, random_micro_batch
 
 BASE = {"layers": 4, "width": 512, "batch": 2, "text_length": 128}
 SERIES = {

@@ -22,7 +22,7 @@ from beit3_dist.kernels.registry import Case, Function, Sizes, operations
 from beit3_dist.model.attention import attend
 from beit3_dist.model.token_layout import Group, TokenLayout, group
 from beit3_dist.plugins import load_plugins
-from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, kept_bytes, peak_bytes, threads
+from beit3_dist.tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, kept_bytes, peak_bytes, threads
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest relative difference, by norms, of results and gradients, for each rounding on the way."""

@@ -31,8 +31,8 @@ from beit3_dist.objectives.registry import OBJECTIVES, objectives_of
 from beit3_dist.objectives.together import Objectives, PretrainingModule
 from beit3_dist.optional import optional_module
 from beit3_dist.parallel.kernels import use_kernels
-from tools.benchmarks.measure import in_turns, machine
-from tools.benchmarks.step import PADDING, Contender, products_of
+from beit3_dist.tools.benchmarks.measure import in_turns, machine
+from beit3_dist.tools.benchmarks.step import PADDING, Contender, products_of
 
 TOGETHER, THEIRS = "all in one pass", "open_clip, contrast"
 

@@ -21,10 +21,17 @@ from beit3_dist.config import DataConfig, ModelConfig, OptimConfig
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.recipe import read_sections
+from beit3_dist.tools.benchmarks.measure import (
+    check_positive,
+    gpu_or_cpu,
+    in_turns,
+    profile_table,
+    synchronize,
+    threads,
+)
+from beit3_dist.tools.benchmarks.step import Contender, MasterAdamW, OurStep, products_of, random_micro_batch, switch
 from beit3_dist.train.flops import peak_flops
 from beit3_dist.train.totals import Totals
-from tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, profile_table, synchronize, threads
-from tools.benchmarks.step import Contender, MasterAdamW, OurStep, products_of, random_micro_batch, switch
 
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes"
 SHORTEST_CAPTION = 8

@@ -20,8 +20,8 @@ from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.three_passes import prepare_passes, three_passes
 from beit3_dist.objectives.together import Objectives, PretrainingModule
 from beit3_dist.parallel.kernels import use_kernels
+from beit3_dist.tools.benchmarks.measure import MatrixProducts, peak_bytes
 from beit3_dist.train.totals import host_totals
-from tools.benchmarks.measure import MatrixProducts, peak_bytes
 
 PADDING = 1
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}

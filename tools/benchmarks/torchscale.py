@@ -20,7 +20,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.base import normalized
 from beit3_dist.objectives.masked_data_modeling import NAME
-from tools.benchmarks.step import PADDING, Contender, adamw
+from beit3_dist.tools.benchmarks.step import PADDING, Contender, adamw
 
 THEIRS, THEIRS_FUSED = "torchscale, three passes", "torchscale, fused AdamW"
 THEIRS_COMPILED = "torchscale, compiled, SDPA"

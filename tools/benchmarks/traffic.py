@@ -54,10 +54,10 @@ from beit3_dist.parallel.kernels import chosen_function, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
 from beit3_dist.recipe import read_sections
+from beit3_dist.tools.benchmarks.measure import check_positive
+from beit3_dist.tools.benchmarks.recipe import RECIPES, SECTIONS, micro_batch
+from beit3_dist.tools.benchmarks.step import objectives_for
 from beit3_dist.train.optimizer import build_optimizer
-from tools.benchmarks.measure import check_positive
-from tools.benchmarks.recipe import RECIPES, SECTIONS, micro_batch
-from tools.benchmarks.step import objectives_for
 
 META = torch.device("meta")
 PROCESSORS = 132
