@@ -123,7 +123,7 @@ class _Recipe(ActionConfigFile):
                 raise ValueError(f"the recipe {path}: {error}") from None
 
 
-def parse(
+def configured(
     config_class: Callable[..., Config],
     program: str,
     description: str,
@@ -133,9 +133,9 @@ def parse(
 ) -> Config:
     """The config that `--config RECIPE.yaml` and `--a.b VALUE` describe.
 
-    `config_class` is a (nested) dataclass whose docstrings become the help. Unknown keys, wrong types and what its
-    `__post_init__` refuses end the process through `refuse`. `--print_config` prints the resolved config. `trusted`:
-    the plugins that the recipe names are imported, and not only those of the command line.
+    `config_class` is a (nested) dataclass whose docstrings become the help. Raises ValueError for unknown keys, wrong
+    types and what its `__post_init__` refuses. `--print_config` prints the resolved config and exits. `trusted`: the
+    plugins that the recipe names are imported, and not only those of the command line.
     """
     # Reading what fields' docstrings say takes as long as all else here.
     set_parsing_settings(docstring_parse_attribute_docstrings=any(a in ("-h", "--help") for a in arguments))
@@ -184,7 +184,22 @@ def parse(
         chosen = {name: given[name] for name in given if name in named}
         chosen = chosen or {sections.default: sections.classes()[sections.default]()}
         return replace(config, **{sections.field: chosen})
-    except (ArgumentError, ValueError, TypeError) as error:
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def parse(
+    config_class: Callable[..., Config],
+    program: str,
+    description: str,
+    arguments: Sequence[str],
+    sections: Sections | None = None,
+    trusted: bool = True,
+) -> Config:
+    """As `configured`, for a program: a mistake ends the process through `refuse`."""
+    try:
+        return configured(config_class, program, description, arguments, sections, trusted)
+    except ValueError as error:
         refuse(program, error)
 
 

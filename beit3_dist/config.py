@@ -545,6 +545,19 @@ class GuardConfig:
 
 
 @dataclass(kw_only=True)
+class CallbackConfig:
+    """Functions that the first process calls as the run goes on, each by its import path, `module:function` or
+    `FILE.py:function`; the file is a program of yours. Empty: none."""
+
+    on_step: str = ""
+    """After every step, with its line of metrics.jsonl as a dictionary."""
+    on_validation: str = ""
+    """After every validation, with its line of eval.jsonl."""
+    on_save: str = ""
+    """Once a checkpoint is whole on the disk, with its folder, a pathlib.Path."""
+
+
+@dataclass(kw_only=True)
 class JobConfig:
     """What all training runs share, whatever they train."""
 
@@ -571,6 +584,8 @@ class JobConfig:
     """Saving and resuming."""
     guards: GuardConfig = field(default_factory=GuardConfig)
     """Bad steps, loss spikes, hanging steps."""
+    callbacks: CallbackConfig = field(default_factory=CallbackConfig)
+    """What the run calls as it goes on."""
 
     def __post_init__(self) -> None:
         expand_home(self, "out")

@@ -24,7 +24,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -122,9 +122,18 @@ class Store:
     start: the step that the run goes on after.
     """
 
-    def __init__(self, folder: Path, device: torch.device, keep: int, keep_every: int, start: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        keep: int,
+        keep_every: int,
+        start: int,
+        on_save: Callable[[Path], None] = lambda checkpoint: None,
+    ) -> None:
+        """`on_save`: called on the first rank with each checkpoint that has become whole."""
         self._folder, self._device = folder, device
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._on_save = keep, keep_every, on_save
         self._newest = start
         """Step of the run's newest checkpoint: later ones come from before the run went back behind them."""
         self._last_finite = 0
@@ -214,6 +223,8 @@ class Store:
         """All ranks have done what they had to."""
         if saving.shards_written:
             self._saving, self._newest, self._prunes = None, saving.step, True
+            if self._is_first:
+                self._on_save(self._folder / step_name(saving.step))
             return
         entries = {name: entry for mine in gather_objects(saving.task.result()) for name, entry in mine.items()}
         saving.shards_written = True

@@ -30,6 +30,7 @@ from beit3_dist.parallel.fragments import (
     refresh_parameters,
 )
 from beit3_dist.parallel.mesh import Groups, Mesh
+from beit3_dist.run.callbacks import Callbacks
 from beit3_dist.run.endings import AskedToGo, RunStopped
 from beit3_dist.run.folder import RunFolder
 
@@ -47,6 +48,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     (None: a new run).
     shards: what this rank contributes, at the moment of the call.
     export: writes what else is to lie there before a checkpoint is whole: once the last one is, nobody goes on from it.
+    on_save: called on the first rank with each whole checkpoint.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         origin: Path | None,
         shards: Callable[[], Iterable[Shard]],
         export: Callable[[], None],
+        on_save: Callable[[Path], None],
     ) -> None:
         self._config, self._run, self._state, self._versions = config, run, state, _versions()
         self._shards, self._export = shards, export
         self._origin, self._start = origin, state.step
         settings = config.checkpoint
-        self._store = Store(run.folder / "checkpoints", mesh.device, settings.keep, settings.keep_every, state.step)
+        keep = settings.keep, settings.keep_every
+        self._store = Store(run.folder / "checkpoints", mesh.device, *keep, state.step, on_save)
         self._newest = state.step
         """The step that was saved last."""
 
@@ -137,7 +141,7 @@ def starting_point(config: JobConfig, trains: bool = True) -> tuple[Path | None,
     """The checkpoint that `checkpoint.resume` means (None: a new run) and the state to go on from.
 
     Raises ValueError where a new run would write into the folder of another one, where it cannot write into its own,
-    or where a run that `trains` has no step left.
+    where a run that `trains` has no step left, or where there is none of its callbacks.
     """
     out = Path(config.out)
     checkpoint = find(config.checkpoint.resume, out / "checkpoints")
@@ -151,6 +155,7 @@ def starting_point(config: JobConfig, trains: bool = True) -> tuple[Path | None,
         f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
     )
     _check_writable(out)
+    Callbacks(config.callbacks)
     return checkpoint, state
 
 

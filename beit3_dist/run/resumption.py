@@ -68,6 +68,7 @@ _FIELDS = {
         guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",
     OnResume.FREE: """
         out init_from plugins profile evaluate_only data.workers data.prefetch data.cache
+        callbacks.on_step callbacks.on_validation callbacks.on_save
         checkpoint.resume checkpoint.other_data checkpoint.other_recipe""",
 }
 ON_RESUME = {name: on_resume for on_resume, names in _FIELDS.items() for name in names.split()}

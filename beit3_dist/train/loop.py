@@ -16,6 +16,7 @@ from beit3_dist.config import JobConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.device import prepare_device
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
+from beit3_dist.run.callbacks import Callback, Callbacks
 from beit3_dist.run.checkpointing import Checkpoints, ReadyToTrain, whole_checkpoint
 from beit3_dist.run.endings import Preempted
 from beit3_dist.run.folder import RunFolder, of_all
@@ -104,16 +105,18 @@ class Job(Protocol[Config, Result]):
         return None
 
 
-def train(job: Job[Any, Any]) -> None:
-    """Trains from `job.state` to `config.steps`. Raises Preempted where it was asked to go and has saved, FolderInUse
-    where another run has OUT."""
+def train(job: Job[Any, Any], called: Mapping[str, Callback] | None = None) -> None:
+    """Trains from `job.state` to `config.steps`. `called`: callbacks beside those of the config, see `Callbacks`.
+
+    Raises Preempted where it was asked to go and has saved, FolderInUse where another run has OUT.
+    """
     prepare_device(job.config.deterministic)
     groups = connect(job.mesh, patience(job.config.guards.step_timeout_s))
     with RunLock(job.config, job.checkpoint):
-        _train(job, groups)
+        _train(job, groups, Callbacks(job.config.callbacks, called))
 
 
-def _train(job: Job[Any, Any], groups: Groups) -> None:
+def _train(job: Job[Any, Any], groups: Groups, callbacks: Callbacks) -> None:
     config, mesh = job.config, job.mesh
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     state = job.state
@@ -127,7 +130,7 @@ def _train(job: Job[Any, Any], groups: Groups) -> None:
         log.info("going on after step %d from %s", state.step, job.checkpoint)
 
     profiling = profiled(config.profile if mesh.is_first else 0, run.folder / "profile", mesh.device)
-    checkpoints = Checkpoints(config, run, mesh, state, job.checkpoint, job.shards, job.export)
+    checkpoints = Checkpoints(config, run, mesh, state, job.checkpoint, job.shards, job.export, callbacks.on_save)
     with profiling as profile_step, GarbageCollection() as garbage, checkpoints:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
@@ -142,7 +145,10 @@ def _train(job: Job[Any, Any], groups: Groups) -> None:
                 faults = [fault for b in batch.micro_batches for fault in b.faults]
                 run.quarantine(state.step, of_all(faults, groups.data))
             record = job.record(batch, result, lr, time.perf_counter() - started)
-            run.step(record | {"skipped": int(result.skipped)})
+            record["skipped"] = int(result.skipped)
+            run.step(record)
+            if mesh.is_first:
+                callbacks.on_step(record)
             for name, image in job.images().items():
                 run.image(state.step, name, image)
             guards.check_step(state, batch.micro_batches, record["loss"], checkpoints)
@@ -155,7 +161,9 @@ def _train(job: Job[Any, Any], groups: Groups) -> None:
                     checkpoints.wait()  # whatever becomes of the validation, the training is saved
                 # The last one is part of what the run leaves: nobody can go on to it.
                 if scores := job.evaluate(by_itself if is_last else guards.together):
-                    run.evaluation({"step": state.step} | scores)
+                    run.evaluation(scored := {"step": state.step} | scores)
+                    if mesh.is_first:
+                        callbacks.on_validation(scored)
             guards.check_samples(state)
             profile_step()
             garbage.after(state.step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -26,6 +26,7 @@ from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.parallel.replicas import Replicas
+from beit3_dist.run.callbacks import Callback
 from beit3_dist.run.checkpointing import More, contribution, load_checkpoint
 from beit3_dist.run.folder import of_all
 from beit3_dist.run.preemption import Together
@@ -44,8 +45,8 @@ from beit3_dist.train.zero_shot import ZeroShot
 log = logging.getLogger(__name__)
 
 
-def pretrain(ready: Ready) -> None:
-    train(Pretraining(ready))
+def pretrain(ready: Ready, called: Mapping[str, Callback] | None = None) -> None:
+    train(Pretraining(ready), called)
 
 
 def step_record(
