@@ -47,7 +47,7 @@ PROGRAMS = {
     },
 }
 """Heading -> command -> its module in the package, and what it does. A module has PROGRAM, its name in messages, and
-`main`, which takes the arguments and may return an exit code."""
+`program` or `main`, which takes the arguments and may return an exit code."""
 MODULES = {name: module for group in PROGRAMS.values() for name, (module, _) in group.items()}
 COMMANDS = {module: name for name, module in MODULES.items()}
 ABOUT = """\
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         return 2
     program: Any = importlib.import_module(f"beit3_dist.{MODULES[name]}")
     program.PROGRAM, program.__doc__ = f"beit3 {name}", as_commands(str(program.__doc__))
-    return program.main(rest)
+    return getattr(program, "program", program.main)(rest)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Using a model: embeddings of images and texts, answers to questions, captions, classes.
 
     from beit3_dist.inference import Model
-    model = Model.load("FOLDER")                        # config.json, model.safetensors, tokenizer.spm
+    model = Model.load("FOLDER")                        # device="cuda:1", precision="bf16"
     model.embed_images(["a.jpg", "b.png"])              # retrieval: unit vectors [2, D]
     model.embed_texts(["a red circle"])                 # retrieval: unit vectors [1, D]
     model.match(["a.jpg"], ["a red circle"])            # retrieval, of a model that was pretrained by matching: [1]
@@ -15,10 +15,10 @@ A model that was only pretrained serves for the task that one of its objectives 
 language modelling, retrieval after contrast. Where there are several, `Model.load(FOLDER, task="captioning")` says
 which.
 
-Every method takes lists and gives a result for each place. One image or text that is in no list is refused: a text is
-a sequence of letters, too. An image is a path, a PIL image or an array uint8 [height, width, 3]. It is seen as in the
-validation of the model's task: whole, squashed to the model's square, and for the classes of images its largest
-centred square.
+Every method takes lists and gives a result for each place. One image or text that is in no list is refused: a text is a
+sequence of letters, too. An image is a path, a file:// or https:// address, a PIL image or an array uint8 [height,
+width, 3]. It is seen as in the validation of the model's task: whole, squashed to the model's square, and for the
+classes of images its largest centred square.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -42,10 +42,11 @@ from beit3_dist.checkpoint.model_folder import (
     read_model_folder,
 )
 from beit3_dist.config import DataConfig, require
+from beit3_dist.data.addresses import fetched, is_address, local_file
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.text_files import require_text
-from beit3_dist.data.transforms import normalised, read_image
+from beit3_dist.data.transforms import decode, largest_file, normalised, read_image
 from beit3_dist.devices import device_type
 from beit3_dist.objectives.matching import Matching, MatchingHead
 from beit3_dist.tasks.base import HALF, Normalization, Task, TaskInputs
@@ -59,6 +60,9 @@ from beit3_dist.tasks.retrieval import match_logits
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
 MATCH_HEAD = "match_head."
@@ -77,6 +81,11 @@ def open_image(image: ImageLike, max_pixels: int = DataConfig.max_pixels) -> Ima
             return Image.fromarray(image)
         if isinstance(image, Image.Image):
             return normalised(image, max_pixels)
+        if isinstance(image, str) and is_address(image):
+            file = local_file(image)
+            if file is None:
+                return decode(fetched(image, largest_file(max_pixels)), max_pixels)
+            return read_image(file, max_pixels)
         return read_image(image, max_pixels)
     except BadSample as bad:
         name = f"{os.fspath(image)}: " if isinstance(image, str | os.PathLike) else ""
@@ -89,29 +98,41 @@ class Model:
     def __init__(self, network: FineTuned, task: Task, classes: int = 0) -> None:
         self.network, self.task, self.classes = network.requires_grad_(False).eval(), task, classes
         self.name = task.config.out
-        self.device = next(network.parameters()).device
+        weight = next(network.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self._views = Views(evaluation=task.evaluation)
         self._normalize = Normalization(task.statistics, self.device)
 
     @classmethod
     def load(
-        cls, folder: str | os.PathLike[str], device: torch.device | str | None = None, task: str | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        device: torch.device | str | None = None,
+        task: str | None = None,
+        precision: Precision = "fp32",
     ) -> Model:
-        """The model of a folder, or of a fine-tuning run's, in fp32. `device`: the first GPU where there is one, unless
-        said otherwise. `task`: which one a pretrained model is to serve for; None where there is no choice.
+        """The model of a folder, or of a fine-tuning run's. `device`: the first GPU where there is one, unless said
+        otherwise. `task`: which one a pretrained model is to serve for; None where there is no choice. `precision`: of
+        its weights and of what it computes.
 
         Raises FileNotFoundError or ValueError with one line where the folder holds no model of a task, and ValueError
         where there is no such device, or a GPU that cannot be used and nobody has said to do without.
         """
         device = _usable(device)
-        return cls.of(read_model_folder(Path(folder)), os.fspath(folder), device, task)
+        return cls.of(read_model_folder(Path(folder)), os.fspath(folder), device, task, precision)
 
     @classmethod
     def of(
-        cls, content: ModelFolder, name: str, device: torch.device | str | None = None, task: str | None = None
+        cls,
+        content: ModelFolder,
+        name: str,
+        device: torch.device | str | None = None,
+        task: str | None = None,
+        precision: Precision = "fp32",
     ) -> Model:
         """As `load`, of what was read from a folder or a file, which errors call `name`."""
         device = _usable(device)
+        require(precision in DTYPES, f"precision={precision!r}: it is one of {', '.join(DTYPES)}")
         pretrained, content = content.task is None, _with_task(content, name, task)
         tokenizer = None
         if content.text_tokenizer is not None:
@@ -119,7 +140,7 @@ class Model:
             tokenizer.check_vocab(content.config.vocab_size)
         network, found = _network_and_task(name, content, tokenizer, pretrained)
         assert content.task is not None
-        return cls(network.to(device), found, content.task.get("classes", 0))
+        return cls(network.to(device, DTYPES[precision]), found, content.task.get("classes", 0))
 
     def predict(self, images: Sequence[Any] = (), texts: Sequence[str] = ()) -> list[Any]:
         """What the model's task says of each sample: `Task.results`. `images`: those of each sample, a sequence where
@@ -232,7 +253,7 @@ class Model:
     def _pixels(self, images: Sequence[ImageLike]) -> Tensor:
         """[B, 3, S, S] on the device, normalised as in training."""
         seen = self._views.seen(map(open_image, images), self.network.config.image_size)
-        return self._normalize(seen.to(self.device))
+        return self._normalize(seen.to(self.device)).to(self.dtype)
 
     def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""

@@ -36,7 +36,6 @@ DTYPES = ("fp16", "fp32")
 
 
 def main(arguments: Sequence[str]) -> None:
-    log_to_console()
     parser = ArgumentParser(
         PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -181,5 +180,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
             torch.save(content, aside)
 
 
+def program(arguments: Sequence[str]) -> None:
+    """As a program of its own: what is left out is told."""
+    log_to_console()
+    main(arguments)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program(sys.argv[1:])

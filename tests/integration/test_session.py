@@ -42,7 +42,8 @@ def test_public_names_cost_no_torch() -> None:
 
 def test_a_recipe_with_changed_fields(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"out": str(tmp_path), "steps": 50, "data": {"pairs": [{"shards": "a.tar", "weight": 2}]}}
-    config = read_config("demo_contrast", **fields, batch={"images": 0}, objectives={"contrastive": {"form": "sigmoid"}})
+    fields |= {"batch": {"images": 0}, "objectives": {"contrastive": {"form": "sigmoid"}}}
+    config = read_config("demo_contrast", **fields)
     assert isinstance(config, RunConfig) and (config.steps, config.batch.images, config.batch.pairs) == (50, 0, 56)
     assert config.objectives["contrastive"].form == "sigmoid" and config.data.pairs[0].weight == 2
     with pytest.raises(ValueError, match="model.width=128 is not divisible by model.heads=7"):

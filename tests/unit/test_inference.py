@@ -98,9 +98,26 @@ def test_a_runs_folder_means_its_model(tmp_path: Path, tokenizer: Path) -> None:
 def test_any_form_of_a_picture(folders: dict[str, Path], pictures: list[Path]) -> None:
     model = Model.load(folders["retrieval"], device="cpu")
     opened = Image.open(pictures[0])
-    forms = [str(pictures[0]), pictures[0], opened, np.asarray(opened)]
+    forms = [str(pictures[0]), pictures[0], opened, np.asarray(opened), pictures[0].as_uri()]
     vectors = model.embed_images(forms)
     assert torch.equal(vectors, vectors[:1].expand_as(vectors))
+
+
+@pytest.mark.parametrize("task", ["retrieval", "vqa", "captioning", "imagenet", "nlvr2", "text"])
+def test_less_precision(task: str, folders: dict[str, Path], pictures: list[Path]) -> None:
+    exact, half = (Model.load(folders[task], "cpu", precision=precision) for precision in ("fp32", "bf16"))
+    assert {weight.dtype for weight in half.network.parameters()} == {torch.bfloat16}
+    images = [pictures[:2]] if exact.task.images == 2 else pictures[:1] if exact.task.images else ()
+    texts = SENTENCES[:1] if exact.task.reads_text else ()
+    if task == "retrieval":
+        assert (half.embed_images(pictures) - exact.embed_images(pictures)).abs().max() < 0.02
+        assert half.embed_texts(SENTENCES).dtype == torch.float32
+    elif task == "captioning":
+        assert len(half.caption(pictures, max_words=3)) == len(pictures)
+    else:
+        assert len(half.predict(images, texts)) == 1
+    with pytest.raises(ValueError, match="precision='int8': it is one of fp32, bf16, fp16"):
+        Model.load(folders[task], "cpu", precision="int8")  # type: ignore[arg-type]
 
 
 def test_the_view_is_the_whole_picture_squashed(folders: dict[str, Path]) -> None:
