@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def test_a_program_speaks_of_its_command(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("beit3_dist.command_line.leave_when_asked", lambda program: None)  # this process stays
+    monkeypatch.setattr(logging.getLogger("beit3_dist"), "handlers", [])
     with pytest.raises(SystemExit) as end:
         command.main(["--local_rank=0", name, "--help"])
     text = capsys.readouterr().out

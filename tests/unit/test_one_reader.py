@@ -92,7 +92,8 @@ def uses(tree: ast.AST) -> Iterator[str]:
 
 def text_access(call: ast.Call, name: str, whole: str) -> Iterator[str]:
     """Whether a call of `open`, a module's or a path's, opens text, or one of `write_text` leaves its encoding open."""
-    if whole in ("os.open", "Image.open", "tarfile.open", "write_text") or name not in ("open", "write_text"):
+    others = ("os.open", "Image.open", "tarfile.open", "_opener().open", "write_text")
+    if whole in others or name not in ("open", "write_text"):
         return
     of_a_path = whole != "open"
     modes = [word.value for word in call.keywords if word.arg == "mode"] or call.args[0 if of_a_path else 1 :][:1]
