@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "examples").glob("*.ipynb"))
-FEWER = {"STEPS = 120": "STEPS = 2", "range(600)": "range(80)"}
+FEWER = {"STEPS = 120": "STEPS = 2", "range(600)": "range(200)"}
 
 
 def cells(path: Path) -> list[str]:
