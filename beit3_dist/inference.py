@@ -5,7 +5,7 @@
     model.embed_images(["a.jpg", "b.png"])              # retrieval: unit vectors [2, D]
     model.embed_texts(["a red circle"])                 # retrieval: unit vectors [1, D]
     model.match(["a.jpg"], ["a red circle"])            # retrieval, of a model that was pretrained by matching: [1]
-    model.answer(["a.jpg"], ["what shape is this?"])    # vqa: one answer for each image and its question
+    model.answer(["a.jpg"], ["what shape is this?"])    # vqa, open_vqa: one answer for each image and its question
     model.caption(["a.jpg"])                            # captioning
     model.classify(["a.jpg"])                           # imagenet: images; text: sentences
     model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two images

@@ -20,12 +20,14 @@ from beit3_dist.model.token_layout import Group, TokenLayout
 
 def decoder_group(read: Tensor, padding: Tensor) -> Group:
     """The group of B texts that are written after what is `read`, bool [B, N], True at its tokens, some of which may
-    be padding. `padding`: bool [B, L], True where a text is. A word sees all that is read, itself and the words before.
+    be padding. `padding`: bool [B, L], True where a text is, before or behind its words. A word sees all that is read,
+    itself and the words before.
 
     Looks at the values, so call it on the host.
     """
     (samples, tokens), length = read.shape, padding.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(samples, -1, -1)
+    itself = torch.eye(length, dtype=torch.bool)  # or padding would see nothing, which has no softmax
+    causal = torch.ones_like(itself).tril() & ~padding[:, None] | itself
     mask = torch.cat([read[:, None, :].expand(-1, length, -1), causal], dim=2)[:, None]
     index = None if not bool(padding.any()) else (~padding).flatten().nonzero().squeeze(1)
     return Group(samples, tokens, length, index, mask, whole=False, fused=True)

@@ -89,6 +89,9 @@ class Task(ABC):
     usual_text_length: ClassVar[int | None] = None
     """Longest text of a model whose folder does not say; None: as long as the model allows."""
 
+    writes: ClassVar[bool] = False
+    """Whether its model writes words one after the other."""
+
     # What the training allows.
     has_classifier: ClassVar[bool] = False
     """Whether the head has a part `head` of its own classes, whose rate head_lr_scale changes."""

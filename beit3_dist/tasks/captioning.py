@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -53,8 +54,9 @@ def weights_of_the_better(losses: Tensor, worst: float, room: int, group: dist.P
 class Captioning(Task):
     """Labels: number of the image, int64 [B]. `targets`: the words to recover, -1 where there is nothing to."""
 
+    writes = True
     one_prediction = "image_id"
-    usual_text_length = 32  # unilm's
+    usual_text_length: ClassVar[int | None] = 32  # unilm's
     pretrained_by = "prefix_language_modeling"
     serves = ("caption",)
 

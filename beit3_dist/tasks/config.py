@@ -16,6 +16,9 @@ from beit3_dist.config import (
 )
 from beit3_dist.tasks.registry import task_class, task_names
 
+WRITTEN = 10
+"""Words of an answer that is written after a text, </s> counted."""
+
 
 @dataclass(kw_only=True)
 class TaskDataConfig(LoadingConfig):
@@ -30,8 +33,8 @@ class TaskDataConfig(LoadingConfig):
     images: str = "."
     """Folder that the image paths of the indexes start from."""
     answers: str = ""
-    """vqa: file with one answer a line, in the order of the labels; imagenet and text: names of the classes;
-    imagenet_retrieval: their names in words, which are the texts."""
+    """vqa and open_vqa: file with one answer a line, in the order of the labels; imagenet and text: names of the
+    classes; imagenet_retrieval: their names in words, which are the texts."""
     text_length: int = 64
     """Longest text in tokens, <s> and </s> included; longer ones are cut (unilm: 64, captioning 32)."""
     caption_key: str = "caption"
@@ -88,9 +91,9 @@ class TaskEvalConfig:
     every: int = 0
     """Steps between validations; 0: only after the last step."""
     beams: int = 3
-    """captioning: width of the beam search."""
+    """captioning and open_vqa: width of the beam search."""
     length_penalty: float = 0.6
-    """captioning: exponent of the length that a caption's log-probability is divided by."""
+    """captioning and open_vqa: exponent of the length that a text's log-probability is divided by."""
     caption_metrics: list[str] = field(default_factory=lambda: ["exact_match"])
     """captioning: any of exact_match, bleu4, cider (need pycocoevalcap), meteor, spice (need Java as well)."""
     batch: int = 0
@@ -169,7 +172,7 @@ class FinetuneConfig(TrainingConfig):
             "evaluate_only: data.validation names no index of examples to evaluate on",
         )
         require(
-            "caption" not in task.serves or not self.model.fusion_layers or self.model.decoder_layers > 0,
+            not task.writes or not self.model.fusion_layers or self.model.decoder_layers > 0,
             f"model.fusion_layers={self.model.fusion_layers} without model.decoder_layers: task={self.task} needs a "
             "model that writes, and in fusion layers nothing keeps what words look at",
         )
@@ -199,6 +202,13 @@ class FinetuneConfig(TrainingConfig):
         require(
             self.data.text_length <= self.model.max_text_length,
             f"data.text_length={self.data.text_length} exceeds model.max_text_length={self.model.max_text_length}",
+        )
+        require(
+            not (task.writes and task.reads_text)
+            or self.model.decoder_layers > 0  # which has positions of its own
+            or self.data.text_length + WRITTEN < self.model.max_text_length,
+            f"data.text_length={self.data.text_length} leaves no room in model.max_text_length="
+            f"{self.model.max_text_length} for an answer of {WRITTEN} words and <s>",
         )
 
     @property

@@ -87,5 +87,10 @@ class VQA(Task):
         return {"vqa_accuracy": sum(scores) / len(scores)} if scores else {}
 
     def write_predictions(self, folder: Path, predictions: Tensor, examples: Sequence[Example]) -> None:
-        ids = [example.name for example in examples]
-        write_results(folder / "vqa_results.json", ids, "question_id", self.results(predictions), "answer")
+        write_answers(folder, self.results(predictions), examples)
+
+
+def write_answers(folder: Path, answers: Sequence[str], examples: Sequence[Example]) -> None:
+    """vqa_results.json, as the benchmark takes it."""
+    ids = [example.name for example in examples]
+    write_results(folder / "vqa_results.json", ids, "question_id", answers, "answer")

@@ -169,11 +169,12 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         else:
             samples = (0, lengths.repeat(per_sample), none)
         flops = 3 * 2 * model.width * model.vocab_size * masked
-        if masked and model.decoder_layers:  # which writes them all, after the image and <s>
-            start = torch.ones_like(lengths)
+        if batch.targets is not None and model.decoder_layers:  # which writes after the image and <s>, or a question
+            written = (batch.targets >= 0).sum(1) + 1 if self.task.reads_text else lengths
+            start = lengths - written if self.task.reads_text else torch.ones_like(lengths)
             samples = (0, start, none)
-            flops += 3 * flops_per_word(model) * int(lengths.sum())
-            flops += 3 * flops_of_reading(model, start + 1 + model.patches, lengths)
+            flops += 3 * flops_per_word(model) * int(written.sum())
+            flops += 3 * flops_of_reading(model, start + 1 + model.patches, written)
         flops += encoder_flops(model, *samples)
         tokens = len(lengths) * per_sample * (1 + model.patches) + int(lengths.sum()) * max(1, per_sample)
         hash_terms = hash_sum((batch.places - self._consumed).numpy(), batch.ids.numpy())

@@ -83,7 +83,10 @@ class ZeroShot:
 
     def _captions(self, images: Sequence[Any]) -> list[str]:
         """Of each image what the model says of it, with the search's settings of `inference.Model.caption`."""
-        agree, longest = partial(all_agree, device=self._engine.mesh.device), Captioning.usual_text_length
+        agree, longest = (
+            partial(all_agree, device=self._engine.mesh.device),
+            Captioning.usual_text_length or self._longest,
+        )
         words = min(longest, self._longest) - 1
 
         def written(model: BEiT3, pixels: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
-from beit3_dist.model.decoding import Decoder, caption_mask
+from beit3_dist.model.decoding import Decoder, Questions, caption_mask, decoder_of
+from beit3_dist.model.text_decoder import decoder_group
+from beit3_dist.model.token_layout import prefix_mask
 from tests.equality import assert_close
 
 MASK = 59
@@ -29,9 +33,12 @@ ARCHITECTURES = {
 }
 
 
+WRITING = replace(ARCHITECTURES["released"], sub_layernorm=False, fusion_layers=2, decoder_layers=2)
+
+
 def model_of(architecture: str) -> BEiT3:
     """Weights of ordinary size: the initial ones are so small that words would hardly depend on one another."""
-    model, draw = BEiT3(ARCHITECTURES[architecture]), torch.Generator().manual_seed(0)
+    model, draw = BEiT3(ARCHITECTURES.get(architecture, WRITING)), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.2)
@@ -130,3 +137,44 @@ def test_torchscales_cache() -> None:
             entry["prev_key"], entry["prev_value"] = entry["prev_key"][:, :, :-1], entry["prev_value"][:, :, :-1]
         expected = theirs.mlm_head(out[:, -1])
         assert_close(decoder.step(sequence[:, step, None], MASK)[:, 0], expected, f"logits of step {step}")
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "with a decoder"])
+def test_answers_follow_questions_of_any_length(architecture: str) -> None:
+    """Against encoding image, question and answer anew, each question by itself; captions swap places on the way."""
+    model, images, lengths, captions = model_of(architecture), pictures(3), [5, 2, 4], 2
+    draw = torch.Generator().manual_seed(3)
+    asked = torch.randint(4, 50, (3, max(lengths)), generator=draw)
+    padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    decoder = decoder_of(model, images, captions, 4, Questions(asked.where(~padding, 1), padding))
+    words = torch.zeros(3, captions, 1, dtype=torch.int64)
+    for step in range(4):
+        logits = decoder.step(words[:, :, -1], None)
+        for row, length in enumerate(lengths):
+            question, image = asked[row : row + 1, :length], images[row : row + 1]
+            for caption in range(captions):
+                answer = words[row, caption][None]
+                expected = answered(model, image, question, answer)
+                assert_close(logits[row, caption], expected, f"logits of step {step}")
+        assert step == 0 or (logits[:, 0] - logits[:, 1]).abs().max() > 1e-3, "the answers are all alike"
+        origins = torch.randint(captions, (3, captions), generator=draw)
+        decoder.follow(origins)
+        words = words.gather(1, origins[:, :, None].expand_as(words))
+        words = torch.cat([words, torch.randint(4, 50, (3, captions, 1), generator=draw)], dim=2)
+    if not model.config.decoder_layers:  # whose positions are its own
+        with pytest.raises(ValueError, match="a question of 5 tokens and an answer of 9 words"):
+            decoder_of(model, images, captions, 9, Questions(asked, padding))
+
+
+def answered(model: BEiT3, image: Tensor, question: Tensor, answer: Tensor) -> Tensor:
+    """Logits [V] of the word after an answer that begins with <s>."""
+    patches, length = 1 + model.config.patches, answer.shape[1]
+    if model.config.decoder_layers:
+        memory = model.encode(image, question)
+        group = decoder_group(torch.ones(memory.shape[:2], dtype=torch.bool), torch.zeros(1, length, dtype=torch.bool))
+        hidden = model.decoder(memory, answer.flatten(), torch.arange(length), group)
+    else:
+        text = torch.cat([question, answer], dim=1)
+        mask = prefix_mask(patches, text.shape[1], torch.tensor([question.shape[1]]))
+        hidden = model.encode(image, text, attention_mask=mask)[0]
+    return model.text_head.logits(hidden[-1])

@@ -233,7 +233,10 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "nlvr2"}, "data.answers belongs to imagenet, imagenet_retrieval, text, vqa, not to task=nlvr2"),
+        (
+            {"task": "nlvr2"},
+            "data.answers belongs to imagenet, imagenet_retrieval, open_vqa, text, vqa, not to task=nlvr2",
+        ),
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
         ({"layer_decay": 0.0}, "layer_decay must be positive, not 0.0"),
@@ -275,7 +278,13 @@ def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path
     assert config.activation_checkpointing == ("full" if recomputed else "none")
     assert config.data.horizontal_flip == 0.5
     imagenets = "rand-m9-mstd0.5-inc1"
-    changes = {"vqa": "beit3", "captioning": "beit3", "imagenet": imagenets, "imagenet_retrieval": imagenets}
+    changes = {
+        "vqa": "beit3",
+        "captioning": "beit3",
+        "open_vqa": "beit3",
+        "imagenet": imagenets,
+        "imagenet_retrieval": imagenets,
+    }
     assert config.data.rand_augment == changes.get(config.task, "")
     if config.task == "captioning":
         assert config.eval.caption_metrics == ["bleu4", "cider"]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.decoding import decoder_of
+from beit3_dist.model.decoding import Questions, decoder_of
 
 
 class Vocabulary(Protocol):
@@ -60,9 +60,10 @@ def generate(
     max_words: int = 31,
     at_mask: bool = True,
     agree: Callable[[bool], bool] = lambda done: done,
+    questions: Questions | None = None,
 ) -> list[list[int]]:
-    """The best caption found of each image [B, 3, S, S], without <s> and </s>. An image's does not depend on which
-    others are in the batch.
+    """The best caption found of each image [B, 3, S, S], or answer to each question, without <s> and </s>. An image's
+    does not depend on which others are in the batch.
 
     `max_words` counts </s>; a caption that reaches it is cut there, and competes as it is. `at_mask`: whether the model
     was taught to tell a word at a <mask> in its place, or at the word before it, see `Decoder.step`; a model's own
@@ -73,7 +74,7 @@ def generate(
     Raises ValueError for numbers that cannot be, RuntimeError where the model's logits are not finite.
     """
     search = _Search(beams, length_penalty, max_words)
-    decoder = decoder_of(model, images, beams, max_words)
+    decoder = decoder_of(model, images, beams, max_words, questions)
     beam = _Beams(len(images), vocabulary, model.config.vocab_size, search, images.device)
     mask = vocabulary.mask if at_mask else None
     for _ in range(max_words):
