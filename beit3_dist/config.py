@@ -115,6 +115,12 @@ class ModelConfig:
     """Hidden size of that image encoder; its feed-forward networks are as much wider than the others."""
     vision_heads: int = 0
     """Attention heads of that image encoder; must divide its width."""
+    word_norm: bool = False
+    """A LayerNorm of words behind their vectors and positions (BERT, VLMo)."""
+    post_norm: bool = False
+    """In a model with fusion_layers, whether layers of words, fusion layers and decoder have their norms behind each
+    residual connection, so that words have no final norm (BERT; ALBEF, mPLUG). Needs word_norm. Images have theirs
+    before what is added."""
     vocab_size: int = 64010
     """Rows of the word embedding and of the text head: SentencePiece pieces + 10."""
     visual_vocab_size: int = 8192
@@ -140,6 +146,7 @@ class ModelConfig:
             width=self.vision_width,
             heads=self.vision_heads,
             ffn_width=self.ffn_width * self.vision_width // self.width,
+            post_norm=False,
             **cast(Any, dict.fromkeys(_ABOVE_VISION, 0)),
         )
 
@@ -177,6 +184,10 @@ class ModelConfig:
             "model.decoder_layers and model.vision_layers are of a model with model.fusion_layers",
         )
         self._check_vision()
+        require(
+            not self.post_norm or (self.fusion_layers > 0 and self.word_norm and not self.sub_layernorm),
+            "model.post_norm is of a model with model.fusion_layers and model.word_norm, without model.sub_layernorm",
+        )
         require(
             self.language_layers <= self.lower_layers,
             f"model.language_layers={self.language_layers} exceeds the {self.lower_layers} layers below fusion",
@@ -636,9 +647,10 @@ class TrainingConfig(JobConfig):
     plugins: list[str] | str = field(default_factory=list)
     """Python files or modules that are imported before this recipe is read, and register objectives, tasks or kernels
     of their own."""
-    init_from: str = ""
-    """Weights to start from: a file in the released form (or torchscale's), a model folder, a checkpoint of a run, or a
-    run's folder, which means its newest whole checkpoint. A head that is not in it starts from random values, which is
+    init_from: list[str] | str = ""
+    """Weights to start from: a file in the released form (or torchscale's), one of timm's for images or of BERT's for
+    words, a model folder, a checkpoint of a run, or a run's folder, which means its newest whole checkpoint; or several
+    of these, each of which gives what those before it lack. A head that is in none starts from random values, which is
     logged. Empty: random values by (seed, name)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The Multiway Transformer."""

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Turns checkpoints and released weights into one another.
 
-    python tools/convert_checkpoint.py SOURCE DESTINATION --to neutral|safetensors|released|torchscale|timm [options]
+    python tools/convert_checkpoint.py SOURCE DESTINATION --to FORM [options]
 
 SOURCE, recognised by its content: a checkpoint of a training run (RUN/checkpoints/step_NNNNNNN, or a neutral one), a
-model folder, or a file (.pth, .safetensors) in the released, torchscale's or timm's form. DESTINATION is new:
+model folder, or a file (.pth, .safetensors) in the released, torchscale's, timm's or VLMo's form. FORM says what
+DESTINATION, which is new, becomes:
 
     neutral      a folder: one entry per parameter, weight and both moments; itself a checkpoint of any layout that
                  `--checkpoint.resume DESTINATION` takes. SOURCE must be a checkpoint of a training run.
@@ -12,6 +13,7 @@ model folder, or a file (.pth, .safetensors) in the released, torchscale's or ti
     released     a .pth file as unilm publishes them
     torchscale   a .pth or .safetensors file: the state dict of torchscale's BEiT3, which has no heads
     timm         a .pth or .safetensors file: the vision side for timm's beit3_* models
+    vlmo         a .pth or .safetensors file: the state dict of unilm's vlmo, as its base plus has it
 
 Notes of what a form leaves out go to standard error. A mistake is one line, exit code 2.
 """
@@ -33,6 +35,7 @@ log = logging.getLogger("beit3_dist.convert_checkpoint")
 
 PROGRAM = "convert_checkpoint.py"
 DTYPES = ("fp16", "fp32")
+FORMS = ("neutral", "safetensors", "released", "torchscale", "timm", "vlmo")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("source", type=Path)
     parser.add_argument("destination", type=Path)
-    parser.add_argument("--to", required=True, choices=("neutral", "safetensors", "released", "torchscale", "timm"))
+    parser.add_argument("--to", required=True, choices=FORMS)
     parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in SOURCE)")
     parser.add_argument("--image_size", type=int, help="interpolate the vision positions for images of this size")
     text = "drop: the encoder alone (default: keep)"
@@ -80,6 +83,7 @@ def convert(options: Namespace) -> None:
     from beit3_dist.checkpoint.model_folder import save_model_folder
     from beit3_dist.checkpoint.released import weights_to_released, weights_to_torchscale
     from beit3_dist.checkpoint.timm_form import weights_to_timm
+    from beit3_dist.checkpoint.vlmo_form import weights_to_vlmo
     from beit3_dist.data.text import TextTokenizer
 
     model = read_source(source, options.attention_heads)
@@ -103,8 +107,10 @@ def convert(options: Namespace) -> None:
         _write(destination, {"model": weights_to_released(weights)})
     elif options.to == "torchscale":
         _write(destination, weights_to_torchscale(weights))
-    else:
+    elif options.to == "timm":
         _write(destination, weights_to_timm(weights, config))
+    else:
+        _write(destination, weights_to_vlmo(weights, config))
 
 
 def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.opening import blaming
 
 POSITIONS = "vision_embedding.positions"
+_TOWER = "vision_embedding.blocks"
 
 _OWN_HEADS = {
     "the image head": r"image_head\..*",
@@ -40,7 +41,12 @@ _GROUPS = {
     "the language side": r"language_embedding\..*|(.*\.)?language\..*",
     "the vision-language experts": r"blocks\.\d+\.ffn\.vl\..*",
 }
-_RELEASED_HEADS = {768: 12, 1024: 16, 1408: 16}  # width -> attention heads of base, large and giant
+_RELEASED_HEADS = {
+    768: 12,
+    1024: 16,
+    1408: 16,
+    544: 16,
+}  # width -> attention heads: base, large, giant, VLMo's base plus
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
 def infer_config(
     weights: Mapping[str, Tensor], attention_heads: int | None, layer_norm_eps: float | None = None
 ) -> ModelConfig:
-    """The geometry of per-modality weights. What a file of weights does not tell has the released models' values;
+    """The geometry of weights with experts. What a file of weights does not tell has the released models' values;
     `layer_norm_eps`: of one that is not of their architecture.
 
     Raises ValueError where the number of attention heads is not known from the width.
@@ -79,10 +85,11 @@ def infer_config(
         ffn_width=len(weights["blocks.0.ffn.vision.fc1.weight"]),
         patch_size=patch_size,
         image_size=grid * patch_size,
-        attention="per_modality",
+        attention="shared" if "blocks.0.attention.q.shared.weight" in weights else "per_modality",
         sub_layernorm=released,
+        word_norm="language_embedding.norm.weight" in weights,
         layer_norm_eps=plain.layer_norm_eps if released or layer_norm_eps is None else layer_norm_eps,
-        vl_expert_layers=0,
+        vl_expert_layers=sum(name.endswith(".ffn.vl.fc1.weight") for name in weights),
         vocab_size=rows("language_embedding.words.weight", plain.vocab_size),
         visual_vocab_size=rows("image_head.weight", plain.visual_vocab_size),
         max_text_length=rows("language_embedding.positions", plain.max_text_length + 2) - 2,
@@ -162,16 +169,20 @@ def without_heads(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fit(
-    weights: Mapping[str, Tensor], config: ModelConfig, shapes: Mapping[str, torch.Size], source: str
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    shapes: Mapping[str, torch.Size],
+    source: str,
+    besides: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Those of the parameters in `shapes` that the weights give, float32. `config`: of the model that is to be filled.
 
     Positions are interpolated to its resolution; heads and a final norm that it does not have are left out; groups that
     the weights lack are absent from the result. A log message says so of each. Raises ValueError where the weights are
-    another model's.
+    another model's. `besides`: further groups that may be absent.
     """
     with blaming(source):
-        return _fit(weights, config, shapes, source)
+        return _fit(weights, config, shapes, source, besides or {})
 
 
 def _head_of(name: str) -> str:
@@ -206,8 +217,24 @@ def _in_other_places(
     return weights
 
 
+def _in_tower(weights: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], source: str) -> Mapping[str, Tensor]:
+    """The weights where those of vision alone are a start of an image encoder of its own width, which has no final
+    norm."""
+    if any(re.fullmatch(_GROUPS["the language side"], name) for name in weights):
+        return weights
+    tower = {name: f"{_TOWER}{name.removeprefix('blocks')}" for name in weights if name.startswith("blocks.")}
+    if not any(name in shapes for name in tower.values()):
+        return weights
+    log.warning("%s: the final norm is not used", source)
+    return {tower.get(name, name): value for name, value in weights.items() if not name.startswith("norm.")}
+
+
 def _fit(
-    weights: Mapping[str, Tensor], config: ModelConfig, shapes: Mapping[str, torch.Size], source: str
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    shapes: Mapping[str, torch.Size],
+    source: str,
+    besides: Mapping[str, str],
 ) -> dict[str, Tensor]:
     rows = len(weights[POSITIONS]) if POSITIONS in weights else 0
     if POSITIONS in shapes and rows > FIRST_PATCH and rows != shapes[POSITIONS][0]:
@@ -216,6 +243,7 @@ def _fit(
             "%s: %d vision positions are interpolated to %d for model.image_size=%d",
             source, rows, shapes[POSITIONS][0], config.image_size,
         )  # fmt: skip
+    weights = _in_tower(weights, shapes, source)
     weights = _in_other_places(_as_shared(weights, shapes, source), shapes, source)
     unused = [name for name in weights if name not in shapes]
     for name in unused:
@@ -226,8 +254,9 @@ def _fit(
             log.warning("%s: %s is not used", source, group)
     used = {name: value for name, value in weights.items() if name in shapes}
     fusion = "|".join(map(str, range(config.lower_layers, config.layers)))
-    besides = {"the fusion layers": rf"blocks\.({fusion})\..*"} if fusion else {}  # two encoders are a start
-    for group in absent_groups(used, shapes, besides):
+    above = {"the fusion layers": rf"blocks\.({fusion})\..*"} if fusion else {}  # two encoders are a start
+    above |= {"the bridge": r"vision_embedding\.bridge.*"} if config.vision_layers else {}
+    for group in absent_groups(used, shapes, {**above, **besides}):
         log.warning("%s has no weights for %s: initial values are taken", source, group)
     check_shapes(used, shapes)
     return {name: value.float() for name, value in used.items()}

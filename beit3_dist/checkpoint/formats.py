@@ -3,19 +3,22 @@
 - released: unilm's .pth files, `{"model": {"beit3.encoder...": ...}}`
 - torchscale: the state dict of torchscale's BEiT3, the same keys without `beit3.`
 - timm: the state dict of timm's `beit3_*` vision models, and of its `vit_*` ones as a start
+- VLMo: the state dict of unilm's vlmo, as far as the model has a place for it (vlmo_form.py)
+- BERT: the state dict of Hugging Face's BertModel, as a start of words' layers alone (bert_form.py)
 - a model folder: see model_folder.py
 - a checkpoint of a training run, sharded or neutral: its master weights, or their moving average where it has one
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from beit3_dist.checkpoint.bert_form import WITHOUT_BERT, is_bert, weights_from_bert
 from beit3_dist.checkpoint.files import sha256
 from beit3_dist.checkpoint.find import checkpoint_of, damaged
 from beit3_dist.checkpoint.fitting import check_whole, fit, infer_config, shapes_of
@@ -30,6 +33,7 @@ from beit3_dist.checkpoint.model_folder import (
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.released import PREFIX, task_of, weights_from_released, weights_to_released
 from beit3_dist.checkpoint.timm_form import weights_from_timm
+from beit3_dist.checkpoint.vlmo_form import is_vlmo, weights_from_vlmo
 from beit3_dist.config import ModelConfig, require
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.initialization import initial_value, materialize
@@ -37,18 +41,22 @@ from beit3_dist.opening import blaming, read_json, read_yaml
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
 
-def _canonical(content: Any, source: str) -> dict[str, Tensor]:
-    """The weights of a state dict of any of the forms, or of what holds it, under our names."""
-    state = state_dict_in(content, source)
-    require_finite(state.items(), source)
+def _canonical(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The weights of a state dict of any of the forms under our names."""
     with blaming(source, KeyError, IndexError, TypeError, RuntimeError):  # of shapes that no such model has
         if any(key.startswith(PREFIX) for key in state):
             return weights_from_released(state)
         if "encoder.embed_positions.A.weight" in state:
             return weights_from_released({PREFIX + key: value for key, value in state.items()})
-        if {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
+        if {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
             return weights_from_timm(state)
-    raise ValueError(f"{source} has the keys neither of a released BEiT-3 file, nor of torchscale's, nor of timm's")
+        if is_vlmo(state):
+            return weights_from_vlmo(state)
+    require(
+        not is_bert(state),
+        f"{source} holds BERT's weights, which are a start of words' layers alone: name it in init_from",
+    )
+    raise ValueError(f"{source} has the keys neither of a released BEiT-3 file, nor of torchscale's, timm's or VLMo's")
 
 
 def _read_checkpoint(path: Path) -> ModelFolder:
@@ -67,6 +75,13 @@ def _read_checkpoint(path: Path) -> ModelFolder:
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path / 'config.yaml'} is no run's config: {error!r}") from None
     return ModelFolder(config, weights, task, tokenizer if tokenizer.is_file() else None, objectives)
+
+
+def _state_of(content: Any, source: str) -> dict[str, Tensor]:
+    """The state dict that a file holds, of finite numbers."""
+    state = state_dict_in(content, source)
+    require_finite(state.items(), source)
+    return state
 
 
 def read_source(path: Path, attention_heads: int | None = None, layer_norm_eps: float | None = None) -> ModelFolder:
@@ -88,12 +103,22 @@ def read_source(path: Path, attention_heads: int | None = None, layer_norm_eps: 
             "RUN/checkpoints/step_0000100"
         )
     else:
-        weights = _canonical(read_weights_file(path), str(path))
-        with blaming(str(path), TypeError):  # TypeError: a table that is a single number
-            source = ModelFolder(
-                infer_config(weights, attention_heads, layer_norm_eps), weights, task_of(weights), None
-            )
-    with blaming(str(path), RuntimeError):  # RuntimeError: a model of more elements than torch can count
+        return _source_of(_state_of(read_weights_file(path), str(path)), str(path), attention_heads, layer_norm_eps)
+    return _whole(source, str(path))
+
+
+def _source_of(
+    state: Mapping[str, Tensor], name: str, attention_heads: int | None, layer_norm_eps: float | None
+) -> ModelFolder:
+    """The model of a state dict."""
+    weights = _canonical(state, name)
+    with blaming(name, TypeError):  # TypeError: a table that is a single number
+        config = infer_config(weights, attention_heads, layer_norm_eps)
+        return _whole(ModelFolder(config, weights, task_of(weights), None), name)
+
+
+def _whole(source: ModelFolder, name: str) -> ModelFolder:
+    with blaming(name, RuntimeError):  # RuntimeError: a model of more elements than torch can count
         check_whole(source.weights, source.config)
     return source
 
@@ -111,17 +136,34 @@ def digest_of_source(path: Path) -> str:
 
 
 def read_initial_weights(
-    path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size] | None = None
+    paths: Path | str | Sequence[str], config: ModelConfig, shapes: Mapping[str, torch.Size] | None = None
 ) -> dict[str, Tensor]:
-    """What a run starts from (`init_from`): parameter -> float32, from any of the forms above.
+    """What a run starts from (`init_from`): parameter -> float32, from any of the forms above; of several sources, from
+    the first that has it.
 
-    `shapes`: of the run's parameters where they are not the pretraining model's. Whole groups that the source lacks
-    (heads, ...) are absent, which is logged; they keep their initial values. Raises ValueError with one line that names
-    init_from and the file.
+    `shapes`: of the run's parameters where they are not the pretraining model's. Whole groups that a source lacks
+    (heads, ...) are absent, which is logged; what all lack keeps its initial values. Raises ValueError with one line
+    that names init_from and the file.
     """
+    weights: dict[str, Tensor] = {}
+    for path in [paths] if isinstance(paths, Path | str) else paths:
+        weights = _read_one(checkpoint_of(Path(path)), config, shapes or shapes_of(config)) | weights
+    return weights
+
+
+def _read_one(path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    heads = config.vision_heads or config.heads  # of a file of images alone, where these have an encoder of their own
     with blaming("init_from", OSError):
-        source = read_source(path, config.heads, config.layer_norm_eps)
-    return fit_initial(source.weights, source.config, config, shapes or shapes_of(config), str(path))
+        if path.is_dir():
+            source = read_source(path)
+        else:
+            state = _state_of(read_weights_file(path), str(path))
+            if is_bert(state):
+                with blaming(str(path)):
+                    weights = weights_from_bert(state, config)
+                return fit(weights, config, shapes, str(path), WITHOUT_BERT)
+            source = _source_of(state, str(path), heads, config.layer_norm_eps)
+    return fit_initial(source.weights, source.config, config, shapes, str(path))
 
 
 def fit_initial(
@@ -134,8 +176,9 @@ def fit_initial(
     """What a run takes of the weights of a model of the geometry `theirs`, as `read_initial_weights` does; they may lie
     on the meta device. `source`: what they are called."""
     with blaming("init_from"):
+        own = config.of_vision if config.vision_layers and not theirs.fusion_layers else config
         for field in ("heads", "layer_norm_eps"):  # no shape tells these
-            one, other = getattr(theirs, field), getattr(config, field)
+            one, other = getattr(theirs, field), getattr(own, field)
             require(one == other, f"{source} has model.{field}={one}, this run has {other}")
         return fit(weights, config, shapes, source)
 
@@ -150,7 +193,7 @@ def load_released(path_or_dict: str | Path | Mapping[str, Any], config: ModelCon
         weights = read_initial_weights(Path(path_or_dict), config)
     else:
         source = "the given state dict"
-        weights = fit(_canonical(path_or_dict, source), config, shapes_of(config), source)
+        weights = fit(_canonical(_state_of(path_or_dict, source), source), config, shapes_of(config), source)
     model = BEiT3(config, device="meta")
     materialize(
         model, lambda name, shape: weights[name] if name in weights else initial_value(name, shape, config, 0), "cpu"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.checkpoint.released import as_convolution
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import ModelConfig, require
 from beit3_dist.model.embedding import FIRST_POSITION
 
 _MODELS = {  # width, layers, patch size -> the name in timm
@@ -60,6 +60,10 @@ def _their_name(name: str) -> str | None:
 
 def weights_to_timm(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The vision side of our weights in timm's keys and shapes."""
+    require(
+        config.vision_layers == 0,
+        "the image encoder of model.vision_layers has no final norm, which timm's models have",
+    )
     vision = {name.replace(".shared.", ".vision."): value for name, value in weights.items()}
     classifies = f"{TASK_HEAD}fc_norm.weight" in vision
     if not classifies:  # a head of another task
@@ -89,9 +93,30 @@ def _how_to_load(config: ModelConfig, timm: Mapping[str, Tensor]) -> str:
     return f'load it with timm.create_model("{name}", {head}{size}{norms}, checkpoint_path=...)'
 
 
+def _without_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same without layer scale, and with one bias for queries, keys and values: a key's is always 0."""
+    plain = dict(state)
+    for key in state:
+        scale = re.fullmatch(r"(blocks\.\d+)\.(?:ls|gamma_)([12])(?:\.gamma)?", key)
+        if scale:
+            factor, layer = plain.pop(key), f"{scale[1]}.{'attn.proj' if scale[2] == '1' else 'mlp.fc2'}"
+            plain[f"{layer}.weight"] = plain[f"{layer}.weight"] * factor[:, None]
+            plain[f"{layer}.bias"] = plain[f"{layer}.bias"] * factor
+        elif key.endswith(".attn.q_bias"):
+            of_queries, of_values = plain.pop(key), plain.pop(key.replace("q_bias", "v_bias"))
+            bias = torch.cat([of_queries, torch.zeros_like(of_queries), of_values])
+            plain[key.replace("q_bias", "qkv.bias")] = bias
+    return {key: value for key, value in plain.items() if not key.endswith(".attn.k_bias")}
+
+
 def weights_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under our names; there is no language side and no mask token. A classifier that stands on CLS, as that of
-    the vit_* models, is left out. Raises ValueError for an unknown key."""
+    the vit_* models, is left out; factors of layer scale become those of what they multiply, and a BEiT's biases of
+    queries and values those of all three. Raises ValueError for an unknown key, and where positions are relative."""
+    if relative := next((key for key in state if "relative_position" in key), None):
+        raise ValueError(f"{relative}: its positions are relative, and the model's are not")
+    require("pos_embed" in state, "it has no pos_embed: it is not the whole of such a model")
+    state = _without_scales(state)
     if "head.weight" in state and "fc_norm.weight" not in state:
         log.warning("its classifier stands on CLS, where no task of ours has one: it is left out")
         state = {key: value for key, value in state.items() if not key.startswith("head.")}

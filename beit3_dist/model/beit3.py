@@ -52,6 +52,8 @@ class BEiT3(nn.Module):
             self.language_embedding = LanguageEmbedding(config)
             self.blocks = Encoder(config)
             self.norm = Multiway(modules_of(config.attention), lambda: LayerNorm(config.width, config.layer_norm_eps))
+            if config.post_norm:
+                self.norm["language"] = nn.Identity()  # the last layer's is the final one
             self.image_head = Head(config.width, config.visual_vocab_size)
             self.text_head = Head(config.width, config.vocab_size)
             if config.decoder_layers:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from beit3_dist.config import ModelConfig
+from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.cut import cut
 
@@ -44,12 +45,14 @@ class VisionEmbedding(nn.Module):
 
 
 class LanguageEmbedding(nn.Module):
-    """Word ids [W] and their positions in their texts [W] -> [W, D]."""
+    """Word ids [W] and their positions in their texts [W] -> [W, D], behind a norm where the model has one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.words = cut(nn.Embedding(config.vocab_size, config.width), weight=0)
         self.positions = nn.Parameter(torch.empty(FIRST_POSITION + config.max_text_length, config.width))
+        self.norm = LayerNorm(config.width, config.layer_norm_eps) if config.word_norm else None
 
     def forward(self, words: Tensor, positions: Tensor) -> Tensor:
-        return self.words(words) + embedding(FIRST_POSITION + positions, self.positions)
+        x_WD = self.words(words) + embedding(FIRST_POSITION + positions, self.positions)
+        return x_WD if self.norm is None else self.norm(x_WD)

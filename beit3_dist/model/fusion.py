@@ -4,8 +4,8 @@ times both are connected (mPLUG, Li et al. 2022).
     co-attention    w + self-attention(norm w), then w + cross-attention(norm w; norm v), then w + ffn(w); v rests
     connected       [v; w] through an ordinary block with weights in common, and v is added to what it becomes
 
-Pre-norm, as all blocks here are; the papers' text layers are post-norm. Both take and give the tokens of pairs alone,
-[P + W, D]: P patches v of all pairs, then W words w.
+Pre-norm, but where the model has `post_norm`, as in the papers: w = norm(w + self-attention(w)), and so on. Both take
+and give the tokens of pairs alone, [P + W, D]: P patches v of all pairs, then W words w.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class CoAttention(nn.Module):
         self.cross_norm = Multiway(("vision", "language"), norm)
         self.cross_attention = CrossAttention(config)
         self.ffn = Multiway(WORDS, lambda: FeedForward(config))
+        self.post_norm = config.post_norm
+        for expert in self.ffn.values():
+            assert isinstance(expert, FeedForward)
+            expert.norms_before = not config.post_norm
 
     def forward(
         self,
@@ -89,11 +93,25 @@ class CoAttention(nn.Module):
         """Drop path has one draw for both attentions. Only `full` recomputation, the caller's doing, is known here."""
         patches, words = x_TD.split([sum(layout.segments[:2]), sum(layout.segments[2:])])
         keep = (None, None) if keep_2T is None else keep_2T[:, len(patches) :].unbind(0)
-        words = merge(words, self.attention(self.attention_norm.each([words]), layout.words_alone), keep[0])
-        looked = self.cross_attention.look(self.cross_norm.each([patches, words]), layout)
-        words = merge(words, [looked], keep[0])
-        words = merge(words, self.ffn.each([words]), keep[1])
+        of_self, of_cross, of_ffn = self.attention_norm["language"], self.cross_norm["language"], self._ffn_norm
+        branch = self.attention([self._before(of_self, words)], layout.words_alone)
+        words = self._behind(of_self, merge(words, branch, keep[0]))
+        slices = [self.cross_norm["vision"](patches), self._before(of_cross, words)]
+        words = self._behind(of_cross, merge(words, [self.cross_attention.look(slices, layout)], keep[0]))
+        words = self._behind(of_ffn, merge(words, self.ffn.each([words]), keep[1]))
         return torch.cat([patches, words])
+
+    @property
+    def _ffn_norm(self) -> nn.Module:
+        expert = self.ffn["language"]
+        assert isinstance(expert, FeedForward)
+        return expert.norm
+
+    def _before(self, norm: nn.Module, x_TD: Tensor) -> Tensor:
+        return x_TD if self.post_norm else norm(x_TD)
+
+    def _behind(self, norm: nn.Module, x_TD: Tensor) -> Tensor:
+        return norm(x_TD) if self.post_norm else x_TD
 
 
 class Connected(Block):

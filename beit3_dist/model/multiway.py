@@ -110,13 +110,17 @@ class _Merge(torch.autograd.Function):
 
 
 class FeedForward(nn.Module):
-    """One expert: LayerNorm, fc1 [F, D], GELU, (sub-LayerNorm,) fc2 [D, F]. The norm belongs to the expert.
+    """One expert: LayerNorm, fc1 [F, D], GELU, (sub-LayerNorm,) fc2 [D, F]. The norm belongs to the expert, also where
+    it stands behind the residual connection.
 
     `enter` and `leave` are where tensor parallelism communicates; without it they change nothing.
     """
 
     enter: Callable[[Tensor], Tensor] = staticmethod(lambda x_TD: x_TD)
     leave: Callable[[Tensor], Tensor] = staticmethod(lambda x_TD: x_TD)
+
+    norms_before = True
+    """Whether the norm comes first; else it is the block's to apply."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -127,5 +131,5 @@ class FeedForward(nn.Module):
         self.fc2 = cut(Linear(inner, width), weight=1)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        hidden_TF = self.fc1(self.enter(self.norm(x_TD)))
+        hidden_TF = self.fc1(self.enter(self.norm(x_TD) if self.norms_before else x_TD))
         return self.leave(self.fc2(gelu(hidden_TF) if self.inner_norm is None else self.inner_norm(hidden_TF)))

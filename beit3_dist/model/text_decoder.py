@@ -53,7 +53,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.embedding = LanguageEmbedding(config)
         self.blocks = nn.ModuleDict({str(layer): CoAttention(config) for layer in range(config.decoder_layers)})
-        self.norm = LayerNorm(config.width, config.layer_norm_eps)
+        self.norm = nn.Identity() if config.post_norm else LayerNorm(config.width, config.layer_norm_eps)
         self.recompute: Recompute = "none"
         self.recompute_every = 1
 

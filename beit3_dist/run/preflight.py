@@ -162,7 +162,7 @@ def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives, 
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in objectives.build().named_parameters()}
         if before is None:
-            weights = read_initial_weights(Path(config.init_from), config.model, shapes)
+            weights = read_initial_weights(config.init_from, config.model, shapes)
         else:
             weights = fit_initial(
                 dict(objectives_of(before).build().named_parameters()), before.model, config.model, shapes, before.out

@@ -131,7 +131,7 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
     network, weights = task.network(config.model, len(task.classes), device="meta"), {}
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-        weights = read_initial_weights(Path(config.init_from), config.model, shapes)
+        weights = read_initial_weights(config.init_from, config.model, shapes)
         lacking = [name for name in shapes if name.startswith((TASK_HEAD, "text_head.")) and name not in weights]
         require(
             not config.evaluate_only or not lacking,

@@ -38,8 +38,8 @@ _FIELDS = {
         task batch train_only
         gradient_masking.every gradient_masking.share gradient_masking.share_per_update
         model.layers model.width model.heads model.ffn_width model.patch_size model.image_size model.attention model.ffn
-        model.sub_layernorm model.vl_expert_layers model.fusion_layers model.connected_every
-        model.language_layers model.decoder_layers model.vision_layers model.vision_width model.vision_heads
+        model.sub_layernorm model.word_norm model.post_norm model.vl_expert_layers model.fusion_layers
+        model.connected_every model.language_layers model.vision_layers model.vision_width model.vision_heads
         model.vocab_size model.visual_vocab_size model.max_text_length
         model.drop_path model.layer_norm_eps
         model.codebook_size model.code_dim model.decoder_layers model.codebook_decay""",

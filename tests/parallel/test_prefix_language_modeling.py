@@ -61,7 +61,8 @@ def with_decoder(folder: Path, out: str, **changes: Any) -> RunConfig:
     """All of mPLUG's kinds of layers, under masked and written words of captions."""
     config = with_next_words(folder, f"decoder-{out}", **changes)
     model = replace(config.model, layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=3,
-                    connected_every=1, vision_layers=2, vision_width=48, vision_heads=6, decoder_layers=2)  # fmt: skip
+                    connected_every=1, vision_layers=2, vision_width=48, vision_heads=6, decoder_layers=2,
+                    word_norm=True, post_norm=True)  # fmt: skip
     names = ("masked_data_modeling", "prefix_language_modeling")
     objectives = {name: config.objectives[name] for name in names}
     objectives[names[1]] = replace(objectives[names[1]], texts=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,9 @@ ALBEF = ModelConfig(layers=5, width=32, heads=4, ffn_width=48, patch_size=8, ima
 MPLUG = replace(ALBEF, layers=7, fusion_layers=4, connected_every=1)
 LARGE = replace(MPLUG, layers=6, language_layers=0, vision_layers=2, vision_width=48, vision_heads=6, decoder_layers=2)
 """With an image encoder of its own width, and a decoder."""
-ALL, NAMES = [ALBEF, MPLUG, LARGE], ["ALBEF", "mPLUG", "mPLUG-large"]
+BERT = dict(word_norm=True, post_norm=True)
+ALL = [ALBEF, MPLUG, LARGE, replace(MPLUG, **BERT), replace(LARGE, **BERT)]
+NAMES = ["ALBEF", "mPLUG", "mPLUG-large", "mPLUG-BERT", "mPLUG-large-BERT"]
 PADDING = torch.arange(6) >= torch.tensor([6, 2, 4])[:, None]
 close = torch.testing.assert_close
 
@@ -62,41 +65,56 @@ def attended(
     )[0].transpose(0, 1)  # fmt: skip
 
 
-def fed(ffn: nn.Module, x: Tensor) -> Tensor:
-    return ffn.fc2(gelu(ffn.fc1(ffn.norm(x))))
+def residual(x: Tensor, norm: nn.Module, behind: bool, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    """x + branch(norm(x)), or norm(x + branch(x))."""
+    return norm(x + branch(x)) if behind else x + branch(norm(x))
+
+
+def own_attention(
+    x: Tensor, block: nn.Module, side: str, hidden: Tensor | None, post: bool, later: bool = False
+) -> Tensor:
+    norm = block.attention_norm[side]
+    return residual(x, norm, post, lambda x: attended(block.attention, side, x, x, hidden, later=later))
+
+
+def fed(x: Tensor, ffn: nn.Module, post: bool = False) -> Tensor:
+    return residual(x, ffn.norm, post, lambda x: ffn.fc2(gelu(ffn.fc1(x))))
+
+
+def looking(w: Tensor, block: nn.Module, v: Tensor, hidden: Tensor | None, post: bool, later: bool = False) -> Tensor:
+    """A layer of words w that look at v."""
+    w, keys = (
+        own_attention(w, block, "language", None if later else PADDING, post, later),
+        block.cross_norm["vision"](v),
+    )
+    w = residual(w, block.cross_norm["language"], post, lambda w: attended(
+        block.cross_attention, "language", w, keys, hidden, "vision"))  # fmt: skip
+    return fed(w, block.ffn["language"], post)
 
 
 def plain(model: BEiT3, pictures: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, layer by layer, over padded samples."""
-    embedding = model.vision_embedding
+    embedding, post = model.vision_embedding, model.config.post_norm
     v = VisionEmbedding.forward(embedding, pictures)
     if model.config.vision_layers:
         for block in embedding.blocks.values():
-            v = v + attended(block.attention, "vision", *(block.attention_norm["vision"](v),) * 2, None)
-            v = v + fed(block.ffn["vision"], v)
+            v = fed(own_attention(v, block, "vision", None, False), block.ffn["vision"])
         v = embedding.bridge_norm(embedding.bridge(v))
-    w = model.language_embedding(text.flatten(), torch.arange(6).repeat(3)).unflatten(0, (3, 6))
+    words = model.language_embedding
+    w = words.words.weight[text] + words.positions[2:8]
+    w = words.norm(w) if post else w
     for layer, block in model.blocks.items():
         kind = kind_of(model.config, int(layer))
-        norm = block.attention_norm
         if kind in ("images", "alone"):
-            v = v + attended(block.attention, "vision", *(norm["vision"](v),) * 2, None)
-            v = v + fed(block.ffn["vision"], v)
+            v = fed(own_attention(v, block, "vision", None, False), block.ffn["vision"])
         if kind in ("words", "alone"):
-            w = w + attended(block.attention, "language", *(norm["language"](w),) * 2, PADDING)
-            w = w + fed(block.ffn["language"], w)
-        elif kind == "images":
-            pass
+            w = fed(own_attention(w, block, "language", PADDING, post), block.ffn["language"], post)
         elif kind == "co_attention":
-            w = w + attended(block.attention, "language", *(block.attention_norm["language"](w),) * 2, PADDING)
-            queries, keys = block.cross_norm["language"](w), block.cross_norm["vision"](v)
-            w = w + attended(block.cross_attention, "language", queries, keys, None, "vision")
-            w = w + fed(block.ffn["language"], w)
+            w = looking(w, block, v, None, post)
         elif kind == "connected":
-            x = torch.cat([v, w], dim=1)
             hidden = torch.cat([PADDING.new_zeros(3, v.shape[1]), PADDING], dim=1)
-            x = x + attended(block.attention, "shared", *(block.attention_norm["shared"](x),) * 2, hidden)
-            x = x + fed(block.ffn["shared"], x)
+            x = own_attention(torch.cat([v, w], dim=1), block, "shared", hidden, post)
+            x = fed(x, block.ffn["shared"], post)
             v, w = v + x[:, : v.shape[1]], x[:, v.shape[1] :]
     return model.image_norm(v), model.text_norm(w)[~PADDING]
 
@@ -180,9 +198,10 @@ def test_two_encoders_are_a_start(config: ModelConfig, tmp_path: Path, caplog: p
         read_initial_weights(tmp_path / "damaged", config)
 
 
-def test_the_decoder_writes_as_defined() -> None:
+@pytest.mark.parametrize("config", [LARGE, replace(LARGE, **BERT)], ids=["pre-norm", "post-norm"])
+def test_the_decoder_writes_as_defined(config: ModelConfig) -> None:
     """Of texts of other lengths, after images and words of other lengths; one by one it tells the same."""
-    model, (pictures, text) = built(LARGE), samples()
+    model, (pictures, text) = built(config), samples()
     memory = model.encode(pictures, text, PADDING)
     written, after = text.flip(1)[:, :5], torch.arange(5) >= torch.tensor([3, 5, 4])[:, None]
     group = decoder_group(torch.cat([PADDING.new_ones(3, 5), ~PADDING], dim=1), after)
@@ -192,10 +211,7 @@ def test_the_decoder_writes_as_defined() -> None:
     w = decoder.embedding(written.flatten(), places.flatten()).unflatten(0, (3, 5))
     hidden = torch.cat([PADDING.new_zeros(3, 5), PADDING], dim=1)
     for block in decoder.blocks.values():
-        w = w + attended(block.attention, "language", *(block.attention_norm["language"](w),) * 2, None, later=True)
-        queries, keys = block.cross_norm["language"](w), block.cross_norm["vision"](memory)
-        w = w + attended(block.cross_attention, "language", queries, keys, hidden, "vision")
-        w = w + fed(block.ffn["language"], w)
+        w = looking(w, block, memory, hidden, config.post_norm, later=True)
     close(found, decoder.norm(w)[~after])
 
     writer, images = decoder_of(model, pictures, 2, 5), model.encode(pictures, text[:, :1])
@@ -232,6 +248,7 @@ def test_what_cannot_be_is_refused() -> None:
         ({"vision_width": 48}, r"model\.vision_width and model\.vision_heads are of an image encoder, but"),
         ({"vision_layers": 2, "vision_width": 48, "vision_heads": 5}, r"48 is not divisible by model\.vision_heads=5"),
         ({"vision_layers": 2, "vision_width": 48, "vision_heads": 6}, r"model\.language_layers=2: with model\.vision"),
+        ({"post_norm": True}, r"model\.post_norm is of a model with model\.fusion_layers and model\.word_norm"),
         ({"language_layers": 4}, r"model\.language_layers=4 exceeds the 3 layers below fusion"),
     ):
         with pytest.raises(ValueError, match=message):
