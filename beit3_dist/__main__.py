@@ -26,7 +26,7 @@ PROGRAMS = {
     },
     "Training": {
         "recipes": ("tools.list_recipes", "the recipes that --config finds by name"),
-        "plan": ("tools.plan_layout", "memory per device of the layouts of a run"),
+        "plan": ("tools.plan", "memory, time and cost of every layout of a run"),
         "pretrain": ("launchers.pretrain", "pretraining on images, texts and pairs"),
         "stages": ("launchers.stages", "pretraining in stages, each from the weights of the one before"),
         "finetune": ("launchers.finetune", "fine-tuning and validation on a downstream task"),

@@ -12,6 +12,7 @@ from beit3_dist.config import ModelConfig, OptimConfig
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.model import BEiT3
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.plan import traffic as counting
 from beit3_dist.tools.benchmarks import traffic as benchmark_traffic
 from beit3_dist.tools.benchmarks.step import random_micro_batch
 from beit3_dist.train.optimizer import parameter_groups
@@ -77,17 +78,17 @@ OPERATIONS = {  # what is done -> (name, launches, bytes, floor)
 @pytest.mark.parametrize("case", OPERATIONS)
 def test_operations(case: str) -> None:
     compute, (name, launches, moved, floor) = OPERATIONS[case]
-    with benchmark_traffic.Traffic() as traffic:
+    with counting.Traffic() as traffic:
         compute()
-    assert traffic.rows == {name: benchmark_traffic.Row(launches, moved, floor)}
+    assert traffic.rows == {name: counting.Row(launches, moved, floor)}
 
 
 def test_views_memory_and_the_host_are_free() -> None:
-    with benchmark_traffic.Traffic() as traffic:
+    with counting.Traffic() as traffic:
         empty(4, 6).view(2, 12).t()[:3].detach()
         torch.zeros(5) + 1  # on the host
         torch.ones(5).to(META)
-        assert empty(dtype=FP32).item() == empty(dtype=FP32).cpu() == benchmark_traffic.UNKNOWN
+        assert empty(dtype=FP32).item() == empty(dtype=FP32).cpu() == counting.UNKNOWN
     assert traffic.rows == {}
 
 
@@ -110,17 +111,17 @@ class Kernel:
 
 
 def test_kernels_are_read() -> None:
-    assert tuple(names & {*Kernel.arg_names} for names in benchmark_traffic.pointers(kernel_function)) == (
+    assert tuple(names & {*Kernel.arg_names} for names in counting.pointers(kernel_function)) == (
         {"place_ptr", "both_ptr", "x_ptr"},
         {"y_ptr", "both_ptr"},
     )
     x, place, y, both = empty(100), empty(10, dtype=torch.int64), empty(200), empty(300)
-    traffic = benchmark_traffic.Traffic()
+    traffic = counting.Traffic()
     traffic.launch(Kernel, x, place, y, both, x, grid=(1,))
-    assert [*traffic.rows.values()] == [benchmark_traffic.Row(1, 200 + 80 + 400 + 1200, 200 + 80 + 400 + 1200)]
+    assert [*traffic.rows.values()] == [counting.Row(1, 200 + 80 + 400 + 1200, 200 + 80 + 400 + 1200)]
     traffic.rows.clear()
     traffic.launch(Kernel, x, place, x, both, x, grid=(1,))  # nowhere to store to: x stands for what is not there
-    assert [*traffic.rows.values()] == [benchmark_traffic.Row(1, 200 + 80 + 1200, 200 + 80 + 1200)]
+    assert [*traffic.rows.values()] == [counting.Row(1, 200 + 80 + 1200, 200 + 80 + 1200)]
 
 
 def of_steps(groups: Groups) -> list[dict[str, tuple[int, int]]]:
@@ -154,7 +155,7 @@ def test_a_step() -> None:
 
 
 def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    traffic = benchmark_traffic.Traffic()
+    traffic = counting.Traffic()
     traffic.record("matrix products", 7, 70, 70)
     traffic.record("add", 2, 30, 20)
     monkeypatch.setattr(benchmark_traffic, "account", lambda *_: traffic)

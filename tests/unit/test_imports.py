@@ -21,6 +21,7 @@ FLOORS = (  # a floor imports those before it, and none of its own
     ("tasks",),
     ("run", "inference", "demo"),
     ("train",),
+    ("plan",),
     ("reports",),
     ("tools", "launchers", "session"),
 )

@@ -88,7 +88,7 @@ def test_every_launcher_says_what_is_left_over(launcher: str) -> None:
 def test_tools_speak_whatever_is_left_over(tmp_path: Path) -> None:
     """No launcher starts them, so that nobody else would say it."""
     left = {"RANK": "1", "WORLD_SIZE": "2", **MEETING}
-    for tool, *arguments in (("compare_tasks.py", str(tmp_path)), ("plan_layout.py", "--steps", "0")):
+    for tool, *arguments in (("compare_tasks.py", str(tmp_path)), ("plan.py", "--steps", "0")):
         result = run(f"tools/{tool}", *arguments, **left)
         assert result.returncode == 2 and result.stderr.startswith(f"{tool}: error: "), result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import weakref
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakIdKeyDictionary
+
+from beit3_dist.plan.allocations import Allocations
 
 
 @dataclass(frozen=True)
@@ -75,35 +75,6 @@ def check_positive(names: Sequence[str], options: Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- memory
-
-
-class Allocations(TorchDispatchMode):
-    """Follows the bytes of all tensors that operations make while it is active: the CPU allocator keeps no peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors((args, kwargs)):  # what was there before does not count
-            self._known.setdefault(tensor.untyped_storage(), None)
-        out = operation(*args, **(kwargs or {}))
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if storage not in self._known:
-                self._known[storage] = None
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage.nbytes()).atexit = False
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.now -= size
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
 def peak_bytes(action: Callable[[], Any], device: torch.device) -> int:

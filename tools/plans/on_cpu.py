@@ -1,0 +1,309 @@
+"""What the planner is held against on a CPU: memory and time of real steps, and the CPU's own rates.
+
+Memory is counted by allocation, since a CPU's allocator keeps no peak: all tensors that exist before a step, and those
+that operations make in it, each storage once. Rates are those of single operations in one step of another model than
+those that are planned, with as many processes at work as later.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from beit3_dist.data.batch import MicroBatch
+from beit3_dist.model.initialization import zeros
+from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
+from beit3_dist.objectives.registry import objectives_of
+from beit3_dist.objectives.together import PretrainingModule
+from beit3_dist.plan.allocations import Allocations
+from beit3_dist.plan.counting import Counting
+from beit3_dist.plan.devices import Device, Link
+from beit3_dist.plan.layouts import Layout, Plan, Planner
+from beit3_dist.plan.traffic import FREE, PRODUCT, Traffic
+from beit3_dist.tools.benchmarks.step import random_micro_batch
+
+MODEL = ModelConfig(
+    layers=6, width=384, heads=6, ffn_width=1536, patch_size=16, image_size=128, vocab_size=4010,
+    visual_vocab_size=2048, vl_expert_layers=1, drop_path=0.1, max_text_length=126,
+)  # fmt: skip
+"""What is planned and measured."""
+OTHER = replace(MODEL, layers=4, width=512, heads=8, ffn_width=2048, vl_expert_layers=1)
+"""What the rates come from."""
+SAMPLES = 16
+TEXTS, CAPTIONS = 96, 32
+LAYOUTS = (  # the processes are two
+    Layout(1, 1, False, 1, "none", 1),
+    Layout(3, 1, False, 1, "full", 2),
+    Layout(2, 1, False, 1, "attention", 2),
+    Layout(1, 2, False, 1, "none", 2),
+    Layout(3, 2, True, 1, "selective", 1),
+    Layout(1, 1, False, 2, "none", 4),
+)
+"""Whose steps are timed."""
+PROCESSES = 2
+SIZES = (2_000, 20_000_000)
+"""Bytes of the collectives that latency and bandwidth come from."""
+
+
+def run_config(model: ModelConfig, layout: Layout, precision: Any = "fp32", file: str = "") -> RunConfig:
+    """A run of masked data modelling whose codes are there already. `file`: its deepspeed_config."""
+    zero_stage: Any = layout.zero_stage
+    config = RunConfig(
+        out="unused", text_tokenizer="unused", image_codes="unused", precision=precision, kernels="torch", model=model,
+        data=DataConfig(
+            images="unused", texts="unused", pairs="unused", text_length=TEXTS, caption_length=CAPTIONS
+        ),
+        objectives={NAME: MaskedDataModelingConfig()},
+        batch=BatchConfig(images=SAMPLES, texts=SAMPLES, pairs=SAMPLES, accumulation=layout.accumulation),
+        parallel=ParallelConfig(zero_stage=zero_stage), deepspeed_config=file,
+    )  # fmt: skip
+    return layout.of(config)
+
+
+def micro_batch(config: RunConfig, data: int) -> MicroBatch:
+    """Of a replica, with texts and captions as the planner takes them."""
+    images, texts, pairs = config.micro_batch(data)
+    lengths = config.data.text_length, (8, config.data.caption_length)
+    return random_micro_batch(config.model, images, texts, pairs, *lengths)
+
+
+class Steps:
+    """One run's steps, in this process."""
+
+    def __init__(self, groups: Any, config: RunConfig) -> None:
+        from beit3_dist.parallel.engine import Engine
+        from beit3_dist.parallel.pipeline import plan_stages
+        from beit3_dist.train.optimizer import build_optimizer
+        from beit3_dist.train.totals import host_totals
+
+        self._mesh, self._objectives = groups.mesh, objectives_of(config)
+        self.engine = Engine(
+            config,
+            groups,
+            self._objectives.build,
+            lambda name, shape: zeros(name, shape) + 0.01,
+            plan=plan_stages(config, *self._objectives.largest(self._mesh.data)),
+            objective=lambda model: PretrainingModule(model, self._objectives, config.seed),
+            optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
+        )
+        self._batch = micro_batch(config, self._mesh.data)
+        self._often = config.batch.accumulation
+        self._counts = torch.tensor(host_totals([self._batch] * self._often, self._objectives).counts)
+        groups.sum_over_data(self._counts)
+        self._codes = lambda images: torch.zeros(len(images), config.model.patches, dtype=torch.int64)
+        self._done = 0
+
+    def step(self) -> None:
+        from beit3_dist.train.feed import prepared
+
+        batches = (prepared(self._objectives, self._batch, self._mesh, self._codes) for _ in range(self._often))
+        self.engine.train_step(batches, self._counts, self._done, 1e-3)
+        self._done += 1
+
+
+def peak_bytes(groups: Any, configs: list[RunConfig]) -> list[int]:
+    """The most that exists in the third step of each run, in this process."""
+    found = []
+    for config in configs:
+        gc.collect()
+        allocations = Allocations()
+        allocations.ignore(_tensors())  # former runs leave some
+        steps = Steps(groups, config)
+        steps.step()
+        steps.step()
+        gc.collect()
+        allocations.follow(_tensors())
+        with allocations:
+            steps.step()
+        found.append(allocations.peak)
+        del steps
+        gc.collect()
+    return found
+
+
+def _tensors() -> Iterator[Tensor]:
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor) and thing.device.type == "cpu":
+            yield thing
+
+
+def step_seconds(groups: Any, configs: list[RunConfig], repeats: int) -> list[list[float]]:
+    """Seconds of steps of each run, after two that warm up."""
+    found = []
+    for config in configs:
+        steps, seconds = Steps(groups, config), []
+        for number in range(repeats + 2):
+            dist.barrier()
+            start = time.perf_counter()
+            steps.step()
+            if number > 1:
+                seconds.append(time.perf_counter() - start)
+        found.append(seconds)
+        del steps
+        gc.collect()
+    return found
+
+
+class _Clocked(Traffic):
+    """Seconds of every operation on the CPU beside what it is counted to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.products_s: dict[float, list[float]] = defaultdict(list)
+        """FLOP of one product -> seconds of each."""
+        self.core_s = 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        taken = time.perf_counter() - start
+        if function.is_view or name in FREE:
+            return result
+        if "scaled_dot_product" in name:
+            self.core_s += taken
+            return result
+        results = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        before = self.products.copy()
+        self._count(function, name, args, kwargs, results)
+        if name in PRODUCT:
+            for (b, m, k, n), often in (self.products - before).items():
+                self.products_s[2.0 * m * k * n] += [taken / b / often] * often
+        else:
+            self.seconds[name.strip("_")] += taken
+        return result
+
+
+def rates(groups: Any) -> dict[str, Any]:
+    """The CPU's rates, as plan/devices.py has them, from this process's steps and collectives."""
+    config = run_config(OTHER, Layout(1, 1, False, 1, "none", 1))
+    steps = Steps(groups, config)
+    steps.step()
+    steps.step()
+    plain = []
+    for _ in range(3):
+        start = time.perf_counter()
+        steps.step()
+        plain.append(time.perf_counter() - start)
+    clocked = _Clocked()
+    with clocked:
+        steps.step()
+        steps.step()
+    in_operations = (sum(clocked.seconds.values()) + clocked.core_s + sum(map(sum, clocked.products_s.values()))) / 2
+    launches = sum(row.launches for row in clocked.rows.values()) / 2
+    operations = {
+        name: clocked.rows[name].bytes / seconds
+        for name, seconds in clocked.seconds.items()
+        if name in clocked.rows and clocked.rows[name].bytes and seconds
+    }
+    work = Counting(config, gpu=False).pieces(config.micro_batch(groups.mesh.data), "none")
+    core = work.around.work.core_flops + work.layers * work.layer.work.core_flops
+    moved = sum(clocked.rows[name].bytes for name in operations)
+    products = sorted((size, size / median(taken)) for size, taken in clocked.products_s.items() if size > 1e5)
+    latency, bandwidth = _collectives()
+    link = asdict(Link(bandwidth, latency))
+    return {
+        "name": "cpu", "memory_gb": _memory_gb(), "peak": 0.0, "inside": link, "outside": link, "gpu": False,
+        "bandwidth": moved / sum(clocked.seconds[name] for name in operations), "memory_share": 1.0, "link_share": 1.0,
+        "launch_s": max(0.0, (median(plain) - in_operations) / launches), "core_rate": core * 2 / clocked.core_s,
+        "products": products, "operations": operations, "node": PROCESSES,
+        "source": f"tools/plan.py --calibrate, {torch.get_num_threads()} thread a process, torch {torch.__version__}",
+    }  # fmt: skip
+
+
+def _collectives() -> tuple[float, float]:
+    """Latency of a hop and bytes per second, from an all-reduce of few and of many bytes."""
+    seconds = []
+    for size in SIZES:
+        values = torch.zeros(size // 4)
+        dist.all_reduce(values)
+        start = time.perf_counter()
+        for _ in range(5):
+            dist.all_reduce(values)
+        seconds.append((time.perf_counter() - start) / 5)
+    world = dist.get_world_size()
+    bandwidth = 2 * (world - 1) / world * (SIZES[1] - SIZES[0]) / max(1e-9, seconds[1] - seconds[0])
+    return seconds[0] / 2, bandwidth
+
+
+def _memory_gb() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 / PROCESSES
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def together(function: Callable[..., Any], *arguments: Any, tensor: int = 1, pipeline: int = 1) -> list[Any]:
+    """`function(groups, *arguments)` in PROCESSES connected processes of one thread; their results by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    processes = [
+        context.Process(target=_work, args=(rank, port, tensor, pipeline, results, function, arguments))
+        for rank in range(PROCESSES)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(results.get(timeout=1800) for _ in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [found[rank] for rank in range(PROCESSES)]
+
+
+def _work(
+    rank: int, port: int, tensor: int, pipeline: int, results: Any, function: Callable[..., Any], arguments: Any
+) -> None:
+    world = str(PROCESSES)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, LOCAL_SIZE=world,
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    from beit3_dist.parallel.mesh import connect, read_mesh
+
+    results.put((rank, function(connect(read_mesh(tensor, pipeline)), *arguments)))
+    time.sleep(600)  # until it is ended: gloo's threads make an orderly end slow
+
+
+def planned(
+    device: Device, layout: Layout, model: ModelConfig = MODEL, precision: Any = "fp32", file: str = ""
+) -> Plan:
+    """What the planner says of one of these runs."""
+    plan = Planner(run_config(model, layout, precision, file), device, exact=True).plan(layout, PROCESSES)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def compared(device: Device, repeats: int) -> Iterator[str]:
+    """Steps of LAYOUTS as they are planned and as they are, for people."""
+    yield f"{'layout':62}{'s/step':>9}{'fastest':>9}{'planned':>9}{'off by':>8}"
+    for tensor, pipeline in dict.fromkeys((layout.tensor, layout.pipeline) for layout in LAYOUTS):
+        own = [layout for layout in LAYOUTS if (layout.tensor, layout.pipeline) == (tensor, pipeline)]
+        configs = [run_config(MODEL, layout) for layout in own]
+        measured = together(step_seconds, configs, repeats, tensor=tensor, pipeline=pipeline)[0]
+        for layout, seconds in zip(own, measured, strict=True):
+            taken, plan = median(seconds), planned(device, layout)
+            name = " ".join(f"{key.split('.')[-1]}={value}" for key, value in layout.overrides().items())
+            yield (
+                f"{name.replace('activation_checkpointing', 'recompute'):62}{taken:9.3f}{min(seconds):9.3f}"
+                f"{plan.time.total:9.3f}{plan.time.total / taken - 1:+8.1%}"
+            )
