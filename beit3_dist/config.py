@@ -597,6 +597,10 @@ class JobConfig:
     """Bad steps, loss spikes, hanging steps."""
     callbacks: CallbackConfig = field(default_factory=CallbackConfig)
     """What the run calls as it goes on."""
+    trackers: list[str | dict[str, Any]] = field(default_factory=lambda: ["tensorboard"])
+    """Who is told of the records beside OUT's own files: tensorboard, wandb, mlflow, trackio; with settings as
+    {wandb: {project: NAME, mode: offline}}, whose fields stand in trackers/NAME.py. One that is missing at the start is
+    an error; one that breaks later is said once, and the run goes on without it."""
 
     def __post_init__(self) -> None:
         expand_home(self, "out")

@@ -60,6 +60,16 @@ def blaming(what: str, *kinds: type[Exception], most: int | None = None) -> Iter
         raise ValueError(f"{what}: {one_line(error, most)}") from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file in any OSError inside that names none, as those of a file descriptor do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """A regular file, or the one that a link leads to, for reading; never waits. Raises OSError for anything else."""
     _require_regular(path, _status(path).st_mode)  # to open a device may already do something

@@ -12,6 +12,7 @@ from typing import Any
 from beit3_dist.config import STREAMS, require
 from beit3_dist.opening import read_text, read_yaml
 from beit3_dist.reports.history import Followed, History
+from beit3_dist.trackers.base import flat
 
 RECORDS = ("metrics", "eval", "skipped", "quarantine")
 MOST_REASONS, MOST_SKIPPED = 30, 200
@@ -69,7 +70,7 @@ class RunContents:
             "name": name,
             "folder": str(self.folder),
             "step": last.get("step", 0),
-            "planned": config.get("steps", 0),
+            "planned": int(config.get("steps", 0)),
             "computes": str(last.get("computes", "")),
             "seconds": steps.total("step_s"),
             "waited": steps.total("data_wait_s"),
@@ -90,7 +91,7 @@ class RunContents:
             "replaced_count": self._replaced.total(),
             "replaced_reasons": len(self._replaced),
             "stretches": list(stretches(self.folder)),
-            "config": {key: shown(value) for key, value in config.items()},
+            "config": config,
             "recipe": recipe,
         }
 
@@ -99,29 +100,16 @@ def numbers(record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in record.items() if isinstance(value, (int, float))}
 
 
-def flat(config: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a recipe by their dotted names."""
-    for name, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value
-
-
-def shown(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
 def stretches(folder: Path) -> Iterator[dict[str, Any]]:
     """After which steps the run was begun and begun again, and what the recipe said anew each time."""
     begun = {}
     for path in folder.glob("config_step_*.yaml"):
         if match := re.fullmatch(r"config_step_(\d+)\.yaml", path.name):
             begun[int(match[1])] = path
-    former: dict[str, Any] = {}
+    former: dict[str, str] = {}
     for number, step in enumerate(sorted(begun)):
         config = dict(flat(read_yaml(begun[step])))
         names = [name for name in {**former, **config} if former.get(name) != config.get(name)] if number else []
-        changed = [f"{name}: {shown(former.get(name))} → {shown(config.get(name))}"[:LONGEST] for name in names]
+        changed = [f"{name}: {former.get(name, '')} → {config.get(name, '')}"[:LONGEST] for name in names]
         yield {"after": step, "changed": changed}
         former = config

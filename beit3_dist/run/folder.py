@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ from beit3_dist.opening import read_text
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.computing import computed_by
 from beit3_dist.run.records import JsonLines, Reporter, aside
+from beit3_dist.trackers.base import Recorded
+from beit3_dist.trackers.trackers import Trackers
 
 Entry = TypeVar("Entry")
 
@@ -35,14 +38,18 @@ class _Log(logging.FileHandler):
 
 
 class RunFolder:
-    """OUT: config.yaml and those of all stretches, metrics.jsonl, eval.jsonl, tensorboard/, quarantine.jsonl,
-    skipped.jsonl, logs/rank*.log.
+    """OUT: config.yaml and those of all stretches, metrics.jsonl, eval.jsonl, quarantine.jsonl, skipped.jsonl,
+    logs/rank*.log, and what the config's trackers write, such as tensorboard/.
 
     Records after `step` (of a run that was killed and goes on after `step`) are moved aside. The first process writes
     everything but the other processes' logs.
     """
 
-    def __init__(self, out: Path, config: JobConfig, mesh: Mesh, step: int) -> None:
+    def __init__(
+        self, out: Path, config: JobConfig, mesh: Mesh, step: int, sources: Mapping[str, Any] | None = None
+    ) -> None:
+        """`sources`: what the run's data and tokenizers are known again by. Raises ValueError for a tracker that cannot
+        begin."""
         self.folder = out
         """OUT."""
         (out / "logs").mkdir(parents=True, exist_ok=True)
@@ -56,14 +63,17 @@ class RunFolder:
         log.info("computed by %s", self._computes)
         self._reporter = None
         if mesh.is_first:
-            self._reporter = Reporter(out, step, config.steps)
+            recipe = to_yaml(config)
+            hashes = {"config": hashlib.sha256(recipe.encode()).hexdigest(), **(sources or {})}
+            trackers = Trackers(config.trackers, Recorded(out, step, asdict(config), recipe, hashes))
+            self._reporter = Reporter(out, step, config.steps, trackers)
             self._reporter.text(step, "computes", self._computes)
             # A run that starts anew writes the faults of its step 0, what the data had to leave out, again.
             last = step or -1
             self._quarantine, self._skipped = (
                 JsonLines(out / name, last) for name in ("quarantine.jsonl", "skipped.jsonl")
             )
-            keep_config(out, to_yaml(config), step)  # and puts the names of the files above on the disk
+            keep_config(out, recipe, step)  # and puts the names of the files above on the disk
 
     def step(self, record: Mapping[str, Any]) -> None:
         if self._reporter:
@@ -74,9 +84,14 @@ class RunFolder:
             self._reporter.evaluation(record)
 
     def image(self, step: int, name: str, image: Tensor) -> None:
-        """An image, uint8 [3, H, W], for TensorBoard."""
+        """An image, uint8 [3, H, W], for the trackers."""
         if self._reporter:
             self._reporter.image(step, name, image)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text for the trackers."""
+        if self._reporter:
+            self._reporter.text(step, name, text)
 
     def quarantine(self, step: int, faults: list[Fault]) -> None:
         """One line for each sample that was replaced."""

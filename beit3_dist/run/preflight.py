@@ -31,6 +31,7 @@ from beit3_dist.run.resumption import same_recipe
 from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import pretraining_sources, same_sources
 from beit3_dist.tasks.data.zero_shot import ZeroShotData, open_zero_shot
+from beit3_dist.trackers.registry import check_trackers
 
 
 @dataclass
@@ -62,6 +63,7 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
 
     `before`: the run that `init_from` names, if it is still to come; all is checked then, but nothing can start.
     """
+    check_trackers(config.trackers, mesh.is_first)
     config.micro_batch(mesh.data)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)

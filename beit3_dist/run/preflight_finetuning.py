@@ -28,6 +28,7 @@ from beit3_dist.tasks.data.augmentation import Mixing, Views
 from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.data.names import read_names
 from beit3_dist.tasks.registry import task_class
+from beit3_dist.trackers.registry import check_trackers
 
 
 @dataclass
@@ -60,6 +61,7 @@ def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
 def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
     """Opens and checks everything, and resolves the config's epochs. Raises ValueError with one line that names the
     field or the file and the remedy."""
+    check_trackers(config.trackers, mesh.is_first)
     check_mixing(config, mesh)
     size = config.micro_batch(mesh.data)[0] * task_class(config.task).images * image_bytes(config.model.image_size)
     check_shared_memory(config.data, mesh, size, config.accumulation, bool(config.data.validation))

@@ -14,6 +14,7 @@ from beit3_dist.run.shared_memory import check_shared_memory, image_bytes
 from beit3_dist.run.sources import same_sources, tokenizer_sources
 from beit3_dist.teachers.build import build_teacher
 from beit3_dist.teachers.vision import Teacher
+from beit3_dist.trackers.registry import check_trackers
 
 
 @dataclass
@@ -28,6 +29,7 @@ class TokenizerReady(ReadyToTrain):
 
 def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady:
     """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
+    check_trackers(config.trackers, mesh.is_first)
     require_divides("the number of ranks", mesh.world, "batch", config.batch)
     check_shared_memory(config.data, mesh, config.batch // mesh.world * image_bytes(config.model.image_size))
     checkpoint, state = starting_point(config)

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, eval.jsonl, TensorBoard and a progress line."""
+"""What a run reports: metrics.jsonl, eval.jsonl, its trackers and a progress line."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
+from beit3_dist.opening import naming
 from beit3_dist.terminal import Unfailing
+from beit3_dist.trackers.trackers import Trackers
 
 PROGRESS = {
     "lr": "lr {:.1e}",
@@ -42,16 +42,6 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
     clean = {k: None if k in bad else v for k, v in record.items()}
     return clean | {"non_finite": bad} if bad else clean
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Names the file in any OSError inside that names none, as those of a file descriptor do."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 class JsonLines:
@@ -137,13 +127,13 @@ FEWEST = 3
 class Reporter:
     """Writes the records of the first rank's run folder and keeps the person at the terminal informed."""
 
-    def __init__(self, out: Path, first_step: int, steps: int, terminal: TextIO | None = None) -> None:
+    def __init__(
+        self, out: Path, first_step: int, steps: int, trackers: Trackers, terminal: TextIO | None = None
+    ) -> None:
         """`terminal`: where the person looks; None: standard output."""
         self._metrics = JsonLines(out / "metrics.jsonl", first_step)
         self._evaluations = JsonLines(out / "eval.jsonl", first_step)
-        self._folder = out / "tensorboard"
-        with naming(self._folder):
-            self._tensorboard = SummaryWriter(str(self._folder), purge_step=first_step + 1)  # inclusive
+        self._trackers = trackers
         self._steps, self._terminal = steps, Unfailing(terminal or sys.stdout)
         self._last_line = self._last_step = -math.inf
         self._seconds: deque[float] = deque(maxlen=RECENT)
@@ -151,26 +141,24 @@ class Reporter:
 
     def step(self, record: Mapping[str, Any]) -> None:
         self._metrics.write(record)
-        self._scalars("train", record)
+        self._trackers.record("train", record)
         self._progress(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         self._evaluations.write(record)
-        self._scalars("eval", record)
+        self._trackers.record("eval", record)
         losses = [f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_")]
         others = [f"{n} {v:.3f}" for n, v in record.items() if n != "step" and not n.startswith(("loss_", "acc_"))]
         parts = f" ({'  '.join(losses)})" if losses else ""
         self.say(f"held-out after step {record['step']}: {'  '.join(others)}{parts}")
 
     def image(self, step: int, name: str, image: torch.Tensor) -> None:
-        """An image, uint8 [3, H, W], for TensorBoard."""
-        with naming(self._folder):
-            self._tensorboard.add_image(name, image, step)
+        """An image, uint8 [3, H, W], for the trackers."""
+        self._trackers.image(step, name, image)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A text for TensorBoard."""
-        with naming(self._folder):
-            self._tensorboard.add_text(name, text, step)
+        """A text for the trackers."""
+        self._trackers.text(step, name, text)
 
     def say(self, message: str) -> None:
         """A line of its own for the person at the terminal."""
@@ -182,17 +170,9 @@ class Reporter:
 
     def close(self) -> None:
         """Flushes everything and ends the progress line."""
-        with naming(self._folder):
-            self._tensorboard.close()
+        self._trackers.close()
         if self._terminal.isatty():
             self._print("\n")
-
-    def _scalars(self, kind: str, record: Mapping[str, Any]) -> None:
-        """The record's numbers, for TensorBoard, whose thread reports a full disk at a later call."""
-        with naming(self._folder):
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
-                    self._tensorboard.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def _print(self, text: str) -> None:
         self._terminal.write(text)

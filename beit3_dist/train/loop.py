@@ -84,7 +84,7 @@ class Job(Protocol[Config, Result]):
         """The step's line of metrics.jsonl; the step took `step_s` seconds."""
 
     def images(self) -> Mapping[str, Tensor]:
-        """What TensorBoard shows after `state.step`: the first rank's images by name, uint8 [3, H, W]."""
+        """What trackers show after `state.step`: the first rank's images by name, uint8 [3, H, W]."""
         return {}
 
     def export(self) -> None:
@@ -120,7 +120,7 @@ def _train(job: Job[Any, Any], groups: Groups, callbacks: Callbacks) -> None:
     config, mesh = job.config, job.mesh
     job.checkpoint, job.state = whole_checkpoint(config, job.checkpoint, job.state)
     state = job.state
-    run = RunFolder(Path(config.out), config, mesh, state.step)
+    run = RunFolder(Path(config.out), config, mesh, state.step, state.sources)
     guards = Guards(config, groups, run, state, job.max_bad_fraction)
     job.start(groups)
     if mesh.is_first and state.step == 0:

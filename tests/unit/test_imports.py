@@ -15,7 +15,7 @@ FLOORS = (  # a floor imports those before it, and none of its own
     ("kernels",),
     ("model",),
     ("data", "parallel", "checkpoint"),
-    ("teachers",),
+    ("teachers", "trackers"),
     ("objectives",),
     ("image_tokenizer",),
     ("tasks",),

@@ -9,6 +9,7 @@ import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TextIO
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from beit3_dist.parallel.engine import StepResult
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run import records
 from beit3_dist.run.records import JsonLines, Reporter, finite
+from beit3_dist.trackers.base import Recorded
+from beit3_dist.trackers.tensorboard import TensorBoard
+from beit3_dist.trackers.trackers import Trackers
 from beit3_dist.train import metrics
 from beit3_dist.train.feed import StepBatch
 from beit3_dist.train.metrics import losses_and_accuracies
@@ -32,6 +36,11 @@ CONTRACT = """
 step loss loss_image loss_text loss_pair_image loss_pair_text acc_image acc_text acc_pair_image acc_pair_text lr
 grad_norm images texts pairs tokens_per_s samples_per_s tflops_per_device mfu data_wait_s step_s memory_gb sample_hash
 """.split()
+
+
+def reporter_of(out: Path, step: int, steps: int, terminal: TextIO | None = None) -> Reporter:
+    """A reporter with the default tracker."""
+    return Reporter(out, step, steps, Trackers(["tensorboard"], Recorded(out, step, {}, "", {})), terminal)
 
 
 LOSSES = [Loss(name, 1.0) for name in ("image", "text", "pair_image", "pair_text")]
@@ -215,7 +224,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_progress_in_a_file_is_a_line_every_ten_seconds(tmp_path: Path, clock: SimpleNamespace) -> None:
     terminal = io.StringIO()
-    reporter = Reporter(tmp_path, 10, 40, terminal)
+    reporter = reporter_of(tmp_path, 10, 40, terminal)
     for step in range(11, 41):
         clock.now += 4.0
         reporter.step(record_of(step))
@@ -236,7 +245,7 @@ def test_progress_in_a_file_is_a_line_every_ten_seconds(tmp_path: Path, clock: S
 def test_time_left_is_that_of_the_last_steps(tmp_path: Path, clock: SimpleNamespace) -> None:
     """An hour of starting, a first step that compiles, a validation: none of them comes again in every step."""
     terminal = io.StringIO()
-    reporter = Reporter(tmp_path, 0, 200, terminal)
+    reporter = reporter_of(tmp_path, 0, 200, terminal)
     clock.now += 3600.0
     for step in range(1, 101):
         clock.now += {1: 600.0, 50: 900.0}.get(step, 12.0 if step < 20 else 20.0)
@@ -255,7 +264,7 @@ FULL = {"lr": 9.98e-4, "grad_norm": 12.345, "memory_gb": 71.27}
 
 def test_progress_shows_rate_norm_and_memory(tmp_path: Path, clock: SimpleNamespace) -> None:
     terminal = io.StringIO()
-    reporter = Reporter(tmp_path, 0, 9, terminal)
+    reporter = reporter_of(tmp_path, 0, 9, terminal)
     reporter.step(record_of(1) | FULL)
     reporter.close()
     assert terminal.getvalue().endswith("4.000)  lr 1.0e-03  grad norm 12.3  123 samples/s  71.3 GB\n")
@@ -268,7 +277,7 @@ def test_the_longest_progress_fits_a_screen_of_120_columns(
     """Without the parts of the loss where there is no room for them, and with nothing cut off."""
     monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: os.terminal_size((columns, 40)))
     terminal = Terminal()
-    reporter = Reporter(tmp_path, 900_000, 1_000_000, terminal)
+    reporter = reporter_of(tmp_path, 900_000, 1_000_000, terminal)
     for step in range(900_001, 900_005):
         clock.now += 12.0
         reporter.step(record_of(step) | FULL | {"samples_per_s": 12345.6})
@@ -295,7 +304,7 @@ def test_progress_on_a_screen_renews_one_line_that_fits(
 ) -> None:
     monkeypatch.setattr(records.os, "get_terminal_size", lambda descriptor: os.terminal_size((30, 40)))
     terminal = Terminal()
-    reporter = Reporter(tmp_path, 0, 2, terminal)
+    reporter = reporter_of(tmp_path, 0, 2, terminal)
     clock.now += 1
     reporter.step(record_of(1))
     reporter.say("a remark")
@@ -305,7 +314,7 @@ def test_progress_on_a_screen_renews_one_line_that_fits(
 
 def test_days_are_told(tmp_path: Path, clock: SimpleNamespace) -> None:
     terminal = io.StringIO()
-    reporter = Reporter(tmp_path, 0, 1_000_000, terminal)
+    reporter = reporter_of(tmp_path, 0, 1_000_000, terminal)
     for step in range(1, 5):
         clock.now += 11.0
         reporter.step(record_of(step))
@@ -315,7 +324,7 @@ def test_days_are_told(tmp_path: Path, clock: SimpleNamespace) -> None:
 
 def test_evaluation_goes_to_its_own_file(tmp_path: Path) -> None:
     terminal = io.StringIO()
-    reporter = Reporter(tmp_path, 0, 2, terminal)
+    reporter = reporter_of(tmp_path, 0, 2, terminal)
     reporter.evaluation({"step": 2, **losses_and_accuracies(LOSSES, [4.0] * 4, [1.0] * 4, [2] * 4)})
     reporter.close()
     (record,) = lines(tmp_path / "eval.jsonl")
@@ -328,7 +337,7 @@ def test_evaluation_goes_to_its_own_file(tmp_path: Path) -> None:
 def test_after_a_resume_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
     """Also the checkpoint's own, with its validation; what came after that before the run was killed is gone."""
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        reporter = Reporter(tmp_path, first, 4, io.StringIO())
+        reporter = reporter_of(tmp_path, first, 4, io.StringIO())
         for step in steps:
             reporter.step(record_of(step) | {"loss": 10.0 * first + step})
         reporter.evaluation({"step": steps[1], "loss": 0.5})
@@ -343,7 +352,7 @@ def test_after_a_resume_tensorboard_shows_every_step_once(tmp_path: Path) -> Non
 def test_a_step_that_diverged_is_still_reported(tmp_path: Path) -> None:
     """NaN must neither stop the run's record nor reach TensorBoard."""
     terminal = io.StringIO()
-    reporter = Reporter(tmp_path, 0, 1, terminal)
+    reporter = reporter_of(tmp_path, 0, 1, terminal)
     reporter.step(record_of(1) | {"loss": math.nan, "loss_text": math.inf})
     reporter.close()
     assert "loss nan" in terminal.getvalue() and "text inf" in terminal.getvalue()
@@ -373,7 +382,7 @@ class GoneTerminal(Terminal):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE, errno.EIO])
 @pytest.mark.parametrize("is_screen", [False, True])
 def test_what_nobody_can_read_ends_no_run(number: int, is_screen: bool, tmp_path: Path) -> None:
-    reporter = Reporter(tmp_path, 0, 2, GoneTerminal(number, is_screen))
+    reporter = reporter_of(tmp_path, 0, 2, GoneTerminal(number, is_screen))
     for step in (1, 2):
         reporter.step(record_of(step))
     reporter.evaluation({"step": 2, "loss": 1.0})
@@ -384,21 +393,23 @@ def test_what_nobody_can_read_ends_no_run(number: int, is_screen: bool, tmp_path
 @pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl", "skipped.jsonl", "quarantine.jsonl", "tensorboard"])
 def test_a_full_disk_is_told_by_the_file_that_it_holds(name: str, tmp_path: Path) -> None:
     if name == "tensorboard":
-        reporter = Reporter(tmp_path, 0, 9)
-        reporter._tensorboard.close()
+        reporter = reporter_of(tmp_path, 0, 9)
+        (tensorboard,) = reporter._trackers.in_folder
+        assert isinstance(tensorboard, TensorBoard)
+        tensorboard.writer.close()
 
         class Full:
             def add_scalar(self, *_: object) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-        reporter._tensorboard = Full()  # type: ignore[assignment]
+        tensorboard.writer = Full()  # type: ignore[assignment]
     else:
         (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as error:
         if name in ("metrics.jsonl", "tensorboard"):
-            (reporter if name == "tensorboard" else Reporter(tmp_path, 0, 9)).step(record_of(1))
+            (reporter if name == "tensorboard" else reporter_of(tmp_path, 0, 9)).step(record_of(1))
         elif name == "eval.jsonl":
-            Reporter(tmp_path, 0, 9).evaluation({"step": 1, "loss": 1.0})
+            reporter_of(tmp_path, 0, 9).evaluation({"step": 1, "loss": 1.0})
         else:
             JsonLines(tmp_path / name, 0).write({"step": 1})
     assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / name)
