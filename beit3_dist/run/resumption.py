@@ -67,7 +67,7 @@ _FIELDS = {
         checkpoint.every checkpoint.keep checkpoint.keep_every
         guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",
     OnResume.FREE: """
-        out init_from plugins profile evaluate_only data.workers data.prefetch data.cache
+        out init_from plugins profile trackers evaluate_only data.workers data.prefetch data.cache
         callbacks.on_step callbacks.on_validation callbacks.on_save
         checkpoint.resume checkpoint.other_data checkpoint.other_recipe""",
 }
