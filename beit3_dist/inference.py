@@ -7,7 +7,8 @@
     model.match(["a.jpg"], ["a red circle"])            # retrieval, of a model that was pretrained by matching: [1]
     model.answer(["a.jpg"], ["what shape is this?"])    # vqa, open_vqa: one answer for each image and its question
     model.caption(["a.jpg"])                            # captioning
-    model.classify(["a.jpg"])                           # imagenet: images; text: sentences
+    model.classify(["a.jpg"])                           # imagenet: images; text, text_classification: sentences
+    model.classify_pairs(["it rains"], ["it is wet"])   # text_classification: pairs of sentences
     model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two images
     model.predict(images=["a.jpg"])                     # any task, one of a plugin that is imported too
 
@@ -57,8 +58,11 @@ from beit3_dist.tasks.parts.frozen import frozen_features
 from beit3_dist.tasks.parts.heads import FineTuned, NoNorm
 from beit3_dist.tasks.registry import pretrained_tasks, task_class, task_names
 from beit3_dist.tasks.retrieval import match_logits
+from beit3_dist.tasks.text_classification import pair_words
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+Text = str | tuple[str, str]
+"""A text, or a pair of texts that are read as one."""
 IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -195,11 +199,20 @@ class Model:
             raise ValueError(f"{len(images)} images and {len(questions)} questions: each question needs its image")
         return self._results([[image] for image in images], questions)
 
-    def classify(self, samples: Sequence[ImageLike]) -> list[str]:
-        """The likeliest class of each image or sentence, whichever the model's task reads."""
+    def classify(self, samples: Sequence[ImageLike]) -> list[Any]:
+        """The likeliest class of each image or sentence, whichever the model's task reads, or the number that it tells
+        of a sentence."""
         if self._task_for("classify", "classes").images:
             return self._results([[image] for image in _images(samples)], [])
         return self._results([], _texts(samples))
+
+    def classify_pairs(self, firsts: Sequence[str], seconds: Sequence[str]) -> list[Any]:
+        """The likeliest class of each pair of texts in the same places, or the number that the model tells of it."""
+        self._task_for("classify_pairs", "classes of pairs")
+        firsts, seconds = _texts(firsts), _texts(seconds)
+        if len(firsts) != len(seconds):
+            raise ValueError(f"{len(firsts)} first and {len(seconds)} second texts: each needs the other")
+        return self._results([], list(zip(firsts, seconds, strict=True)))
 
     def is_true(self, images: Sequence[tuple[ImageLike, ImageLike]], sentences: Sequence[str]) -> list[bool]:
         """Whether each sentence is true of the two images in the same place."""
@@ -231,7 +244,7 @@ class Model:
         return self.task
 
     @torch.inference_mode()
-    def _results(self, images: Sequence[Sequence[ImageLike]], texts: Sequence[str]) -> list[Any]:
+    def _results(self, images: Sequence[Sequence[ImageLike]], texts: Sequence[Text]) -> list[Any]:
         """The task's results for samples of its number of images and their texts; of what it does not read, none."""
         task, results = self.task, []
         if task.needs_names and len(task.classes) != self.classes:
@@ -255,10 +268,17 @@ class Model:
         seen = self._views.seen(map(open_image, images), self.network.config.image_size)
         return self._normalize(seen.to(self.device)).to(self.dtype)
 
-    def _words(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _words(self, texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """Ids int64 [B, L] on the device, framed by <s> and </s>; padding bool [B, L] on the host."""
         tokenizer, longest = self.task.tokenizer, self.task.config.data.text_length
-        words, padding = padded_words([tokenizer.encode_beginning(text) for text in texts], longest)
+
+        def tokens(text: Text) -> list[int]:
+            if isinstance(text, str):
+                return tokenizer.encode_beginning(text)
+            first, second = map(tokenizer.encode_beginning, text)
+            return pair_words(first, second, longest)
+
+        words, padding = padded_words([tokens(text) for text in texts], longest)
         return words.to(self.device), padding
 
 

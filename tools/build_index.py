@@ -26,11 +26,14 @@ from beit3_dist.demo.sources import emoji_images
 from beit3_dist.opening import read_json
 from beit3_dist.tasks.data import benchmarks
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
+from beit3_dist.tasks.data.glue import glue
 from beit3_dist.tasks.data.names import read_names
 
 PROGRAM = "build_index.py"
 TEXTS_AT_ONCE = 4096
 """Texts that are tokenised in one call, over several threads."""
+TEXTS = {"text": "text_segment", "text2": "text_segment2"}
+"""Field of a record's text -> that of its token ids."""
 ANSWERS = "answer2label.txt"
 """The file of VQA's answers, in the released form."""
 
@@ -41,18 +44,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def with_token_ids(records: Records, tokenizer: TextTokenizer) -> Iterator[dict[str, Any]]:
-    """The records with `text_segment` instead of `text`; those whose text has no token are left out."""
+    """The records with `text_segment` instead of `text`, and `text_segment2` instead of `text2`; those of which one has
+    no token are left out."""
     for first in range(0, len(records), TEXTS_AT_ONCE):
         some = records[first : first + TEXTS_AT_ONCE]
-        ids = tokenizer.encode_all([record.get("text") or "" for record in some])
-        for record, words in zip(some, ids, strict=True):
-            line = {name: value for name, value in record.items() if name != "text"}
-            if "text" not in record:
-                yield line
-            elif record["text"] is None:
-                yield line | {"text_segment": None}
-            elif words:
-                yield line | {"text_segment": words}
+        lines: list[dict[str, Any] | None] = [{n: v for n, v in record.items() if n not in TEXTS} for record in some]
+        for text, field in TEXTS.items():
+            ids = tokenizer.encode_all([record.get(text) or "" for record in some])
+            for place, (record, words) in enumerate(zip(some, ids, strict=True)):
+                if (line := lines[place]) is None or text not in record:
+                    continue
+                empty = record[text] is None
+                lines[place] = line | {field: None if empty else words} if empty or words else None
+        yield from (line for line in lines if line is not None)
 
 
 def write_indexes(out: Path, indexes: Indexes, tokenizer: TextTokenizer | None) -> None:
@@ -103,6 +107,16 @@ def build_imagenet(options: Namespace) -> None:
         print(line, file=sys.stderr)
 
 
+def build_glue(options: Namespace) -> None:
+    left_out: LeftOut = {}
+    indexes, classes = glue(options.source, left_out)
+    write_indexes(options.out, indexes, TextTokenizer(options.text_tokenizer))
+    write_names(options.out / "classes.txt", classes)
+    print(f"classes.txt: {', '.join(classes)}")
+    for reason, (count, first) in left_out.items():
+        print(f"left out {count:,} lines: {reason}; the first is {first}", file=sys.stderr)
+
+
 def build_demo(options: Namespace) -> None:
     """Images and indexes aside, then renamed."""
     listed = options.out / "demo.json"
@@ -147,7 +161,7 @@ def parse(arguments: list[str] | None) -> Namespace:
         f"  {PROGRAM} imagenet /data/imagenet indexes\n"
         f"  {PROGRAM} demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
     )
-    names = "coco | flickr30k | vqa | nlvr2 | imagenet | demo"
+    names = "coco | flickr30k | vqa | nlvr2 | imagenet | glue | demo"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     def command(name: str, builds: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
@@ -178,6 +192,11 @@ def parse(arguments: list[str] | None) -> Namespace:
         f"{benchmarks.LEAST_ANSWERS} questions"
     )
     sub.add_argument("--answers", type=Path, metavar="FILE", help=text)
+    text = (
+        "Classes of sentences and pairs, or numbers for them: a task of GLUE. OUT gets an index for each side (train, "
+        "dev, dev_matched, test, ...) and classes.txt for data.answers, one name where labels are numbers (STS-B)."
+    )
+    command("glue", build_glue, "folder of train.tsv, dev.tsv, ... as GLUE has them, or of .jsonl files", text)
     text = (
         "Six small tasks from data sets that pip brings, with their images. vqa (and questions: the same without "
         "images, for task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's "

@@ -33,8 +33,9 @@ class TaskDataConfig(LoadingConfig):
     images: str = "."
     """Folder that the image paths of the indexes start from."""
     answers: str = ""
-    """vqa and open_vqa: file with one answer a line, in the order of the labels; imagenet and text: names of the
-    classes; imagenet_retrieval: their names in words, which are the texts."""
+    """vqa and open_vqa: file with one answer a line, in the order of the labels; imagenet, text, text_classification:
+    names of the classes (of the latter one alone: a number is told); imagenet_retrieval: their names in words, which
+    are the texts."""
     text_length: int = 64
     """Longest text in tokens, <s> and </s> included; longer ones are cut (unilm: 64, captioning 32)."""
     caption_key: str = "caption"
@@ -133,13 +134,13 @@ class FinetuneConfig(TrainingConfig):
     layer_decay: float = 1.0
     """Factor of the learning rate from each block to the one below; embeddings come last (BEiT)."""
     head_lr_scale: float = 1.0
-    """imagenet, vqa, nlvr2 and text: factor of the learning rate of the head, the pooler or norm before it left out
-    (unilm: 20 for vqa)."""
+    """imagenet, vqa, nlvr2, text and text_classification: factor of the learning rate of the head, the pooler or norm
+    before it left out (unilm: 20 for vqa)."""
     ema_decay: float = 0.0
     """Decay per step of a moving average of the weights, which validation and the saved model then use; 0: none
     (unilm's 0.9999 suits long runs)."""
     label_smoothing: float = 0.1
-    """captioning, and imagenet and text without mixing: probability spread over all classes."""
+    """Tasks of classes or of writing, without mixing: probability spread over all classes."""
     name_smoothing: float = 0.0
     """imagenet_retrieval: the same, over all examples of the step (the paper's giant: 0.1)."""
     mixup: float = 0.0

@@ -52,6 +52,7 @@ TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the comm
     "retrieval_matching": {"batch": TaskBatchConfig(size=8), "eval": TaskEvalConfig(batch=2, rerank=3)},
     "itc": {"batch": TaskBatchConfig(size=8)},
     "text": {"ema_decay": 0.9, "layer_decay": 0.5},
+    "text_classification": {"head_lr_scale": 5.0},
 }
 FUSED: dict[str, Any] = dict(layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=2, connected_every=1,
                              vision_layers=1, vision_width=48, vision_heads=4, decoder_layers=1)  # fmt: skip
@@ -81,6 +82,7 @@ def records(task: str, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
                 "retrieval_matching": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
                 "itc": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
                 "text": {"text_segment": words[n], "label": n % 5},
+                "text_classification": {"text_segment": words[n], "text_segment2": words[-n], "label": n % 5},
             }[task]
         )  # fmt: skip
     return made
@@ -179,6 +181,9 @@ def test_the_model_for_use_predicts_what_the_run_predicted(one_process: Path) ->
     scores = json.loads((out / "retrieval_matching" / "eval.jsonl").read_text())
     for name, value in json.loads((one_process / "scores.json").read_text())["metrics"].items():
         assert scores[name.replace("_retrieval", "")] == pytest.approx(value), name
+    told = [line.split("\t")[1] for line in written["text_classification"].splitlines()[1:]]
+    seconds = [tokenizer.decode(line["text_segment2"]) for line in asked["text_classification"]]
+    assert models["text_classification"].classify_pairs(texts("text_classification"), seconds) == told
     truths = [line.rsplit(",", 1)[1] == "True" for line in written["nlvr2"].splitlines()]
     two = list(zip(pictures("nlvr2"), pictures("nlvr2", "image2_path"), strict=True))
     assert models["nlvr2"].is_true(two, texts("nlvr2")) == truths

@@ -235,7 +235,7 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
     [
         (
             {"task": "nlvr2"},
-            "data.answers belongs to imagenet, imagenet_retrieval, open_vqa, text, vqa, not to task=nlvr2",
+            "data.answers belongs to imagenet, imagenet_retrieval, open_vqa, text, text_classification",
         ),
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),

@@ -19,6 +19,7 @@ from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import generator
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.tasks.data import batches
 from beit3_dist.tasks.data.augmentation import IMAGENET, Mixing, Views, _rand_augment, erased, globals_from
 from beit3_dist.tasks.data.batches import Examples, Places, TaskBatch, training_places, validation_places
 from beit3_dist.tasks.data.examples import Example, TarMember
@@ -302,3 +303,17 @@ def test_mixing_blends_or_exchanges_neighbours() -> None:
     assert float(targets[0, 0]) == pytest.approx(float(share) * 0.9 + smoothed, abs=1e-6)
     assert targets.sum(1).tolist() == pytest.approx([1.0] * 4)
     assert set(mixed[0].unique().tolist()) <= {0, 100} and set(mixed[2].unique().tolist()) <= {200, 40}
+
+
+def test_an_image_of_examples_in_a_row_is_decoded_once(
+    examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Any] = []
+    decode = batches.decoded
+    monkeypatch.setattr(batches, "decoded", lambda image, most: decoded.append(image) or decode(image, most))
+    one, other = (replace(example, images=example.images[:1]) for example in examples[:2])
+    rows = [one, replace(one, id=1), replace(one, id=2), other, one]
+    batch = dataset(rows, train=False)[Places((0, 1, 2, 3, 4), (True,) * 5)]
+    assert [*map(str, decoded)] == [str(example.images[0]) for example in (one, other, one)]
+    assert torch.equal(batch.images[0], batch.images[1]) and not torch.equal(batch.images[0], batch.images[3])
+    assert torch.equal(batch.images[0], batch.images[4])

@@ -126,11 +126,11 @@ class Rules:
         except ValueError as error:
             raise Malformed(str(error)) from None
 
-    def words(self, record: Record) -> tuple[int, ...]:
-        """The token ids of `text_segment`, at least one."""
-        value = record.get("text_segment")
+    def words(self, record: Record, field: str = "text_segment") -> tuple[int, ...]:
+        """The token ids of a field, at least one."""
+        value = record.get(field)
         if not isinstance(value, list) or not value or not all(type(word) is int for word in value):
-            raise Malformed("no list of token ids in the field 'text_segment'")
+            raise Malformed(f"no list of token ids in the field {field!r}")
         if self.vocab_size is not None and not 0 <= min(value) <= max(value) < self.vocab_size:
             raise Malformed(f"a token id is not in range({self.vocab_size}), the model's vocabulary")
         return tuple(value)

@@ -35,6 +35,39 @@ def top_k(predictions: Tensor, labels: Sequence[int]) -> dict[str, float]:
     return {f"top{k}": hits[:, :k].any(1).double().mean().item() for k in (1, 5) if k <= predictions.shape[1]}
 
 
+def agreement(guesses: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+    """accuracy, matthews (Gorodkin 2004 for more than two classes) and, of two, f1 of the second, of int64 [N] each. A
+    ratio without a denominator is 0."""
+    table = torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes).double()
+    told, true, right, count = table.sum(0), table.sum(1), table.diag().sum(), table.sum()
+    spread = (count**2 - told @ told) * (count**2 - true @ true)
+    matthews = (right * count - told @ true) / spread.sqrt() if spread > 0 else torch.zeros(())
+    scores = {"accuracy": (right / count).item(), "matthews": matthews.item()}
+    if classes == 2:
+        both = told[1] + true[1]
+        scores["f1"] = (2 * table[1, 1] / both).item() if both > 0 else 0.0
+    return scores
+
+
+def correlations(guesses: Tensor, labels: Tensor) -> dict[str, float]:
+    """pearson and spearman of numbers [N] each; 0 where either is all alike."""
+    ranks = [_ranks_of(values.double()) for values in (guesses, labels)]
+    return {"pearson": _pearson(guesses.double(), labels.double()), "spearman": _pearson(*ranks)}
+
+
+def _pearson(a: Tensor, b: Tensor) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    norm = a.norm() * b.norm()
+    return (a @ b / norm).item() if norm > 0 else 0.0
+
+
+def _ranks_of(values: Tensor) -> Tensor:
+    """Ranks from 1; equal values have the mean of theirs."""
+    _, group, sizes = values.unique(return_inverse=True, return_counts=True)
+    last = sizes.cumsum(0)
+    return (last - (sizes - 1) / 2).double()[group]
+
+
 def first_rows(keys: Iterable[Key]) -> dict[Key, int]:
     """The row in which each key comes first, in the order of these rows."""
     first: dict[Key, int] = {}
