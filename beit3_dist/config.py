@@ -493,6 +493,9 @@ class EvalConfig:
     templates: str = "shipped"
     """File of lines with {} in the place of a class's name, over which its vectors are averaged; shipped: eight that
     come with the program (tasks/data/zero_shot.py)."""
+    pictures: int = 0
+    """Held-out images and pairs that each validation shows to the `trackers`: with what the model guesses of hidden
+    patches and words, and which codes it takes for which. 0: none."""
     at_most: int = 5000
     """Images of each of these tars that are scored, or learnt from: of more, so many at equal distances, which bounds a
     validation's time; 0: all."""
@@ -504,7 +507,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "image_codes", "class_names", "templates")
-        require_not_negative("eval.", self, "every", "at_most")
+        require_not_negative("eval.", self, "every", "at_most", "pictures")
         require_positive("eval.", self, "batches")
         require(bool(self.classes) or not self.classes_train, "eval.classes_train teaches the classes of eval.classes")
         for name in STREAMS:

@@ -37,6 +37,15 @@ def nearest_patches(tokenizer: VQKD, batches: Iterable[Tensor]) -> Tensor:
     return chosen
 
 
+def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
+    """The mean patch of each code: uint8 [K, values] from sums [K, values], numbers of patches [K], codebook [K, C]. A
+    code without a patch looks like the code with patches that is nearest to it in the codebook."""
+    used = carriers.nonzero().squeeze(1)
+    nearest = used[torch.cdist(codebook, codebook[used]).argmin(1)]
+    looks = torch.where(carriers > 0, torch.arange(len(carriers)), nearest)
+    return (sums / carriers.clamp(min=1)[:, None]).round().byte()[looks]
+
+
 def mosaic(codes: Tensor, patches: Tensor) -> Tensor:
     """[B, N] codes, [K, 3, P, P] a patch for each -> images [B, 3, S, S] put together from them."""
     grid = int(codes.shape[1] ** 0.5)

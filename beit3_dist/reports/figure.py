@@ -13,8 +13,8 @@ from torch import Tensor
 
 from beit3_dist.objectives.base import Loss
 from beit3_dist.optional import optional_module
-from beit3_dist.reports.examples import Example, in_brackets, tiles
 from beit3_dist.reports.opened import Record, Run, column
+from beit3_dist.train.guesses import Example, in_brackets, tiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,9 +25,10 @@ from torch import Tensor
 from beit3_dist.checkpoint.find import find
 from beit3_dist.opening import read_text, read_yaml
 from beit3_dist.reports.contents import RunContents
-from beit3_dist.reports.examples import Example, codes_right, examples, tiles
+from beit3_dist.reports.examples import examples
 from beit3_dist.reports.opened import Run, open_run
 from beit3_dist.reports.targets import TrainingSample, baseline, sample_training, watched
+from beit3_dist.train.guesses import Example, codes_right, tiles
 from beit3_dist.train.target_watch import collapse, entropy
 
 QUALITY = 88

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from beit3_dist.config import STREAMS
-from beit3_dist.reports.examples import Example, codes_right
 from beit3_dist.reports.opened import Record, Run, column
 from beit3_dist.reports.targets import TrainingSample, baseline, watched
+from beit3_dist.train.guesses import Example, codes_right
 from beit3_dist.train.target_watch import collapse, entropy
 
 LAST_STEPS = 20

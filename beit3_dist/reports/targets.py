@@ -11,7 +11,7 @@ from torch import Tensor
 
 from beit3_dist.data.batch import MicroBatch, requests_from
 from beit3_dist.data.views import SeenImages
-from beit3_dist.image_tokenizer.drawing import patches_of
+from beit3_dist.image_tokenizer.drawing import mean_patches, patches_of
 from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.objectives.base import Loss
 from beit3_dist.reports.opened import SAMPLES_AT_ONCE, Run
@@ -69,15 +69,6 @@ def codes_of(run: Run, batch: MicroBatch, device: torch.device) -> Tensor | None
     if run.image_tokenizer is None:
         return None
     return ImageTargets(run.image_tokenizer, device)(SeenImages(batch, device).tokenizer)
-
-
-def mean_patches(sums: Tensor, carriers: Tensor, codebook: Tensor) -> Tensor:
-    """The mean patch of each code: uint8 [K, values] from sums [K, values], numbers of patches [K], codebook [K, C]. A
-    code without a patch looks like the code with patches that is nearest to it in the codebook."""
-    used = carriers.nonzero().squeeze(1)
-    nearest = used[torch.cdist(codebook, codebook[used]).argmin(1)]
-    looks = torch.where(carriers > 0, torch.arange(len(carriers)), nearest)
-    return (sums / carriers.clamp(min=1)[:, None]).round().byte()[looks]
 
 
 def baseline(counts: Tensor) -> float:

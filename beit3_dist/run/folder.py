@@ -88,10 +88,13 @@ class RunFolder:
         if self._reporter:
             self._reporter.image(step, name, image)
 
-    def text(self, step: int, name: str, text: str) -> None:
-        """A text for the trackers."""
+    def shown(self, step: int, images: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+        """Images and texts by name, for the trackers."""
         if self._reporter:
-            self._reporter.text(step, name, text)
+            for name, image in images.items():
+                self._reporter.image(step, name, image)
+            for name, text in texts.items():
+                self._reporter.text(step, name, text)
 
     def quarantine(self, step: int, faults: list[Fault]) -> None:
         """One line for each sample that was replaced."""

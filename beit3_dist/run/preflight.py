@@ -17,6 +17,7 @@ from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.objectives.contrastive import Contrastive
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModeling
 from beit3_dist.objectives.registry import objectives_by_stream, objectives_of
 from beit3_dist.objectives.together import Objectives
@@ -78,6 +79,7 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
             "the model, which a pipeline cannot: use parallel.pipeline=1",
         )
     check_trained(config, mesh, objectives)
+    check_pictures(config, objectives)
     if config.gradient_masking.every:
         objectives_by_stream(config, ("images", "texts"))
     checkpoint, state = starting_point(config)
@@ -138,6 +140,25 @@ def check_zero_shot(config: RunConfig) -> None:
         not (config.eval.captions and config.parallel.sequence),
         "eval.captions: words are written one at a time, which sequence parallelism cannot share out: use "
         "parallel.sequence=false, or leave eval.captions out and score checkpoints by tools/evaluate.py",
+    )
+
+
+def check_pictures(config: RunConfig, objectives: Objectives) -> None:
+    """Raises ValueError where validations cannot draw what `eval.pictures` asks for."""
+    if not config.eval.pictures:
+        return
+    unless = "or use eval.pictures=0 and tools/report.py"
+    require(bool(config.eval.every), f"eval.pictures={config.eval.pictures}: give eval.every, {unless}")
+    require(
+        config.parallel.pipeline == 1,
+        f"eval.pictures={config.eval.pictures}: a pipeline guesses nothing beside its training: use "
+        f"parallel.pipeline=1, {unless}",
+    )
+    masked = [objective for objective in objectives if objective.name == MaskedDataModeling.name]
+    require(
+        any(objective.coded for objective in masked) and not config.image_codes,
+        f"eval.pictures={config.eval.pictures} draws what an image tokenizer says of masked images, which this run has "
+        f"none of: give objectives.masked_data_modeling and image_tokenizer, without image_codes, {unless}",
     )
 
 

@@ -62,7 +62,7 @@ _FIELDS = {
         data.caption_length data.min_crop_scale data.scaled_decoding data.color_jitter data.horizontal_flip
         data.rand_augment data.random_erasing data.max_bad_fraction data.validation
         eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.retrieval eval.captions
-        eval.classes eval.classes_train eval.class_names eval.templates eval.at_most
+        eval.classes eval.classes_train eval.pictures eval.class_names eval.templates eval.at_most
         eval.beams eval.length_penalty eval.caption_metrics eval.batch eval.rerank
         checkpoint.every checkpoint.keep checkpoint.keep_every
         guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",

@@ -100,6 +100,10 @@ class Job(Protocol[Config, Result]):
         are any. Collective."""
         return {}
 
+    def shown(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        """What trackers show of the last validation: the first rank's images, uint8 [3, H, W], and texts by name."""
+        return {}, {}
+
     def finish(self) -> None:
         """After the last step, its checkpoint whole: writes what else the run leaves. Collective."""
         return None
@@ -164,6 +168,7 @@ def _train(job: Job[Any, Any], groups: Groups, callbacks: Callbacks) -> None:
                     run.evaluation(scored := {"step": state.step} | scores)
                     if mesh.is_first:
                         callbacks.on_validation(scored)
+                    run.shown(state.step, *job.shown())
             guards.check_samples(state)
             profile_step()
             garbage.after(state.step)

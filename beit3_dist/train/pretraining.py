@@ -38,6 +38,7 @@ from beit3_dist.train.masked_by_stream import MaskedByStream
 from beit3_dist.train.metrics import losses_and_accuracies, speed
 from beit3_dist.train.optimizer import build_optimizer
 from beit3_dist.train.passes import passes
+from beit3_dist.train.pictures import Pictures, Shown
 from beit3_dist.train.target_watch import TargetWatch
 from beit3_dist.train.validation import evaluate
 from beit3_dist.train.zero_shot import ZeroShot
@@ -117,6 +118,11 @@ class Pretraining(Job[RunConfig, StepResult]):
         if ready.image_tokenizer is not None and mesh.is_last_stage:
             self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device, groups.tensor, config.kernels)
         self._target_watch = TargetWatch(objectives, mesh)
+        self._pictures: Pictures | None = None
+        self._shown: Shown = {}, {}
+        if config.eval.pictures:
+            assert ready.image_tokenizer is not None and self._tokenize is not None
+            self._pictures = Pictures(config, ready.image_tokenizer, self._tokenize, self._engine)
         self._feed = Feed(config, objectives, groups)
         images, texts, pairs = (self.state.consumed.get(stream, 0) for stream in self.samples)
         requests, data = requests_from((images, texts, pairs), config.batch), config.data
@@ -191,4 +197,9 @@ class Pretraining(Job[RunConfig, StepResult]):
         scores = evaluate(self.config, self._objectives, engine, feed, ready.held_out, *made_by, together)
         if ready.zero_shot is not None:
             scores |= ZeroShot(self.config, ready.zero_shot, engine, ready.train.tokenizer, together).scores()
+        if self._pictures is not None:
+            self._shown = self._pictures.shown(together)
         return scores
+
+    def shown(self) -> Shown:
+        return self._shown

@@ -27,6 +27,7 @@ from beit3_dist.config import BatchConfig, CheckpointConfig, EvalConfig, RunConf
 from beit3_dist.data.batch import MixedBatches, Request, requests_from
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.views import SeenImages
+from beit3_dist.image_tokenizer.drawing import mean_patches
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.masked_data_modeling import NAME
@@ -34,6 +35,7 @@ from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.reports import examples, figure, opened, targets
 from beit3_dist.reports.opened import Record
+from beit3_dist.train import guesses as guesses_of
 from beit3_dist.train.target_watch import entropy
 from tests.integration.runs import metrics, program, run_config, write_recipe
 from tests.launching import launch
@@ -167,10 +169,11 @@ def test_guesses_are_those_that_the_objective_counts(config: RunConfig, content:
         hidden += torch.tensor(run.objectives.counts(batch))
     image, _, pair_image, pair_text = right.tolist()
 
-    def hits(some: list[examples.Example]) -> int:
+    def hits(some: list[guesses_of.Example]) -> int:
         return sum(int((e.guesses == e.codes)[e.hidden].sum()) for e in some)
 
-    words = ["→" not in word for pair in pairs for word in re.findall(r"\[[^]]*]", examples.in_brackets(pair.caption))]
+    captions = " ".join(guesses_of.in_brackets(pair.caption) for pair in pairs)
+    words = ["→" not in word for word in re.findall(r"\[[^]]*]", captions)]
     assert (hits(images), hits(pairs), sum(words), len(words)) == (image, pair_image, pair_text, hidden[3])
     shares = {"image": image / float(hidden[0]), "pair_image": pair_image / float(hidden[2])}
     assert content["codes_right"] == pytest.approx(shares)
@@ -265,7 +268,7 @@ def test_the_entropy_of_a_known_distribution() -> None:
 def test_a_code_without_patches_looks_like_its_nearest_neighbour() -> None:
     sums = torch.tensor([[10.0, 20.0], [0.0, 0.0], [90.0, 60.0]], dtype=torch.float64)
     codebook = torch.tensor([[1.0, 0.0], [0.1, 1.0], [0.0, 1.0]])
-    looks = targets.mean_patches(sums, torch.tensor([2, 0, 3]), codebook)
+    looks = mean_patches(sums, torch.tensor([2, 0, 3]), codebook)
     assert looks.tolist() == [[5, 10], [30, 20], [30, 20]]
 
 
@@ -279,10 +282,10 @@ def test_hidden_patches_are_drawn_where_they_are() -> None:
     picture = torch.arange(3 * 4 * 4, dtype=torch.uint8).reshape(3, 4, 4)
     looks = torch.stack([torch.full((3, 2, 2), level, dtype=torch.uint8) for level in (200, 210)])
     hidden: Tensor = torch.tensor([False, True, False, False])  # the upper right patch
-    example = examples.Example(picture, hidden, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 0]))
-    original, masked, guessed, true = examples.tiles(example, looks)
+    example = guesses_of.Example(picture, hidden, torch.tensor([0, 1, 0, 0]), torch.tensor([0, 0, 0, 0]))
+    original, masked, guessed, true = guesses_of.tiles(example, looks)
     assert (original == picture.permute(1, 2, 0).numpy()).all()
-    for drawn, levels in ((masked, {examples.GREY, examples.GREY_EDGE}), (guessed, {200}), (true, {210})):
+    for drawn, levels in ((masked, {guesses_of.GREY, guesses_of.GREY_EDGE}), (guessed, {200}), (true, {210})):
         assert set(np.unique(drawn[:2, 2:])) == levels
         assert (drawn[2:] == original[2:]).all() and (drawn[:2, :2] == original[:2, :2]).all()
 
@@ -291,11 +294,11 @@ def test_hidden_words_of_a_caption_stand_in_brackets(config: RunConfig) -> None:
     tokenizer = TextTokenizer(config.text_tokenizer)
     words = torch.tensor([tokenizer.bos, *tokenizer.encode("a red dog runs"), tokenizer.eos])
     mask = torch.zeros_like(words, dtype=torch.bool)
-    assert examples.in_brackets(examples.pieces_of(tokenizer, words, mask, words)) == "a red dog runs"
+    assert guesses_of.in_brackets(guesses_of.pieces_of(tokenizer, words, mask, words)) == "a red dog runs"
     mask[1] = mask[-2] = True
     guesses = words.clone()
     guesses[-2] = tokenizer.unk
-    caption = examples.in_brackets(examples.pieces_of(tokenizer, words, mask, guesses))
+    caption = guesses_of.in_brackets(guesses_of.pieces_of(tokenizer, words, mask, guesses))
     assert caption.startswith("[") and "]" in caption.split("red")[0] and "[<unk>→" in caption
 
 

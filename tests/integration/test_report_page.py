@@ -15,8 +15,8 @@ import pytest
 
 from beit3_dist.reports import live
 from beit3_dist.reports.contents import RunContents
-from beit3_dist.reports.examples import Example, Piece
 from beit3_dist.reports.page import Shown, contents, page, shown_example
+from beit3_dist.train.guesses import Example, Piece
 from tests.browser import Browser, browsing
 from tools import report
 

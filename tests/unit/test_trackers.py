@@ -40,8 +40,7 @@ def two_stretches(out: Path, names: list[str | dict[str, Any]]) -> None:
         for step in steps:
             run.step({"step": step, "loss": first + step / 2, "samples_per_s": 1.0, "sample_hash": f"hash{step}"})
         run.evaluation({"step": steps[-1], "loss": 7.0, "image_retrieval_recall@1": 0.5})
-        run.image(steps[-1], "pictures/images", PICTURE)
-        run.text(steps[-1], "captions", "a [cat→dog]")
+        run.shown(steps[-1], {"pictures/images": PICTURE}, {"captions": "a [cat→dog]"})
         run.close()
     assert {len((out / f"{name}.jsonl").read_text().splitlines()) for name in ("metrics", "eval")} == {3, 1}
 
