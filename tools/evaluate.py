@@ -15,7 +15,7 @@ or an index of tools/build_index.py (.jsonl) with --images FOLDER.
                 image with several captions is found by any of them, and counts once. Equal captions of different images
                 are told apart, as published figures do, unless --merge_captions. Needs contrast: a model pretrained by
                 the objective contrastive, or fine-tuned for retrieval. --rerank N: the N best each are put in order by
-                the objective matching.
+                what the objective matching, or the task retrieval_matching, has taught.
     classes     the class whose name, in all templates, has the closest vector: acc1, acc5, mean_per_class_recall.
                 Needs contrast. --templates: a file of lines with {} for the name, or `shipped` for eight that
                 come with the program; without it the name alone.

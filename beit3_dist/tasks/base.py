@@ -108,8 +108,9 @@ class Task(ABC):
     pretrained = False
     """Whether the model is as this objective has left it."""
     serves: ClassVar[tuple[str, ...]] = ()
-    """Methods of `inference.Model` that a model of this task has beside `predict`. answer, classify and is_true say
-    `predict` in other words; embed_images, embed_texts and caption are methods of the task, too."""
+    """Methods of `inference.Model` that a model of this task has beside `predict`. answer, classify,
+    classify_pairs and is_true say `predict` in other words; embed_images, embed_texts and caption are methods of the
+    task, too."""
 
     def __init__(self, config: FinetuneConfig, tokenizer: TextTokenizer | None, classes: Sequence[str] = ()) -> None:
         """`classes`: names of what the head tells apart, where the task has such. `tokenizer`: only a model in use that
