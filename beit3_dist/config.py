@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from os.path import expanduser
 from typing import Any, Literal, cast
 
+from jsonargparse.typing import register_type
+
 SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the SentencePiece pieces: 64,000 pieces give the released 64,010 rows
 (pieces are shifted by one, <mask> follows them, eight rows are spare)."""
@@ -20,6 +22,47 @@ Recompute = Literal["none", "attention", "selective", "full"]
 """What activation checkpointing recomputes in a block."""
 Sharing = Literal["shared", "per_modality"]
 """Whether vision and language tokens pass the same weights, or each their own."""
+
+
+class Auto(int):
+    """What a field is until the planner has found its number (plan/auto.py)."""
+
+    def __new__(cls) -> Auto:
+        return super().__new__(cls, -1)
+
+    def __repr__(self) -> str:
+        return "auto"
+
+
+AUTO = Auto()
+
+
+def is_auto(value: int) -> bool:
+    """Whether the planner is to find this number."""
+    return isinstance(value, Auto)
+
+
+class _Planned(int):
+    """Names the kind of a field that holds a whole number, or AUTO."""
+
+
+def _planned(value: Any) -> int:
+    if value == "auto":
+        return AUTO
+    if isinstance(value, str) and value.removeprefix("-").isdecimal():  # as a command line gives it
+        return int(value)
+    raise ValueError(f"{value!r} is neither a whole number nor auto")
+
+
+register_type(
+    _Planned,
+    serializer=lambda value: "auto" if is_auto(value) else int(value),
+    deserializer=_planned,
+    type_check=lambda value, _: isinstance(value, int) and not isinstance(value, bool),
+)
+Planned = int
+"""A whole number, or the word auto."""
+globals()["Planned"] = _Planned  # for parsers, which read annotations; for type checkers it is an int
 
 
 def require(condition: bool, message: str) -> None:
@@ -362,39 +405,48 @@ class BatchConfig:
     """Text-only samples per step."""
     pairs: int = 2048
     """Image-text pairs per step."""
-    accumulation: int = 1
-    """Micro-batches per step; a rank's micro-batch of a stream is its count / data-parallel ranks / accumulation."""
+    accumulation: Planned = 1
+    """Micro-batches per step; a rank's micro-batch of a stream is its count / data-parallel ranks / accumulation. auto:
+    as few as fit, see parallel."""
 
     def __post_init__(self) -> None:
         require_not_negative("batch.", self, *STREAMS)
         require(any(getattr(self, name) for name in STREAMS), "batch: images, texts and pairs are all 0")
-        require_positive("batch.", self, "accumulation")
+        if not is_auto(self.accumulation):
+            require_positive("batch.", self, "accumulation")
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """How the model is spread over the ranks. The data-parallel size is what the launcher's world leaves."""
+    """How the model is spread over the ranks. The data-parallel size is what the launcher's world leaves.
 
-    tensor: int = 1
+    auto, in pretrain.py: the planner (plan/auto.py) takes the fastest of the layouts that fit the devices' memory,
+    among those with the fewest ranks to a replica; a resumed run goes on in whatever it finds then."""
+
+    tensor: Planned = 1
     """Tensor-parallel ranks: every layer's matrices are cut over so many neighbouring processes. Divides model.heads
     and model.ffn_width."""
-    pipeline: int = 1
+    pipeline: Planned = 1
     """Pipeline ranks: the blocks are cut into so many stages. Needs batch.accumulation >= parallel.pipeline."""
     chunks: int = 1
     """Stages of each pipeline rank; above 1 they are interleaved, which shortens the bubble and costs communication."""
     sequence: bool = False
     """Shard the tokens over the tensor ranks where layers are not: norms, residuals, drop path. Saves memory."""
-    zero_stage: Literal[0, 1, 2, 3] = 3
+    zero_stage: Planned = 3
     """ZeRO stage: 0 nothing is sharded, 1 optimizer state, 2 and gradients, 3 and parameters."""
 
     def __post_init__(self) -> None:
-        require_positive("parallel.", self, "tensor", "pipeline")
+        require_positive("parallel.", self, *(n for n in ("tensor", "pipeline") if not is_auto(getattr(self, n))))
+        require(
+            is_auto(self.zero_stage) or 0 <= self.zero_stage <= 3,
+            f"parallel.zero_stage={self.zero_stage} is none of 0, 1, 2, 3 and auto",
+        )
         require(
             self.chunks == 1 or (self.chunks > 1 and self.pipeline > 1),
             f"parallel.chunks={self.chunks} interleaves the stages of a pipeline: set parallel.pipeline above 1",
         )
         require(
-            self.tensor > 1 or not self.sequence,
+            self.tensor > 1 or is_auto(self.tensor) or not self.sequence,
             "parallel.sequence shards tokens over the tensor ranks: set parallel.tensor above 1, or leave it off",
         )
 
@@ -674,7 +726,7 @@ class TrainingConfig(JobConfig):
         )
         self.plugins = [self.plugins] if isinstance(self.plugins, str) else self.plugins
         require(
-            self.precision == "fp32" or self.parallel.zero_stage > 0,
+            self.precision == "fp32" or self.parallel.zero_stage != 0,
             "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "
             "use parallel.zero_stage=1 or precision=fp32",
         )
@@ -687,7 +739,7 @@ class TrainingConfig(JobConfig):
         every = self.activation_checkpointing_every
         require_positive("", self, "activation_checkpointing_every")
         require(
-            every == 1 or any(self.recompute(rank) != "none" for rank in range(ranks)),
+            every == 1 or any(self.recompute(rank) != "none" for rank in range(max(1, ranks))),
             f"activation_checkpointing_every={every}, but activation_checkpointing=none recomputes nothing: use 1",
         )
 

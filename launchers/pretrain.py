@@ -18,6 +18,7 @@ import sys
 
 from beit3_dist.command_line import begin, importing, parse
 from beit3_dist.config import RunConfig
+from beit3_dist.launched import read_place
 from beit3_dist.objectives import SECTIONS
 
 PROGRAM = "pretrain.py"
@@ -28,12 +29,16 @@ def main(arguments: list[str]) -> None:
     config = parse(RunConfig, PROGRAM, str(__doc__), arguments, SECTIONS)
     with importing():
         from beit3_dist.parallel.mesh import read_mesh
+        from beit3_dist.plan.auto import with_layout
         from beit3_dist.run.launch import launch
-        from beit3_dist.run.preflight import prepare_run
+        from beit3_dist.run.preflight import Ready, prepare_run
         from beit3_dist.train.pretraining import pretrain
 
-    parallel = config.parallel
-    launch(PROGRAM, lambda: prepare_run(config, read_mesh(parallel.tensor, parallel.pipeline)), pretrain)
+    def prepare() -> Ready:
+        laid_out = with_layout(config, read_place().world)
+        return prepare_run(laid_out, read_mesh(laid_out.parallel.tensor, laid_out.parallel.pipeline))
+
+    launch(PROGRAM, prepare, pretrain)
 
 
 if __name__ == "__main__":

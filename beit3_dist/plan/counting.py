@@ -131,6 +131,8 @@ class Pieces:
     """How many of the layers are alike; 0: the model ran whole."""
     tokens: int
     """Of the micro-batch."""
+    inputs: float
+    """Bytes of its images, as the embedding takes them."""
 
 
 class _TensorRanks:
@@ -185,12 +187,17 @@ class Counting:
         if model.fusion_layers or model.layers <= few:
             whole, tokens = passed(model.layers)
             none = Passed(Work(), 0, 0)
-            return Pieces(none, whole, whole, 0, tokens)
+            return Pieces(none, whole, whole, 0, tokens, self._inputs_bytes(samples))
         (less, tokens), (more, _), (bottom, _) = passed(few), passed(few + 1), passed(1, bottom=True)
         layer = Passed(more.work - less.work, more.peak - less.peak, more.kept - less.kept)
         around = Passed(less.work - layer.work, less.peak - layer.peak, less.kept - layer.kept)
         alike = model.layers - model.vl_expert_layers
-        return Pieces(layer, around, bottom, alike, tokens)
+        return Pieces(layer, around, bottom, alike, tokens, self._inputs_bytes(samples))
+
+    def _inputs_bytes(self, samples: tuple[int, ...]) -> float:
+        counts = dict(zip(STREAMS, samples, strict=True))
+        images = sum(counts[view.stream] for view in self.objectives.views if view.image)
+        return images * 3 * self._config.model.image_size**2 * 4.0
 
     def _passed(
         self, layers: int, samples: tuple[int, ...], recompute: Recompute, tensor: int, sequence: bool, bottom: bool

@@ -2,9 +2,10 @@
 
 **Memory.** States, gradients, buckets and live parameters are those of parallel/memory.py, what exists of activations
 that of plan/counting.py. A rank of a pipeline holds the activations of as many micro-batches as are on their way behind
-it, min(p - r, accumulation), with what came and goes (a buffer for each direction and micro-batch on its way). The peak
-is the larger of two moments: the first block's backward pass, when all activations and no gradient of this pass are
-there, and the last one's, when it is the other way round; between them both change block by block.
+it, min(p - r, accumulation), with what came and goes (a buffer for each direction and micro-batch on its way); the
+first rank has all inputs of a step. The peak is the larger of two moments: the first block's backward pass, when all
+activations and no gradient of this pass are there, and the last one's, when it is the other way round; between them
+both change block by block.
 
 **Time.** Work by the device's rates (plan/devices.py); collectives of tensor ranks are waited for, those over replicas
 run beside two thirds of a micro-batch's passes, its backward pass, and what is longer is waited for. A pipeline idles
@@ -337,7 +338,9 @@ class Planner:
             kept = (layers - special) * of_layer + self._between(lambda p: p.around.kept, pieces)
             peak = (layers - special) * of_layer + self._between(lambda p: p.around.peak, pieces)
         kept += row * (not last)  # the padded output
-        buffers = way * row * ((rank > 0) + (not last))
+        buffers: float = (way + 1) * row * ((rank > 0) + (not last)) + row
+        if rank == 0:  # the inputs of a step's micro-batches stay until its end
+            buffers += (layout.accumulation - 1) * self._between(lambda p: p.inputs, pieces)
         return (way - 1) * kept + peak, buffers, bottom
 
     # --------------------------------------------------------------------------------------------------------- time
