@@ -12,8 +12,14 @@ DESTINATION, which is new, becomes:
     safetensors  a folder: model.safetensors, config.json, the text tokenizer. For inference and `--init_from`.
     released     a .pth file as unilm publishes them
     torchscale   a .pth or .safetensors file: the state dict of torchscale's BEiT3, which has no heads
-    timm         a .pth or .safetensors file: the vision side for timm's beit3_* models
+    timm         a .pth or .safetensors file: the vision side for timm's beit3_* models; or a folder, which
+                 timm.create_model("local-dir:DESTINATION", pretrained=True) loads
     vlmo         a .pth or .safetensors file: the state dict of unilm's vlmo, as its base plus has it
+    hub          a folder for transformers: weights, config, processor, the code that trust_remote_code=True runs, and a
+                 model card with the figures of the run. It is a model folder of ours, too. Needs the extra `hub`.
+    onnx         a folder of graphs: the vision, text and fusion encoders and what the heads make of them, each for any
+                 batch and padded texts, compared with torch by onnxruntime (1e-4). Needs the extra `hub`.
+    torch_export the same as programs of torch.export
 
 Notes of what a form leaves out go to standard error. A mistake is one line, exit code 2.
 """
@@ -25,6 +31,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +42,9 @@ log = logging.getLogger("beit3_dist.convert_checkpoint")
 
 PROGRAM = "convert_checkpoint.py"
 DTYPES = ("fp16", "fp32")
-FORMS = ("neutral", "safetensors", "released", "torchscale", "timm", "vlmo")
+FORMS = ("neutral", "safetensors", "released", "torchscale", "timm", "vlmo", "hub", "onnx", "torch_export")
+WITH_NAMES = ("safetensors", "hub")
+"""Forms that hold a text tokenizer and the names of answers."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,6 +67,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--answers", type=Path, help=text)
     text = "SentencePiece file for the model folder (default: the run's, if it exists)"
     parser.add_argument("--text_tokenizer", type=Path, help=text)
+    text = "of the model card, as the hub spells it (default: other)"
+    parser.add_argument("--license", help=text)
+    text = "--to onnx: beside each graph one with matrices in 8 bits for the CPU, and how far its results are off"
+    parser.add_argument("--int8", action="store_true", help=text)
     options = parser.parse_args(list(arguments))
     with refusing(PROGRAM):
         convert(options)
@@ -70,10 +83,13 @@ def convert(options: Namespace) -> None:
     require(not destination.exists(), f"{destination} already exists: remove it or choose another name")
     for name in ("text_tokenizer", "answers"):
         file = getattr(options, name)
-        if file and options.to != "safetensors":
-            raise ValueError(f"--{name}: only --to safetensors has a place for it, not --to {options.to}")
+        if file and options.to not in WITH_NAMES:
+            places = " and --to ".join(WITH_NAMES)
+            raise ValueError(f"--{name}: only --to {places} have a place for it, not --to {options.to}")
         if file and not file.is_file():
             raise ValueError(f"--{name}: there is no file {file}")
+    require(options.license is None or options.to == "hub", "--license: only --to hub writes a model card")
+    require(not options.int8 or options.to == "onnx", "--int8 is of --to onnx")
     if options.to == "neutral":
         _convert_to_neutral(options)
         return
@@ -82,7 +98,7 @@ def convert(options: Namespace) -> None:
     from beit3_dist.checkpoint.formats import read_source
     from beit3_dist.checkpoint.model_folder import save_model_folder
     from beit3_dist.checkpoint.released import weights_to_released, weights_to_torchscale
-    from beit3_dist.checkpoint.timm_form import weights_to_timm
+    from beit3_dist.checkpoint.timm_form import how_to_load, save_timm_folder, weights_to_timm
     from beit3_dist.checkpoint.vlmo_form import weights_to_vlmo
     from beit3_dist.data.text import TextTokenizer
 
@@ -95,22 +111,47 @@ def convert(options: Namespace) -> None:
     weights = _in_precision(weights, options.dtype)
     for group in absent_groups(weights, shapes_of(config)):
         log.info("the result has no weights for %s", group)
-    if options.to == "safetensors":
+    if options.to in WITH_NAMES:
         task = _with_answers(model.task, source, options.answers)
         tokenizer = options.text_tokenizer or model.text_tokenizer
         if tokenizer:  # a checkpoint may name any file
             TextTokenizer(str(tokenizer)).check_vocab(config.vocab_size)
         log.info("text tokenizer: %s", tokenizer or "none; --text_tokenizer FILE adds one")
+        model = replace(model, config=config, weights=weights, task=task, text_tokenizer=tokenizer)
+    if options.to == "safetensors":
         of_folder: dict[str, Any] = {"task": task, "text_tokenizer": tokenizer, "objectives": model.objectives}
         save_model_folder(destination, weights, config, **of_folder)
+    elif options.to == "hub":
+        card = _hub("card").card(model, source, destination.name, options.license or "other")
+        _hub("folder").save_hub_folder(destination, model, card)
+    elif options.to in ("onnx", "torch_export"):
+        model = replace(model, config=config, weights=weights)
+        _hub("export").save_exported(destination, model, options.to, options.int8)
     elif options.to == "released":
         _write(destination, {"model": weights_to_released(weights)})
     elif options.to == "torchscale":
         _write(destination, weights_to_torchscale(weights))
-    elif options.to == "timm":
-        _write(destination, weights_to_timm(weights, config))
-    else:
+    elif options.to == "vlmo":
         _write(destination, weights_to_vlmo(weights, config))
+    elif destination.suffix:
+        timm = weights_to_timm(weights, config)
+        log.info(how_to_load(config, timm))
+        _write(destination, timm)
+    else:
+        from beit3_dist.tasks.base import HALF
+        from beit3_dist.tasks.data.augmentation import IMAGENET
+
+        classifies = model.task is not None and model.task["name"] == "imagenet"
+        save_timm_folder(destination, weights, config, IMAGENET if classifies else HALF)
+
+
+def _hub(module: str) -> Any:
+    """A module of beit3_dist/hub. Raises ValueError where the packages of the extra are not installed."""
+    from beit3_dist.optional import optional_module
+
+    remedy = "pip install 'beit3-dist[hub]', with the torchvision that belongs to this torch"
+    optional_module("transformers.image_utils", "--to hub, onnx or torch_export", remedy)
+    return import_module(f"beit3_dist.hub.{module}")
 
 
 def _with_answers(task: dict[str, Any] | None, source: Path, file: Path | None) -> dict[str, Any] | None:

@@ -34,6 +34,8 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.spm"
 
+HUB = "beit3"
+"""`model_type` in a config of transformers: a folder of `--to hub` is a model folder, too, with the same weights."""
 MOST = 1 << 24
 """The largest number that a file may describe a model by: torch cannot count the elements of much larger ones."""
 
@@ -115,6 +117,17 @@ def config_of(fields: Any) -> ModelConfig:
     return config
 
 
+def _from_hub(content: dict[str, Any]) -> dict[str, Any]:
+    """What the config of `--to hub` says, or of a model that was fine-tuned from it in transformers, as ours does."""
+    labels = [content.get("id2label", {})[str(number)] for number in range(len(content.get("id2label", {})))]
+    named = any(label != f"LABEL_{number}" for number, label in enumerate(labels))
+    task = None if content["task"] is None else {"name": content["task"], "text_length": content["text_length"]}
+    if task is not None and labels:
+        task |= {"classes": len(labels), "answers": labels if named else []}
+    model = {name: content[name] for name in asdict(ModelConfig()) if name in content}
+    return {"format": FORMAT, "model": model, "task": task, "objectives": content["objectives"]}
+
+
 def block_count(names: Iterable[str]) -> int:
     """Blocks of which there are weights."""
     return len({name.split(".")[1] for name in names if re.match(r"blocks\.\d+\.", name)})
@@ -154,7 +167,9 @@ def read_model_folder(folder: Path) -> ModelFolder:
             )
     content, weights = read_json(folder / CONFIG), read_weights_file(folder / WEIGHTS)
     require_finite(weights.items(), str(folder / WEIGHTS))
-    with blaming(f"{folder / CONFIG} is not a config of ours", TypeError, KeyError):
+    with blaming(f"{folder / CONFIG} is not a config of ours", TypeError, KeyError, AttributeError):
+        if content.get("model_type") == HUB:
+            content = _from_hub(content)
         written = content["format"]
         require(written == FORMAT, f"it has format {written}, this version reads {FORMAT}")
         config, task = config_of(content["model"]), content["task"]

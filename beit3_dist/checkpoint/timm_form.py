@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from beit3_dist.checkpoint.model_folder import TASK_HEAD
+from beit3_dist.checkpoint.files import folder_made_aside, write_json
+from beit3_dist.checkpoint.model_folder import CONFIG, TASK_HEAD, WEIGHTS, save_safetensors
 from beit3_dist.checkpoint.released import as_convolution
 from beit3_dist.config import ModelConfig, require
 from beit3_dist.model.embedding import FIRST_POSITION
@@ -24,6 +26,8 @@ _MODELS = {  # width, layers, patch size -> the name in timm
     (1024, 24, 16): "beit3_large_patch16_224",
     (1408, 40, 14): "beit3_giant_patch14_224",
 }
+EPS = 1e-5
+"""Epsilon of the LayerNorms of timm's beit3_* models."""
 _IN_BLOCK = {  # ours -> timm's, below `blocks.{i}.`; q, k and v are one there
     "attention_norm.vision": "norm1",
     "attention.inner_norm.vision": "attn.norm",
@@ -78,11 +82,11 @@ def weights_to_timm(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[
         for leaf in ("weight", "bias"):
             parts = [vision[f"blocks.{layer}.attention.{part}.vision.{leaf}"] for part in "qkv"]
             timm[f"blocks.{layer}.attn.qkv.{leaf}"] = torch.cat(parts)
-    log.warning("only the vision side is written; %s", _how_to_load(config, timm))
+    log.warning("only the vision side is written")
     return {key: value.contiguous() for key, value in timm.items()}
 
 
-def _how_to_load(config: ModelConfig, timm: Mapping[str, Tensor]) -> str:
+def how_to_load(config: ModelConfig, timm: Mapping[str, Tensor]) -> str:
     """The call in Python that builds timm's model for these weights."""
     name = _MODELS.get((config.width, config.layers, config.patch_size))
     if name is None:
@@ -107,6 +111,55 @@ def _without_scales(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             bias = torch.cat([of_queries, torch.zeros_like(of_queries), of_values])
             plain[key.replace("q_bias", "qkv.bias")] = bias
     return {key: value for key, value in plain.items() if not key.endswith(".attn.k_bias")}
+
+
+def save_timm_folder(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    statistics: tuple[Sequence[float], Sequence[float]],
+) -> None:
+    """Writes a new folder, whole or not at all, that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: a
+    beit3_* model with our geometry. `statistics`: mean and deviation that images are normalised by.
+
+    Raises ValueError where the folder exists, or for another epsilon than that of timm's models.
+    """
+    require(config.layer_norm_eps == EPS, f"model.layer_norm_eps={config.layer_norm_eps}: timm's beit3_* have {EPS}")
+    timm = weights_to_timm(weights, config)
+    classes = len(timm["head.weight"]) if "head.weight" in timm else 0
+    pooling = "avg" if classes else ""
+    content = {
+        "architecture": _MODELS.get((config.width, config.layers, config.patch_size), min(_MODELS.values())),
+        "num_classes": classes,
+        "num_features": config.width,
+        "global_pool": pooling,
+        "model_args": {
+            "img_size": config.image_size,
+            "patch_size": config.patch_size,
+            "embed_dim": config.width,
+            "depth": config.lower_layers,
+            "num_heads": config.heads,
+            "mlp_ratio": (config.ffn_width + 0.5) / config.width,  # timm rounds the product down
+            "scale_attn_norm": config.sub_layernorm,
+            "scale_mlp_norm": config.sub_layernorm,
+            "global_pool": pooling,
+        },
+        "pretrained_cfg": {
+            "input_size": [3, config.image_size, config.image_size],
+            "fixed_input_size": True,
+            "num_classes": classes,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": list(statistics[0]),
+            "std": list(statistics[1]),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    log.info('load it with timm.create_model("local-dir:%s", pretrained=True)', folder)
+    with folder_made_aside(folder) as partial:
+        save_safetensors(partial / WEIGHTS, timm)
+        write_json(partial / CONFIG, content)
 
 
 def weights_from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ FLOORS = (  # a floor imports those before it, and none of its own
     ("image_tokenizer",),
     ("tasks",),
     ("run", "inference", "demo"),
-    ("train",),
+    ("train", "hub"),
     ("plan",),
     ("reports",),
     ("tools", "launchers", "session"),
@@ -40,7 +40,7 @@ Graph = dict[str, set[str]]
 def graph_of(root: Path, annotations: bool = True) -> Graph:
     """The imports among the modules of a repository, but for its tests. `annotations`: those for type checkers too."""
     trees = trees_of(root)
-    return {name: imports(tree, trees.keys(), annotations) - {name} for name, tree in trees.items()}
+    return {name: imports(name, tree, trees.keys(), annotations) - {name} for name, tree in trees.items()}
 
 
 @cache
@@ -51,8 +51,8 @@ def trees_of(root: Path) -> dict[str, ast.Module]:
     return {name: ast.parse(path.read_text()) for name, path in modules.items()}
 
 
-def imports(tree: ast.Module, modules: Set[str], annotations: bool) -> set[str]:
-    """Those of `modules` that a module imports."""
+def imports(name: str, tree: ast.Module, modules: Set[str], annotations: bool) -> set[str]:
+    """Those of `modules` that the module `name` imports."""
     found: set[str] = set()
     body = tree.body
     if not annotations:
@@ -61,8 +61,10 @@ def imports(tree: ast.Module, modules: Set[str], annotations: bool) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 and node.module, "imports name the whole path"
-            module = re.sub(r"^beit3_dist\.(?=(tools|launchers)\b)", "", node.module)  # links in the package
+            beside = name.startswith("beit3_dist.hub.")  # its files also lie in folders that transformers loads
+            assert node.level <= beside and node.module, "imports name the whole path"
+            module = f"{name.rpartition('.')[0]}.{node.module}" if node.level else node.module
+            module = re.sub(r"^beit3_dist\.(?=(tools|launchers)\b)", "", module)  # links in the package
             inside = {f"{module}.{alias.name}" for alias in node.names}
             found |= inside & modules or {module}
     return found & modules
