@@ -414,13 +414,16 @@ function section(id, title, about, ...content) {
   if (!kept.length) return null;
   return h("section", { "aria-labelledby": `${id}-title`, id }, h("h2", { id: `${id}-title` }, title), about ? h("p", { class: "about" }, about) : null, kept);
 }
+function bounded() {
+  return data.runs.some((run) => Object.keys(run.train.fields).some((name) => there(bound(run, name))));
+}
 function key() {
   const sign = (...shapes) => { const svg = s("svg", { viewBox: "0 0 26 10", "aria-hidden": "true" }); svg.append(...shapes); return svg; };
   const line = (width, dash) => s("path", { d: "M0 5H26", "stroke-width": width, ...(dash ? { "stroke-dasharray": dash } : {}) });
   const restarted = data.runs.some((run) => run.stretches.length > 1), several = data.runs.some((run) => run.train.width > 1);
   return h("ul", { class: "key" },
     h("li", {}, sign(line(1)), several ? "mean of a few steps, with their range" : "a step"), h("li", {}, sign(line(2.4)), "running mean"),
-    h("li", {}, sign(s("circle", { cx: 13, cy: 5, r: 4 })), "held-out"), h("li", {}, sign(line(1.4, "6 4")), "entropy of the targets, or the most frequent one's share"),
+    h("li", {}, sign(s("circle", { cx: 13, cy: 5, r: 4 })), "held-out"), bounded() ? h("li", {}, sign(line(1.4, "6 4")), "entropy of the targets, or the most frequent one's share") : null,
     restarted ? h("li", {}, sign(s("path", { d: "M13 0V10", "stroke-dasharray": "1 3" })), "restart") : null);
 }
 function controls() {
@@ -450,7 +453,7 @@ function render() {
     const drawn = (id) => (all.get(id).length ? h("div", { class: "charts" }, all.get(id).map((spec) => { if (!charts.has(spec.name)) charts.set(spec.name, new Chart(spec)); return charts.get(spec.name).element; })) : null);
     const parts = GROUPS.flatMap(([id, title, about]) => {
       const extra = id === "samples" ? data.runs.map(faults) : [];
-      const made = section(id, title, all.get(id).length ? about : "", id === "learning" && all.get(id).length ? key() : null, drawn(id), extra, id === "accuracy" || (id === "learning" && !all.get("accuracy").length) ? h("div", { class: "losses" }) : null);
+      const made = section(id, title, all.get(id).length && (id !== "learning" && id !== "accuracy" || bounded()) ? about : "", id === "learning" && all.get(id).length ? key() : null, drawn(id), extra, id === "accuracy" || (id === "learning" && !all.get("accuracy").length) ? h("div", { class: "losses" }) : null);
       const shown = [made && made.querySelector(".charts, table, p:not(.about)") ? made : null];
       if (id === "accuracy") shown.push(section("pictures", "Pictures", "Hidden patches are drawn from codes, each as the mean of the training patches that carry it; hidden words of captions are marked, with the guess in front where it is wrong.", data.runs.map(pictures)));
       if (id === "samples") shown.push(section("restarts", "Restarts", "", data.runs.map(restarts)));
