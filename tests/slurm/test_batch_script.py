@@ -14,6 +14,7 @@ from beit3_dist.leaving import ExitCode
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = {
     "deepspeed": "",
+    "apptainer": 'shift 3; exec "$@"',
     "scancel": 'touch "$CALLS.asked"',
     "sleep": "",
     "srun": """
@@ -102,6 +103,13 @@ def test_a_checkpoint_to_go_back_to_is_refused_not_overridden(cluster: Cluster) 
     assert "checkpoint.resume=old/step_0001000" in line
     assert f"the newest checkpoint in {cluster.out}/checkpoints: leave checkpoint.resume out" in line
     assert cluster.job(0, "--checkpoint.resume", "auto").returncode == 0 and cluster.count("srun") == 1
+
+
+def test_all_of_it_runs_in_a_container(cluster: Cluster) -> None:
+    assert cluster.job(0, BEIT3_CONTAINER="beit3.sif").returncode == 0
+    assert cluster.count("apptainer exec --nv beit3.sif python launchers/slurm/latest.py") == 1
+    (trained,) = (line for line in cluster.calls.read_text().splitlines() if line.startswith("srun"))
+    assert "apptainer exec --nv beit3.sif bash -c" in trained
 
 
 KILLED = 128 + 9
