@@ -7,13 +7,16 @@
     python tools/plan.py --check h200                           # what was measured beside what is planned
     python tools/plan.py --calibrate RATES.json                 # this CPU's rates, by two processes
     python tools/plan.py --check cpu --rates RATES.json         # steps of six layouts, planned and measured here
+    python tools/plan.py --check failures --run OUT COMMAND     # a real run under random kills, and what is predicted
     python tools/plan.py --config RECIPE.yaml --device cpu --rates RATES.json --devices 2
 
 Layouts: ZeRO stage x tensor x sequence x pipeline x activation checkpointing x accumulation. Printed are the ten
 fastest that fit, in GB of 1e9 bytes on the fullest device, and why the others fall out. beit3_dist/plan/ says what is
 counted, which numbers are measured and which are data sheets'. --days: what so many days for the whole run mean in MFU.
 Paths that the recipe leaves out may stay out. --failures: runs are simulated on the fastest layout of each number of
-devices; beit3_dist/plan/failures.py has the published rates.
+devices; beit3_dist/plan/failures.py has the published rates. --check failures: COMMAND, with its own --out OUT,
+--checkpoint.resume auto, --checkpoint.every as --every and more --steps than it can take, as
+deepspeed --num_accelerators 2 launchers/pretrain.py --config launchers/recipes/demo.yaml --out demo/killed ...
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from beit3_dist.plan import failures, h200
 from beit3_dist.plan.devices import DEVICES, Device, device_named
 from beit3_dist.plan.layouts import Plan, Planner
 from beit3_dist.plan.model_flops import step_flops
+from beit3_dist.tools.plans import killed
 
 PROGRAM = "plan.py"
 UNUSED = ("out", "text_tokenizer", "image_tokenizer", "data.images", "data.texts", "data.pairs")
@@ -60,17 +64,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--days", type=float, default=0.0, help="time for the whole run, to be told as MFU")
     parser.add_argument("--emit", action="store_true", help="the fastest layout as arguments of pretrain.py")
     parser.add_argument("--json", action="store_true", help="all layouts that fit, as one JSON object")
-    parser.add_argument("--check", choices=("h200", "cpu"), help="predictions beside measurements")
+    parser.add_argument("--check", choices=("h200", "cpu", "failures"), help="predictions beside measurements")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each layout of --check cpu")
+    parser.add_argument("--run", type=Path, default=Path("demo/killed"), help="OUT of the command of --check failures")
+    parser.add_argument("--seconds", type=float, default=1200.0, help="of --check failures")
+    parser.add_argument("--mtbf-s", type=float, default=120.0, help="mean time between its kills")
+    parser.add_argument("--every", type=int, default=20, help="checkpoint.every of its command")
     parser.add_argument("--calibrate", default="", metavar="FILE", help="measures this CPU's rates")
     parser.add_argument("--failures", action="store_true", help="days on devices that fail, and how often to save")
     for name, (default, text) in OF_FAILURES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default, help=text)
     options, rest = parser.parse_known_args(arguments)
     if options.check or options.calibrate:
-        require_nothing(rest)
+        if options.check != "failures":
+            require_nothing(rest)
         with refusing(PROGRAM):
-            measure(options)
+            measure(options, rest)
         return
     placeholders = [f"--{name}=unused" for name in UNUSED]
     config = parse(RunConfig, PROGRAM, str(__doc__), [*placeholders, *rest], SECTIONS)
@@ -96,10 +105,15 @@ def require_nothing(rest: Sequence[str]) -> None:
         refuse(PROGRAM, ValueError(f"{rest[0]} has no meaning with --check or --calibrate"))
 
 
-def measure(options: Namespace) -> None:
-    """Prints or writes what is measured, or was."""
+def measure(options: Namespace, command: Sequence[str]) -> None:
+    """Prints or writes what is measured, or was. `command`: that of --check failures."""
     if options.check == "h200":
         print("\n".join(h200.lines(DEVICES["H200"])))
+        return
+    if options.check == "failures":
+        require(bool(command), "--check failures needs the run's command behind it")
+        found = killed.experiment(command, options.run, options.seconds, options.mtbf_s, options.every)
+        print("\n".join(killed.lines(found)))
         return
     from beit3_dist.tools.plans import on_cpu  # starts processes
 

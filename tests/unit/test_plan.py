@@ -142,6 +142,9 @@ def test_what_was_measured_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         plan.main(["--check", "h200", "--steps", "3"])
     assert "--steps has no meaning with --check" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plan.main(["--check", "failures"])
+    assert "needs the run's command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
