@@ -28,7 +28,8 @@ USES = {  # task -> the hub's tag of it, and the call that shows it
     "text": ("text-classification", 'pipeline("text-classification", FOLDER)("a sentence")'),
     "nlvr2": ("text-classification", "AutoModelForSequenceClassification.from_pretrained(FOLDER)"),
 }
-USES |= {name: USES["retrieval"] for name in ("itc", "imagenet_retrieval")}
+USES |= {name: USES["retrieval"] for name in ("itc", "imagenet_retrieval", "retrieval_matching")}
+USES["text_classification"] = USES["text"]
 FEATURES = ("image-feature-extraction", 'pipeline("image-feature-extraction", FOLDER)("photo.jpg")')
 
 

@@ -48,9 +48,11 @@ HEADS: dict[str, type[Beit3Model]] = {
     "nlvr2": Beit3ForVisualReasoning,
     "captioning": Beit3ForCaptioning,
     "text": Beit3ForSequenceClassification,
+    "text_classification": Beit3ForSequenceClassification,
     "retrieval": Beit3ForRetrieval,
     "itc": Beit3ForRetrieval,
     "imagenet_retrieval": Beit3ForRetrieval,
+    "retrieval_matching": Beit3ForRetrieval,  # its vectors
 }
 """Task -> the model of its fine-tuned head."""
 AUTO = {

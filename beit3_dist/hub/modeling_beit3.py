@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, normalize
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -33,6 +33,7 @@ FIRST_POSITION = 2
 SMALL = 1e-3
 """Factor of a new classifier's matrix, so that fine-tuning starts from even predictions."""
 RETRIEVAL_TASKS = ("retrieval", "itc", "imagenet_retrieval")
+SENTENCE_TASKS = ("text", "text_classification")
 IGNORED = -100
 """Label of what is not predicted, as everywhere in transformers."""
 
@@ -231,7 +232,7 @@ class Beit3PreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            small = SMALL if getattr(module, "is_classifier", False) else 1.0
+            small = SMALL if getattr(module, "starts_small", False) else 1.0
             nn.init.trunc_normal_(module.weight, std=0.02 * small)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -345,9 +346,10 @@ class Beit3Model(Beit3PreTrainedModel):
         return self.encode(pixel_values, input_ids, attention_mask, bool_masked_pos, **kept)
 
 
-def _classifier(width: int, classes: int) -> nn.Linear:
-    matrix = nn.Linear(width, classes)
-    matrix.is_classifier = True  # type: ignore[assignment]
+def _small(inputs: int, outputs: int) -> nn.Linear:
+    """A matrix that a new head begins with `SMALL` times as large."""
+    matrix = nn.Linear(inputs, outputs)
+    matrix.starts_small = True  # type: ignore[assignment]
     return matrix
 
 
@@ -357,7 +359,7 @@ class Beit3ClassHead(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.fc_norm = nn.LayerNorm(width)
-        self.head = _classifier(width, classes)
+        self.head = _small(width, classes)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.head(self.fc_norm(hidden[:, 1:].mean(1)))
@@ -393,9 +395,9 @@ class Beit3TwoLayers(nn.Module):
     def __init__(self, inputs: int, hidden: int, classes: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(inputs)
-        self.dense1 = nn.Linear(inputs, hidden)
+        self.dense1 = _small(inputs, hidden)
         self.norm2 = nn.LayerNorm(hidden)
-        self.dense2 = _classifier(hidden, classes)
+        self.dense2 = _small(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense2(nn.functional.gelu(self.norm2(self.dense1(self.norm1(x)))))
@@ -494,12 +496,13 @@ class Beit3ForVisualReasoning(Beit3Model):
 
 
 class Beit3ForSequenceClassification(Beit3Model):
-    """Classes of sentences, by the language encoder alone."""
+    """Classes of sentences or of pairs of them, or with one label a number, by the language encoder alone."""
 
     main_input_name = "input_ids"
 
     def __init__(self, config: Beit3Config) -> None:
-        super().__init__(config.of_task("text", final_norm=False))
+        task = config.task if config.task in SENTENCE_TASKS else SENTENCE_TASKS[1]
+        super().__init__(config.of_task(str(task), final_norm=False))
 
     def build_head(self, config: Beit3Config) -> None:
         self.task_head = Beit3PooledHead(config.width, config.num_labels)
@@ -508,10 +511,14 @@ class Beit3ForSequenceClassification(Beit3Model):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kept: Any
     ) -> Any:
-        """labels: int64 [B]. -> logits [B, classes]."""
+        """labels: int64 [B]; of a number float [B]. -> logits [B, classes]."""
         found = self.encode(None, input_ids, attention_mask, **kept)
         logits = self.task_head(found.last_hidden_state)
-        loss = None if labels is None else cross_entropy(logits.float(), labels)
+        loss = None
+        if labels is not None:
+            is_number = logits.shape[1] == 1
+            told = logits.float()
+            loss = mse_loss(told[:, 0], labels.float()) if is_number else cross_entropy(told, labels)
         return SequenceClassifierOutput(loss, logits, found.hidden_states, found.attentions)
 
 

@@ -35,11 +35,13 @@ from transformers import (
 import beit3_dist.hub  # noqa: F401
 from beit3_dist.checkpoint.model_folder import read_model_folder, save_model_folder
 from beit3_dist.config import ModelConfig
+from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.contrast import ContrastHead
 from beit3_dist.tasks.base import TaskInputs
 from beit3_dist.tasks.registry import task_class
+from beit3_dist.tasks.text_classification import pair_words
 from tests.unit.test_inference import ANSWERS, PIECES, SENTENCES, tokenizer  # noqa: F401
 from tools.convert_checkpoint import main
 
@@ -53,6 +55,8 @@ AUTO: dict[str, Any] = {
     "imagenet": AutoModelForImageClassification,
     "captioning": AutoModelForImageTextToText,
     "retrieval": AutoModelForZeroShotImageClassification,
+    "text_classification": AutoModelForSequenceClassification,
+    "retrieval_matching": AutoModelForZeroShotImageClassification,
 }
 ENDS = (".logit_scale", ".logit_bias")
 TEXTS = ["a red circle", "a green square, a blue circle", "a \u2603 square", "blue"]
@@ -98,7 +102,7 @@ def pictures() -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> dict[str, Path]:  # noqa: F811
     root = tmp_path_factory.mktemp("hub")
-    kinds = zip(AUTO, (RELEASED, GIANT, RELEASED, TOWER, GIANT, RELEASED), strict=True)
+    kinds = zip(AUTO, (RELEASED, GIANT, RELEASED, TOWER, GIANT, RELEASED, GIANT, GIANT), strict=True)
     return {task: written(root / task, tokenizer, task, **kind) for task, kind in kinds}
 
 
@@ -115,7 +119,7 @@ def inputs_of(task: str, folder: Path, pictures: list[Image.Image]) -> dict[str,
     return dict(given)
 
 
-@pytest.mark.parametrize("task", ["vqa", "nlvr2", "text", "imagenet"])
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "text", "text_classification", "imagenet"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_logits_are_ours(folders: dict[str, Path], pictures: list[Image.Image], task: str, attention: str) -> None:
@@ -140,11 +144,11 @@ def test_logits_are_ours(folders: dict[str, Path], pictures: list[Image.Image], 
 @torch.no_grad()
 def test_vectors_are_ours(folders: dict[str, Path], pretrained: Path, pictures: list[Image.Image]) -> None:
     """Of a fine-tuned model, and of one that pretraining taught contrast, with a length and a bias of its own."""
-    for folder in (folders["retrieval"], pretrained):
+    for folder in (folders["retrieval"], folders["retrieval_matching"], pretrained):
         theirs = AutoModelForZeroShotImageClassification.from_pretrained(folder).eval()
         given = AutoProcessor.from_pretrained(folder)(pictures, TEXTS, return_tensors="pt")
         found = theirs(**given, return_loss=True)
-        ours = Model.load(folder.parent / "ours", device="cpu", task="retrieval")
+        ours = Model.load(folder.parent / "ours", device="cpu", task="retrieval" if folder == pretrained else None)
         images, texts = ours.embed_images(pictures), ours.embed_texts(TEXTS)
         torch.testing.assert_close(found.image_embeds, images, atol=1e-5, rtol=0)
         torch.testing.assert_close(found.text_embeds, texts, atol=1e-5, rtol=0)
@@ -153,6 +157,16 @@ def test_vectors_are_ours(folders: dict[str, Path], pretrained: Path, pictures: 
         logits = scale.exp() * images @ texts.T + bias
         torch.testing.assert_close(found.logits_per_image, logits, atol=1e-4, rtol=1e-5)
         assert found.loss.isfinite()
+
+
+def test_pairs_of_sentences_are_framed_as_ours(folders: dict[str, Path]) -> None:
+    folder = folders["text_classification"]
+    tokens, ours = AutoProcessor.from_pretrained(folder).tokenizer, TextTokenizer(str(folder / "tokenizer.spm"))
+    first, second = (ours.encode(text) for text in TEXTS[:2])
+    assert tokens(*TEXTS[:2])["input_ids"] == [ours.bos, *pair_words(first, second, 99), ours.eos]
+    assert tokens.decode(tokens("a red circle")["input_ids"], skip_special_tokens=True) == "a red circle"
+    assert tokens("a <mask>")["input_ids"][-2] == ours.mask == tokens.mask_token_id
+    assert tokens.vocab_size == ours.rows and tokens.decode([ours.rows - 1]) == ""
 
 
 @torch.no_grad()
