@@ -54,6 +54,8 @@ class Quantizer(nn.Module):
     """
 
     KMEANS_ROUNDS = 10
+    DISTANCES = 1 << 25
+    """Distances of vectors from codes that are in memory at a time (128 MiB)."""
     DEAD_SHARE = 0.1
     """A code is dead when its moving count falls below this share of the mean count. The paper has no revival."""
 
@@ -68,9 +70,11 @@ class Quantizer(nn.Module):
     def codes(self, z: Tensor) -> Tensor:
         """[..., C] unit vectors -> [...] int64 codes, by the smallest squared Euclidean distance."""
         weight = self.embedding.weight
+        squares = weight.square().sum(-1)
         # |z - w|^2 without |z|^2, which is the same for every code.
-        distances_MK = torch.addmm(weight.square().sum(-1), z.flatten(0, -2), weight.t(), alpha=-2)
-        return distances_MK.argmin(-1).unflatten(0, z.shape[:-1])
+        some = z.flatten(0, -2).split(max(1, self.DISTANCES // len(weight)))
+        codes = [torch.addmm(squares, part, weight.t(), alpha=-2).argmin(-1) for part in some]
+        return torch.cat(codes).unflatten(0, z.shape[:-1])
 
     def look_up(self, codes: Tensor) -> Tensor:
         """[...] codes -> [..., C] codebook vectors."""

@@ -107,6 +107,13 @@ class Groups:
         self._made = {tuple(range(mesh.world)): dist.group.WORLD}
         ranks = torch.arange(mesh.world).view(mesh.pipeline, mesh.data, mesh.tensor)
         self.tensor = self._mine(ranks.flatten(0, 1))
+        self.tensor_hosts = self.tensor
+        """The same processes by way of host memory, for what the device has no part in."""
+        if mesh.tensor > 1 and mesh.device.type != "cpu":
+            members = dist.get_process_group_ranks(self.tensor)
+            self.tensor_hosts = dist.new_group(
+                members, timeout=patience, backend="gloo", use_local_synchronization=True
+            )
         self.data = self._mine(ranks.transpose(1, 2).flatten(0, 1))
         self.pipeline = self._mine(ranks.flatten(1).T)
         # All parts of one replica: DeepSpeed sums the gradient norm over it and agrees on overflow in it.

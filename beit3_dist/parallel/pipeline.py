@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,9 +199,68 @@ class _Chunk(nn.Module):
 
 
 class _ZeroStage(PipelineStage):
-    """A pipeline stage whose backward goes through its DeepSpeed engine."""
+    """A pipeline stage whose backward goes through its DeepSpeed engine, and which receives into as many buffers as
+    micro-batches are under way in it at a time. torch makes two for each micro-batch of the step."""
 
     pipeline: Pipeline
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self.buffers = 0
+        """Those that were made."""
+
+    def _setup_forward_recv_info(self, num_microbatches: int, *rest: Any) -> None:
+        super()._setup_forward_recv_info(1, *rest)
+        self.args_recv_info = self._of_all(self.args_recv_info[0], num_microbatches)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        super()._setup_backward_recv_info(1)
+        self.chunks = num_microbatches
+        self.grad_recv_info = self._of_all(self.grad_recv_info[0], num_microbatches)
+
+    def _of_all(self, first: tuple[Any, ...], micro_batches: int) -> dict[int, tuple[Any, ...]]:
+        """What is received of each micro-batch, from that of the first one, without its buffers."""
+        for info in first:
+            info.buffer = None
+        return {number: tuple(map(copy, first)) for number in range(micro_batches)}
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        self._lend(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        if self.has_backward and not self.is_last:
+            self._lend(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **keywords: Any) -> Any:
+        output = super().forward_one_chunk(fwd_chunk_id, *arguments, **keywords)
+        if not self.has_backward:
+            self._take_back(self.args_recv_info[fwd_chunk_id])
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *arguments: Any, **keywords: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *arguments, **keywords)
+        if self.has_backward:
+            self._take_back(self.args_recv_info[bwd_chunk_id])
+            self._take_back(self.grad_recv_info.get(bwd_chunk_id, ()))
+
+    def _lend(self, received: tuple[Any, ...]) -> None:
+        for info in received:
+            if not info.is_root_arg and info.tensor_meta is not None:
+                shape, dtype = info.tensor_meta.shape, info.tensor_meta.dtype
+                if free := self._free.get((shape, dtype)):
+                    info.buffer = free.pop()
+                else:
+                    info.buffer, self.buffers = torch.empty(shape, dtype=dtype, device=self.device), self.buffers + 1
+
+    def _take_back(self, received: tuple[Any, ...]) -> None:
+        """Nothing reads the buffers any more; the gradients of what lay there have memory of their own."""
+        for info in received:
+            if info.buffer is not None:
+                buffer, info.buffer = info.buffer.detach(), None
+                self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
     def backward_maybe_with_nosync(
         self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False

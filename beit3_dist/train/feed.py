@@ -168,8 +168,9 @@ class _Shape(NamedTuple):
 
 
 def _broadcast(groups: Groups, batch: MicroBatch | None) -> MicroBatch:
-    """The first tensor rank's micro-batch on all of them, on the host."""
-    device, group = groups.mesh.device, groups.tensor
+    """The first tensor rank's micro-batch on all of them, from host to host: the device, which computes meanwhile, is
+    not waited for."""
+    group = groups.tensor_hosts
     source = dist.get_global_rank(group, 0)
     tensors: list[Tensor] = []
 
@@ -178,16 +179,16 @@ def _broadcast(groups: Groups, batch: MicroBatch | None) -> MicroBatch:
         return _Shape(tensor.shape, tensor.dtype)
 
     header: list[Any] = [None if batch is None else mapped(batch, Tensor, shape_of)]
-    dist.broadcast_object_list(header, src=source, group=group, device=device)
+    dist.broadcast_object_list(header, src=source, group=group)
     shapes: list[_Shape] = []
     mapped(header[0], _Shape, shapes.append)
     sizes = [shape.numel() * dtype.itemsize for shape, dtype in shapes]
     if batch is None:
-        content = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        content = torch.empty(sum(sizes), dtype=torch.uint8)
     else:
-        content = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors]).to(device)
+        content = torch.cat([tensor.flatten().view(torch.uint8) for tensor in tensors])
     dist.broadcast(content, src=source, group=group)
     if batch is not None:
         return batch
-    parts = iter(content.cpu().split(sizes))
+    parts = iter(content.split(sizes))
     return mapped(header[0], _Shape, lambda to_be: next(parts).clone().view(to_be.dtype).view(to_be.shape))

@@ -301,6 +301,21 @@ def test_update_equals_a_plain_loop(decay: float) -> None:
     assert usage.share == pytest.approx(len(codes.unique()) / 12)
 
 
+def test_distances_are_taken_of_some_vectors_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    built, z = quantizer(), unit_vectors(5, 7, 4)
+    whole, most = built.codes(z), []
+    addmm = torch.addmm
+
+    def measured(*arguments: Tensor, **keywords: float) -> Tensor:
+        most.append(addmm(*arguments, **keywords))
+        return most[-1]
+
+    monkeypatch.setattr(torch, "addmm", measured)
+    monkeypatch.setattr(Quantizer, "DISTANCES", 100)
+    assert torch.equal(built.codes(z), whole)
+    assert max(distances.numel() for distances in most) <= 100 and len(most) > 1
+
+
 def test_usage_of_equally_frequent_codes() -> None:
     built = quantizer()
     usage = built.update(unit_vectors(9, 4), torch.tensor([0, 1, 2] * 3), key=0)
