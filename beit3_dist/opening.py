@@ -11,6 +11,7 @@ import codecs
 import errno
 import json
 import os
+import resource
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ MOST_TEXT = 1 << 24
 """Bytes (16 MiB) of the largest manifest, state or config; that of 100,000 ranks fits."""
 MOST_YAML, MOST_LEVELS = 1 << 18, 50
 """Bytes (256 KiB) and nested brackets of the largest YAML file: the time to read one grows with the square of both."""
+MOST_OPEN = 65536
+"""Files that `open_files_allowed` asks for."""
 _OTHERS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -81,6 +84,16 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         file.close()
         raise
     return file
+
+
+def open_files_allowed() -> int:
+    """How many files this process, and those that it starts, may hold open; raised as far as the system lets it, since
+    the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN if hard == resource.RLIM_INFINITY else min(hard, MOST_OPEN)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def regular_size(path: str | os.PathLike[str]) -> int:

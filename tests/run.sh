@@ -60,6 +60,6 @@ fi
 beside slurm python -m pytest tests/slurm
 python -m pytest "${fast[@]}" tests/unit tests/parity tests/golden || failed=$?
 ended types || failed=$?
-python -m pytest "${several[@]}" tests/integration tests/parallel || failed=$?
+python -m pytest "${several[@]}" tests/integration tests/parallel tests/scale || failed=$?
 ended slurm || failed=$?
 exit "$failed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import chain
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from beit3_dist.checkpoint.files import as_json, sha256
-from beit3_dist.checkpoint.store import FORMAT, LATEST, TrainState, checkpoints, step_of
-from beit3_dist.gathering import gather_objects
-from beit3_dist.opening import parse_json, read_json, read_text, regular_size
+from beit3_dist.checkpoint.store import FORMAT, INDEX_ENTRY, INDEX_OF, LATEST, TrainState, checkpoints, step_of
+from beit3_dist.checkpoint.tensor_index import INDEX, MOST_INDEX, TensorIndex
+from beit3_dist.gathering import gather_objects, scatter_objects
+from beit3_dist.opening import blaming, parse_json, read_json, read_text, regular_size
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -117,7 +118,7 @@ def damaged(path: Path) -> str:
             return f"{path} is no whole checkpoint, it lacks a file of its manifest.json: {error}"
         if found != size:
             return f"{path / name} has {found} bytes, its manifest.json says {size}"
-    return "; ".join(wrong_digests(path, SMALL_FILES))
+    return "; ".join(wrong_digests(path, without_shards(manifest)))
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
@@ -129,10 +130,19 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         raise ValueError("it is not as it was written")
     try:
         manifest = {name: (entry["bytes"], entry["sha256"]) for name, entry in content.items()}
+        # In the place of a file's own entry, where former versions, which know no such file, do not look.
+        if INDEX_OF in content and (index := content[INDEX_OF].get(INDEX_ENTRY)) is not None:
+            if INDEX in manifest:
+                raise ValueError(f"it names {INDEX} twice")
+            manifest[INDEX] = index["bytes"], index["sha256"]
+        entries = [*content.values(), *([content[INDEX_OF][INDEX_ENTRY]] if INDEX in manifest else [])]
+        fields = {field for entry in entries for field in entry} - ({INDEX_ENTRY} if INDEX in manifest else set())
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"it lacks sizes or digests ({error!r})") from None
+    if odd := fields - {"bytes", "sha256"}:
+        raise ValueError(f"it says {min(odd)!r} of a file, which this version does not know")
     for name, (size, digest) in manifest.items():
-        if name not in SMALL_FILES and not re.fullmatch(r"shard_[0-9]+\.safetensors", name):
+        if name not in (*SMALL_FILES, INDEX) and not _is_shard(name):
             raise ValueError(f"it names {name!r}, which is no file of a checkpoint")
         if type(size) is not int or size < 0:
             raise ValueError(f"the size of {name} is {size!r}")
@@ -141,19 +151,52 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     return manifest
 
 
-def wrong_digests(path: Path, names: Iterable[str]) -> list[str]:
-    """What is wrong with the content of these files of a checkpoint, by name of the file."""
-    manifest = read_manifest(path)
+def _is_shard(name: str) -> bool:
+    return re.fullmatch(r"shard_[0-9]+\.safetensors", name) is not None
+
+
+def without_shards(entries: Mapping[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
+    """The entries of a manifest for the small files beside the shards."""
+    return {name: entry for name, entry in entries.items() if not _is_shard(name)}
+
+
+def wrong_digests(path: Path, entries: Mapping[str, tuple[int, str]]) -> list[str]:
+    """What is wrong with the content of these files of a checkpoint, which the manifest gives sizes and digests."""
 
     def fault(name: str) -> str:
         try:
-            right = sha256(path / name) == manifest[name][1]
+            right = sha256(path / name) == entries[name][1]
         except OSError as error:
             return str(error)
-        return "" if right else f"{path / name}: the SHA-256 is not the one in manifest.json: the file is damaged"
+        return "" if right else wrong_digest(path / name)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        return [found for found in threads.map(fault, names) if found]
+        return [found for found in threads.map(fault, entries) if found]
+
+
+def wrong_digest(file: Path) -> str:
+    """What is said of a file that is not what was saved."""
+    return f"{file}: the SHA-256 is not the one in manifest.json: the file is damaged"
+
+
+def index_source(path: Path) -> tuple[str, dict[str, int]] | None:
+    """What `TensorIndex.read` makes the index of a checkpoint of; None: it has none. Raises Damaged where the text is
+    not what was saved."""
+    if not (path / "manifest.json").is_file():
+        return None
+    manifest = read_manifest(path)
+    if INDEX not in manifest:
+        return None
+    if wrong := wrong_digests(path, {INDEX: manifest[INDEX]}):
+        raise Damaged(wrong[0])
+    return read_text(path / INDEX, MOST_INDEX), {name: size for name, (size, _) in manifest.items() if _is_shard(name)}
+
+
+def read_index(path: Path) -> TensorIndex | None:
+    """The index of a checkpoint; None: it has none. Raises Damaged or ValueError where it is not what it should be."""
+    source = index_source(path)
+    with blaming(str(path / INDEX)):
+        return None if source is None else TensorIndex.read(*source)
 
 
 def read_state(path: Path, model: DataclassInstance) -> TrainState:
@@ -203,9 +246,7 @@ def verified(path: Path | None, resume: str, folder: Path) -> Path | None:
     _assert_seen_by_all(path)
     damages: list[str] = []
     while path is not None:
-        files = sorted(set(read_manifest(path)) - set(SMALL_FILES))
-        mine = files[dist.get_rank() :: dist.get_world_size()]
-        found: list[str] = sum(gather_objects(wrong_digests(path, mine)), [])
+        found: list[str] = sum(gather_objects(wrong_digests(path, _share_of_shards(path))), [])
         if not found:
             return path
         if resume != "auto":
@@ -216,6 +257,16 @@ def verified(path: Path | None, resume: str, folder: Path) -> Path | None:
         path = _newest(folder, older, damages)
         _assert_seen_by_all(path)
     return None
+
+
+def _share_of_shards(path: Path) -> dict[str, tuple[int, str]]:
+    """This rank's share of the entries of a manifest, which the first one reads. Collective."""
+    world = dist.get_world_size()
+    shares: list[Any] | None = None
+    if dist.get_rank() == 0:
+        entries = sorted((name, entry) for name, entry in read_manifest(path).items() if _is_shard(name))
+        shares = [dict(entries[rank::world]) for rank in range(world)]
+    return scatter_objects(shares)
 
 
 def _assert_seen_by_all(path: Path | None) -> None:

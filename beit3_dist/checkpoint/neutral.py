@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import folder_made_aside, sync, write_json
-from beit3_dist.checkpoint.find import Damaged, damaged, read_manifest, wrong_digests
+from beit3_dist.checkpoint.find import SMALL_FILES, Damaged, damaged, read_manifest, wrong_digests
 from beit3_dist.checkpoint.read import BUFFER, StoredShards
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import shard_header
@@ -47,7 +47,7 @@ def write_neutral(checkpoint: Path, folder: Path) -> None:
     with folder_made_aside(folder) as partial:
         manifest = {_SHARD: _write_shard(partial / _SHARD, checkpoint)}
         for name, (size, digest) in files.items():
-            if not name.startswith("shard_"):
+            if name in SMALL_FILES:
                 shutil.copyfile(checkpoint / name, partial / name)
                 sync(partial / name)
                 manifest[name] = {"bytes": size, "sha256": digest}

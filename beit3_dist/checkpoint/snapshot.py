@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.files import write_hashed
 from beit3_dist.checkpoint.shard import Shard
+from beit3_dist.checkpoint.tensor_index import Held, chunk_digests
 
 ALIGNMENT = 8
 """Bytes that the tensors' place in a safetensors file is a multiple of."""
@@ -29,7 +31,8 @@ class Snapshot:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._described: list[tuple[Any, ...]] = []
+        self.held: list[Held] = []
+        """What the file holds; another list where it has changed."""
         self._header = shard_header([], {})
         self._values = torch.empty(0)
         self._places: tuple[Tensor, ...] = ()
@@ -38,22 +41,28 @@ class Snapshot:
     def take(self, shards: Iterable[Shard]) -> None:
         """Copies the shards; when it returns they may change."""
         held = [shard for shard in shards if shard.numel]
-        described = [(shard.name, shard.start, shard.shape, shard.cut, *shard.tensors) for shard in held]
+        described = [
+            Held(shard.name, tuple(shard.shape), shard.start, shard.numel, shard.cut, tuple(shard.tensors))
+            for shard in held
+        ]
         tensors = [values for shard in held for values in shard.tensors.values()]
         sizes = [values.numel() for values in tensors]
-        if described != self._described or sizes != [len(place) for place in self._places]:  # at a run's first save
+        if described != self.held or sizes != [len(place) for place in self._places]:  # at a run's first save
             names = [shard.name + suffix for shard in held for suffix in shard.tensors]
             self._header = shard_header(held, dict(zip(names, sizes, strict=True)))
             self._values = torch.empty(sum(sizes), pin_memory=self._device.type == "cuda")
-            self._places, self._described = self._values.split(sizes), described
+            self._places, self.held = self._values.split(sizes), described
         for place, values in zip(self._places, tensors, strict=True):
             place.copy_(values, non_blocking=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def write(self, path: Path) -> dict[str, Any]:
-        """Writes and syncs the file; its entry in the manifest."""
-        return write_hashed(path, [self._header, self._values.numpy().data])
+    def write(self, path: Path) -> tuple[dict[str, Any], list[str]]:
+        """Writes and syncs the file; its entry in the manifest, and the digests of its pieces."""
+        parts: list[bytes | memoryview] = [self._header, self._values.numpy().data]
+        with ThreadPoolExecutor(1) as hashing:
+            pieces = hashing.submit(chunk_digests, parts)
+            return write_hashed(path, parts), pieces.result()
 
 
 def shard_header(shards: list[Shard], sizes: dict[str, int]) -> bytes:

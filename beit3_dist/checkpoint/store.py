@@ -4,6 +4,7 @@
         state.json                step, samples consumed, model, versions
         config.yaml               the resolved config of the run
         shard_00000.safetensors   shards of one rank: master weights NAME, moments NAME/exp_avg, NAME/exp_avg_sq
+        tensors.json              which of these files holds what, and digests of their pieces (`tensor_index`)
         manifest.json             size and SHA-256 of every file above; written last
     checkpoints/latest            name of the newest checkpoint
 
@@ -37,12 +38,15 @@ import torch.distributed as dist
 from beit3_dist.checkpoint.files import as_json, sync, write_hashed, write_text
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.snapshot import Snapshot
-from beit3_dist.gathering import gather_objects
+from beit3_dist.checkpoint.tensor_index import INDEX, Held, index_text, runs_of
+from beit3_dist.gathering import gather_objects, gather_to_first
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 FORMAT = 1
+INDEX_OF, INDEX_ENTRY = "state.json", "index"
+"""Where the manifest has the entry of the index: in that of this file, under this name."""
 LATEST = "latest"
 """File in a folder of checkpoints that holds the newest one's name."""
 
@@ -102,6 +106,23 @@ class SavingFailed(RuntimeError):
 
 
 @dataclass
+class _Written:
+    """Files of a checkpoint."""
+
+    entries: dict[str, dict[str, Any]]
+    """Of the manifest, by name of the file."""
+    pieces: dict[str, list[str]]
+    """File of shards -> digests of its pieces."""
+
+    @classmethod
+    def of_all(cls, parts: list[_Written]) -> _Written:
+        entries, pieces = (
+            {k: v for part in parts for k, v in vars(part)[name].items()} for name in ("entries", "pieces")
+        )
+        return cls(entries, pieces)
+
+
+@dataclass
 class _Saving:
     """A checkpoint on its way."""
 
@@ -143,6 +164,10 @@ class Store:
         self._is_first = dist.get_rank() == 0
         self._file = f"shard_{dist.get_rank():05d}.safetensors"
         self._snapshot = Snapshot(device)
+        self._told: list[Held] | None = None
+        """What the first rank knows that this rank's file holds."""
+        self._held: dict[int, list[Held]] = {}
+        """On the first rank: what each rank's file holds."""
         # Handing a task to a waiting thread takes no time; the start of a new one waits for Python's lock.
         self._thread = ThreadPoolExecutor(1)
         self._saving: _Saving | None = None
@@ -170,13 +195,14 @@ class Store:
         content = {"format": FORMAT, **asdict(state), "model": asdict(model), "versions": versions}
         partial = self._partial(state.step)
 
-        def write() -> dict[str, dict[str, Any]]:
+        def write() -> _Written:
             partial.mkdir(parents=True, exist_ok=True)
-            entries = {self._file: self._snapshot.write(partial / self._file)}
+            entry, pieces = self._snapshot.write(partial / self._file)
+            entries = {self._file: entry}
             for name, text in {"state.json": as_json(content), "config.yaml": config_yaml}.items():
                 if self._is_first:
                     entries[name] = write_hashed(partial / name, [text.encode()])
-            return entries
+            return _Written(entries, {self._file: pieces})
 
         task = self._thread.submit(write)
         self._saving = _Saving(state.step, started, time.perf_counter() - started, task)
@@ -226,13 +252,23 @@ class Store:
             if self._is_first:
                 self._on_save(self._folder / step_name(saving.step))
             return
-        entries = {name: entry for mine in gather_objects(saving.task.result()) for name, entry in mine.items()}
+        # What a file holds is the same at every save, and a thousand times more than its entry.
+        changed, self._told = (
+            self._snapshot.held if self._told is not self._snapshot.held else None,
+            self._snapshot.held,
+        )
+        everyones = gather_to_first((saving.task.result(), changed))
+        self._held |= {rank: held for rank, (_, held) in enumerate(everyones) if held is not None}
+        written = _Written.of_all([written for written, _ in everyones])
         saving.shards_written = True
-        saving.task = self._thread.submit(lambda: self._finish(saving, entries) if self._is_first else None)
+        saving.task = self._thread.submit(lambda: self._finish(saving, written) if self._is_first else None)
 
-    def _finish(self, saving: _Saving, entries: dict[str, dict[str, Any]]) -> None:
+    def _finish(self, saving: _Saving, written: _Written) -> None:
         """Makes the checkpoint whole, points `latest` to it and removes what is not kept."""
         partial, final = self._partial(saving.step), self._folder / step_name(saving.step)
+        entries = written.entries
+        index = index_text(runs_of(sorted(self._held.items())), written.pieces)
+        entries[INDEX_OF][INDEX_ENTRY] = write_hashed(partial / INDEX, [index.encode()])
         write_hashed(partial / "manifest.json", [as_json(entries).encode()])
         sync(partial)
         self._make_way(saving.step)

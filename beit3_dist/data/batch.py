@@ -20,7 +20,7 @@ from beit3_dist.data import transforms
 from beit3_dist.data.annotations import Annotator
 from beit3_dist.data.faults import Fault
 from beit3_dist.data.image_memory import ImageMemory, channels_first
-from beit3_dist.data.index import Share
+from beit3_dist.data.index import ALONE, Share
 from beit3_dist.data.order import Blocks, Numbers, Stream, hash_sum
 from beit3_dist.data.reduced import crops_of
 from beit3_dist.data.streaming import SequentialStream, sequential
@@ -130,9 +130,11 @@ class MixedBatches(Dataset):
         world: int,
         held_out: bool = False,
         annotators: Sequence[Annotator] = (),
+        share: Share = ALONE,
     ) -> None:
         """Opens the streams, building their indexes and token files where the cache has none. `held_out`: the shards of
-        `config.eval` in stored order, with the same crops and masks every time. Raises ValueError with one line that
+        `config.eval` in stored order, with the same crops and masks every time. `share`: of the work on shards that are
+        new. Raises ValueError with one line that
         names the field where the data, the tokenizer or the batch sizes do not fit."""
         self.config = config
         self.rank = rank
@@ -141,6 +143,7 @@ class MixedBatches(Dataset):
         self.tokenizer_image_size = tokenizer_image_size
         self.crops = crops_of(config.data, max(config.model.image_size, tokenizer_image_size))
         self.annotators = annotators
+        self.share = share
         self.micro_batch = config.micro_batch(world)
         self.tokenizer = TextTokenizer(config.text_tokenizer)
         self.tokenizer.check_vocab(config.model.vocab_size)
@@ -158,8 +161,7 @@ class MixedBatches(Dataset):
             place = batch, self.rank, self.world, self.crops
             return SequentialStream(stream, patterns, data, seed, self.tokenizer, *place)
         blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
-        share = Share(self.rank, self.world)
-        origin = Origin(patterns, field, seed, data.cache, not self.held_out, blocks, share)
+        origin = Origin(patterns, field, seed, data.cache, not self.held_out, blocks, self.share)
         match stream:
             case Stream.IMAGES:
                 return ImageStream(origin, data.max_pixels, self.crops, classes)

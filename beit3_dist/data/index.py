@@ -14,12 +14,12 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
@@ -32,6 +32,7 @@ from beit3_dist.data.members import members_of
 from beit3_dist.data.order import Stream
 from beit3_dist.data.tars import Tar
 from beit3_dist.data.unpack import plain_tar
+from beit3_dist.looking import of_node
 from beit3_dist.opening import blaming
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ ROW = np.dtype([("shard", "<u4"), ("row", "<u4"), ("image", "<i8", 2), ("text", 
 of the text member."""
 SCANNERS = 8
 """Threads that scan shards: they wait for storage most of the time."""
+BATCH = 256
+"""Shards at most that a thread looks at in one go."""
 PROGRESS_SECONDS = 2.0
 
 
@@ -224,6 +227,7 @@ class Table:
     marks: list[tuple[int, int]]
     stream: Stream
     file: Path
+    _looked_up: tuple[int, Scan] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -246,30 +250,65 @@ class Table:
         return self.paths[self.rows[index]["shard"]]
 
     def key(self, index: int) -> str:
-        """Key of a sample, looked up in the sidecar: it is needed for reports only."""
-        number, row = self.rows[index]["shard"], self.rows[index]["row"]
-        return _scan(self, int(number)).key(int(row))
+        """Key of a sample, looked up in the sidecar, which has those of a whole shard: it is needed for reports only.
+        The sidecar of the last shard is kept for a neighbour."""
+        number, row = int(self.rows[index]["shard"]), int(self.rows[index]["row"])
+        if self._looked_up is None or self._looked_up[0] != number:
+            self._looked_up = number, _scan(self, number)
+        return self._looked_up[1].key(row)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "rows"}
+        return {name: value for name, value in self.__dict__.items() if name != "rows"} | {"_looked_up": None}
 
 
 def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Share = ALONE) -> Table:
-    """The table of the samples that a pattern of tars holds, built if the cache has none for these very files: every
-    process scans its share of the shards, then one of them what is missing yet. Raises ValueError naming `field` where
-    nothing matches or no shard holds a usable sample."""
-    folder = cache_folder(cache)
-    paths = expand(pattern, field)
-    with ThreadPoolExecutor(SCANNERS) as pool:
-        files = list(pool.map(lambda path: plain_tar(path, folder), paths))
-        marks = list(pool.map(fingerprint, files))
-    name = digest(FORMAT, stream.name, *zip(paths, marks, strict=True))
-    table = Table(paths, files, marks, stream, folder / f"{name}.npy")
-    if share != ALONE and not table.file.exists():
+    """The table of the samples that a pattern of tars holds, built if the cache has none for these very files: one
+    process of a node looks which there are, every process scans its share of the shards, then the one what is missing
+    yet. Raises ValueError naming `field` where nothing matches or no shard holds a usable sample."""
+    table, is_made = _found(pattern, field, stream, cache)
+    if not is_made and share != ALONE:
         _scan_share(table, share)
-    cached(lambda: (table.rows, table.notes), lambda: _build(table), folder / digest(*paths))
-    require(len(table) != 0, f"{field}: no sample in {len(paths)} shard(s) of {pattern!r}: each needs {NEEDS[stream]}")
+    samples = of_node(lambda: _made(table))
+    shards = len(table.paths)
+    require(samples != 0, f"{field}: no sample in {shards} shard(s) of {pattern!r}: each needs {NEEDS[stream]}")
     return table
+
+
+def _found(pattern: str, field: str, stream: Stream, cache: str) -> tuple[Table, bool]:
+    """The table, of which one process looks for all, and whether the cache has it."""
+
+    def look() -> dict[str, Any]:
+        folder = cache_folder(cache)
+        paths = expand(pattern, field)
+        files = _of_each(lambda path: plain_tar(path, folder), paths)
+        marks = _of_each(fingerprint, files)
+        name = digest(FORMAT, stream.name, *zip(paths, marks, strict=True))
+        unpacked = {n: file for n, (file, path) in enumerate(zip(files, paths, strict=True)) if file != path}
+        is_made = (folder / f"{name}.npy").exists()
+        seen = {"folder": str(folder), "name": name, "made": is_made}
+        return seen | {"paths": paths, "marks": marks, "unpacked": unpacked}
+
+    seen = of_node(look)
+    paths, marks = seen["paths"], [(size, changed) for size, changed in seen["marks"]]
+    files = paths.copy()
+    for number, file in seen["unpacked"].items():
+        files[int(number)] = file
+    return Table(paths, files, marks, stream, Path(seen["folder"], f"{seen['name']}.npy")), seen["made"]
+
+
+def _of_each(look: Callable[[str], Result], paths: list[str]) -> list[Result]:
+    """What `look` gives of each path, by some threads. To hand a single one to a thread takes longer than the look."""
+    size = min(BATCH, -(-len(paths) // SCANNERS))
+    batches = [paths[at : at + size] for at in range(0, len(paths), size)]
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        return [seen for some in pool.map(lambda batch: [look(path) for path in batch], batches) for seen in some]
+
+
+def _made(table: Table) -> int:
+    """Builds a table that the cache lacks; its samples."""
+    lock = table.file.parent / digest(*table.paths)
+    rows, _ = cached(lambda: (table.rows, table.notes), lambda: _build(table), lock)
+    return len(rows)
 
 
 def _scan(table: Table, number: int) -> Scan:

@@ -14,6 +14,7 @@ from beit3_dist.data.cache import cached, digest, mapped, write_whole
 from beit3_dist.data.index import SCANNERS, Table, shard_keys
 from beit3_dist.data.kinds import hidden, key_and_extension
 from beit3_dist.data.tars import DamagedTar, Tar
+from beit3_dist.looking import of_node
 from beit3_dist.opening import without_mark
 
 CLASS = b"cls"
@@ -42,15 +43,19 @@ def labels_of(table: Table, field: str, classes: int) -> np.ndarray:
     def read() -> np.ndarray:
         return mapped(file, "classes of this table", lambda x: x.dtype == np.int64 and x.shape == (len(table),))
 
-    labels = cached(read, lambda: write_whole(file, lambda out: np.save(out, _read(table))), file.parent / digest(file))
-    if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):
-        first, label = int(wrong[0]), int(labels[wrong[0]])
-        has = {NONE: "no .cls member", NO_NUMBER: "a .cls member that is no number"}.get(label, f"the class {label}")
-        raise ValueError(
-            f"{field}: {len(wrong)} of {len(labels)} images have no class in range({classes}); the first, "
-            f"{table.key(first)} of {table.shard(first)}, has {has}"
-        )
-    return labels
+    def check() -> None:
+        make = lambda: write_whole(file, lambda out: np.save(out, _read(table)))  # noqa: E731
+        labels = cached(read, make, file.parent / digest(file))
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= classes))):
+            first, label = int(wrong[0]), int(labels[wrong[0]])
+            has = {NONE: "no .cls member", NO_NUMBER: "a .cls member that is no number"}
+            raise ValueError(
+                f"{field}: {len(wrong)} of {len(labels)} images have no class in range({classes}); the first, "
+                f"{table.key(first)} of {table.shard(first)}, has {has.get(label, f'the class {label}')}"
+            )
+
+    of_node(check)
+    return read()
 
 
 def _read(table: Table) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import resource
 import signal
 import threading
 import weakref
@@ -22,9 +21,7 @@ from beit3_dist.children import end_with_parent
 from beit3_dist.data import batch
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.leaving import SIGNALS
-
-MAX_DESCRIPTORS = 65536
-"""Upper bound of what `loader` raises the limit of open files to."""
+from beit3_dist.opening import open_files_allowed
 
 
 def _start_worker(ending: Connection, _: int) -> None:
@@ -164,10 +161,7 @@ def loader(dataset: Dataset, requests: Iterable, workers: int, prefetch: int, pi
         return load(dataset, collate_fn=_unchanged)
     # Each tensor on its way from a worker holds an open file, more than the usual limit of 1,024 allows. The
     # server and its workers, which open shards, inherit the limit.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    open_files_allowed()
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, batch.__name__])
     # The trainer turns these into a checkpoint. A scheduler sends them to every process of a job: the server and

@@ -29,6 +29,7 @@ from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mi
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.reduced import Crops, Decoded
 from beit3_dist.data.text import TextTokenizer, TokenWindows
+from beit3_dist.looking import of_node
 from beit3_dist.opening import blaming, without_mark
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ class SampleStream(ABC):
 
     def _report(self, table: Table) -> list[Fault]:
         """Logs what the index of a source left out, and returns the faults of its shards."""
-        notes, name = table.notes, self.stream.field
+        notes, name = of_node(lambda: table.notes), self.stream.field
         for shard, damage in notes["damage"]:
             log.warning("%s: %s: %s", name, shard, damage)
         total: LeftOut = {}
@@ -301,8 +302,7 @@ class TextStream(SampleStream):
     def __init__(self, origin: Origin, tokenizer: TextTokenizer, text_length: int) -> None:
         super().__init__(origin)
         self.windows = [
-            TokenWindows(table, tokenizer, text_length, origin.share.of(len(table.paths)).start)
-            for table in self.tables
+            TokenWindows(table, tokenizer, text_length, origin.share.of(len(table.paths))) for table in self.tables
         ]
         self._set_lengths([len(windows) for windows in self.windows])
         if 0 in self.lengths:

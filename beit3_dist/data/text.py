@@ -27,6 +27,7 @@ from beit3_dist.data.lines import LONGEST_LINE
 from beit3_dist.data.reader import OPEN_FILES
 from beit3_dist.data.tars import Tar
 from beit3_dist.data.text_files import unmarked
+from beit3_dist.looking import of_node
 from beit3_dist.opening import open_regular
 
 log = logging.getLogger(__name__)
@@ -50,10 +51,7 @@ class TextTokenizer:
     def __init__(self, path: str) -> None:
         """Raises a one-line ValueError for a file that is missing, no SentencePiece model, or numbered otherwise."""
         self.path = os.path.expanduser(path)
-        if not os.path.isfile(self.path):
-            raise ValueError(f"text_tokenizer: there is no file {path!r}; tools/train_text_tokenizer.py makes one")
-        with open_regular(self.path) as file:
-            model = file.read(MOST_MODEL)
+        model = of_node(self._read)
         try:
             if not model:  # of which SentencePiece makes a processor that complains on the terminal
                 raise RuntimeError("empty")
@@ -74,6 +72,13 @@ class TextTokenizer:
         self.rows = self.pieces + SPECIAL_ROWS
         self.words = range(4, self.pieces + 1)
         self.specials = (self.bos, self.pad, self.eos)
+
+    def _read(self) -> bytes:
+        """The file, which one process reads for its node."""
+        if not os.path.isfile(self.path):
+            raise ValueError(f"text_tokenizer: there is no file {self.path!r}; tools/train_text_tokenizer.py makes one")
+        with open_regular(self.path) as file:
+            return file.read(MOST_MODEL)
 
     @cached_property
     def begins(self) -> np.ndarray:
@@ -226,45 +231,51 @@ def _batched(texts: Iterator[str]) -> Iterator[list[str]]:
 class TokenWindows:
     """The text samples of one source: windows of `width` tokens, the last window of a shard being shorter."""
 
-    def __init__(self, table: Table, tokenizer: TextTokenizer, text_length: int, first_shard: int = 0) -> None:
-        """Tokenises what the cache lacks, from `first_shard` on, so that ranks which begin elsewhere share the work."""
+    def __init__(self, table: Table, tokenizer: TextTokenizer, text_length: int, share: range = range(0)) -> None:
+        """Tokenises what the cache lacks: first of all the shards of this process's `share`."""
         self.width = text_length - 2
         self.frame = (tokenizer.bos, tokenizer.eos)
-        self.shards = [TokenShard(table, number, tokenizer) for number in range(len(table.paths))]
-        contents = self._contents(table, tokenizer, first_shard)
+        self.table, self.tokenizer = table, tokenizer
+        contents = self._contents(share)
         self.ends = np.cumsum([-(-length // self.width) for length in contents["lengths"]])
         self.faults = {
-            self.shards[number].path: [Fault("texts", self.shards[number].path, *fault) for fault in faults]
+            (path := table.paths[number]): [Fault("texts", path, *fault) for fault in faults]
             for number, faults in contents["faults"]
         }
         """Documents that were left out, by the shard's path."""
         self.open: OrderedDict[int, np.ndarray] = OrderedDict()
         """Tokens of the shards that were read last; each mapping holds a file descriptor."""
 
-    def _contents(self, table: Table, tokenizer: TextTokenizer, first_shard: int) -> dict[str, list]:
+    def shard(self, number: int) -> TokenShard:
+        return TokenShard(self.table, number, self.tokenizer)
+
+    def _contents(self, share: range) -> dict[str, list]:
         """lengths: tokens of each shard. faults: pairs of a shard's number and its documents' keys and reasons. One
         file for all shards, made when all are tokenised: at 10,000 shards and hundreds of ranks a look at each shard's
-        files would keep a file system busy."""
-        file = table.file.with_name(f"{digest(TOKENS_FORMAT, table.file.name, tokenizer.fingerprint)}.json")
-        if not file.exists():
-            for shard in (*self.shards[first_shard:], *self.shards[:first_shard]):
-                shard.make()
+        files would keep a file system busy. One process reads it for its node."""
+        table, shards = self.table, range(len(self.table.paths))
+        file = table.file.with_name(f"{digest(TOKENS_FORMAT, table.file.name, self.tokenizer.fingerprint)}.json")
+        if not of_node(file.exists):
+            for number in share:
+                self.shard(number).make()
 
         def make() -> None:
-            faults = [(n, [(f.key, f.reason) for f in s.faults]) for n, s in enumerate(self.shards)]
-            contents = {
-                "lengths": [len(shard.tokens) for shard in self.shards],
-                "faults": [(number, some) for number, some in faults if some],
-            }
+            lengths, faults = [], []
+            for number in shards:
+                shard = self.shard(number)
+                lengths.append(len(shard.tokens))
+                if some := [(fault.key, fault.reason) for fault in shard.faults]:
+                    faults.append((number, some))
+            contents = {"lengths": lengths, "faults": faults}
             write_whole(file, lambda target: target.write(json.dumps(contents).encode()))
 
         def read() -> dict[str, list]:
             contents = parsed(file)
-            if not isinstance(contents, dict) or len(contents.get("lengths", [])) != len(self.shards):
-                raise DamagedCache(f"{file} is damaged: it holds no lengths of {len(self.shards)} shards")
+            if not isinstance(contents, dict) or len(contents.get("lengths", [])) != len(shards):
+                raise DamagedCache(f"{file} is damaged: it holds no lengths of {len(shards)} shards")
             return contents
 
-        return cached(read, make, file)
+        return of_node(lambda: cached(read, make, file))
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -278,7 +289,7 @@ class TokenWindows:
         """int64 [at most text_length]: <s>, the window's tokens, </s>."""
         shard, window = self.place(index)
         if shard not in self.open:
-            self.open[shard] = self.shards[shard].tokens
+            self.open[shard] = self.shard(shard).tokens
             if len(self.open) > OPEN_FILES:
                 self.open.popitem(last=False)
         self.open.move_to_end(shard)

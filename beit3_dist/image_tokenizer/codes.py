@@ -28,6 +28,7 @@ from beit3_dist.config import Patterns, RunConfig, require, sources_of
 from beit3_dist.data.batch import MicroBatch, MixedBatches
 from beit3_dist.data.streams import SampleStream
 from beit3_dist.data.views import Codes, Tokenize
+from beit3_dist.looking import of_node
 from beit3_dist.opening import read_json, regular_size
 
 FORMAT = 2
@@ -80,7 +81,8 @@ def open_codes(
     if not folder:
         return None
     codes = PrecomputedCodes(Path(folder), field, config.model.visual_vocab_size)
-    codes.check(made_from(config, tokenizer_view, held_out, batches), positions_taken(config, held_out))
+    made = of_node(lambda: made_from(config, tokenizer_view, held_out, batches))
+    codes.check(made, positions_taken(config, held_out))
     return codes
 
 

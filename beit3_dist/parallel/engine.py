@@ -248,6 +248,8 @@ def _build_model(
         keep_stages(model, plan.of(mesh.pipeline_rank), is_first=mesh.pipeline_rank == 0, is_last=mesh.is_last_stage)
 
     def part_of_value(name: str, shape: torch.Size) -> Tensor:
+        if mesh.data_rank > 0 and name not in frozen:
+            return torch.zeros(shape)  # (*) DeepSpeed gives all replicas the first one's values
         value, cut = values(name, whole_shapes[name]), cut_for(cuts, name, mesh.tensor_rank, mesh.tensor)
         part = value if cut is None else cut.of(value)
         if name in frozen and config.parallel.zero_stage > 0:

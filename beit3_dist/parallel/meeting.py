@@ -9,12 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
+from pathlib import Path
 from threading import Timer
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
-from beit3_dist.launched import UNSET
+from beit3_dist.launched import UNSET, ProcessPlace
+from beit3_dist.looking import ALONE, Looks
 
 PATIENCE = timedelta(minutes=10)
 """How long the processes wait for one another, and a collective for the ranks that it lacks where nobody says how long
@@ -31,6 +35,24 @@ class PortInUse(NotMet):
     """Another program has the port at which they were to meet."""
 
 
+_numbers = count()
+"""Of the times that the processes look together; one after the other, they do in the stages of a run."""
+_found: list[Store] = []
+"""The store at which the processes have met before there is a process group."""
+
+
+def meeting_place(rank: int, world: int) -> Store:
+    """The store of a run of several processes. Raises NotMet."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if not _found:
+        with _meeting(rank, world):
+            store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=PATIENCE))
+        store.set_timeout(PATIENCE)
+        _found.append(store)
+    return _found[0]
+
+
 def meet(backend: str, rank: int, world: int, device: torch.device | None) -> None:
     """Starts torch's process group of all, where there is none. `device`: to bind it to, as DeepSpeed does with CUDA's.
 
@@ -41,11 +63,36 @@ def meet(backend: str, rank: int, world: int, device: torch.device | None) -> No
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
+    place = dist.PrefixStore("default_pg", meeting_place(rank, world))
+    _found.clear()
+    with _meeting(rank, world):
+        dist.init_process_group(backend, store=place, rank=rank, world_size=world, timeout=PATIENCE, device_id=device)
+
+
+@contextmanager
+def _meeting(rank: int, world: int) -> Iterator[None]:
+    """Says what is waited for, and why in vain. Raises NotMet."""
     with _telling(f"rank {rank} of {world} on {socket.gethostname()}", _waited_for(rank, world)):
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=PATIENCE, device_id=device)
+            yield
         except (RuntimeError, ValueError, OSError) as error:
             raise _not_met(error, rank, world) from None
+
+
+def looks_of_all(place: ProcessPlace) -> tuple[Looks, Looks]:
+    """The looks of all processes of the run, and of those of this node, which meet at the first one."""
+    if place.world == 1:
+        return ALONE, ALONE
+    number = next(_numbers)
+
+    def meet() -> Store:
+        return dist.PrefixStore(f"beit3_dist/looks/{number}", meeting_place(place.rank, place.world))
+
+    # A container has a name of its own where it has not a node of its own.
+    node = f"{socket.gethostname()}/{Path('/proc/sys/kernel/random/boot_id').read_bytes().strip().decode()}"
+    is_first = place.rank == 0
+    of_run = Looks(meet, "run", is_first, place.world - 1 if is_first else 0)
+    return of_run, Looks(meet, node, place.local_rank == 0)
 
 
 def _waited_for(rank: int, world: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -18,9 +18,10 @@ import beit3_dist
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.find import find, newest_whole, read_state, verified
 from beit3_dist.checkpoint.shard import Shard
-from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, step_of
+from beit3_dist.checkpoint.store import SavingFailed, Store, TrainState, checkpoints, step_of
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig, require
+from beit3_dist.looking import of_node, of_run
 from beit3_dist.model.cut import cut_for
 from beit3_dist.parallel.fragments import (
     Fragment,
@@ -48,6 +49,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
     (None: a new run).
     shards: what this rank contributes, at the moment of the call.
     export: writes what else is to lie there before a checkpoint is whole: once the last one is, nobody goes on from it.
+    Completes `state`, too.
     on_save: called on the first rank with each whole checkpoint.
     """
 
@@ -144,19 +146,38 @@ def starting_point(config: JobConfig, trains: bool = True) -> tuple[Path | None,
     where a run that `trains` has no step left, or where there is none of its callbacks.
     """
     out = Path(config.out)
-    checkpoint = find(config.checkpoint.resume, out / "checkpoints")
-    require(
-        config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
-        f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
-    )
-    state = read_state(checkpoint, config.model) if checkpoint else TrainState()
-    require(
-        state.step < config.steps or not trains,
-        f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
-    )
-    _check_writable(out)
+
+    def look() -> dict[str, Any] | None:
+        """The checkpoint and its state."""
+        checkpoint = find(config.checkpoint.resume, out / "checkpoints")
+        require(
+            config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
+            f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
+        )
+        state = read_state(checkpoint, config.model) if checkpoint else TrainState()
+        require(
+            state.step < config.steps or not trains,
+            f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
+        )
+        return {"path": str(checkpoint), "state": asdict(state)} if checkpoint else None
+
+    found = of_run(look)
+    of_node(lambda: _check_node(out, config.checkpoint.resume, found["path"] if found else None))
     Callbacks(config.callbacks)
-    return checkpoint, state
+    return (Path(found["path"]), TrainState(**found["state"])) if found else (None, TrainState())
+
+
+def _check_node(out: Path, resume: str, found: str | None) -> None:
+    """Raises ValueError where this node can neither write into `out` nor make it, or does not see what the first one
+    has `found` there."""
+    _check_writable(out)
+    here = found if found is None or Path(found, "manifest.json").is_file() else None
+    if found is None and resume == "auto":
+        here = next(map(str, checkpoints(out / "checkpoints").values()), None)
+    require(
+        here == found,
+        f"checkpoint.resume: rank 0 finds {found}, this node {here}: `out` must be on a file system that all share",
+    )
 
 
 def _check_writable(out: Path) -> None:

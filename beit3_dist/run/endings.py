@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from beit3_dist.checkpoint.find import Damaged
+from beit3_dist.checkpoint.initial import UnreadableWeights
 from beit3_dist.data.faults import Fault, StreamFailed
 from beit3_dist.data.loader import WorkerKilled
 from beit3_dist.leaving import ExitCode
+from beit3_dist.looking import ToldElsewhere
 from beit3_dist.parallel.meeting import NotMet, PortInUse
 
 
@@ -64,6 +66,7 @@ class Who(Enum):
     ALL_AT_ONCE = "All processes end at once, each by itself; the first one speaks."
     EACH = "Each process that meets it ends at once and speaks for itself."
     SOME = "Perhaps not all processes meet it: the first one speaks, another one after it and with its rank."
+    ANOTHER = "It waits, silently, for the process that has looked for it and speaks."
     ONE = "One process ends all others, and speaks last, with its rank."
 
 
@@ -90,6 +93,7 @@ ANOTHER_FAILED = Ending("another process has failed, whose exit code it takes", 
 ENDINGS = (
     DONE,
     Ending("a mistake in config or data", Mistake, ExitCode.MISTAKE, Who.SOME),
+    Ending("a mistake that the process which looks for it has found", ToldElsewhere, ExitCode.MISTAKE, Who.ANOTHER, ""),
     Ending("a port is in use", PortInUse, ExitCode.MISTAKE, Who.EACH),
     Ending("the processes have not found one another", NotMet, ExitCode.FAILED, Who.EACH),
     Ending("another run has the folder", FolderInUse, ExitCode.MISTAKE, Who.ALL),
@@ -98,6 +102,7 @@ ENDINGS = (
     Ending("asked to go by a signal", Preempted, ExitCode.PREEMPTED, Who.ALL_AT_ONCE, "{error}"),
     Ending("Ctrl-C", KeyboardInterrupt, ExitCode.INTERRUPTED, Who.ALL_AT_ONCE, "interrupted"),
     Ending("the disk is full", FullDisk, ExitCode.STOPPED, Who.ONE),
+    Ending("what it starts from cannot be read", UnreadableWeights, ExitCode.MISTAKE, Who.ONE),
     Ending("a loader process was killed", WorkerKilled, ExitCode.FAILED, Who.ONE),
     Ending("a validation example cannot be read", StreamFailed, ExitCode.STOPPED, Who.ONE),  # in training all stop
     HANGING_STEP,

@@ -14,9 +14,11 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from beit3_dist.command_line import is_first_process, log_to_console
-from beit3_dist.launched import rank
+from beit3_dist.launched import rank, read_place
 from beit3_dist.leaving import leave_when_asked
+from beit3_dist.looking import together
 from beit3_dist.opening import one_line
+from beit3_dist.parallel.meeting import looks_of_all
 from beit3_dist.run.endings import DONE, TRACEBACK, Ending, Mistake, Who, ending_of
 from beit3_dist.run.failure import end_after_failure, end_now, ends_by_itself
 from beit3_dist.terminal import make_output_unfailing
@@ -44,8 +46,10 @@ def launch(program: str, prepare: Callable[[], Prepared], train: Callable[[Prepa
 
 
 def _prepared(prepare: Callable[[], Prepared]) -> Prepared:
+    """What the processes of a run prepare, looking at files together."""
     try:
-        return prepare()
+        with together(*looks_of_all(read_place())):
+            return prepare()
     except (ValueError, OSError) as error:
         raise Mistake(str(error)) from error
 
@@ -62,9 +66,11 @@ def _end(program: str, ending: Ending, error: BaseException) -> NoReturn:
         _leave_groups()  # before its threads have done anything else, Python's end may abort in them
     if who is Who.SOME and not is_first_process():
         time.sleep(MISTAKE_WAIT_S)  # where the first process fails too, its launcher ends this one meanwhile
-    if who in (Who.SOME, Who.EACH) or is_first_process():
+    if who is Who.ANOTHER:
+        time.sleep(2 * MISTAKE_WAIT_S)  # or the launcher would end the one that is about to speak
+    elif who in (Who.SOME, Who.EACH) or is_first_process():
         print(words, file=sys.stderr, flush=True)
-    if who in (Who.SOME, Who.ALL):
+    if who in (Who.SOME, Who.ANOTHER, Who.ALL):
         sys.exit(ending.exit_code)
     end_now(ending.exit_code)
 

@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from beit3_dist.checkpoint.formats import fit_initial, read_initial_weights
+from beit3_dist.checkpoint.formats import fit_initial
+from beit3_dist.checkpoint.initial import InitialWeights
 from beit3_dist.config import RunConfig, require
 from beit3_dist.data.batch import MixedBatches
+from beit3_dist.data.index import Share
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
+from beit3_dist.looking import of_node
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.objectives.contrastive import Contrastive
 from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
@@ -91,16 +94,19 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
     teachers = {objective.name: objective.open_teachers() for objective in objectives}
     check_loaders(config, mesh, view if view != own and not config.image_codes else 0)
     ranks = mesh.data_rank, mesh.data
-    train = MixedBatches(config, own if config.image_codes else view, *ranks, annotators=[*objectives])
+    # Of new shards, every process takes some, its fellows in a replica too.
+    shared: dict[str, Any] = {"annotators": [*objectives], "share": Share(mesh.rank, mesh.world)}
+    train = MixedBatches(config, own if config.image_codes else view, *ranks, **shared)
     train.restore(state.readers, state.step > 0)
     weights = {field: path for objective in objectives for field, path in objective.teachers.items()}
-    state.sources = same_sources(config, checkpoint, state.sources, pretraining_sources(config, train, weights))
+    sources = of_node(lambda: pretraining_sources(config, train, weights))
+    state.sources = same_sources(config, checkpoint, state.sources, sources)
     same_recipe(config, checkpoint)
     train_codes = open_codes(config, view, False, train)
     held_out = held_out_codes = None
     if config.eval.every:
         held_out_view = own if config.eval.image_codes else view
-        held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, annotators=[*objectives])
+        held_out = MixedBatches(config, held_out_view, *ranks, held_out=True, **shared)
         held_out_codes = open_codes(config, view, True, held_out)
     zero_shot = open_zero_shot(config.eval, config.data)
     if zero_shot is not None:
@@ -181,11 +187,11 @@ def _values(config: RunConfig, checkpoint: Path | None, objectives: Objectives, 
     that goes on."""
     if checkpoint is not None:
         return zeros
-    weights: dict[str, Tensor] = {}
+    weights: InitialWeights | dict[str, Tensor] = {}
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in objectives.build().named_parameters()}
         if before is None:
-            weights = read_initial_weights(config.init_from, config.model, shapes)
+            weights = InitialWeights(config.init_from, config.model, shapes)
         else:
             weights = fit_initial(
                 dict(objectives_of(before).build().named_parameters()), before.model, config.model, shapes, before.out

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from beit3_dist.checkpoint.formats import read_initial_weights
+from torch import Tensor
+
+from beit3_dist.checkpoint.initial import InitialWeights
 from beit3_dist.checkpoint.model_folder import TASK_HEAD
 from beit3_dist.config import require
 from beit3_dist.data.text import TextTokenizer
+from beit3_dist.looking import of_node
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.opening import blaming
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
@@ -82,7 +85,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
         f"that has a checkpoint, which {config.out} has not",
     )
     if not config.evaluate_only:
-        sources = finetuning_sources(config, len(train), tokenizer)
+        sources = of_node(lambda: finetuning_sources(config, len(train), tokenizer))
         state.sources = same_sources(config, checkpoint, state.sources, sources)
         same_recipe(config, checkpoint)
     values, views = _values(config, task, checkpoint), _views(config, task)
@@ -130,10 +133,11 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
     that goes on."""
     if checkpoint is not None:
         return zeros
-    network, weights = task.network(config.model, len(task.classes), device="meta"), {}
+    network = task.network(config.model, len(task.classes), device="meta")
+    weights: InitialWeights | dict[str, Tensor] = {}
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-        weights = read_initial_weights(config.init_from, config.model, shapes)
+        weights = InitialWeights(config.init_from, config.model, shapes)
         lacking = [name for name in shapes if name.startswith((TASK_HEAD, "text_head.")) and name not in weights]
         require(
             not config.evaluate_only or not lacking,

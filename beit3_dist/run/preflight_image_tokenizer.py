@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from beit3_dist.config import require, require_divides
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.image_tokenizer.images import ImageBatches
+from beit3_dist.looking import of_node
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.checkpointing import ReadyToTrain, starting_point
 from beit3_dist.run.resumption import same_recipe
@@ -41,6 +42,7 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
     )
     train = ImageBatches(config.data, config.model.image_size, config.seed, config.batch, mesh.rank, mesh.world)
     teacher = build_teacher(grid=config.model.grid, **asdict(config.teacher))
-    state.sources = same_sources(config, checkpoint, state.sources, tokenizer_sources(config, train.stream))
+    sources = of_node(lambda: tokenizer_sources(config, train.stream))
+    state.sources = same_sources(config, checkpoint, state.sources, sources)
     same_recipe(config, checkpoint)
     return TokenizerReady(config, mesh, state, checkpoint, teacher, train)

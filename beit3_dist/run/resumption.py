@@ -16,6 +16,7 @@ import yaml
 
 from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig
+from beit3_dist.looking import of_run
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.opening import read_yaml
 from beit3_dist.recipe import current_name
@@ -104,7 +105,7 @@ def same_recipe(config: JobConfig, checkpoint: Path | None) -> None:
     """
     if checkpoint is None:
         return
-    recipe_before = fields_of(read_yaml(checkpoint / "config.yaml"))
+    recipe_before = fields_of(of_run(lambda: read_yaml(checkpoint / "config.yaml")))
     former = {current_name(name): value for name, value in recipe_before.items()}
     now = fields_of(yaml.safe_load(to_yaml(config)))
     changes: dict[OnResume, list[str]] = {on_resume: [] for on_resume in OnResume}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.config import RunConfig, require
+from beit3_dist.looking import of_run
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.preflight import Ready, prepare_run
 from beit3_dist.run.stage_file import Stage
@@ -51,11 +52,19 @@ def _is_done(config: RunConfig) -> bool:
     """Whether a run that goes on has nothing left to do."""
     if config.checkpoint.resume != "auto":
         return False
-    checkpoint = find("auto", Path(config.out) / "checkpoints")
-    return checkpoint is not None and read_state(checkpoint, config.model).step >= config.steps
+
+    def look() -> bool:
+        checkpoint = find("auto", Path(config.out) / "checkpoints")
+        return checkpoint is not None and read_state(checkpoint, config.model).step >= config.steps
+
+    return of_run(look)
 
 
 def _check_not_begun(config: RunConfig) -> None:
+    of_run(lambda: _require_nothing_begun(config))
+
+
+def _require_nothing_begun(config: RunConfig) -> None:
     begun = find("auto", Path(config.out) / "checkpoints")
     require(
         begun is None, f"{begun} was made before the stage before it was done: move {config.out} away to begin it anew"

@@ -20,4 +20,4 @@ class ImageTextContrast(Retrieval):
         if all(map(is_jsonl, data.files(train))):
             return super().examples(train)
         pattern, _ = data.pattern(train)
-        return PairShards(pattern, data.cache, self.tokenizer, data.caption_key)
+        return PairShards(pattern, data.cache, self.tokenizer, data.caption_key, named=not train)

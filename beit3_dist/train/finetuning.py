@@ -22,6 +22,7 @@ from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import hash_sum, mix
+from beit3_dist.model.initialization import zeros
 from beit3_dist.model.text_decoder import flops_of_reading, flops_per_word
 from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.collectives import all_agree, all_gather
@@ -81,7 +82,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         super().__init__(ready)
         self.task, self.samples = ready.task, {"examples": self.config.batch.size}
         self.max_bad_fraction: float | None = None
-        self._values, self._validation = ready.values, ready.validation
+        self._ready, self._validation = ready, ready.validation
         self._views, self._mixing = ready.views, ready.mixing
         self._train_data = self._dataset(ready.train, train=True)
 
@@ -121,7 +122,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             config,
             groups,
             build=lambda: self.task.network(config.model, len(self.task.classes), device="meta"),
-            values=self._values,
+            values=self._ready.values,
             objective=lambda model: TaskObjective(model, self.task, config.seed),
             optimizer=lambda model, offload: build_optimizer(
                 model,
@@ -131,6 +132,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             ),
             bounds=self.task.bounds(config.model),
         )
+        self._ready.values = zeros  # what they were made of is not needed again
         self._average = WeightAverage(self._engine, config.ema_decay) if config.ema_decay else None
         self._more = self._average.of_fragment if self._average else None
 

@@ -88,7 +88,8 @@ class Job(Protocol[Config, Result]):
         return {}
 
     def export(self) -> None:
-        """Before every checkpoint: writes what of the run is used while it goes on."""
+        """Before every checkpoint: writes what of the run is used while it goes on, and puts into `state` what each
+        rank knows for itself until then. Collective."""
         return None
 
     def evaluation_due(self) -> bool:

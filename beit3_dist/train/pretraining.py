@@ -20,6 +20,7 @@ from beit3_dist.data.joining import micro_batches
 from beit3_dist.data.streaming import furthest
 from beit3_dist.image_tokenizer.codes import targets_of
 from beit3_dist.image_tokenizer.targets import ImageTargets, target_flops
+from beit3_dist.model.initialization import zeros
 from beit3_dist.objectives.base import Loss
 from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine, StepResult
@@ -105,6 +106,7 @@ class Pretraining(Job[RunConfig, StepResult]):
             bounds=objectives.bounds,
             passes=2 if config.gradient_masking.every else 1,
         )
+        ready.values = zeros  # what they were made of is not needed again
         self._masked = MaskedByStream(config, ready, self._engine) if config.gradient_masking.every else None
         if (trained := objectives.trained) is not None:
             sizes = {name: shape.numel() for name, shape in self._engine.whole_shapes.items()}
@@ -127,7 +129,7 @@ class Pretraining(Job[RunConfig, StepResult]):
         images, texts, pairs = (self.state.consumed.get(stream, 0) for stream in self.samples)
         requests, data = requests_from((images, texts, pairs), config.batch), config.data
         ready.train.restore(self.state.readers, self.state.step > 0)
-        self._data_ranks = groups.data
+        self._data_ranks, self._read_up_to = groups.data, list[list[int]]()
         pin, reads = mesh.device.type == "cuda", self._feed.reads
         self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
 
@@ -155,10 +157,13 @@ class Pretraining(Job[RunConfig, StepResult]):
 
     def next_batch(self, together: Together) -> StepBatch:
         batch = self._feed.step(lambda: list(islice(self._batches, self.config.accumulation)), together)
-        if self._ready.train.sequential:
-            mine = [row for b in batch.micro_batches for row in b.readers.tolist()]
-            self.state.readers = furthest([*self.state.readers, *of_all(mine, self._data_ranks)])
+        rows = (row for b in batch.micro_batches for row in b.readers.tolist())
+        self._read_up_to = furthest([*self._read_up_to, *rows])
         return batch
+
+    def export(self) -> None:
+        if self._ready.train.sequential:
+            self.state.readers = furthest([*self.state.readers, *of_all(self._read_up_to, self._data_ranks)])
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> StepResult:
         result = self._engine.train_step(self._passes(batch, step), batch.step_counts, step, lr)

@@ -8,7 +8,10 @@ import logging
 import torch
 import torch.distributed as dist
 
+from beit3_dist.launched import read_place
 from beit3_dist.leaving import leave_when_asked
+from beit3_dist.looking import together
+from beit3_dist.parallel.meeting import looks_of_all
 from beit3_dist.run.endings import RunStopped
 from beit3_dist.run.preflight import prepare_run
 from beit3_dist.run.stages import ReadyStages
@@ -23,7 +26,8 @@ def train_stages(program: str, ready: ReadyStages) -> None:
     for stage in ready.stages:
         log.info("stage %s, in %s", stage.name, stage.config.out)
         try:
-            opened = first or prepare_run(stage.config, ready.mesh_of(stage.config))
+            with together(*looks_of_all(read_place())):
+                opened = first or prepare_run(stage.config, ready.mesh_of(stage.config))
         except (ValueError, OSError) as error:
             raise RunStopped(f"stage {stage.name}: {error}") from error
         first = None

@@ -20,6 +20,7 @@ from braceexpand import braceexpand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from beit3_dist import opening
 from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
 from beit3_dist.data import loader as loader_module
 from beit3_dist.data.batch import MicroBatch, MixedBatches, Request, hash_terms, mapped, requests_from
@@ -409,8 +410,8 @@ def test_image_batches(run: RunConfig, tmp_path: Path) -> None:
 
 def test_limit_of_open_files_is_raised(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(loader_module.resource, "getrlimit", lambda _: (1024, 4096))
-    monkeypatch.setattr(loader_module.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr(opening.resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(opening.resource, "setrlimit", lambda _, limits: asked.append(limits))
     before: list[bool] = []
     monkeypatch.setattr(loader_module.forkserver, "ensure_running", lambda: before.append(bool(asked)))
     loader(Probe(), range(1), 1, 1, False)

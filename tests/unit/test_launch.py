@@ -25,6 +25,7 @@ from beit3_dist import launched, leaving
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
 from beit3_dist.leaving import SIGNALS, ExitCode
+from beit3_dist.looking import ToldElsewhere
 from beit3_dist.run import launch as module
 from beit3_dist.run.endings import ENDINGS, STARTED_AGAIN, FolderInUse, RunStopped, ending_of
 from beit3_dist.run.launch import launch
@@ -67,6 +68,23 @@ def test_a_mistake_is_told_by_whoever_meets_it(
     assert exit_.value.code == 2
     assert capfd.readouterr().err == f"program: {where}error: data.images: /data is not there\n"
     assert waited == ([module.MISTAKE_WAIT_S] if rank else [])
+
+
+def test_who_waits_for_the_one_that_looks_is_silent_and_ends_later(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its launcher would end the one that is about to speak."""
+    waited: list[float] = []
+    monkeypatch.setattr(launched, "_place", launched.ProcessPlace(3, 4, 3, 4))
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def prepare() -> NoReturn:
+        raise ToldElsewhere("run/1")
+
+    with pytest.raises(SystemExit) as exit_:
+        launch("program", prepare, lambda _: pytest.fail("the run was started"))
+    assert exit_.value.code == ExitCode.MISTAKE and capfd.readouterr().err == ""
+    assert sum(waited) > module.MISTAKE_WAIT_S
 
 
 def test_a_folder_in_use_is_a_mistake(capfd: pytest.CaptureFixture[str]) -> None:

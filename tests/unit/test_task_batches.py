@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from beit3_dist.data import index
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import generator
@@ -180,7 +181,9 @@ def test_a_broken_picture_is_replaced_in_training_and_stops_an_evaluation(exampl
         dataset([replace(examples[0], images=(broken,))])[Places((0,), (True,))]
 
 
-def test_a_pair_without_a_caption_is_replaced_in_training_and_stops_an_evaluation(tmp_path: Path) -> None:
+def test_a_pair_without_a_caption_is_replaced_in_training_and_stops_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     samples = [
         {"__key__": f"{number:04d}", "png": picture(number), "txt": text}
         for number, text in enumerate((b"a red circle", b"a cat", b" \n", b"the sea"))
@@ -195,6 +198,11 @@ def test_a_pair_without_a_caption_is_replaced_in_training_and_stops_an_evaluatio
     assert all(2 not in batch.ids and {0, 1, 3} == set(batch.ids.tolist()) for batch in batches)
     with pytest.raises(StreamFailed, match="number 2 cannot be evaluated: .*pairs.tar, 0002: empty caption"):
         dataset(pairs, train=False)[Places((0, 1, 2, 3), (True,) * 4)]
+    scans: list[str] = []
+    monkeypatch.setattr(index, "shard_scan", lambda path, *_: scans.append(path) or index.scan(path))
+    assert pairs[0].name == "number 0" and not scans, "the names of a whole shard are read for each sample"
+    named = PairShards(str(tar), str(tmp_path / "cache"), tokenizer, "caption", named=True)
+    assert [named[place].name for place in (0, 1, 3)] == ["0000", "0001", "0003"] and len(scans) == 1
 
 
 def test_pictures_come_from_tars_as_well(examples: list[Example], tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ def tokenizer(model: Path) -> TextTokenizer:
     return TextTokenizer(str(model))
 
 
-def windows_of(folder: Path, tokenizer: TextTokenizer, text_length: int, first_shard: int = 0) -> TokenWindows:
+def windows_of(folder: Path, tokenizer: TextTokenizer, text_length: int, share: range = range(0)) -> TokenWindows:
     table = open_table(str(folder / "*.tar"), "data.texts", Stream.TEXTS, str(folder / "cache"))
-    return TokenWindows(table, tokenizer, text_length, first_shard)
+    return TokenWindows(table, tokenizer, text_length, share)
 
 
 def test_id_layout_is_the_released_one(model: Path, tokenizer: TextTokenizer) -> None:
@@ -125,7 +125,7 @@ def test_bad_documents_are_left_out_and_told(tmp_path: Path, tokenizer: TextToke
     for line in lines:
         expected += [*tokenizer.encode(line), 2]
     assert windows.read(0).tolist() == expected
-    assert [(fault.key, fault.reason) for fault in windows.shards[0].faults] == [
+    assert [(fault.key, fault.reason) for fault in windows.shard(0).faults] == [
         ("r:4", "no field 'text' that is a string"),
         ("r:5", "malformed JSON"),
         ("r:6", "no field 'text' that is a string"),
@@ -148,8 +148,8 @@ def test_tokens_are_made_once_per_shard_and_tokenizer(
         build(self, *rest)
 
     monkeypatch.setattr(text.TokenShard, "_build", counted)
-    first = windows_of(tmp_path, tokenizer, 20, first_shard=2)
-    assert built == ["2.tar", "0.tar", "1.tar"]  # From the rank's own place on, and around.
+    first = windows_of(tmp_path, tokenizer, 20, share=range(2, 3))
+    assert built == ["2.tar", "0.tar", "1.tar"]  # its own share, then what no other process has made
     again = windows_of(tmp_path, tokenizer, 20)
     assert len(built) == 3
     assert all(np.array_equal(first.read(number), again.read(number)) for number in range(len(first)))
@@ -190,14 +190,14 @@ def test_a_ready_cache_is_one_file_to_look_at(
     assert len(again) == len(expected) and again.faults == first.faults
     [(path, [fault])] = again.faults.items()
     assert (Path(path).name, fault.key, fault.reason) == ("bad.tar", "r:1", "malformed JSON")
-    for shard in again.shards:
+    for shard in map(again.shard, range(len(again.ends))):
         shard.file.unlink()
     assert [again.read(number).tolist() for number in range(len(again))] == expected
 
 
 def test_small_vocabularies_are_kept_in_two_bytes(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     text_tar(tmp_path / "a.tar", sentences()[:4])
-    assert windows_of(tmp_path, tokenizer, 20).shards[0].tokens.dtype == np.uint16
+    assert windows_of(tmp_path, tokenizer, 20).shard(0).tokens.dtype == np.uint16
 
 
 def test_batches_of_documents_make_no_difference(
@@ -208,7 +208,7 @@ def test_batches_of_documents_make_no_difference(
     whole = windows_of(tmp_path / "one", tokenizer, 50)
     monkeypatch.setattr(text, "DOCUMENTS_AT_ONCE", 4)
     parts = windows_of(tmp_path / "two", tokenizer, 50)
-    assert np.array_equal(whole.shards[0].tokens, parts.shards[0].tokens)
+    assert np.array_equal(whole.shard(0).tokens, parts.shard(0).tokens)
 
 
 def test_lines_stop_at_the_end_of_the_member(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from beit3_dist.data.text_files import require_text
+from beit3_dist.looking import of_node
 from beit3_dist.opening import inside, open_regular
 
 if TYPE_CHECKING:
@@ -245,8 +246,14 @@ def read_index(
     """
     paths = [path] if isinstance(path, str | Path) else path
     rules = Rules(task, str(image_root), train, vocab_size, classes)
-    files = [Lines(Path(one)) for one in paths]
-    index = Index(files, rules)
+    index = Index([Lines(Path(one)) for one in paths], rules)
+    of_node(lambda: _check(index, predicted))
+    return index
+
+
+def _check(index: Index, predicted: bool) -> None:
+    """Raises ValueError as `read_index` does. One process does it for its node: it looks at every image."""
+    task = index.rules.task
     malformed: dict[int, str] = {}
     needed: dict[str, set[str]] = defaultdict(set)
     called = task.one_prediction if predicted else None
@@ -267,7 +274,6 @@ def read_index(
     if problems:
         lines = f"{len(index)} lines of the {task.name} index"
         raise ValueError(f"{len(problems)} faults in the {lines}: {first_of(problems)}")
-    return index
 
 
 def first_of(faults: Sequence[str]) -> str:

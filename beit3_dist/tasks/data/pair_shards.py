@@ -17,22 +17,27 @@ from beit3_dist.tasks.data.examples import Example, TarMember
 class PairShards(Sequence[Example]):
     """The pairs of all shards of a pattern. Of several captions of an image the first is taken."""
 
-    def __init__(self, pattern: str, cache: str, tokenizer: TextTokenizer, caption_key: str) -> None:
-        """Builds the shards' index where the cache has none. Raises ValueError where there are no pairs."""
+    def __init__(
+        self, pattern: str, cache: str, tokenizer: TextTokenizer, caption_key: str, named: bool = False
+    ) -> None:
+        """Builds the shards' index where the cache has none. `named`: examples are called after their keys, which are
+        looked up; training, in whose order each comes from another shard, does without. Raises ValueError where there
+        are no pairs."""
         self.table = open_table(pattern, "data.train", Stream.PAIRS, cache)
         self.reader = ShardReader(self.table)
-        self.tokenizer, self.caption_key = tokenizer, caption_key
+        self.tokenizer, self.caption_key, self.named = tokenizer, caption_key, named
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, place: Any) -> Any:
         """Raises BadSample for a pair whose caption is empty or cannot be read, naming its tar and key."""
-        row, key = self.table.rows[int(place)], self.table.key(int(place))
+        row = self.table.rows[int(place)]
         tar = self.table.files[int(row["shard"])]
         try:
             caption = read_captions(row, self.reader, self.caption_key)[0]
             words = tuple(caption_ids(caption, self.tokenizer))
         except BadSample as bad:
-            raise BadSample(f"{tar}, {key}: {bad}") from None
-        return Example(int(place), (TarMember(tar, *map(int, row["image"])),), words, int(place), key)
+            raise BadSample(f"{tar}, {self.table.key(int(place))}: {bad}") from None
+        name = self.table.key(int(place)) if self.named else f"number {place}"
+        return Example(int(place), (TarMember(tar, *map(int, row["image"])),), words, int(place), name)

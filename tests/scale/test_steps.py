@@ -1,0 +1,106 @@
+"""What a step costs each rank does not grow with the ranks: counted in real processes, each with the same work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from beit3_dist.config import BatchConfig, CheckpointConfig, ParallelConfig, RunConfig
+from beit3_dist.parallel.mesh import Groups
+from beit3_dist.run.preemption import Together
+from beit3_dist.run.preflight import prepare_run
+from beit3_dist.train.feed import StepBatch
+from beit3_dist.train.loop import train
+from beit3_dist.train.pretraining import Pretraining
+from tests.integration.runs import run_config
+from tests.parallel.workers import run_workers
+from tests.scale.counting import Costs, Count, counting
+from tests.unit.tar_fixtures import sentences, text_tar
+
+OPENED_BY_CHANCE = 8
+"""Shards that a reader has, or has not, opened before."""
+READERS = 8
+"""Of the texts, which come from commands and have no random access."""
+STEPS = 4
+PLAIN, LAST = 3, 4
+"""The third step, which nothing but training belongs to, and the last one, which saves."""
+
+
+class Counted(Pretraining):
+    """Pretraining whose costs are told step by step, what comes before the first one first."""
+
+    count: Count
+    costs: list[Costs]
+
+    def next_batch(self, together: Together) -> StepBatch:
+        self.costs.append(self.count.mark())
+        return super().next_batch(together)
+
+
+def counted_run(groups: Groups, config: RunConfig, folder: Path) -> list[Costs]:
+    """For `run_workers`: the costs of a run, of its start and of each step."""
+    with counting(folder) as count:
+        job = Counted(prepare_run(config, groups.mesh))
+        job.count, job.costs = count, []
+        train(job)
+        return [*job.costs, count.mark()]
+
+
+def costs(folder: Path, replicas: int) -> list[list[Costs]]:
+    """Rank by rank. Each replica has as many samples of each stream a step, whatever their number."""
+    config = run_config(folder)
+    config = replace(
+        config,
+        out=str(folder / f"run{replicas}"),
+        steps=STEPS,
+        data=replace(config.data, texts=f"pipe:cat {folder}/some-{{0..{READERS - 1}}}.tar", virtual_readers=READERS),
+        batch=BatchConfig(images=4 * replicas, texts=8 * replicas, pairs=4 * replicas, accumulation=2),
+        parallel=ParallelConfig(zero_stage=1),
+        checkpoint=CheckpointConfig(every=STEPS),
+    )
+    return run_workers(replicas, counted_run, config, folder)
+
+
+def table(replicas: int, everyones: list[list[Costs]]) -> None:
+    for when, step in (("start", 0), ("step", PLAIN), ("saving step", LAST)):
+        print(f"dp{replicas} {when:12s} first rank {everyones[0][step]}")
+        print(f"dp{replicas} {when:12s}  last rank {everyones[-1][step]}")
+
+
+@pytest.mark.slow
+def test_a_step_costs_each_of_more_replicas_the_same(tmp_path: Path) -> None:
+    """Twice and four times the ranks, the same work for each: the same messages, none of them of Python objects."""
+    for number in range(READERS):
+        text_tar(tmp_path / f"some-{number}.tar", sentences()[20 * number : 20 * number + 20])
+    found = {}
+    for replicas in (2, 4, 8):
+        found[replicas] = costs(tmp_path, replicas)
+        table(replicas, found[replicas])
+    for rank in (0, -1):
+        few, *more = (everyones[rank][PLAIN] for everyones in found.values())
+        assert few.calls and not few.objects and not few.looked
+        for many in more:
+            assert many.calls == few.calls and many.sent <= 1.02 * few.sent and not many.objects
+            assert many.opened <= few.opened + OPENED_BY_CHANCE and not many.looked
+        few, *more = (everyones[rank][LAST] for everyones in found.values())
+        assert all(many.calls == few.calls for many in more)
+
+
+def buffers(groups: Groups, config: RunConfig, accumulations: list[int]) -> list[int]:
+    """For `run_workers`: into how many buffers this process's stage receives, at so many micro-batches a step."""
+    counts = []
+    for number in accumulations:
+        sizes = replace(config.batch, accumulation=number, images=2 * number, texts=2 * number, pairs=2 * number)
+        job = Pretraining(prepare_run(replace(config, batch=sizes, out=f"{config.out}{number}"), groups.mesh))
+        train(job)
+        counts.append(job._engine._schedule._schedule._stage.buffers)  # type: ignore[union-attr]
+    return counts
+
+
+def test_a_pipelines_buffers_do_not_grow_with_accumulation(tmp_path: Path) -> None:
+    config = replace(run_config(tmp_path), steps=3, parallel=ParallelConfig(zero_stage=1, pipeline=2))
+    first, last = run_workers(2, buffers, config, [2, 6], pipeline=2)
+    assert first == [1, 1], "gradients, one after the other"
+    assert last == [1, 1], "activations, of which the last stage has one micro-batch under way"
