@@ -458,9 +458,15 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
-    """Learning rate that the decay comes down to in the end (the paper is silent; BEiT v1 and v2 use 1e-5)."""
-    decay: Literal["cosine", "linear"] = "cosine"
-    """How it comes down after the warm-up: by half a cosine, or by a line (BERT, ViLT, VLMo)."""
+    """Learning rate that the decay comes down to in the end (the paper is silent; BEiT v1 and v2 use 1e-5), and below
+    which inverse_sqrt does not come."""
+    decay: Literal["cosine", "linear", "constant", "inverse_sqrt", "warmup_stable_decay"] = "cosine"
+    """How it comes down after the warm-up: by half a cosine; by a line (BERT, ViLT, VLMo); not at all; by the root of
+    warmup_steps / step (Vaswani et al. 2017); or not until the last steps, in which it comes down by one less the root
+    of their share that is done (Hägele et al. 2024). constant and inverse_sqrt do not depend on `steps`, and so go on
+    as they were where a resumed run has more of them; warmup_stable_decay does until it decays."""
+    decay_share: float = 0.2
+    """Of warmup_stable_decay: share of `steps` in which it decays, at the end."""
     warmup_steps: int = 10_000
     """Steps of the linear warm-up from 0."""
     beta1: float = 0.9
@@ -479,6 +485,7 @@ class OptimConfig:
         require_not_negative("optim.", self, "warmup_steps", "weight_decay", "clip_norm")
         require_positive("optim.", self, "eps")
         require_within("[0, 1)", "optim.", self, "beta1", "beta2")
+        require_within("(0, 1]", "optim.", self, "decay_share")
 
 
 @dataclass(kw_only=True)

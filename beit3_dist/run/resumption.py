@@ -59,7 +59,8 @@ _FIELDS = {
         activation_checkpointing_every deepspeed_config image_codes layer_decay head_lr_scale pictures_every
         batch.accumulation
         parallel.tensor parallel.pipeline parallel.chunks parallel.sequence parallel.zero_stage
-        optim.lr optim.min_lr optim.decay optim.warmup_steps optim.eps optim.weight_decay optim.clip_norm
+        optim.lr optim.min_lr optim.decay optim.decay_share optim.warmup_steps optim.eps
+        optim.weight_decay optim.clip_norm
         data.caption_length data.min_crop_scale data.scaled_decoding data.color_jitter data.horizontal_flip
         data.rand_augment data.random_erasing data.max_bad_fraction data.validation
         eval.every eval.batches eval.images eval.texts eval.pairs eval.image_codes eval.retrieval eval.captions

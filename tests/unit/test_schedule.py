@@ -35,6 +35,33 @@ def test_line_from_the_peak_to_the_floor() -> None:
     )
 
 
+def test_constant() -> None:
+    config = OptimConfig(lr=1e-3, warmup_steps=10, decay="constant")
+    assert [learning_rate(step, STEPS, config) for step in (4, 9, 10, STEPS - 1)] == [5e-4, 1e-3, 1e-3, 1e-3]
+
+
+def test_inverse_square_root() -> None:
+    config = OptimConfig(lr=1e-3, min_lr=2e-4, warmup_steps=10, decay="inverse_sqrt")
+    rates = [learning_rate(step, STEPS, config) for step in (9, 10, 40, 90)]
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 1e-3 / 3])
+    assert learning_rate(10_000, 20_000, config) == 2e-4 and learning_rate(40, 10**6, config) == rates[2]
+    assert learning_rate(0, 5, OptimConfig(lr=1.0, warmup_steps=0, decay="inverse_sqrt")) == 1.0
+
+
+def test_warm_up_then_the_peak_then_down() -> None:
+    config = OptimConfig(lr=1e-3, min_lr=0, warmup_steps=10, decay="warmup_stable_decay", decay_share=0.2)
+    assert {learning_rate(step, 100, config) for step in range(9, 81)} == {1e-3}
+    assert [learning_rate(step, 100, config) for step in (85, 99)] == pytest.approx(
+        [1e-3 * 0.5, 1e-3 * (1 - math.sqrt(0.95))]
+    )
+    longer = [learning_rate(step, 200, config) for step in range(81)]
+    assert longer == [learning_rate(step, 100, config) for step in range(81)], "more steps change nothing before"
+    whole = OptimConfig(lr=1.0, min_lr=0, warmup_steps=10, decay="warmup_stable_decay", decay_share=1.0)
+    assert learning_rate(10, 100, whole) == 1.0 > learning_rate(11, 100, whole)
+    with pytest.raises(ValueError, match=r"optim.decay_share=0 is not in \(0, 1\]"):
+        OptimConfig(decay_share=0)
+
+
 def test_without_warm_up() -> None:
     assert learning_rate(0, 5, OptimConfig(lr=1.0, min_lr=0.0, warmup_steps=0)) == 1.0
 
