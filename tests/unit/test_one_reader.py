@@ -25,6 +25,7 @@ ALLOWED = {
     "os.scandir": {"beit3_dist/tasks/data/examples.py"},  # whether the pictures that an index names are files
     "iterdir": {
         "beit3_dist/data/kinds.py",
+        "beit3_dist/tasks/data/glue.py",  # a benchmark's folder of tables
         "beit3_dist/checkpoint/files.py",  # whether OUT is empty
         "tools/benchmarks/checkpoint.py",  # bytes of a checkpoint
     },
