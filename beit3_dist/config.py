@@ -731,6 +731,11 @@ class TrainingConfig(JobConfig):
             f"model.fusion_layers={self.model.fusion_layers}: tokens rest in some layers, which parallel.sequence and "
             "kernels=compiled do not know: leave both off",
         )
+        require(
+            not self.model.fusion_layers or self.attention_kernel in ("auto", "padded"),
+            f"model.fusion_layers={self.model.fusion_layers}: attention_kernel={self.attention_kernel} does not know "
+            "attention of words to images: use auto or padded",
+        )
         self.plugins = [self.plugins] if isinstance(self.plugins, str) else self.plugins
         require(
             self.precision == "fp32" or self.parallel.zero_stage != 0,

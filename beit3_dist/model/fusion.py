@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from beit3_dist.config import ModelConfig, Recompute
 from beit3_dist.kernels.layer_norm import LayerNorm
@@ -37,8 +38,8 @@ class CrossAttention(Attention):
         of_patches = lambda: cut(Linear(config.width, config.width), weight=0, bias=0)  # noqa: E731
         self.k, self.v = Multiway(("vision",), of_patches), Multiway(("vision",), of_patches)
 
-    def look(self, slices: list[Tensor], layout: TokenLayout) -> Tensor:
-        """Patches and words [P, D], [W, D] -> [W, D]."""
+    def look(self, slices: list[Tensor], layout: TokenLayout, recompute_core: bool = False) -> Tensor:
+        """Patches and words [P, D], [W, D] -> [W, D]. `recompute_core`: scores and mixtures are not kept."""
         (patches, words), layout = self.enter(slices, layout)
         (q,) = (part.unflatten(-1, (-1, self.head_dim)) for part in self.q.each([words]))
         k, v = self.kept or (
@@ -61,7 +62,11 @@ class CrossAttention(Attention):
                 joined(v_part, None, group),
             )
             mask = None if group.whole or group.mask is None else group.mask[..., -group.words :, : group.patches]
-            seen = scaled_dot_product_attention(q_BHLd, k_BHPd, v_BHPd, attn_mask=mask)
+            if recompute_core:
+                kept = (q_BHLd, k_BHPd, v_BHPd, mask)
+                seen = checkpoint(scaled_dot_product_attention, *kept, use_reentrant=False, preserve_rng_state=False)
+            else:
+                seen = scaled_dot_product_attention(q_BHLd, k_BHPd, v_BHPd, attn_mask=mask)
             mixed.append(parted(seen, group.of_words)[1])
         return self.leave(self.output([torch.cat(mixed)], None), layout)[0]
 
@@ -90,15 +95,21 @@ class CoAttention(nn.Module):
         selection: Selection | None = None,
         recompute: Recompute = "none",
     ) -> Tensor:
-        """Drop path has one draw for both attentions. Only `full` recomputation, the caller's doing, is known here."""
+        """Drop path has one draw for both attentions. `recompute`: full is the caller's doing."""
+        recompute_core = recompute in ("attention", "selective")
         patches, words = x_TD.split([sum(layout.segments[:2]), sum(layout.segments[2:])])
         keep = (None, None) if keep_2T is None else keep_2T[:, len(patches) :].unbind(0)
         of_self, of_cross, of_ffn = self.attention_norm["language"], self.cross_norm["language"], self._ffn_norm
-        branch = self.attention([self._before(of_self, words)], layout.words_alone)
+        branch = self.attention([self._before(of_self, words)], layout.words_alone, recompute_core=recompute_core)
         words = self._behind(of_self, merge(words, branch, keep[0]))
         slices = [self.cross_norm["vision"](patches), self._before(of_cross, words)]
-        words = self._behind(of_cross, merge(words, [self.cross_attention.look(slices, layout)], keep[0]))
-        words = self._behind(of_ffn, merge(words, self.ffn.each([words]), keep[1]))
+        looked = self.cross_attention.look(slices, layout, recompute_core)
+        words = self._behind(of_cross, merge(words, [looked], keep[0]))
+        if recompute == "selective":
+            branch = checkpoint(self.ffn.each, [words], use_reentrant=False, preserve_rng_state=False)
+        else:
+            branch = self.ffn.each([words])
+        words = self._behind(of_ffn, merge(words, branch, keep[1]))
         return torch.cat([patches, words])
 
     @property

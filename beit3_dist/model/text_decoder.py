@@ -62,8 +62,9 @@ class TextDecoder(nn.Module):
         memory = memory_BND.flatten(0, 1)
         x_TD, layout = torch.cat([memory, self.embedding(words, positions)]), TokenLayout((group,))
         for layer, block in enumerate(self.blocks.values()):
-            if self.recompute == "full" and self.training and layer % self.recompute_every == 0:
+            recompute = self.recompute if self.training and layer % self.recompute_every == 0 else "none"
+            if recompute == "full":
                 x_TD = checkpoint(block, x_TD, layout, None, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TD = block(x_TD, layout, None)
+                x_TD = block(x_TD, layout, None, None, recompute)
         return self.norm(x_TD[len(memory) :])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -96,7 +97,7 @@ class Objectives:
         self._introduce()
         if self.model.fusion_layers and run.train_only:
             frozen = (name for name, p in self.build().named_parameters() if not p.requires_grad)
-            within = next((name for name in frozen if name.startswith("blocks.")), "")
+            within = next((name for name in frozen if re.match(r"blocks\.|decoder\.|vision_embedding\.b", name)), "")
             require(not within, f"train_only freezes {within}: with model.fusion_layers, leave blocks out of it")
         require(
             any(loss.weight for loss in self.losses), "objectives: all weights are 0, so that nothing would be learnt"

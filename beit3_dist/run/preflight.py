@@ -143,6 +143,11 @@ def check_zero_shot(config: RunConfig) -> None:
             f"eval.{field} out and score checkpoints by tools/evaluate.py",
         )
     require(
+        not config.eval.captions or not config.model.fusion_layers or config.model.decoder_layers > 0,
+        f"eval.captions: with model.fusion_layers={config.model.fusion_layers} a decoder writes: give "
+        "model.decoder_layers, or leave eval.captions out",
+    )
+    require(
         not (config.eval.captions and config.parallel.sequence),
         "eval.captions: words are written one at a time, which sequence parallelism cannot share out: use "
         "parallel.sequence=false, or leave eval.captions out and score checkpoints by tools/evaluate.py",

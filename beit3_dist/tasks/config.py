@@ -177,6 +177,11 @@ class FinetuneConfig(TrainingConfig):
             f"model.fusion_layers={self.model.fusion_layers} without model.decoder_layers: task={self.task} needs a "
             "model that writes, and in fusion layers nothing keeps what words look at",
         )
+        require(
+            self.layer_decay == 1 or not self.model.vision_layers,
+            f"layer_decay={self.layer_decay} counts the layers of one stack, and model.vision_layers="
+            f"{self.model.vision_layers} are another: leave it at 1",
+        )
         require_not_negative("", self, "epochs", "warmup_epochs", "mixup", "cutmix", "drop_worst_after")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
         require_positive("", self, "layer_decay", "head_lr_scale")

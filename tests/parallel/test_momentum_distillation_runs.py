@@ -14,6 +14,7 @@ from beit3_dist.config import RunConfig
 from beit3_dist.objectives.contrastive import ContrastiveConfig
 from beit3_dist.objectives.matching import MatchingConfig
 from beit3_dist.objectives.momentum_distillation import NAME, MomentumDistillationConfig
+from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModelingConfig
 from beit3_dist.objectives.registry import objectives_of
 from tests.equality import assert_tensors_close
 from tests.integration.runs import metrics, named, reproducible, same_losses, second_half, train_in_turn
@@ -40,20 +41,39 @@ def albef(folder: Path, name: str) -> RunConfig:
     return replace(config, out=str(folder / f"albef-{name}"), objectives=config.objectives | matching)
 
 
+def mplug(folder: Path, name: str) -> RunConfig:
+    """All of mPLUG's objectives, layers and norms."""
+    config = albef(folder, name)
+    model = replace(config.model, layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=3,
+                    connected_every=1, decoder_layers=1, vision_layers=1, vision_width=48, vision_heads=4,
+                    word_norm=True, post_norm=True)  # fmt: skip
+    objectives = config.objectives | {"prefix_language_modeling": PrefixLanguageModelingConfig()}
+    batch = replace(config.batch, images=0, texts=0)
+    return replace(config, out=str(folder / f"mplug-{name}"), model=model, objectives=objectives, batch=batch)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs; those of one process and of two replicas are resumed in their middle, too, the latter by one."""
     folder = tmp_path_factory.mktemp("momentum")
     one, accumulated, dp2, both, tp2 = (with_momentum(folder, name) for name in RUNS)
     for layout, configs in {
-        (2, 1): [dp2, both, second_half(both), albef(folder, "dp2")],
-        (2, 2): [tp2],
+        (2, 1): [
+            dp2,
+            both,
+            second_half(both),
+            albef(folder, "dp2"),
+            mplug(folder, "dp2"),
+            second_half(mplug(folder, "dp2")),
+        ],
+        (2, 2): [tp2, mplug(folder, "tp2")],
         (1, 1): [
             one,
             second_half(one),
             accumulated,
             replace(second_half(dp2), parallel=one.parallel),
             albef(folder, "one"),
+            mplug(folder, "one"),
         ],
     }.items():
         with Workers(*layout) as workers:
@@ -83,7 +103,16 @@ def test_matching_beside_it_draws_alike(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one", "dp2-accumulated"])
+@pytest.mark.parametrize("name", ["dp2", "tp2"])
+def test_all_of_mplug_is_one_processes(folder: Path, name: str) -> None:
+    assert_tensors_close(first_gradients(folder / f"mplug-{name}"), first_gradients(folder / "mplug-one"))
+    weights = {"loss_contrastive": 0.5, "loss_matching": 0.5}
+    for record, _ in same_losses(folder / f"mplug-{name}", folder / "mplug-one", STEPS, weights):
+        assert named(record, "loss") > {"loss_contrastive", "loss_matching", "loss_pair_text", "loss_pair_next_word"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "dp2-accumulated", "mplug-dp2"])
 def test_resumed_bit_for_bit(folder: Path, name: str) -> None:
     assert reproducible(folder / f"{name}-resumed") == reproducible(folder / name)[STEPS // 2 :]
     undisturbed, found = (StoredShards(folder / run / LAST) for run in (name, f"{name}-resumed"))

@@ -117,6 +117,22 @@ def test_no_gradient_changes(architecture: str, vl_expert_layers: int) -> None:
             assert all(torch.equal(ours[name], gradient) for name, gradient in plain.items()), (recompute, every)
 
 
+def test_fusion_layers_recompute_the_same() -> None:
+    """Those of words that look at images as those of attention alone."""
+    fusion = replace(model_config("released", 5), sub_layernorm=False, fusion_layers=4, connected_every=1)
+    alive, plain = [], {}
+    for recompute in ("none", "attention", "selective", "full"):
+        objective, step = step_of(fusion, recompute, 1)
+        with Allocations(objective) as allocations:
+            contribution, _ = objective(*step)
+        alive.append(allocations.alive())
+        contribution.backward()
+        ours = {name: parameter.grad for name, parameter in objective.named_parameters()}
+        plain = plain or ours
+        assert all(torch.equal(ours[name], gradient) for name, gradient in plain.items()), recompute
+    assert alive == sorted(alive, reverse=True) and len({*alive}) == 4
+
+
 FILES = ["--out", "out", "--text_tokenizer", "t", "--image_tokenizer", "i"]
 FILES += ["--data.images", "i.tar", "--data.texts", "t.tar", "--data.pairs", "p.tar"]
 

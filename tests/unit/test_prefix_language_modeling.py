@@ -218,6 +218,11 @@ def test_a_decoder_tells_what_follows_the_prefix() -> None:
     assert counts.tolist() == [6 + 6] and sum(inputs.layout.segments) == 2 * PATCHES + 1 + 3
     contribution, statistics = model(inputs, reading, ids, counts, 0)
     assert contribution.item() == pytest.approx(losses / 12, rel=1e-5)
+    model.objectives.multiple = 13  # of which the captions' words are filled up to be one
+    inputs, reading, ids = model.objectives.prepare(replace(batch), CPU)
+    assert sum(inputs.layout.segments) == 2 * PATCHES + 13
+    assert model(inputs, reading, ids, counts, 0)[0].item() == pytest.approx(losses / 12, rel=1e-5)
+    model.objectives.multiple = 1
 
     samples.annotations[NAME]["prefix"][:], samples.lengths[:] = 3, 9
     inputs, reading, ids = model.objectives.prepare(replace(batch), CPU)
