@@ -296,6 +296,8 @@ def image_features(
         check_blocks(content.weights, content.config)
         network = FineTuned(content.config, None, device="meta")
         del network.text_head
+        if content.config.decoder_layers:
+            del network.decoder
         if not any(weight.startswith("norm.") for weight in content.weights):
             network.norm = NoNorm()
         needed = network.state_dict().keys()

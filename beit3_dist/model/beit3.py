@@ -84,11 +84,11 @@ class BEiT3(nn.Module):
 
     def image_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the visual codes for some patches' hidden states, [M, codes]."""
-        return self.image_head.logits(self.image_norm(hidden_MD))
+        return self.image_head(self.image_norm(hidden_MD))
 
     def text_logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits of the words for some words' hidden states, [M, vocabulary]."""
-        return self.text_head.logits(self.text_norm(hidden_MD))
+        return self.text_head(self.text_norm(hidden_MD))
 
     def image_losses(self, hidden_MD: Tensor, codes: Tensor) -> Tensor:
         """Cross-entropies and correct predictions, [2, M], of some patches' hidden states and their codes [M]."""

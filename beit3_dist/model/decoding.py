@@ -142,7 +142,7 @@ class WritingDecoder:
         with _remembering(blocks, self._caches, self._kept):
             hidden = self.model.decoder(self._memory, words.flatten(), positions, group)
         self.written += 1
-        return self.model.text_head.logits(hidden).unflatten(0, words.shape)
+        return self.model.text_head(hidden).unflatten(0, words.shape)
 
     def follow(self, origins: Tensor) -> None:
         """As `Decoder.follow`."""

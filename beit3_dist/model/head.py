@@ -14,7 +14,8 @@ from beit3_dist.model.cut import cut
 
 
 class Head(nn.Module):
-    """Hidden states [M, D] and target classes [M] -> [2, M]: cross-entropies, and 1 where the prediction is right.
+    """Hidden states [M, D] and target classes [M] -> [2, M]: cross-entropies, and 1 where the prediction is right; or,
+    where no targets are given, logits [M, classes]. It is called for either: ZeRO-3 gathers its weights around calls.
 
     `weight` [classes, D] and `bias` [classes], untied from any embedding. The softmax is computed in fp32. `compute`
     (of the logits) and `loss` may be replaced by others of the same contract.
@@ -30,8 +31,9 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.empty(classes))
         cut(self, weight=0, bias=0)
 
-    def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(self.logits(hidden_MD), targets)
+    def forward(self, hidden_MD: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = self.logits(hidden_MD)
+        return logits if targets is None else self.loss(logits, targets)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Logits [M, classes]."""

@@ -151,8 +151,10 @@ def _behind(product: Product, gelu_layer_norm: Function) -> dict[str, Function]:
     }
 
 
-def _head_losses(head: Head, compute: Function, hidden_MD: Tensor, targets: Tensor) -> Tensor:
+def _head_losses(head: Head, compute: Function, hidden_MD: Tensor, targets: Tensor | None = None) -> Tensor:
     """`Head.forward`."""
+    if targets is None:
+        return head.logits(hidden_MD)
     return compute(hidden_MD, head.weight, head.bias, targets)
 
 

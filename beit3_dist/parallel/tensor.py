@@ -195,7 +195,9 @@ class VocabParallelHead(Head):
         nn.Module.__init__(self)
         self.weight, self.bias, self.classes, self.group = whole.weight, whole.bias, whole.classes, group
 
-    def forward(self, hidden_MD: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden_MD: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return self.logits(hidden_MD)
         logits = self.compute(copy(hidden_MD, self.group), self.weight, self.bias).float()
         first = self.group.rank() * logits.shape[1]
         if first + logits.shape[1] > self.classes:

@@ -101,7 +101,7 @@ class Captioning(Task):
         """Cross-entropy with label smoothing of the words to tell, [2, M]; late in training without the worst ones."""
         assert inputs.targets is not None
         masked = inputs.targets >= 0
-        logits = model.text_head.logits(self._words(model, inputs)[masked])
+        logits = model.text_head(self._words(model, inputs)[masked])
         losses, right = cross_entropies(logits, inputs.targets[masked], self.config.label_smoothing)
         if self.config.drop_worst_ratio > 0 and inputs.step > self.config.drop_worst_after:
             room, group = len(inputs.targets) * self.config.data.text_length, self.replicas.group

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.checkpoint.neutral import write_neutral
 from beit3_dist.checkpoint.read import OBJECTIVE_STATE, TEACHER, StoredShards, read_weights
 from beit3_dist.config import RunConfig
+from beit3_dist.model import BEiT3
 from beit3_dist.objectives.contrastive import ContrastiveConfig
 from beit3_dist.objectives.matching import MatchingConfig
 from beit3_dist.objectives.momentum_distillation import NAME, MomentumDistillationConfig
@@ -42,14 +44,22 @@ def albef(folder: Path, name: str) -> RunConfig:
 
 
 def mplug(folder: Path, name: str) -> RunConfig:
-    """All of mPLUG's objectives, layers and norms."""
+    """All of mPLUG's objectives, layers and norms, from weights of ordinary size: with initial ones all images are
+    alike, and the gradient of their projection, 1e-4 of the model's, strays from itself by its noise."""
     config = albef(folder, name)
     model = replace(config.model, layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=3,
                     connected_every=1, decoder_layers=1, vision_layers=1, vision_width=48, vision_heads=4,
                     word_norm=True, post_norm=True)  # fmt: skip
     objectives = config.objectives | {"prefix_language_modeling": PrefixLanguageModelingConfig()}
     batch = replace(config.batch, images=0, texts=0)
-    return replace(config, out=str(folder / f"mplug-{name}"), model=model, objectives=objectives, batch=batch)
+    start = folder / "mplug-start"
+    if not start.exists():
+        draw = torch.Generator().manual_seed(0)
+        values = {n: p.detach() for n, p in BEiT3(model).named_parameters()}
+        spread = {n: value + 0.1 * torch.randn(value.shape, generator=draw) for n, value in values.items()}
+        save_model_folder(start, spread, model)
+    changes = {"out": str(folder / f"mplug-{name}"), "init_from": str(start)}
+    return replace(config, model=model, objectives=objectives, batch=batch, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from beit3_dist.checkpoint.model_folder import ModelFolder
 from beit3_dist.config import BatchConfig, DataConfig, EvalConfig, ModelConfig, ParallelConfig, RunConfig
+from beit3_dist.inference import image_features
 from beit3_dist.objectives.registry import OBJECTIVES, objectives_of
 from beit3_dist.run.preflight import check_zero_shot
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
+from beit3_dist.tasks.registry import task_class
 
 FUSION = ModelConfig(layers=4, width=32, heads=4, ffn_width=48, patch_size=8, image_size=16, vocab_size=60,
                      visual_vocab_size=20, max_text_length=20, attention="per_modality", vl_expert_layers=0,
@@ -80,3 +84,12 @@ def test_layers_of_two_stacks_have_one_rate() -> None:
         ValueError, match=r"layer_decay=0\.9 counts the layers of one stack, and model\.vision_layers=1"
     ):
         FinetuneConfig(**task, model=tower, layer_decay=0.9)
+
+
+def test_images_have_features_without_the_decoder() -> None:
+    """Of a model of a task that has no use of it."""
+    network = task_class("vqa").network(WRITER, 3)
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    assert not any(name.startswith("decoder.") for name in weights)
+    content = ModelFolder(WRITER, weights, {"name": "vqa", "classes": 3}, None)
+    assert image_features(content, "vqa", "cpu")([np.zeros((20, 20, 3), dtype=np.uint8)]).shape == (1, 32)
