@@ -69,6 +69,11 @@ def table(replicas: int, everyones: list[list[Costs]]) -> None:
         print(f"dp{replicas} {when:12s}  last rank {everyones[-1][step]}")
 
 
+def opened(step: Costs) -> int:
+    """Without TensorBoard's file, which a thread of the first process opens for each of the records that it writes."""
+    return sum(times for path, times in step.opens.items() if "/tensorboard/" not in path)
+
+
 @pytest.mark.slow
 def test_a_step_costs_each_of_more_replicas_the_same(tmp_path: Path) -> None:
     """Twice and four times the ranks, the same work for each: the same messages, none of them of Python objects."""
@@ -83,7 +88,7 @@ def test_a_step_costs_each_of_more_replicas_the_same(tmp_path: Path) -> None:
         assert few.calls and not few.objects and not few.looked
         for many in more:
             assert many.calls == few.calls and many.sent <= 1.02 * few.sent and not many.objects
-            assert many.opened <= few.opened + OPENED_BY_CHANCE and not many.looked
+            assert opened(many) <= opened(few) + OPENED_BY_CHANCE and not many.looked
         few, *more = (everyones[rank][LAST] for everyones in found.values())
         assert all(many.calls == few.calls for many in more)
 
