@@ -66,9 +66,13 @@ class Following:
 def server_of(
     runs: Sequence[Shown], plugins: Sequence[str], port: int, ending: threading.Event
 ) -> Iterator[ThreadingHTTPServer]:
-    """A server of the page, which follows the runs until `ending`. Raises OSError where the port is taken."""
+    """A server of the page, which follows the runs until `ending`. Raises ValueError where the port cannot be had."""
     following = Following(runs, plugins)
-    with _Server((HOST, port), _Handler) as server:
+    try:
+        opened = _Server((HOST, port), _Handler)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--port {port}: {error}: name another one, or 0 for any that is free") from error
+    with opened as server:
         server.following = following
         follower = threading.Thread(target=following.follow, args=(ending,), daemon=True)
         follower.start()
@@ -80,7 +84,7 @@ def server_of(
 
 
 def serve(runs: Sequence[Shown], plugins: Sequence[str], port: int) -> None:
-    """Serves the page until Ctrl-C. Raises OSError where the port is taken."""
+    """Serves the page until Ctrl-C. Raises ValueError where the port cannot be had."""
     with server_of(runs, plugins, port, threading.Event()) as server:
         number = f"{len(runs)} run{'s' * (len(runs) > 1)}"
         print(f"http://{HOST}:{server.server_port}/ follows {number}; Ctrl-C ends it", flush=True)

@@ -204,6 +204,9 @@ def test_it_follows_a_run_that_goes_on(browser: Browser, tmp_path: Path, monkeyp
             asked.request("GET", "/data", headers={"Host": host})
             assert asked.getresponse().status == status
         assert server.server_address[0] == "127.0.0.1"
+        taken = f"--port {server.server_port}: .*name another one"
+        with pytest.raises(ValueError, match=taken), live.server_of([run], [], server.server_port, threading.Event()):
+            pass
         server.shutdown()
         serving.join()
         ending.set()
