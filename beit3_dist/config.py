@@ -775,6 +775,13 @@ class TrainingConfig(JobConfig):
         raise NotImplementedError
 
 
+def require_laid_out(config: TrainingConfig) -> None:
+    """Raises ValueError where a number is still to be found, which only pretraining on its own does."""
+    fields = {f"parallel.{name}": getattr(config.parallel, name) for name in ("tensor", "pipeline", "zero_stage")}
+    for name, value in (fields | {"batch.accumulation": config.accumulation}).items():
+        require(not is_auto(value), f"{name}=auto is for pretrain.py: give a number here; tools/plan.py finds it")
+
+
 @dataclass(kw_only=True)
 class RunConfig(TrainingConfig):
     """A pretraining run."""

@@ -64,12 +64,14 @@ def pretrain(
     require(world == 1, f"WORLD_SIZE={world}: several processes train by `torchrun ... -m beit3_dist pretrain`")
     with importing():
         from beit3_dist.parallel.mesh import read_mesh
+        from beit3_dist.plan.auto import with_layout
         from beit3_dist.run.preflight import prepare_run
         from beit3_dist.train import pretraining
 
     given = {"on_step": on_step, "on_validation": on_validation, "on_save": on_save}
     called = {name: function for name, function in given.items() if function is not None}
     with _process_kept():
+        config = with_layout(config, world)
         ready = prepare_run(config, read_mesh(config.parallel.tensor, config.parallel.pipeline))
         pretraining.pretrain(ready, called)
     return Path(config.out)

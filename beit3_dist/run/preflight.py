@@ -10,7 +10,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.formats import fit_initial
 from beit3_dist.checkpoint.initial import InitialWeights
-from beit3_dist.config import RunConfig, require
+from beit3_dist.config import RunConfig, require, require_laid_out
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Share
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
@@ -68,6 +68,7 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
     `before`: the run that `init_from` names, if it is still to come; all is checked then, but nothing can start.
     """
     check_trackers(config.trackers, mesh.is_first)
+    require_laid_out(config)
     config.micro_batch(mesh.data)
     deepspeed_config(config, mesh.data)
     check_tensor(config.model, mesh.tensor)

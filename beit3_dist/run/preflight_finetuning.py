@@ -11,7 +11,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.initial import InitialWeights
 from beit3_dist.checkpoint.model_folder import TASK_HEAD
-from beit3_dist.config import require
+from beit3_dist.config import require, require_laid_out
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.looking import of_node
 from beit3_dist.model.initialization import Values, zeros
@@ -65,6 +65,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
     """Opens and checks everything, and resolves the config's epochs. Raises ValueError with one line that names the
     field or the file and the remedy."""
     check_trackers(config.trackers, mesh.is_first)
+    require_laid_out(config)
     check_mixing(config, mesh)
     size = config.micro_batch(mesh.data)[0] * task_class(config.task).images * image_bytes(config.model.image_size)
     check_shared_memory(config.data, mesh, size, config.accumulation, bool(config.data.validation))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from beit3_dist.command_line import configured, to_yaml
-from beit3_dist.config import RunConfig, is_auto
+from beit3_dist.config import RunConfig, is_auto, require_laid_out
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.plan import auto
 from tests.unit.test_plan import run_config
@@ -50,6 +50,12 @@ def test_few_devices_get_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def auto_of(field: str) -> int:
     return auto._fields(parsed(f"--{field}=auto"))[field]
+
+
+def test_other_programs_want_numbers() -> None:
+    with pytest.raises(ValueError, match="parallel.tensor=auto is for pretrain.py"):
+        require_laid_out(parsed("--parallel.tensor=auto"))
+    require_laid_out(parsed())
 
 
 def test_numbers_stay_as_they_are() -> None:
