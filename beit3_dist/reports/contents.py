@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class RunContents:
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in record.items() if isinstance(value, (int, float)) and isfinite(value)}
 
 
 def stretches(folder: Path) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,8 @@ from beit3_dist.opening import open_regular, regular_size
 
 BUCKETS = 400
 """Points of a curve at the least, once there are so many steps; twice as many at the most."""
+MOST_STEPS = 1 << 53
+"""Of a run; float64 counts no further."""
 AT_ONCE = 4096
 """Records that are added at a time."""
 DIGITS = 5
@@ -54,12 +56,14 @@ class Followed:
             for line in file:
                 if not line.endswith(b"\n"):
                     return
-                self._lines += 1
                 try:
                     record = json.loads(line)
-                    int(record["step"])
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{self.path}: line {self._lines} is not a record of a step") from None
+                    fits = 0 <= int(record["step"]) < MOST_STEPS
+                except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                    fits = False
+                if not fits:
+                    raise ValueError(f"{self.path}: line {self._lines + 1} is not a record of a step")
+                self._lines += 1
                 self._end, self._mark = self._end + len(line), (self._mark + line)[-MARK:]
                 yield record
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from beit3_dist.opening import one_line
@@ -26,7 +28,6 @@ class Following:
     def __init__(self, runs: Sequence[Shown], plugins: Sequence[str]) -> None:
         self._runs, self._plugins = runs, plugins
         self._version, self._lock = 0, threading.Lock()
-        self._answer = b""
         self._told: set[str] = set()
         self._tell()
 
@@ -56,8 +57,9 @@ class Following:
                     self._tell()
                 if any([run.look(self._plugins) for run in self._runs]):
                     self._tell()
-            except (ValueError, OSError, RuntimeError) as error:
-                if (words := one_line(error)) not in self._told:
+            except Exception as error:  # in a thread, of which nobody would see that it has ended
+                words = one_line(error) if isinstance(error, (ValueError, OSError)) else f"{error!r}"
+                if words not in self._told:
                     self._told.add(words)
                     log.warning("%s", words)
 
@@ -95,6 +97,11 @@ def serve(runs: Sequence[Shown], plugins: Sequence[str], port: int) -> None:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     following: Following
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing of a browser that has gone before its answer was whole."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -57,8 +57,8 @@ class Run:
 
 
 def open_run(folder: Path, program: str, plugins: Sequence[str] = ()) -> Run:
-    """Raises ValueError or OSError with one line where something is missing or does not fit; a config that this version
-    refuses ends `program`."""
+    """Raises ValueError or OSError with one line where something is missing or does not fit, or the config is one that
+    this version refuses. `program`: who asks."""
     config = pretraining_config(folder, program, plugins)
     checkpoint = find("auto", folder / "checkpoints")
     if checkpoint is None:

@@ -139,14 +139,19 @@ def page(shown: dict[str, Any]) -> str:
         f"connect-src {chr(39)}{'self' if shown['live'] else 'none'}{chr(39)}; base-uri 'none'; form-action 'none'"
     )
     return Template(asset("page.html")).substitute(
-        policy=policy, title=html.escape(title), style=style, script=script, data=as_script_data(shown)
+        policy=policy, title=html.escape(in_utf8(title)), style=style, script=script, data=as_script_data(shown)
     )
 
 
 def as_script_data(value: Any) -> str:
     """JSON that ends no script element, whatever its texts are. Raises ValueError for a number that is not finite."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = in_utf8(json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def in_utf8(text: str) -> str:
+    """The text with \\udcXX, which is JSON's way, too, for a byte that is no letter: names of files may hold some."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @cache

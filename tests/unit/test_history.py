@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from beit3_dist.reports import live
 from beit3_dist.reports.contents import RunContents
 from beit3_dist.reports.history import BUCKETS, Followed, History
-from beit3_dist.reports.page import names_of
+from beit3_dist.reports.page import Shown, contents, names_of, page
 
 
 def lines(*records: dict[str, Any]) -> str:
@@ -56,9 +60,11 @@ def test_a_file_is_followed_from_where_it_was(tmp_path: Path) -> None:
     assert [record["step"] for record in followed.new()] == [1, 2, 3]
     path.write_text(lines({"step": 1}))
     assert followed.cut_back() and [*followed.new()] == [{"step": 1}]
-    path.write_text(lines({"step": 1}) + "nonsense\n")
-    with pytest.raises(ValueError, match="line 2"):
-        [*followed.new()]
+    for nonsense in ("nonsense", '{"step": Infinity}', '{"step": 1e300}', '{"step": -1}', "[" * 100_000):
+        path.write_text(lines({"step": 1}) + nonsense + "\n")
+        for _ in range(2):  # the same words, which are then said once
+            with pytest.raises(ValueError, match="line 2 is not"):
+                [*followed.new()]
 
 
 def test_a_run_that_goes_back_is_read_anew(tmp_path: Path) -> None:
@@ -81,6 +87,54 @@ def test_a_run_that_goes_back_is_read_anew(tmp_path: Path) -> None:
     told = run.told("x")
     assert (told["step"], told["seconds"], told["replaced_count"]) == (1, 1.0, 2)
     assert told["stretches"] == [{"after": 0, "changed": []}, {"after": 1, "changed": ["optim.lr: 1 → 2"]}]
+
+
+def test_a_page_holds_whatever_a_run_has_met(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"r\xff\xc3\xa4")
+    folder.mkdir()
+    (folder / "config.yaml").write_text("steps: 9\nout: x\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1e999, "lr": NaN}\n')
+    (folder / "quarantine.jsonl").write_text(lines({"step": 1, "shard": os.fsdecode(b"a\xff.tar"), "key": "1"}))
+    run = Shown(folder, folder.name, 0, torch.device("cpu"), "report.py")
+    assert run.read()
+    shown = page(contents([run])).encode()
+    assert rb"a\udcff.tar" in shown and b"What r\\udcff\xc3\xa4 has learnt" in shown
+
+
+@pytest.mark.parametrize("error", [ValueError("no data"), KeyError("no field"), MemoryError()])
+def test_what_cannot_be_read_is_said_once_and_the_others_go_on(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(live, "EVERY_S", 0.0)
+    ending, looks = threading.Event(), 0
+
+    class Broken:
+        def read(self) -> bool:
+            return False
+
+        def look(self, plugins: Any) -> bool:
+            nonlocal looks
+            looks += 1
+            if looks == 3:
+                ending.set()
+            raise error
+
+        def told(self) -> dict[str, Any]:
+            return {"name": "broken"}
+
+    following: Any = live.Following([Broken()], [])  # type: ignore[list-item]
+    following.follow(ending)
+    assert looks == 3 and len(caplog.messages) == 1
+
+
+def test_a_browser_that_has_gone_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    server: Any = object.__new__(live._Server)
+    for error, told in ((BrokenPipeError(), False), (RuntimeError("a mistake of ours"), True)):
+        try:
+            raise error
+        except Exception:
+            server.handle_error(None, ("127.0.0.1", 1))
+        assert ("Traceback" in capsys.readouterr().err) is told
 
 
 def test_runs_are_called_by_what_tells_them_apart() -> None:
