@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from beit3_dist.checkpoint.files import write_text
 from beit3_dist.command_line import parse, refuse, refusing
 from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives import SECTIONS
@@ -50,6 +51,10 @@ OF_FAILURES = {
     "noticed_s": (30.0, "from the failure to the job's end"),
 }
 """Option -> default and help."""
+LEAST = {"failures_per_device_hour": 1e-12, "mtbf_s": 1e-3, "seconds": 1e-3, "repeats": 1, "every": 1}
+"""Of options that may not be 0."""
+FEWEST = 8
+"""Devices of --failures."""
 DAY_S = 86_400
 
 
@@ -75,6 +80,8 @@ def main(arguments: Sequence[str]) -> None:
     for name, (default, text) in OF_FAILURES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=default, help=text)
     options, rest = parser.parse_known_args(arguments)
+    with refusing(PROGRAM):
+        check(options)
     if options.check or options.calibrate:
         if options.check != "failures":
             require_nothing(rest)
@@ -100,6 +107,19 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join([*run.lines(), "", *table(plans[:BEST], run), "", *left_out(reasons, len(plans))]))
 
 
+def check(options: Namespace) -> None:
+    """Raises ValueError for a number that cannot be, and where what is measured could not be kept."""
+    for name in ("price", "days", *OF_FAILURES, "repeats", "seconds", "mtbf_s", "every"):
+        value, least = getattr(options, name), LEAST.get(name, 0)
+        is_one = least <= value < math.inf
+        require(is_one, f"--{name.replace('_', '-')} {value:g} is not in [{least:g}, infinity): give a number of these")
+    if options.failures:
+        require(options.devices >= FEWEST, f"--devices {options.devices}: --failures begins at {FEWEST}, give as many")
+    file = Path(options.calibrate)
+    if options.calibrate and (file.is_dir() or not file.parent.is_dir()):
+        raise ValueError(f"--calibrate {file} is to be a file in a folder that is there")
+
+
 def require_nothing(rest: Sequence[str]) -> None:
     if rest:
         refuse(PROGRAM, ValueError(f"{rest[0]} has no meaning with --check or --calibrate"))
@@ -119,7 +139,7 @@ def measure(options: Namespace, command: Sequence[str]) -> None:
 
     if options.calibrate:
         rates = json.dumps(on_cpu.together(on_cpu.rates)[0], indent=1)
-        Path(options.calibrate).write_text(rates + "\n", encoding="utf-8")
+        write_text(Path(options.calibrate), rates + "\n")
         return
     for line in on_cpu.compared(device_named("cpu", options.rates), options.repeats):
         print(line, flush=True)
@@ -128,7 +148,7 @@ def measure(options: Namespace, command: Sequence[str]) -> None:
 def on_failing_devices(planner: Planner, options: Namespace) -> list[str]:
     """The table of expected days, on 8, 16, ... devices. Raises ValueError where no number of them has a layout."""
     config, step_s = planner.config, {}
-    for devices in (2**n for n in range(3, 1 + int(math.log2(max(8, options.devices))))):
+    for devices in (2**n for n in range(int(math.log2(FEWEST)), options.devices.bit_length())):
         plans, _ = planner.plans(devices)
         if plans:
             step_s[devices] = plans[0].time.total

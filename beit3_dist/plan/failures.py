@@ -26,6 +26,8 @@ from statistics import mean
 PER_DEVICE_HOUR = 419 / (54 * 24 * 16_384)
 """Llama 3's."""
 DAY_S = 86_400.0
+MOST_FAILURES = 10_000
+"""That a run is followed through. Where it saves, or starts, more slowly than it fails, it never ends."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Lived:
     """A simulated run."""
 
     seconds: float
+    """Infinite where it has met MOST_FAILURES before its last step."""
     failures: int
     lost_s: float
     """Of steps that were taken again."""
@@ -84,7 +87,7 @@ def lived(run: Run, draw: random.Random) -> Lived:
     following = draw.expovariate(1 / run.mtbf_s) if run.mtbf_s < math.inf else math.inf
     saved = [(0.0, 0)]
     """(when it counts, steps), of the last two saves: a third would wait for the first."""
-    while done < run.steps:
+    while done < run.steps and failures < MOST_FAILURES:
         steps = min(run.every - done % run.every, run.steps - done)
         span = steps * run.step_s
         if now + span + run.pause_s <= following:
@@ -105,13 +108,14 @@ def lived(run: Run, draw: random.Random) -> Lived:
         down += stop
         saved = [(0.0, kept)]
         following = failed + draw.expovariate(1 / run.mtbf_s)
-        while following < now:  # another one while nothing runs: what was to be waited for begins again
+        # Another one while nothing runs: what was to be waited for begins again.
+        while following < now and failures < MOST_FAILURES:
             failures += 1
             again = following + run.requeue_s + run.restart_s
             down += again - now if again > now else 0.0
             now = max(now, again)
             following += draw.expovariate(1 / run.mtbf_s)
-    return Lived(now, failures, lost, paused, down)
+    return Lived(now if done == run.steps else math.inf, failures, lost, paused, down)
 
 
 def lives(run: Run, count: int, seed: int = 0) -> list[Lived]:

@@ -155,6 +155,12 @@ def test_what_was_measured_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
         (["--device", "cpu"], "--device cpu has no data sheet"),
         (["--kernels", "compiled"], "kernels=compiled cannot be counted"),
         (["--devices", "7", "--batch.images", "2049"], "no layout divides and fits: "),
+        (["--price", "nan"], "--price nan is not in [0, infinity)"),
+        (["--failures", "--pause-s=-1"], "--pause-s -1 is not in [0"),
+        (["--failures", "--failures-per-device-hour", "0"], "--failures-per-device-hour 0 is not in"),
+        (["--check", "failures", "--mtbf-s", "0", "true"], "--mtbf-s 0 is not in"),
+        (["--failures", "--devices", "4"], "--devices 4: --failures begins at 8"),
+        (["--calibrate", "nowhere/rates.json"], "--calibrate nowhere/rates.json is to be a file in a folder"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from statistics import mean
@@ -21,6 +22,13 @@ def test_without_failures() -> None:
     life = lived(replace(RUN, failures_per_device_hour=0), random.Random(0))
     assert life.seconds == 50 + 20_000 + 200 * 5 and life.failures == 0 and life.lost_s == 0
     assert best_every(replace(RUN, failures_per_device_hour=0)) == 20_000
+
+
+def test_a_run_that_never_ends_is_not_followed_for_ever() -> None:
+    """It fails sooner than it saves, or starts; saving more often may still bring it to its end."""
+    often = replace(RUN, every=20_000)
+    assert expected_s(often, 2) == math.inf and expected_s(replace(often, every=best_every(often, 2)), 2) < math.inf
+    assert expected_s(replace(RUN, failures_per_device_hour=1e6), 2) == math.inf
 
 
 def test_time_adds_up() -> None:

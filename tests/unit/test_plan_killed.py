@@ -44,3 +44,5 @@ def test_measured_and_predicted(tmp_path: Path) -> None:
 def test_a_run_that_ends_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the run ended by itself"):
         experiment([sys.executable, "-c", "pass"], tmp_path / "run", 1, 1, 1)
+    with pytest.raises(FileNotFoundError, match="no-such-command"):
+        experiment(["no-such-command"], tmp_path / "run", 1, 1, 1)

@@ -62,7 +62,8 @@ class _Attempts:
         self._process = subprocess.Popen(self._command, stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
-        assert self._process is not None
+        if self._process is None:  # the command cannot be started
+            return
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
