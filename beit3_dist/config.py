@@ -278,6 +278,34 @@ Patterns = str | list[str | Source]
 """One pattern of tars, several that are one source together, or weighted sources."""
 
 
+@dataclass(kw_only=True)
+class CaptionField:
+    """One of several fields with captions."""
+
+    field: str
+    """Its name in the .json member."""
+    weight: float = 1.0
+    """Share of the draws, relative to the weights of the other fields that the sample has."""
+
+    def __post_init__(self) -> None:
+        fine = 0 < self.weight < float("inf")
+        require(fine, f"the weight of caption field {self.field!r} must be positive, not {self.weight}")
+
+
+CaptionKey = str | list[str | CaptionField]
+"""One field with captions, or several, with or without weights."""
+
+
+def caption_fields(key: CaptionKey, name: str) -> list[CaptionField]:
+    """The fields that the field `name` names. Raises ValueError where its list is empty or has one twice."""
+    listed = [key] if isinstance(key, str) else key
+    fields = [CaptionField(field=field) if isinstance(field, str) else field for field in listed]
+    names = [field.field for field in fields]
+    require(bool(names), f"{name}: the list of fields is empty")
+    require(len(set(names)) == len(names), f"{name} names a field twice: {', '.join(names)}")
+    return fields
+
+
 def sources_of(shards: Patterns, field: str) -> list[Source]:
     """The sources that `field` names. Raises ValueError where its list is empty or of two kinds."""
     if isinstance(shards, str):
@@ -337,8 +365,10 @@ class DataConfig(LoadingConfig):
     """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
     pairs: Patterns = ""
     """Images with captions: an image member and a .txt (or .json, see caption_key) member of the same key."""
-    caption_key: str = "caption"
-    """Field of a pair's .json member that holds the caption; used only where a sample has no .txt."""
+    caption_key: CaptionKey = "caption"
+    """Field of a pair's .json member that holds the caption, or a list of them; used only where a sample has no .txt. A
+    list of fields, `[caption, alt]` or `[{field: caption, weight: 3}, {field: alt}]`: one of those that a sample has is
+    drawn by weight, then one of its captions; the .json member then goes before the .txt."""
     text_length: int = 512
     """Tokens of a text sample, <s> and </s> included (the paper does not say; FLAVA and RoBERTa use 512)."""
     caption_length: int = 64
@@ -374,6 +404,7 @@ class DataConfig(LoadingConfig):
         for name in STREAMS:
             if getattr(self, name) != "":
                 sources_of(getattr(self, name), f"data.{name}")
+        caption_fields(self.caption_key, "data.caption_key")
         for name in ("text_length", "caption_length"):
             require(
                 getattr(self, name) >= 3,

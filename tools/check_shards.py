@@ -26,14 +26,14 @@ from rich.progress import track
 
 from beit3_dist.children import end_with_parent
 from beit3_dist.command_line import refusing
-from beit3_dist.config import DataConfig, require
+from beit3_dist.config import CaptionKey, DataConfig, caption_fields, require
 from beit3_dist.data.cache import cache_folder
+from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, written_as
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, LeftOut
 from beit3_dist.data.members import members_of
 from beit3_dist.data.order import Stream
-from beit3_dist.data.streams import LARGEST_CAPTION, captions_of
 from beit3_dist.data.tars import Tar
 from beit3_dist.data.text import documents
 from beit3_dist.data.transforms import decode, largest_file
@@ -50,7 +50,7 @@ class Work:
     path: str
     file: str
     """The plain tar: the shard itself, or its unpacked copy."""
-    caption_key: str
+    caption_key: CaptionKey
     max_pixels: int
 
 
@@ -117,10 +117,10 @@ def _sample_problems(
             yield "too many pixels" if "max_pixels" in str(bad) else "unreadable image", str(bad)
     if job.stream is Stream.PAIRS:
         try:
-            written = TXT if TXT in sample else JSON
+            written = written_as(sample, job.caption_key)
+            assert written is not None
             check_size("a caption", sample[written][1], LARGEST_CAPTION)
-            if not captions_of(tar.read(*sample[written]), written, job.caption_key):
-                yield "bad caption", "empty caption"
+            captions_of(tar.read(*sample[written]), written, job.caption_key)
         except BadSample as bad:
             yield "bad caption", str(bad)
     if job.stream is Stream.TEXTS:
@@ -190,13 +190,17 @@ def parse(arguments: list[str] | None) -> Namespace:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     for stream in Stream:
         parser.add_argument(f"--{stream.field}", default="", metavar="PATTERN", help="brace or glob pattern")
-    parser.add_argument("--caption_key", default=DataConfig.caption_key, help="as data.caption_key of the run")
+    text = "as data.caption_key of the run: of a list, all fields, without weights"
+    parser.add_argument("--caption_key", nargs="+", default=DataConfig.caption_key, metavar="FIELD", help=text)
     parser.add_argument("--max_pixels", type=int, default=DataConfig.max_pixels, help="as data.max_pixels of the run")
     parser.add_argument("--cache", default=DataConfig.cache, help="where compressed tars are unpacked, as data.cache")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one per core")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args(arguments)
     require(options.jobs >= 1, f"--jobs {options.jobs} is less than 1")
+    if len(options.caption_key) == 1:
+        [options.caption_key] = options.caption_key
+    caption_fields(options.caption_key, "--caption_key")
     return options
 
 

@@ -187,7 +187,7 @@ def shard_scan(path: str, mark: tuple[int, int], folder: Path) -> Scan:
     return result
 
 
-def _rows(shard: int, found: Scan, stream: Stream) -> tuple[np.ndarray, LeftOut]:
+def _rows(shard: int, found: Scan, stream: Stream, json_first: bool = False) -> tuple[np.ndarray, LeftOut]:
     """The usable samples of a shard's scan, and the keys that lack a needed member."""
     places = found.places
     present = places[:, :, 1] >= 0
@@ -209,7 +209,8 @@ def _rows(shard: int, found: Scan, stream: Stream) -> tuple[np.ndarray, LeftOut]
         kind = np.array(written)[column]
     else:
         row = np.flatnonzero(complete)
-        kind = np.where(present[row, TXT], TXT, JSON)
+        first, second = (JSON, TXT) if json_first else (TXT, JSON)
+        kind = np.where(present[row, first], first, second)
     rows = np.zeros(len(row), dtype=ROW)
     rows["shard"], rows["row"], rows["kind"] = shard, row, kind
     rows["image"], rows["text"] = places[row, IMAGE], places[row, kind]
@@ -227,6 +228,8 @@ class Table:
     marks: list[tuple[int, int]]
     stream: Stream
     file: Path
+    json_first: bool = False
+    """Whether a pair's text is its .json member where there is a .txt, too."""
     _looked_up: tuple[int, Scan] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -261,11 +264,13 @@ class Table:
         return {name: value for name, value in self.__dict__.items() if name != "rows"} | {"_looked_up": None}
 
 
-def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Share = ALONE) -> Table:
+def open_table(
+    pattern: str, field: str, stream: Stream, cache: str, share: Share = ALONE, json_first: bool = False
+) -> Table:
     """The table of the samples that a pattern of tars holds, built if the cache has none for these very files: one
     process of a node looks which there are, every process scans its share of the shards, then the one what is missing
     yet. Raises ValueError naming `field` where nothing matches or no shard holds a usable sample."""
-    table, is_made = _found(pattern, field, stream, cache)
+    table, is_made = _found(pattern, field, stream, cache, json_first)
     if not is_made and share != ALONE:
         _scan_share(table, share)
     samples = of_node(lambda: _made(table))
@@ -274,7 +279,7 @@ def open_table(pattern: str, field: str, stream: Stream, cache: str, share: Shar
     return table
 
 
-def _found(pattern: str, field: str, stream: Stream, cache: str) -> tuple[Table, bool]:
+def _found(pattern: str, field: str, stream: Stream, cache: str, json_first: bool) -> tuple[Table, bool]:
     """The table, of which one process looks for all, and whether the cache has it."""
 
     def look() -> dict[str, Any]:
@@ -282,7 +287,8 @@ def _found(pattern: str, field: str, stream: Stream, cache: str) -> tuple[Table,
         paths = expand(pattern, field)
         files = _of_each(lambda path: plain_tar(path, folder), paths)
         marks = _of_each(fingerprint, files)
-        name = digest(FORMAT, stream.name, *zip(paths, marks, strict=True))
+        kind = f"{stream.name} json first" if json_first else stream.name
+        name = digest(FORMAT, kind, *zip(paths, marks, strict=True))
         unpacked = {n: file for n, (file, path) in enumerate(zip(files, paths, strict=True)) if file != path}
         is_made = (folder / f"{name}.npy").exists()
         seen = {"folder": str(folder), "name": name, "made": is_made}
@@ -293,7 +299,7 @@ def _found(pattern: str, field: str, stream: Stream, cache: str) -> tuple[Table,
     files = paths.copy()
     for number, file in seen["unpacked"].items():
         files[int(number)] = file
-    return Table(paths, files, marks, stream, Path(seen["folder"], f"{seen['name']}.npy")), seen["made"]
+    return Table(paths, files, marks, stream, Path(seen["folder"], f"{seen['name']}.npy"), json_first), seen["made"]
 
 
 def _of_each(look: Callable[[str], Result], paths: list[str]) -> list[Result]:
@@ -340,7 +346,7 @@ def _build(table: Table) -> None:
 
     def rows_of(number: int) -> tuple[np.ndarray, LeftOut, str]:
         found = _scan(table, number)
-        rows, lacking = _rows(number, found, table.stream)
+        rows, lacking = _rows(number, found, table.stream, table.json_first)
         return rows, lacking | found.left_out, found.damage
 
     with ThreadPoolExecutor(SCANNERS) as pool:

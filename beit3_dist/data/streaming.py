@@ -29,13 +29,14 @@ from braceexpand import braceexpand
 
 from beit3_dist.config import DataConfig, Patterns, require, sources_of
 from beit3_dist.data import transforms
+from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, written_as
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import is_sequential
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
 from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Interleave, Stream, mix, permute
 from beit3_dist.data.reduced import Crops
-from beit3_dist.data.streams import ATTEMPTS, LARGEST_CAPTION, SOURCE_SHIFT, Sample, all_bad, caption_words, captions_of
+from beit3_dist.data.streams import ATTEMPTS, SOURCE_SHIFT, Sample, all_bad, caption_words
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.leaving import at_the_end
@@ -455,10 +456,11 @@ class SequentialStream:
         if IMAGE not in item.content:
             raise BadSample("half a sample: no image member beside it")
         if self.stream is Stream.PAIRS:
-            kind = TXT if TXT in item.content else JSON
-            if kind not in item.content:
+            key = self.data.caption_key
+            kind = written_as(item.content, key)
+            if kind is None:
                 raise BadSample("half a sample: no .txt or .json member beside it")
-            captions = captions_of(item.content[kind], kind, self.data.caption_key)
+            captions = captions_of(item.content[kind], kind, key)
             sample.words = caption_words(captions, sample, self.tokenizer, self.data.caption_length)
         sample.decode(item.content[IMAGE], self.data.max_pixels, self.crops)
 

@@ -7,37 +7,35 @@ ones.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import accumulate, chain, takewhile
 from typing import ClassVar
 
 import numpy as np
 
-from beit3_dist.config import Patterns, sources_of
+from beit3_dist.config import CaptionKey, Patterns, sources_of
 from beit3_dist.data import transforms
+from beit3_dist.data.captions import Captions, json_first, read_captions
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import ALONE, Share, Table, open_table
-from beit3_dist.data.kinds import TXT, LeftOut
+from beit3_dist.data.kinds import LeftOut
 from beit3_dist.data.labels import labels_of
 from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.reduced import Crops, Decoded
 from beit3_dist.data.text import TextTokenizer, TokenWindows
 from beit3_dist.looking import of_node
-from beit3_dist.opening import blaming, without_mark
+from beit3_dist.opening import blaming
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 100
 """Samples that are tried for one position before the run stops."""
-LARGEST_CAPTION = 1 << 22
-"""Bytes of the largest member with captions that is read (4 MiB)."""
 SOURCE_SHIFT = 8
 """Each source of a stream has its own order: the stream's number with the source's number above these bits."""
 NEAR = 1 << 16
@@ -116,6 +114,8 @@ class Origin:
     """Shuffles by blocks and windows instead of fully."""
     share: Share = ALONE
     """Of the work on shards that are new."""
+    json_first: bool = False
+    """Whether a pair's captions are those of its .json member where there is a .txt, too."""
 
 
 class SampleStream(ABC):
@@ -129,7 +129,9 @@ class SampleStream(ABC):
         sources = sources_of(origin.shards, field)
         self.seed, self.shuffled, self.blocks = origin.seed, origin.shuffled, origin.blocks
         self.window: int | None = None
-        self.tables = [open_table(source.shards, field, self.stream, cache, share) for source in sources]
+        self.tables = [
+            open_table(source.shards, field, self.stream, cache, share, origin.json_first) for source in sources
+        ]
         self.readers = [ShardReader(table) for table in self.tables]
         self.faults = [fault for table in self.tables for fault in self._report(table)]
         """What is wrong with whole shards and, for texts, with documents."""
@@ -335,10 +337,10 @@ class PairStream(StreamWithImages):
         max_pixels: int,
         tokenizer: TextTokenizer,
         caption_length: int,
-        caption_key: str,
+        caption_key: CaptionKey,
         crops: Crops | None = None,
     ) -> None:
-        super().__init__(origin, max_pixels, crops)
+        super().__init__(replace(origin, json_first=json_first(caption_key)), max_pixels, crops)
         self.tokenizer, self.caption_length, self.caption_key = tokenizer, caption_length, caption_key
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
@@ -346,12 +348,10 @@ class PairStream(StreamWithImages):
         sample.words = caption_words(captions, sample, self.tokenizer, self.caption_length)
 
 
-def caption_words(captions: list[str], sample: Sample, tokenizer: TextTokenizer, length: int) -> np.ndarray:
+def caption_words(captions: Captions, sample: Sample, tokenizer: TextTokenizer, length: int) -> np.ndarray:
     """Ids of one of the captions, framed and cut to the longest length."""
-    if not captions:
-        raise BadSample("empty caption")
-    number = int(sample.generator(Draw.CAPTION).integers(len(captions))) if len(captions) > 1 else 0
-    ids = caption_ids(captions[number], tokenizer)[: length - 2]
+    caption = captions.drawn(sample.generator(Draw.CAPTION)) if len(captions.texts) > 1 else captions.first
+    ids = caption_ids(caption, tokenizer)[: length - 2]
     return np.array([tokenizer.bos, *ids, tokenizer.eos], dtype=np.int64)
 
 
@@ -361,44 +361,3 @@ def caption_ids(caption: str, tokenizer: TextTokenizer) -> list[int]:
     if not ids:
         raise BadSample("empty caption")
     return ids
-
-
-def read_captions(row: np.ndarray, reader: ShardReader, field: str) -> list[str]:
-    """The captions of a pair in a table's row, at least one. Raises BadSample."""
-    check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
-    captions = captions_of(reader.read(int(row["shard"]), *map(int, row["text"])), int(row["kind"]), field)
-    if not captions:
-        raise BadSample("empty caption")
-    return captions
-
-
-def captions_of(data: bytes, kind: int, field: str) -> list[str]:
-    return lines(data) if kind == TXT else json_captions(data, field)
-
-
-def lines(data: bytes) -> list[str]:
-    """Captions of a .txt member: its lines that are not empty."""
-    try:
-        text = without_mark(data).decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadSample("invalid UTF-8 in the caption") from None
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def json_captions(data: bytes, field: str) -> list[str]:
-    """Captions of a .json member: a string, or a list of strings, under `field`."""
-    try:
-        record = json.loads(without_mark(data).decode("utf-8"))
-    except UnicodeDecodeError:
-        raise BadSample("invalid UTF-8 in the caption") from None
-    except (ValueError, RecursionError):
-        raise BadSample("malformed JSON") from None
-    captions = record.get(field) if isinstance(record, dict) else None
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise BadSample(f"no field {field!r} that is a string or a list of strings")
-    try:
-        "".join(captions).encode("utf-8")
-    except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which is no character.
-        raise BadSample("invalid UTF-8 in the caption") from None
-    return [caption.strip() for caption in captions if caption.strip()]

@@ -59,6 +59,7 @@ def test_faults_of_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str], kin
 def test_captions_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_tar(tmp_path / "a.tar", [{"__key__": "k", "png": picture(0), "json": b'{"title": "words"}'}])
     assert check(capsys, tmp_path, "--pairs", path, "--caption_key", "title")[0] == 0
+    assert check(capsys, tmp_path, "--pairs", path, "--caption_key", "alt", "title")[0] == 0
     code, record = check(capsys, tmp_path, "--pairs", path)
     assert code == 1 and "no field 'caption'" in record["shards"][0]["problems"][0]["reason"]
 

@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 
 from beit3_dist import launched
 from beit3_dist.command_line import parse, to_yaml
-from beit3_dist.config import RunConfig, Source, sources_of
+from beit3_dist.config import CaptionField, RunConfig, Source, sources_of
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
@@ -69,6 +69,21 @@ def test_recipe(recipe: Path) -> None:
 def test_weighted_sources(recipe: Path) -> None:
     pairs = config_of("--config", recipe).data.pairs
     assert pairs == [Source(shards="good.tar", weight=3.0), Source(shards="noisy.tar", weight=1.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("title", "title"),
+        ("[caption, alt]", ["caption", "alt"]),
+        ("[{field: caption, weight: 3}, alt]", [CaptionField(field="caption", weight=3.0), "alt"]),
+    ],
+)
+def test_fields_of_captions(given: str, key: object, recipe: Path, tmp_path: Path) -> None:
+    config = config_of("--config", recipe, "--data.caption_key", given)
+    assert config.data.caption_key == key
+    (tmp_path / "written.yaml").write_text(to_yaml(config))
+    assert config_of("--config", tmp_path / "written.yaml") == config
 
 
 @pytest.mark.parametrize("where", ["recipe", "command line"])

@@ -29,6 +29,7 @@ from beit3_dist.data.streaming import Members, SequentialStream, Shards, command
 from beit3_dist.data.text import TextTokenizer, TokenWindows
 from beit3_dist.objectives.registry import objectives_of
 from tests.unit.tar_fixtures import image_tar, pair_tar, picture, sentences, small_run, text_tar, write_tar
+from tests.unit.test_index import raw_tar
 
 READERS, STEPS, SHARDS = 4, 7, 6
 
@@ -166,6 +167,20 @@ def test_a_stateful_loader_goes_on(run: RunConfig, reference: Read) -> None:
 def stream_of(run: RunConfig, stream: Stream, batch: int = 8) -> SequentialStream:
     shards = getattr(run.data, stream.name.lower())
     return SequentialStream(stream, shards, run.data, 0, tokenizer_of(run), batch, 0, 1)
+
+
+def test_a_list_of_fields_reads_the_json(run: RunConfig, tmp_path: Path) -> None:
+    """In any order of the members."""
+    members = [("txt", b"written"), ("json", b'{"alt": "sign"}'), ("jpg", picture(1))]
+    path = raw_tar(
+        tmp_path / "a.tar",
+        [(f"a.{kind}", data) for kind, data in members] + [(f"b.{kind}", data) for kind, data in members[::-1]],
+    )
+    for key, expected in ((["caption", "alt"], "sign"), ("alt", "written")):
+        data = replace(run.data, caption_key=key, virtual_readers=1)  # type: ignore[arg-type]
+        stream = SequentialStream(Stream.PAIRS, f"pipe:cat {path}", data, 0, tokenizer_of(run), 8, 0, 1)
+        words = {tokenizer_of(run).decode(stream.read(position).words.tolist()) for position in range(4)}
+        assert words == {expected}
 
 
 def test_every_good_sample_once_per_epoch(run: RunConfig) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from beit3_dist.config import Source
+from beit3_dist.config import CaptionField, CaptionKey, DataConfig, Source
 from beit3_dist.data import streams
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Stream, mix, permute, sample_id
@@ -36,9 +36,11 @@ def images(folder: Path, pattern: str | list[Source] = "*.tar", seed: int = 0, s
     return ImageStream(Origin(shards, "data.images", seed, str(folder / "cache"), shuffled), LIMIT)
 
 
-def pairs(folder: Path, tokenizer: TextTokenizer, shuffled: bool = True, length: int = 64) -> PairStream:
+def pairs(
+    folder: Path, tokenizer: TextTokenizer, shuffled: bool = True, length: int = 64, key: CaptionKey = "caption"
+) -> PairStream:
     origin = Origin(str(folder / "*.tar"), "data.pairs", 0, str(folder / "cache"), shuffled)
-    return PairStream(origin, LIMIT, tokenizer, length, "caption")
+    return PairStream(origin, LIMIT, tokenizer, length, key)
 
 
 def pixels(stream: ImageStream | PairStream, position: int) -> bytes:
@@ -283,6 +285,50 @@ def test_captions_of_txt_and_json(tmp_path: Path, tokenizer: TextTokenizer) -> N
     assert set(seen[1]) == {"a single one"}
     assert set(seen[2]) == {"left", "right"}
     assert len(stream.read(0).words) <= 64 and len(pairs(tmp_path, tokenizer, length=5).read(0).words) == 5
+
+
+def test_fields_with_weights(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    """One of the fields that a sample has is drawn by weight, then one of its captions, always the same in an epoch;
+    the .json goes before the .txt where there are both, and only where a list asks for it."""
+    records: list[dict] = [
+        {"caption": ["left", "right"], "alt": "sign"},
+        {"caption": "house", "alt": None, "more": [" "]},
+        {"alt": ["", "tree"], "caption": []},
+    ]
+    written = [{"json": json.dumps(record).encode(), "txt": b"written"} for record in records] + [{"txt": b"alone"}]
+    write_tar(tmp_path / "a.tar", [{"__key__": str(n), "png": picture(0), **some} for n, some in enumerate(written)])
+    fields: CaptionKey = [CaptionField(field="caption", weight=3), CaptionField(field="alt"), "more"]
+
+    def drawn(key: CaptionKey, count: int) -> tuple[list[str], list[Counter[str]]]:
+        stream = pairs(tmp_path, tokenizer, key=key)
+        samples = [stream.read(position) for position in range(count)]
+        words = [tokenizer.decode(sample.words.tolist()) for sample in samples]
+        assert not any(sample.faults for sample in samples)
+        return words, [
+            Counter(text for text, s in zip(words, samples, strict=True) if s.index == n) for n in range(len(written))
+        ]
+
+    words, seen = drawn(fields, 1600)
+    assert words[:40] == drawn(fields, 40)[0]
+    assert [set(texts) for texts in seen] == [{"left", "right", "sign"}, {"house"}, {"tree"}, {"alone"}]
+    assert abs(seen[0]["left"] - 150) < 40 and abs(seen[0]["right"] - 150) < 40 and abs(seen[0]["sign"] - 100) < 40
+    alike = drawn(["caption", "alt"], 1600)[1][0]
+    assert abs(alike["sign"] - 200) < 45 and abs(alike["left"] - 100) < 40
+    assert [set(texts) for texts in drawn("caption", 40)[1]] == [{"written"}] * 3 + [{"alone"}]
+    with pytest.raises(streams.StreamFailed, match="none of the fields 'title', 'name'"):
+        write_tar(tmp_path / "a.tar", [{"__key__": "a", "png": picture(0), "json": b"{}"}])
+        pairs(tmp_path, tokenizer, key=["title", "name"]).read(0)
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [([], "list of fields is empty"), (["alt", CaptionField(field="alt")], "twice")],
+)
+def test_bad_lists_of_fields(key: CaptionKey, reason: str) -> None:
+    with pytest.raises(ValueError, match=f"data.caption_key.*{reason}"):
+        DataConfig(caption_key=key)
+    with pytest.raises(ValueError, match="weight of caption field 'alt'"):
+        CaptionField(field="alt", weight=float("nan"))
 
 
 @pytest.mark.parametrize(

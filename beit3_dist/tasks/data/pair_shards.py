@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from beit3_dist.data.captions import read_captions
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.streams import caption_ids, read_captions
+from beit3_dist.data.streams import caption_ids
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.tasks.data.examples import Example, TarMember
 
@@ -35,7 +36,7 @@ class PairShards(Sequence[Example]):
         row = self.table.rows[int(place)]
         tar = self.table.files[int(row["shard"])]
         try:
-            caption = read_captions(row, self.reader, self.caption_key)[0]
+            caption = read_captions(row, self.reader, self.caption_key).first
             words = tuple(caption_ids(caption, self.tokenizer))
         except BadSample as bad:
             raise BadSample(f"{tar}, {self.table.key(int(place))}: {bad}") from None

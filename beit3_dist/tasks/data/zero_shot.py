@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from beit3_dist.config import DataConfig, EvalConfig, require
+from beit3_dist.config import CaptionKey, DataConfig, EvalConfig, require
+from beit3_dist.data.captions import json_first, read_captions
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.data.streams import read_captions
 from beit3_dist.data.text_files import read_lines
 from beit3_dist.opening import blaming
 from beit3_dist.tasks.data.batches import decoded
@@ -82,15 +82,15 @@ def spread(count: int, at_most: int) -> Sequence[int]:
     return range(count) if not 0 < at_most < count else [place * count // at_most for place in range(at_most)]
 
 
-def captioned_tars(pattern: str, name: str, cache: str, caption_key: str, at_most: int = 0) -> Captioned:
+def captioned_tars(pattern: str, name: str, cache: str, caption_key: CaptionKey, at_most: int = 0) -> Captioned:
     """The pairs of tars, or `at_most` of them; every line of a .txt member is a caption of its image. Raises ValueError
     naming the field `name`, or the tar and the pair."""
-    table = open_table(pattern, name, Stream.PAIRS, cache)
+    table = open_table(pattern, name, Stream.PAIRS, cache, json_first=json_first(caption_key))
     reader, found = ShardReader(table), Captioned()
     for number in spread(len(table.rows), at_most):
         row = table.rows[number]
         try:
-            found.captions.append(read_captions(row, reader, caption_key))
+            found.captions.append(read_captions(row, reader, caption_key).texts)
         except BadSample as bad:
             raise ValueError(f"{table.shard(number)}, {table.key(number)}: {bad}") from None
         found.images.append(TarMember(table.files[int(row["shard"])], *map(int, row["image"])))
