@@ -1,6 +1,6 @@
 # Short names for what the scripts do; each says more in its own help.
 
-.PHONY: help environment lint quick test wheel demo image image-cpu
+.PHONY: help environment lint quick test wheel site demo image image-cpu
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile
@@ -19,6 +19,9 @@ test: ## all tests
 
 wheel: ## dist/*.whl
 	python3 -m pip wheel --no-deps --wheel-dir dist .
+
+site: environment ## the documentation, in site/
+	. .venv/bin/activate && mkdocs build --strict
 
 demo: ## a small model on real data, from start to end
 	bash launchers/demo.sh

@@ -31,7 +31,7 @@ from beit3_dist.run.endings import ENDINGS, STARTED_AGAIN, FolderInUse, RunStopp
 from beit3_dist.run.launch import launch
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
+PAGE = (REPOSITORY / "docs" / "resume.md").read_text()
 SBATCH = (REPOSITORY / "launchers" / "slurm" / "pretrain.sbatch").read_text()
 
 
@@ -164,9 +164,9 @@ def test_what_tells_all_is_told_in_one_line_with_its_exit_code(error: Exception,
     assert ("\n" in words) == (said == "Traceback")
 
 
-def test_every_way_in_which_a_run_ends_is_in_the_readme_and_in_the_batch_script() -> None:
+def test_every_way_in_which_a_run_ends_is_in_the_pages_and_in_the_batch_script() -> None:
     """With its exit code, and a job of Slurm's is started again where that is worth it."""
-    words = README.partition("Exit codes: ")[2].partition(".")[0]
+    words = PAGE.partition("Exit codes: ")[2].partition(".")[0]
     assert {0, *map(int, re.findall(r"(\d+) [a-zC]", words))} == {*ExitCode}
     assert {ending.exit_code for ending in ENDINGS} == {*ExitCode}
     codes = re.findall(r"(\w+)=(\d+)", SBATCH.partition(" # exit codes of")[0].rpartition("\n")[2])

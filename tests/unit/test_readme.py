@@ -1,14 +1,19 @@
-"""What the README and docs/architecture.md say exists."""
+"""What the README and the pages of docs/ say exists, and what they tell to type is understood."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import re
+import subprocess
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
+from beit3_dist.__main__ import MODULES
 from beit3_dist.config import ModelConfig, RunConfig
 from beit3_dist.image_tokenizer.config import TokenizerConfig
 from beit3_dist.model import BEiT3, parameter_counts
@@ -16,8 +21,10 @@ from beit3_dist.recipe import read_recipe
 from beit3_dist.tasks.config import FinetuneConfig
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
-CODE_LAYOUT = README.split("## How the code is laid out")[1].split("```")[1]
+ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text()
+CODE_LAYOUT = ARCHITECTURE.split("## How the code is laid out")[1].split("```")[1]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SHELL = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)]
 
 
 def field_names(config: Any, prefix: str = "") -> set[str]:
@@ -29,18 +36,62 @@ def field_names(config: Any, prefix: str = "") -> set[str]:
     return names
 
 
-def test_files_that_it_names_exist() -> None:
-    files = re.findall(r"(?:launchers|tools|tests|ds_configs)/[\w./-]*\w", README) + [
-        "CONTRIBUTING.md",
-        "constraints.txt",
-    ]
-    assert len(files) > 10
-    assert not [name for name in files if not (REPOSITORY / name).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_it_names_exist(page: Path) -> None:
+    files = re.findall(r"(?<![\w/])(?:launchers|tools|tests|ds_configs|examples)/[\w./-]*\w", page.read_text())
+    assert not [name for name in files if "RECIPE" not in name and not (REPOSITORY / name).exists()]
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may point at in a page: its headings, as the site and hosts of repositories spell them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Pages of reference/ are written when the site is built; tests/unit/test_site.py has those."""
+    links = re.findall(r"\]\((?!https://|reference/)([^)#\s]*)(?:#([^)]*))?\)", page.read_text())
+    for name, anchor in links:
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"
+
+
+def test_commands_are_understood() -> None:
+    """By bash, and the commands of `beit3` are some that there are."""
+    assert len(SHELL) > 15
+    for block in SHELL:
+        done = subprocess.run(["bash", "-n", "-c", block], capture_output=True, text=True)
+        assert not done.returncode, f"{block}\n{done.stderr}"
+    named = {name for block in SHELL for name in re.findall(r"(?:^beit3|beit3_dist) ([a-z][a-z-]+)", block, re.M)}
+    assert named and not named - MODULES.keys()
+
+
+def help_of(program: str, command: list[str]) -> str:
+    """What a program of tools/ prints of itself, or of its command."""
+    module: Any = importlib.import_module("beit3_dist." + program.removesuffix(".py").replace("/", "."))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit, match="^0$"):
+        getattr(module, "program", module.main)([*command, "--help"])
+    return printed.getvalue()
+
+
+def test_options_of_tools_are_some_that_there_are() -> None:
+    """Each is in the program's help; fields of configs are tested below."""
+    seen = 0
+    for block in SHELL:
+        for program, rest in re.findall(r"python (tools/\w+\.py)((?:[^\n#\\]|\\\n)*)", block):
+            given = re.findall(r"(?<!\S)--[a-z][\w-]*(?![\w.-])", rest)
+            words = help_of(program, re.findall(r"^ (\w+) ", rest))
+            assert not [name for name in given if not re.search(rf"{name}\b", words)], f"{program}{rest}"
+            seen += len(given)
+    assert seen > 10
 
 
 def test_files_that_the_walks_through_the_code_name_exist() -> None:
     """docs/architecture.md names them below the package."""
-    walks = (REPOSITORY / "docs" / "architecture.md").read_text()
+    walks = ARCHITECTURE
     named = re.findall(r"`([a-z_]+/[\w./]*)`", walks)
     assert len(named) > 40
     assert not [name for name in named if not (REPOSITORY / "beit3_dist" / name).exists()]
@@ -57,8 +108,16 @@ def test_layout_of_the_code_is_the_folders() -> None:
     for folder, words in described.items():
         named = {name.strip() for name in re.sub(r"\([^)]*\)", "", words).rpartition(":")[2].split(",")}
         there = {path.stem for path in (package / folder).glob("*.py")} - {"__init__"} | folders(package / folder)
-        assert not named - there - {"..."}, f"{folder} in the README names what does not exist"
-        assert "..." in named or not there - named, f"{folder} in the README leaves these out"
+        assert not named - there - {"..."}, f"{folder} in docs/architecture.md names what does not exist"
+        assert "..." in named or not there - named, f"{folder} in docs/architecture.md leaves these out"
+
+
+CONFIGS = (RunConfig, TokenizerConfig, FinetuneConfig)
+
+
+def nested(config: Any, name: str) -> bool:
+    """Whether a field is a section."""
+    return is_dataclass(get_type_hints(config)[name])
 
 
 def folders(path: Path) -> set[str]:
@@ -66,20 +125,19 @@ def folders(path: Path) -> set[str]:
     return {f"{file.parent.name}/" for file in path.glob("*/*.py") if not file.parent.is_symlink()}
 
 
-def test_options_that_it_names_are_fields() -> None:
-    known = (
-        field_names(RunConfig)
-        | field_names(TokenizerConfig)
-        | field_names(FinetuneConfig)
-        | {"config", "help", "print_config"}
-    )
-    dotted = set(re.findall(r"--([a-z_]+\.[a-z_.]+[a-z])", README))
-    assert dotted and not dotted - known
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_that_it_names_are_fields(page: Path) -> None:
+    known = set().union(*map(field_names, CONFIGS)) | {"config", "help", "print_config"}
+    dotted = set(re.findall(r"--([a-z_]+\.[a-z_.]+[a-z])", page.read_text()))
+    assert not dotted - known
+    sections = "|".join(field.name for config in CONFIGS for field in fields(config) if nested(config, field.name))
+    named = set(re.findall(rf"`((?:{sections})\.[a-z_.]+[a-z])[`=:]", page.read_text()))
+    assert not named - known - {f"{name}" for name in named if name.startswith(("tests.", "beit3_dist."))}
 
 
 @pytest.mark.parametrize("recipe", ["demo", "base", "large", "giant"])
 def test_parameters_of_the_recipes(recipe: str) -> None:
-    row = re.search(rf"\| `{recipe}` \| ([\d.]+)([MB])", README)
+    row = re.search(rf"\| `{recipe}` \| ([\d.]+)([MB])", (REPOSITORY / "docs" / "recipes.md").read_text())
     assert row
     model = ModelConfig(**read_recipe(REPOSITORY / f"launchers/recipes/{recipe}.yaml")["model"])
     total = sum(parameter_counts(BEiT3(model, device="meta")).values())
