@@ -78,8 +78,8 @@ def python() -> str:
 
 
 def described(name: str, thing: Any, level: str) -> Iterator[str]:
-    """A function or a class, and the class's public methods, which it has a docstring for. Dataclasses of fields have
-    their signature in the commands' help."""
+    """A function, or a class and its public methods with a docstring. The fields of a config are in the commands' help,
+    and not said again."""
     yield f"{level} {name}\n"
     if not hasattr(thing, "__dataclass_fields__"):
         signature = str(inspect.signature(thing)).replace("'", "")
