@@ -5,8 +5,9 @@
 
 Every member is read: cut, broken, empty and joined tars, second members of a key, members of one sample that are not
 neighbours (other loaders tear those apart), samples that lack a member, links and members of no known extension that
-are left out, images that cannot be decoded or have too many pixels, captions and documents that are empty or
-malformed. Exit code 0: nothing is wrong. 1: something is. 2: the check cannot be done.
+are left out, images that cannot be decoded or have too many pixels or whose .json tells of a failed download
+(img2dataset's `status`), captions and documents that are empty or malformed. Exit code 0: nothing is wrong. 1:
+something is. 2: the check cannot be done.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from beit3_dist.children import end_with_parent
 from beit3_dist.command_line import refusing
 from beit3_dist.config import CaptionKey, DataConfig, caption_fields, require
 from beit3_dist.data.cache import cache_folder
-from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, written_as
+from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, failed_download, written_as
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, LeftOut
@@ -115,6 +116,11 @@ def _sample_problems(
             decode(tar.read(*sample[IMAGE]), job.max_pixels)
         except BadSample as bad:
             yield "too many pixels" if "max_pixels" in str(bad) else "unreadable image", str(bad)
+    # All .json members are asked, not only those that a run reads for their captions.
+    if wants_image and JSON in sample and sample[JSON][1] <= LARGEST_CAPTION:
+        if failure := failed_download(tar.read(*sample[JSON])):
+            yield "failed download", failure
+            return
     if job.stream is Stream.PAIRS:
         try:
             written = written_as(sample, job.caption_key)

@@ -12,10 +12,12 @@ from beit3_dist.config import CaptionKey, caption_fields
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.kinds import JSON, TXT
 from beit3_dist.data.reader import ShardReader
-from beit3_dist.opening import without_mark
+from beit3_dist.opening import one_line, without_mark
 
 LARGEST_CAPTION = 1 << 22
 """Bytes of the largest member with captions that is read (4 MiB)."""
+LONGEST_FAILURE = 200
+"""Letters of what is told of a failed download."""
 
 
 class Captions(NamedTuple):
@@ -57,10 +59,33 @@ def read_captions(row: np.ndarray, reader: ShardReader, key: CaptionKey) -> Capt
 
 def captions_of(data: bytes, kind: int, key: CaptionKey) -> Captions:
     """The captions of a .txt or .json member. Raises BadSample where there is none."""
-    captions = Captions(_lines(data)) if kind == TXT else _in_fields(_record(data), key)
+    if kind == TXT:
+        captions = Captions(_lines(data))
+    else:
+        record = _record(data)
+        if failure := _failure(record):
+            raise BadSample(failure)
+        captions = _in_fields(record, key)
     if not captions.texts:
         raise BadSample("empty caption")
     return captions
+
+
+def failed_download(data: bytes) -> str:
+    """What a .json member says of a sample that img2dataset could not get; empty where it says no such thing."""
+    try:
+        return _failure(_record(data))
+    except BadSample:
+        return ""
+
+
+def _failure(record: dict[str, Any]) -> str:
+    """The same of its content, in which img2dataset (writer.py, downloader.py) writes `status`, success or
+    failed_to_download or failed_to_resize, and `error_message`."""
+    status = record.get("status")
+    if not isinstance(status, str) or status == "success" or "error_message" not in record:
+        return ""
+    return one_line(f"status {status}: {record['error_message']}", LONGEST_FAILURE)
 
 
 def _lines(data: bytes) -> list[str]:

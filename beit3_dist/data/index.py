@@ -93,7 +93,7 @@ def expand(pattern: str, field: str) -> list[str]:
         for path, kind in found.items():
             if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
                 raise ValueError(f"{field}: {path!r} is a link to nothing, a FIFO or a device; only files are read")
-        files = [path for path, kind in found.items() if stat.S_ISREG(kind)]
+        files = [path for path, kind in found.items() if stat.S_ISREG(kind) and not _of_shard(path)]
         if not files:
             hint = f": it is a folder; name its files, as by {part.rstrip('/')}/*.tar" if stat.S_ISDIR(mode) else ""
             raise ValueError(f"{field}: no file matches {part!r}{hint}")
@@ -109,6 +109,13 @@ def _matching(pattern: str) -> list[str]:
     start, rest = [glob.escape(name) for name in names[:there]], names[there:]
     found = glob.glob("/".join(start + rest), recursive=True)
     return found or glob.glob("/".join(start + [name.replace("[", "[[]") for name in rest]), recursive=True)
+
+
+def _of_shard(path: str) -> bool:
+    """Whether a file is what img2dataset writes beside a shard: NNNNN.parquet and NNNNN_stats.json of NNNNN.tar. All
+    that is in the former of the shard's samples is in their .json members, too."""
+    stem = next((path.removesuffix(end) for end in (".parquet", "_stats.json") if path.endswith(end)), "")
+    return bool(stem) and os.path.isfile(f"{stem}.tar")
 
 
 def _mode(path: str) -> int:

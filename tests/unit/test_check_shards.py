@@ -140,3 +140,29 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert exit_code(check_shards.main, arguments) == 2
         error = capsys.readouterr().err
         assert expected in error and len(error.splitlines()) == 1
+
+
+def test_what_img2dataset_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its tables and counts beside the tars are no shards, and a download that failed is no sample."""
+    words = {"status": "success", "error_message": None, "caption": "a sign", "alt": None, "width": 40, "exif": "{}"}
+    failed = words | {"status": "failed_to_download", "error_message": "HTTP Error 404:\nNot Found"}
+    others = {"status": "draft", "caption": "a sign of somebody else's records"}
+    members: list[tuple[str, bytes]] = []
+    for key, record in (("000000000", words), ("000000001", failed), ("000000002", others)):
+        written = json.dumps(record).encode()
+        members += [(f"{key}.jpg", picture(0, kind="JPEG")), (f"{key}.json", written), (f"{key}.txt", b"a sign")]
+    (tmp_path / "crawl").mkdir()
+    path = raw_tar(tmp_path / "crawl" / "00000.tar", [*members, ("000000003.json", json.dumps(failed).encode())])
+    (path.parent / "00000.parquet").write_bytes(b"PAR1PAR1")
+    (path.parent / "00000_stats.json").write_text('{"count": 4, "successes": 2}')
+    for extra in ([], ["--caption_key", "caption", "alt"], ["--caption_key", "caption"]):
+        code, record = check(capsys, tmp_path, "--pairs", path.parent / "*", *extra)
+        [shard] = record["shards"]
+        found = {(problem["kind"], problem["key"]): problem["reason"] for problem in shard["problems"]}
+        assert code == 1 and set(found) == {("failed download", "000000001"), ("incomplete", "000000003")}
+        assert found["failed download", "000000001"] == "status failed_to_download: HTTP Error 404: Not Found"
+    code, record = check(capsys, tmp_path, "--images", path.parent / "0*")
+    assert [problem["kind"] for problem in record["shards"][0]["problems"]] == ["failed download", "incomplete"]
+    (path.parent / "other.parquet").write_bytes(b"PAR1PAR1")
+    code, record = check(capsys, tmp_path, "--images", path.parent / "*")
+    assert ["damaged tar"] in [[problem["kind"] for problem in shard["problems"]] for shard in record["shards"]]

@@ -344,6 +344,7 @@ def test_bad_lists_of_fields(key: CaptionKey, reason: str) -> None:
         ({"json": b'{"caption": ""}'}, "empty caption"),
         ({"json": b"\xff"}, "invalid UTF-8"),
         ({"json": b'{"caption": "\\ud800"}'}, "invalid UTF-8"),
+        ({"json": b'{"caption": "a", "status": "failed_to_resize", "error_message": "x"}'}, "failed_to_resize: x"),
     ],
 )
 def test_bad_captions_are_replaced(
