@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from beit3_dist import __version__
+from beit3_dist.leaving import ExitCode
 
 PROGRAMS = {
     "Data and tokenizers": {
@@ -108,7 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         return 2
     program: Any = importlib.import_module(f"beit3_dist.{MODULES[name]}")
     program.PROGRAM, program.__doc__ = f"beit3 {name}", as_commands(str(program.__doc__))
-    return getattr(program, "program", program.main)(rest)
+    try:
+        return getattr(program, "program", program.main)(rest)
+    except KeyboardInterrupt:
+        print(f"{program.PROGRAM}: interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
 
 
 if __name__ == "__main__":

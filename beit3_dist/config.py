@@ -272,6 +272,8 @@ class Source:
         require(self.weight > 0, f"the weight of source {self.shards!r} must be positive, not {self.weight}")
 
 
+MOST_STEPS = 10**11
+"""Of a run; times and counts of more have no place in their types."""
 STREAMS = ("images", "texts", "pairs")
 """The streams of pretraining."""
 Patterns = str | list[str | Source]
@@ -703,6 +705,7 @@ class JobConfig:
         )
         require_not_negative("", self, "profile")
         require_positive("", self, "steps")
+        require(self.steps <= MOST_STEPS, f"steps={self.steps} are more than any run takes: give {MOST_STEPS} or fewer")
         require(
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}",

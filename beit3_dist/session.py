@@ -28,14 +28,18 @@ from beit3_dist.config import RunConfig, require
 from beit3_dist.launched import take_place
 from beit3_dist.leaving import SIGNALS
 from beit3_dist.objectives import SECTIONS
+from beit3_dist.opening import one_line
 from beit3_dist.plugins import load_plugins
 
 
 def read_config(recipe: str | Path, **fields: Any) -> RunConfig:
     """The config of a recipe, a file or the name of one that comes with the program, with these fields changed:
     sections are dictionaries. Raises ValueError with one line that names what is wrong."""
-    options = [f"--{name}={_written(value)}" for name, value in _dotted(fields)]
-    return configured(RunConfig, "read_config", "", ["--config", str(recipe), *options], SECTIONS)
+    options = [f"--{name}={_written(name, value)}" for name, value in _dotted(fields)]
+    try:
+        return configured(RunConfig, "read_config", "", ["--config", str(recipe), *options], SECTIONS)
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
 
 
 def _dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -46,9 +50,18 @@ def _dotted(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def _written(value: Any) -> str:
-    """A value as a command line gives it."""
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+def _written(name: str, value: Any) -> str:
+    """A field's value as a command line gives it. Raises ValueError for what no recipe can hold."""
+    try:
+        return str(value) if isinstance(value, str | Path) else json.dumps(value, default=_plain)
+    except (AttributeError, TypeError, ValueError):
+        kinds = "a number, a text, or lists and dictionaries of these"
+        raise ValueError(f"{name}={value!r}: a recipe holds no {type(value).__name__}; give {kinds}") from None
+
+
+def _plain(value: Any) -> Any:
+    """A path, or a number of NumPy or torch, as JSON has it."""
+    return str(value) if isinstance(value, Path) else value.item()
 
 
 def pretrain(

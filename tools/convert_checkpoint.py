@@ -37,6 +37,7 @@ from typing import Any
 
 from beit3_dist.command_line import log_to_console, refusing
 from beit3_dist.config import require
+from beit3_dist.opening import blaming
 
 log = logging.getLogger("beit3_dist.convert_checkpoint")
 
@@ -107,7 +108,8 @@ def convert(options: Namespace) -> None:
     if options.heads == "drop":
         weights, model = without_heads(weights), replace(model, task=None, objectives=())
     if options.image_size is not None:
-        weights, config = at_image_size(weights, config, options.image_size)
+        with blaming(f"--image_size {options.image_size}", RuntimeError, most=200):  # more than there is memory for
+            weights, config = at_image_size(weights, config, options.image_size)
     weights = _in_precision(weights, options.dtype)
     for group in absent_groups(weights, shapes_of(config)):
         log.info("the result has no weights for %s", group)

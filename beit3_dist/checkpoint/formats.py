@@ -159,7 +159,7 @@ def _read_one(path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size])
         else:
             state = _state_of(read_weights_file(path), str(path))
             if is_bert(state):
-                with blaming(str(path)):
+                with blaming(str(path), KeyError, IndexError, TypeError, RuntimeError):  # of shapes that BERT has not
                     weights = weights_from_bert(state, config)
                 return fit(weights, config, shapes, str(path), WITHOUT_BERT)
             source = _source_of(state, str(path), heads, config.layer_norm_eps)

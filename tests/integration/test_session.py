@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import beit3_dist
@@ -48,6 +49,23 @@ def test_a_recipe_with_changed_fields(tmp_path: Path) -> None:
     assert config.objectives["contrastive"].form == "sigmoid" and config.data.pairs[0].weight == 2
     with pytest.raises(ValueError, match="model.width=128 is not divisible by model.heads=7"):
         read_config("demo", model={"heads": 7})
+    config = read_config("demo", out=tmp_path, steps=np.int64(70), plugins=[], data={"pairs": [tmp_path / "a.tar"]})
+    assert (config.steps, config.data.pairs) == (70, [f"{tmp_path}/a.tar"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"steps": {1}}, r"^steps=\{1\}: a recipe holds no set; give a number"),
+        ({"callbacks": {"on_step": print}}, "^callbacks.on_step=<built-in.* holds no builtin"),
+        ({"steps": "many"}, 'steps": Expected a'),
+        ({"nothing": 1}, "nothing"),
+    ],
+)
+def test_a_mistake_is_a_value_error_of_one_line(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as mistake:
+        read_config("demo", **fields)
+    assert "\n" not in str(mistake.value)
 
 
 def in_one_process(groups: Groups, folder: str) -> None:

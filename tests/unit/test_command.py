@@ -38,6 +38,14 @@ def test_what_is_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--nothing"]) == 2
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("beit3_dist.tools.list_recipes.main", interrupted)
+    assert command.main(["recipes"]) == 130 and capsys.readouterr().err == "beit3 recipes: interrupted\n"
+
+
 @pytest.mark.parametrize("name", command.MODULES)
 def test_a_program_speaks_of_its_command(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -126,6 +126,7 @@ def test_refusals_of_a_section(section: str, change: dict[str, Any], words: str)
     ("change", "words"),
     [
         ({"steps": 0}, ["steps must be positive, not 0"]),
+        ({"steps": 10**13}, ["steps=10000000000000 are more"]),
         ({"steps": 100}, ["optim.warmup_steps=10000", "steps=100"]),
         (
             {"data": DataConfig(**STREAMS, text_length=2000)},

@@ -480,6 +480,9 @@ MISTAKES = {
         "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --image_size 30", ["model.patch_size=8"]),
     "no size": (
         "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --image_size 0", ["image_size", "not 0"]),
+    "no memory": (
+        "{folder}/good.pth {folder}/x --to safetensors --attention_heads 2 --image_size 80000000",
+        ["--image_size 80000000: "]),
     "ending": ("{folder}/good.pth {folder}/x --to released --attention_heads 2", [".pth or .safetensors"]),
     "released ending": (
         "{folder}/good.pth {folder}/x.safetensors --to released --attention_heads 2", ["released form is a .pth"]),
