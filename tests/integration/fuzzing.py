@@ -40,10 +40,12 @@ from beit3_dist.checkpoint.find import find, read_state
 from beit3_dist.checkpoint.formats import read_source
 from beit3_dist.checkpoint.neutral import write_neutral
 from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.data.captions import captions_of
 from beit3_dist.data.faults import BadSample
+from beit3_dist.data.kinds import JSON
 from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Stream
-from beit3_dist.data.streams import ImageStream, Origin, PairStream, TextStream, json_captions
+from beit3_dist.data.streams import ImageStream, Origin, PairStream, TextStream
 from beit3_dist.data.tars import DamagedTar, headers
 from beit3_dist.data.text import TextTokenizer, documents
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, write_codes
@@ -428,7 +430,7 @@ def use_lines(files: Originals, place: Path, draw: random.Random) -> None:
             files.tokenizer.encode_all([text for _, text in found if isinstance(text, str)])
         case 1:
             try:
-                json_captions(spoil_json(b'{"caption": "a dog", "captions": ["x", "y"]}', draw), "caption")
+                captions_of(spoil_json(b'{"caption": "a dog", "captions": ["x", "y"]}', draw), JSON, "caption")
             except BadSample:
                 raise ValueError("bad sample") from None
         case 2:

@@ -12,8 +12,9 @@ import pytest
 
 from beit3_dist.command_line import parse
 from beit3_dist.config import RunConfig
+from beit3_dist.data.captions import captions_of
 from beit3_dist.data.faults import BadSample
-from beit3_dist.data.streams import json_captions, lines
+from beit3_dist.data.kinds import JSON, TXT
 from beit3_dist.data.tables import table_rows, texts_in
 from beit3_dist.data.text import documents
 from beit3_dist.data.text_files import read_lines, read_records
@@ -112,11 +113,11 @@ READERS: dict[str, tuple[str, Form, Read]] = {
     "the tokenizer's array": ("a.json", as_array, sentences),
     "a text member": ("a.txt", lambda texts: texts, of_member(jsonl=False)),
     "a member of records": ("a.jsonl", records("text"), of_member(jsonl=True)),
-    "captions": ("a.txt", lambda texts: texts, lambda path: lines(path.read_bytes())),
+    "captions": ("a.txt", lambda texts: texts, lambda path: captions_of(path.read_bytes(), TXT, "").texts),
     "captions in JSON": (
         "a.json",
         lambda texts: json.dumps({"caption": texts}, indent=1).split("\n"),
-        lambda path: json_captions(path.read_bytes(), "caption"),
+        lambda path: captions_of(path.read_bytes(), JSON, "caption").texts,
     ),
     "NLVR2": ("dev.json", nlvr2_lines, nlvr2),
     "Karpathy's split": ("dataset_flickr30k.json", flickr_lines, flickr30k),
@@ -188,7 +189,7 @@ def test_half_a_surrogate_pair_in_an_index_and_in_members(tmp_path: Path) -> Non
     member = [*documents(io.BytesIO(MARK + b'{"text": "\\ud83d"}\n{"text": "two"}'), jsonl=True)]
     assert [(number, str(text)) for number, text in member] == [(1, "invalid UTF-8"), (2, "two")]
     with pytest.raises(BadSample, match="invalid UTF-8"):
-        json_captions(b'{"caption": "\\ud83d"}', "caption")
+        captions_of(b'{"caption": "\\ud83d"}', JSON, "caption")
 
 
 def deepspeed_stage(path: Path) -> object:
