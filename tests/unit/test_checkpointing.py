@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import tomllib
 from pathlib import Path
 
@@ -25,5 +26,7 @@ def test_a_clone_on_the_path_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_version_is_the_projects() -> None:
-    project = tomllib.loads(Path(REPOSITORY, "pyproject.toml").read_text())["project"]
-    assert beit3_dist.__version__ == project["version"]
+    settings = tomllib.loads(Path(REPOSITORY, "pyproject.toml").read_text())
+    assert settings["project"]["dynamic"] == ["version"]
+    assert settings["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "beit3_dist.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", beit3_dist.__version__)

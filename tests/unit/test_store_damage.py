@@ -75,7 +75,7 @@ def test_refused_by_name_and_auto_falls_back(
     assert told in warning and NEWER in warning and "falling back" in warning
 
     DAMAGES[damage](folder / OLDER / name)
-    with pytest.raises(Damaged, match=f"auto finds no whole checkpoint.*{NEWER}/{name}.*{OLDER}/{name}"):
+    with pytest.raises(Damaged, match=f"auto finds no whole checkpoint.*{NEWER}/.*{name}.*{OLDER}/.*{name}"):
         resume("auto", folder)
 
 
