@@ -55,15 +55,23 @@ def commands() -> str:
     for group, programs in command.PROGRAMS.items():
         page.append(f"## {group}\n")
         for name, (_, summary) in programs.items():
-            page.append(f"### beit3 {name}\n\n{summary[0].upper()}{summary[1:]}.\n\n```text\n{help_of(name)}```\n")
+            words = help_of(name)
+            page.append(f"### beit3 {name}\n\n{summary[0].upper()}{summary[1:]}.\n\n```text\n{words}```\n")
+            usage, *_ = words.split("\n\n")
+            for part in PART.findall(words) if usage.endswith("...") else ():
+                page.append(f"#### beit3 {name} {part}\n\n```text\n{help_of(name, part)}```\n")
     return "\n".join(page)
 
 
-def help_of(name: str) -> str:
-    """What `beit3 NAME --help` prints."""
+PART = re.compile(r"^    ([a-z]\w*)(?=  +\w|$)", re.MULTILINE)
+"""A command of a command, as argparse lists those of a program whose usage ends in "..."."""
+
+
+def help_of(*names: str) -> str:
+    """What `beit3 NAMES --help` prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        command.main([name, "--help"])
+        command.main([*names, "--help"])
     return printed.getvalue()
 
 

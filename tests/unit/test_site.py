@@ -29,6 +29,8 @@ def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     commands = (tmp_path / "site/reference/commands/index.html").read_text()
     assert set(re.findall(r'<h3 id="beit3-([a-z-]+)"', commands)) == MODULES.keys()
     assert all(f"usage: beit3 {name}" in commands for name in MODULES) and "--objectives.contrastive.weight" in commands
+    parts = re.findall(r'<h4 id="beit3-([a-z-]+)"', commands)
+    assert {"build-shards-images", "build-index-vqa", "benchmark-kernels"} <= {*parts}
     python = (tmp_path / "site/reference/python/index.html").read_text()
     assert all(f'id="{name}"' in python for name in ("beit3_distpretrain", "modelembed_images"))
     pages = "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
