@@ -330,8 +330,8 @@ def parse(arguments: list[str] | None) -> Namespace:
     )
     sub = command("pairs", build_pairs, text, images)
     text = (
-        ".tsv or .csv with a header row, .jsonl, or .json with an array; with columns (fields) image and caption, or "
-        "those that --image and --caption name"
+        ".tsv or .csv with a header row, .jsonl, or .json with an array, any also as .gz or .zst; with columns "
+        "(fields) image and caption, or those that --image and --caption name"
     )
     sub.add_argument("table", type=Path, metavar="TABLE", help=text)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
@@ -351,7 +351,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     sub = command("texts", build_texts, text, common)
     text = (
         "plain text with one document a line, .jsonl with a field 'text', or .json with an array of texts or of "
-        "objects with that field"
+        "objects with that field; any also as .gz or .zst"
     )
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help=text)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)

@@ -127,7 +127,7 @@ def parse(arguments: list[str] | None) -> Namespace:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=raw, epilog=example)
     text = (
         "brace or glob patterns of tars, whose .txt and .jsonl members are read, or of .txt and .jsonl files, one "
-        "document or caption a line, or .json files with an array of them"
+        "document or caption a line, or .json files with an array of them, any also as .gz or .zst"
     )
     parser.add_argument("--shards", nargs="+", required=True, metavar="PATTERN", help=text)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write, or to replace")

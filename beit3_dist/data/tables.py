@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from beit3_dist.config import require
+from beit3_dist.data.compressed import bare
 from beit3_dist.data.kinds import is_json
 from beit3_dist.data.text_files import read_lines, read_records, require_text
 
@@ -29,7 +30,7 @@ def texts_in(path: Path) -> Iterator[str]:
     """The documents of a file: lines of plain text, the field `text` of .jsonl or .json records, or the texts of a JSON
     array; empty ones are left out. Raises ValueError naming file and place."""
     require(path.is_file(), f"there is no file {path}")
-    if not is_json(path):
+    if not is_json(bare(path)):
         yield from filter(None, (line.strip() for _, line in read_lines(path)))
         return
     for place, record in read_records(path):
@@ -42,15 +43,15 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
     """Path and caption of each row of a .tsv, .csv, .jsonl or .json table, as written. `rest`: the caption is the last
     column, and cells beyond the header's belong to it. Raises ValueError with the place."""
     require(table.is_file(), f"there is no file {table}")
-    if is_json(table):
+    if is_json(bare(table)):
         if rest:
             raise ValueError(f"{table}: its records name their fields, so that no caption has a rest")
         for place, record in read_records(table):
             known = record if isinstance(record, dict) else {}
             yield _text(known.get(image), image, place), _text(known.get(caption), caption, place)
         return
-    separator = {".tsv": "\t", ".csv": ","}.get(table.suffix.lower(), "")
-    require(bool(separator), f"{table}: a table ends in .tsv, .csv, .jsonl or .json")
+    separator = {".tsv": "\t", ".csv": ","}.get(Path(bare(table)).suffix.lower(), "")
+    require(bool(separator), f"{table}: a table ends in .tsv, .csv, .jsonl or .json, and .gz or .zst")
     tabbed = ((number, line.split("\t")) for number, line in read_lines(table) if line)  # quotes are part of captions
     rows = _separated(table) if separator == "," else tabbed
     _, columns = next(rows, (1, []))

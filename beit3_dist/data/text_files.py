@@ -13,9 +13,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from beit3_dist.data.compressed import bare, open_unpacked
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.lines import LONGEST_LINE, lines_of
-from beit3_dist.opening import open_regular, read_text, text_of, without_mark
+from beit3_dist.opening import blaming, read_text, text_of, without_mark
 
 _ARRAY = re.compile(rb"\s*\[")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -30,8 +31,8 @@ def unmarked(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line of a file. Raises ValueError naming file and line."""
-    with open_regular(path) as file:
+    """Number, from 1, and text of each line of a file, compressed or not. Raises ValueError naming file and line."""
+    with open_unpacked(path) as file:
         for number, line in enumerate(unmarked(lines_of(file.readline)), start=1):
             try:
                 check_size("a line", len(line), LONGEST_LINE)
@@ -44,7 +45,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
 def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
     """Place and content of each record of a file of JSON lines, empty ones left out, or of one JSON array. Raises
     ValueError naming file and place."""
-    with open_regular(path) as file:
+    with open_unpacked(path) as file:
         is_array = _ARRAY.match(without_mark(file.read(1 << 10))) is not None
     if is_array:
         for number, record in enumerate(read_large_json(path), start=1):
@@ -58,11 +59,18 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
 
 def read_large_json(path: str | os.PathLike[str]) -> Any:
     """What one JSON text of any size holds. Raises ValueError naming the file."""
-    text = read_text(path, most=sys.maxsize)
+    text = _whole(path)
     content = _json_in(text, os.fspath(path))
     if _ESCAPED_SURROGATE.search(text):
         require_text(content, os.fspath(path))
     return content
+
+
+def _whole(path: str | os.PathLike[str]) -> str:
+    if bare(path) == os.fspath(path):
+        return read_text(path, most=sys.maxsize)
+    with open_unpacked(path) as file, blaming(os.fspath(path)):
+        return text_of(without_mark(file.read()))
 
 
 def _json_in(text: str, place: str) -> Any:

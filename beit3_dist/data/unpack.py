@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import zlib
 from pathlib import Path
 from typing import BinaryIO
 
 from beit3_dist.data.cache import DamagedCache, cached, digest, parsed, write_whole
+from beit3_dist.data.compressed import DamagedArchive, unpacked
 from beit3_dist.opening import open_regular
 
 log = logging.getLogger(__name__)
 
 COMPRESSED = (".tar.gz", ".tgz")
-GZIP = 16 + zlib.MAX_WBITS
-"""zlib's sign for the format of gzip."""
-CHUNK = 1 << 16
-MOST_FOLD, FREE = 200, 1 << 26
-"""An archive beyond so many bytes that unpacks to more than so many times its size is made to fill the disk: texts
-shrink to a fifth, headers of small members to a fiftieth, zeros to a thousandth."""
 
 
 def plain_tar(path: str, folder: Path) -> str:
@@ -52,20 +46,14 @@ def plain_tar(path: str, folder: Path) -> str:
 def _unpack(path: str, file: BinaryIO) -> None:
     """Writes the archive's content, of a cut or broken archive what lies before that place. Raises ValueError where it
     is none, or one that unpacks to far more than data do."""
-    reader = zlib.decompressobj(GZIP)
-    problem = "the archive is cut"
+    problem = ""
     with open_regular(path) as packed:
-        most = max(FREE, MOST_FOLD * os.fstat(packed.fileno()).st_size)
         try:
-            while data := reader.unused_data or packed.read(CHUNK):
-                if reader.eof:  # An archive may consist of several, one after the other.
-                    reader = zlib.decompressobj(GZIP)
-                file.write(reader.decompress(data))
-                if file.tell() > most:
-                    raise ValueError(f"{path} unpacks to more than {MOST_FOLD} times its size: it holds no samples")
-        except zlib.error as error:
+            for part in unpacked(path, packed):
+                file.write(part)
+        except DamagedArchive as error:
             problem = str(error)
     if file.tell() == 0:
         raise ValueError(f"{path} is no gzip archive: {problem}")
-    if not reader.eof:
+    if problem:
         log.warning("%s: %s; what lies before is used", path, problem)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beit3_dist.data import cache, lines, text, unpack
+from beit3_dist.data import cache, compressed, lines, text
 from beit3_dist.data.faults import BadSample, Fault
 from beit3_dist.data.lines import lines_of
 from beit3_dist.data.order import Stream
@@ -167,7 +167,7 @@ def test_a_stream_that_declares_gigabytes_costs_one_sample(tmp_path: Path, token
 
 
 def test_an_archive_that_is_made_to_fill_the_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpack, "FREE", 1 << 20)
+    monkeypatch.setattr(compressed, "FREE", 1 << 20)
     folder = cache.cache_folder(str(tmp_path / "cache"))
     bomb = zlib.compressobj(9, wbits=31)
     (tmp_path / "a.tar.gz").write_bytes(bomb.compress(bytes(100 << 20)) + bomb.flush())

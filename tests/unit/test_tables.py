@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
+from beit3_dist.data import compressed
 from beit3_dist.data.tables import table_rows, texts_in
 
 
@@ -96,3 +101,55 @@ def test_what_is_no_text_in_an_array_is_named(content: str, tmp_path: Path) -> N
 def test_brackets_in_a_plain_text_are_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("[1] a reference\n[\n")
     assert list(texts_in(tmp_path / "a.txt")) == ["[1] a reference", "["]
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+@pytest.mark.parametrize("end", PACKERS)
+def test_compressed_texts_and_tables(end: str, tmp_path: Path) -> None:
+    """They are read like those that they hold, also where several are joined, and a cut one is named."""
+    pack = PACKERS[end]
+    texts = [f"caf\u00e9 number {number}" for number in range(20_000)]
+    contents = {
+        "a.txt": "\n".join(texts),
+        "a.jsonl": "\n".join(json.dumps({"text": text}) for text in texts),
+        "a.json": json.dumps(texts),
+        "A.JSON": json.dumps([{"text": text} for text in texts]),
+    }
+    for name, content in contents.items():
+        data = content.encode()
+        path = tmp_path / f"{name}{end}"
+        path.write_bytes(pack(data[:1000]) + pack(data[1000:]))
+        assert list(texts_in(path)) == texts, name
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match=f"{name}{end}.*(is damaged|the archive is cut)"):
+            list(texts_in(path))
+    table = tmp_path / f"pairs.tsv{end}"
+    table.write_bytes(pack(b"image\tcaption\na.png\ta dog\n"))
+    assert list(table_rows(table, "image", "caption")) == [("a.png", "a dog")]
+    table.write_bytes(b"image\tcaption\na.png\ta dog\n")
+    with pytest.raises(ValueError, match=f"pairs.tsv{end} is damaged: "):
+        list(table_rows(table, "image", "caption"))
+    (tmp_path / f"a.tar{end}").write_bytes(pack(bytes(1024)))
+    with pytest.raises(ValueError, match=f"a.tar{end} is a compressed tar, and no text"):
+        list(texts_in(tmp_path / f"a.tar{end}"))
+
+
+@pytest.mark.parametrize("end", PACKERS)
+@pytest.mark.parametrize("name", ["a.txt", "a.json"])
+def test_texts_that_are_made_to_fill_memory(
+    name: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressed, "FREE", 1 << 20)
+    path = tmp_path / f"{name}{end}"
+    path.write_bytes(PACKERS[end]((b"[" if name == "a.json" else b"") + b"\n" * (30 << 20)))
+    with pytest.raises(ValueError, match=f"{name}{end} unpacks to more than 200 times its size"):
+        list(texts_in(path))
+
+
+def test_zstd_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a .zst file needs zstandard, .*pip install -e '.\[data\]' brings it"):
+        list(texts_in(tmp_path / "a.txt.zst"))
