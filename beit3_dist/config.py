@@ -14,6 +14,8 @@ from typing import Any, Literal, cast
 
 from jsonargparse.typing import register_type
 
+MOST_LAYERS = 10_000
+"""Each is a module; the deepest Transformers have 1,000."""
 SPECIAL_ROWS = 10
 """Rows of the word embedding beyond the SentencePiece pieces: 64,000 pieces give the released 64,010 rows
 (pieces are shifted by one, <mask> follows them, eight rows are spare)."""
@@ -201,6 +203,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("layers", "width", "heads", "ffn_width", "patch_size", "image_size", "vocab_size", "visual_vocab_size")
         require_positive("model.", self, *sizes, "layer_norm_eps")
+        require(self.layers <= MOST_LAYERS, f"model.layers={self.layers} modules to build: give {MOST_LAYERS} or fewer")
         require_divides("model.heads", self.heads, "model.width", self.width)
         require_divides("model.patch_size", self.patch_size, "model.image_size", self.image_size)
         require(
@@ -274,6 +277,8 @@ class Source:
 
 MOST_STEPS = 10**11
 """Of a run; times and counts of more have no place in their types."""
+MOST_SAMPLES = 1 << 24
+"""Of a stream in a step; a rank lists those of its share."""
 STREAMS = ("images", "texts", "pairs")
 """The streams of pretraining."""
 Patterns = str | list[str | Source]
@@ -444,6 +449,9 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         require_not_negative("batch.", self, *STREAMS)
+        for name in STREAMS:
+            size = getattr(self, name)
+            require(size <= MOST_SAMPLES, f"batch.{name}={size} samples a step: give {MOST_SAMPLES} or fewer")
         require(any(getattr(self, name) for name in STREAMS), "batch: images, texts and pairs are all 0")
         if not is_auto(self.accumulation):
             require_positive("batch.", self, "accumulation")

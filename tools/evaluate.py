@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from beit3_dist.command_line import refusing
+from beit3_dist.config import require
 
 if TYPE_CHECKING:  # torch takes seconds to import: a typo is reported before that
     from torch import Tensor
@@ -89,6 +90,10 @@ def main(arguments: Sequence[str]) -> None:
         for name in NEEDS.get(options.score, ()):
             if getattr(options, name) is None:
                 raise ValueError(f"--{name} is not given, which {options.score} needs")
+        for name in ("rerank", "at_most"):
+            require(getattr(options, name) >= 0, f"--{name} {getattr(options, name)} is negative: give 0 or more")
+        if options.json is not None and not options.json.parent.is_dir():
+            raise ValueError(f"--json {options.json}: there is no folder {options.json.parent}")
         metrics = evaluate(options)
         for name, value in metrics.items():
             print(f"{name} {value:.4f}")

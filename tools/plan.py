@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from beit3_dist.checkpoint.files import write_text
 from beit3_dist.command_line import parse, refuse, refusing
 from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives import SECTIONS
@@ -139,7 +138,7 @@ def measure(options: Namespace, command: Sequence[str]) -> None:
 
     if options.calibrate:
         rates = json.dumps(on_cpu.together(on_cpu.rates)[0], indent=1)
-        write_text(Path(options.calibrate), rates + "\n")
+        Path(options.calibrate).write_text(rates + "\n", encoding="utf-8")
         return
     for line in on_cpu.compared(device_named("cpu", options.rates), options.repeats):
         print(line, flush=True)

@@ -109,6 +109,8 @@ REFUSED = [  # (section, what is changed, what the one line must say)
     ("checkpoint", {"keep": -1}, "checkpoint.keep=-1 is negative"),
     ("checkpoint", {"keep_every": -1}, "checkpoint.keep_every=-1 is negative"),
     ("checkpoint", {"every": 4, "keep_every": 6}, "checkpoint.keep_every=6 is not divisible by checkpoint.every=4"),
+    ("batch", {"pairs": 10**23}, "batch.pairs=100000000000000000000000 samples a step: give 16777216 or fewer"),
+    ("model", {"layers": 10**7}, "model.layers=10000000 modules"),
     ("eval", {"every": -1}, "eval.every=-1 is negative"),
     ("eval", {"batches": 0}, "eval.batches must be positive, not 0"),
 ]

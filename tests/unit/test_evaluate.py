@@ -203,6 +203,9 @@ def test_frozen_features_of_a_running_training(data: Path, model: Path, tmp_path
         (["classes", "--data", "pairs.tar"], "--names is not given, which classes needs"),
         (["knn", "--data", "test.tar", "--names", "names.txt"], "--train is not given, which knn needs"),
         (["retrieval", "--data", "nothing.tar"], "--data: no file matches"),
+        (["retrieval", "--data", "pairs.tar", "--rerank", "-1"], "--rerank -1 is negative"),
+        (["retrieval", "--data", "pairs.tar", "--at_most", "-3"], "--at_most -3 is negative"),
+        (["retrieval", "--data", "pairs.tar", "--json", "nowhere/a.json"], "--json .*: there is no folder nowhere"),
         (["classes", "--data", "pairs.tar", "--names", "names.txt"], "--data: 3 faults: .*without a .cls member"),
         (
             ["classes", "--data", "test.tar", "--names", "names.txt", "--templates", "names.txt"],
