@@ -190,3 +190,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path, caplog: pytest.LogCaptureFix
     torch.save(relative.state_dict(), tmp_path / "beit.pth")
     with pytest.raises(ValueError, match=r"relative_position_bias_table: its positions are relative"):
         read_initial_weights(tmp_path / "beit.pth", ALBEF)
+
+
+def test_shapes_that_bert_has_not_are_the_files_mistake(tmp_path: Path) -> None:
+    path, positions = tmp_path / "bert.safetensors", torch.zeros(40)
+    save_file(bert(LAYERS) | {"bert.embeddings.position_embeddings.weight": positions}, path)
+    with pytest.raises(ValueError, match=f"^init_from: {path}: "):
+        read_initial_weights(path, ALBEF)
