@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 from beit3_dist.checkpoint.store import checkpoints
 from beit3_dist.config import CheckpointConfig
@@ -67,10 +66,10 @@ def watched_run(groups: Groups, config: FinetuneConfig) -> tuple[list[list[int]]
         begun.append(self._state.step)
         save(self)
 
-    def watched_predictions(self: FineTuning, together: Together) -> Tensor:
+    def watched_predictions(self: FineTuning, together: Together, *arguments: Any) -> Any:
         at_validations.append(list(begun))
         saved[:] = checkpoints(Path(config.out, "checkpoints"))
-        return predictions(self, together)
+        return predictions(self, together, *arguments)
 
     def watched_score(self: Task, *arguments: Any) -> dict[str, float]:
         nonlocal scored
