@@ -104,7 +104,7 @@ class Model:
         self.name = task.config.out
         weight = next(network.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self._views = Views(evaluation=task.evaluation)
+        self._views = task.views()
         self._normalize = Normalization(task.statistics, self.device)
 
     @classmethod

@@ -89,7 +89,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
         sources = of_node(lambda: finetuning_sources(config, len(train), tokenizer))
         state.sources = same_sources(config, checkpoint, state.sources, sources)
         same_recipe(config, checkpoint)
-    values, views = _values(config, task, checkpoint), _views(config, task)
+    values, views = _values(config, task, checkpoint), task.views()
     mixing = Mixing(len(task.classes), config.mixup, config.cutmix, config.label_smoothing) if config.mixes else None
     return FinetuneReady(config, mesh, state, checkpoint, values, task, train, validation, views, mixing)
 
@@ -116,17 +116,6 @@ def names_of(config: FinetuneConfig) -> list[str]:
     )
     with blaming("data.answers"):
         return read_names(path)
-
-
-def _views(config: FinetuneConfig, task: Task) -> Views:
-    data = config.data
-    return Views(
-        min_crop_scale=data.min_crop_scale,
-        horizontal_flip=data.horizontal_flip,
-        rand_augment=data.rand_augment,
-        erase=data.random_erasing,
-        evaluation=task.evaluation,
-    )
 
 
 def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Values:

@@ -18,6 +18,7 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.parallel.replicas import ALONE, Replicas
 from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.data.augmentation import Views
 from beit3_dist.tasks.data.batches import class_labels
 from beit3_dist.tasks.data.examples import Example, Record, Rules, read_index
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
@@ -46,7 +47,7 @@ class TaskInputs:
     """int64 [B, L]."""
     padding: Tensor
     """bool [B, L], on the host: layouts are made there."""
-    labels: Tensor
+    labels: Any
     """What the task's `labels` made; no prediction looks at them."""
     keys: Tensor
     """int64 [B]: what each sample draws its drop path by."""
@@ -151,10 +152,21 @@ class Task(ABC):
         """The example of a line of the index. Raises `Malformed`."""
 
     @staticmethod
-    def labels(examples: Sequence[Example], classes: int) -> Tensor:
-        """What `losses` learns from, of a batch: int64 [B] unless the task says otherwise. `classes`: how many names
-        the task tells apart."""
+    def labels(examples: Sequence[Example], classes: int) -> Any:
+        """What `losses` learns from, of a batch: int64 [B] unless the task says otherwise, a tensor or a batch of such.
+        `classes`: how many names the task tells apart."""
         return class_labels(examples)
+
+    def views(self) -> Views:
+        """How its images are seen."""
+        data = self.config.data
+        return Views(
+            min_crop_scale=data.min_crop_scale,
+            horizontal_flip=data.horizontal_flip,
+            rand_augment=data.rand_augment,
+            erase=data.random_erasing,
+            evaluation=self.evaluation,
+        )
 
     def mask(self, words: Tensor, padding: Tensor, keys: list[int]) -> tuple[Tensor, Tensor | None]:
         """What the model reads of a training batch's words [B, L], and what it has to recover. On the host; `keys`: of

@@ -20,6 +20,7 @@ from beit3_dist.checkpoint.find import find
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.checkpoint.read import read_weights
 from beit3_dist.checkpoint.shard import Shard
+from beit3_dist.data.batch import mapped
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import hash_sum, mix
 from beit3_dist.model.initialization import zeros
@@ -202,7 +203,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             images=self._normalize(move(batch.images)),
             words=move(batch.words),
             padding=batch.padding,
-            labels=move(batch.labels),
+            labels=mapped(batch.labels, Tensor, move),
             keys=move(batch.places),
             targets=None if batch.targets is None else move(batch.targets),
         )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from PIL import Image
 from beit3_dist.config import require_within
 from beit3_dist.data.transforms import cropped_view, resized
 from beit3_dist.optional import optional_module
+
+if TYPE_CHECKING:
+    from beit3_dist.tasks.data.examples import Example
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of the channels of ImageNet's images, in [0, 1]."""
@@ -75,6 +78,18 @@ class Views:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return resized(image, size, (left, top, left + side, top + side))
+
+    def of_training(
+        self, example: Example, images: Sequence[Image.Image], size: int, rngs: Iterable[np.random.Generator]
+    ) -> tuple[Example, list[np.ndarray]]:
+        """Random views of an example's images, and the example, whose label a task may change with them."""
+        return example, [self.train(image, size, rng) for image, rng in zip(images, rngs, strict=True)]
+
+    def of_evaluation(
+        self, example: Example, images: Sequence[Image.Image], size: int
+    ) -> tuple[Example, list[np.ndarray]]:
+        """As `of_training`, the fixed views."""
+        return example, [self.evaluate(image, size) for image in images]
 
     def seen(self, images: Iterable[Image.Image], size: int) -> torch.Tensor:
         """The fixed views of images, uint8 [B, 3, size, size]."""

@@ -85,7 +85,7 @@ class TaskBatch(Tensors):
     """int64 [B, L]: <s>, the words, </s>, then <pad> up to the longest of the batch."""
     padding: torch.Tensor
     """bool [B, L], True at <pad>."""
-    labels: torch.Tensor
+    labels: torch.Tensor | Tensors
     """What the task's `labels` made, [B, ...]; float32 [B, classes] for mixed classes."""
     ids: torch.Tensor
     """int64 [B]: number of each example in the index."""
@@ -123,7 +123,7 @@ class Examples(Dataset):
     image_size: int
     max_words: int
     seed: int
-    labels: Callable[[Sequence[Example]], torch.Tensor] = class_labels
+    labels: Callable[[Sequence[Example]], Any] = class_labels
     mixing: Mixing | None = None
     max_pixels: int = DataConfig.max_pixels
     _last: tuple[Any, Any] = (None, None)
@@ -174,7 +174,7 @@ class Examples(Dataset):
             if isinstance(found, Fault):
                 raise StreamFailed(f"example {found.key} cannot be evaluated: {found.reason}", [found])
             example, images = found
-            return example, [self.views.evaluate(image, self.image_size) for image in images]
+            return self.views.of_evaluation(example, images, self.image_size)
         length = len(self.examples)
         epoch, first = divmod(place, length)
         index = permute(first, length, mix(self.seed, Draw.ORDER, epoch))
@@ -186,9 +186,7 @@ class Examples(Dataset):
                 continue
             example, images = found
             keys = (generator(mix(self.seed, Draw.VIEW, epoch, index, number)) for number in range(len(images)))
-            return example, [
-                self.views.train(image, self.image_size, rng) for image, rng in zip(images, keys, strict=True)
-            ]
+            return self.views.of_training(example, images, self.image_size, keys)
         last = faults[-1]
         raise StreamFailed(f"{ATTEMPTS} examples in a row cannot be used; the last: {last.key}: {last.reason}", faults)
 
