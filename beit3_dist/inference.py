@@ -51,7 +51,7 @@ from beit3_dist.data.transforms import decode, largest_file, normalised, read_im
 from beit3_dist.devices import device_type
 from beit3_dist.objectives.matching import Matching, MatchingHead
 from beit3_dist.tasks.base import HALF, Normalization, Task, TaskInputs
-from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
+from beit3_dist.tasks.config import DenseConfig, FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.augmentation import Views
 from beit3_dist.tasks.data.batches import padded_words
 from beit3_dist.tasks.parts.frozen import frozen_features
@@ -355,7 +355,7 @@ def _network_and_task(
         _check_entry(entry)
         check_blocks(content.weights, content.config)
         found = task_class(entry["name"])
-        weights = content.weights
+        weights, dense = content.weights, DenseConfig(**entry.get("dense", {}))
         if pretrained:  # it has the heads of all objectives
             before = f"{OBJECTIVE_HEADS}{found.pretrained_by}."
             own = {name.removeprefix(before): w for name, w in weights.items() if name.startswith(before)}
@@ -369,7 +369,7 @@ def _network_and_task(
                 named |= {name.replace(matching, MATCH_HEAD): weight for name, weight in weights.items()}
             weights = {name: weight for name, weight in named.items() if name in network.state_dict()}
         else:
-            network = found.network(content.config, entry.get("classes", 0), device="meta")
+            network = found.network(content.config, entry.get("classes", 0), dense, device="meta")
         network.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
         longest = content.config.max_text_length
         length = entry.get("text_length", min(longest, found.usual_text_length or longest))
@@ -380,6 +380,7 @@ def _network_and_task(
             model=content.config,
             evaluate_only=True,
             data=TaskDataConfig(validation="what the model is asked", text_length=length),
+            dense=dense,
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -123,7 +123,7 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
     that goes on."""
     if checkpoint is not None:
         return zeros
-    network = task.network(config.model, len(task.classes), device="meta")
+    network = task.network(config.model, len(task.classes), config.dense, device="meta")
     weights: InitialWeights | dict[str, Tensor] = {}
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in network.named_parameters()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.parallel.replicas import ALONE, Replicas
-from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.config import DenseConfig, FinetuneConfig
 from beit3_dist.tasks.data.augmentation import Views
 from beit3_dist.tasks.data.batches import class_labels
 from beit3_dist.tasks.data.examples import Example, Record, Rules, read_index
@@ -92,6 +92,10 @@ class Task(ABC):
 
     writes: ClassVar[bool] = False
     """Whether its model writes words one after the other."""
+
+    is_dense: ClassVar[bool] = False
+    """Whether it says something of every place of an image. Its `head` then takes a third argument, the config's
+    section `dense`, and `network` builds it by that."""
 
     # What the training allows.
     has_classifier: ClassVar[bool] = False
@@ -187,11 +191,18 @@ class Task(ABC):
 
     @classmethod
     def network(
-        cls, config: ModelConfig, classes: int = 0, *, seed: int = 0, device: torch.device | str = "cpu"
+        cls,
+        config: ModelConfig,
+        classes: int = 0,
+        dense: DenseConfig | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> FineTuned:
         """The model with the task's head; `device="meta"` takes no memory, else values are those of (seed, name)."""
+        built_by: Any = (dense or DenseConfig(),) if cls.is_dense else ()
         with torch.device("meta"):
-            head = cls.head(config, classes)
+            head = cls.head(config, classes, *built_by)
         return FineTuned(config, head, seed=seed, device=device)
 
     def bounds(self, config: ModelConfig) -> dict[str, tuple[float, float]]:
@@ -206,6 +217,7 @@ class Task(ABC):
             "classes": len(self.classes),
             "answers": self.classes,
             "text_length": self.config.data.text_length,
+            **({"dense": asdict(self.config.dense)} if self.is_dense else {}),
         }
 
     def logits(self, model: FineTuned, inputs: TaskInputs) -> Tensor:

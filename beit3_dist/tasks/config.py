@@ -108,6 +108,22 @@ class TaskEvalConfig:
         require_positive("eval.", self, "beams")
 
 
+@dataclass(kw_only=True)
+class DenseConfig:
+    """segmentation, detection, instance_segmentation: what stands on the vision experts. A model folder keeps it."""
+
+    window: int = 0
+    """Patches of a side of the squares that attention stays in; 0: it sees the whole image (ViTDet: 14, EVA-01: 16)."""
+    global_blocks: int = 4
+    """Blocks between that see the whole image, where there is a window."""
+    cascade: bool = False
+    """detection and instance_segmentation: three heads for boxes, each on those of the one before (Cascade R-CNN)."""
+
+    def __post_init__(self) -> None:
+        require_not_negative("dense.", self, "window")
+        require_positive("dense.", self, "global_blocks")
+
+
 def _fine_tuning_optimizer() -> OptimConfig:
     return OptimConfig(
         lr=3e-5, min_lr=1e-6, warmup_steps=0, weight_decay=0.01, beta1=0.9, beta2=0.98, eps=1e-8, clip_norm=0.0
@@ -163,6 +179,8 @@ class FinetuneConfig(TrainingConfig):
     """AdamW and its schedule."""
     eval: TaskEvalConfig = field(default_factory=TaskEvalConfig)
     """Validation."""
+    dense: DenseConfig = field(default_factory=DenseConfig)
+    """segmentation, detection and instance_segmentation: backbone and head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +199,14 @@ class FinetuneConfig(TrainingConfig):
             self.layer_decay == 1 or not self.model.vision_layers,
             f"layer_decay={self.layer_decay} counts the layers of one stack, and model.vision_layers="
             f"{self.model.vision_layers} are another: leave it at 1",
+        )
+        require(
+            task.is_dense or self.dense == DenseConfig(),
+            f"dense belongs to {_those_with('is_dense') or 'no task'}, not to task={self.task}: leave its fields alone",
+        )
+        require(
+            not self.dense.window or self.dense.global_blocks <= self.model.layers,
+            f"dense.global_blocks={self.dense.global_blocks} exceeds model.layers={self.model.layers}",
         )
         require_not_negative("", self, "epochs", "warmup_epochs", "mixup", "cutmix", "drop_worst_after")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")

@@ -122,7 +122,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         self._engine = Engine(
             config,
             groups,
-            build=lambda: self.task.network(config.model, len(self.task.classes), device="meta"),
+            build=lambda: self.task.network(config.model, len(self.task.classes), config.dense, device="meta"),
             values=self._ready.values,
             objective=lambda model: TaskObjective(model, self.task, config.seed),
             optimizer=lambda model, offload: build_optimizer(
