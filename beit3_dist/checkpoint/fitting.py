@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from beit3_dist.checkpoint.model_folder import OBJECTIVE_HEADS, TASK_HEAD, block_count, check_blocks
-from beit3_dist.checkpoint.positions import FIRST_PATCH, interpolate_positions
+from beit3_dist.checkpoint.positions import FIRST_PATCH, interpolate_patch, interpolate_positions
 from beit3_dist.checkpoint.released import released_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.opening import blaming
 
 POSITIONS = "vision_embedding.positions"
+PATCH = "vision_embedding.projection.weight"
 _TOWER = "vision_embedding.blocks"
 
 _OWN_HEADS = {
@@ -177,9 +178,9 @@ def fit(
 ) -> dict[str, Tensor]:
     """Those of the parameters in `shapes` that the weights give, float32. `config`: of the model that is to be filled.
 
-    Positions are interpolated to its resolution; heads and a final norm that it does not have are left out; groups that
-    the weights lack are absent from the result. A log message says so of each. Raises ValueError where the weights are
-    another model's. `besides`: further groups that may be absent.
+    Positions and the patches' projection are interpolated to its resolution; heads and a final norm that it does not
+    have are left out; groups that the weights lack are absent from the result. A log message says so of each. Raises
+    ValueError where the weights are another model's. `besides`: further groups that may be absent.
     """
     with blaming(source):
         return _fit(weights, config, shapes, source, besides or {})
@@ -243,6 +244,10 @@ def _fit(
             "%s: %d vision positions are interpolated to %d for model.image_size=%d",
             source, rows, shapes[POSITIONS][0], config.image_size,
         )  # fmt: skip
+    sides = [isqrt(shape[1] // 3) for shape in (weights[PATCH].shape, shapes[PATCH])] if PATCH in weights else [0, 0]
+    if sides[0] != sides[1]:
+        weights = {**weights, PATCH: interpolate_patch(weights[PATCH], sides[1])}
+        log.warning("%s: patches of %d pixels are interpolated to model.patch_size=%d", source, *sides)
     weights = _in_tower(weights, shapes, source)
     weights = _in_other_places(_as_shared(weights, shapes, source), shapes, source)
     unused = [name for name in weights if name not in shapes]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import Damaged, checkpoint_of, damaged, read_index
-from beit3_dist.checkpoint.fitting import POSITIONS, check_whole
+from beit3_dist.checkpoint.fitting import PATCH, POSITIONS, check_whole
 from beit3_dist.checkpoint.formats import fit_initial, read_initial_weights
 from beit3_dist.checkpoint.model_folder import config_of
 from beit3_dist.checkpoint.read import StoredShards
@@ -117,8 +117,8 @@ def _fitted(path: Path, index: TensorIndex, config: ModelConfig, shapes: Mapping
     shards = StoredShards(path, index, checked=True)
     suffix = shards.of_weights(averaged=True)
     there = {name: torch.empty(shards.shape(name), device="meta") for name in shards.parameters}
-    if POSITIONS in there:  # which may have to be interpolated
-        there[POSITIONS] = shards.whole(POSITIONS, suffix)
+    for name in {POSITIONS, PATCH} & there.keys():  # which may have to be interpolated
+        there[name] = shards.whole(name, suffix)
     with blaming(str(path)):
         check_whole(there, theirs)
     names = {id(value): name for name, value in there.items()}

@@ -1,4 +1,4 @@
-"""Vision position tables for another resolution."""
+"""Vision position tables and patch kernels for another resolution."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-FIRST_PATCH = 3
+from beit3_dist.model.embedding import FIRST_POSITION, resampled_positions
+
+FIRST_PATCH = FIRST_POSITION + 1
 """Rows before the first patch: two unused ones and CLS."""
 
 
 def interpolate_positions(table: Tensor, grid: int) -> Tensor:
-    """[3 + g * g, D] -> [3 + grid * grid, D] in the table's precision, as unilm's fine-tuning code does it: the first
-    three rows stay, the patches' are resampled as an image, bicubic with `align_corners=False`, in float32."""
-    old = isqrt(len(table) - FIRST_PATCH)
-    if old == grid:
-        return table
-    kept, patches = table.split([FIRST_PATCH, old * old])
-    image = patches.float().T.reshape(1, -1, old, old)
-    resampled = interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([kept, resampled.flatten(2)[0].T.to(table.dtype)])
+    """[3 + g * g, D] -> [3 + grid * grid, D] in the table's precision: the first three rows stay, the patches' are
+    resampled as `resampled_positions` says."""
+    kept, patches = table.split([FIRST_PATCH, len(table) - FIRST_PATCH])
+    resampled = resampled_positions(patches, grid, grid)
+    return table if resampled is patches else torch.cat([kept, resampled])
+
+
+def interpolate_patch(kernel: Tensor, side: int) -> Tensor:
+    """The patch projection's weight [D, 3 * p * p] for patches of `side` pixels, [D, 3 * side * side], in its
+    precision: resampled as an image, bicubic, its values as they are (EVA: interpolate_patch_14to16.py)."""
+    old = isqrt(kernel.shape[1] // 3)
+    if old == side:
+        return kernel
+    images = kernel.float().view(-1, 3, old, old)
+    resampled = interpolate(images, size=(side, side), mode="bicubic", align_corners=False)
+    return resampled.flatten(1).to(kernel.dtype)

@@ -26,9 +26,9 @@ class VisionTower(VisionEmbedding):
         self.recompute: Recompute = "none"
         self.recompute_every = 1
 
-    def forward(self, images: Tensor, image_mask: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, image_mask: Tensor | None = None, any_size: bool = False) -> Tensor:
         """As the embedding's."""
-        x_BND = super().forward(images, image_mask)
+        x_BND = super().forward(images, image_mask, any_size)
         layout = TokenLayout((Group(x_BND.shape[0], x_BND.shape[1], 0),))
         x_TD = x_BND.flatten(0, 1)
         for layer, block in enumerate(self.blocks.values()):

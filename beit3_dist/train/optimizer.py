@@ -52,7 +52,8 @@ def layered_groups(
     by_layer: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         block = re.match(r"blocks\.(\d+)\.", name)
-        layer = 0 if "embedding" in name else int(block[1]) + 1 if block else layers + 1
+        in_head = name.startswith("task_head.")
+        layer = int(block[1]) + 1 if block else 0 if "embedding" in name and not in_head else layers + 1
         by_layer.setdefault((layer, name.startswith("task_head.head.")), []).append((name, parameter))
     groups: list[dict[str, Any]] = []
     for (layer, is_head), named in sorted(by_layer.items(), key=lambda item: item[0]):

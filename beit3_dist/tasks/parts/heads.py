@@ -8,6 +8,7 @@ there is another head, the final norm where that begins with one of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from beit3_dist.config import ModelConfig
 from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3
-from beit3_dist.model.initialization import initial_value, materialize
+from beit3_dist.model.initialization import initial_value, materialize, named_generator
 from beit3_dist.model.token_layout import TokenLayout
 
 SMALL = 1e-3
@@ -113,5 +114,7 @@ class FineTuned(BEiT3):
                 return torch.full(shape, self.task_head.constants[in_head])
             if len(shape) == 1 and name.endswith("weight"):
                 return torch.ones(shape)  # of a LayerNorm
+            if len(shape) == 4:  # of a convolution (He et al. 2015)
+                return torch.randn(shape, generator=named_generator(seed, name)) * (2 / prod(shape[1:])) ** 0.5
         value = initial_value(name, shape, self.config, seed)
         return value * SMALL if in_head != name and in_head in self.task_head.small else value
