@@ -14,7 +14,7 @@ the bottom and on the right, and the maps are those of the larger image (`padded
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,6 +122,11 @@ class VisionPass:
         self._x_TD = x_TD.index_select(0, windowed.back)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of what the blocks take."""
+        return self._x_TD.dtype
+
+    @property
     def patches(self) -> Tensor:
         """[B, h * w, D]."""
         return self._x_TD.unflatten(0, (self.batch, -1))[:, self.cls :]
@@ -161,6 +166,11 @@ class ChannelNorm(LayerNorm):
 class Pyramid(nn.Module):
     """What makes four maps of images."""
 
+    channels: int
+    """C of the maps."""
+    constants: Mapping[str, float] = {}
+    """Names of the parameters that start from a number, for `TaskHead.constants`."""
+
     def __init__(self, config: ModelConfig, windows: Windows) -> None:
         """Raises ValueError for a model whose patches do not pass all of its blocks."""
         super().__init__()
@@ -187,7 +197,7 @@ class SimplePyramid(Pyramid):
     def __init__(self, config: ModelConfig, channels: int, windows: Windows = GLOBAL) -> None:
         """`channels`: C of the maps."""
         super().__init__(config, windows)
-        width = config.width
+        self.channels, width = channels, config.width
         half, quarter = width // 2, width // 4
         self.finer = nn.ModuleList([
             nn.Sequential(
@@ -208,3 +218,20 @@ class SimplePyramid(Pyramid):
         (last,) = vision_maps(model, padded(images, self.strides[-1]), [self.last], keep, self.windows)
         levels = [self.finer[0](last), self.finer[1](last), last, max_pool2d(last, 2)]
         return [lateral(level) for lateral, level in zip(self.lateral, levels, strict=True)]
+
+
+class LayerPyramid(Pyramid):
+    """BEiT's for UPerNet: the maps behind a third, a half, two thirds and all of the blocks, brought to the four levels
+    by transposed convolutions and pooling; C is D."""
+
+    def __init__(self, config: ModelConfig, windows: Windows = GLOBAL) -> None:
+        super().__init__(config, windows)
+        self.channels, width = config.width, config.width
+        require(config.layers >= 6, f"model.layers={config.layers}: maps are taken behind four of 6 or more")
+        self.after = [config.layers * share // 6 - 1 for share in (2, 3, 4, 6)]
+        twice = lambda: nn.ConvTranspose2d(width, width, 2, 2)  # noqa: E731
+        self.finer = nn.ModuleList([nn.Sequential(twice(), ChannelNorm(width), nn.GELU(), twice()), twice()])
+
+    def maps(self, model: BEiT3, images: Tensor, keep: Tensor | None = None) -> list[Tensor]:
+        maps = vision_maps(model, padded(images, self.strides[-1]), self.after, keep, self.windows)
+        return [self.finer[0](maps[0]), self.finer[1](maps[1]), maps[2], max_pool2d(maps[3], 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,12 @@ from torch.nn.functional import max_pool2d
 from beit3_dist.checkpoint.fitting import fit, shapes_of
 from beit3_dist.checkpoint.positions import interpolate_patch
 from beit3_dist.config import ModelConfig
+from beit3_dist.model.adapter import INTERACTIONS, Adapter
 from beit3_dist.model.beit3 import BEiT3
+from beit3_dist.model.deformable import DeformableAttention, centres, sampled
 from beit3_dist.model.drop_path import drop_path_factors
 from beit3_dist.model.embedding import FIRST_POSITION, resampled_positions
-from beit3_dist.model.pyramid import GLOBAL, SimplePyramid, Windows, padded, vision_maps
+from beit3_dist.model.pyramid import GLOBAL, LayerPyramid, Pyramid, SimplePyramid, Windows, padded, vision_maps
 from beit3_dist.model.token_layout import TokenLayout, group
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
 from beit3_dist.train.optimizer import layered_groups
@@ -32,15 +35,18 @@ RELEASED = replace(CONFIG, attention="per_modality", sub_layernorm=True, vl_expe
 class Head(TaskHead):
     begins_with_norm = True
 
-    def __init__(self, config: ModelConfig, windows: Windows = GLOBAL) -> None:
+    def __init__(self, pyramid: Pyramid) -> None:
         super().__init__()
-        self.pyramid = SimplePyramid(config, 8, windows)
+        self.pyramid = pyramid
+        self.constants = {f"pyramid.{name}": value for name, value in pyramid.constants.items()}
         self.embedding_of_level = torch.nn.Parameter(torch.empty(3))
 
 
-def network(config: ModelConfig = CONFIG, windows: Windows = GLOBAL) -> FineTuned:
+def network(
+    config: ModelConfig = CONFIG, windows: Windows = GLOBAL, pyramid: Callable[..., Pyramid] | None = None
+) -> FineTuned:
     with torch.device("meta"):
-        head = Head(config, windows)
+        head = Head(pyramid(config, windows) if pyramid else SimplePyramid(config, 8, windows))
     model = FineTuned(config, head, seed=1)
     for block in model.blocks.values():  # small initial values would leave little to compare
         for parameter in block.parameters():
@@ -120,6 +126,73 @@ def test_the_pyramid_has_four_levels_of_the_padded_image() -> None:
     last = vision_maps(model, padded(images(13, 20), 8), [3], None, Windows(2, 2))[0]
     assert torch.equal(maps[3], pyramid.lateral[3](max_pool2d(last, 2)))
     assert all(one.std() > 0.1 for one in maps)
+
+
+def test_beits_levels_come_from_four_blocks() -> None:
+    config = replace(CONFIG, layers=12)
+    model = network(config, pyramid=LayerPyramid)
+    pyramid = model.task_head.pyramid
+    assert pyramid.after == [3, 5, 7, 11] and LayerPyramid(replace(config, layers=24)).after == [7, 11, 15, 23]
+    maps = pyramid.maps(model, images(13, 20))
+    assert [tuple(one.shape) for one in maps] == [(2, 16, 16 // s, 24 // s) for s in pyramid.strides]
+    assert torch.equal(maps[2], vision_maps(model, padded(images(13, 20), 8), [7])[0])
+
+
+def test_deformable_attention_is_its_definition() -> None:
+    """Zhu et al.'s equation 3, place by place, with bilinear weights written out; some lie outside."""
+    draw = torch.Generator().manual_seed(6)
+    grids, heads, points, d = [(3, 4), (2, 2)], 2, 3, 5
+    values = torch.randn(2, 16, heads, d, generator=draw)
+    places = torch.rand(2, 7, heads, 2, points, 2, generator=draw) * 1.6 - 0.3
+    weights = torch.rand(2, 7, heads, 2, points, generator=draw)
+    expected = torch.zeros(2, 7, heads, d)
+    for b, q, h, level, p in torch.cartesian_prod(*map(torch.arange, (2, 7, heads, 2, points))).tolist():
+        (height, width), first = grids[level], 12 * level
+        x, y = places[b, q, h, level, p].tolist()
+        x, y = x * width - 0.5, y * height - 0.5
+        for row in range(height):
+            for column in range(width):
+                share = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
+                value = values[b, first + row * width + column, h]
+                expected[b, q, h] += weights[b, q, h, level, p] * share * value
+    assert_close(sampled(values, grids, places, weights), expected.flatten(2), "sampled")
+
+
+def test_first_places_are_around_the_query() -> None:
+    """Before it has learnt anything a head's points are 1, 2, ... cells away in its direction, with even weights."""
+    attention = DeformableAttention(8, 4, 1, 2)
+    for layer in (attention.offsets, attention.shares):
+        torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    assert torch.allclose(attention._first_offsets(torch.device("cpu"))[:, 0, 0],
+                          torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-6)  # fmt: skip
+    torch.nn.init.eye_(attention.values.weight), torch.nn.init.eye_(attention.out.weight)
+    torch.nn.init.zeros_(attention.values.bias), torch.nn.init.zeros_(attention.out.bias)
+    tokens = torch.arange(25.0).view(1, 25, 1).expand(1, 25, 8)
+    at = centres([(5, 5)], torch.device("cpu"))
+    found = attention(torch.randn(1, 25, 8), at, tokens, [(5, 5)])[0, 12]  # the middle: 12
+    assert_close(found, torch.tensor([13.5, 13.5, 19.5, 19.5, 10.5, 10.5, 4.5, 4.5]), "two steps' means")
+
+
+@pytest.mark.parametrize("windows", [GLOBAL, Windows(2, 2)])
+def test_the_adapter_gives_four_levels_and_hardly_changes_the_vit_at_first(windows: Windows) -> None:
+    model = network(RELEASED, windows, Adapter)
+    pyramid, pictures = model.task_head.pyramid, padded(images(13, 20), 8)
+    maps = pyramid.maps(model, images(13, 20))
+    assert [tuple(one.shape) for one in maps] == [(2, 16, 16 // s, 24 // s) for s in pyramid.strides]
+    assert all(one.std() > 0.1 for one in maps)
+    # The last level's norm is of the prior's coarsest map and the half-sized map of the ViT, nearly as it is alone.
+    seen: list[Tensor] = []
+    pyramid.norms[3].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    before: list[Tensor] = []
+    pyramid.extractors[INTERACTIONS + 1].register_forward_hook(lambda _, __, made: before.append(made))
+    pyramid.maps(model, images(13, 20))
+    own = before[0][:, -6:].transpose(1, 2).unflatten(2, (2, 3))
+    vit = vision_maps(model, pictures, [3], None, windows)[0]
+    halved = torch.nn.functional.interpolate(vit, size=(2, 3), mode="bilinear", align_corners=False)
+    assert_close(seen[0] - own, halved, "the ViT's", 1e-4)
+    model.zero_grad()
+    sum(one.square().mean() for one in pyramid.maps(model, images(13, 20))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in pyramid.parameters())
 
 
 def test_what_has_no_pyramid_is_refused() -> None:
