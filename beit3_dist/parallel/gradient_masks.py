@@ -8,13 +8,16 @@ threshold is one for all: here it is one, and magnitudes are those of AdamW's fi
 weight with M = 1 takes, the texts' gradient alone. So there is no second gradient to keep, and every replica and tensor
 rank chooses among the moments that it holds.
 
-M is applied to the gradient of every backward pass, of one stream at a time, before replicas add theirs up: a bit for
-each weight of this rank's part of the model, on every replica.
+M is applied to the gradient of every backward pass, of one stream at a time, before replicas add theirs up. Where ZeRO
+shares out the weights, it shares out M: a rank holds a bit for each weight that it updates, and the replicas put
+together M of one parameter after the other, while the backward pass comes to it: an eighth of a byte a weight, beside
+the gradient's four.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -43,6 +46,28 @@ def unpacked(bits: Tensor, count: int) -> Tensor:
     return (shifted & 1).flatten()[:count].bool()
 
 
+@dataclass
+class Part:
+    """M of elements [start, start + numel) of a flattened parameter."""
+
+    start: int
+    numel: int
+    bits: Tensor
+    """Packed with the bits of the whole parameter, of which these are the bytes that hold one of this part: so parts
+    that meet within a byte add up to it."""
+
+    @classmethod
+    def of(cls, start: int, mask: Tensor) -> Part:
+        """From bool [n]."""
+        return cls(start, len(mask), packed(nn.functional.pad(mask, (start % BITS, 0))))
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [n]."""
+        before = self.start % BITS
+        return unpacked(self.bits, before + self.numel)[before:]
+
+
 def is_shared(name: str) -> bool:
     """Whether both streams' tokens pass a parameter of this name."""
     return name.startswith("blocks.") and ".shared." in name
@@ -55,15 +80,17 @@ class GradientMasks:
         self._model, self._optimizer, self._groups, self._cuts = model, optimizer, groups, cuts
         self._zero_stage, self.takes_text = zero_stage, True
         """`takes_text`: whether the coming backward pass is of texts, else of images."""
-        self._bits: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         parameters: Iterable[tuple[str, Any]] = model.named_parameters()
         for name, parameter in parameters:
             if is_shared(name) and parameter.requires_grad:
-                count = getattr(parameter, "ds_numel", parameter.numel())
-                self._counts[name] = count
-                self._bits[name] = packed(torch.ones(count, dtype=torch.bool, device=groups.mesh.device))
+                self._counts[name] = getattr(parameter, "ds_numel", parameter.numel())
                 parameter.register_hook(partial(self._masked, name))
+        device = groups.mesh.device
+        self.parts = {
+            f.name: Part.of(f.start, torch.ones(f.numel, dtype=torch.bool, device=device)) for f in self._held()
+        }
+        """Of each parameter that the masks are of, what this rank updates of it; a rank may have nothing of one."""
 
     def _masked(self, name: str, gradient: Tensor) -> Tensor:
         """Of the gradient of one stream what this parameter takes."""
@@ -71,15 +98,21 @@ class GradientMasks:
         return gradient * (mask if self.takes_text else ~mask)
 
     def mask(self, name: str) -> Tensor:
-        """M of this rank's part of a parameter, bool [n]."""
-        return unpacked(self._bits[name], self._counts[name])
+        """M of this rank's part of the model, of one parameter, bool [n]. Collective over the replicas."""
+        count, part = self._counts[name], self.parts.get(name)
+        bits = torch.zeros(-(-count // BITS), dtype=torch.uint8, device=self._groups.mesh.device)
+        if part is not None:
+            bits[part.start // BITS :][: len(part.bits)] = part.bits
+        if self._zero_stage > 0:
+            dist.all_reduce(bits, group=self._groups.data)
+        return unpacked(bits, count)
 
     def tighten(self, share: float) -> None:
         """Sets so many zeros that they are this share of all weights, behind those that are there. Collective."""
         create_optimizer_state(self._optimizer, held := self._held(), 0)
         counted = [f for f in held if self._counts_here(f)]
         device = self._groups.mesh.device
-        ones = [self.mask(f.name)[f.start : f.start + f.numel] for f in counted]
+        ones = [self.parts[f.name].mask for f in counted]
         total = self._sum(sum(f.numel for f in counted))
         wanted = round(share * total) - (total - self._sum(sum(int(some.sum()) for some in ones)))
         if wanted <= 0:
@@ -96,43 +129,43 @@ class GradientMasks:
         left -= self._before(int((mine == high).sum()))  # of equal ones the first ranks' go first
         equal = mine == high
         zeroed = (mine < high) | (equal & (equal.cumsum(0) <= left))
-        parts = {}
-        for fragment, some, own in zip(counted, ones, zeroed.split([len(c) for c in chosen]), strict=True):
-            parts[fragment.name] = some.masked_scatter(some, ~own)
-        self._spread(counted, parts)
+        left_over = {
+            f.name: some.masked_scatter(some, ~own)
+            for f, some, own in zip(counted, ones, zeroed.split([len(c) for c in chosen]), strict=True)
+        }
+        for fragment in held:
+            self._share(fragment, left_over.get(fragment.name))
 
     def of_fragment(self, fragment: Fragment) -> dict[str, Tensor]:
         """What a checkpoint holds of M: suffix of the parameter's name -> this rank's elements, float32."""
-        if fragment.name not in self._bits:
-            return {}
-        own = self.mask(fragment.name)[fragment.start : fragment.start + fragment.numel]
-        return {TEXT_MASK: own.float()}
+        return {TEXT_MASK: self.parts[fragment.name].mask.float()} if fragment.name in self.parts else {}
 
     def restore(self, read: dict[str, Tensor]) -> None:
-        """M from what was read of a checkpoint for this rank's fragments, by name. Collective."""
-        held = [f for f in self._held() if self._counts_here(f)]
-        self._spread(held, {f.name: read[f.name].bool() for f in held})
+        """M from what was read of a checkpoint for this rank's fragments, by name."""
+        self.parts = {name: Part.of(self.parts[name].start, values.bool()) for name, values in read.items()}
 
     def _held(self) -> list[Fragment]:
-        return [f for f in fragments(self._model, self._optimizer) if f.name in self._bits]
+        return [f for f in fragments(self._model, self._optimizer) if f.name in self._counts]
+
+    def _is_cut(self, name: str) -> bool:
+        mesh = self._groups.mesh
+        return cut_for(self._cuts, name, mesh.tensor_rank, mesh.tensor) is not None
 
     def _counts_here(self, fragment: Fragment) -> bool:
         """Whether this rank stands for the fragment: over all ranks every element is counted once."""
         mesh = self._groups.mesh
-        is_cut = cut_for(self._cuts, fragment.name, mesh.tensor_rank, mesh.tensor) is not None
-        return (is_cut or mesh.tensor_rank == 0) and (self._zero_stage > 0 or mesh.data_rank == 0)
+        stands_for_tensor_ranks = self._is_cut(fragment.name) or mesh.tensor_rank == 0
+        return stands_for_tensor_ranks and (self._zero_stage > 0 or mesh.data_rank == 0)
 
-    def _spread(self, held: list[Fragment], parts: dict[str, Tensor]) -> None:
-        """M on all ranks from the parts, bool [n], of the fragments for which each stands."""
-        mine, mesh = {f.name: f for f in held}, self._groups.mesh
-        for name, count in self._counts.items():
-            whole = torch.zeros(count, dtype=torch.uint8, device=mesh.device)
-            if name in mine:
-                whole[mine[name].start : mine[name].start + mine[name].numel] = parts[name].to(torch.uint8)
-            dist.all_reduce(whole, group=self._groups.data)
-            if cut_for(self._cuts, name, mesh.tensor_rank, mesh.tensor) is None:
-                dist.all_reduce(whole, group=self._groups.tensor)
-            self._bits[name] = packed(whole.bool())
+    def _share(self, fragment: Fragment, mask: Tensor | None) -> None:
+        """M of a fragment, bool [n], from the rank that stands for it to all that hold it; None on the others."""
+        own = torch.zeros(fragment.numel, dtype=torch.bool, device=self._groups.mesh.device) if mask is None else mask
+        part = Part.of(fragment.start, own)
+        if self._zero_stage == 0:
+            dist.all_reduce(part.bits, group=self._groups.data)
+        if not self._is_cut(fragment.name):
+            dist.all_reduce(part.bits, group=self._groups.tensor)
+        self.parts[fragment.name] = part
 
     def _sum(self, number: int) -> int:
         """Over all ranks."""

@@ -86,6 +86,7 @@ def masked_run(groups: Groups, config: RunConfig) -> dict[str, Any]:
         masked.after(step + 1)
         names = [name for name, _ in engine.model.named_parameters() if is_shared(name)]
         record["masks"].append({name: masked.masks.mask(name).numpy() for name in names})
+    record["bytes"] = sum(part.bits.nbytes for part in masked.masks.parts.values())
     return record
 
 
@@ -192,6 +193,19 @@ def test_every_layout_is_the_definition(layout: dict[str, Any], plain: dict[str,
         assert sum(int((~mask).sum()) for mask in found.values()) == round(share * elements)
         differing = sum(int((mask != plain["masks"][step][name]).sum()) for name, mask in found.items())
         assert differing <= 1e-3 * elements, "more than rounding turns"
+    held = [record["bytes"] for record in records]
+    matrices, small = (
+        sum(shapes[n].numel() for n in plain["masks"][0] if (len(shapes[n]) > 1) is is_matrix) / 8
+        for is_matrix in (True, False)
+    )
+    parameters = len(plain["masks"][0])
+    if config.parallel.tensor == 2:  # norms, and biases of what is summed over tensor ranks, lie on both
+        assert all(matrices / 2 <= one <= matrices / 2 + small + parameters for one in held)
+    elif config.parallel.zero_stage == 3:
+        assert all(one <= (matrices + small) / 2 + parameters for one in held)
+    elif config.parallel.zero_stage == 0:
+        assert held == [matrices + small] * 2
+    assert config.parallel.zero_stage == 0 or sum(held) <= matrices + 2 * small + 2 * parameters
 
 
 @pytest.mark.slow
