@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.base import Loss, Objective, Places, View, grid_of
 from beit3_dist.objectives.masking import block_masks, mask_count, mask_words
 from beit3_dist.objectives.momentum_distillation import MomentumDistillation
-from beit3_dist.objectives.soft_targets import mixed_cross_entropy
+from beit3_dist.objectives.soft_targets import Taught, losses_of
 
 NAME = "masked_data_modeling"
 SECTION = f"objectives.{NAME}"
@@ -108,8 +109,8 @@ class Targets:
     """[Mi, Mpi], without those of streams that the run does not have."""
     word_counts: list[int]
     """[Mpt, Mt], likewise."""
-    taught: tuple[Tensor, float] | None = None
-    """What a moving average of the model says of the words, logits [Mpt + Mt, vocabulary], and its share of them."""
+    taught: Taught | None = None
+    """What a moving average of the model says of the words."""
 
 
 CODE = "the code {}: look at image_tokenizer with tools/show_codes.py"
@@ -228,11 +229,8 @@ class MaskedDataModeling(Objective):
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         patches, words = hidden_MD.split([len(targets.codes), len(targets.words)])
         of_images = _sums(model.image_losses(patches, targets.codes), targets.patch_counts)
-        if targets.taught is not None and model.training:
-            losses = mixed_cross_entropy(model.text_logits(words), targets.words, *targets.taught)
-        else:
-            losses = model.text_losses(words, targets.words)
-        of_texts = _sums(losses, targets.word_counts)
+        head, taught = partial(model.text_head, model.text_norm(words)), targets.taught if model.training else None
+        of_texts = _sums(losses_of(head, targets.words, taught), targets.word_counts)
         if not self._sides:
             return hidden_MD.new_zeros(2, 0, dtype=torch.float32)
         return torch.stack(self._ordered(of_images, of_texts), dim=1)
@@ -240,10 +238,10 @@ class MaskedDataModeling(Objective):
     def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         return model.text_logits(hidden_MD[len(targets.codes) :])
 
-    def looked(self, found: list[Tensor], step: int) -> list[tuple[Tensor, float]]:
-        return [(logits, self._momentum.alpha(step)) for logits in found]
+    def looked(self, found: list[Tensor], step: int) -> list[Taught]:
+        return self._momentum.taught(found, step)
 
-    def with_looked(self, targets: Targets, own: tuple[Tensor, float]) -> Targets:
+    def with_looked(self, targets: Targets, own: Taught) -> Targets:
         return replace(targets, taught=own)
 
     def guesses(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> dict[str, Tensor]:

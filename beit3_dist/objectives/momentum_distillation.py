@@ -1,7 +1,8 @@
 """Momentum distillation: a moving average of the model itself is the teacher (ALBEF, Li et al. 2021, 3.2).
 
-It has no losses of its own: contrastive and masked_data_modeling, where they meet it, mix their targets with what the
-average of the weights says before the step.
+It has no losses of its own: contrastive, masked_data_modeling and prefix_language_modeling, where they meet it, mix
+their targets with what the average of the weights says before the step (the last as mPLUG does, Li et al. 2022, whose
+released code, though, takes the average's softmax over the places of a text in place of its words).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from beit3_dist.data.batch import MicroBatch
 from beit3_dist.data.views import SeenImages
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.objectives.base import Objective, Places
+from beit3_dist.objectives.soft_targets import Taught
 
 NAME = "momentum_distillation"
 SECTION = f"objectives.{NAME}"
@@ -25,10 +27,11 @@ SECTION = f"objectives.{NAME}"
 
 @dataclass(kw_only=True)
 class MomentumDistillationConfig:
-    """Soft targets of a moving average of the weights, for contrastive's pairs and for masked_data_modeling's words,
-    whichever the run has. The defaults are ALBEF's. The average takes 4 bytes a parameter, sharded as the optimizer's
-    state. Before every step it stands in the weights' place for one more forward pass, for which below ZeRO-3 the
-    replicas gather first it and then the weights."""
+    """Soft targets of a moving average of the weights, for contrastive's pairs and for the words of
+    masked_data_modeling and prefix_language_modeling, whichever the run has. The defaults are ALBEF's. The average
+    takes 4 bytes a parameter, sharded as the optimizer's state. Before every step it stands in the weights' place for
+    one more forward pass, for which below ZeRO-3 the replicas gather first it and then the weights; its logits of the
+    words stay until their micro-batch has been learnt."""
 
     decay: float = 0.995
     """average <- decay * average + (1 - decay) * weights after every step; it begins with the initial weights."""
@@ -66,13 +69,17 @@ class MomentumDistillation(Objective):
     def meet(self, others: Mapping[str, Objective]) -> None:
         require(
             any(other.looks_back for other in others.values()),
-            f"{SECTION} teaches contrastive's pairs or masked_data_modeling's words, and the run has neither",
+            f"{SECTION} teaches contrastive's pairs and masked or next words, and the run has none of them",
         )
 
     def alpha(self, step: int) -> float:
         """The average's share of the targets of a step."""
         ramp = self.config.ramp_steps
         return self.config.alpha * (min(1.0, step / ramp) if ramp else 1.0)
+
+    def taught(self, logits: list[Tensor], step: int) -> list[Taught]:
+        """What it says of words of each micro-batch, from its logits of them."""
+        return [(of_words, self.alpha(step)) for of_words in logits]
 
     def counts(self, batch: MicroBatch) -> list[int]:
         return []

@@ -16,9 +16,10 @@ While a micro-batch has such a group, all of its attention takes the padded kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from beit3_dist.model.text_decoder import decoder_group, flops_of_reading, flops
 from beit3_dist.model.token_layout import Group
 from beit3_dist.objectives.base import Loss, Objective, Places, View
 from beit3_dist.objectives.masked_data_modeling import WORD
+from beit3_dist.objectives.momentum_distillation import MomentumDistillation
+from beit3_dist.objectives.soft_targets import Taught, losses_of
 
 NAME = "prefix_language_modeling"
 SECTION = f"objectives.{NAME}"
@@ -83,6 +86,8 @@ class Targets:
     """How many of each loss."""
     written: Written | None = None
     """What a decoder reads; None: there is none."""
+    taught: Taught | None = None
+    """What a moving average of the model says of the words."""
 
 
 class PrefixLanguageModeling(Objective):
@@ -111,6 +116,10 @@ class PrefixLanguageModeling(Objective):
                  classes=self.model.vocab_size, remedy=WORD)
             for stream in streams
         ]  # fmt: skip
+        self.looks_back = MomentumDistillation.name in run.objectives and bool(self.losses)
+
+    def meet(self, others: Mapping[str, Objective]) -> None:
+        self._momentum: Any = others.get(MomentumDistillation.name)
 
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
@@ -163,16 +172,28 @@ class PrefixLanguageModeling(Objective):
         here = words.flatten() if group.index is None else words.flatten()[group.index]
         return Written(read.moved(move), move(here), move(group.positions(torch.device("cpu"))), group.moved(move))
 
+    def _telling(self, model: BEiT3, hidden_MD: Tensor, written: Written | None) -> Tensor:
+        """[M, D]: what the head tells each word from."""
+        if written is None:
+            return model.text_norm(hidden_MD)
+        read = written.read
+        patches, words = hidden_MD.split([read.samples * read.patches, read.real_words])
+        memory = read.by_sample(torch.cat([model.image_norm(patches), model.text_norm(words)]))
+        return model.decoder(memory, written.words, written.positions, written.group)
+
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
-        if targets.written is None:
-            losses_2M = model.text_losses(hidden_MD, targets.words)
-        else:
-            written, read = targets.written, targets.written.read
-            patches, words = hidden_MD.split([read.samples * read.patches, read.real_words])
-            memory = read.by_sample(torch.cat([model.image_norm(patches), model.text_norm(words)]))
-            told = model.decoder(memory, written.words, written.positions, written.group)
-            losses_2M = model.text_head(told, targets.words)
+        head = partial(model.text_head, self._telling(model, hidden_MD, targets.written))
+        losses_2M = losses_of(head, targets.words, targets.taught if model.training else None)
         return torch.stack([part.sum(1) for part in losses_2M.split(targets.counts, dim=1)], dim=1)
+
+    def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
+        return model.text_head(self._telling(model, hidden_MD, targets.written))
+
+    def looked(self, found: list[Tensor], step: int) -> list[Taught]:
+        return self._momentum.taught(found, step)
+
+    def with_looked(self, targets: Targets, own: Taught) -> Targets:
+        return replace(targets, taught=own)
 
     def classes(self, targets: Targets) -> list[Tensor]:
         return list(targets.words.split(targets.counts))

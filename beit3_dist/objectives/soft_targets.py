@@ -12,6 +12,8 @@ CHUNK = 1 << 24
 """Logits whose distributions are made at a time, fp32: 64 MB."""
 Targets = Callable[[slice], tuple[Tensor, Tensor]]
 """Some of the rows -> the classes' shares of their targets, fp32 [m, C], and the class that is right, int64 [m]."""
+Taught = tuple[Tensor, float]
+"""What a teacher says of the rows, logits [M, C], and its share alpha of their targets."""
 
 
 def divergence(logits_MC: Tensor, teacher: Callable[[slice], Tensor], temperature: float = 1.0) -> Tensor:
@@ -38,6 +40,12 @@ def mixed_cross_entropy(logits_MC: Tensor, classes: Tensor, teacher_MC: Tensor, 
         return shares.scatter_add_(1, true[:, None], shares.new_full((len(true), 1), 1 - alpha)), true
 
     return _CrossEntropy.apply(logits_MC, targets, 1.0, False)
+
+
+def losses_of(head: Callable[..., Tensor], classes: Tensor, taught: Taught | None) -> Tensor:
+    """[2, M] of true classes, int64 [M], alone or as mixed with what is taught. `head`: () -> logits, or (classes) ->
+    losses and right predictions, as `Head` is called."""
+    return head(classes) if taught is None else mixed_cross_entropy(head(), classes, *taught)
 
 
 class _CrossEntropy(torch.autograd.Function):

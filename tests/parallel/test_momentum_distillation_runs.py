@@ -167,7 +167,7 @@ def test_what_cannot_be_is_named(tmp_path: Path) -> None:
     for wrong in (ContrastiveConfig(form="sigmoid"), ContrastiveConfig(negatives="micro_batch")):
         with pytest.raises(ValueError, match="momentum_distillation needs .*form=softmax and .*negatives=step"):
             objectives_of(replace(config, objectives=config.objectives | {"contrastive": wrong}))
-    with pytest.raises(ValueError, match="momentum_distillation teaches .* and the run has neither"):
+    with pytest.raises(ValueError, match="momentum_distillation teaches .* and the run has none of them"):
         objectives_of(replace(config, objectives={NAME: MomentumDistillationConfig()}))
     with pytest.raises(ValueError, match="objectives.momentum_distillation.decay=1.0 is not in"):
         MomentumDistillationConfig(decay=1.0)

@@ -21,6 +21,8 @@ from beit3_dist.model import BEiT3
 from beit3_dist.model.encoder import kind_of
 from beit3_dist.model.text_decoder import decoder_group
 from beit3_dist.model.token_layout import prefix_mask
+from beit3_dist.objectives.momentum_distillation import NAME as MOMENTUM
+from beit3_dist.objectives.momentum_distillation import MomentumDistillationConfig
 from beit3_dist.objectives.prefix_language_modeling import NAME, PrefixLanguageModelingConfig
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
@@ -231,6 +233,40 @@ def test_a_decoder_tells_what_follows_the_prefix() -> None:
     parted = 3 * WRITING.decoder_layers * 4 * WRITING.width * 2 * (6 * 5 // 2)
     patches = 2 * 2 * MODEL.patches * 3 * MODEL.patch_size**2 * MODEL.width
     assert host_totals([replace(batch)], model.objectives).flops == counter.get_total_flops() - parted + patches
+
+
+@pytest.mark.parametrize("config", [MODEL, WRITING], ids=["alone", "decoder"])
+def test_a_moving_average_teaches_next_words(config: ModelConfig) -> None:
+    """In training (1 - alpha) times the truth's cross-entropy and alpha times that with what the average says (mPLUG);
+    in validation the truth's alone."""
+    alpha, student, teacher = 0.3, module(config), module(config)
+    momentum = {MOMENTUM: MomentumDistillationConfig(alpha=alpha, ramp_steps=2)}
+    run = student.objectives.run
+    taught = PretrainingModule(student.model, objectives_of(replace(run, objectives=run.objectives | momentum)), 0)
+    with torch.no_grad():
+        for parameter in teacher.model.parameters():
+            parameter.mul_(1.3)
+    batch, logits = batch_of({"pairs": [0, 3]}), []
+    counts, back = counts_of(student, batch), taught.objectives.back
+    assert back is not None
+    for of in (student, teacher):
+        inputs, reading, ids = back.prepare(replace(batch), CPU)
+        assert reading is not None
+        with torch.no_grad():
+            (seen,) = PretrainingModule(of.model, back, 0).eval()(inputs, replace(reading, objectives=back), ids)
+        logits.append(seen)
+    words = reading.targets[0].words
+    hard = cross_entropy(logits[0], words).item()
+    soft = cross_entropy(logits[0], logits[1].softmax(1)).item()
+    for step, share in ((0, 0.0), (1, alpha / 2), (5, alpha)):
+        (own,) = back.looked([[logits[1]]], step)
+        inputs, reading, ids = taught.objectives.prepare(replace(batch), CPU)
+        assert reading is not None
+        inputs_of = inputs, taught.objectives.with_looked(reading, own), ids, counts, step
+        contribution, statistics = taught.train()(*inputs_of)
+        assert contribution.item() == pytest.approx((1 - share) * hard + share * soft, rel=1e-5)
+        assert statistics[1].item() == int((logits[0].argmax(1) == words).sum())
+        assert taught.eval()(*inputs_of)[0].item() == pytest.approx(hard, rel=1e-5)
 
 
 @pytest.mark.parametrize(
