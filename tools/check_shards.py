@@ -27,9 +27,9 @@ from rich.progress import track
 
 from beit3_dist.children import end_with_parent
 from beit3_dist.command_line import refusing
-from beit3_dist.config import CaptionKey, DataConfig, caption_fields, require
+from beit3_dist.config import DataConfig, caption_fields, require
 from beit3_dist.data.cache import cache_folder
-from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, failed_download, written_as
+from beit3_dist.data.captions import LARGEST_CAPTION, Fields, captions_of, failed_download, fields_of, written_as
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, LeftOut
@@ -51,7 +51,7 @@ class Work:
     path: str
     file: str
     """The plain tar: the shard itself, or its unpacked copy."""
-    caption_key: CaptionKey
+    fields: Fields
     max_pixels: int
 
 
@@ -123,10 +123,10 @@ def _sample_problems(
             return
     if job.stream is Stream.PAIRS:
         try:
-            written = written_as(sample, job.caption_key)
+            written = written_as(sample, job.fields)
             assert written is not None
             check_size("a caption", sample[written][1], LARGEST_CAPTION)
-            captions_of(tar.read(*sample[written]), written, job.caption_key)
+            captions_of(tar.read(*sample[written]), written, job.fields)
         except BadSample as bad:
             yield "bad caption", str(bad)
     if job.stream is Stream.TEXTS:
@@ -149,7 +149,10 @@ def check_all(options: Namespace) -> dict[str, Any]:
     for stream in Stream:
         pattern = getattr(options, stream.field)
         paths = expand(pattern, f"--{stream.field}") if pattern else []
-        jobs += [Work(stream, path, plain_tar(path, folder), options.caption_key, options.max_pixels) for path in paths]
+        jobs += [
+            Work(stream, path, plain_tar(path, folder), fields_of(options.caption_key), options.max_pixels)
+            for path in paths
+        ]
     require(bool(jobs), "name shards by --images, --texts or --pairs")
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         found = pool.map(check, jobs)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from beit3_dist.config import CaptionKey, caption_fields
+from beit3_dist.config import CaptionField, CaptionKey, caption_fields
 from beit3_dist.data.faults import BadSample, check_size
 from beit3_dist.data.kinds import JSON, TXT
 from beit3_dist.data.reader import ShardReader
@@ -18,6 +18,15 @@ LARGEST_CAPTION = 1 << 22
 """Bytes of the largest member with captions that is read (4 MiB)."""
 LONGEST_FAILURE = 200
 """Letters of what is told of a failed download."""
+
+
+Fields = str | list[CaptionField]
+"""What `fields_of` makes of a CaptionKey."""
+
+
+def fields_of(key: CaptionKey) -> Fields:
+    """What is read of every sample's .json member, told once."""
+    return key if isinstance(key, str) else caption_fields(key, "data.caption_key")
 
 
 class Captions(NamedTuple):
@@ -40,24 +49,24 @@ class Captions(NamedTuple):
         return self.texts[int(place)]
 
 
-def json_first(key: CaptionKey) -> bool:
+def json_first(key: CaptionKey | Fields) -> bool:
     """Whether the .json member goes before the .txt: where a list of fields asks for what the .txt cannot tell."""
     return not isinstance(key, str)
 
 
-def written_as(members: Container[int], key: CaptionKey) -> int | None:
+def written_as(members: Container[int], key: Fields) -> int | None:
     """The kind of the member with a sample's captions; None where it has none."""
     kinds = (JSON, TXT) if json_first(key) else (TXT, JSON)
     return next((kind for kind in kinds if kind in members), None)
 
 
-def read_captions(row: np.ndarray, reader: ShardReader, key: CaptionKey) -> Captions:
+def read_captions(row: np.ndarray, reader: ShardReader, key: Fields) -> Captions:
     """The captions of a pair in a table's row. Raises BadSample."""
     check_size("a caption", int(row["text"][1]), LARGEST_CAPTION)
     return captions_of(reader.read(int(row["shard"]), *map(int, row["text"])), int(row["kind"]), key)
 
 
-def captions_of(data: bytes, kind: int, key: CaptionKey) -> Captions:
+def captions_of(data: bytes, kind: int, key: Fields) -> Captions:
     """The captions of a .txt or .json member. Raises BadSample where there is none."""
     if kind == TXT:
         captions = Captions(_lines(data))
@@ -108,12 +117,11 @@ def _record(data: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _in_fields(record: dict[str, Any], key: CaptionKey) -> Captions:
+def _in_fields(record: dict[str, Any], fields: Fields) -> Captions:
     """Captions of a .json member: of one field, or of those of several that it has, where null is as none."""
-    if isinstance(key, str):
-        return Captions(_in_field(record, key))
+    if isinstance(fields, str):
+        return Captions(_in_field(record, fields))
     texts, weights = [], []
-    fields = caption_fields(key, "data.caption_key")
     present = [field for field in fields if record.get(field.field) is not None]
     if not present:
         raise BadSample(f"none of the fields {', '.join(repr(field.field) for field in fields)}")

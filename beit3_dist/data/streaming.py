@@ -29,7 +29,7 @@ from braceexpand import braceexpand
 
 from beit3_dist.config import DataConfig, Patterns, require, sources_of
 from beit3_dist.data import transforms
-from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, written_as
+from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, fields_of, written_as
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import is_sequential
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
@@ -349,6 +349,7 @@ class SequentialStream:
         name, readers = stream.field, data.virtual_readers
         sources = sources_of(shards, f"data.{name}")
         self.stream, self.data, self.seed, self.tokenizer, self.crops = stream, data, seed, tokenizer, crops
+        self.fields = fields_of(data.caption_key)
         self.shards = [addresses(source.shards, f"data.{name}") for source in sources]
         for source in self.shards:
             require(
@@ -456,11 +457,10 @@ class SequentialStream:
         if IMAGE not in item.content:
             raise BadSample("half a sample: no image member beside it")
         if self.stream is Stream.PAIRS:
-            key = self.data.caption_key
-            kind = written_as(item.content, key)
+            kind = written_as(item.content, self.fields)
             if kind is None:
                 raise BadSample("half a sample: no .txt or .json member beside it")
-            captions = captions_of(item.content[kind], kind, key)
+            captions = captions_of(item.content[kind], kind, self.fields)
             sample.words = caption_words(captions, sample, self.tokenizer, self.data.caption_length)
         sample.decode(item.content[IMAGE], self.data.max_pixels, self.crops)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from beit3_dist.config import CaptionKey, Patterns, sources_of
 from beit3_dist.data import transforms
-from beit3_dist.data.captions import Captions, json_first, read_captions
+from beit3_dist.data.captions import Captions, fields_of, json_first, read_captions
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import LeftOut
@@ -341,10 +341,10 @@ class PairStream(StreamWithImages):
         crops: Crops | None = None,
     ) -> None:
         super().__init__(replace(origin, json_first=json_first(caption_key)), max_pixels, crops)
-        self.tokenizer, self.caption_length, self.caption_key = tokenizer, caption_length, caption_key
+        self.tokenizer, self.caption_length, self.fields = tokenizer, caption_length, fields_of(caption_key)
 
     def _load_words(self, source: int, index: int, sample: Sample) -> None:
-        captions = read_captions(self.tables[source].rows[index], self.readers[source], self.caption_key)
+        captions = read_captions(self.tables[source].rows[index], self.readers[source], self.fields)
         sample.words = caption_words(captions, sample, self.tokenizer, self.caption_length)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from beit3_dist.config import CaptionKey, DataConfig, EvalConfig, require
-from beit3_dist.data.captions import json_first, read_captions
+from beit3_dist.data.captions import fields_of, json_first, read_captions
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
@@ -86,11 +86,11 @@ def captioned_tars(pattern: str, name: str, cache: str, caption_key: CaptionKey,
     """The pairs of tars, or `at_most` of them; every line of a .txt member is a caption of its image. Raises ValueError
     naming the field `name`, or the tar and the pair."""
     table = open_table(pattern, name, Stream.PAIRS, cache, json_first=json_first(caption_key))
-    reader, found = ShardReader(table), Captioned()
+    reader, found, fields = ShardReader(table), Captioned(), fields_of(caption_key)
     for number in spread(len(table.rows), at_most):
         row = table.rows[number]
         try:
-            found.captions.append(read_captions(row, reader, caption_key).texts)
+            found.captions.append(read_captions(row, reader, fields).texts)
         except BadSample as bad:
             raise ValueError(f"{table.shard(number)}, {table.key(number)}: {bad}") from None
         found.images.append(TarMember(table.files[int(row["shard"])], *map(int, row["image"])))
