@@ -364,8 +364,9 @@ def _network_and_task(
             named = weights | {TASK_HEAD + name: weight for name, weight in own.items()}
             matching = f"{OBJECTIVE_HEADS}{Matching.name}."
             if found.contrastive and f"{matching}score.weight" in weights:
+                form = MatchingHead.form_of({name.removeprefix(matching) for name in weights})
                 with torch.device("meta"):
-                    network.match_head = MatchingHead(content.config.width, f"{matching}pooler.weight" in weights)
+                    network.match_head = MatchingHead(content.config.width, form)
                 named |= {name.replace(matching, MATCH_HEAD): weight for name, weight in weights.items()}
             weights = {name: weight for name, weight in named.items() if name in network.state_dict()}
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
 from beit3_dist.config import RunConfig, require
 from beit3_dist.data.batch import MicroBatch, Samples
@@ -26,6 +27,7 @@ from beit3_dist.objectives.mining import Negatives, draw_negatives, matching_los
 
 NAME = "matching"
 SECTION = f"objectives.{NAME}"
+HeadForm = Literal["pooler", "two_layers", "linear"]
 
 
 @dataclass(kw_only=True)
@@ -34,9 +36,9 @@ class MatchingConfig:
 
     weight: float = 1.0
     """Weight of the loss."""
-    head: Literal["pooler", "linear"] = "pooler"
+    head: HeadForm = "pooler"
     """What tells by <s> of the caption beside its image. pooler: a matrix and tanh before the two classes (VLMo).
-    linear: the two alone (ALBEF)."""
+    two_layers: a matrix and GELU (ViT-BERT's form of all heads). linear: the two classes alone (ALBEF)."""
     negatives: Literal["all", "rank", "random"] = "all"
     """Whose pairs negatives are drawn from. all: every rank's, hard ones by contrast's similarities (VLMo). rank: hard
     ones of its own rank (ALBEF), so that the loss depends on the number of ranks. random: every rank's in the
@@ -49,13 +51,23 @@ class MatchingConfig:
 class MatchingHead(nn.Module):
     """<s> [M, D] -> logits [M, 2] of no match and match."""
 
-    def __init__(self, width: int, pooled: bool) -> None:
+    def __init__(self, width: int, form: HeadForm) -> None:
         super().__init__()
-        self.pooler = Linear(width, width) if pooled else None
+        self.pooler = Linear(width, width) if form == "pooler" else None
+        self.hidden = Linear(width, width) if form == "two_layers" else None
         self.score = Linear(width, 2)
 
+    @staticmethod
+    def form_of(names: Container[str]) -> HeadForm:
+        """Of the head whose parameters have these names."""
+        return "pooler" if "pooler.weight" in names else "two_layers" if "hidden.weight" in names else "linear"
+
     def forward(self, start_MD: Tensor) -> Tensor:
-        return self.score(start_MD if self.pooler is None else torch.tanh(self.pooler(start_MD)))
+        if self.pooler is not None:
+            start_MD = torch.tanh(self.pooler(start_MD))
+        elif self.hidden is not None:
+            start_MD = gelu(self.hidden(start_MD))
+        return self.score(start_MD)
 
 
 class Matching(Objective):
@@ -88,7 +100,7 @@ class Matching(Objective):
         self._contrast = contrast
 
     def head(self) -> nn.Module:
-        return MatchingHead(self.model.width, self.config.head == "pooler")
+        return MatchingHead(self.model.width, self.config.head)
 
     def annotate(
         self, stream: Stream, samples: Sequence[Sample], text: np.ndarray | None, tokenizer: TextTokenizer
@@ -169,5 +181,5 @@ class Matching(Objective):
         return matching_losses(logits_M2, targets).sum(1)[:, None]
 
     def head_flops(self, counts: Sequence[float]) -> float:
-        width, pooled = self.model.width, self.config.head == "pooler"
-        return counts[0] * 2 * width * (2 + width * pooled)
+        width = self.model.width
+        return counts[0] * 2 * width * (2 + width * (self.config.head != "linear"))

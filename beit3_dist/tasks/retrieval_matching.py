@@ -66,7 +66,7 @@ class TwoStepHead(ContrastiveHead):
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
-        self.match = MatchingHead(width, pooled=False)
+        self.match = MatchingHead(width, "linear")
 
 
 @register("retrieval_matching")

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("matching")
     one, accumulated, dp2, both, tp2 = (with_matching(folder, name) for name in RUNS)
     near = with_matching(folder, "dp2", negatives="rank", head="linear")
-    micro, micro_dp2 = (with_matching(folder, name) for name in ("micro", "micro-dp2"))
+    micro, micro_dp2 = (with_matching(folder, name, head="two_layers") for name in ("micro", "micro-dp2"))
     for layout, configs in {
         (1, 1): [one, second_half(one), accumulated, micro],
         (2, 1): [dp2, both, second_half(both), near, micro_dp2],

@@ -166,11 +166,12 @@ def test_its_head_is_the_one_of_retrieval(tmp_path: Path, caplog: pytest.LogCapt
     assert not any(name.startswith("objective_heads") for name in fit(found, model, sigmoid, "a task's"))
 
 
-def test_flops_of_the_second_pass_are_added_once_its_captions_are_drawn() -> None:
+@pytest.mark.parametrize("head", ["pooler", "two_layers", "linear"])
+def test_flops_of_the_second_pass_are_added_once_its_captions_are_drawn(head: Any) -> None:
     """By torch's counter."""
     config = CONFIGS["paper"]
     run = objectives_with("softmax").run
-    objectives = objectives_of(replace(run, objectives=run.objectives | {"matching": MatchingConfig()}))
+    objectives = objectives_of(replace(run, objectives=run.objectives | {"matching": MatchingConfig(head=head)}))
     model = objectives.build()
     materialize(model, lambda name, shape: objectives.first_value(name, shape, 0), CPU)
     batch = random_micro_batch(config, pairs=PAIRS)

@@ -18,7 +18,7 @@ from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model, open_image
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.contrast import ContrastHead
-from beit3_dist.objectives.matching import MatchingHead
+from beit3_dist.objectives.matching import HeadForm, MatchingHead
 from beit3_dist.tasks.data.augmentation import IMAGENET
 from beit3_dist.tasks.parts import generation
 from beit3_dist.tasks.registry import task_class
@@ -219,9 +219,11 @@ def test_what_a_task_does_not_offer(folders: dict[str, Path], pictures: list[Pat
 OBJECTIVES = ("masked_data_modeling", "prefix_language_modeling", "contrastive")
 
 
-def pretrained(folder: Path, tokenizer: Path, objectives: tuple[str, ...], length: int = 24) -> Path:
+def pretrained(
+    folder: Path, tokenizer: Path, objectives: tuple[str, ...], length: int = 24, matching: HeadForm = "pooler"
+) -> Path:
     """A model as pretraining by these objectives leaves it, with the heads of all of them; contrast by vectors of this
-    length."""
+    length, matching by a head of this form."""
     config = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=16, vl_expert_layers=1,
                          vocab_size=PIECES + 10, visual_vocab_size=8, max_text_length=12)  # fmt: skip
     network, draw = BEiT3(config), torch.Generator().manual_seed(0)
@@ -232,8 +234,8 @@ def pretrained(folder: Path, tokenizer: Path, objectives: tuple[str, ...], lengt
             parameter.zero_()
         values |= {f"objective_heads.contrastive.{name}": p.detach() for name, p in head.named_parameters()}
     if "matching" in objectives:
-        matching = MatchingHead(config.width, pooled=True)
-        values |= {f"objective_heads.matching.{name}": p.detach() for name, p in matching.named_parameters()}
+        match = MatchingHead(config.width, matching)
+        values |= {f"objective_heads.matching.{name}": p.detach() for name, p in match.named_parameters()}
     weights = {name: value + 0.2 * torch.randn(value.shape, generator=draw) for name, value in values.items()}
     save_model_folder(folder, weights, config, text_tokenizer=tokenizer, objectives=objectives)
     return folder
@@ -270,14 +272,20 @@ def test_a_pretrained_models_contrast_is_used(tmp_path: Path, tokenizer: Path, p
         Model.load(save(tmp_path / "vqa", "vqa", tokenizer), task="captioning")
 
 
-def test_a_pretrained_model_tells_what_matches(tmp_path: Path, tokenizer: Path, pictures: list[Path]) -> None:
-    folder = pretrained(tmp_path / "model", tokenizer, (*OBJECTIVES, "matching"))
+@pytest.mark.parametrize("form", ["pooler", "two_layers", "linear"])
+def test_a_pretrained_model_tells_what_matches(
+    form: HeadForm, tmp_path: Path, tokenizer: Path, pictures: list[Path]
+) -> None:
+    folder = pretrained(tmp_path / "model", tokenizer, (*OBJECTIVES, "matching"), matching=form)
     model, weights = Model.load(folder, device="cpu", task="retrieval"), read_model_folder(folder).weights
     matches = model.match(pictures, SENTENCES[:4])
     head = {name.rpartition("matching.")[2]: w for name, w in weights.items() if "heads.matching." in name}
     start = model.network.encode(model._pixels(pictures), *model._words(SENTENCES[:4]))[:, 5]  # <s>, after 4 patches
-    pooled = torch.tanh(start @ head["pooler.weight"].T + head["pooler.bias"])
-    logits = pooled @ head["score.weight"].T + head["score.bias"]
+    if form == "pooler":
+        start = torch.tanh(start @ head["pooler.weight"].T + head["pooler.bias"])
+    elif form == "two_layers":
+        start = torch.nn.functional.gelu(start @ head["hidden.weight"].T + head["hidden.bias"])
+    logits = start @ head["score.weight"].T + head["score.bias"]
     torch.testing.assert_close(matches, logits[:, 1] - logits[:, 0])
     with pytest.raises(ValueError, match="4 images and 1 texts"):
         model.match(pictures, SENTENCES[:1])
