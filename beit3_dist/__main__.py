@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from beit3_dist import __version__
-from beit3_dist.leaving import ExitCode
+from beit3_dist.leaving import interrupted
 
 PROGRAMS = {
     "Data and tokenizers": {
@@ -111,9 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     program.PROGRAM, program.__doc__ = f"beit3 {name}", as_commands(str(program.__doc__))
     try:
         return getattr(program, "program", program.main)(rest)
-    except KeyboardInterrupt:
-        print(f"{program.PROGRAM}: interrupted", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    except KeyboardInterrupt:  # while it imported what it needs
+        return interrupted(program.PROGRAM)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from jsonargparse import (
 )
 
 from beit3_dist.launched import rank, take_place
-from beit3_dist.leaving import ExitCode, leave_when_asked
+from beit3_dist.leaving import ExitCode, interrupted, leave_when_asked
 from beit3_dist.opening import one_line
 from beit3_dist.plugins import load_plugins
 from beit3_dist.recipe import current_name, fields_in, recipe_texts
@@ -46,11 +46,13 @@ def refuse(program: str, error: BaseException | str) -> NoReturn:
 
 @contextmanager
 def refusing(program: str) -> Iterator[None]:
-    """Inside, a ValueError or an OSError is a mistake of the user's: `refuse`."""
+    """Inside, a ValueError or an OSError is a mistake of the user's: `refuse`. Ctrl-C is one line, too."""
     try:
         yield
     except (ValueError, OSError) as error:
         refuse(program, error)
+    except KeyboardInterrupt:
+        sys.exit(interrupted(program))
 
 
 def begin(program: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,6 +40,12 @@ class ExitCode(IntEnum):
     sysexits.h)."""
     INTERRUPTED = 130
     """Ctrl-C has ended it; the code is a shell's (128 + SIGINT)."""
+
+
+def interrupted(program: str) -> ExitCode:
+    """What a program that trains nothing says of Ctrl-C, and its exit code then."""
+    print(f"{program}: interrupted", file=sys.stderr, flush=True)
+    return ExitCode.INTERRUPTED
 
 
 _UNDER_NOHUP = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -71,6 +72,16 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError where this process can neither write into a folder nor make it; leaves nothing behind."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with TemporaryDirectory(prefix=".out-", dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error.strerror}): choose another folder") from None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:

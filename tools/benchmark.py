@@ -38,6 +38,7 @@ import torch
 
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.batch import MicroBatch
+from beit3_dist.leaving import interrupted
 from beit3_dist.model import BEiT3
 from beit3_dist.parallel.host_memory import keep_freed_memory
 from beit3_dist.parallel.kernels import check_kernels
@@ -272,6 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return interrupted(PROGRAM)
     print(json.dumps(record) if options.json else options.table(record))
     return 0
 

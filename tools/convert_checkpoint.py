@@ -37,7 +37,7 @@ from typing import Any
 
 from beit3_dist.command_line import log_to_console, refusing
 from beit3_dist.config import require
-from beit3_dist.opening import blaming
+from beit3_dist.opening import blaming, check_writable
 
 log = logging.getLogger("beit3_dist.convert_checkpoint")
 
@@ -82,6 +82,15 @@ def convert(options: Namespace) -> None:
     """Raises ValueError or OSError with one line where it cannot be done."""
     source, destination = options.source, options.destination
     require(not destination.exists(), f"{destination} already exists: remove it or choose another name")
+    check_writable(destination.parent)
+    if options.to in ("released", "torchscale", "vlmo") or (options.to == "timm" and destination.suffix):
+        suffixes = (".pth", ".pt", ".bin", ".safetensors")
+        words = f"{destination} is to be a file: its name ends with .pth or .safetensors"
+        require(destination.suffix in suffixes, words)
+        require(
+            options.to != "released" or destination.suffix != ".safetensors",
+            f"{destination}: the released form is a .pth file",
+        )
     for name in ("text_tokenizer", "answers"):
         file = getattr(options, name)
         if file and options.to not in WITH_NAMES:
@@ -217,10 +226,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     from beit3_dist.checkpoint.files import replacing
     from beit3_dist.checkpoint.model_folder import save_safetensors
 
-    if path.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-        raise ValueError(f"{path} is to be a file: its name ends with .pth or .safetensors")
-    if path.suffix == ".safetensors" and "model" in content:
-        raise ValueError(f"{path}: the released form is a .pth file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as aside:
         if path.suffix == ".safetensors":

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ from beit3_dist.command_line import to_yaml
 from beit3_dist.config import JobConfig, require
 from beit3_dist.looking import of_node, of_run
 from beit3_dist.model.cut import cut_for
+from beit3_dist.opening import blaming, check_writable
 from beit3_dist.parallel.fragments import (
     Fragment,
     create_optimizer_state,
@@ -170,7 +170,8 @@ def starting_point(config: JobConfig, trains: bool = True) -> tuple[Path | None,
 def _check_node(out: Path, resume: str, found: str | None) -> None:
     """Raises ValueError where this node can neither write into `out` nor make it, or does not see what the first one
     has `found` there."""
-    _check_writable(out)
+    with blaming("out"):
+        check_writable(out)
     here = found if found is None or Path(found, "manifest.json").is_file() else None
     if found is None and resume == "auto":
         here = next(map(str, checkpoints(out / "checkpoints").values()), None)
@@ -178,16 +179,6 @@ def _check_node(out: Path, resume: str, found: str | None) -> None:
         here == found,
         f"checkpoint.resume: rank 0 finds {found}, this node {here}: `out` must be on a file system that all share",
     )
-
-
-def _check_writable(out: Path) -> None:
-    """Raises ValueError where this process can neither write into a folder nor make it; leaves nothing behind."""
-    try:
-        there = next(folder for folder in (out, *out.parents) if folder.exists())
-        with TemporaryDirectory(prefix=".out-", dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(f"out: {out} cannot be written to ({error.strerror}): choose another folder") from None
 
 
 def whole_checkpoint(config: JobConfig, checkpoint: Path | None, state: TrainState) -> tuple[Path | None, TrainState]:

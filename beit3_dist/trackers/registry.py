@@ -31,6 +31,7 @@ def chosen(trackers: Sequence[str | dict[str, Any]]) -> list[tuple[type[Tracker]
     found: dict[str, tuple[type[Tracker], Any]] = {}
     for entry in trackers:
         sections = {entry: {}} if isinstance(entry, str) else entry
+        require(bool(sections), f"trackers: an entry is empty: name {', '.join(TRACKERS)}, or leave it out")
         for name, section in sections.items():
             known = f"only {', '.join(TRACKERS)}; the file that defines another one is named by plugins"
             require(name in TRACKERS, f"trackers: there is no {name}, {known}")

@@ -473,6 +473,7 @@ def test_notes_say_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
 MISTAKES = {
     "no file": ("{folder}/nowhere.pth {folder}/x --to safetensors", ["nowhere.pth"]),
     "no checkpoint": ("{folder} {folder}/x --to safetensors", ["neither a model folder nor a checkpoint"]),
+    "unwritable": ("{folder}/good.pth {folder}/good.pth/x.pth --to torchscale", ["good.pth cannot be written to"]),
     "exists": ("{folder}/good.pth {folder}/good.pth --to released", ["good.pth already exists"]),
     "width unknown": ("{folder}/good.pth {folder}/x --to safetensors", ["width 16", "--attention_heads"]),
     "not a divisor": ("{folder}/good.pth {folder}/x --to safetensors --attention_heads 3", ["model.heads=3"]),

@@ -155,8 +155,9 @@ def test_an_interrupted_search_keeps_what_it_read(
         return opened(path)
 
     monkeypatch.setattr(search_images, "open_image", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         search(capsys, folder, model)
+    assert end.value.code == 130 and capsys.readouterr().err.endswith("search_images.py: interrupted\n")
     monkeypatch.undo()
     assert "40 images, 8 of them newly read" in search(capsys, folder, model)[-1]
 

@@ -192,6 +192,7 @@ def test_one_that_cannot_begin_is_a_mistake(
     (["nobody"], "there is no nobody, only tensorboard, wandb, mlflow, trackio"), (["wandb", "wandb"], "twice"),
     ([{"wandb": {"colour": "red"}}], "no field colour, only project, entity, name, mode"),
     ([{"wandb": {"project": 3}}], "trackers.wandb.project=3"), ([{"wandb": "x"}], "a section of fields"),
+    ([{}], "trackers: an entry is empty: name tensorboard"),
     ([{"tensorboard": {"a": "b"}}], "only none at all"), ([{"wandb": {"mode": "loud"}}], "online, offline"),
 ])  # fmt: skip
 def test_a_wrong_section_is_named(names: list[Any], words: str) -> None:
