@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 from beit3_dist.config import BatchConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches, Request
@@ -16,8 +18,10 @@ from beit3_dist.model.initialization import initial_value, materialize
 from beit3_dist.objectives.image_classification import NAME, ImageClassificationConfig
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
+from beit3_dist.train.totals import host_totals
 from tests.micro_batches import CPU
 from tests.unit.tar_fixtures import picture, small_run, write_tar
+from tests.unit.test_flops import patch_embedding
 
 CLASSES = 5
 
@@ -66,7 +70,9 @@ def test_its_loss_is_that_of_whole_images_from_cls(tmp_path: Path) -> None:
     assert counts.tolist() == [8]
     assert contribution.item() == pytest.approx(cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-5)
     assert statistics[1].tolist() == [int((logits.argmax(1) == labels).sum())]
-    assert objectives.head_flops([8]) == 2 * run.model.width * CLASSES * 8
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module.train()(inputs, reading, ids, counts, 0)[0].backward()
+    assert host_totals([batch], objectives).flops - counter.get_total_flops() == patch_embedding(run.model, batch)
 
 
 @pytest.mark.parametrize(
