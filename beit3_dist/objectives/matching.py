@@ -71,7 +71,10 @@ class MatchingHead(nn.Module):
 
 
 class Matching(Objective):
-    """One loss: of each pair, of its image with another caption and of its caption with another image."""
+    """One loss: of each pair, of its image with another caption and of its caption with another image.
+
+    "No" to all is right in two of three cases. So the pairs that match are told apart in records, without weight:
+    `acc_matches` is 0 there, and of the negatives (3 `acc_matching` - `acc_matches`) / 2 are right."""
 
     name = NAME
     Config = MatchingConfig
@@ -84,7 +87,10 @@ class Matching(Objective):
         super().__init__(config, run)
         require(bool(run.batch.pairs), f"{SECTION} reads pairs, but batch.pairs=0")
         self.views = []
-        self.losses = [Loss(self.name, config.weight, title="matching of pairs", unit="pair shown")]
+        self.losses = [
+            Loss(self.name, config.weight, title="matching of pairs", unit="pair shown"),
+            Loss("matches", 0.0, title="those of them that match", unit="pair"),
+        ]
         self._seed, self._caption_length = run.seed, run.data.caption_length
 
     def meet(self, others: Mapping[str, Objective]) -> None:
@@ -109,7 +115,7 @@ class Matching(Objective):
         return {"labels": hashes_of(samples)} if stream is Stream.PAIRS else {}
 
     def counts(self, batch: MicroBatch) -> list[int]:
-        return [3 * len(batch.streams["pairs"])]
+        return [3 * len(batch.streams["pairs"]), len(batch.streams["pairs"])]
 
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
         return torch.zeros(0, dtype=torch.int64)
@@ -178,7 +184,9 @@ class Matching(Objective):
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """`targets`: which of the fused samples count, bool [M]."""
         logits_M2 = model.objective_heads[self.name](model.text_norm(hidden_MD))
-        return matching_losses(logits_M2, targets).sum(1)[:, None]
+        losses_2M = matching_losses(logits_M2, targets)
+        matches_2M = losses_2M[:, : len(logits_M2) // 3].detach()
+        return torch.stack([losses_2M.sum(1), matches_2M.sum(1)], dim=1)
 
     def head_flops(self, counts: Sequence[float]) -> float:
         width = self.model.width

@@ -4,6 +4,7 @@ nothing had happened."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 
 from beit3_dist.checkpoint.model_folder import read_model_folder
 from beit3_dist.checkpoint.store import TrainState
+from beit3_dist.command_line import parse
 from beit3_dist.config import CheckpointConfig, ModelConfig, OptimConfig, ParallelConfig
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.inference import Model
@@ -54,6 +56,8 @@ TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the comm
     "text": {"ema_decay": 0.9, "layer_decay": 0.5},
     "text_classification": {"head_lr_scale": 5.0},
 }
+OWN_RECIPES = ("open_vqa", "retrieval_matching", "text_classification")
+RECIPES = Path(__file__).parents[2] / "launchers" / "recipes" / "finetune"
 FUSED: dict[str, Any] = dict(layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=2, connected_every=1,
                              vision_layers=1, vision_width=48, vision_heads=4, decoder_layers=1)  # fmt: skip
 """Changes of a model to one with all of mPLUG's kinds of layers."""
@@ -119,6 +123,22 @@ def run_config(folder: Path, task: str, layout: str, out: str) -> FinetuneConfig
     return FinetuneConfig(**(settings | TASKS[task]))
 
 
+def recipe_config(folder: Path, task: str) -> FinetuneConfig:
+    """The task's recipe for base with the tiny model, a few steps, and in fp32."""
+    own = run_config(folder, task, "one", "recipe")
+    asked = {
+        "config": RECIPES / f"{task}_base.yaml", "out": own.out, "text_tokenizer": own.text_tokenizer,
+        "data.train": own.data.train, "data.validation": own.data.validation, "data.images": own.data.images,
+        "data.answers": own.data.answers, "data.text_length": own.data.text_length, "data.workers": 0,
+        **{f"model.{field}": getattr(MODEL, field) for field in (
+            "layers", "width", "heads", "ffn_width", "patch_size", "image_size", "vocab_size", "visual_vocab_size",
+            "max_text_length")},
+        "batch.size": 8, "precision": "fp32", "steps": 4, "epochs": 0, "warmup_epochs": 0,
+    }  # fmt: skip
+    arguments = [part for field, value in asked.items() for part in (f"--{field}", str(value))]
+    return parse(FinetuneConfig, "", "", arguments)
+
+
 def run(groups: Groups, configs: list[FinetuneConfig]) -> None:
     """For `run_workers`: what launchers/finetune.py does after parsing, run after run."""
     operators = define_torchvision_operators()
@@ -144,9 +164,20 @@ def losses(folder: Path, out: str, task: str, field: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> Path:
-    """The folder after every task has run in one process."""
-    run_workers(1, run, [run_config(folder, task, "one", "one") for task in TASKS])
+    """The folder after every task has run in one process, and the recipes that nobody else's figures come from."""
+    of_recipes = [recipe_config(folder, task) for task in OWN_RECIPES]
+    run_workers(1, run, [*(run_config(folder, task, "one", "one") for task in TASKS), *of_recipes])
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", OWN_RECIPES)
+def test_recipes_without_a_published_figure_train(one_process: Path, task: str) -> None:
+    """By all that the recipe says but for sizes and length; what came of it is validated and written."""
+    out = one_process / "recipe" / task
+    records = metrics(out)
+    assert len(records) == 4 and all(0 < record["grad_norm"] < math.inf for record in records)
+    assert json.loads((out / "eval.jsonl").read_text())["step"] == 4 and read_model_folder(out / "model").task
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -61,6 +63,7 @@ def test_losses_and_gradients_are_those_of_one_process(folder: Path, name: str, 
     for record, expected in same_losses(folder / name, folder / same, STEPS, weights):
         assert named(record, "loss") > {"loss_matching", "loss_contrastive", "loss_pair_image"}
         assert record["acc_matching"] == pytest.approx(expected["acc_matching"], abs=1 / 24)
+        assert record["acc_matches"] == pytest.approx(expected["acc_matches"], abs=1 / 8)
 
 
 @pytest.mark.slow
@@ -77,6 +80,16 @@ def test_negatives_of_the_own_rank_and_the_plain_head(folder: Path) -> None:
     weights = read_weights(folder / "dp2rank" / LAST)
     assert {name for name in weights if name.startswith(HEAD)} == {f"{HEAD}.score.weight", f"{HEAD}.score.bias"}
     assert all(0 < record["loss_matching"] < 2 for record in metrics(folder / "dp2rank"))
+
+
+def test_pairs_that_match_are_told_apart_without_weight() -> None:
+    """Whoever says no to all has two of three cases right, and none of these."""
+    objective = object.__new__(Matching)
+    logits = torch.tensor([[1.0, 0.0]] * 6, requires_grad=True)
+    model = SimpleNamespace(objective_heads={"matching": lambda hidden: hidden}, text_norm=lambda hidden: hidden)
+    losses, hits = objective.sums(cast(Any, model), logits, torch.ones(6, dtype=torch.bool))
+    assert hits.tolist() == [4, 0] and losses[1].item() == pytest.approx(2 * math.log(1 + math.e))
+    assert not torch.autograd.grad(losses[1], logits)[0].any()
 
 
 def fetched(groups: Groups) -> list[bool]:
