@@ -62,6 +62,10 @@ class Device:
     """Devices of a node."""
     gpu: bool = True
     launch_s: float = LAUNCH_S
+    fetch_s: float = 0.0
+    """What the host takes to gather one module's weights and let them go under ZeRO-3; 0: the device hides it."""
+    alone: float = 1.0
+    """How much faster it computes while the others wait: above 1 where they share cores."""
     memory_share: float = MEMORY_SHARE
     core_rate: float = 0.0
     """FLOP/s of attention's core; 0: CORE_SHARE of the peak."""

@@ -35,6 +35,8 @@ COUNTED = (2, 16)
 """Micro-batches, in smallest possible ones, that are counted; others lie on the line through both."""
 BESIDE = 2 / 3
 """Share of a micro-batch's passes beside which gradients are reduced: the backward pass is twice the forward pass."""
+FETCHES: dict[Recompute, int] = {"none": 2, "attention": 2, "selective": 3, "full": 3}
+"""How often a micro-batch's passes gather a module's weights under ZeRO-3: forward, backward, and to compute anew."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Planner:
         self._counting = Counting(config, device.gpu)
         self._objectives = objectives_of(config)
         self._model = self._objectives.build()
+        self._modules = sum(1 for m in self._model.modules() if next(m.parameters(recurse=False), None) is not None)
         self._sizes = tuple(getattr(config.batch, name) for name in STREAMS)
         self._unit = gcd(*self._sizes)
         self._states: dict[Any, Any] = {}
@@ -378,7 +381,10 @@ class Planner:
             seconds: Any = lambda n: lambda p: self._passes_s(piece(p), layout.tensor)[n]  # noqa: E731
             return self._between(seconds(0), pieces), self._between(seconds(1), pieces)
 
-        layer, around = of(lambda p: p.layer.work), of(lambda p: p.around.work)
+        layer = of(lambda p: p.layer.work)
+        # A pipeline's first stage embeds. A model that was counted whole has no layers to take from.
+        embedding = of(lambda p: p.bottom.work - p.layer.work) if stages is not None and alike else (0.0, 0.0)
+        around = of(lambda p: p.around.work)
         targets = 0.0
         if images := self._coded(micro_batch):
             targets = device.seconds(self._counting.targets(-(-images // layout.tensor)).work)
@@ -388,8 +394,9 @@ class Planner:
             is_last = rank == layout.pipeline - 1
             if is_last and stages is not None:
                 layers -= config.model.layers - alike
-            own = layers * layer[0] + around[0] * is_last
-            sums = layers * layer[1] + around[1] * is_last
+            own, sums = (
+                layers * layer[n] + (around[n] - embedding[n]) * is_last + embedding[n] * (rank == 0) for n in (0, 1)
+            )
             made = targets * is_last
             if own + sums + made > slowest:
                 slowest, waited, extra = own + sums + made, sums, made
@@ -421,11 +428,12 @@ class Planner:
             gathered = device.collective_s("all_gather", 2 * sent, data, apart, 2 * blocks)
             scattered = device.collective_s("reduce_scatter", sent, data, apart, calls)
             reduction = n * max(0.0, gathered + scattered - (slowest if device.gpu else 0.0))
+            passes += n * self._modules / layout.pipeline * FETCHES[layout.activation_checkpointing] * device.fetch_s
         bubble = 0.0
         if stages is not None:
             row = stages.tokens * config.model.width * size
             hop = device.sent_s(row, layout.tensor * data)
-            bubble = (layout.pipeline - 1) * (slowest + 2 * hop) + 2 * n * hop * (not device.gpu)
+            bubble = (layout.pipeline - 1) * (slowest / device.alone + 2 * hop) + 2 * n * hop * (not device.gpu)
         return Time(passes, n * waited, n * extra, bubble, reduction, optimizer)
 
     def _on_cpu(self, summed: float, stepped: float) -> float:

@@ -42,6 +42,8 @@ MODEL = ModelConfig(
 """What is planned and measured."""
 OTHER = replace(MODEL, layers=4, width=512, heads=8, ffn_width=2048, vl_expert_layers=1)
 """What the rates come from."""
+OF_LAUNCHES, OF_FETCHES = Layout(1, 1, False, 1, "none", 1), Layout(3, 1, False, 1, "full", 1)
+"""Its layouts, from which what the host takes for a launch and for one of ZeRO-3's fetches comes."""
 SAMPLES = 16
 TEXTS, CAPTIONS = 96, 32
 LAYOUTS = (  # the processes are two
@@ -189,22 +191,19 @@ class _Clocked(Traffic):
 
 
 def rates(groups: Any) -> dict[str, Any]:
-    """The CPU's rates, as plan/devices.py has them, from this process's steps and collectives."""
-    config = run_config(OTHER, Layout(1, 1, False, 1, "none", 1))
+    """The CPU's rates, as plan/devices.py has them, from this process's steps and collectives.
+
+    What the host takes beside operations and collectives, for each launch and for each of ZeRO-3's fetches, is what a
+    step of the other model takes beyond its plan.
+    """
+    config = run_config(OTHER, OF_LAUNCHES)
     steps = Steps(groups, config)
-    steps.step()
-    steps.step()
-    plain = []
-    for _ in range(3):
-        start = time.perf_counter()
-        steps.step()
-        plain.append(time.perf_counter() - start)
+    plain_s = _usual(steps)
     clocked = _Clocked()
     with clocked:
         steps.step()
         steps.step()
-    in_operations = (sum(clocked.seconds.values()) + clocked.core_s + sum(map(sum, clocked.products_s.values()))) / 2
-    launches = sum(row.launches for row in clocked.rows.values()) / 2
+    del steps
     operations = {
         name: clocked.rows[name].bytes / seconds
         for name, seconds in clocked.seconds.items()
@@ -212,17 +211,59 @@ def rates(groups: Any) -> dict[str, Any]:
     }
     work = Counting(config, gpu=False).pieces(config.micro_batch(groups.mesh.data), "none")
     core = work.around.work.core_flops + work.layers * work.layer.work.core_flops
+    launches = work.around.work.launches + work.layers * work.layer.work.launches
     moved = sum(clocked.rows[name].bytes for name in operations)
     products = sorted((size, size / median(taken)) for size, taken in clocked.products_s.items() if size > 1e5)
     latency, bandwidth = _collectives()
-    link = asdict(Link(bandwidth, latency))
-    return {
-        "name": "cpu", "memory_gb": _memory_gb(), "peak": 0.0, "inside": link, "outside": link, "gpu": False,
-        "bandwidth": moved / sum(clocked.seconds[name] for name in operations), "memory_share": 1.0, "link_share": 1.0,
-        "launch_s": max(0.0, (median(plain) - in_operations) / launches), "core_rate": core * 2 / clocked.core_s,
-        "products": products, "operations": operations, "node": PROCESSES,
-        "source": f"tools/plan.py --calibrate, {torch.get_num_threads()} thread a process, torch {torch.__version__}",
-    }  # fmt: skip
+    link = Link(bandwidth, latency)
+    device = Device(
+        "cpu", _memory_gb(), peak=0.0, inside=link, outside=link, gpu=False, node=PROCESSES,
+        bandwidth=moved / sum(clocked.seconds[name] for name in operations), memory_share=1.0, link_share=1.0,
+        alone=_alone(), launch_s=0.0, core_rate=core * 2 / clocked.core_s, products=products, operations=operations,
+        source=f"tools/plan.py --calibrate, {torch.get_num_threads()} thread a process, torch {torch.__version__}",
+    )  # fmt: skip
+
+    def beyond(layout: Layout, taken_s: float) -> float:
+        return max(0.0, taken_s - planned(device, layout, OTHER).time.total)
+
+    device = replace(device, launch_s=beyond(OF_LAUNCHES, plain_s) / launches)
+    gathering_s = beyond(OF_FETCHES, _usual(Steps(groups, run_config(OTHER, OF_FETCHES))))
+    one = planned(replace(device, fetch_s=1.0), OF_FETCHES, OTHER).time.total
+    fetches = one - planned(device, OF_FETCHES, OTHER).time.total
+    return asdict(replace(device, fetch_s=gathering_s / fetches))
+
+
+def _usual(steps: Steps) -> float:
+    """Seconds of one of a run's steps, after two that warm up."""
+    seconds = []
+    for number in range(7):
+        start = time.perf_counter()
+        steps.step()
+        if number > 1:
+            seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
+def _alone() -> float:
+    """How much faster a process multiplies while the others wait."""
+    factor = torch.ones(1024, 1024)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(40):
+            factor @ factor
+        return time.perf_counter() - start
+
+    seconds()
+    dist.barrier()
+    together_s = seconds()
+    alone_s = 0.0
+    for rank in range(dist.get_world_size()):
+        dist.barrier()
+        if rank == dist.get_rank():
+            alone_s = seconds()
+    dist.barrier()
+    return max(1.0, together_s / alone_s)
 
 
 def _collectives() -> tuple[float, float]:
