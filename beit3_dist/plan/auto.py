@@ -15,15 +15,15 @@ from itertools import product
 
 import torch
 
-from beit3_dist.config import STREAMS, RunConfig, is_auto, require
+from beit3_dist.config import RunConfig, is_auto, require
 from beit3_dist.launched import read_place
 from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
 from beit3_dist.plan.devices import DEVICES, USABLE, Device, Link
+from beit3_dist.plan.dividing import RANKS, accumulations
 from beit3_dist.plan.layouts import Layout, Plan, Planner
 
 log = logging.getLogger(__name__)
 
-RANKS = (1, 2, 4, 8)
 CPU = Device(
     "cpu", 0, 0, 2e10, Link(1e9, 1e-4), Link(1e8, 1e-3), "orders of magnitude", gpu=False, memory_share=1.0,
     launch_s=1e-5, core_rate=2e10, products=[(1.0, 5e10)], link_share=1.0,
@@ -86,8 +86,7 @@ def _choices(config: RunConfig, field: str) -> tuple[int, ...]:
         of_file = read_deepspeed_file(config.deepspeed_config).get("zero_optimization", {}).get("stage", "auto")
         return (of_file,) if of_file != "auto" else (1, 2, 3)
     if field == "batch.accumulation":
-        most = max(getattr(config.batch, name) for name in STREAMS)
-        return tuple(n for n in (2**power for power in range(most.bit_length())) if n <= most)
+        return tuple(accumulations(config))
     return RANKS
 
 

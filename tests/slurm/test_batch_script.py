@@ -18,6 +18,7 @@ PROGRAMS = {
     "scancel": 'touch "$CALLS.asked"',
     "sleep": "",
     "srun": """
+        [[ $* != *--overlap* ]] || { shift 6; exec "$@"; }  # a program in a container on this node
         [[ -z $SAVED ]] || { mkdir -p "$OUT/checkpoints"; echo "$SAVED" >"$OUT/checkpoints/latest"; }
         if [[ -n $SIGNAL ]]; then
             kill -s "$SIGNAL" $PPID
@@ -26,12 +27,18 @@ PROGRAMS = {
         exit "$TRAINERS_EXIT" """,
     # Each fails as often as it is told to.
     "squeue": '[[ $(grep -c squeue "$CALLS") -gt $SQUEUE_FAILS ]] && echo "$JOB_STATE"',
-    "scontrol": '[[ $1 == requeue ]] || { echo node1; exit; }; [[ $(grep -c requeue "$CALLS") -gt $REQUEUE_FAILS ]]',
+    "scontrol": """
+        [[ $1 == requeue ]] || { printf "%s\\n" $NODES; exit; }
+        [[ $(grep -c requeue "$CALLS") -gt $REQUEUE_FAILS ]]""",
 }
 RUN = [
     *("--text_tokenizer", "text.spm", "--image_tokenizer", "vqkd.pth"),
     *("--data.images", "images.tar", "--data.texts", "texts.tar", "--data.pairs", "pairs.tar"),
 ]
+OF_PROGRAM = {
+    "finetune.py": ("--text_tokenizer", "text.spm", "--data.train", "train.jsonl", "--data.val", "val.jsonl"),
+    "train_image_tokenizer.py": ("--data.images", "images.tar", "--teacher.weights", "clip.pt"),
+}
 
 
 class Cluster:
@@ -54,6 +61,7 @@ class Cluster:
             "SLURM_JOB_ID": f"{os.getpid()}",
             "SLURM_JOB_NODELIST": "node1",
             "BEIT3_PROCESSES_PER_NODE": "1",
+            "NODES": "node1",
             "OUT": str(self.out),
             "SAVED": "",  # the checkpoint that the trainers save
             "SIGNAL": "",  # what Slurm sends to the batch script
@@ -107,9 +115,78 @@ def test_a_checkpoint_to_go_back_to_is_refused_not_overridden(cluster: Cluster) 
 
 def test_all_of_it_runs_in_a_container(cluster: Cluster) -> None:
     assert cluster.job(0, BEIT3_CONTAINER="beit3.sif").returncode == 0
-    assert cluster.count("apptainer exec --nv beit3.sif python launchers/slurm/latest.py") == 1
+    assert cluster.count("apptainer exec --nv beit3.sif python launchers/slurm/job.py") == 1
     (trained,) = (line for line in cluster.calls.read_text().splitlines() if line.startswith("srun"))
     assert "apptainer exec --nv beit3.sif bash -c" in trained
+
+
+def test_all_of_it_runs_in_a_container_of_slurms_own(cluster: Cluster) -> None:
+    job = cluster.job(0, BEIT3_PYXIS="/shared/beit3.sqsh", BEIT3_MOUNTS="/data:/data")
+    assert job.returncode == 0, job.stderr
+    *before, trained = (line for line in cluster.calls.read_text().splitlines() if line.startswith("srun"))
+    container = f"--container-image=/shared/beit3.sqsh --container-mounts={REPOSITORY},/data:/data --container-workdir"
+    assert all(container in line for line in (*before, trained)) and "launchers/slurm/job.py 1 1 1" in before[1]
+    both = cluster.job(0, BEIT3_PYXIS="a.sqsh", BEIT3_CONTAINER="a.sif")
+    assert both.returncode == 2 and "set one of them" in both.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "least", "fields", "used"),
+    [
+        (3, "2", (), 2),  # batches of 2,048 do not divide by 3
+        (3, "3", (), 3),  # the run itself says what does not divide
+        (3, "", (), 3),
+        (3, "2", ("--batch.images", "12", "--batch.texts", "6", "--batch.pairs", "3"), 3),
+        (6, "1", ("--parallel.tensor", "3", "--batch.accumulation", "2048"), 3),
+        (6, "1", ("--parallel.tensor", "auto", "--batch.accumulation", "auto"), 4),
+    ],
+)
+def test_nodes_that_the_batch_does_not_divide_by_stay_idle_where_they_may(
+    nodes: int, least: str, fields: tuple[str, ...], used: int, cluster: Cluster
+) -> None:
+    names = [f"node{number}" for number in range(nodes)]
+    model = ("--model.heads", "12", "--model.width", "768")
+    job = cluster.job(0, *model, *fields, NODES=" ".join(names), BEIT3_LEAST_NODES=least)
+    assert job.returncode == 0, job.stderr
+    (trained,) = (line for line in cluster.calls.read_text().splitlines() if line.startswith("srun"))
+    assert f"--nodes={used} --nodelist={','.join(names[:used])} --ntasks={used} " in trained
+    assert (f"does not divide by {nodes} nodes: {used} are at work" in job.stdout) == (used < nodes)
+
+
+def test_a_number_of_nodes_that_cannot_be_is_refused(cluster: Cluster) -> None:
+    for least, nodes, told in (("2", "a", "BEIT3_LEAST_NODES=2 of the 1 nodes"), ("0", "a", "=0 of"), ("x", "a", "no")):
+        job = cluster.job(0, NODES=nodes, BEIT3_LEAST_NODES=least)
+        assert job.returncode == 2 and told in job.stderr and cluster.count("srun") == 0, job.stderr
+    job = cluster.job(0, "--batch.images", "7", "--batch.texts", "7", "--batch.pairs", "7", NODES="a b c",
+                      BEIT3_LEAST_NODES="2")  # fmt: skip
+    assert job.returncode == 2 and "each of 2 to 3 nodes no batch of this run divides" in job.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("finetune.py", ("--config", "launchers/recipes/finetune/vqa_base.yaml", "--init_from", "model.pth")),
+        ("train_image_tokenizer.py", ("--config", "launchers/recipes/image_tokenizer_base.yaml")),
+    ],
+)
+def test_other_programs_go_back_into_the_queue_alike(
+    program: str, arguments: tuple[str, ...], cluster: Cluster
+) -> None:
+    own = [*arguments, "--out", str(cluster.out), *OF_PROGRAM[program]]
+    environment = cluster.environment | {
+        "BEIT3_PROGRAM": f"launchers/{program}",
+        "TRAINERS_EXIT": "1",
+        "SAVED": "step_1",
+    }
+    script = ["bash", "launchers/slurm/pretrain.sbatch", *own]
+    job = subprocess.run(script, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=120)
+    assert job.returncode == 1 and cluster.count("scontrol requeue") == 1, job.stderr
+    assert f"launchers/{program} --config" in cluster.calls.read_text()
+
+
+def test_a_program_that_trains_nothing_is_refused(cluster: Cluster) -> None:
+    job = cluster.job(0, BEIT3_PROGRAM="tools/report.py")
+    assert job.returncode == 2 and "BEIT3_PROGRAM=tools/report.py is none of launchers/" in job.stderr
 
 
 KILLED = 128 + 9
