@@ -86,7 +86,8 @@ def test_a_hanging_step_is_ended_with_all_stacks(recipe: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_torchrun_and_a_signal_to_go(tmp_path: Path) -> None:
-    """torchrun passes SIGTERM on; Slurm would send it to the loader processes as well. Then on, to the same end."""
+    """Two nodes, each with a torchrun that passes SIGTERM on; Slurm would send it to the loader processes as well. Then
+    on, to the same end."""
     config = run_config(tmp_path)
     config.data = DataConfig(**vars(config.data) | {"workers": 1})
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
@@ -94,15 +95,20 @@ def test_torchrun_and_a_signal_to_go(tmp_path: Path) -> None:
     assert run_workers(2, train, undisturbed) == ["", ""]
 
     arguments = ["--config", str(recipe), "--checkpoint.every", "100", "--checkpoint.resume", "auto"]
-    process = start("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
-                    "launchers/pretrain.py", *arguments)  # fmt: skip
-    wait_for_steps(process, config.out, 3)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    port = str(free_port())
+    nodes = [
+        start("-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", rank, "--nproc_per_node", "1",
+              "--master_addr", "127.0.0.1", "--master_port", port, "launchers/pretrain.py", *arguments)
+        for rank in "01"
+    ]  # fmt: skip
+    wait_for_steps(nodes[0], config.out, 3)
+    for node in nodes:
+        for child in psutil.Process(node.pid).children(recursive=True):
+            child.send_signal(signal.SIGTERM)
+    output, other = (node.communicate(timeout=120)[0] for node in nodes)
     done = len(metrics(config.out))
     assert 3 <= done < config.steps and f"asked to go: saved after step {done} of 12" in output, output
-    assert "exitcode  : 75" in output, output
+    assert "exitcode  : 75" in output and "exitcode  : 75" in other, output + other
 
     result = launch("pretrain", *arguments, processes=2)
     assert result.returncode == 0 and f"going on after step {done}" in result.stderr, result.stderr
