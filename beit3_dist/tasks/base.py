@@ -243,6 +243,15 @@ class Task(ABC):
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """[B, ...]: what `score` needs, of one shape for all batches."""
 
+    @property
+    def outcomes(self) -> Sequence[Any]:
+        """What `logits` has a number for, one each; none where its numbers mean nothing else."""
+        return self.classes
+
+    def chances(self, logits: Tensor) -> Tensor:
+        """Logits [B, outcomes] as how likely each outcome is, in [0, 1]."""
+        return logits.softmax(1)
+
     # The predictions [N, ...] of all examples, on the CPU.
 
     def refined(

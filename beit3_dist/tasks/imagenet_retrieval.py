@@ -81,10 +81,19 @@ class ImageNetRetrieval(Contrastive, ImageNet):
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """int64 [B, 5]: the classes with the closest names, closest first."""
+        cosines = self._cosines(model, inputs)
+        return cosines.topk(min(5, cosines.shape[1])).indices
+
+    def logits(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """[B, classes]: the cosines with the names, by the temperature that was learnt."""
+        return model.task_head(None, None)[2] * self._cosines(model, inputs)
+
+    def _cosines(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
+        """[B, classes], of the images with the names."""
         images = self.embed_images(model, inputs.images[:, 0]).float()
         if self._names is None:
             self._names = self._embedded_names(model, images.device)
-        return (images @ self._names.T).topk(min(5, len(self._names))).indices
+        return images @ self._names.T
 
     def _embedded_names(self, model: FineTuned, device: torch.device) -> Tensor:
         words, padding = padded_words(names_as_words(self.classes, self.tokenizer), self.config.data.text_length)

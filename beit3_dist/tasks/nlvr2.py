@@ -45,6 +45,10 @@ class NLVR2(Task):
         tokens_2B2D = hidden[:, [0, 1 + model.config.patches]].flatten(1)
         return model.task_head(torch.cat(tokens_2B2D.chunk(2), dim=1))
 
+    @property
+    def outcomes(self) -> Sequence[bool]:
+        return (False, True)
+
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         return cross_entropies(self.logits(model, inputs), inputs.labels)
 

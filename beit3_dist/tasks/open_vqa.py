@@ -74,6 +74,11 @@ class OpenVQA(Captioning):
     def read(number: int, record: Record, rules: Rules) -> Example:
         return VQA.read(number, record, rules)
 
+    @property
+    def outcomes(self) -> Sequence[str]:
+        """None: the answers are written, whatever they may be."""
+        return ()
+
     @staticmethod
     def labels(examples: Sequence[Example], classes: int) -> Tensor:
         return torch.zeros(len(examples))

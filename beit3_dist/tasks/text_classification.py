@@ -62,6 +62,10 @@ class TextClassification(Sentences):
         """Whether a number is told."""
         return len(self.classes) == 1
 
+    @property
+    def outcomes(self) -> Sequence[str]:
+        return [] if self.is_number else self.classes
+
     def examples(self, train: bool) -> Sequence[Example]:
         return Cut(super().examples(train), self.config.data.text_length)
 

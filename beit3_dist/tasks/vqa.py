@@ -61,6 +61,10 @@ class VQA(Task):
         hidden = model.encode(inputs.images[:, 0], inputs.words, inputs.padding, keep=keep)
         return model.task_head(hidden[:, 1 + model.config.patches :] if model.config.fusion_layers else hidden)
 
+    def chances(self, logits: Tensor) -> Tensor:
+        """Each answer's own: several may be right."""
+        return logits.sigmoid()
+
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Binary cross-entropy of every answer, summed over the answers."""
         logits = self.logits(model, inputs)

@@ -15,7 +15,7 @@ from PIL import Image
 from beit3_dist.checkpoint.model_folder import read_model_folder, save_model_folder
 from beit3_dist.config import ModelConfig
 from beit3_dist.data.text import TextTokenizer
-from beit3_dist.inference import Model, open_image
+from beit3_dist.inference import Model, image_features, open_image
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.contrast import ContrastHead
 from beit3_dist.objectives.matching import HeadForm, MatchingHead
@@ -262,12 +262,10 @@ def test_a_pretrained_models_contrast_is_used(tmp_path: Path, tokenizer: Path, p
     )
     torch.testing.assert_close(vectors, torch.nn.functional.normalize(cls, dim=1))
     assert len(Model.load(folder, device="cpu", task="captioning").caption(pictures[:1], max_words=2)) == 1
-    for task, message in {
-        None: "is a pretrained model that serves for captioning and retrieval: name one, task=",
-        "vqa": "holds a pretrained model that none of its objectives fits for vqa; launchers/finetune.py",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            Model.load(folder, device="cpu", task=task)
+    with pytest.raises(ValueError, match="is a pretrained model that serves for captioning and retrieval: name one, t"):
+        Model.load(folder, device="cpu").embed_images(pictures)
+    with pytest.raises(ValueError, match="a pretrained model that none of its objectives fits for vqa; launchers/fin"):
+        Model.load(folder, device="cpu", task="vqa")
     with pytest.raises(ValueError, match="was fine-tuned for vqa, not for captioning"):
         Model.load(save(tmp_path / "vqa", "vqa", tokenizer), task="captioning")
 
@@ -294,11 +292,115 @@ def test_a_pretrained_model_tells_what_matches(
         without.match(pictures, SENTENCES[:4])
 
 
+def test_a_pretrained_model_fills_in_what_is_hidden(tmp_path: Path, tokenizer: Path, pictures: list[Path]) -> None:
+    """Against the network: the heads of masked data modelling on what it encodes, with an image or without."""
+    model = Model.load(pretrained(tmp_path / "model", tokenizer, OBJECTIVES[:1]), device="cpu")
+    words, square = TextTokenizer(str(tokenizer)), model._square(pictures)
+    asked = ["a [MASK] circle", "[MASK] [MASK]", "a red [MASK]", "[MASK] square"]
+    for images in (None, pictures):
+        found = model.fill_words(asked, images, top=3)
+        assert [len(some) for some in found] == [1, 2, 1, 1] and found[3] == model.fill_words(
+            asked[3:], images and images[3:], top=3
+        )[0]
+        text = [words.bos, *words.encode("a"), words.mask, *words.encode("circle"), words.eos]
+        place = text.index(words.mask) - len(text)
+        states = model.network.encode(images and square[:1], torch.tensor([text]))[0, place]
+        chances = model.network.text_head(states[None])[0].softmax(0)[words.words.start : words.words.stop]
+        best = chances.topk(3)
+        expected = [words.decode([words.words.start + int(place)]) for place in best.indices]
+        assert [guess.what for guess in found[0][0]] == expected
+        torch.testing.assert_close(torch.tensor([guess.score for guess in found[0][0]]), best.values)
+
+    hidden = torch.tensor([[True, False, False, True]]).expand(4, -1)
+    codes = model.fill_patches(pictures, hidden)
+    states = model.network.encode(square, image_mask=hidden)[:, 1:]
+    assert codes.shape == (4, 4) and torch.equal(
+        codes, model.network.image_head(states.flatten(0, 1)).argmax(1).view(4, 4)
+    )
+    assert not torch.equal(codes, model.fill_patches(pictures, torch.ones(4, 4, dtype=torch.bool)))
+    assert model.fill_patches(pictures, hidden, SENTENCES[:4]).shape == (4, 4)
+    for ask, message in {
+        lambda: model.fill_words(["a red circle"]): r"texts\[0\] has no \[MASK\]",
+        lambda: model.fill_words(["[MASK] " + "a red circle " * 9]): r"texts\[0\] has \d+ tokens: the model reads 10",
+        lambda: model.fill_words(asked, pictures[:1]): "1 images and 4 texts",
+        lambda: model.fill_words(asked, top=0): "top=0: give the number of guesses",
+        lambda: model.fill_patches(pictures, hidden[:, :3]): r"not bool \[4, 4\]",
+        lambda: model.fill_patches(pictures, hidden, SENTENCES[:1]): "4 images and 1 texts",
+        lambda: model.caption(pictures): "pretrained model without a task; .*; captions need one",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            ask()
+
+
+def test_features_are_those_of_the_encoder(tmp_path: Path, tokenizer: Path, pictures: list[Path]) -> None:
+    """With a task or without, in either precision; what is learnt from them tells classes that were seen."""
+    folder = pretrained(tmp_path / "model", tokenizer, OBJECTIVES)
+    model = Model.load(folder, device="cpu", task="retrieval")
+    features = model.features(pictures)
+    torch.testing.assert_close(features, model.network.encode(model._square(pictures))[:, 1:].mean(1))
+    assert torch.equal(features, Model.load(folder, device="cpu").features(pictures))
+    assert torch.equal(features, image_features(read_model_folder(folder), "model", "cpu")(pictures))
+    assert (Model.load(folder, "cpu", precision="bf16").features(pictures) - features).abs().max() < 0.2
+    texts = model.text_features(SENTENCES)
+    torch.testing.assert_close(texts[:1], model.text_features(SENTENCES[:1]))  # padding changes nothing
+    assert texts.shape == (6, 32) and model.features([]).shape == (0, 32)
+    seen, classes = pictures * 5, ["noise", "square", "tall", "wide"] * 5
+    for by in ("probe", "neighbours"):
+        classify = model.learn_classes(seen, classes, by, neighbours=3)
+        assert classify(pictures) == classes[:4]
+        (best, *rest), *_ = classify(pictures, top=4)
+        assert best.what == "noise" and best.score > rest[0].score and sum(g.score for g in [best, *rest]) <= 1.001
+    with pytest.raises(ValueError, match="4 images and 20 classes"):
+        model.learn_classes(pictures, classes)
+    with pytest.raises(ValueError, match="classes: 1 of them"):
+        model.learn_classes(pictures, ["one"] * 4)
+
+
+def test_classes_by_ones_own_names(tmp_path: Path, tokenizer: Path, pictures: list[Path]) -> None:
+    model = Model.load(pretrained(tmp_path / "model", tokenizer, OBJECTIVES), device="cpu", task="retrieval")
+    cosines = model.embed_images(pictures) @ model.embed_texts(SENTENCES).T
+    assert model.classify_by_names(pictures, SENTENCES) == [SENTENCES[best] for best in cosines.argmax(1)]
+    scale = model.network.task_head.logit_scale.exp()
+    guesses = model.classify_by_names(pictures, SENTENCES, top=6)
+    scores = torch.tensor([[guess.score for guess in some] for some in guesses])
+    torch.testing.assert_close(scores, (scale * cosines).softmax(1).sort(1, descending=True).values)
+    of_many = model.classify_by_names(pictures, ["red", "blue"], ["a {} circle", "a {} square"], top=2)
+    assert {guess.what for guess in of_many[0]} == {"red", "blue"}
+    with pytest.raises(ValueError, match="templates: each has {}"):
+        model.classify_by_names(pictures, SENTENCES, ["a"])
+
+
+def test_scores_of_the_likeliest(folders: dict[str, Path], pictures: list[Path]) -> None:
+    models = {task: Model.load(folders[task], device="cpu") for task in ("vqa", "imagenet", "text", "nlvr2")}
+    found = {
+        "vqa": models["vqa"].answer(pictures[:2], SENTENCES[:2], top=4),
+        "imagenet": models["imagenet"].classify(pictures[:2], top=4),
+        "text": models["text"].classify(SENTENCES[:2], top=4),
+        "nlvr2": models["nlvr2"].is_true([pictures[:2]] * 2, SENTENCES[:2], top=9),
+    }
+    for task, some in found.items():
+        for guesses in some:
+            scores = [guess.score for guess in guesses]
+            assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
+            assert {guess.what for guess in guesses} == ({True, False} if task == "nlvr2" else set(ANSWERS))
+            assert task == "vqa" or sum(scores) == pytest.approx(1)
+    assert [some[0].what for some in found["vqa"]] == models["vqa"].answer(pictures[:2], SENTENCES[:2])
+    assert [some[0].what for some in found["nlvr2"]] == models["nlvr2"].is_true([pictures[:2]] * 2, SENTENCES[:2])
+    with pytest.raises(ValueError, match="top=0"):
+        models["vqa"].answer(pictures[:2], SENTENCES[:2], top=0)
+
+
 def test_folders_that_cannot_be_used(tmp_path: Path, tokenizer: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model folder"):
         Model.load(tmp_path)
+    encoder = Model.load(save(tmp_path / "pretrained", None, tokenizer))
+    assert encoder.features([Image.new("RGB", (5, 5))]).shape == (1, 32)
+    with pytest.raises(ValueError, match="pretrained model without a task; launchers/finetune.py teaches it one; embe"):
+        encoder.embed_texts(["red"])
     with pytest.raises(ValueError, match="pretrained model without a task"):
-        Model.load(save(tmp_path / "pretrained", None, tokenizer))
+        encoder.predict(["a.jpg"])
+    with pytest.raises(ValueError, match="has no head for words: a model that was pretrained by masking has one"):
+        encoder.fill_words(["a [MASK]"])
     with pytest.raises(ValueError, match="do not fit together.*task_head") as error:
         Model.load(save(tmp_path / "other", "vqa", tokenizer, classes=7))
     assert "\n" not in str(error.value)
