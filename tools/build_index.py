@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Makes the indexes that fine-tuning reads, from the official files of benchmarks, or from data sets that pip brings.
+"""Makes the indexes that fine-tuning reads, from one's own table, from the official files of benchmarks, or from data
+sets that pip brings.
 
 The indexes have unilm/beit3's names and fields, and what it has not: `captions` and `answers` of people, where an
 evaluation needs them. The paths of images in them are relative to a folder that the training is told: data.images.
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, HelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from beit3_dist.checkpoint.files import folder_made_aside
 from beit3_dist.command_line import refusing
+from beit3_dist.config import require
 from beit3_dist.data.cache import write_whole
 from beit3_dist.data.kinds import LeftOut, told
 from beit3_dist.data.text import TextTokenizer
@@ -25,9 +27,11 @@ from beit3_dist.demo import tasks as demo
 from beit3_dist.demo.sources import emoji_images
 from beit3_dist.opening import read_json
 from beit3_dist.tasks.data import benchmarks
+from beit3_dist.tasks.data import own_table as own_table_module
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
 from beit3_dist.tasks.data.glue import glue
 from beit3_dist.tasks.data.names import read_names
+from beit3_dist.tasks.data.own_table import FIELDS, OPTIONAL, WORDLESS, own_table
 
 PROGRAM = "build_index.py"
 TEXTS_AT_ONCE = 4096
@@ -117,6 +121,34 @@ def build_glue(options: Namespace) -> None:
         print(f"left out {count:,} lines: {reason}; the first is {first}", file=sys.stderr)
 
 
+def build_table(options: Namespace) -> None:
+    columns = {}
+    for given in options.columns:
+        field, equals, column = given.partition("=")
+        known = (*FIELDS[options.task], *OPTIONAL.get(options.task, ()))
+        require(bool(equals and column), f"--columns {given}: it is FIELD=COLUMN")
+        require(field in known, f"--columns {given}: {options.task} has no {field!r} but {', '.join(known)}")
+        columns[field] = column
+    tokenizer = None
+    if options.task not in WORDLESS:
+        require(options.text_tokenizer is not None, f"--text_tokenizer is not given, which {options.task} needs")
+        tokenizer = TextTokenizer(options.text_tokenizer)
+    given_names = read_names(options.names) if options.names else None
+    images = options.source.parent if options.images is None else options.images
+    sides = options.source, options.validation, options.held_out
+    indexes, names = own_table(options.task, *sides, columns, images, given_names)
+    write_indexes(options.out, indexes, tokenizer)
+    fields = f"--data.train {options.out}/{options.task}.train.jsonl --data.validation "
+    fields += f"{options.out}/{options.task}.validation.jsonl"
+    if "image" in FIELDS[options.task]:
+        fields += f" --data.images {images}"
+    if names:
+        write_names(options.out / "names.txt", names)
+        print(f"names.txt: {len(names):,} names")
+        fields += f" --data.answers {options.out}/names.txt"
+    print(f"for launchers/finetune.py: --task {options.task} {fields}")
+
+
 def build_demo(options: Namespace) -> None:
     """Images and indexes aside, then renamed."""
     listed = options.out / "demo.json"
@@ -156,24 +188,39 @@ def parse(arguments: list[str] | None) -> Namespace:
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
         epilog="Examples:\n"
+        f"  {PROGRAM} table questions.csv indexes --task vqa --text_tokenizer beit3.spm\n"
         f"  {PROGRAM} coco dataset_coco.json indexes --text_tokenizer beit3.spm\n"
         f"  {PROGRAM} vqa vqa_v2 indexes --text_tokenizer beit3.spm --answers answer2label.txt\n"
         f"  {PROGRAM} imagenet /data/imagenet indexes\n"
         f"  {PROGRAM} demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
     )
-    names = "coco | flickr30k | vqa | nlvr2 | imagenet | glue | demo"
+    names = "table | coco | flickr30k | vqa | nlvr2 | imagenet | glue | demo"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     def command(name: str, builds: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
-        sub = commands.add_parser(name, help=text.split(".")[0], description=text)
+        form = RawDescriptionHelpFormatter if builds is build_table else HelpFormatter
+        sub = commands.add_parser(name, help=text.split(".")[0], description=text, formatter_class=form)
         sub.set_defaults(build=builds)
         if source:
             sub.add_argument("source", type=Path, metavar="SOURCE", help=source)
         sub.add_argument("out", type=Path, metavar="OUT", help="folder of the indexes")
         if builds is not build_imagenet:  # which has no texts
-            sub.add_argument("--text_tokenizer", required=True, metavar="FILE", help="SentencePiece model")
+            needed = builds is not build_table
+            sub.add_argument("--text_tokenizer", required=needed, metavar="FILE", help="SentencePiece model")
         return sub
 
+    text = "One's own table, for any task. " + str(own_table_module.__doc__).partition("\n\n")[2]
+    sub = command("table", build_table, ".csv, .tsv, .jsonl or .json table, which names its columns", text)
+    sub.add_argument("--task", required=True, choices=FIELDS, help="what is to be learnt")
+    sub.add_argument("--validation", type=Path, metavar="TABLE", help="table of the validation; else see --held-out")
+    text = "share of the pictures (or texts) that is kept aside for the validation, with all their rows; 0.1"
+    sub.add_argument("--held-out", type=float, default=0.1, metavar="SHARE", help=text)
+    text = "folder that the pictures lie in, data.images (default: that of the table)"
+    sub.add_argument("--images", type=Path, metavar="FOLDER", help=text)
+    text = "names of columns that are called otherwise, as question=frage"
+    sub.add_argument("--columns", nargs="+", default=[], metavar="FIELD=COLUMN", help=text)
+    text = "answers or classes to use, one a line (default: those of the table), as a model has learnt them before"
+    sub.add_argument("--names", type=Path, metavar="FILE", help=text)
     text = "Retrieval and captioning on COCO, in Karpathy's split. data.images is the folder of train2014 and val2014."
     command("coco", partial(build, benchmarks.coco), "dataset_coco.json", text)
     text = "Retrieval on Flickr30k, in Karpathy's split. data.images is the folder of flickr30k-images."

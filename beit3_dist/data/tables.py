@@ -50,12 +50,7 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
             known = record if isinstance(record, dict) else {}
             yield _text(known.get(image), image, place), _text(known.get(caption), caption, place)
         return
-    separator = {".tsv": "\t", ".csv": ","}.get(Path(bare(table)).suffix.lower(), "")
-    require(bool(separator), f"{table}: a table ends in .tsv, .csv, .jsonl or .json, and .gz or .zst")
-    tabbed = ((number, line.split("\t")) for number, line in read_lines(table) if line)  # quotes are part of captions
-    rows = _separated(table) if separator == "," else tabbed
-    _, columns = next(rows, (1, []))
-    require(bool(columns), f"{table} is empty: its first line names the columns")
+    separator, columns, rows = _cells(table)
     for column in (image, caption):
         if columns.count(column) != 1:
             raise ValueError(
@@ -68,8 +63,39 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
         if rest and len(cells) > len(columns):
             cells[len(columns) - 1 :] = [separator.join(cells[len(columns) - 1 :])]
         if len(cells) != len(columns):
-            raise ValueError(f"{table}, line {line}: {_too_many_or_few(len(cells), len(columns), separator)}")
+            wrong = _too_many_or_few(len(cells), len(columns), separator)
+            too = ", or, if the caption comes last, give --rest-is-caption" if len(cells) > len(columns) else ""
+            raise ValueError(f"{table}, line {line}: {wrong}{too}")
         yield cells[columns.index(image)], cells[columns.index(caption)]
+
+
+def table_records(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and fields by their names of each row of a .tsv, .csv, .jsonl or .json table, as written. Raises ValueError
+    with the place."""
+    require(table.is_file(), f"there is no file {table}")
+    if is_json(bare(table)):
+        for place, record in read_records(table):
+            require(isinstance(record, dict), f"{place}: no JSON object")
+            yield place, record
+        return
+    separator, columns, rows = _cells(table)
+    for column in columns:
+        require(columns.count(column) == 1, f"{table} has two columns {column!r}: give each another name")
+    for line, cells in rows:
+        if len(cells) != len(columns):
+            raise ValueError(f"{table}, line {line}: {_too_many_or_few(len(cells), len(columns), separator)}")
+        yield f"{table}, line {line}", dict(zip(columns, cells, strict=True))
+
+
+def _cells(table: Path) -> tuple[str, list[str], Iterator[tuple[int, list[str]]]]:
+    """Separator and names of the columns of a .tsv or .csv table, and line and cells of each row."""
+    separator = {".tsv": "\t", ".csv": ","}.get(Path(bare(table)).suffix.lower(), "")
+    require(bool(separator), f"{table}: a table ends in .tsv, .csv, .jsonl or .json, and .gz or .zst")
+    tabbed = ((number, line.split("\t")) for number, line in read_lines(table) if line)  # quotes are part of captions
+    rows = _separated(table) if separator == "," else tabbed
+    _, columns = next(rows, (1, []))
+    require(bool(columns), f"{table} is empty: its first line names the columns")
+    return separator, columns, rows
 
 
 def _shown(columns: list[str]) -> str:
@@ -81,8 +107,7 @@ def _shown(columns: list[str]) -> str:
 def _too_many_or_few(cells: int, columns: int, separator: str) -> str:
     if cells < columns:
         return f"too few columns, {cells} for the header's {columns}"
-    remedy = f"{REMEDY[separator]}, or, if the caption comes last, give --rest-is-caption"
-    return f"too many columns, {cells} for the header's {columns}; {remedy}"
+    return f"too many columns, {cells} for the header's {columns}; {REMEDY[separator]}"
 
 
 def _separated(table: Path) -> Iterator[tuple[int, list[str]]]:

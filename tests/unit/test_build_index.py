@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import re
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from beit3_dist.command_line import configured
 from beit3_dist.data.sides import side
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.demo import tasks as demo
 from beit3_dist.demo.sources import Emoji
-from beit3_dist.tasks.data import benchmarks
+from beit3_dist.tasks.config import FinetuneConfig
+from beit3_dist.tasks.data import benchmarks, own_table
 from beit3_dist.tasks.data.examples import read_index
 from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import train_tokenizer
@@ -493,3 +496,148 @@ def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsy
     run("demo", None, out, "--text_tokenizer", spm)
     assert capsys.readouterr().out == f"{out} is complete\n"
     assert "another --held-out" in refused(capsys, "demo", None, out, "--text_tokenizer", spm, "--held-out", "0.2")
+
+
+# ------------------------------------------------------------------------------------------------------ one's own table
+
+ROWS = 12
+COLOURS = ["red", "green", "blue"]
+
+
+def own_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows with a column for every field, and their pictures."""
+    (folder / "p").mkdir(parents=True)
+    for number in range(ROWS // 2):
+        Image.new("RGB", (8, 8), COLOURS[number % 3]).save(folder / f"p/{number}.png")
+    return [
+        {
+            "image": f"p/{number // 2}.png", "image2": f"p/{(number + 1) // 2 % 6}.png", "question": f"which, {number}",
+            "answer": COLOURS[number // 2 % 3], "caption": f"it is {COLOURS[number // 2 % 3]}, {number}",
+            "class": ["true", "false"][number // 2 % 2], "text": f"sentence {number}", "text2": f"another, {number}",
+        }
+        for number in range(ROWS)
+    ]  # fmt: skip
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".tsv":
+        lines = ([*rows[0]], *(row.values() for row in rows))
+        path.write_text("".join("\t".join(map(str, line)) + "\n" for line in lines))
+    else:
+        with open(path, "w", newline="") as file:
+            table = csv.DictWriter(file, [*rows[0]])
+            table.writeheader()
+            table.writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("task", own_table.FIELDS)
+def test_a_table_becomes_the_index_of_any_task(
+    task: str, tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same of .csv, .tsv and .jsonl; what training reads, every row on one side, and a picture's rows together."""
+    rows, written = own_rows(tmp_path), {}
+    for ending in (".csv", ".tsv", ".jsonl"):
+        table, out = write_table(tmp_path / f"table{ending}", rows), tmp_path / f"out{ending}"
+        run("table", table, out, "--task", task, "--text_tokenizer", spm, "--held-out", 0.4)
+        written[ending] = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written[".csv"] == written[".tsv"] == written[".jsonl"]
+    out = tmp_path / "out.csv"
+    names = (out / "names.txt").read_text().split() if (out / "names.txt").exists() else []
+    sides = {
+        name: read_index(
+            out / f"{task}.{name}.jsonl", task_class(task), tmp_path, train=name == "train", predicted=name != "train",
+            vocab_size=310, classes=len(names) or None,
+        )
+        for name in ("train", "validation")
+    }  # fmt: skip
+    images = {name: {image for example in side for image in example.images[:1]} for name, side in sides.items()}
+    assert not images["train"] & images["validation"]
+    held_out = {row["image"] for row in rows if side(row[own_table.FIELDS[task][0]].encode(), 0.4) == "held_out"}
+    per_picture = task == "captioning"
+    if "image" in own_table.FIELDS[task]:
+        assert len(sides["validation"]) == len(held_out) * (1 if per_picture else 2) and held_out
+        assert len(sides["train"]) == ROWS - 2 * len(held_out)
+    else:
+        assert len(sides["train"]) + len(sides["validation"]) == ROWS
+    expected = {"answer": COLOURS, "class": ["false", "true"]}.get(own_table.FIELDS[task][-1], [])
+    assert sorted(names) == ([] if task == "nlvr2" else sorted(expected))
+    command = capsys.readouterr().out.splitlines()[-1]
+    begins = f"for launchers/finetune.py: --task {task} --data.train {tmp_path}/out.jsonl/{task}.train.jsonl "
+    assert command.startswith(begins)
+    arguments = command.split(": ")[1].split()
+    needed = ["--out", "run", "--init_from", "model", "--text_tokenizer", str(spm)]
+    assert configured(FinetuneConfig, "finetune", "", [*arguments, *needed]).task == task
+
+
+def test_what_a_table_means(tmp_path: Path, spm: Path) -> None:
+    rows = own_rows(tmp_path)
+    lists = [row | {"answer": ["red"] * 4 + ["blue"] * 6, "caption": ["one thing", "another"]} for row in rows[:2]]
+    train, other = write_table(tmp_path / "a.jsonl", [*lists, *rows[2:]]), write_table(tmp_path / "b.csv", rows[:3])
+    run("table", train, tmp_path / "vqa", "--task", "vqa", "--text_tokenizer", spm, "--validation", other)
+    first, *_ = read(tmp_path / "vqa/vqa.train.jsonl")
+    names = (tmp_path / "vqa/names.txt").read_text().split()
+    assert {names[label] for label in first["labels"]} == {"red", "blue"} and first["scores"] == [1.0, 1.0]
+    assert [line["answers"] for line in read(tmp_path / "vqa/vqa.validation.jsonl")] == [["red"], ["red"], ["green"]]
+    run("table", train, tmp_path / "captions", "--task", "captioning", "--text_tokenizer", spm, "--validation", train)
+    assert len(read(tmp_path / "captions/captioning.train.jsonl")) == ROWS + 2
+    of_first = read(tmp_path / "captions/captioning.validation.jsonl")[0]
+    assert of_first["captions"] == ["one thing", "another"] * 2 and of_first["text_segment"] is None
+    numbers = write_table(tmp_path / "n.csv", [row | {"class": n / 4} for n, row in enumerate(rows)])
+    run("table", numbers, tmp_path / "n", "--task", "text_classification", "--text_tokenizer", spm, "--held-out", 0.4)
+    assert (tmp_path / "n/names.txt").read_text() == "number\n"
+    labels = {line["label"] for line in read(tmp_path / "n/text_classification.train.jsonl")}
+    assert labels < {n / 4 for n in range(ROWS)}
+    (tmp_path / "known.txt").write_text("blue\nred\ngreen\nblack\n")
+    german = write_table(tmp_path / "g.tsv", [{"bild": row["image"], "farbe": row["answer"]} for row in rows])
+    run("table", german, tmp_path / "g", "--task", "imagenet", "--columns", "image=bild", "class=farbe",
+        "--names", tmp_path / "known.txt", "--held-out", 0.4, "--images", tmp_path)  # fmt: skip
+    assert {line["label"] for line in read(tmp_path / "g/imagenet.train.jsonl")} <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("vqa", {"answer": ""}, r"table\.csv, line 4: 'answer' is empty"),
+        ("vqa", {"image": "p/none.png"}, r"table\.csv, line 4: there is no picture .*p/none\.png"),
+        ("vqa", {"image": "../x.png"}, r"table\.csv, line 4: the name '\.\./x\.png' leads out of .*: --images names"),
+        ("nlvr2", {"class": "perhaps"}, r"table\.csv, line 4: 'perhaps' is neither true nor false"),
+        ("imagenet", {"class": ".DS_Store"}, r"table\.csv, line 4: '\.DS_Store' is named like a hidden file"),
+        ("captioning", {"caption": "   "}, r"table\.csv, line 4: 'caption' is empty"),
+    ],
+)
+def test_mistakes_in_a_table_are_named_by_file_and_line(
+    task: str, change: dict[str, str], message: str, tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = own_rows(tmp_path)
+    rows[2] |= change
+    table = write_table(tmp_path / "table.csv", rows)
+    arguments = ("--task", task, "--text_tokenizer", spm, "--validation", table)
+    assert re.search(message, refused(capsys, "table", table, tmp_path / "out", *arguments))
+
+
+def test_a_table_that_does_not_fit_is_refused(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = own_rows(tmp_path)
+    table = write_table(tmp_path / "table.csv", rows)
+    alike = write_table(tmp_path / "alike.csv", [row | {"class": "one"} for row in rows])
+    nameless = write_table(tmp_path / "nameless.csv", [{"image": row["image"]} for row in rows])
+    short = tmp_path / "short.csv"
+    short.write_text("image,class\np/0.png\n")
+    (tmp_path / "known.txt").write_text("black\nwhite\n")
+    for source, arguments, message in (
+        (nameless, ["--task", "imagenet"], r"nameless\.csv, line 2: imagenet needs 'class', and there is no 'class' "
+         r"but 'image': name its column by --columns class=COLUMN"),
+        (alike, ["--task", "imagenet", "--validation", alike], r"alike\.csv, line 2: all rows are 'one', and th"),
+        (short, ["--task", "imagenet"], r"short\.csv, line 2: too few columns, 1 for the header's 2"),
+        (table, ["--task", "vqa"], "--text_tokenizer is not given, which vqa needs"),
+        (table, ["--task", "imagenet", "--columns", "hue=class"], "--columns hue=class: imagenet has no 'hue'"),
+        (table, ["--task", "imagenet", "--columns", "class"], "--columns class: it is FIELD=COLUMN"),
+        (table, ["--task", "imagenet", "--held-out", 0.4, "--names", tmp_path / "known.txt"],
+         r"line \d+: 'true' is none of what is lear"),
+        (table, ["--task", "imagenet", "--held-out", 0.0001], "has too few rows for a share of 0.0001: none is left"),
+        (tmp_path / "none.csv", ["--task", "imagenet"], r"there is no file .*none\.csv"),
+    ):  # fmt: skip
+        assert re.search(message, refused(capsys, "table", source, tmp_path / "out", *arguments)), message
+    assert not (tmp_path / "out").exists()

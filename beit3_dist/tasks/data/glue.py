@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +48,19 @@ def glue(folder: Path, left_out: LeftOut) -> tuple[Indexes, list[str]]:
     rows = {side: list(found) for side, found in sides.items()}
     known = {_label(fields) for _, fields in rows["train"]} - {None}
     require(bool(known), f"{folder}: no line of train has a label")
-    numbers = {label: _number(str(label)) for label in known}
-    is_number = any(value is not None and not value.is_integer() for value in numbers.values())
-    all_numbers = None not in numbers.values()
-    names = [NUMBER] if is_number else sorted(map(str, known), key=(lambda n: float(n)) if all_numbers else str)
-    labels = {name: label for label, name in enumerate(names)}
+    names = names_of_classes(set(map(str, known)))
+    labels = None if names == [NUMBER] else {name: label for label, name in enumerate(names)}
     return {
-        f"{side}.jsonl": [_record(place, fields, None if is_number else labels) for place, fields in found]
-        for side, found in rows.items()
+        f"{side}.jsonl": [_record(place, fields, labels) for place, fields in found] for side, found in rows.items()
     }, names
+
+
+def names_of_classes(known: Set[str]) -> list[str]:
+    """The names of the classes that some labels are, in their order, or `NUMBER` alone where one has a fraction."""
+    numbers = [number_in(label) for label in known]
+    if any(value is not None and not value.is_integer() for value in numbers):
+        return [NUMBER]
+    return sorted(known, key=str if None in numbers else float)
 
 
 def _record(place: str, fields: dict[str, str], labels: dict[str, int] | None) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def _record(place: str, fields: dict[str, str], labels: dict[str, int] | None) -
         require(bool(record.get(name, "-").strip()), f"{place}: an empty sentence")
     label = _label(fields)
     if label is not None and labels is None:
-        number = _number(label)
+        number = number_in(label)
         require(number is not None, f"{place}: the label {label!r} is no number, as others are")
         record["label"] = number
     elif label is not None and labels is not None:
@@ -89,7 +93,8 @@ def _label(fields: dict[str, str]) -> str | None:
     return None if found.lower() in NO_LABEL else found
 
 
-def _number(label: str) -> float | None:
+def number_in(label: str) -> float | None:
+    """The finite number that a label is; None for any other."""
     try:
         value = float(label)
     except ValueError:
