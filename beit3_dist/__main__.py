@@ -41,6 +41,7 @@ PROGRAMS = {
     "Models in use": {
         "convert": ("tools.convert_checkpoint", "checkpoints and released weights into one another"),
         "evaluate": ("tools.evaluate", "zero-shot scores, k-NN and linear probes, without fine-tuning"),
+        "demo": ("tools.demo", "a page on this machine to try models: ask, caption, search, classify, look inside"),
         "search": ("tools.search_images", "the images of a folder that fit some words"),
     },
     "Speed": {

@@ -91,8 +91,13 @@ PYTHON
 )
 stage "3/5 the packages of pyproject.toml" "${install[@]}" --no-build-isolation "${packages[@]}"
 stage "4/5 this project" "${install[@]}" --no-build-isolation --no-deps --editable .
-# torchscale declares packages of years ago that it does not need for the model which the parity tests compare with.
-stage "5/5 torchscale for the parity tests" "${install[@]}" --no-build-isolation --no-deps torchscale
+# These declare what the tests do without: torchscale, which the parity tests compare with, packages of years ago;
+# CLIP_benchmark scikit-learn and Java's scores of captions; Gradio (and what it brings) a Pillow before 13.
+bare=(
+    torchscale clip-benchmark gradio gradio-client hf-gradio groovy safehttpx brotli orjson pandas pydub
+    python-multipart pytz semantic-version tomlkit
+)
+stage "5/5 what declares other packages than it needs here" "${install[@]}" --no-build-isolation --no-deps "${bare[@]}"
 
 describe >"$stamp.new"
 mv "$stamp.new" "$stamp"

@@ -23,6 +23,7 @@ FLOORS = (  # a floor imports those before it, and none of its own
     ("train", "hub"),
     ("plan",),
     ("reports",),
+    ("use",),
     ("tools", "launchers", "session"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from beit3_dist.inference import Model
+from beit3_dist.use import image_index
 from tests.unit.test_inference import save, tokenizer  # noqa: F401  (a fixture)
 from tools import search_images
 
@@ -146,7 +147,7 @@ def test_a_second_search_reads_what_changed(
 def test_an_interrupted_search_keeps_what_it_read(
     capsys: pytest.CaptureFixture[str], folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, calls = search_images.open_image, []
+    opened, calls = image_index.open_image, []
 
     def interrupted(path: Path):  # 40 images are a batch of 32 and one of 8
         calls.append(path)
@@ -154,7 +155,7 @@ def test_an_interrupted_search_keeps_what_it_read(
             raise KeyboardInterrupt
         return opened(path)
 
-    monkeypatch.setattr(search_images, "open_image", interrupted)
+    monkeypatch.setattr(image_index, "open_image", interrupted)
     with pytest.raises(SystemExit) as end:
         search(capsys, folder, model)
     assert end.value.code == 130 and capsys.readouterr().err.endswith("search_images.py: interrupted\n")
