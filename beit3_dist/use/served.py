@@ -179,7 +179,7 @@ def ask(model: Model, image: str, question: str) -> list[Guess]:
 
 def classify(model: Model, image: str, names: str, template: str) -> list[Guess]:
     """`names`: one a line, or with commas between them. `template`: with {} for the name, or empty."""
-    listed = [name.strip() for line in names.splitlines() for name in line.split(",") if name.strip()]
+    listed = [name.strip() for line in names.split("\n") for name in line.split(",") if name.strip()]
     require(len(listed) > 1, "Write two names of classes or more, a line each.")
     return model.classify_by_names([image], list(dict.fromkeys(listed)), [template.strip() or "{}"], top=len(listed))[0]
 

@@ -377,14 +377,14 @@ def test_timm_loads_its_folder(folders: dict[str, Path], pretrained: Path, tmp_p
     encoder = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
     hidden = AutoModel.from_pretrained(pretrained).eval()(images).last_hidden_state
     torch.testing.assert_close(encoder(images), hidden, atol=1e-5, rtol=1e-5)
-    for name, expected in (("classes", expected), ("encoder", hidden)):  # by the file, as timm's own models are
+    for name, right in (("classes", expected), ("encoder", hidden)):  # by the file, as timm's own models are
         config = json.loads((tmp_path / name / "config.json").read_text())
         geometry = config["model_args"] | {key: config[key] for key in ("num_classes", "global_pool")}
         of_file = timm.create_model(
-            config["architecture"], pretrained=True, pretrained_cfg=dict(file=str(tmp_path / name / "model.safetensors")),
-            **geometry,
+            config["architecture"], pretrained=True, **geometry,
+            pretrained_cfg=dict(file=str(tmp_path / name / "model.safetensors")),
         )  # fmt: skip
-        torch.testing.assert_close(of_file.eval()(images), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(of_file.eval()(images), right, atol=1e-5, rtol=1e-5)
 
 
 def test_image_processor_without_words(tmp_path: Path) -> None:
