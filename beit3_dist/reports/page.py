@@ -44,16 +44,20 @@ class Shown:
         self._number, self._device, self._program = pictures, device, program
         self._sample: TrainingSample | None = None
         self._checkpoint: Path | None = None
+        self._there, self._told = True, dict[str, Any]()
         self._pictured: dict[str, Any] = {"why": self._reason()}
 
     def read(self) -> bool:
-        """Reads what the run has written since. Whether there was anything."""
-        return self._contents.read()
+        """Reads what the run has written since. Whether there was anything, or its folder has gone or come back."""
+        before, self._there = self._there, self._contents.folder.is_dir()
+        return (self._there and self._contents.read()) or before != self._there
 
     def look(self, plugins: Sequence[str] = ()) -> bool:
         """Has the newest checkpoint's model make the pictures anew, where it is another one. Whether it was. Raises
         ValueError or OSError where the run's data or tokenizers are not there."""
         folder = self._contents.folder
+        if not self._there:
+            return False
         checkpoint = find("auto", folder / "checkpoints")
         if self._reason() or checkpoint == self._checkpoint:
             return False
@@ -74,8 +78,11 @@ class Shown:
         return ""
 
     def told(self) -> dict[str, Any]:
-        """For the page, as JSON can hold it."""
-        return self._contents.told(self._name) | self._pictured | {"pictures_version": str(self._checkpoint)}
+        """For the page, as JSON can hold it; of a folder that is gone, what it told last."""
+        if self._there:
+            told = self._contents.told(self._name) | self._pictured
+            self._told = told | {"pictures_version": str(self._checkpoint)}
+        return self._told | {"gone": not self._there}
 
 
 def pictured(run: Run, sample: TrainingSample, device: torch.device, number: int) -> dict[str, Any]:
@@ -114,9 +121,11 @@ def _as_url(image: Any) -> str:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """What runs are called on a page: the last parts of their paths, as many as tell them apart."""
+    """What runs are called on a page: the last parts of their paths, as many as tell them apart, and two where the last
+    one is "run", which tells nothing."""
     parts = [folder.absolute().parts for folder in folders]
-    for length in range(1, max(map(len, parts)) + 1):
+    shortest = 1 + any(some[-1:] == ("run",) for some in parts)
+    for length in range(shortest, max(map(len, parts)) + 1):
         names = ["/".join(some[-length:]) for some in parts]
         if len({*names}) == len(names):
             break

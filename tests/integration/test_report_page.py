@@ -199,6 +199,11 @@ def test_it_follows_a_run_that_goes_on(browser: Browser, tmp_path: Path, monkeyp
         write(folder / "metrics.jsonl", step(1), step(2))  # it has gone back
         browser.wait("document.body.innerText.includes('2 of 200 steps')")
         is_sound(browser, 1400)
+        folder.rename(tmp_path / "elsewhere")
+        browser.wait("document.body.innerText.includes('its folder is gone')")
+        assert "2 of 200 steps" in browser.value("document.body.innerText")
+        (tmp_path / "elsewhere").rename(folder)
+        browser.wait("!document.body.innerText.includes('its folder is gone')")
         for host, status in ((f"127.0.0.1:{server.server_port}", 200), ("elsewhere.example", 403)):
             asked = http.client.HTTPConnection("127.0.0.1", server.server_port)
             asked.request("GET", "/data", headers={"Host": host})

@@ -138,5 +138,5 @@ def test_a_browser_that_has_gone_is_no_error(capsys: pytest.CaptureFixture[str])
 
 
 def test_runs_are_called_by_what_tells_them_apart() -> None:
-    assert names_of([Path("/a/b/run")]) == ["run"]
+    assert names_of([Path("/a/b/run")]) == ["b/run"]
     assert names_of([Path("/a/b/run"), Path("/a/c/run")]) == ["b/run", "c/run"]
