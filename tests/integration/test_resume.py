@@ -13,13 +13,16 @@ import torch
 
 from beit3_dist.checkpoint import snapshot
 from beit3_dist.checkpoint.find import find, read_manifest
-from beit3_dist.checkpoint.read import read_weights
+from beit3_dist.checkpoint.read import OBJECTIVE_STATE, TEACHER, StoredShards
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import CheckpointConfig, ParallelConfig, RunConfig
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModelingConfig
+from beit3_dist.objectives.momentum_distillation import MomentumDistillationConfig
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.endings import RunStopped
 from beit3_dist.run.guards import Guards
 from tests.integration.runs import (
+    evaluations,
     kill,
     metrics,
     reproducible,
@@ -31,6 +34,7 @@ from tests.integration.runs import (
     write_recipe,
 )
 from tests.launching import launch
+from tests.parallel.test_zero_shot import config_of as zero_shot_config
 from tests.parallel.workers import free_port, run_workers
 
 
@@ -42,8 +46,14 @@ def started(recipe: Path, *overrides: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> None:
-    """Under the deepspeed launcher, ZeRO-3 on two ranks: SIGKILL to all processes between two checkpoints."""
-    config = run_config(tmp_path)
+    """Under the deepspeed launcher, ZeRO-3 on two ranks: SIGKILL to all processes between two checkpoints. So are its
+    validations, of which there is one behind the checkpoint and before the kill, whatever they score, and the queue and
+    the moving average that teach."""
+    config, scored = run_config(tmp_path), zero_shot_config(tmp_path, "scored")
+    evaluated = replace(scored.eval, every=5, captions=scored.eval.retrieval)
+    objectives: dict[str, Any] = {"masked_data_modeling": MaskedDataModelingConfig(), **scored.objectives,
+                  "momentum_distillation": MomentumDistillationConfig(decay=0.5, queue=10)}  # fmt: skip
+    config = replace(config, objectives=objectives, eval=evaluated)
     undisturbed, disturbed = str(tmp_path / "undisturbed"), str(tmp_path / "disturbed")
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
 
@@ -69,8 +79,13 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_run(tmp_path: Path) -> No
 
     assert [record["step"] for record in metrics(disturbed)] == list(range(1, config.steps + 1))
     assert reproducible(disturbed) == reproducible(undisturbed)  # JSON keeps every bit of a float
-    ours, reference = (read_weights(Path(out, "checkpoints", "step_0000012")) for out in (disturbed, undisturbed))
-    assert all(torch.equal(ours[name], weight) for name, weight in reference.items())
+    assert evaluations(disturbed) == evaluations(undisturbed) and len(evaluations(disturbed)) == 2
+    assert {*evaluations(disturbed)[0]} > {"exact_match", "acc1", "lp_acc1", "knn10_acc1", "image_retrieval_recall@1"}
+    ours, reference = (StoredShards(Path(out, "checkpoints", "step_0000012")) for out in (disturbed, undisturbed))
+    assert f"{OBJECTIVE_STATE}contrastive.queue" in ours.names and TEACHER in ours.suffixes("text_head.weight")
+    for name in reference.names:
+        for suffix in reference.suffixes(name):
+            assert torch.equal(ours.whole(name, suffix), reference.whole(name, suffix)), name + suffix
     assert list(Path(disturbed).glob("metrics.tail-*.jsonl")), "the tail of the killed run is kept aside"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit3_dist.objectives.contrast import (
     Contrast,
@@ -74,6 +75,42 @@ def ours(groups: Groups | None, parts: int) -> dict[str, dict[str, Any]]:
             sums = torch.stack([one.sums_of(encoded(own, rows, form)) for one, rows in again]).sum(0)
         found[form] = result(own, sums)
     return found
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        tensors = [made] if isinstance(made, Tensor) else made if isinstance(made, tuple | list) else []
+        self.elements = max([self.elements, *(t.numel() for t in tensors if isinstance(t, Tensor))])
+        return made
+
+
+def held(groups: Groups, pairs: int) -> dict[str, int]:
+    """What this rank has at most in one tensor, of each form, of a step of so many pairs, forward and backward."""
+    replicas = Replicas(groups.data)
+    own, found = pairs // replicas.size, {}
+    for form in ("softmax", "sigmoid"):
+        sides = [torch.ones(own, 2, requires_grad=True) for _ in range(2)]
+        numbers = torch.ones(1), torch.ones(1) if form == "sigmoid" else None
+        with Largest() as largest:
+            FORMS[form](Vectors(*sides, *numbers), replicas)[0].sum().backward()
+        found[form] = largest.elements
+    return found
+
+
+@pytest.mark.slow
+def test_memory_of_a_rank_is_bounded_as_ranks_grow() -> None:
+    """A step's pairs N are shared out: similarities with all candidates are N^2 / W on each of W ranks, and those of
+    the ring N^2 / W^2; what a rank has of all pairs is vectors alone."""
+    pairs, length = 64, 2
+    for world in (2, 4):
+        for found in run_workers(world, held, pairs):
+            assert found["softmax"] == pairs**2 // world > pairs * length
+            assert found["sigmoid"] == (pairs // world) ** 2
 
 
 def theirs(form: str) -> dict[str, Any]:
