@@ -741,8 +741,8 @@ class TrainingConfig(JobConfig):
     """Who computes what is no matrix product. torch: torch's own operations, and Apex's LayerNorm where installed.
     triton: our kernels, which join residual connections, drop path, norms, GELU and the gradients of biases; they need
     CUDA (what tensor parallelism cuts, they compute norm by norm). compiled: torch.compile joins the operations of each
-    block; the first step then takes minutes. It needs torch 2.10 and a C++ compiler, and is no faster on a CPU. auto:
-    triton on CUDA, torch on the CPU."""
+    block, but of fusion layers and of those with post_norm; the first step then takes minutes. It needs torch 2.10 and
+    a C++ compiler, and is no faster on a CPU. auto: triton on CUDA, torch on the CPU."""
     attention_kernel: Literal["auto", "padded", "varlen", "flash"] = "auto"
     """Who computes softmax(q k') v. padded: torch's attention, group by group, texts padded to one length. varlen:
     torch's for samples of different lengths, without padding or copies. flash: the same by the package flash-attn-4,
@@ -769,9 +769,9 @@ class TrainingConfig(JobConfig):
         super().__post_init__()
         expand_home(self, "deepspeed_config", "init_from")
         require(
-            not self.model.fusion_layers or not (self.parallel.sequence or self.kernels == "compiled"),
-            f"model.fusion_layers={self.model.fusion_layers}: tokens rest in some layers, which parallel.sequence and "
-            "kernels=compiled do not know: leave both off",
+            not self.model.fusion_layers or not self.parallel.sequence,
+            f"model.fusion_layers={self.model.fusion_layers}: tokens rest in some layers, which parallel.sequence does "
+            "not know: leave it off",
         )
         require(
             not self.model.fusion_layers or self.attention_kernel in ("auto", "padded"),

@@ -123,8 +123,9 @@ def use_kernels(model: BEiT3, choice: str, attention: str = "auto", product: Pro
         from beit3_dist.parallel.compiled import CompiledForward  # needs a newer torch than all else
 
         for block in model.blocks.values():
-            assert isinstance(block, Block)
-            block.forward = CompiledForward(block)  # type: ignore[method-assign]
+            # Layers of fusion, and those with norms behind, are other arithmetic: they stay as they are.
+            if type(block) is Block and not block.behind:
+                block.forward = CompiledForward(block)  # type: ignore[method-assign]
     elif kernels == "triton" and not model.config.fusion_layers:
         head_dim = model.config.width // model.config.heads
         attention, varlen = chosen_attention(attention, kernels, dtype, head_dim), VARLEN_ATTENTION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ def one_thread() -> Any:
     torch.set_num_threads(usual)
 
 
-def objective(kernels: str) -> PretrainingModule:
-    model = BEiT3(CONFIG, seed=3)
+def objective(kernels: str, config: ModelConfig = CONFIG) -> PretrainingModule:
+    model = BEiT3(config, seed=3)
     use_kernels(model, kernels)
     return pretraining(model, 5)
 
@@ -77,6 +78,20 @@ def test_one_code_for_all_lengths(one_thread: None) -> None:
         other_losses, other = step(again, batch)
         assert torch.equal(other_losses, losses)
         assert all(torch.equal(other[name], gradient) for name, gradient in gradients.items())
+
+
+@pytest.mark.slow
+def test_below_fusion_blocks_are_compiled(one_thread: None) -> None:
+    """Those of images beside words that rest, and of both, in two codes each; fusion stays as it is."""
+    fusion: Any = {"attention": "per_modality", "vl_expert_layers": 0, "fusion_layers": 1, "language_layers": 1}
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (objective(kernels, replace(CONFIG, **fusion)).train() for kernels in ("torch", "compiled"))
+    for batch in BATCHES[:2]:
+        (losses, found), (expected, gradients) = step(compiled, batch), step(plain, batch)
+        assert_close(losses, expected, "losses")
+        assert_tensors_close(found, gradients)
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
