@@ -10,6 +10,7 @@
     model.classify(["a.jpg"])                           # imagenet: images; text, text_classification: sentences
     model.classify_pairs(["it rains"], ["it is wet"])   # text_classification: pairs of sentences
     model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two images
+    model.detect(["a.jpg"])                             # detection, instance_segmentation: boxes, scores, masks
     model.predict(images=["a.jpg"])                     # any task, one of a plugin that is imported too
     model.answer(images, questions, top=5)              # so classify, ...: the likeliest ones with their scores
 
@@ -204,6 +205,8 @@ class Model:
             raise ValueError(f"a sample of {task.name} has {task.images} images, not {wrong[0]}")
         if task.images and task.reads_text and len(per_sample) != len(listed):
             raise ValueError(f"{len(per_sample)} samples' images and {len(listed)} texts: each sample has both")
+        if "detect" in task.serves:
+            return self.detect([image for (image,) in per_sample])
         return self._results(per_sample, listed)
 
     def embed_images(self, images: Sequence[ImageLike]) -> Tensor:
@@ -251,6 +254,19 @@ class Model:
         if self._task_for("classify", "classes").images:
             return self._results([[image] for image in _images(samples)], [], top)
         return self._results([], _texts(samples), top)
+
+    @torch.inference_mode()
+    def detect(self, images: Sequence[ImageLike]) -> list[Any]:
+        """The objects in each image, `tasks.parts.average_precision.Detections`: boxes in the image's pixels, scores,
+        labels, which are numbers of `model.task.classes`, and masks, of a model that draws them; best first."""
+        task, found = self._task_for("detect", "objects in images"), []
+        none = torch.empty(0, dtype=torch.int64)
+        for some in _batches([open_image(image) for image in _images(images)], IMAGES_AT_ONCE):
+            words = none.view(1, 0).expand(len(some), 0)
+            inputs = TaskInputs(self._pixels(some)[:, None], words, words.bool(), labels=none, keys=none)
+            predictions = task.predict(self.network, inputs).cpu()
+            found += [task.found(row, image.size) for row, image in zip(predictions, some, strict=True)]
+        return found
 
     def classify_by_names(
         self,

@@ -85,7 +85,7 @@ import tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
-used = ("demo", "dev", "hub", "trackers", "data", "docs")
+used = ("demo", "dev", "hub", "trackers", "data", "detection", "docs")
 print(*project["dependencies"], *(package for extra in used for package in extras[extra]), sep="\n")
 PYTHON
 )

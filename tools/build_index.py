@@ -30,6 +30,7 @@ from beit3_dist.tasks.data import benchmarks
 from beit3_dist.tasks.data import own_table as own_table_module
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
 from beit3_dist.tasks.data.glue import glue
+from beit3_dist.tasks.data.marked import marked_images
 from beit3_dist.tasks.data.names import read_names
 from beit3_dist.tasks.data.own_table import FIELDS, OPTIONAL, WORDLESS, own_table
 
@@ -109,6 +110,16 @@ def build_imagenet(options: Namespace) -> None:
     print(f"imagenet.classes.txt: {len(classes):,} classes")
     for line in told(left_out):
         print(line, file=sys.stderr)
+
+
+def build_boxes(options: Namespace) -> None:
+    left_out: LeftOut | None = {} if options.leave_out_faulty else None
+    indexes, categories = marked_images(options.source, options.images, left_out)
+    write_indexes(options.out, indexes, None)
+    write_text(options.out / "classes.jsonl", "".join(json.dumps(category) + "\n" for category in categories))
+    print(f"classes.jsonl: {len(categories):,} classes")
+    for reason, (count, first) in (left_out or {}).items():
+        print(f"left out {count:,}: {reason}; the first is {first}", file=sys.stderr)
 
 
 def build_glue(options: Namespace) -> None:
@@ -192,9 +203,10 @@ def parse(arguments: list[str] | None) -> Namespace:
         f"  {PROGRAM} coco dataset_coco.json indexes --text_tokenizer beit3.spm\n"
         f"  {PROGRAM} vqa vqa_v2 indexes --text_tokenizer beit3.spm --answers answer2label.txt\n"
         f"  {PROGRAM} imagenet /data/imagenet indexes\n"
+        f"  {PROGRAM} boxes annotations/instances_{{train,val}}2017.json indexes --images /data/coco\n"
         f"  {PROGRAM} demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
     )
-    names = "table | coco | flickr30k | vqa | nlvr2 | imagenet | glue | demo"
+    names = "table | coco | flickr30k | vqa | nlvr2 | imagenet | boxes | glue | demo"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     def command(name: str, builds: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
@@ -202,9 +214,10 @@ def parse(arguments: list[str] | None) -> Namespace:
         sub = commands.add_parser(name, help=text.split(".")[0], description=text, formatter_class=form)
         sub.set_defaults(build=builds)
         if source:
-            sub.add_argument("source", type=Path, metavar="SOURCE", help=source)
+            many: dict[str, Any] = {"nargs": "+"} if builds is build_boxes else {}
+            sub.add_argument("source", type=Path, metavar="SOURCE", help=source, **many)
         sub.add_argument("out", type=Path, metavar="OUT", help="folder of the indexes")
-        if builds is not build_imagenet:  # which has no texts
+        if builds not in (build_imagenet, build_boxes):  # which have no texts
             needed = builds is not build_table
             sub.add_argument("--text_tokenizer", required=needed, metavar="FILE", help="SentencePiece model")
         return sub
@@ -229,6 +242,17 @@ def parse(arguments: list[str] | None) -> Namespace:
     command("nlvr2", partial(build, benchmarks.nlvr2), "folder of train.json, dev.json and test1.json", text)
     text = "Classes of images, from a folder per class. data.images is SOURCE."
     command("imagenet", build_imagenet, "folder of train and val, with a folder per class each", text)
+    text = (
+        "Boxes and masks of objects: COCO's instances_train2017.json and instances_val2017.json, image_info_*.json for "
+        "its test server, LVIS's and Objects365's files. Each SOURCE becomes OUT/NAME.jsonl; classes.jsonl is for "
+        "data.answers. Every image and every object is looked at; of a file for training, images without an object are "
+        "left out. data.images is the folder of --images."
+    )
+    sub = command("boxes", build_boxes, "JSON files of one data set", text)
+    text = "folder of the images, or of train2017 and val2017, or of Objects365's patches"
+    sub.add_argument("--images", type=Path, required=True, metavar="FOLDER", help=text)
+    text = "leave out images that are missing and objects whose box, mask or class is faulty, and count them"
+    sub.add_argument("--leave-out-faulty", action="store_true", help=text)
     text = (
         "Answers to questions, VQA v2. data.images is the folder of train2014, val2014 and test2015. The released "
         f"models need the {ANSWERS} that they were trained with: --answers."

@@ -42,6 +42,9 @@ class TaskDataConfig(LoadingConfig):
     """itc from tar shards: field of a pair's .json member that holds the caption."""
     min_crop_scale: float = 0.5
     """Smallest area of the random crop as a share of the image (imagenet: 0.08)."""
+    scales: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    """detection and instance_segmentation: least and greatest longer side of a training image, as a share of the
+    model's images: large-scale jitter, of which a square is cut out, or which grey fills up."""
     horizontal_flip: float = 0.5
     """Probability of mirroring an image, each by itself (unilm: 0.5 for all tasks, whatever a text says of left)."""
     rand_augment: str = ""
@@ -57,6 +60,10 @@ class TaskDataConfig(LoadingConfig):
             self.text_length >= 3, f"data.text_length={self.text_length}: a text needs at least <s>, a word and </s>"
         )
         require_within("(0, 1]", "data.", self, "min_crop_scale")
+        require(
+            len(self.scales) == 2 and 0 < self.scales[0] <= self.scales[1],
+            f"data.scales={self.scales}: the least and the greatest scale, both above 0",
+        )
         require_within("[0, 1]", "data.", self, "horizontal_flip", "random_erasing")
 
     def files(self, train: bool) -> list[str]:
@@ -103,9 +110,20 @@ class TaskEvalConfig:
     """retrieval_matching: so many of the images that are most similar to a text, and of the texts to an image, are put
     in order by matching (ALBEF: 128 on Flickr30k, 256 on COCO); 0: similarity alone."""
 
+    detections: int = 100
+    """detection and instance_segmentation: most of an image (COCO: 100, LVIS: 300)."""
+    least_score: float = 0.05
+    """The same: of what counts as a detection (EVA-01, with soft_nms: 0)."""
+    soft_nms: float = 0.0
+    """The same: overlap from which a better box lowers the scores of others, by Soft-NMS (EVA-01: 0.6); 0: those that
+    it overlaps by more than half are left out."""
+    maskness: bool = False
+    """instance_segmentation: a mask's score is its box's times the mean probability within it (EVA-01)."""
+
     def __post_init__(self) -> None:
         require_not_negative("eval.", self, "every", "batch", "rerank")
-        require_positive("eval.", self, "beams")
+        require_positive("eval.", self, "beams", "detections")
+        require_within("[0, 1)", "eval.", self, "least_score", "soft_nms")
 
 
 @dataclass(kw_only=True)
@@ -116,12 +134,18 @@ class DenseConfig:
     """Patches of a side of the squares that attention stays in; 0: it sees the whole image (ViTDet: 14, EVA-01: 16)."""
     global_blocks: int = 4
     """Blocks between that see the whole image, where there is a window."""
+    channels: int = 256
+    """Of the four maps, and of what detectors make of them."""
+    proposals: int = 1000
+    """detection and instance_segmentation: boxes of an image that heads are given."""
+    regions: int = 512
+    """The same: those of a training image that they learn from."""
     cascade: bool = False
     """detection and instance_segmentation: three heads for boxes, each on those of the one before (Cascade R-CNN)."""
 
     def __post_init__(self) -> None:
         require_not_negative("dense.", self, "window")
-        require_positive("dense.", self, "global_blocks")
+        require_positive("dense.", self, "global_blocks", "channels", "proposals", "regions")
 
 
 def _fine_tuning_optimizer() -> OptimConfig:

@@ -102,5 +102,5 @@ def test_first_predictions_are_even_where_the_released_ones_are() -> None:
 
 
 def test_an_unknown_task_is_named() -> None:
-    with pytest.raises(ValueError, match="task='drawing' is not one of captioning, imagenet"):
+    with pytest.raises(ValueError, match="task='drawing' is not one of captioning, detection, imagenet"):
         task_class("drawing")

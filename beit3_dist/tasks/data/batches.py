@@ -186,7 +186,11 @@ class Examples(Dataset):
                 continue
             example, images = found
             keys = (generator(mix(self.seed, Draw.VIEW, epoch, index, number)) for number in range(len(images)))
-            return self.views.of_training(example, images, self.image_size, keys)
+            try:
+                return self.views.of_training(example, images, self.image_size, keys)
+            except BadSample as bad:  # its label is of another image
+                faults.append(Fault("examples", str(example.images[0]), example.name, str(bad)))
+                index = mix(self.seed, Draw.REPLACEMENT, place, attempt) % length
         last = faults[-1]
         raise StreamFailed(f"{ATTEMPTS} examples in a row cannot be used; the last: {last.key}: {last.reason}", faults)
 

@@ -270,7 +270,7 @@ def _check(index: Index, predicted: bool) -> None:
         for image in example.images:
             folder, name = os.path.split(image)
             needed[folder].add(name)
-    problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, _faults(needed))]
+    problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, missing_files(needed))]
     if problems:
         lines = f"{len(index)} lines of the {task.name} index"
         raise ValueError(f"{len(problems)} faults in the {lines}: {first_of(problems)}")
@@ -282,7 +282,7 @@ def first_of(faults: Sequence[str]) -> str:
     return "; ".join(faults[:PROBLEMS_SHOWN]) + more
 
 
-def _faults(needed: Mapping[str, set[str]]) -> dict[str, str]:
+def missing_files(needed: Mapping[str, set[str]]) -> dict[str, str]:
     """Path -> what is wrong with it, of the needed names of each folder. A folder is listed once, whatever it holds."""
 
     def faults(folder: str) -> dict[str, str]:

@@ -33,6 +33,8 @@ class TaskHead(nn.Module):
     """Whether it has a norm in place of the model's final one."""
     small: ClassVar[tuple[str, ...]] = ()
     """Names of the matrices that start `SMALL` times as large as those of pretraining."""
+    deviations: Mapping[str, float] = {}
+    """Names of the matrices that start from a normal of this deviation."""
     constants: Mapping[str, float] = {}
     """Names of the parameters that start from a number."""
     bounds: Mapping[str, tuple[float, float]] = {}
@@ -112,6 +114,9 @@ class FineTuned(BEiT3):
         if in_head != name:
             if in_head in self.task_head.constants:
                 return torch.full(shape, self.task_head.constants[in_head])
+            if in_head in self.task_head.deviations:
+                drawn = torch.randn(shape, generator=named_generator(seed, name))
+                return drawn * self.task_head.deviations[in_head]
             if len(shape) == 1 and name.endswith("weight"):
                 return torch.ones(shape)  # of a LayerNorm
             if len(shape) == 4:  # of a convolution (He et al. 2015)

@@ -1,0 +1,148 @@
+"""The heads of detectors: their losses belong to each image, whatever comes with it, and boxes are learnt."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from beit3_dist.checkpoint.model_folder import save_model_folder
+from beit3_dist.config import ModelConfig
+from beit3_dist.inference import Model, open_image
+from beit3_dist.parallel.replicas import Replicas
+from beit3_dist.tasks.base import TaskInputs
+from beit3_dist.tasks.config import DenseConfig, FinetuneConfig, TaskDataConfig
+from beit3_dist.tasks.data.object_views import Objects
+from beit3_dist.tasks.parts.detecting import Detection
+from beit3_dist.tasks.parts.detector import Choice, Detector
+from beit3_dist.tasks.registry import task_class
+
+MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=64, patch_size=8, image_size=64, vocab_size=310,
+                    visual_vocab_size=16, vl_expert_layers=1, max_text_length=24)  # fmt: skip
+DENSE = DenseConfig(channels=16, proposals=30, regions=16)
+CLASSES = ["cat", "dog", "emu"]
+
+
+def task_of(name: str, cascade: bool = False) -> Detection:
+    config = FinetuneConfig(task=name, out="o", text_tokenizer="", model=MODEL, evaluate_only=True,
+                            data=TaskDataConfig(validation="v", text_length=12),
+                            dense=replace(DENSE, cascade=cascade))  # fmt: skip
+    task: Any = task_class(name)(config, None, CLASSES)
+    return task
+
+
+def inputs(rows: list[int]) -> TaskInputs:
+    """Four images by their numbers, with 1, 2, 0 and 1 objects."""
+    boxes, labels = torch.zeros(4, 2, 4), torch.full((4, 2), -1)
+    boxes[0, 0], labels[0, 0] = torch.tensor([5.0, 6, 40, 50]), 1
+    boxes[1], labels[1] = torch.tensor([[5.0, 6, 40, 50], [20, 20, 60, 60]]), torch.tensor([0, 2])
+    boxes[3, 0], labels[3, 0] = torch.tensor([30.0, 2, 62, 33]), 2
+    masks = np.zeros((4, 2, 64, 64), np.uint8)
+    for (n, k), (x0, y0, x1, y1) in zip(np.ndindex(4, 2), boxes.view(-1, 4).int().tolist(), strict=True):
+        masks[n, k, y0:y1, x0:x1] = 1
+    images = torch.randn(4, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    none = torch.zeros(4, 0, dtype=torch.int64)
+    objects = Objects(boxes[rows], labels[rows], torch.from_numpy(np.packbits(masks, axis=3))[rows])
+    return TaskInputs(images[rows], none[rows], none[rows].bool(), objects, torch.arange(4)[rows])
+
+
+@pytest.mark.parametrize(("name", "cascade"), [("detection", False), ("instance_segmentation", True)])
+def test_a_step_is_the_sum_of_its_images(name: str, cascade: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over two ranks with uneven numbers of objects, of which one has none: the gradient of the whole."""
+    task = task_of(name, cascade)
+    model = task.network(MODEL, 3, task.config.dense, seed=1)
+    whole = task.losses(model, inputs([0, 1, 2, 3]))
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(whole[0].sum(), parameters, allow_unused=True)
+    counts: list[Tensor] = []
+
+    def noted(self: Replicas, mine: Tensor) -> Tensor:
+        counts.append(mine)
+        return mine
+
+    for rows in ([0, 1], [2, 3], [2]):
+        monkeypatch.setattr(Replicas, "gather_constant", noted)
+        task.losses(model, inputs(rows))
+    monkeypatch.setattr(Replicas, "gather_constant", lambda self, mine: torch.cat(counts[:2]))
+    assert counts[2][0, 2] == 0 and counts[0][0, 2] > counts[1][0, 2] > 0
+    parts = [task.losses(model, inputs(rows)) for rows in ([0, 1], [2, 3])]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-6)
+    total = sum(part[0].sum() for part in parts)
+    assert isinstance(total, Tensor)
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    for ours, one in zip(gradients, expected, strict=True):
+        assert (ours is None) == (one is None)
+        if one is not None and ours is not None:
+            torch.testing.assert_close(ours, one, rtol=1e-3, atol=1e-5)
+    unused = {name for (name, p), g in zip(model.named_parameters(), expected, strict=True) if g is None}
+    assert not any(name.startswith("task_head.") for name in unused)
+
+
+def test_an_image_without_objects_teaches_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks pass all modules, forward and backward: ZeRO-3 waits for nobody."""
+    task = task_of("instance_segmentation", True)
+    model = task.network(MODEL, 3, task.config.dense)
+    empty = inputs([2])
+    empty = replace(empty, labels=Objects(torch.zeros(1, 0, 4), torch.zeros(1, 0).long(), empty.labels.masks[:, :0]))
+    for given in (inputs([2]), empty):
+        model.zero_grad()
+        losses = task.losses(model, given)
+        losses[0].sum().backward()
+        assert torch.isfinite(losses).all()
+        assert all(p.grad is not None for p in model.task_head.parameters())
+        mask = [p.grad.abs().sum() for n, p in model.task_head.named_parameters() if n.startswith("masks.")]
+        assert sum(mask) == 0
+
+
+def test_published_geometry() -> None:
+    """ViTDet's heads: 256 channels, four convolutions and one matrix to 1,024, offsets of each class or, in a cascade,
+    of all together; five levels of anchors from 32 to 512 pixels."""
+    with torch.device("meta"):
+        sixteen = ModelConfig(patch_size=16)
+        plain = Detector(sixteen, 80, DenseConfig(), masks=True)
+        cascade = Detector(sixteen, 80, DenseConfig(cascade=True), masks=True)
+    shapes = {name: tuple(p.shape) for name, p in plain.named_parameters()}
+    assert shapes["boxes.0.dense.weight"] == (1024, 256 * 49) and shapes["boxes.0.score.weight"] == (81, 1024)
+    assert shapes["boxes.0.offset.weight"] == (320, 1024) and shapes["masks.draw.weight"] == (80, 256, 1, 1)
+    assert [tuple(head.offset.weight.shape) for head in cascade.boxes] == [(4, 1024)] * 3  # type: ignore[union-attr]
+    assert plain.strides == [4, 8, 16, 32, 64]
+    assert set(plain.deviations) | set(cascade.deviations) <= {n for n, _ in cascade.named_parameters()}
+
+
+def test_the_choice_of_boxes() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 20, 30]])[:, None]
+    scores = torch.tensor([[0.9, 0.3], [0.8, 0.04], [0.9, 0.9]])
+    hard = Choice(100, 0.05, 0.0)(boxes, scores)  # of the first class one is left, the third box is empty
+    assert hard[:, 4:].tolist() == [[pytest.approx(0.9), 0], [pytest.approx(0.3), 1]]
+    soft = Choice(100, 0.0, 0.6)(boxes, scores)
+    assert soft[:, 4].tolist() == pytest.approx([0.9, 0.3, 0.08, 0.04 * 0.1])
+    assert len(Choice(1, 0.05, 0.0)(boxes, scores)) == 1
+    of_classes = torch.stack([boxes[:, 0], boxes[:, 0] + 1], 1)
+    assert Choice(100, 0.2, 0.0)(of_classes, scores)[1, :4].tolist() == [1, 1, 11, 11]
+
+
+def test_a_model_folder_detects_and_draws(tmp_path: Path) -> None:
+    """Whatever the images' sizes: boxes within them, at most `detections`, and a picture of each."""
+    task = task_of("instance_segmentation", cascade=True)
+    network = task.network(MODEL, 3, task.config.dense)
+    save_model_folder(tmp_path / "model", network.state_dict(), MODEL, task=task.describe())
+    model = Model.load(tmp_path / "model", "cpu")
+    model.task.config.eval.least_score = 0.0
+    images = [Image.new("RGB", (80, 30), "red"), np.zeros((50, 20, 3), np.uint8)]
+    for image, found in zip(images, model.detect(images), strict=True):
+        width, height = image.size if isinstance(image, Image.Image) else (20, 50)
+        assert 0 < len(found.boxes) <= 100 and (np.diff(found.scores) <= 0).all()
+        assert (found.boxes >= 0).all() and (found.boxes <= [width, height, width, height]).all()
+        assert found.masks[0].shape == (height, width)
+        found.scores[:] = 1
+        picture = model.task.drawn(open_image(image), found)
+        assert picture.size == (width, height) and picture.tobytes() != open_image(image).tobytes()
+    assert model.predict(images=images)[1].labels.tolist() == model.detect(images)[1].labels.tolist()
+    with pytest.raises(ValueError, match="was fine-tuned for instance_segmentation; classes need a model of task"):
+        model.classify(images)
