@@ -42,6 +42,13 @@ _GROUPS = {
     "the language side": r"language_embedding\..*|(.*\.)?language\..*",
     "the vision-language experts": r"blocks\.\d+\.ffn\.vl\..*",
 }
+_BY_CLASS = {
+    "which class a box is of": r"task_head\.boxes\.\d+\.score\..*",
+    "where a box is": r"task_head\.boxes\.\d+\.offset\..*",
+    "the mask of each class": r"task_head\.masks\.draw\..*",
+}
+"""Parts of a detector that are of its classes: those of other ones begin anew, and the rest goes on (Objects365, then
+COCO)."""
 _RELEASED_HEADS = {
     768: 12,
     1024: 16,
@@ -248,7 +255,8 @@ def _fit(
     if sides[0] != sides[1]:
         weights = {**weights, PATCH: interpolate_patch(weights[PATCH], sides[1])}
         log.warning("%s: patches of %d pixels are interpolated to model.patch_size=%d", source, *sides)
-    weights = _in_tower(weights, shapes, source)
+    others = {n for n, v in weights.items() if n in shapes and v.shape != shapes[n] and _in_any(_BY_CLASS, n)}
+    weights = _in_tower({name: value for name, value in weights.items() if name not in others}, shapes, source)
     weights = _in_other_places(_as_shared(weights, shapes, source), shapes, source)
     unused = [name for name in weights if name not in shapes]
     for name in unused:
@@ -261,6 +269,7 @@ def _fit(
     fusion = "|".join(map(str, range(config.lower_layers, config.layers)))
     above = {"the fusion layers": rf"blocks\.({fusion})\..*"} if fusion else {}  # two encoders are a start
     above |= {"the bridge": r"vision_embedding\.bridge.*"} if config.vision_layers else {}
+    above |= {**_BY_CLASS, "masks": r"task_head\.masks\..*"}
     for group in absent_groups(used, shapes, {**above, **besides}):
         log.warning("%s has no weights for %s: initial values are taken", source, group)
     check_shapes(used, shapes)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from beit3_dist.checkpoint.fitting import fit
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.config import ModelConfig
 from beit3_dist.inference import Model, open_image
@@ -146,3 +147,20 @@ def test_a_model_folder_detects_and_draws(tmp_path: Path) -> None:
     assert model.predict(images=images)[1].labels.tolist() == model.detect(images)[1].labels.tolist()
     with pytest.raises(ValueError, match="was fine-tuned for instance_segmentation; classes need a model of task"):
         model.classify(images)
+
+
+def test_another_data_sets_detector_goes_on_but_for_its_classes(caplog: pytest.LogCaptureFixture) -> None:
+    """Objects365's boxes, then COCO's with masks: what tells classes, and the masks, begin anew."""
+    before, now = task_of("detection", cascade=True), task_of("instance_segmentation", cascade=True)
+    weights = dict(before.network(MODEL, 5, before.config.dense, seed=1).named_parameters())
+    network = now.network(MODEL, 3, now.config.dense, device="meta")
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    found = fit(weights, MODEL, shapes, "objects365")
+    anew = {name for name in shapes if name not in found}
+    scores = {f"task_head.boxes.{n}.score.{part}" for n in range(3) for part in ("weight", "bias")}
+    assert anew == scores | {name for name in shapes if name.startswith("task_head.masks.")}
+    assert "no weights for which class a box is of: initial values are taken" in caplog.text
+    assert torch.equal(found["task_head.boxes.2.dense.weight"], weights["task_head.boxes.2.dense.weight"])
+    with pytest.raises(ValueError, match="proposals.objectness.weight .* has shape"):
+        other = weights | {"task_head.proposals.objectness.weight": torch.zeros(9, 16, 1, 1)}
+        fit(other, MODEL, shapes, "objects365")

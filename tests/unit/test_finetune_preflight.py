@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,9 @@ from tests.unit.tar_fixtures import picture, train_tokenizer, write_tar
 MESH = Mesh(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 RECIPES = sorted((Path(__file__).parents[2] / "launchers/recipes/finetune").glob("*.yaml"))
 RECOMPUTED = ("captioning_base", "captioning_large", "retrieval_base", "retrieval_large", "retrieval_matching_base",
-              "vqa_large", "nlvr2_large", "imagenet_large")  # fmt: skip
-"""Whose released commands have --checkpoint_activations."""
+              "vqa_large", "nlvr2_large", "imagenet_large", "detection_base", "detection_large",
+              "instance_segmentation_base", "instance_segmentation_large")  # fmt: skip
+"""Whose released commands have --checkpoint_activations, and those of large images."""
 MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=48, patch_size=8, image_size=32, vocab_size=310,
                     visual_vocab_size=8, vl_expert_layers=1, max_text_length=16)  # fmt: skip
 
@@ -263,10 +265,10 @@ def test_recipes_are_whole(recipe: Path) -> None:
     asked = ["--out", "o", "--text_tokenizer", "t", "--data.train", "x"]
     task = ["--task", "vqa"] if recipe.stem == "demo" else []
     config = parse(FinetuneConfig, "finetune.py", "", ["--config", str(recipe), *asked, *task])
-    assert config.task == (recipe.stem.replace("_in21k", "").rpartition("_")[0] or "vqa")
+    assert config.task == (re.sub("_in21k|_objects365", "", recipe.stem).rpartition("_")[0] or "vqa")
     if recipe.stem != "demo":
         assert config.model.width == {"base": 768, "large": 1024, "giant": 1408}[recipe.stem.rpartition("_")[2]]
-        assert (config.epochs > 0 or config.steps == 16_000) and "Needs --out" in recipe.read_text()
+        assert (config.epochs > 0 or config.steps in (16_000, 184_375)) and "Needs --out" in recipe.read_text()
 
 
 @pytest.mark.parametrize("recipe", [path for path in RECIPES if path.stem != "demo"], ids=lambda path: path.stem)
@@ -291,7 +293,7 @@ def test_recipes_change_and_recompute_what_the_released_commands_do(recipe: Path
 
 
 def test_the_giants_figures_are_the_papers() -> None:
-    """Its tables 12 to 14 and 17: rate, batch, epochs and warm-up, layer decay, weight decay, drop path, pixels."""
+    """Its tables 12 to 14, 16 and 17: rate, batch, epochs and warm-up, layer decay, weight decay, drop path, pixels."""
     table = {
         "imagenet_retrieval_in21k": (5e-5, 16384, 50, 5, 0.85, 0.05, 0.4, 224),
         "imagenet_retrieval": (3e-5, 2048, 15, 3, 0.95, 0.05, 0.4, 336),
@@ -300,6 +302,9 @@ def test_the_giants_figures_are_the_papers() -> None:
         "vqa": (1e-5, 128, 10, 1, 1.0, 0.01, 0.4, 756),
         "nlvr2": (1e-3, 256, 20, 5, 0.8, 0.05, 0.4, 224),
         "captioning": (8e-6, 256, 0, 0, 1.0, 0.01, 0.3, 392),
+        # 250 steps of warm-up: table 16
+        "detection_objects365": (1e-4, 64, 15, 0.0092, 0.9, 0.1, 0.6, 1024),
+        "instance_segmentation": (5e-5, 64, 20, 0.136, 0.9, 0.1, 0.6, 1280),
     }
     for name, figures in table.items():
         recipe = next(path for path in RECIPES if path.stem == f"{name}_giant")
