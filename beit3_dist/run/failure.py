@@ -69,6 +69,27 @@ class FailureBoard:
         """The code of the mark that is up."""
         return int(self._store.get("failed"))
 
+    def ask_where(self) -> None:
+        """Asks every process to `tell` in which collective it is."""
+        self._store.set("where", "")
+
+    def is_asked_where(self) -> bool:
+        return self._store.check(["where"])
+
+    def tell(self, rank: int, where: str) -> None:
+        """What a process answers."""
+        self._store.set(f"where/{rank}", where)
+
+    def told(self) -> dict[int, str]:
+        """The answers by rank: of all processes, or of those that have given one within WAIT_S."""
+        deadline, told = time.monotonic() + WAIT_S, dict[int, str]()
+        while len(told) < self._world and time.monotonic() < deadline:
+            for rank in range(self._world):
+                if rank not in told and self._store.check([f"where/{rank}"]):
+                    told[rank] = self._store.get(f"where/{rank}").decode()
+            time.sleep(0.1)
+        return told
+
     def ask_to_go(self) -> None:
         self._store.set("asked", "")
 

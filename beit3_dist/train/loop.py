@@ -21,6 +21,7 @@ from beit3_dist.run.checkpointing import Checkpoints, ReadyToTrain, whole_checkp
 from beit3_dist.run.endings import Preempted
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
+from beit3_dist.run.guards.collectives import record_collectives
 from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.lock import RunLock
 from beit3_dist.run.preemption import Together, by_itself
@@ -116,6 +117,7 @@ def train(job: Job[Any, Any], called: Mapping[str, Callback] | None = None) -> N
     Raises Preempted where it was asked to go and has saved, FolderInUse where another run has OUT.
     """
     prepare_device(job.config.deterministic)
+    record_collectives()
     groups = connect(job.mesh, patience(job.config.guards.step_timeout_s))
     with RunLock(job.config, job.checkpoint):
         _train(job, groups, Callbacks(job.config.callbacks, called))

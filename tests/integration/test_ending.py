@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +80,8 @@ def test_a_hanging_step_is_ended_with_all_stacks(recipe: Path, tmp_path: Path) -
     limit = ("--guards.step_timeout_s", "5")
     code, output, ended = deepspeed("--config", str(recipe), "--out", str(out), *limit, fault="hang:1:5")
     assert code == 1 and "step 5 has taken longer than guards.step_timeout_s=5" in output, output
+    missing = r"has not come to \w+ \d+ of ranks 0, 1, in which rank 0 waits\. "
+    assert re.search(f"Rank 1 on {re.escape(socket.gethostname())} {missing}", output), output
     assert ended - (out / "metrics.jsonl").stat().st_mtime < 5 + SECONDS, output
     hanging, waiting = ((out / "logs" / f"rank{rank:05d}.log").read_text() for rank in (1, 0))
     assert "in faulty_step" in hanging, "the stack shows where it hangs"

@@ -15,6 +15,7 @@ from beit3_dist.parallel.meeting import PATIENCE
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.endings import ANOTHER_FAILED, HANGING_STEP
 from beit3_dist.run.failure import end_after_failure, end_now, ends_by_itself, failure_board, leave_after_another
+from beit3_dist.run.guards.collectives import Where, missing, where_am_i
 from beit3_dist.run.preemption import interrupt_main_thread
 
 FIRST_STEP = 3
@@ -26,6 +27,9 @@ LOOK_S = 1.0
 GONE_S = 10.0
 """Seconds that a process which no longer reaches the store has to end by itself: the process that holds the store may
 have finished a moment before the others, or its end becomes an error in the collective that this one is in."""
+
+MOST_LINES = 3
+"""Of those that say who is missing where."""
 
 BACKSTOP_S = 60.0
 """So many seconds later the process is ended even if a hanging call in C keeps every Python thread waiting."""
@@ -66,7 +70,7 @@ class Watchdog:
         self._stacks.close()
 
     def _watch(self) -> None:
-        asked = False
+        asked = told = False
         while not self._closed.wait(LOOK_S) and not ends_by_itself.is_set():
             if time.monotonic() > self._deadline:
                 self._end_hanging_step()
@@ -74,6 +78,9 @@ class Watchdog:
                 if self._board and not asked and self._board.is_asked_to_go():
                     asked = True
                     interrupt_main_thread()
+                if self._board and not told and self._board.is_asked_where():
+                    told = True
+                    self._board.tell(self._mesh.rank, where_am_i().text())
                 if self._board and self._board.is_posted() and not ends_by_itself.is_set():
                     self._end_with_the_others()
             except RuntimeError as error:
@@ -87,11 +94,22 @@ class Watchdog:
         self._dump()
         message = (
             f"step {self._step} has taken longer than guards.step_timeout_s={self._limit_s:g} seconds allow; rank "
-            f"{self._mesh.rank} on {socket.gethostname()} ends the run. What each process was doing stands in "
-            f"{Path(self._stacks.name).parent}/rank*.log"
+            f"{self._mesh.rank} on {socket.gethostname()} ends the run. {self._missing()}What each process was doing "
+            f"stands in {Path(self._stacks.name).parent}/rank*.log"
         )
         logging.error(message)  # into this process's log only
         end_after_failure(message, HANGING_STEP.exit_code)
+
+    def _missing(self) -> str:
+        """Whom the others wait for, in sentences."""
+        if self._board is None:
+            return ""
+        with suppress(RuntimeError):  # the store is gone
+            self._board.tell(self._mesh.rank, where_am_i().text())
+            self._board.ask_where()
+            told = {rank: Where.of(text) for rank, text in self._board.told().items()}
+            return "".join(f"{line[0].upper()}{line[1:]}. " for line in missing(told, self._mesh.world)[:MOST_LINES])
+        return ""
 
     def _end_with_the_others(self) -> None:
         logging.error("another process has failed: ending this one")
