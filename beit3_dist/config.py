@@ -652,10 +652,14 @@ class GuardConfig:
     step_timeout_s: float = 1800.0
     """Seconds that a step may take, its validation and its checkpoint included; the first step of a process may take
     three times as long. After that all threads' stacks go to OUT/logs/ and the run ends. 0: there is no limit."""
+    compare_every: int = 0
+    """Every so many steps the weights of which several processes hold a copy are compared by a sum over their bits:
+    those of the replicas below ZeRO-3, and what tensor ranks do not cut. Where they differ the run stops and names the
+    parameter and the rank. It costs a pass over the weights and a small reduction. 0: never."""
 
     def __post_init__(self) -> None:
         require_positive("guards.", self, "max_skipped_steps", "spike_window")
-        require_not_negative("guards.", self, "spike_factor", "step_timeout_s")
+        require_not_negative("guards.", self, "spike_factor", "step_timeout_s", "compare_every")
 
 
 @dataclass(kw_only=True)

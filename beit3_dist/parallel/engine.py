@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -137,6 +137,13 @@ class Engine:
         self._schedule.after_step()
         losses, correct = totals.tolist()
         return StepResult(losses, correct, norm)
+
+    def weights(self) -> Iterator[tuple[str, Tensor, bool, bool]]:
+        """What this rank computes with: name, values, whether the replicas hold the same ones, and whether the tensor
+        ranks do."""
+        parameters: Iterable[tuple[str, Any]] = self.model.named_parameters()
+        for name, parameter in parameters:
+            yield name, getattr(parameter, "ds_tensor", parameter), self.zero_stage < 3, name not in self.cuts
 
     def evaluate(self, micro_batches: Iterable[tuple[Any, ...]]) -> StepResult:
         """Forward only of `accumulation` micro-batches, without drop path."""

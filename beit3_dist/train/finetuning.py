@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, connect
 from beit3_dist.parallel.replicas import Replicas
 from beit3_dist.run.checkpointing import contribution, load_checkpoint, whole_checkpoint
+from beit3_dist.run.guards.copies import Held
 from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.preemption import Together, by_itself
 from beit3_dist.run.preflight_finetuning import FinetuneReady
@@ -139,6 +140,9 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
 
     def shards(self) -> Iterator[Shard]:
         return contribution(self._engine, self._more)
+
+    def copies(self) -> Iterator[Held]:
+        return starmap(Held, self._engine.weights())
 
     def load(self, checkpoint: Path) -> None:
         load_checkpoint(checkpoint, self._engine, self.state, self._more)

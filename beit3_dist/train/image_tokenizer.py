@@ -25,6 +25,7 @@ from beit3_dist.image_tokenizer.images import ImageBatch
 from beit3_dist.image_tokenizer.quantizer import CodeUsage
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.checkpointing import contribution, load_checkpoint
+from beit3_dist.run.guards.copies import Held
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight_image_tokenizer import TokenizerReady
 from beit3_dist.train.feed import StepBatch, timed
@@ -62,6 +63,10 @@ class TokenizerTraining(Job[TokenizerConfig, TokenizerStep]):
 
     def shards(self) -> Iterator[Shard]:
         return chain(contribution(self._engine), self._tables() if self.mesh.is_first else ())
+
+    def copies(self) -> Iterator[Held]:
+        named = chain(self._engine.model.named_parameters(), self._engine.model.named_buffers())
+        return (Held(name, values, replicated=True, uncut=False) for name, values in named)
 
     def load(self, checkpoint: Path) -> None:
         load_checkpoint(checkpoint, self._engine, self.state)

@@ -22,6 +22,7 @@ from beit3_dist.run.endings import Preempted
 from beit3_dist.run.folder import RunFolder, of_all
 from beit3_dist.run.guards import Guards
 from beit3_dist.run.guards.collectives import record_collectives
+from beit3_dist.run.guards.copies import Held
 from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.lock import RunLock
 from beit3_dist.run.preemption import Together, by_itself
@@ -70,6 +71,9 @@ class Job(Protocol[Config, Result]):
 
     def load(self, checkpoint: Path) -> None:
         """Fills what `start` has built from a checkpoint of any layout. Collective."""
+
+    def copies(self) -> Iterator[Held]:
+        """The weights that this rank computes with, of which others may hold the same."""
 
     def first_faults(self) -> list[Fault]:
         """What the data had to leave out before the first step."""
@@ -159,6 +163,7 @@ def _train(job: Job[Any, Any], groups: Groups, callbacks: Callbacks) -> None:
             for name, image in job.images().items():
                 run.image(state.step, name, image)
             guards.check_step(state, batch.micro_batches, record["loss"], checkpoints)
+            guards.check_copies(state, job.copies)
             if is_last or state.step % config.checkpoint.every == 0:
                 checkpoints.save()
             else:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from beit3_dist.parallel.replicas import Replicas
 from beit3_dist.run.callbacks import Callback
 from beit3_dist.run.checkpointing import More, contribution, load_checkpoint
 from beit3_dist.run.folder import of_all
+from beit3_dist.run.guards.copies import Held
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import Ready
 from beit3_dist.train.averages import WeightAverage
@@ -137,6 +138,9 @@ class Pretraining(Job[RunConfig, StepResult]):
         yield from contribution(self._engine, self._masked.masks.of_fragment if self._masked else self._more)
         if self.mesh.data_rank == self.mesh.tensor_rank == 0:
             yield from self._kept()
+
+    def copies(self) -> Iterator[Held]:
+        return starmap(Held, self._engine.weights())
 
     def load(self, checkpoint: Path) -> None:
         with self._masked.restored() if self._masked else nullcontext(self._more) as more:

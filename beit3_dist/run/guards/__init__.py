@@ -1,9 +1,10 @@
-"""What a run watches itself for while it trains: bad samples, skipped steps, loss spikes, steps that hang, a signal."""
+"""What a run watches itself for while it trains: bad samples, skipped steps, loss spikes, unequal copies of
+weights, steps that hang, a signal."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from beit3_dist.checkpoint.store import TrainState
@@ -12,6 +13,7 @@ from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.checkpointing import Checkpoints
 from beit3_dist.run.folder import RunFolder
 from beit3_dist.run.guards.bad_samples import BadSamples
+from beit3_dist.run.guards.copies import EqualCopies, Held
 from beit3_dist.run.guards.skipped_steps import HasIds, SkippedSteps
 from beit3_dist.run.guards.spikes import SpikeMonitor, last_losses
 from beit3_dist.run.guards.watchdog import Watchdog
@@ -32,6 +34,7 @@ class Guards:
         self.begin, self.together = self._watchdog.begin, self._request.together
         self._skipped_steps = SkippedSteps(config, groups, run)
         self._bad_samples = BadSamples(max_bad_fraction, out, mesh, state) if max_bad_fraction is not None else None
+        self._copies = EqualCopies(settings.compare_every, groups, out, state.step)
         self._spikes = None
         if mesh.is_first and settings.spike_factor:
             losses = last_losses(out / "metrics.jsonl", settings.spike_window)
@@ -45,6 +48,11 @@ class Guards:
             self._skipped_steps.check(state, micro_batches, checkpoints)
         elif self._spikes and (warning := self._spikes.check(state.step, loss)):
             log.warning(warning)
+
+    def check_copies(self, state: TrainState, held: Callable[[], Iterable[Held]]) -> None:
+        """After a step. Raises RunStopped, on all ranks, where copies of weights are no longer equal."""
+        if self._copies.is_due(state.step):
+            self._copies.check(state, held())
 
     def check_samples(self, state: TrainState) -> None:
         """After a step, its checkpoint begun. Raises RunStopped, on all ranks, after too many bad samples."""
