@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, RunConfig
 from beit3_dist.plan import h200
+from beit3_dist.plan.auto import USABLE
 from beit3_dist.plan.counting import Counting, Work
 from beit3_dist.plan.devices import DEVICES, Device, Link, device_named
 from beit3_dist.plan.layouts import Layout, Plan, Planner
@@ -96,6 +100,48 @@ def test_what_was_measured_on_the_h200() -> None:
     for row in h200.ROWS:
         assert row.predicted_s(DEVICES["H200"]) == pytest.approx(row.step_s, rel=0.1), row.name
         assert row.counted_gb == pytest.approx(row.memory_gb, rel=0.05), row.name
+
+
+TABLE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text().partition("## Memory")[2]
+PLANNED = """
+import json, sys
+from dataclasses import replace
+from beit3_dist.command_line import configured
+from beit3_dist.config import RunConfig
+from beit3_dist.objectives import SECTIONS
+from beit3_dist.plan.devices import DEVICES
+from beit3_dist.plan.layouts import Layout, Planner
+unnamed = "text_tokenizer", "image_tokenizer", "data.images", "data.texts", "data.pairs"
+for recipe, layouts in json.loads(sys.argv[1]).items():
+    given = ["--config", recipe, "--out", "run", *(word for name in unnamed for word in (f"--{name}", "FILE"))]
+    config = configured(RunConfig, "plan", "", given, SECTIONS)
+    stage = json.loads(open(config.deepspeed_config).read())["zero_optimization"]["stage"]
+    planner = Planner(replace(config, batch=replace(config.batch, accumulation=1)), DEVICES["H100"])
+    for accumulation, devices in layouts:
+        plan = planner.plan(Layout(stage, 1, False, 1, config.activation_checkpointing, accumulation), devices)
+        print(json.dumps([recipe, accumulation, devices, plan.memory_gb, plan.memory.activations / 1e9]))
+"""
+"""In a process of its own, where Triton's kernels are a GPU's: here they are interpreted, and cannot be counted."""
+
+
+def test_memory_of_the_recipes_is_what_the_page_says() -> None:
+    """Of base every figure, of others those of 8 devices; a recipe's head has the first one, too."""
+    asked = {name: [(1, 8)] for name in ("base", "large", "giant", "beit3_base_contrast")}
+    asked["base"] += [(2, 8), (4, 8), (1, 64)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = [sys.executable, "-c", PLANNED, json.dumps(asked)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned = {tuple(row[:3]): row[3:] for row in map(json.loads, done.stdout.splitlines())}
+    for recipe in asked:
+        row = next(line for line in TABLE.splitlines() if line.startswith(f"| `{recipe}` |"))
+        said = [float(cell) for cell in row.split("|")[2:-1]]
+        assert planned[recipe, 1, 8] == pytest.approx(said[:2], abs=0.6), recipe
+        assert f"8 devices: {said[0]:.0f} GB" in (Path("launchers/recipes") / f"{recipe}.yaml").read_text()
+        if recipe == "base":
+            others = [planned[recipe, *of][0] for of in ((2, 8), (4, 8), (1, 64))]
+            assert others == pytest.approx(said[2:], abs=0.6)
+            assert planned[recipe, 1, 8][0] > DEVICES["H100"].memory_gb * USABLE > others[0], "auto takes 2"
 
 
 @pytest.fixture()
