@@ -1,12 +1,13 @@
-"""Pretrains in stages: the recipes of a stage file one after the other, each from the weights of the one before.
+"""Trains in stages: the recipes of a stage file one after the other, each from the weights of the one before.
 
     python launchers/stages.py --config STAGES.yaml --out OUT [--a.b VALUE ...] [--NAME.a.b VALUE ...]
     deepspeed [--num_accelerators N] launchers/stages.py ...                     all devices, as launchers/pretrain.py
 
-Each stage is a run in OUT/NAME; `--a.b VALUE` is a field of all stages, `--NAME.a.b VALUE` of one. All stages are
-checked before the first begins; --dry-run does no more. --checkpoint.resume auto goes on in the stage that is not done,
-and runs none again that is. launchers/slurm/pretrain.sbatch says how to run them in a Slurm job. Signals and exit codes
-are those of launchers/pretrain.py.
+A recipe with a `task` is a fine-tuning, any other a pretraining. Each stage is a run in OUT/NAME; `--a.b VALUE` is a
+field of all stages, `--NAME.a.b VALUE` of one. All stages are checked before the first begins; --dry-run does no more.
+--checkpoint.resume auto goes on in the stage that is not done, and runs none again that is.
+launchers/slurm/pretrain.sbatch says how to run them in a Slurm job. Signals and exit codes are those of
+launchers/pretrain.py.
 """
 
 from __future__ import annotations

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from beit3_dist.checkpoint.formats import fit_initial
 from beit3_dist.checkpoint.initial import InitialWeights
 from beit3_dist.checkpoint.model_folder import TASK_HEAD
-from beit3_dist.config import require, require_laid_out
+from beit3_dist.config import RunConfig, require, require_laid_out
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.looking import of_node
 from beit3_dist.model.initialization import Values, zeros
+from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.opening import blaming
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.float8 import check_float8
@@ -61,9 +63,14 @@ def resolve_epochs(config: FinetuneConfig, examples: int) -> FinetuneConfig:
     return replace(config, steps=max(1, math.ceil(config.epochs * per_epoch)), optim=optim)
 
 
-def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
+def prepare_finetuning(
+    config: FinetuneConfig, mesh: Mesh, before: RunConfig | FinetuneConfig | None = None
+) -> FinetuneReady:
     """Opens and checks everything, and resolves the config's epochs. Raises ValueError with one line that names the
-    field or the file and the remedy."""
+    field or the file and the remedy.
+
+    `before`: the run that `init_from` names, if it is still to come; all is checked then, but nothing can start.
+    """
     check_trackers(config.trackers, mesh.is_first)
     require_laid_out(config)
     check_mixing(config, mesh)
@@ -89,7 +96,7 @@ def prepare_finetuning(config: FinetuneConfig, mesh: Mesh) -> FinetuneReady:
         sources = of_node(lambda: finetuning_sources(config, len(train), tokenizer))
         state.sources = same_sources(config, checkpoint, state.sources, sources)
         same_recipe(config, checkpoint)
-    values, views = _values(config, task, checkpoint), task.views()
+    values, views = _values(config, task, checkpoint, before), task.views()
     mixing = Mixing(len(task.classes), config.mixup, config.cutmix, config.label_smoothing) if config.mixes else None
     return FinetuneReady(config, mesh, state, checkpoint, values, task, train, validation, views, mixing)
 
@@ -118,7 +125,9 @@ def names_of(config: FinetuneConfig) -> list[str]:
         return read_names(path)
 
 
-def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Values:
+def _values(
+    config: FinetuneConfig, task: Task, checkpoint: Path | None, before: RunConfig | FinetuneConfig | None
+) -> Values:
     """Initial values of a new run: of `init_from` where that has them, else a function of (seed, name). Zeros for one
     that goes on."""
     if checkpoint is not None:
@@ -127,7 +136,11 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
     weights: InitialWeights | dict[str, Tensor] = {}
     if config.init_from:
         shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-        weights = InitialWeights(config.init_from, config.model, shapes)
+        if before is None:
+            weights = InitialWeights(config.init_from, config.model, shapes)
+        else:
+            theirs = dict(network_of(before).named_parameters())
+            weights = fit_initial(theirs, before.model, config.model, shapes, before.out)
         lacking = [name for name in shapes if name.startswith((TASK_HEAD, "text_head.")) and name not in weights]
         require(
             not config.evaluate_only or not lacking,
@@ -135,3 +148,10 @@ def _values(config: FinetuneConfig, task: Task, checkpoint: Path | None) -> Valu
             "a fine-tuned model",
         )
     return lambda name, shape: weights[name] if name in weights else network.first_value(name, shape, config.seed)
+
+
+def network_of(config: RunConfig | FinetuneConfig) -> nn.Module:
+    """What a run trains, on the meta device."""
+    if isinstance(config, RunConfig):
+        return objectives_of(config).build()
+    return task_class(config.task).network(config.model, len(names_of(config)), config.dense, device="meta")

@@ -5,8 +5,8 @@
       texts: vlmo_base_texts.yaml
       pairs: vlmo_base.yaml
 
-A line names a stage and its recipe, beside the file or one that comes with the program. Every stage is a run of its own
-in OUT/NAME.
+A line names a stage and its recipe, beside the file or one that comes with the program; one with a `task` is a
+fine-tuning. Every stage is a run of its own in OUT/NAME.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from beit3_dist.command_line import parse, refusing
 from beit3_dist.config import RunConfig, require
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.recipe import find_recipe, read_recipe, read_sections
+from beit3_dist.tasks.config import FinetuneConfig
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,14 @@ class Stage:
     """One of the runs."""
 
     name: str
-    config: RunConfig
+    config: RunConfig | FinetuneConfig
 
 
 def read_stages(path: Path) -> dict[str, Path]:
     """Name -> recipe of the stages of a file, in their order. Raises ValueError as `read_recipe` does, and for a stage
     that is none."""
     path, recipes = find_recipe(path), dict[str, Path]()
-    own = {field.name for field in fields(RunConfig)}
+    own = {field.name for kind in (RunConfig, FinetuneConfig) for field in fields(kind)}
     for name, recipe in read_sections(path, "stages")["stages"].items():
         stage = f"{path}, stages.{name}"
         require(bool(re.fullmatch(r"[a-z0-9_-]+", str(name))), f"{stage}: a name has only a to z, 0 to 9, _ and -")
@@ -80,5 +81,11 @@ def stages_of(program: str, description: str, arguments: Sequence[str]) -> tuple
     for name, options in options_of(list(recipes), rest).items():
         before = ["--init_from", stages[-1].config.out] if stages else []
         fields = ["--config", str(recipes[name]), *options, "--out", str(own.out / name), *before]
-        stages.append(Stage(name, parse(RunConfig, f"{program}: stage {name}", "", fields, SECTIONS)))
+        stages.append(Stage(name, _config_of(recipes[name], f"{program}: stage {name}", fields)))
     return stages, own.dry_run
+
+
+def _config_of(recipe: Path, program: str, arguments: list[str]) -> RunConfig | FinetuneConfig:
+    if "task" in read_recipe(recipe):
+        return parse(FinetuneConfig, program, "", arguments)
+    return parse(RunConfig, program, "", arguments, SECTIONS)

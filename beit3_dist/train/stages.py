@@ -13,8 +13,9 @@ from beit3_dist.leaving import leave_when_asked
 from beit3_dist.looking import together
 from beit3_dist.parallel.meeting import looks_of_all
 from beit3_dist.run.endings import RunStopped
-from beit3_dist.run.preflight import prepare_run
-from beit3_dist.run.stages import ReadyStages
+from beit3_dist.run.preflight_finetuning import FinetuneReady
+from beit3_dist.run.stages import ReadyStages, opened
+from beit3_dist.train.finetuning import finetune
 from beit3_dist.train.pretraining import pretrain
 
 log = logging.getLogger(__name__)
@@ -27,12 +28,12 @@ def train_stages(program: str, ready: ReadyStages) -> None:
         log.info("stage %s, in %s", stage.name, stage.config.out)
         try:
             with together(*looks_of_all(read_place())):
-                opened = first or prepare_run(stage.config, ready.mesh_of(stage.config))
+                prepared = first or opened(stage.config, ready.mesh_of(stage.config))
         except (ValueError, OSError) as error:
             raise RunStopped(f"stage {stage.name}: {error}") from error
         first = None
-        pretrain(opened)
-        del opened
+        finetune(prepared) if isinstance(prepared, FinetuneReady) else pretrain(prepared)
+        del prepared
         _make_room()
         leave_when_asked(program)  # nothing is left to save
 

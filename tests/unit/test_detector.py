@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -16,13 +18,19 @@ from beit3_dist.checkpoint.fitting import fit
 from beit3_dist.checkpoint.model_folder import save_model_folder
 from beit3_dist.config import ModelConfig
 from beit3_dist.inference import Model, open_image
+from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.replicas import Replicas
+from beit3_dist.run.preflight_finetuning import FinetuneReady
+from beit3_dist.run.stage_file import stages_of
+from beit3_dist.run.stages import prepare_stages
 from beit3_dist.tasks.base import TaskInputs
 from beit3_dist.tasks.config import DenseConfig, FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.object_views import Objects
 from beit3_dist.tasks.parts.detecting import Detection
 from beit3_dist.tasks.parts.detector import Choice, Detector
+from beit3_dist.tasks.parts.drawing import with_objects
 from beit3_dist.tasks.registry import task_class
+from tests.unit.tar_fixtures import picture, train_tokenizer
 
 MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=64, patch_size=8, image_size=64, vocab_size=310,
                     visual_vocab_size=16, vl_expert_layers=1, max_text_length=24)  # fmt: skip
@@ -142,7 +150,7 @@ def test_a_model_folder_detects_and_draws(tmp_path: Path) -> None:
         assert (found.boxes >= 0).all() and (found.boxes <= [width, height, width, height]).all()
         assert found.masks[0].shape == (height, width)
         found.scores[:] = 1
-        picture = model.task.drawn(open_image(image), found)
+        picture = with_objects(open_image(image), found, model.task.classes)
         assert picture.size == (width, height) and picture.tobytes() != open_image(image).tobytes()
     assert model.predict(images=images)[1].labels.tolist() == model.detect(images)[1].labels.tolist()
     with pytest.raises(ValueError, match="was fine-tuned for instance_segmentation; classes need a model of task"):
@@ -164,3 +172,31 @@ def test_another_data_sets_detector_goes_on_but_for_its_classes(caplog: pytest.L
     with pytest.raises(ValueError, match="proposals.objectness.weight .* has shape"):
         other = weights | {"task_head.proposals.objectness.weight": torch.zeros(9, 16, 1, 1)}
         fit(other, MODEL, shapes, "objects365")
+
+
+def test_a_detector_is_trained_in_stages(tmp_path: Path) -> None:
+    """Boxes of five classes, then boxes and masks of three: both are checked before the first begins."""
+    train_tokenizer(tmp_path / "text.spm")
+    (tmp_path / "0.png").write_bytes(picture(0))
+    for name, count in (("boxes", 5), ("masks", 3)):
+        one = {"id": 1, "label": count - 1, "box": [1, 1, 20, 9], "mask": [[1, 1, 21, 1, 21, 10, 1, 10]]}
+        line = {"image_path": "0.png", "image_id": 1, "width": 40, "height": 30, "objects": [one]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+        (tmp_path / f"{name}.txt").write_text("".join(f"class {n}\n" for n in range(count)))
+        recipe = {
+            "task": {"boxes": "detection", "masks": "instance_segmentation"}[name], "steps": 1, "precision": "fp32",
+            "data": {"train": str(tmp_path / f"{name}.jsonl"), "images": str(tmp_path), "text_length": 12, "workers": 0,
+                     "answers": str(tmp_path / f"{name}.txt")},
+            "model": asdict(MODEL), "dense": asdict(replace(DENSE, cascade=True)), "batch": {"size": 1},
+        }  # fmt: skip
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "stages.yaml").write_text("stages: {boxes: boxes.yaml, masks: masks.yaml}\n")
+    asked = ["--config", str(tmp_path / "stages.yaml"), "--out", str(tmp_path / "out"), "--text_tokenizer",
+             str(tmp_path / "text.spm"), "--optim.warmup_steps", "0"]  # fmt: skip
+    stages, _ = stages_of("stages.py", "", asked)
+    assert [stage.config.out for stage in stages] == [str(tmp_path / "out" / name) for name in ("boxes", "masks")]
+    ready = prepare_stages(stages, lambda config: Mesh(0, 1, 0, 1, torch.device("cpu")))
+    assert isinstance(ready.first, FinetuneReady) and ready.first.task.name == "detection"
+    (tmp_path / "masks.jsonl").write_text(json.dumps(line | {"objects": [one | {"label": 3}]}) + "\n")
+    with pytest.raises(ValueError, match=r"stage masks: .*line 1: object 1: label 3 is not in range\(3\)"):
+        prepare_stages(stages, lambda config: Mesh(0, 1, 0, 1, torch.device("cpu")))
