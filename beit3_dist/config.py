@@ -850,6 +850,11 @@ class RunConfig(TrainingConfig):
     others are frozen: they have no gradient, no moments and no decay, and keep their values. Empty: all are trained."""
     gradient_masking: GradientMaskingConfig = field(default_factory=GradientMaskingConfig)
     """Masks of the shared encoder's gradients."""
+    cuda_graphs: bool = False
+    """Whether the blocks are recorded as CUDA graphs, which a GPU starts faster than their kernels one by one. Captions
+    are then filled up to the longest micro-batch so far, with words that no loss reads, so that all micro-batches have
+    one shape. For kernels=triton with attention_kernel=varlen or flash, parallel.zero_stage=1, one tensor rank and one
+    stage."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out validation."""
 

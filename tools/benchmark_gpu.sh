@@ -7,11 +7,12 @@
 #
 #   giant32 giant16 base128          launchers/pretrain.py: 3 x 32, 3 x 16, 3 x 128 samples a step, ZeRO-1
 #   giant32_fp8                      giant32 with --precision fp8, where torchao is there
+#   giant16_graphs                   giant16 with --cuda_graphs true
 #   giant32_zero3 giant16_zero3      giant32 and giant16 under ZeRO-3
 #   kernels attention                our operations one by one against torch and against the rate of a copy
 #   torchscale                       base beside torchscale's three forward passes, eager and compiled
 #   tests                            tests/gpu
-#   giant8 large64 base128_compiled  not among all, only when named
+#   giant32_graphs giant8 large64 base128_compiled    not among all, only when named
 #
 # Needs no installed project and no network: torch, DeepSpeed and the rest may lie on PYTHONPATH. PYTHON names the
 # interpreter; ARGUMENTS go to every pretrain.py (ARGUMENTS="--kernels torch"); DATA is a folder for what it reads, kept
@@ -24,11 +25,11 @@ mkdir -p "$out"
 out=$(realpath "$out")
 data=$(realpath -m "${DATA:-$out/data}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-usual=(giant32 giant16 base128 giant32_fp8 giant32_zero3 giant16_zero3 kernels attention torchscale tests)
+usual=(giant32 giant16 base128 giant16_graphs giant32_fp8 giant32_zero3 giant16_zero3 kernels attention torchscale tests)
 parts=("${@:2}")
 ((${#parts[@]})) || parts=("${usual[@]}")
 for part in "${parts[@]}"; do
-    [[ " ${usual[*]} giant8 large64 base128_compiled " == *" $part "* ]] ||
+    [[ " ${usual[*]} giant32_graphs giant8 large64 base128_compiled " == *" $part "* ]] ||
         { echo "benchmark_gpu.sh: there is no part $part" >&2 && exit 2; }
 done
 python=${PYTHON:-python}
@@ -98,6 +99,8 @@ for part in "${parts[@]}"; do
     giant32) run giant32 giant 32 1 100 ;;
     giant16) run giant16 giant 16 1 70 ;;
     giant32_fp8) run giant32_fp8 giant 32 1 100 --precision "$fp8" ;;
+    giant16_graphs) run giant16_graphs giant 16 1 75 --cuda_graphs true ;;
+    giant32_graphs) run giant32_graphs giant 32 1 105 --cuda_graphs true ;;
     giant8) run giant8 giant 8 1 50 ;;
     giant32_zero3) run giant32_zero3 giant 32 3 100 ;;
     giant16_zero3) run giant16_zero3 giant 16 3 70 ;;

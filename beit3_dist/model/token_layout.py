@@ -13,7 +13,7 @@ Shape letters: B samples, N tokens of a sample, T tokens of the micro-batch, H h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -130,14 +130,17 @@ def prefix_mask(patches: int, words: int, prefixes: Tensor) -> Tensor:
     return (place <= place[:, None]) | (place < patches + prefixes[:, None, None])
 
 
-def fill(groups: Sequence[Group], kinds: Sequence[int], multiple: int) -> tuple[Group, ...]:
+def fill(
+    groups: Sequence[Group], kinds: Sequence[int], multiple: int, fullest: Mapping[int, int] | None = None
+) -> tuple[Group, ...]:
     """The groups, and behind those of each of `kinds` (see `Group.kind`) words that belong to no sample, so that the
-    words of this kind are a multiple."""
+    words of this kind are a multiple. `fullest`: words of a kind that there are at least."""
     filled = list(groups)
     for kind in kinds:
         place = max(number for number, group in enumerate(filled) if group.kind == kind) + 1
         words = sum(group.real_words for group in filled if group.kind == kind)
-        filled.insert(place, Group(1, 0, -words % multiple, fused=kind == 1, filler=True))
+        wanted = max(words + -words % multiple, (fullest or {}).get(kind, 0))
+        filled.insert(place, Group(1, 0, wanted - words, fused=kind == 1, filler=True))
     return tuple(filled)
 
 

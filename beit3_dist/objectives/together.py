@@ -57,7 +57,9 @@ class OnHost:
     def layout(self) -> TokenLayout:
         """Where its tokens lie."""
         model = self._objectives.model
-        return self._objectives.laid_out([_group(self._batch, view, model) for view in self._objectives.views])
+        layout = self._objectives.laid_out([_group(self._batch, view, model) for view in self._objectives.views])
+        self._objectives.keep_shape(layout)
+        return layout
 
     @cached_property
     def places(self) -> Places:
@@ -114,6 +116,9 @@ class Objectives:
         """What is encoded, in the order of a layout's groups."""
         self.multiple = ROUNDED if torch.cuda.is_available() else 1
         """Of which the captions' words are filled up to be one."""
+        self.fullest: dict[int, int] | None = {} if run.cuda_graphs else None
+        """By `Group.kind` the words of the longest micro-batch so far, to which all are filled up, so that all have one
+        shape; None: shapes may differ."""
         self._on_host: WeakKeyDictionary[MicroBatch, dict[tuple[Objective, ...], OnHost]] = WeakKeyDictionary()
 
     def __iter__(self) -> Any:
@@ -145,7 +150,7 @@ class Objectives:
 
     def _some(self, wanted: Callable[[Objective], bool]) -> Objectives | None:
         some = copy(self)
-        some._each = [objective for objective in self if wanted(objective)]
+        some._each, some.fullest = [objective for objective in self if wanted(objective)], None
         some.losses = [loss for objective in some for loss in objective.losses]
         some.views = _views_of(some._each)
         return some if some._each else None
@@ -269,8 +274,15 @@ class Objectives:
         """The layout of the views' groups."""
         if self.multiple == 1:
             return TokenLayout(tuple(groups))
-        of_captions = sorted({view.kind for view in self.views if view.text and view.stream == "pairs"})
-        return TokenLayout(fill(groups, of_captions, self.multiple))
+        vary = [view.kind for view in self.views if view.text and (view.stream == "pairs" or self.fullest is not None)]
+        return TokenLayout(fill(groups, sorted({*vary}), self.multiple, self.fullest))
+
+    def keep_shape(self, layout: TokenLayout) -> None:
+        """From now on micro-batches have at least as many words, where they are to have one shape."""
+        if self.fullest is not None:
+            *_, captions, texts = layout.segments
+            for kind, words in {1: captions, 2: texts}.items():
+                self.fullest[kind] = max(words, self.fullest.get(kind, 0))
 
     def largest(self, data_parallel: int) -> tuple[TokenLayout, float]:
         """For a pipeline's stages: the layout of a rank's micro-batch with all texts at full length, and about the

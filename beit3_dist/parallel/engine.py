@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from beit3_dist.config import TrainingConfig
+from beit3_dist.config import RunConfig, TrainingConfig
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.block import Block
@@ -32,6 +32,7 @@ from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
 from beit3_dist.parallel.float8 import product_of_blocks
 from beit3_dist.parallel.fragments import KEPT, bounded, share_of
+from beit3_dist.parallel.graphs import CudaRecorder, Graphs
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages, zero_gradients
@@ -108,6 +109,8 @@ class Engine:
             )
         dtype = next(self.model.parameters()).dtype
         flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, sizes_of(config.model)))
+        if isinstance(config, RunConfig) and config.cuda_graphs:
+            Graphs(self.model.blocks, CudaRecorder())
         self._bounded = bounded(self.model, self.optimizer, bounds) if bounds else []
         self.zero_stage: int = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (

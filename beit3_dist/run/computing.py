@@ -5,7 +5,7 @@ from __future__ import annotations
 import deepspeed
 import torch
 
-from beit3_dist.config import JobConfig, TrainingConfig
+from beit3_dist.config import JobConfig, RunConfig, TrainingConfig
 from beit3_dist.parallel.kernels import chosen_attention, chosen_kernels, chosen_versions, sizes_of
 
 
@@ -27,4 +27,6 @@ def computed_by(config: JobConfig, device: torch.device) -> str:
         parts += [f"kernels {kernels}", f"attention {attention}"]
         versions = chosen_versions(kernels, dtype, sizes_of(config.model)).items()
         parts += [f"{operation} {it.name}" for operation, it in versions if it.name not in (kernels, "torch")]
+    if isinstance(config, RunConfig) and config.cuda_graphs:
+        parts.append("blocks as CUDA graphs")
     return ", ".join(parts)

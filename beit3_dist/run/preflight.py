@@ -26,6 +26,7 @@ from beit3_dist.objectives.registry import objectives_by_stream, objectives_of
 from beit3_dist.objectives.together import Objectives
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.float8 import check_float8
+from beit3_dist.parallel.graphs import check_graphs
 from beit3_dist.parallel.kernels import check_kernels
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.pipeline import check_pipeline, check_trained_stages, plan_stages
@@ -83,6 +84,7 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
             "the model, which a pipeline cannot: use parallel.pipeline=1",
         )
     check_trained(config, mesh, objectives)
+    check_graphs(config, [each.name for each in objectives if each.second_pass or any(v.prefix_by for v in each.views)])
     check_pictures(config, objectives)
     if config.gradient_masking.every:
         objectives_by_stream(config, ("images", "texts"))

@@ -55,7 +55,7 @@ _FIELDS = {
         data.images data.texts data.pairs data.train data.answers data.text_length
         data.shuffle data.shuffle_block data.shuffle_window data.virtual_readers""",
     OnResume.SAID: """
-        steps epochs warmup_epochs precision kernels attention_kernel deterministic activation_checkpointing
+        steps epochs warmup_epochs precision kernels attention_kernel cuda_graphs deterministic activation_checkpointing
         activation_checkpointing_every deepspeed_config image_codes layer_decay head_lr_scale pictures_every
         batch.accumulation
         parallel.tensor parallel.pipeline parallel.chunks parallel.sequence parallel.zero_stage

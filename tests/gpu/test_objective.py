@@ -14,9 +14,11 @@ from beit3_dist.model import BEiT3
 from beit3_dist.objectives.three_passes import prepare_passes, three_passes
 from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.fused import FusedForward
+from beit3_dist.parallel.graphs import CudaRecorder, Graphs
 from beit3_dist.parallel.kernels import use_kernels
 from tests.device import DEVICE, ON_GPU
 from tests.equality import assert_close, assert_tensors_close
+from tests.graphs import StandIn, fuse
 from tests.micro_batches import counts_of, precomputed_codes, prepared, pretraining, random_micro_batch
 
 CPU = torch.device("cpu")
@@ -117,6 +119,24 @@ def test_triton_computes_what_torch_does(config: ModelConfig) -> None:
     batch = {"seed": 2, "images": 2, "pairs": 3}
     expected = compute(copied(config, DEVICE, torch.float32), batch)
     assert_same(compute(copied(config, DEVICE, torch.float32, "triton"), batch), expected)
+
+
+@MODELS
+def test_graphs_compute_what_their_kernels_do(config: ModelConfig) -> None:
+    """Four micro-batches of one shape, of which two are repeated, with other captions, samples and drop path."""
+    plain, ours = (copied(config, DEVICE, torch.bfloat16, "triton" if ON_GPU else "torch") for _ in range(2))
+    if not ON_GPU:
+        fuse(plain.model)
+        fuse(ours.model)
+    Graphs(ours.model.blocks, CudaRecorder() if ON_GPU else StandIn(ours.model))
+    for module in (plain, ours):
+        module.objectives.multiple, module.objectives.fullest = 128, {1: 256}
+    for seed in range(4):
+        mine, its = (compute(module, {"seed": seed}) for module in (ours, plain))
+        assert (mine[0] - its[0]).norm() <= 2e-3 * its[0].norm()
+        largest = max(gradient.norm() for gradient in its[1].values())
+        for name, gradient in its[1].items():
+            assert (mine[1][name] - gradient).norm() <= 0.02 * max(gradient.norm(), 1e-2 * largest), name
 
 
 @MODELS

@@ -69,23 +69,25 @@ def test_one_pass_equals_three(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("config", [PAPER, RELEASED], ids=["paper", "released"])
 def test_words_that_belong_to_no_sample_change_nothing(config: ModelConfig) -> None:
-    """Captions are filled up to multiples of so many words on CUDA; 64 is more than one of them has. They count in no
+    """Captions are filled up to multiples of so many words on CUDA; 64 is more than one of them has. For CUDA graphs
+    all words are filled up to those of the longest micro-batch so far. They count in no
     loss and no statistic, and no parameter learns from them."""
     results = []
-    for multiple in (1, 7, 64):
+    for multiple, fullest in ((1, None), (7, None), (64, None), (10, {1: 90, 2: 90})):
         objective, batch, (*_, counts, number) = objective_and_step(config)
-        objective.objectives.multiple = multiple
+        objective.objectives.multiple, objective.objectives.fullest = multiple, fullest
         batch = random_micro_batch(config)  # of the other one the layout is known
         loss, statistics = objective(*prepared(objective, batch), counts, number)
         loss.backward()
         layout = objective.objectives.on_host(batch).layout
         words = layout.segments[2]
+        assert fullest is None or layout.segments[2:] == (fullest[1], fullest[2]) == (90, 90)
         assert words % multiple == 0 and layout.tokens == sum(layout.segments) - sum(
             group.words for group in layout.groups if group.filler
         )
         results.append((loss, statistics, gradients(objective), layout.tokens, words))
     (loss, statistics, plain, tokens, words), *filled = results
-    assert len({words, *(one[-1] for one in filled)}) == 3
+    assert len({words, *(one[-1] for one in filled)}) == 4
     for of_loss, of_statistics, of_gradients, of_tokens, _ in filled:
         assert of_tokens == tokens
         assert_close(of_loss, loss, "loss")

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from beit3_dist.config import BatchConfig, DataConfig, OptimConfig, ParallelConfig, RunConfig
+from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from beit3_dist.model import BEiT3
 from beit3_dist.parallel.deepspeed_config import deepspeed_config, read_deepspeed_file
+from beit3_dist.recipe import read_sections
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -227,3 +229,16 @@ def test_shipped_files_lie_in_the_package() -> None:
 
 def test_three_files_are_shipped() -> None:
     assert [file.stem for file in SHIPPED] == ["zero1_bf16", "zero3_bf16", "zero3_bf16_offload"]
+
+
+@pytest.mark.parametrize("file", ["zero1_bf16", "zero3_bf16", "zero3_bf16_offload"])
+def test_shipped_buckets_fit_the_giant(file: str) -> None:
+    """The last bucket is the words' table, and one prefetch holds a layer: see docs/layouts.md."""
+    recipe = read_sections(REPOSITORY / "launchers" / "recipes" / "giant.yaml", "model")
+    giant = BEiT3(ModelConfig(**recipe["model"]), device="meta")
+    largest = max(parameter.numel() for parameter in giant.parameters())
+    layer = max(sum(parameter.numel() for parameter in block.parameters()) for block in giant.blocks.values())
+    zero = json.loads((REPOSITORY / "ds_configs" / f"{file}.json").read_text())["zero_optimization"]
+    assert largest <= zero["reduce_bucket_size"] <= 1.2 * largest
+    if zero["stage"] == 3:
+        assert layer <= zero["stage3_prefetch_bucket_size"] < 2.5 * layer and zero["contiguous_gradients"] is False
