@@ -238,7 +238,7 @@ def test_mistakes_are_named(folder: Path, changes: dict[str, Any], message: str)
     [
         (
             {"task": "nlvr2"},
-            "data.answers belongs to imagenet, imagenet_retrieval, open_vqa, text, text_classification",
+            "data.answers belongs to detection, imagenet, imagenet_retrieval, instance_segmentation, open_vqa",
         ),
         ({"parallel": ParallelConfig(pipeline=2)}, "set parallel.pipeline=1"),
         ({"warmup_epochs": 2.0, "epochs": 1.0}, "warmup_epochs=2.0 exceeds epochs=1.0"),
