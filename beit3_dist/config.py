@@ -652,6 +652,9 @@ class GuardConfig:
     step_timeout_s: float = 1800.0
     """Seconds that a step may take, its validation and its checkpoint included; the first step of a process may take
     three times as long. After that all threads' stacks go to OUT/logs/ and the run ends. 0: there is no limit."""
+    times_every: int = 100
+    """Every so many steps the ranks' times for data, forward, backward, reduction and optimizer go to the trackers, and
+    a warning names the ranks, with their hosts, that are slower than the others. 0: never."""
     compare_every: int = 0
     """Every so many steps the weights of which several processes hold a copy are compared by a sum over their bits:
     those of the replicas below ZeRO-3, and what tensor ranks do not cut. Where they differ the run stops and names the
@@ -659,7 +662,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         require_positive("guards.", self, "max_skipped_steps", "spike_window")
-        require_not_negative("guards.", self, "spike_factor", "step_timeout_s", "compare_every")
+        require_not_negative("guards.", self, "spike_factor", "step_timeout_s", "times_every", "compare_every")
 
 
 @dataclass(kw_only=True)

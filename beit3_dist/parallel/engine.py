@@ -35,6 +35,7 @@ from beit3_dist.parallel.fragments import KEPT, bounded, share_of
 from beit3_dist.parallel.graphs import CudaRecorder, Graphs
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.parallel.phases import Phases
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages, zero_gradients
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
 
@@ -118,6 +119,12 @@ class Engine:
             if isinstance(module, Stages)
             else Accumulation(config.accumulation * passes, groups, self.deepspeed, module.columns, passes > 1)
         )
+
+    def clocked_by(self, phases: Phases) -> None:
+        """Has a clock tell its passes, its reduction and its optimizer's step apart."""
+        of_phase = {"forward": "forward", "backward": "backward", "allreduce_gradients": "reduce", "step": "optimizer"}
+        for method, phase in of_phase.items():
+            setattr(self.deepspeed, method, phases.inside(phase, getattr(self.deepspeed, method)))
 
     def train_step(
         self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float

@@ -83,6 +83,11 @@ class RunFolder:
         if self._reporter:
             self._reporter.evaluation(record)
 
+    def times(self, record: Mapping[str, float]) -> None:
+        """What a step's time went to, for the trackers."""
+        if self._reporter:
+            self._reporter.times(record)
+
     def image(self, step: int, name: str, image: Tensor) -> None:
         """An image, uint8 [3, H, W], for the trackers."""
         if self._reporter:

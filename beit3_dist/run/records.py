@@ -152,6 +152,10 @@ class Reporter:
         parts = f" ({'  '.join(losses)})" if losses else ""
         self.say(f"held-out after step {record['step']}: {'  '.join(others)}{parts}")
 
+    def times(self, record: Mapping[str, float]) -> None:
+        """What a step's time went to, for the trackers."""
+        self._trackers.record("times", record)
+
     def image(self, step: int, name: str, image: torch.Tensor) -> None:
         """An image, uint8 [3, H, W], for the trackers."""
         self._trackers.image(step, name, image)

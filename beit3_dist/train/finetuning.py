@@ -134,6 +134,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             ),
             bounds=self.task.bounds(config.model),
         )
+        self._engine.clocked_by(self.phases)
         self._ready.values = zeros  # what they were made of is not needed again
         self._average = WeightAverage(self._engine, config.ema_decay) if config.ema_decay else None
         self._more = self._average.of_fragment if self._average else None

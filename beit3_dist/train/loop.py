@@ -16,6 +16,7 @@ from beit3_dist.config import JobConfig
 from beit3_dist.data.faults import Fault
 from beit3_dist.parallel.device import prepare_device
 from beit3_dist.parallel.mesh import Groups, Mesh, connect
+from beit3_dist.parallel.phases import Phases
 from beit3_dist.run.callbacks import Callback, Callbacks
 from beit3_dist.run.checkpointing import Checkpoints, ReadyToTrain, whole_checkpoint
 from beit3_dist.run.endings import Preempted
@@ -57,11 +58,14 @@ class Job(Protocol[Config, Result]):
     """The checkpoint that holds its weights; None: a new run."""
     samples: dict[str, int]
     """Stream -> samples of a step."""
+    phases: Phases
+    """The clock of a step."""
     max_bad_fraction: float | None
     """The run stops itself where a larger share of its samples had to be replaced; None: at no share."""
 
     def __init__(self, ready: ReadyToTrain) -> None:
         self.config, self.mesh, self.state, self.checkpoint = ready.config, ready.mesh, ready.state, ready.checkpoint
+        self.phases = Phases(self.mesh.device)
 
     def start(self, groups: Groups) -> None:
         """Builds the model in this rank's layout and opens the stream of batches behind `state`. Collective."""
@@ -146,7 +150,9 @@ def _train(job: Job[Any, Any], groups: Groups, callbacks: Callbacks) -> None:
         for step in range(state.step, config.steps):
             guards.begin(step + 1)
             started = time.perf_counter()
-            batch = job.next_batch(guards.together)
+            job.phases.begin()
+            with job.phases("data"):
+                batch = job.next_batch(guards.together)
             lr = learning_rate(step, config.steps, config.optim)
             result = job.train_step(batch, step, lr)
 
@@ -164,6 +170,7 @@ def _train(job: Job[Any, Any], groups: Groups, callbacks: Callbacks) -> None:
                 run.image(state.step, name, image)
             guards.check_step(state, batch.micro_batches, record["loss"], checkpoints)
             guards.check_copies(state, job.copies)
+            guards.check_speeds(state.step, job.phases)
             if is_last or state.step % config.checkpoint.every == 0:
                 checkpoints.save()
             else:

@@ -107,6 +107,7 @@ class Pretraining(Job[RunConfig, StepResult]):
             bounds=objectives.bounds,
             passes=2 if config.gradient_masking.every else 1,
         )
+        self._engine.clocked_by(self.phases)
         ready.values = zeros  # what they were made of is not needed again
         self._masked = MaskedByStream(config, ready, self._engine) if config.gradient_masking.every else None
         if (trained := objectives.trained) is not None:

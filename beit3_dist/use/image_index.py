@@ -1,5 +1,4 @@
-"""The vectors of a folder's images, kept in the cache from one search to the next, and the best matches for some words.
-"""
+"""The vectors of a folder's images, kept in the cache between searches, and the best matches for some words."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What a run watches itself for while it trains: bad samples, skipped steps, loss spikes, unequal copies of
-weights, steps that hang, a signal."""
+weights, slow ranks, steps that hang, a signal."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from beit3_dist.run.folder import RunFolder
 from beit3_dist.run.guards.bad_samples import BadSamples
 from beit3_dist.run.guards.copies import EqualCopies, Held
 from beit3_dist.run.guards.skipped_steps import HasIds, SkippedSteps
+from beit3_dist.run.guards.speeds import Speeds
 from beit3_dist.run.guards.spikes import SpikeMonitor, last_losses
 from beit3_dist.run.guards.watchdog import Watchdog
 from beit3_dist.run.preemption import StopRequest
@@ -35,6 +36,7 @@ class Guards:
         self._skipped_steps = SkippedSteps(config, groups, run)
         self._bad_samples = BadSamples(max_bad_fraction, out, mesh, state) if max_bad_fraction is not None else None
         self._copies = EqualCopies(settings.compare_every, groups, out, state.step)
+        self.check_speeds = Speeds(settings.times_every, mesh, run).check
         self._spikes = None
         if mesh.is_first and settings.spike_factor:
             losses = last_losses(out / "metrics.jsonl", settings.spike_window)
