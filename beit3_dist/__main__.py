@@ -42,6 +42,7 @@ PROGRAMS = {
         "convert": ("tools.convert_checkpoint", "checkpoints and released weights into one another"),
         "evaluate": ("tools.evaluate", "zero-shot scores, k-NN and linear probes, without fine-tuning"),
         "demo": ("tools.demo", "a page on this machine to try models: ask, caption, search, classify, look inside"),
+        "draw": ("tools.draw", "what a model of dense prediction says of images, as pictures"),
         "search": ("tools.search_images", "the images of a folder that fit some words"),
     },
     "Speed": {

@@ -11,6 +11,7 @@
     model.classify_pairs(["it rains"], ["it is wet"])   # text_classification: pairs of sentences
     model.is_true([("a.jpg", "b.png")], ["both are red"])   # nlvr2: a sentence about two images
     model.detect(["a.jpg"])                             # detection, instance_segmentation: boxes, scores, masks
+    model.segment(["a.jpg"])                            # segmentation: the class of each pixel, a matrix an image
     model.predict(images=["a.jpg"])                     # any task, one of a plugin that is imported too
     model.answer(images, questions, top=5)              # so classify, ...: the likeliest ones with their scores
 
@@ -79,7 +80,7 @@ IMAGE_TYPES = (str, os.PathLike, Image.Image, np.ndarray)
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-IMAGES_AT_ONCE, TEXTS_AT_ONCE = 32, 256
+IMAGES_AT_ONCE, TEXTS_AT_ONCE, WINDOWS_AT_ONCE = 32, 256, 4
 MATCH_HEAD = "match_head."
 """Prefix of the weights of matching's head, beside that of the task."""
 HIDDEN = "[MASK]"
@@ -207,6 +208,8 @@ class Model:
             raise ValueError(f"{len(per_sample)} samples' images and {len(listed)} texts: each sample has both")
         if "detect" in task.serves:
             return self.detect([image for (image,) in per_sample])
+        if "segment" in task.serves:
+            return self.segment([image for (image,) in per_sample])
         return self._results(per_sample, listed)
 
     def embed_images(self, images: Sequence[ImageLike]) -> Tensor:
@@ -266,6 +269,17 @@ class Model:
             inputs = TaskInputs(self._pixels(some)[:, None], words, words.bool(), labels=none, keys=none)
             predictions = task.predict(self.network, inputs).cpu()
             found += [task.found(row, image.size) for row, image in zip(predictions, some, strict=True)]
+        return found
+
+    @torch.inference_mode()
+    def segment(self, images: Sequence[ImageLike]) -> list[np.ndarray]:
+        """The class of each pixel of each image, int64 [height, width]: numbers of `model.task.classes`."""
+        task, found, (views, normalize) = self._task_for("segment", "classes of pixels"), [], self._view
+        for image in map(open_image, _images(images)):
+            seen = torch.from_numpy(views.evaluate(image, self.network.config.image_size).copy())
+            pixels = normalize(seen.permute(2, 0, 1).to(self.device)).to(self.dtype)
+            (classes,) = task.class_maps(self.network, [pixels], [(image.height, image.width)], at_once=WINDOWS_AT_ONCE)
+            found.append(classes.cpu().numpy())
         return found
 
     def classify_by_names(

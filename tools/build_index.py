@@ -31,6 +31,7 @@ from beit3_dist.tasks.data import own_table as own_table_module
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
 from beit3_dist.tasks.data.glue import glue
 from beit3_dist.tasks.data.marked import marked_images
+from beit3_dist.tasks.data.masks import ade20k, masked_images
 from beit3_dist.tasks.data.names import read_names
 from beit3_dist.tasks.data.own_table import FIELDS, OPTIONAL, WORDLESS, own_table
 
@@ -122,6 +123,20 @@ def build_boxes(options: Namespace) -> None:
         print(f"left out {count:,}: {reason}; the first is {first}", file=sys.stderr)
 
 
+def build_segmentation(options: Namespace) -> None:
+    left_out: LeftOut = {}
+    if options.command == "ade20k":
+        indexes, classes = ade20k(options.source, left_out)
+    else:
+        classes = read_names(options.classes)
+        indexes = masked_images(options.source, len(classes), options.nothing, options.first, left_out)
+    write_indexes(options.out, indexes, None)
+    write_names(options.out / "segmentation.classes.txt", classes)
+    print(f"segmentation.classes.txt: {len(classes):,} classes")
+    for line in told(left_out):
+        print(line, file=sys.stderr)
+
+
 def build_glue(options: Namespace) -> None:
     left_out: LeftOut = {}
     indexes, classes = glue(options.source, left_out)
@@ -172,6 +187,8 @@ def build_demo(options: Namespace) -> None:
     with folder_made_aside(options.out) as partial:
         easy = demo.easy_vqa()
         drawings, files = demo.retrieval(list(emoji_images(options.workers)), options.held_out)
+        segments, masks = demo.segmentation(easy)
+        files |= masks
         for split, source in easy.items():
             for number, path in source.paths.items():
                 files[source.image_path(number, split)] = Path(path).read_bytes()
@@ -179,14 +196,19 @@ def build_demo(options: Namespace) -> None:
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
         asked = demo.vqa(easy)
-        tasks = (asked, demo.questions(asked), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings)
+        tasks = (asked, demo.questions(asked), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings,
+                 segments)  # fmt: skip
         for indexes in (*tasks, demo.text(options.held_out)):
             write_indexes(partial, indexes, tokenizer)
         write_answers(partial / ANSWERS, demo.ANSWERS)
         write_names(partial / "shapes.classes.txt", demo.SHAPE_CLASSES)
+        write_names(partial / "segmentation.classes.txt", demo.SEGMENTS)
         write_names(partial / "text.classes.txt", demo.TEXT_CLASSES)
-        write_text(partial / "demo.json", json.dumps({"held_out": options.held_out, "pictures": len(files)}) + "\n")
-    print(f"{options.out}: {len(files):,} images")
+        write_text(
+            partial / "demo.json",
+            json.dumps({"held_out": options.held_out, "pictures": len(files) - len(masks)}) + "\n",
+        )
+    print(f"{options.out}: {len(files) - len(masks):,} images")
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -206,7 +228,7 @@ def parse(arguments: list[str] | None) -> Namespace:
         f"  {PROGRAM} boxes annotations/instances_{{train,val}}2017.json indexes --images /data/coco\n"
         f"  {PROGRAM} demo demo/tasks --text_tokenizer demo/text_tokenizer.spm",
     )
-    names = "table | coco | flickr30k | vqa | nlvr2 | imagenet | boxes | glue | demo"
+    names = "table | coco | flickr30k | vqa | nlvr2 | imagenet | boxes | ade20k | masks | glue | demo"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     def command(name: str, builds: Callable[[Namespace], None], source: str, text: str) -> ArgumentParser:
@@ -217,7 +239,7 @@ def parse(arguments: list[str] | None) -> Namespace:
             many: dict[str, Any] = {"nargs": "+"} if builds is build_boxes else {}
             sub.add_argument("source", type=Path, metavar="SOURCE", help=source, **many)
         sub.add_argument("out", type=Path, metavar="OUT", help="folder of the indexes")
-        if builds not in (build_imagenet, build_boxes):  # which have no texts
+        if builds not in (build_imagenet, build_boxes, build_segmentation):  # which have no texts
             needed = builds is not build_table
             sub.add_argument("--text_tokenizer", required=needed, metavar="FILE", help="SentencePiece model")
         return sub
@@ -254,6 +276,23 @@ def parse(arguments: list[str] | None) -> Namespace:
     text = "leave out images that are missing and objects whose box, mask or class is faulty, and count them"
     sub.add_argument("--leave-out-faulty", action="store_true", help=text)
     text = (
+        "A class for every pixel, ADE20K's challenge data. Every mask is read. data.images is SOURCE, data.answers "
+        "OUT/segmentation.classes.txt."
+    )
+    command("ade20k", build_segmentation, "folder of images, annotations and objectInfo150.txt", text)
+    text = (
+        "A class for every pixel, of any folder. images/SIDE/NAME.jpg has its mask in masks/SIDE/NAME.png (or "
+        "annotations/SIDE), a picture of numbers; a side without a folder of masks is only predicted. Every mask is "
+        "read. data.images is SOURCE, data.answers OUT/segmentation.classes.txt."
+    )
+    sub = command("masks", build_segmentation, "folder of images and masks, with a folder per side each", text)
+    text = "names of the classes, one a line"
+    sub.add_argument("--classes", type=Path, required=True, metavar="FILE", help=text)
+    text = "number of pixels that count for nothing; 255"
+    sub.add_argument("--nothing", type=int, default=255, metavar="N", help=text)
+    text = "number of the first class; 0 (ADE20K: --nothing 0 --first 1)"
+    sub.add_argument("--first", type=int, default=0, metavar="N", help=text)
+    text = (
         "Answers to questions, VQA v2. data.images is the folder of train2014, val2014 and test2015. The released "
         f"models need the {ANSWERS} that they were trained with: --answers."
     )
@@ -269,9 +308,10 @@ def parse(arguments: list[str] | None) -> Namespace:
     )
     command("glue", build_glue, "folder of train.tsv, dev.tsv, ... as GLUE has them, or of .jsonl files", text)
     text = (
-        "Six small tasks from data sets that pip brings, with their images. vqa (and questions: the same without "
-        "images, for task text), shapes (task imagenet), captioning and nlvr2: easy-VQA (MIT); retrieval: OpenMoji's "
-        "drawings and their names (CC-BY-SA-4.0); text: parts of speech of the GCIDE dictionary's definitions (GPL). "
+        "Seven small tasks from data sets that pip brings, with their images. vqa (and questions: the same without "
+        "images, for task text), shapes (task imagenet), captioning, nlvr2 and segmentation: easy-VQA (MIT); "
+        "retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: parts of speech of the GCIDE "
+        "dictionary's definitions (GPL). "
         "data.images is OUT. Returns at once if OUT is complete."
     )
     sub = command("demo", build_demo, "", text)

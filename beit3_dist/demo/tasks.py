@@ -7,6 +7,7 @@ out: pretraining has seen nothing of a test side.
 
 from __future__ import annotations
 
+import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,9 +16,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from beit3_dist.config import DataConfig
 from beit3_dist.data.order import generator
 from beit3_dist.data.sides import side
+from beit3_dist.data.transforms import read_image
 from beit3_dist.demo.sources import Emoji, definitions, demo_package, dictionary_entries
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
 
@@ -41,6 +45,8 @@ TEXT_CLASSES = sorted(set(PARTS_OF_SPEECH.values()))
 PER_PART = {"train": 2500, "test": 150}
 """Sentences of the text task per class at most, so that the classes are equally frequent."""
 LEAST_WORDS = 3
+SAME_COLOR = 16
+"""Difference of levels up to which a pixel is the background's."""
 SEED = 0
 """Of the sentences on two images."""
 
@@ -131,6 +137,51 @@ def _of_shapes(name: str, easy: dict[str, EasySide], fields: Callable[[int, Shap
 def shapes(easy: dict[str, EasySide]) -> Indexes:
     numbers = {name: number for number, name in enumerate(SHAPE_CLASSES)}
     return _of_shapes("shapes", easy, lambda _, shape: {"label": numbers[str(shape)]})
+
+
+BACKGROUND = "background"
+SEGMENTS = [BACKGROUND, *SHAPES]
+"""Classes of the pixels of easy-VQA's images."""
+
+
+def shape_pixels(image: np.ndarray) -> np.ndarray:
+    """Which pixels of an image uint8 [H, W, 3] of easy-VQA are its shape's, bool [H, W]: the images show one shape of a
+    colour before another one, and what mixes both at its border belongs to the nearer."""
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    ground = _most_frequent(border)
+    inside = image.reshape(-1, 3)[(np.abs(image.reshape(-1, 3).astype(int) - ground) > SAME_COLOR).any(1)]
+    shape = _most_frequent(inside)
+    distances = [np.square(image.astype(int) - color).sum(-1) for color in (shape, ground)]
+    return distances[0] < distances[1]
+
+
+def _most_frequent(pixels: np.ndarray) -> np.ndarray:
+    colors, counts = np.unique(pixels, axis=0, return_counts=True)
+    return colors[counts.argmax()].astype(int)
+
+
+def segmentation(easy: dict[str, EasySide]) -> tuple[Indexes, dict[str, bytes]]:
+    """A class for each pixel of the images whose shape is known, and their masks by name."""
+    files = {}
+
+    def fields(image: int, shape: Shape) -> dict[str, Any]:
+        return {"nothing": 255, "first": 0}
+
+    indexes = _of_shapes("segmentation", easy, fields)
+    for split, source in easy.items():
+        for record, (number, shape) in zip(
+            indexes[f"segmentation.{split}.jsonl"], source.shapes().items(), strict=True
+        ):
+            record["mask_path"] = record["image_path"].replace("images/", "masks/", 1)
+            pixels = shape_pixels(np.asarray(read_image(source.paths[number], DataConfig.max_pixels)))
+            files[record["mask_path"]] = _png(pixels * np.uint8(SEGMENTS.index(shape.kind)))
+    return indexes, files
+
+
+def _png(numbers: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(numbers).save(file, "PNG")
+    return file.getvalue()
 
 
 def caption(shape: Shape) -> str:

@@ -97,6 +97,9 @@ class Task(ABC):
     """Whether it says something of every place of an image. Its `head` then takes a third argument, the config's
     section `dense`, and `network` builds it by that."""
 
+    summed: ClassVar[bool] = False
+    """Whether the predictions of all examples are added up, and their sum [1, ...] is what is scored."""
+
     # What the training allows.
     has_classifier: ClassVar[bool] = False
     """Whether the head has a part `head` of its own classes, whose rate head_lr_scale changes."""
@@ -122,6 +125,8 @@ class Task(ABC):
         reads and writes no text may lack one."""
         self.config, self.classes, self._tokenizer = config, list(classes), tokenizer
         self.replicas = ALONE
+        self.is_last = False
+        """Whether the validation that goes on is the last one, whose predictions are written."""
 
     @property
     def tokenizer(self) -> TextTokenizer:
@@ -154,6 +159,11 @@ class Task(ABC):
     @abstractmethod
     def read(number: int, record: Record, rules: Rules) -> Example:
         """The example of a line of the index. Raises `Malformed`."""
+
+    @staticmethod
+    def files(example: Example) -> tuple[Any, ...]:
+        """What lies in files of an example."""
+        return example.images
 
     @staticmethod
     def labels(examples: Sequence[Example], classes: int) -> Any:
@@ -272,6 +282,10 @@ class Task(ABC):
     def score(self, predictions: Any, examples: Sequence[Example]) -> dict[str, float]:
         """The metrics, of predictions in the examples' order. Examples without a truth (an index for a test server) do
         not count; none where no example has one."""
+
+    def shown(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        """Images uint8 [3, H, W] and texts by name, of the last validation on this rank, for trackers."""
+        return {}, {}
 
     @abstractmethod
     def write_predictions(self, folder: Path, predictions: Any, examples: Sequence[Example]) -> None:

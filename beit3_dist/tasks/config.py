@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from beit3_dist.config import (
     LoadingConfig,
@@ -16,6 +17,8 @@ from beit3_dist.config import (
 )
 from beit3_dist.tasks.registry import task_class, task_names
 
+Pyramids = Literal["simple", "layers", "adapter"]
+Heads = Literal["upernet", "mask2former"]
 WRITTEN = 10
 """Words of an answer that is written after a text, </s> counted."""
 
@@ -44,7 +47,10 @@ class TaskDataConfig(LoadingConfig):
     """Smallest area of the random crop as a share of the image (imagenet: 0.08)."""
     scales: list[float] = field(default_factory=lambda: [0.1, 2.0])
     """detection and instance_segmentation: least and greatest longer side of a training image, as a share of the
-    model's images: large-scale jitter, of which a square is cut out, or which grey fills up."""
+    model's images: large-scale jitter, of which a square is cut out, or which grey fills up. segmentation: the same of
+    the shorter side (0.5 and 2)."""
+    photometric: bool = False
+    """segmentation: random brightness, contrast, saturation and hue."""
     horizontal_flip: float = 0.5
     """Probability of mirroring an image, each by itself (unilm: 0.5 for all tasks, whatever a text says of left)."""
     rand_augment: str = ""
@@ -119,11 +125,24 @@ class TaskEvalConfig:
     it overlaps by more than half are left out."""
     maskness: bool = False
     """instance_segmentation: a mask's score is its box's times the mean probability within it (EVA-01)."""
+    stride: int = 0
+    """segmentation: pixels from one window of the model's size to the next, on an image whose shorter side is the
+    model's; 0: two thirds of a window."""
+    flip: bool = False
+    """segmentation: images are seen mirrored, too."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """segmentation: sizes at which images are seen, of their usual one."""
+    pictures: int = 4
+    """segmentation: so many of the first images are shown to the `trackers` with their classes and what was told."""
 
     def __post_init__(self) -> None:
-        require_not_negative("eval.", self, "every", "batch", "rerank")
+        require_not_negative("eval.", self, "every", "batch", "rerank", "stride", "pictures")
         require_positive("eval.", self, "beams", "detections")
         require_within("[0, 1)", "eval.", self, "least_score", "soft_nms")
+        require(
+            bool(self.scales) and all(scale > 0 for scale in self.scales),
+            f"eval.scales={self.scales}: one or more numbers above 0",
+        )
 
 
 @dataclass(kw_only=True)
@@ -134,8 +153,16 @@ class DenseConfig:
     """Patches of a side of the squares that attention stays in; 0: it sees the whole image (ViTDet: 14, EVA-01: 16)."""
     global_blocks: int = 4
     """Blocks between that see the whole image, where there is a window."""
+    pyramid: Pyramids = "simple"
+    """segmentation: where its four maps come from: the last block (ViTDet), four blocks (BEiT), or ViT-Adapter, which
+    learns beside the blocks."""
+    head: Heads = "upernet"
+    """segmentation: what makes classes of them."""
     channels: int = 256
-    """Of the four maps, and of what detectors make of them."""
+    """Of the four maps (but for pyramid=layers and adapter, where they have the model's width), and of what heads make
+    of them."""
+    queries: int = 100
+    """segmentation by mask2former: masks that are told."""
     proposals: int = 1000
     """detection and instance_segmentation: boxes of an image that heads are given."""
     regions: int = 512
@@ -145,7 +172,13 @@ class DenseConfig:
 
     def __post_init__(self) -> None:
         require_not_negative("dense.", self, "window")
-        require_positive("dense.", self, "global_blocks", "channels", "proposals", "regions")
+        require_positive("dense.", self, "global_blocks", "channels", "queries", "proposals", "regions")
+        for name, given, known in (("pyramid", self.pyramid, get_args(Pyramids)), ("head", self.head, get_args(Heads))):
+            require(given in known, f"dense.{name}={given!r} is not one of {', '.join(known)}")
+        require(
+            self.head == "upernet" or self.channels % 8 == 0,
+            f"dense.channels={self.channels}: mask2former has 8 attention heads: give a multiple of 8",
+        )
 
 
 def _fine_tuning_optimizer() -> OptimConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -231,6 +231,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
 
     def evaluate(self, together: Together = by_itself) -> dict[str, float]:
         """The scores, on the first rank alone, as some metrics start programs; the others wait for it."""
+        self.task.is_last = self.state.step == self.config.steps or self.config.evaluate_only
         with self._average.applied() if self._average else nullcontext():
             predict = partial(self._predictions, together)
             first = predict(self._validation)
@@ -241,7 +242,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
 
     def _scores(self, predictions: Any) -> dict[str, float]:
         """Of all predictions, which are written where no other step follows."""
-        if self.state.step == self.config.steps or self.config.evaluate_only:
+        if self.task.is_last:
             folder = Path(self.config.out) / "predictions"
             folder.mkdir(exist_ok=True)
             self.task.write_predictions(folder, predictions, self._validation)
@@ -257,13 +258,21 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
         count = self.config.eval.batch or self.config.micro_batch(mesh.data)[0]
         places = validation_places(len(examples), count, mesh.data_rank, mesh.data)
         parts: list[Tensor] = []
+        seen = 0
         batches = iter(self._loader(self._dataset(examples, train=False), places))
         while (batch := together(lambda: next(batches, None))) is not None:
             mine = self._engine.predict(
                 replace(self._inputs(batch), again=again), partial(all_agree, device=mesh.device)
             )
-            parts.append(all_gather(mine, groups.data).cpu())
-        return torch.cat(parts)[: len(examples)]
+            some = all_gather(mine, groups.data).cpu()[: len(examples) - seen]
+            seen += len(some)
+            parts.append(some)
+            if self.task.summed:
+                parts = [torch.cat(parts).sum(0, keepdim=True)]
+        return torch.cat(parts)
+
+    def shown(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        return self.task.shown()
 
     def finish(self) -> None:
         """The last checkpoint's weights (their average, where there is one) as a folder for inference. Collective: the

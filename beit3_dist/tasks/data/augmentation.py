@@ -97,8 +97,11 @@ class Views:
 
 
 def stacked(views: Sequence[np.ndarray], size: int) -> torch.Tensor:
-    """Views uint8 [size, size, 3] as one tensor [B, 3, size, size]; there may be none."""
-    pixels = np.stack(views) if views else np.empty((0, size, size, 3), dtype=np.uint8)
+    """Views uint8 [H, W, 3] as one tensor [B, 3, H, W], smaller ones filled up by zeros; of none H and W are `size`."""
+    height, width = (max((view.shape[side] for view in views), default=size) for side in (0, 1))
+    pixels = np.zeros((len(views), height, width, 3), dtype=np.uint8)
+    for row, view in zip(pixels, views, strict=True):
+        row[: view.shape[0], : view.shape[1]] = view
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
 

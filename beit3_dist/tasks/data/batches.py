@@ -80,7 +80,7 @@ class TaskBatch(Tensors):
     """B samples of k images of side S and at most L words each; k and L may be 0."""
 
     images: torch.Tensor
-    """uint8 [B, k, 3, S, S]."""
+    """uint8 [B, k, 3, S, S]; in the validation of segmentation [B, 1, 3, H, W]."""
     words: torch.Tensor
     """int64 [B, L]: <s>, the words, </s>, then <pad> up to the longest of the batch."""
     padding: torch.Tensor
@@ -147,15 +147,14 @@ class Examples(Dataset):
             samples.append(example)
             views.extend(own)
         count = len(samples)
-        side = self.image_size
-        images = stacked(views, side)
+        images = stacked(views, self.image_size)
         labels = self.labels(samples)
         if self.mixing is not None:
             keys = (generator(mix(self.seed, Draw.MIXING, place)) for place in request.places[::2])
             images, labels = self.mixing(images, labels, list(keys))
         words, padding = padded_words([example.words for example in samples], self.max_words)
         return TaskBatch(
-            images=images.view(count, len(views) // count, 3, side, side),
+            images=images.view(count, len(views) // count, *images.shape[1:]),
             words=words,
             padding=padding,
             labels=labels,

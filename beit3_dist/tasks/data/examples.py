@@ -267,7 +267,7 @@ def _check(index: Index, predicted: bool) -> None:
         if called and first.setdefault(example.name, id) != id:
             malformed[id] = f"{called} {example.name} is also that of {index.place(first[example.name])}"
             continue
-        for image in example.images:
+        for image in task.files(example):
             folder, name = os.path.split(image)
             needed[folder].add(name)
     problems = [f"{index.place(id)}: {problem}" for id, problem in _in_order(index, malformed, missing_files(needed))]
@@ -318,4 +318,6 @@ def _in_order(index: Index, malformed: Mapping[int, str], faults: Mapping[str, s
         if id in malformed:
             yield id, malformed[id]
             continue
-        yield from ((id, f"{faults[str(image)]} {image}") for image in index[id].images if str(image) in faults)
+        yield from (
+            (id, f"{faults[str(image)]} {image}") for image in index.rules.task.files(index[id]) if str(image) in faults
+        )

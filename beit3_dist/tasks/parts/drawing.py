@@ -6,12 +6,16 @@ import colorsys
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from beit3_dist.tasks.parts.average_precision import Detections
 
 OPAQUE = 0.45
 """Of a mask."""
+PAINTED = 0.6
+"""Of the colours of all pixels' classes."""
 DRAWN = 0.5
 """Score from which a detection is drawn."""
 
@@ -38,3 +42,11 @@ def with_objects(image: Image.Image, found: Detections, classes: Sequence[str], 
         canvas.rectangle(box, outline=colour_of(label), width=line)
         canvas.text((box[0] + line + 1, box[1] + line), f"{name} {found.scores[place]:.2f}", fill=colour_of(label))
     return picture
+
+
+def painted(image: Tensor, classes: Tensor) -> Tensor:
+    """An image uint8 [3, H, W] under the colours of its pixels' classes int64 [H, W], but where they are below 0."""
+    table = torch.tensor([colour_of(number) for number in range(int(classes.max().clamp(min=0)) + 1)])
+    paint = table[classes.clamp(min=0)].permute(2, 0, 1)
+    mixed = (1 - PAINTED) * image + PAINTED * paint
+    return torch.where(classes >= 0, mixed.round().byte(), image)

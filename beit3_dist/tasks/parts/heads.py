@@ -119,7 +119,8 @@ class FineTuned(BEiT3):
                 return drawn * self.task_head.deviations[in_head]
             if len(shape) == 1 and name.endswith("weight"):
                 return torch.ones(shape)  # of a LayerNorm
-            if len(shape) == 4:  # of a convolution (He et al. 2015)
-                return torch.randn(shape, generator=named_generator(seed, name)) * (2 / prod(shape[1:])) ** 0.5
-        value = initial_value(name, shape, self.config, seed)
+        if in_head != name and len(shape) == 4:  # of a convolution (He et al. 2015)
+            value = torch.randn(shape, generator=named_generator(seed, name)) * (2 / prod(shape[1:])) ** 0.5
+        else:
+            value = initial_value(name, shape, self.config, seed)
         return value * SMALL if in_head != name and in_head in self.task_head.small else value

@@ -49,6 +49,21 @@ def agreement(guesses: Tensor, labels: Tensor, classes: int) -> dict[str, float]
     return scores
 
 
+def overlaps(confusion: Tensor) -> tuple[dict[str, float], tuple[list[float], list[float], list[int]]]:
+    """Of a confusion int64 [classes, classes], pixels by their class and what they are taken for: miou, mean_accuracy
+    and pixel_accuracy, and by class the intersection over union, the share that is found, and the pixels. A class of no
+    pixel that nothing is taken for is NaN, and counts in no mean (mmsegmentation)."""
+    table = confusion.double()
+    right, true, told = table.diag(), table.sum(1), table.sum(0)
+    ious, accuracies = right / (true + told - right), right / true
+    scores = {
+        "miou": ious.nanmean().item(),
+        "mean_accuracy": accuracies.nanmean().item(),
+        "pixel_accuracy": (right.sum() / true.sum()).item(),
+    }
+    return scores, (ious.tolist(), accuracies.tolist(), confusion.sum(1).tolist())
+
+
 def correlations(guesses: Tensor, labels: Tensor) -> dict[str, float]:
     """pearson and spearman of numbers [N] each; 0 where either is all alike."""
     ranks = [_ranks_of(values.double()) for values in (guesses, labels)]

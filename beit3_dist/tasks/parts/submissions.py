@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from beit3_dist.data.cache import write_whole
 
 
 def write_classes(folder: Path, names: Sequence[str], classes: Sequence[int]) -> Path:
@@ -22,6 +28,15 @@ def write_results(path: Path, ids: Sequence[str], id_field: str, results: Sequen
     records = [{id_field: int(id), field: result} for id, result in zip(ids, results, strict=True)]
     path.write_text(json.dumps(records, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def write_numbers(path: Path, numbers: np.ndarray) -> None:
+    """A picture of numbers [H, W], one a pixel, in 8 bits where they fit, else in 16: as ADE20K's server takes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = np.uint8 if numbers.max(initial=0) < 256 else np.uint16
+    data = io.BytesIO()
+    Image.fromarray(numbers.astype(kind)).save(data, "PNG")
+    write_whole(path, lambda file: file.write(data.getvalue()), "out")
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> Path:
