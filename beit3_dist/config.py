@@ -8,6 +8,7 @@ paper is silent the docstring says so and names the practice that was followed. 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from os.path import expanduser
 from typing import Any, Literal, cast
@@ -268,11 +269,18 @@ class Source:
 
     shards: str
     """Brace or glob pattern of tars."""
-    weight: float = 1.0
-    """Share of the stream's samples, relative to the other sources' weights."""
+    weight: float | Literal["samples"] = 1.0
+    """Share of the stream's samples, relative to the other sources' weights; samples: as many as it holds."""
+    name: str = ""
+    """Of a data set: its losses and samples are told apart in records, as loss_image.NAME and images.NAME."""
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, f"the weight of source {self.shards!r} must be positive, not {self.weight}")
+        fine = self.weight == "samples" or 0 < self.weight < float("inf")
+        require(fine, f"the weight of source {self.shards!r} must be positive, not {self.weight}")
+        require(
+            re.fullmatch(r"[A-Za-z0-9_-]*", self.name) is not None,
+            f"the name {self.name!r} of source {self.shards!r} has other characters than letters, digits, _ and -",
+        )
 
 
 MOST_STEPS = 10**11
@@ -326,6 +334,12 @@ def sources_of(shards: Patterns, field: str) -> list[Source]:
         "{shards: PATTERN, weight: NUMBER}",
     )
     if not patterns:
+        names = [source.name for source in sources if source.name]
+        require(len({*names}) == len(names), f"{field} has one name twice: {', '.join(names)}")
+        require(
+            not names or len(names) == len(sources),
+            f"{field} names some of its sources ({', '.join(names)}), but not all: give each a name, or none",
+        )
         return sources
     for pattern in patterns:
         require(
@@ -335,6 +349,25 @@ def sources_of(shards: Patterns, field: str) -> list[Source]:
     # A comma parts the alternatives of braces.
     joined = ",".join(expanduser(p) if "{" in p else expanduser(p).replace(",", r"\,") for p in patterns)
     return [Source(shards=f"{{{joined}}}" if len(patterns) > 1 else patterns[0])]
+
+
+@dataclass(kw_only=True)
+class TemperatureConfig:
+    """What makes the shares of a stream's sources more alike: each is proportional to weight^(1 / temperature). With
+    `weight: samples` 1 draws all samples alike, 2 or 3 brings small data sets forward (as mT5 does languages, where it
+    is 3.3), and a large one draws all sets alike."""
+
+    images: float = 1.0
+    """Of data.images, and of eval.images."""
+    texts: float = 1.0
+    """Of the texts."""
+    pairs: float = 1.0
+    """Of the pairs."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            fine = 0.1 <= value < float("inf")
+            require(fine, f"data.temperature.{name}={value} is less than 0.1, or no number")
 
 
 @dataclass(kw_only=True)
@@ -358,7 +391,7 @@ class LoadingConfig:
 @dataclass(kw_only=True)
 class DataConfig(LoadingConfig):
     """The three streams. A stream is one pattern of tars, a list of patterns that are one source together, or a list of
-    weighted sources.
+    weighted sources, which may be data sets with names: `[{name: coco, shards: 'coco/*.tar', weight: 3}, ...]`.
 
     Tars are files, or what a command writes (`pipe:cat {000..099}.tar`, started without a shell), or addresses
     (https://, http://, s3://, gs://, through curl, aws and gsutil), but not both in one stream. The latter two are read
@@ -372,6 +405,8 @@ class DataConfig(LoadingConfig):
     """Documents: .txt members with one document a line, or .jsonl members with a `text` field."""
     pairs: Patterns = ""
     """Images with captions: an image member and a .txt (or .json, see caption_key) member of the same key."""
+    temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
+    """Of the weights of each stream's sources."""
     caption_key: CaptionKey = "caption"
     """Field of a pair's .json member that holds the caption, or a list of them; used only where a sample has no .txt. A
     list of fields, `[caption, alt]` or `[{field: caption, weight: 3}, {field: alt}]`: one of those that a sample has is
@@ -732,7 +767,9 @@ class TrainingConfig(JobConfig):
     """What pretraining and fine-tuning share."""
 
     text_tokenizer: str
-    """SentencePiece model file; tools/train_text_tokenizer.py makes one."""
+    """SentencePiece model file, which tools/train_text_tokenizer.py makes, or Hugging Face's tokenizer.json, whose
+    tokens for beginning, end, padding, masked and unknown words are found by their names. A wrong model.vocab_size is
+    told with the one that the file needs."""
     precision: Literal["bf16", "fp8", "fp8_emulated", "fp32"] = "bf16"
     """bf16: bf16 parameters and activations, fp32 masters and gradient accumulation; DeepSpeed sums gradients over the
     replicas in bf16 (a `deepspeed_config` with "communication_data_type": "fp32" sends twice as much and rounds less).
@@ -902,6 +939,12 @@ class RunConfig(TrainingConfig):
     @property
     def accumulation(self) -> int:
         return self.batch.accumulation
+
+    def sets(self, stream: str) -> list[str]:
+        """Names of a stream's data sets: of those that train, and of others that only validate."""
+        both = [getattr(self.data, stream), getattr(self.eval, stream)]
+        found = [source.name for shards in both if shards for source in sources_of(shards, stream)]
+        return list(dict.fromkeys(filter(None, found)))
 
     def micro_batch(self, data_parallel: int) -> tuple[int, int, int]:
         """Images, texts and pairs of one rank's micro-batch. Raises ValueError where the batch does not divide."""

@@ -149,6 +149,11 @@ def without_mark(data: bytes) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
+def is_json_object(data: bytes) -> bool:
+    """Whether the beginning of a file may be that of a JSON object."""
+    return without_mark(data).lstrip()[:1] == b"{"
+
+
 def text_of(data: bytes) -> str:
     """Bytes of UTF-8 as text. Raises ValueError with the reason."""
     try:

@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import sys
+import threading
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -35,13 +36,15 @@ from beit3_dist.command_line import refusing
 from beit3_dist.config import DataConfig, require
 from beit3_dist.data.faults import BadSample
 from beit3_dist.data.kinds import IMAGE_EXTENSIONS, LeftOut, images_below, told
+from beit3_dist.data.parquet import parquet_files, picture_rows
+from beit3_dist.data.rewriting import listed_in, samples_without
 from beit3_dist.data.sides import side
-from beit3_dist.data.tables import table_rows, texts_in
-from beit3_dist.data.transforms import read_image
+from beit3_dist.data.tables import coco_rows, table_rows, texts_in
+from beit3_dist.data.transforms import decode, extension_of, read_image
 from beit3_dist.demo.sources import dictionary_documents, emoji_images
 from beit3_dist.demo.tasks import caption, easy_vqa
 from beit3_dist.hashing import hash_bytes
-from beit3_dist.opening import read_json
+from beit3_dist.opening import inside, read_json
 
 PROGRAM = "build_shards.py"
 DOCUMENTS_PER_MEMBER = 1000
@@ -50,6 +53,8 @@ OUT_HELP = "folder to make; it must not exist yet, or be empty"
 SKIPPED_SHOWN = 10
 """Skipped images that are printed; shards.json lists all."""
 JPEG_QUALITY = 95
+AT_ONCE = 16
+"""Images that a worker is given at a time."""
 DEMO_PER_SHARD = 100
 """Images or pairs per shard of the demo: few, so that its held-out side has several shards, too."""
 DEMO_DOCUMENTS_PER_MEMBER = 20
@@ -80,7 +85,10 @@ class ImageFile:
     path: str
     text: str | None = None
     """Its captions, one a line; None in the image-only stream."""
+    label: int | None = None
+    """Its class, where it has one."""
     original: bytes = b""
+    """What it holds, of what is no file of its own."""
     stored: bytes = b""
     extension: str = ""
     fault: str = ""
@@ -91,14 +99,19 @@ def prepared(file: ImageFile, size: int) -> ImageFile:
     """The file with its content, or with its fault. With `size`, an image whose shorter side is longer than that is
     scaled down to it and encoded anew: PNG stays PNG, everything else becomes JPEG. Other files are stored as they
     are."""
+    if file.fault:
+        return file
     extension = Path(file.path).suffix.lower().removeprefix(".")
-    if extension not in IMAGE_EXTENSIONS:
+    if not file.original and extension not in IMAGE_EXTENSIONS:
         return replace(file, fault=f"the extension is none of {', '.join(IMAGE_EXTENSIONS)}")
     if file.text == "":
         return replace(file, fault="empty caption")
     try:
-        image = read_image(file.path, DataConfig.max_pixels)
-        data = Path(file.path).read_bytes()
+        if data := file.original:
+            image, extension = decode(data, DataConfig.max_pixels), extension_of(data)
+        else:
+            image = read_image(file.path, DataConfig.max_pixels)
+            data = Path(file.path).read_bytes()
     except OSError as error:
         return replace(file, fault=error.strerror or str(error))
     except BadSample as bad:
@@ -116,15 +129,43 @@ def prepared(file: ImageFile, size: int) -> ImageFile:
 
 def image_samples(files: Iterable[ImageFile], options: Namespace, skipped: Skipped) -> Iterator[Sample]:
     """A sample for each image that can be used, in their order; the others are added to `skipped`."""
-    with multiprocessing.Pool(options.workers, end_with_parent) as pool:
-        for file in pool.imap(functools.partial(prepared, size=options.size), files, chunksize=16):
+    ahead = Ahead(options.workers * 4 * AT_ONCE)
+    with multiprocessing.Pool(options.workers, end_with_parent) as pool, ahead:
+        for file in pool.imap(functools.partial(prepared, size=options.size), ahead.of(files), chunksize=AT_ONCE):
+            ahead.done()
             if file.fault:
                 skipped.append((file.path, file.fault))
                 continue
             members = {file.extension: file.stored}
             if file.text is not None:
                 members["txt"] = file.text.encode()
+            if file.label is not None:
+                members["cls"] = str(file.label).encode()
             yield Sample(side(file.original, options.held_out), members)
+
+
+class Ahead:
+    """So many items at most are on their way through a pool, which by itself takes in all there are."""
+
+    def __init__(self, most: int) -> None:
+        self._free, self._ended = threading.Semaphore(most), threading.Event()
+
+    def of(self, items: Iterable[ImageFile]) -> Iterator[ImageFile]:
+        for item in items:
+            while not self._free.acquire(timeout=0.1):
+                if self._ended.is_set():  # the pool's thread, which waits here, has to end before the pool does
+                    return
+            yield item
+
+    def done(self) -> None:
+        """One has come out."""
+        self._free.release()
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
 
 
 def files_of(folder: Path, left_out: LeftOut) -> list[ImageFile]:
@@ -136,11 +177,26 @@ def files_of(folder: Path, left_out: LeftOut) -> list[ImageFile]:
     return [ImageFile(path) for path in found]
 
 
+def picture_files(options: Namespace) -> Iterator[ImageFile]:
+    """The pictures in tables of parquet."""
+    for path in parquet_files(options.files, options.left_out):
+        for row in picture_rows(path, options.image, options.caption, options.label):
+            text = None if row.captions is None else "\n".join(row.captions)
+            yield ImageFile(row.place, text, row.label, row.picture, fault=row.fault)
+
+
 def captioned(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[ImageFile]:
     """The images of a table. Consecutive rows of the same image become one, with a caption a line."""
     for path, group in itertools.groupby(rows, key=lambda row: row[0]):
         captions = (" ".join(caption.split()) for _, caption in group)
         yield ImageFile(str(root / path), "\n".join(filter(None, captions)))
+
+
+def inside_only(rows: Iterable[tuple[str, str]], root: Path) -> Iterator[tuple[str, str]]:
+    """The rows of a table that others have made. Raises ValueError where a path leads out of its folder."""
+    for row in rows:
+        inside(root, row[0])
+        yield row
 
 
 # --------------------------------------------------------------------------------------------------------------- texts
@@ -235,6 +291,20 @@ def build_pairs(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     return write(folder, str(options.table), images, options.per_shard, options.held_out)
 
 
+def build_parquet(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
+    files = itertools.islice(picture_files(options), options.limit)
+    images = image_samples(files, options, skipped)
+    return write(folder, " ".join(map(str, options.files)), images, options.per_shard, options.held_out)
+
+
+def build_coco(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
+    require(options.folder.is_dir(), f"there is no folder {options.folder}")
+    rows = inside_only(coco_rows(options.annotations, options.left_out), options.folder)
+    pairs = itertools.islice(captioned(rows, options.folder), options.limit)
+    images = image_samples(pairs, options, skipped)
+    return write(folder, str(options.annotations), images, options.per_shard, options.held_out)
+
+
 def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     """Members of many documents each; `per_shard` documents are rounded up to whole members."""
     per_member = min(DOCUMENTS_PER_MEMBER, options.per_shard)
@@ -242,6 +312,21 @@ def build_texts(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
     samples = text_samples(itertools.islice(texts, options.limit), options.held_out, per_member)
     source = " ".join(map(str, options.files))
     return write(folder, source, samples, math.ceil(options.per_shard / per_member), options.held_out)
+
+
+def build_from_shards(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
+    """The samples as they are, under new keys, but for those that the list names."""
+    listed = listed_in(options.without) if options.without else {}
+    found = (
+        one
+        for pattern in options.shards
+        for one in samples_without(pattern, DataConfig.cache, listed, options.left_out)
+    )
+    samples = (
+        Sample(side(b"".join(members.values()), options.held_out), members, count)
+        for members, count in itertools.islice(found, options.limit)
+    )
+    return write(folder, " ".join(options.shards), samples, options.per_shard, options.held_out)
 
 
 def build_demo(folder: Path, options: Namespace, skipped: Skipped) -> Shards:
@@ -293,16 +378,20 @@ def parse(arguments: list[str] | None) -> Namespace:
         epilog="Examples:\n"
         f"  {PROGRAM} images ~/photos shards/images --size 256\n"
         f"  {PROGRAM} pairs coco/captions.tsv shards/pairs --held-out 0.01\n"
+        f"  {PROGRAM} coco annotations/captions_train2017.json train2017 shards/coco\n"
+        f"  {PROGRAM} parquet flickr30k/ shards/flickr --caption caption\n"
         f"  {PROGRAM} texts wiki-*.txt books.jsonl shards/texts\n"
+        f"  {PROGRAM} shards 'shards/coco/train/*.tar' shards/coco_once --without duplicates.jsonl\n"
         f"  {PROGRAM} demo demo/data\n"
         "A run then reads 'shards/images/train/*.tar' and validates on 'shards/images/held_out/*.tar'.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="images | pairs | texts | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    common = ArgumentParser(add_help=False)
-    text = "share of the samples that goes to OUT/held_out and not to OUT/train, in [0, 1); 0.05"
-    common.add_argument("--held-out", type=float, default=0.05, metavar="SHARE", help=text)
-    common.add_argument("--limit", type=int, metavar="N", help="only the first N samples of a stream")
+    common, as_they_are = ArgumentParser(add_help=False), ArgumentParser(add_help=False)
+    for one, share in ((common, 0.05), (as_they_are, 0.0)):
+        text = f"share of the samples that goes to OUT/held_out and not to OUT/train, in [0, 1); {share:g}"
+        one.add_argument("--held-out", type=float, default=share, metavar="SHARE", help=text)
+        one.add_argument("--limit", type=int, metavar="N", help="only the first N samples of a stream")
     parallel = ArgumentParser(add_help=False)
     cores, text = len(os.sched_getaffinity(0)), "processes that decode or draw; one per core"
     parallel.add_argument("--workers", type=int, default=cores, metavar="N", help=text)
@@ -345,6 +434,26 @@ def parse(arguments: list[str] | None) -> Namespace:
     sub.add_argument("--root", type=Path, metavar="FOLDER", help="what the paths are relative to; the table's folder")
 
     text = (
+        "Pictures out of tables in parquet, as Hugging Face's data sets come. They are images alone, with --label "
+        "beside .cls members, with --caption pairs. Rows are read a few at a time; those without a picture or caption "
+        "are skipped and counted. Needs pyarrow: pip install -e '.[data]'."
+    )
+    sub = command("parquet", build_parquet, text, images)
+    sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files, or folders of such, in this order")
+    sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
+    text = "column of the pictures, bytes or a struct of bytes and path; image"
+    sub.add_argument("--image", default="image", metavar="COLUMN", help=text)
+    text = "columns of captions, texts or lists of texts, of all of which training draws; none: images alone"
+    sub.add_argument("--caption", nargs="+", default=[], metavar="COLUMN", help=text)
+    sub.add_argument("--label", default="", metavar="COLUMN", help="column of the classes' numbers; none by default")
+
+    text = "Pairs from COCO's captions_*.json and the folder of its pictures; all captions of one become one pair."
+    sub = command("coco", build_coco, text, images)
+    sub.add_argument("annotations", type=Path, metavar="JSON", help="captions_train2017.json and the like")
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help="where the pictures lie")
+    sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
+
+    text = (
         f"The text-only stream from text files. A tar member holds up to {DOCUMENTS_PER_MEMBER} documents, or short "
         "texts would grow tenfold."
     )
@@ -356,6 +465,16 @@ def parse(arguments: list[str] | None) -> Namespace:
     sub.add_argument("files", type=Path, nargs="+", metavar="FILE", help=text)
     sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
     sub.add_argument("--per-shard", type=int, default=100_000, metavar="N", help="documents per tar; 100000")
+
+    text = (
+        "Shards out of shards, of any stream: the same members, under new keys, without the samples or documents that "
+        "a list names, which are counted. check_shards.py --duplicates writes one."
+    )
+    sub = command("shards", build_from_shards, text, as_they_are)
+    sub.add_argument("shards", nargs="+", metavar="PATTERN", help="brace or glob patterns of tars")
+    sub.add_argument("out", type=Path, metavar="OUT", help=OUT_HELP)
+    sub.add_argument("--without", type=Path, metavar="FILE", help="JSON lines with shard and key of what is left out")
+    sub.add_argument("--per-shard", type=int, default=10_000, metavar="N", help="samples per tar; 10000")
 
     text = (
         "All three streams from data sets that pip brings. images: easy-VQA (MIT); pairs: OpenMoji's drawings and "

@@ -162,7 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
     sample = first[:80]
     print(f"{options.out}: {tokenizer.pieces} pieces\nmodel.vocab_size: {tokenizer.rows}")
     print(f"id of <mask>: {tokenizer.mask}\nsample: {sample}")
-    print(f"        {' '.join(tokenizer.model.encode(sample, out_type=str))}")
+    pieces = (tokenizer.spelled(word).replace(" ", "\u2581") for word in tokenizer.encode(sample))
+    print(f"        {' '.join(pieces)}")
 
 
 if __name__ == "__main__":

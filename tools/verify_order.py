@@ -3,9 +3,10 @@
 
     python tools/verify_order.py OUT [--json] [--plugins FILE ...]
 
-The sample hash of every step in OUT/metrics.jsonl is computed again from OUT/config.yaml, the shards' indexes and the
-replaced samples in OUT/quarantine.jsonl; no image is decoded. Exit code 0: all hashes are equal. 1: a hash differs,
-or a step is missing or there twice. 2: the run cannot be verified.
+The sample hash of every step in OUT/metrics.jsonl, and how many of its samples each named data set gave, are computed
+again from OUT/config.yaml, the shards' indexes and the replaced samples in OUT/quarantine.jsonl; no image is decoded.
+Exit code 0: all are equal. 1: a hash or a count differs, or a step is missing or there twice. 2: the run cannot be
+verified.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import logging
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from beit3_dist.command_line import refusing
-from beit3_dist.config import require
+from beit3_dist.config import BatchConfig, require
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Table, shard_scan
 from beit3_dist.data.order import Stream, hash_sum, sample_id
@@ -102,12 +103,20 @@ def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
     bad = replaced(streams, records(quarantine) if quarantine.exists() else [])
     mistakes: list[dict[str, Any]] = []
     consumed = dict.fromkeys(Stream, 0)
+    of_sets = Counter[str]()
     for expected, record in enumerate(steps, start=1):
         if record["step"] != expected:
             mistakes.append({"step": expected, "problem": f"line {expected} holds step {record['step']}"})
             break  # The numbers of samples consumed before a missing step are unknown.
         counts = dict(zip(Stream, (record["images"], record["texts"], record["pairs"]), strict=True))
         total = 0
+        sizes = BatchConfig(**{kind.field: count for kind, count in counts.items()})
+        sets = batches.samples_of_sets({kind.field: count for kind, count in consumed.items()}, sizes)
+        of_sets.update(sets)
+        for name, count in sets.items():
+            if record.get(name) != count:
+                problem = f"{name} is {record.get(name)} and should be {count}"
+                mistakes.append({"step": expected, "problem": problem})
         for stream in streams:
             kind = stream.stream
             total += stream_terms(stream, consumed[kind], counts[kind], bad.get((expected, kind), set()))
@@ -120,6 +129,7 @@ def verify(out: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
         "run": str(out),
         "steps": len(steps),
         "samples": sum(consumed.values()),
+        "sets": dict(of_sets),
         "replaced": sum(map(len, bad.values())),
         "mistakes": mistakes,
     }
@@ -129,6 +139,7 @@ def table(report: dict[str, Any]) -> str:
     mistakes = report["mistakes"]
     lines = [
         f"{report['run']}: {report['steps']:,} steps, {report['samples']:,} samples, {report['replaced']:,} replaced",
+        *(f"{name}: {count:,} samples" for name, count in report["sets"].items()),
         *(f"step {mistake['step']}: {mistake['problem']}" for mistake in mistakes[:SHOWN]),
     ]
     if len(mistakes) > SHOWN:

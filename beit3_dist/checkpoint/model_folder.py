@@ -4,7 +4,7 @@
         config.json               format, model (the fields of ModelConfig), task (what its heads are for, or null),
                                   objectives (names of those that pretraining had, which say what it can do as it is)
         model.safetensors         canonical name -> weight
-        tokenizer.spm             text tokenizer, where one was given
+        tokenizer.spm             text tokenizer, where one was given; tokenizer.json where it is one of Hugging Face's
 
 A downstream head's weights stand under `task_head.` and whatever name its own file gives them. Heads that a model does
 not have are not in the file: an encoder alone is a model too.
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.files import folder_made_aside, sync, write_json
 from beit3_dist.config import ModelConfig, Sharing, require
-from beit3_dist.opening import blaming, read_json
+from beit3_dist.opening import blaming, is_json_object, open_regular, read_json
 from beit3_dist.weights import read_weights_file, require_finite
 
 FORMAT = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-TOKENIZER = "tokenizer.spm"
+TOKENIZER, JSON_TOKENIZER = "tokenizer.spm", "tokenizer.json"
 
 HUB = "beit3"
 """`model_type` in a config of transformers: a folder of `--to hub` is a model folder, too, with the same weights."""
@@ -56,7 +56,7 @@ class ModelFolder:
     task: dict[str, Any] | None
     """What the task's own code wrote about its head; None where there is no head."""
     text_tokenizer: Path | None
-    """The folder's SentencePiece file; None where it holds none."""
+    """The folder's tokenizer file; None where it holds none."""
     objectives: tuple[str, ...] = ()
     """Pretraining objectives that it was trained by; none of a model with a task, or where nobody knows."""
 
@@ -97,9 +97,16 @@ def save_model_folder(
         save_safetensors(partial / WEIGHTS, tensors)
         sync(partial / WEIGHTS)
         if text_tokenizer is not None:
-            shutil.copyfile(text_tokenizer, partial / TOKENIZER)
-            sync(partial / TOKENIZER)
+            copy = partial / tokenizer_name(text_tokenizer)
+            shutil.copyfile(text_tokenizer, copy)
+            sync(copy)
         write_json(partial / CONFIG, content)
+
+
+def tokenizer_name(file: Path) -> str:
+    """What a tokenizer's file is called in a model folder. JSON begins with a brace, which no SentencePiece does."""
+    with open_regular(file) as opened:
+        return JSON_TOKENIZER if is_json_object(opened.read(1 << 10)) else TOKENIZER
 
 
 def config_of(fields: Any) -> ModelConfig:
@@ -177,6 +184,5 @@ def read_model_folder(folder: Path) -> ModelFolder:
         objectives = content.get("objectives", [])
         if not isinstance(objectives, list) or not all(isinstance(name, str) for name in objectives):
             raise ValueError("its objectives are no list of names")
-    tokenizer = folder / TOKENIZER
-    found = tokenizer if os.path.lexists(tokenizer) else None
+    found = next((path for name in (TOKENIZER, JSON_TOKENIZER) if os.path.lexists(path := folder / name)), None)
     return ModelFolder(config, weights, task, found, tuple(objectives))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from beit3_dist.config import BatchConfig, RunConfig
+from beit3_dist.config import BatchConfig, RunConfig, sources_of
 from beit3_dist.data import transforms
 from beit3_dist.data.annotations import Annotator
 from beit3_dist.data.faults import Fault
@@ -83,6 +83,8 @@ class Samples(Tensors):
     """int64 [n, L] as it is, padded with <pad>; None: the stream has no text."""
     lengths: torch.Tensor | None = None
     """int64 [n]: tokens of each text, <s> and </s> included."""
+    sets: torch.Tensor | None = None
+    """int64 [n]: number of each sample's data set among the stream's names, or -1; None: the stream names none."""
     annotations: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     """Objective -> field -> [n, ...]: what it has drawn; see `Annotator`."""
 
@@ -148,6 +150,8 @@ class MixedBatches(Dataset):
         self.tokenizer = TextTokenizer(config.text_tokenizer)
         self.tokenizer.check_vocab(config.model.vocab_size)
         self.streams = {stream: self._open(stream) for stream in Stream if getattr(config.batch, stream.field)}
+        self.sets = {stream: self._sets(stream) for stream in self.streams}
+        """For each source of a stream the number of its name among all of the stream; empty where there are none."""
 
     def _open(self, stream: Stream) -> SampleStream | SequentialStream:
         config, data, seed = self.config, self.config.data, self.config.seed
@@ -161,7 +165,10 @@ class MixedBatches(Dataset):
             place = batch, self.rank, self.world, self.crops
             return SequentialStream(stream, patterns, data, seed, self.tokenizer, *place)
         blocks = Blocks(data.shuffle_block, data.shuffle_window) if data.shuffle == "blocks" else None
-        origin = Origin(patterns, field, seed, data.cache, not self.held_out, blocks, self.share)
+        temperature = getattr(data.temperature, stream.field)
+        origin = Origin(
+            patterns, field, seed, data.cache, not self.held_out, blocks, self.share, temperature=temperature
+        )
         match stream:
             case Stream.IMAGES:
                 return ImageStream(origin, data.max_pixels, self.crops, classes)
@@ -169,6 +176,22 @@ class MixedBatches(Dataset):
                 return TextStream(origin, self.tokenizer, data.text_length)
         words = self.tokenizer, data.caption_length, data.caption_key
         return PairStream(origin, data.max_pixels, *words, self.crops)
+
+    def _sets(self, stream: Stream) -> list[int]:
+        names = self.config.sets(stream.field)
+        shards = getattr(self.config.eval if self.held_out else self.config.data, stream.field)
+        sources = sources_of(shards, stream.field) if names else []
+        return [names.index(source.name) if source.name else -1 for source in sources]
+
+    def samples_of_sets(self, consumed: dict[str, int], batch: BatchConfig) -> dict[str, int]:
+        """STREAM.NAME -> samples of each named data set in the step that comes after so many samples of each stream."""
+        counts: dict[str, int] = {}
+        for stream, numbers in self.sets.items():
+            names = self.config.sets(stream.field)
+            if names and max(numbers) >= 0:
+                shares = self.streams[stream].shared(consumed[stream.field], getattr(batch, stream.field))
+                counts |= {f"{stream.field}.{names[n]}": share for n, share in zip(numbers, shares, strict=True)}
+        return counts
 
     @property
     def sequential(self) -> list[SequentialStream]:
@@ -210,6 +233,7 @@ class MixedBatches(Dataset):
         samples = self._read(stream, request, places, memory)
         faults += [fault for sample in samples for fault in sample.faults]
         text = self._text(samples) if kind.has_text else None
+        sets = self.sets[kind]
         return Samples(
             ids=torch.tensor([sample.id for sample in samples], dtype=torch.int64),
             positions=torch.tensor(places, dtype=torch.int64),
@@ -218,6 +242,7 @@ class MixedBatches(Dataset):
             jitter=self._jitter(samples) if kind.has_images and self.config.data.color_jitter else None,
             text=None if text is None else torch.from_numpy(text),
             lengths=None if text is None else torch.tensor([len(s.words) for s in samples], dtype=torch.int64),
+            sets=torch.tensor([sets[s.source] for s in samples], dtype=torch.int64) if sets else None,
             annotations={a.name: a.annotate(kind, samples, text, self.tokenizer) for a in self.annotators},
         )
 

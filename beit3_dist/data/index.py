@@ -94,6 +94,12 @@ def expand(pattern: str, field: str) -> list[str]:
             if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
                 raise ValueError(f"{field}: {path!r} is a link to nothing, a FIFO or a device; only files are read")
         files = [path for path, kind in found.items() if stat.S_ISREG(kind) and not _of_shard(path)]
+        for path in files:
+            if path.endswith(".parquet"):
+                raise ValueError(
+                    f"{field}: {path} is a table and no tar: tools/build_shards.py parquet makes tars of one with "
+                    "pictures, img2dataset of one with addresses alone, as LAION's is"
+                )
         if not files:
             hint = f": it is a folder; name its files, as by {part.rstrip('/')}/*.tar" if stat.S_ISDIR(mode) else ""
             raise ValueError(f"{field}: no file matches {part!r}{hint}")

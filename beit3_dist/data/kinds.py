@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 IMAGE, TXT, JSON, JSONL = range(4)
@@ -106,8 +106,18 @@ def images_in(folder: Path, left_out: LeftOut) -> list[str]:
 
 
 def images_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """All images below a folder, folder by folder in the order of their names; what else is there is counted. Links are
-    followed; each folder comes once, whatever leads there."""
+    """All images below a folder, as `_below` finds them."""
+    return _below(folder, left_out, _no_image)
+
+
+def tables_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """All files of parquet below a folder, as `_below` finds them."""
+    return _below(folder, left_out, _no_table)
+
+
+def _below(folder: Path, left_out: LeftOut, against: Callable[[Path], str]) -> Iterator[Path]:
+    """All files below a folder that nothing speaks against, folder by folder in the order of their names; what else is
+    there is counted. Links are followed; each folder comes once, whatever leads there."""
 
     def lost(path: str, reason: str) -> None:
         leave_out(left_out, reason, os.path.relpath(path, folder))
@@ -125,7 +135,7 @@ def images_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
         seen.add(place)
         for name in sorted(names):
             path = Path(parent, name)
-            if reason := _no_image(path):
+            if reason := against(path):
                 lost(os.fspath(path), reason)
             else:
                 yield path
@@ -135,11 +145,20 @@ def images_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
         folders.sort()
 
 
+def _no_table(path: Path) -> str:
+    """Why a path is no table of parquet; empty if it may be one."""
+    name = os.fsencode(path.name)
+    return why_not(name) if hidden(name) or not path.name.endswith(".parquet") else _no_file(path)
+
+
 def _no_image(path: Path) -> str:
     """Why a path is no image; empty if it may be one, which its content is not asked for."""
     name = os.fsencode(path.name)
-    if key_and_kind(name)[1] != IMAGE:
-        return why_not(name)
+    return why_not(name) if key_and_kind(name)[1] != IMAGE else _no_file(path)
+
+
+def _no_file(path: Path) -> str:
+    """Why a path is no file that can be read; empty if it is one."""
     try:
         return "" if stat.S_ISREG(path.stat().st_mode) else "not a regular file"
     except OSError as error:

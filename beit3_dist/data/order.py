@@ -163,6 +163,13 @@ def sample_id(stream: int, epoch: int, index: int) -> int:
     return signed(mix_on(mix_of_many(stream, epoch), index))
 
 
+def tempered(weights: list[float], temperature: float) -> list[float]:
+    """weight^(1 / temperature) of each, the largest being 1; at temperature 1 the weights as they are."""
+    if temperature == 1:
+        return weights
+    return [(weight / max(weights)) ** (1 / temperature) for weight in weights]
+
+
 class Interleave:
     """Position of a stream -> (source, position in that source), in O(1) and in exact proportion to the weights. A
     pattern of 1,000 slots repeats. Each source gets its share of the slots by largest remainder, evenly spread."""
@@ -174,7 +181,10 @@ class Interleave:
         quotas[behind[: SLOTS - quotas.sum()]] += 1
         if quotas.min() == 0:
             weight = weights[int(quotas.argmin())]
-            raise ValueError(f"the weight {weight:g} is less than 1/{SLOTS} of the sum of the weights")
+            raise ValueError(
+                f"the weight {weight:g} is less than 1/{SLOTS} of the sum of the weights: leave that source out, or "
+                "raise data.temperature"
+            )
         places = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
         sources = np.repeat(np.arange(len(weights)), quotas)
         self.source = sources[np.argsort(places, kind="stable")]
@@ -188,3 +198,7 @@ class Interleave:
         turn, slot = divmod(position, SLOTS)
         source = int(self.source[slot])
         return source, turn * int(self.quotas[source]) + int(self.ordinal[slot])
+
+    def counts(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [sources]: how many of these positions each source serves."""
+        return np.bincount(self.source[positions % SLOTS], minlength=len(self.quotas))

@@ -27,14 +27,14 @@ from time import sleep
 import numpy as np
 from braceexpand import braceexpand
 
-from beit3_dist.config import DataConfig, Patterns, require, sources_of
+from beit3_dist.config import DataConfig, Patterns, Source, require, sources_of
 from beit3_dist.data import transforms
 from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, fields_of, written_as
 from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import is_sequential
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
 from beit3_dist.data.lines import lines_of
-from beit3_dist.data.order import Interleave, Stream, mix, permute
+from beit3_dist.data.order import Interleave, Stream, mix, permute, tempered
 from beit3_dist.data.reduced import Crops
 from beit3_dist.data.streams import ATTEMPTS, SOURCE_SHIFT, Sample, all_bad, caption_words
 from beit3_dist.data.tars import DamagedTar, headers
@@ -87,6 +87,16 @@ def command_of(address: str) -> list[str]:
     if scheme == "pipe":
         return shlex.split(rest)
     return [part.format(address) for part in COMMANDS[scheme]]
+
+
+def _known_weights(sources: Sequence[Source], field: str) -> list[float]:
+    """The weights that are numbers, as all of a stream's have to be whose samples nobody has counted."""
+    numbers = [source.weight for source in sources if source.weight != "samples"]
+    require(
+        len(numbers) == len(sources),
+        f"{field}: how many samples commands and addresses give is unknown: give a number in place of weight: samples",
+    )
+    return numbers
 
 
 def addresses(pattern: str, field: str) -> list[str]:
@@ -359,8 +369,9 @@ class SequentialStream:
             )
         require(batch % readers == 0, f"data.virtual_readers={readers} does not divide batch.{name}={batch}")
         require(readers % world == 0, f"data.virtual_readers={readers} is not divisible by {world} data-parallel ranks")
+        self.weights = tempered(_known_weights(sources, f"data.{name}"), getattr(data.temperature, name))
         with blaming(f"data.{name}"):
-            self.interleave = Interleave([source.weight for source in sources])
+            self.interleave = Interleave(self.weights)
         share = readers // world
         self.readers = own = range(rank * share, (rank + 1) * share)
         self.own = [place for place in range(batch) if place % readers in own]
@@ -421,7 +432,7 @@ class SequentialStream:
                 continue
             self.works = True
             index = mix(source, shard, place)
-            sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults)
+            sample = Sample(self.stream, epoch, index, mix(self.seed, self.stream, epoch, index), faults, source)
             try:
                 self._load(item, sample)
                 return sample
@@ -432,6 +443,10 @@ class SequentialStream:
 
     def read_all(self, positions: Sequence[int]) -> Iterator[Sample]:
         return map(self.read, positions)
+
+    def shared(self, first: int, count: int) -> list[int]:
+        """How many of `count` samples from a position on are of each source."""
+        return self.interleave.counts(np.arange(first, first + count) // self.data.virtual_readers).tolist()
 
     def _items(self, reader: int, source: int) -> Iterator[tuple[int, int, int, int, Item]]:
         """Epoch, turn of the shard, its number, place in it and item, without end, from where the reader stands."""

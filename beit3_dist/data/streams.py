@@ -25,7 +25,18 @@ from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
 from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import LeftOut
 from beit3_dist.data.labels import labels_of
-from beit3_dist.data.order import Blocks, Interleave, Stream, generator, mix, mix_of_many, mix_on, sample_id, scheduled
+from beit3_dist.data.order import (
+    Blocks,
+    Interleave,
+    Stream,
+    generator,
+    mix,
+    mix_of_many,
+    mix_on,
+    sample_id,
+    scheduled,
+    tempered,
+)
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.reduced import Crops, Decoded
 from beit3_dist.data.text import TextTokenizer, TokenWindows
@@ -65,6 +76,8 @@ class Sample:
     """Key of everything that is drawn for it: hash of (seed, stream, epoch, index)."""
     faults: list[Fault]
     """Samples that were tried for this position before."""
+    source: int = 0
+    """Number of its source in the stream."""
     image: Decoded = field(init=False, repr=False)
     """RGB image; images and pairs have one."""
     encoded: bytes = field(default=b"", repr=False)
@@ -116,6 +129,8 @@ class Origin:
     """Of the work on shards that are new."""
     json_first: bool = False
     """Whether a pair's captions are those of its .json member where there is a .txt, too."""
+    temperature: float = 1.0
+    """Of the sources' weights."""
 
 
 class SampleStream(ABC):
@@ -135,8 +150,7 @@ class SampleStream(ABC):
         self.readers = [ShardReader(table) for table in self.tables]
         self.faults = [fault for table in self.tables for fault in self._report(table)]
         """What is wrong with whole shards and, for texts, with documents."""
-        with blaming(field):
-            self.interleave = Interleave([source.weight for source in sources])
+        self._field, self._sources, self._temperature = field, sources, origin.temperature
 
     def _report(self, table: Table) -> list[Fault]:
         """Logs what the index of a source left out, and returns the faults of its shards."""
@@ -156,6 +170,15 @@ class SampleStream(ABC):
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
         self.starts = [0, *accumulate(self.lengths)]
+        asked = [s.weight if s.weight != "samples" else float(n) for s, n in zip(self._sources, lengths, strict=True)]
+        self.weights = tempered(asked, self._temperature)
+        """Of the sources, as the temperature leaves them."""
+        with blaming(self._field):
+            self.interleave = Interleave(self.weights)
+
+    def shared(self, first: int, count: int) -> list[int]:
+        """How many of `count` samples from a position on are of each source."""
+        return self.interleave.counts(np.arange(first, first + count)).tolist()
 
     def __len__(self) -> int:
         """Samples of one epoch of every source."""
@@ -184,7 +207,7 @@ class SampleStream(ABC):
         for source, epoch, chosen in self.candidates(position):
             index = self.starts[source] + chosen
             key = mix_on(mix_of_many(self.seed, self.stream, epoch), index)
-            sample = Sample(self.stream, epoch, index, key, faults)
+            sample = Sample(self.stream, epoch, index, key, faults, source)
             try:
                 self._load_words(source, chosen, sample)
                 if not begun:
@@ -306,12 +329,13 @@ class TextStream(SampleStream):
         self.windows = [
             TokenWindows(table, tokenizer, text_length, origin.share.of(len(table.paths))) for table in self.tables
         ]
-        self._set_lengths([len(windows) for windows in self.windows])
-        if 0 in self.lengths:
+        lengths = [len(windows) for windows in self.windows]
+        if 0 in lengths:
             raise ValueError(
-                f"{origin.field}: the documents of {self.tables[self.lengths.index(0)].paths[0]} and its fellow "
+                f"{origin.field}: the documents of {self.tables[lengths.index(0)].paths[0]} and its fellow "
                 "shards hold not one word"
             )
+        self._set_lengths(lengths)
         for windows in self.windows:
             for shard, faults in windows.faults.items():
                 told = "texts: %s: %d documents are left out; the first is %s (%s)"

@@ -13,8 +13,8 @@ from typing import Any
 
 from beit3_dist.config import require
 from beit3_dist.data.compressed import bare
-from beit3_dist.data.kinds import is_json
-from beit3_dist.data.text_files import read_lines, read_records, require_text
+from beit3_dist.data.kinds import LeftOut, is_json, leave_out
+from beit3_dist.data.text_files import read_large_json, read_lines, read_records, require_text
 
 REMEDY = {",": 'quote a text that holds commas, as "a dog, running"', "\t": "take the tabs out of the text"}
 """Separator -> what makes one cell of two."""
@@ -55,10 +55,10 @@ def table_rows(table: Path, image: str, caption: str, rest: bool = False) -> Ite
         if columns.count(column) != 1:
             raise ValueError(
                 f"{table} has {'two columns' if column in columns else 'no column'} {column!r}; its columns are "
-                f"{_shown(columns)}: name those of path and caption by --image and --caption"
+                f"{shown_columns(columns)}: name those of path and caption by --image and --caption"
             )
     if rest and columns[-1] != caption:
-        raise ValueError(f"{table}: {caption!r} is not the last of its columns, which are {_shown(columns)}")
+        raise ValueError(f"{table}: {caption!r} is not the last of its columns, which are {shown_columns(columns)}")
     for line, cells in rows:
         if rest and len(cells) > len(columns):
             cells[len(columns) - 1 :] = [separator.join(cells[len(columns) - 1 :])]
@@ -98,7 +98,37 @@ def _cells(table: Path) -> tuple[str, list[str], Iterator[tuple[int, list[str]]]
     return separator, columns, rows
 
 
-def _shown(columns: list[str]) -> str:
+def coco_rows(path: Path, left_out: LeftOut) -> Iterator[tuple[str, str]]:
+    """File name and caption of each annotation of COCO's captions_*.json, image by image in the order of the file. What
+    belongs to no image, and images without a caption, are counted. Raises ValueError where the file is none."""
+    require(path.is_file(), f"there is no file {path}")
+    file = read_large_json(path)
+    parts = [file.get(name) if isinstance(file, dict) else None for name in ("images", "annotations")]
+    images, annotations = parts
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise ValueError(f"{path} is no file of COCO's: it has no lists 'images' and 'annotations'")
+    captions: dict[Any, list[str]] = {}
+    for image in images:
+        fine = isinstance(image, dict) and isinstance(image.get("id"), (int, str)) and image.get("file_name")
+        require(bool(fine) and isinstance(image["file_name"], str), f"{path}: an image has no id or no file_name")
+        captions[image["id"]] = []
+    for number, annotation in enumerate(annotations, start=1):
+        place = f"{path}, annotation {number}"
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("caption"), str):
+            raise ValueError(f"{place}: no caption: COCO's captions lie in captions_*.json")
+        own = captions.get(annotation.get("image_id"))
+        if own is None:
+            leave_out(left_out, "annotations of no image", place)
+        else:
+            own.append(annotation["caption"])
+    for image in images:
+        if not captions[image["id"]]:
+            leave_out(left_out, "images without a caption", image["file_name"])
+        for caption in captions[image["id"]]:
+            yield image["file_name"], caption
+
+
+def shown_columns(columns: list[str]) -> str:
     """The names of a table's columns, of which there may be as many as cells where its lines end in another way."""
     names = ", ".join(columns)
     return names if len(names) <= LONGEST_SHOWN else f"{names[:LONGEST_SHOWN]!r}... (do its lines end with newlines?)"

@@ -1,4 +1,4 @@
-"""Words as numbers: the SentencePiece tokenizer with the released id layout, and documents cut into fixed windows.
+"""Words as numbers: text tokenizers with the released id layout, and documents cut into fixed windows.
 
 A shard's documents are tokenised once and kept in the cache folder; a text sample is a window of them, framed by <s>
 and </s>. Windows, not documents, are what the order permutes.
@@ -22,18 +22,19 @@ from beit3_dist.config import SPECIAL_ROWS, require
 from beit3_dist.data.cache import Content, DamagedCache, cached, digest, mapped, parsed, write_whole
 from beit3_dist.data.faults import BadSample, Fault, check_size
 from beit3_dist.data.index import PROGRESS_SECONDS, Table
+from beit3_dist.data.json_tokenizer import JsonPieces
 from beit3_dist.data.kinds import JSONL
 from beit3_dist.data.lines import LONGEST_LINE
 from beit3_dist.data.reader import OPEN_FILES
 from beit3_dist.data.tars import Tar
 from beit3_dist.data.text_files import unmarked
 from beit3_dist.looking import of_node
-from beit3_dist.opening import open_regular
+from beit3_dist.opening import is_json_object, open_regular
 
 log = logging.getLogger(__name__)
 
 MOST_MODEL = 1 << 28
-"""Bytes (256 MiB) that are read of a SentencePiece file; that of a million pieces has 25 million."""
+"""Bytes (256 MiB) that are read of a tokenizer's file; SentencePiece's of a million pieces has 25 million."""
 TOKENS_FORMAT = 2
 DOCUMENTS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 1 << 20
 """Documents, and characters of them, that are tokenised in one call, over several threads: SentencePiece takes some
@@ -42,32 +43,61 @@ LONGEST_READ = 1 << 16
 """Characters that hold more tokens than any model reads."""
 
 
-class TextTokenizer:
-    """SentencePiece pieces as the released models number them. <s> = 0, <pad> = 1, </s> = 2, <unk> = 3; piece i of the
-    file, i >= 3, is i + 1; <mask> = pieces + 1. The embedding has `rows` = pieces + 10 rows: eight are spare."""
+class SentencePieces:
+    """The pieces of a SentencePiece file by the released ids: piece i, i >= 3, is i + 1."""
 
-    bos, pad, eos, unk = 0, 1, 2, 3
-
-    def __init__(self, path: str) -> None:
-        """Raises a one-line ValueError for a file that is missing, no SentencePiece model, or numbered otherwise."""
-        self.path = os.path.expanduser(path)
-        model = of_node(self._read)
+    def __init__(self, content: bytes, name: str) -> None:
+        """Raises ValueError, which calls the file `name`, where it is no such model, or numbered otherwise."""
         try:
-            if not model:  # of which SentencePiece makes a processor that complains on the terminal
+            if not content:  # of which SentencePiece makes a processor that complains on the terminal
                 raise RuntimeError("empty")
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.pieces = self.model.get_piece_size()
             self.model.decode(list(range(self.pieces)))  # a piece that is no text in UTF-8 fails here, not in use
         except (RuntimeError, UnicodeError):
             self.pieces = 0
-        require(self.pieces != 0, f"text_tokenizer: {path!r} is not a SentencePiece model file")
+        reason = "is not a SentencePiece model file, nor a tokenizer.json"
+        require(self.pieces != 0, f"text_tokenizer: {name!r} {reason}")
         controls = (self.model.unk_id(), self.model.bos_id(), self.model.eos_id())
         if controls != (0, 1, 2):
             raise ValueError(
-                f"text_tokenizer: {path!r} has unk, bos, eos = {controls}; train it with unk_id=0, "
+                f"text_tokenizer: {name!r} has unk, bos, eos = {controls}; train it with unk_id=0, "
                 "bos_id=1, eos_id=2 (tools/train_text_tokenizer.py does)"
             )
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        pieces = self.model.encode(texts, num_threads=min(8, os.cpu_count() or 1) if len(texts) > 1 else 1)
+        return [[3 if piece == 0 else piece + 1 for piece in text] for text in pieces]
+
+    def decode(self, words: list[int]) -> str:
+        return self.model.decode([0 if word == 3 else word - 1 for word in words])
+
+    def spelled(self, word: int) -> str:
+        """A word's piece as it is read, with a space in front where it begins a word."""
+        return self.model.id_to_piece(word - 1).replace("\u2581", " ")
+
+    @property
+    def begins(self) -> np.ndarray:
+        """bool [rows]: whether an id begins a word, as pieces with a space in front do."""
+        spaced = [self.model.id_to_piece(piece).startswith("\u2581") for piece in range(self.pieces)]
+        return np.array([False, *spaced, *[False] * (SPECIAL_ROWS - 1)])
+
+
+class TextTokenizer:
+    """A tokenizer's file, SentencePiece's or Hugging Face's tokenizer.json, by the ids of the released models. <s> = 0,
+    <pad> = 1, </s> = 2, <unk> = 3; words are 4 to `pieces`; <mask> = pieces + 1. The embedding has `rows` = pieces + 10
+    rows: eight are spare."""
+
+    bos, pad, eos, unk = 0, 1, 2, 3
+
+    def __init__(self, path: str) -> None:
+        """Raises a one-line ValueError for a file that is missing, or no tokenizer that fits."""
+        self.path = os.path.expanduser(path)
+        content = of_node(self._read)
+        kind = JsonPieces if is_json_object(content) else SentencePieces
+        self.file: SentencePieces | JsonPieces = kind(content, path)
+        self.pieces, self.fingerprint = self.file.pieces, self.file.fingerprint
         self.mask = self.pieces + 1
         self.rows = self.pieces + SPECIAL_ROWS
         self.words = range(4, self.pieces + 1)
@@ -82,9 +112,13 @@ class TextTokenizer:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """bool [rows]: whether an id begins a word, as pieces with a space in front do."""
-        spaced = [self.model.id_to_piece(piece).startswith("\u2581") for piece in range(self.pieces)]
-        return np.array([False, *spaced, *[False] * (SPECIAL_ROWS - 1)])
+        """bool [rows]: whether an id begins a word. Raises ValueError where a piece does not tell."""
+        if (begins := self.file.begins) is None:
+            raise ValueError(
+                f"text_tokenizer: {self.path}: its pieces do not tell where words begin, as those with a space or "
+                "without ## do: leave objectives.masked_data_modeling.whole_words off"
+            )
+        return begins
 
     def check_vocab(self, config_vocab_size: int) -> None:
         """Raises ValueError unless the model's word embedding has this tokenizer's number of rows."""
@@ -96,8 +130,8 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without <s> and </s>."""
-        parts = (self.model.encode(part) for part in pieces_of(text, CHARACTERS_AT_ONCE))
-        return [self.unk if piece == 0 else piece + 1 for part in parts for piece in part]
+        parts = (self.file.encode_all([part])[0] for part in pieces_of(text, CHARACTERS_AT_ONCE))
+        return [word for part in parts for word in part]
 
     def encode_beginning(self, text: str) -> list[int]:
         """`encode` for what is cut afterwards: of a text that is longer than any model reads, the beginning alone."""
@@ -106,14 +140,15 @@ class TextTokenizer:
     def encode_all(self, texts: list[str]) -> list[list[int]]:
         if any(len(text) > CHARACTERS_AT_ONCE for text in texts):
             return [self.encode(text) for text in texts]
-        pieces = self.model.encode(texts, num_threads=min(8, os.cpu_count() or 1))
-        return [[self.unk if piece == 0 else piece + 1 for piece in text] for text in pieces]
+        return self.file.encode_all(texts)
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; <s>, <pad>, </s>, <mask> and spare rows are left out."""
-        return self.model.decode(
-            [0 if word == self.unk else int(word) - 1 for word in ids if word == self.unk or word in self.words]
-        )
+        return self.file.decode([int(word) for word in ids if word == self.unk or word in self.words])
+
+    def spelled(self, word: int) -> str:
+        """A word's piece as it is read, with a space in front where it begins a word."""
+        return self.file.spelled(word)
 
 
 def pieces_of(text: str, longest: int) -> Iterator[str]:

@@ -52,6 +52,13 @@ class TooLarge(BadSample):
     """The image has more pixels than are decoded."""
 
 
+EXTENSION_OF = {
+    "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif",
+    "AVIF": "avif", "HEIF": "heic",
+}  # fmt: skip
+"""Pillow's names -> extensions."""
+
+
 def largest_file(max_pixels: int) -> int:
     return BYTES_PER_PIXEL * max_pixels + BYTES_BESIDE
 
@@ -159,6 +166,15 @@ def read_image(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     with open_regular(path) as file:
         check_size("an image", os.fstat(file.fileno()).st_size, largest_file(max_pixels))
         return decode(file, max_pixels)
+
+
+def extension_of(data: bytes) -> str:
+    """What the name of a picture with this content ends in. Raises BadSample."""
+    with Image.open(io.BytesIO(data)) as image:
+        found = EXTENSION_OF.get(image.format or "")
+    if found is None:
+        raise BadSample(f"pictures of the format {image.format} have no known extension")
+    return found
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

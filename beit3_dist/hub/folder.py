@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from beit3_dist.checkpoint.files import folder_made_aside, write_text
 from beit3_dist.checkpoint.fitting import absent_groups, check_whole, shapes_of
 from beit3_dist.checkpoint.model_folder import (
+    JSON_TOKENIZER,
     OBJECTIVE_HEADS,
     TASK_HEAD,
     TOKENIZER,
@@ -23,6 +24,7 @@ from beit3_dist.checkpoint.model_folder import (
     save_safetensors,
 )
 from beit3_dist.config import ModelConfig, require
+from beit3_dist.data.json_tokenizer import JsonPieces
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.hub import (
     Beit3Config,
@@ -169,8 +171,18 @@ def _save_processor(folder: Path, model: ModelFolder, config: Beit3Config) -> No
         return
     file = TextTokenizer(str(model.text_tokenizer))
     file.check_vocab(config.vocab_size)
-    shutil.copyfile(file.path, folder / TOKENIZER)
-    tokenizer = Beit3Tokenizer(str(folder / TOKENIZER), model_max_length=config.text_length)
+    tokenizer: Any
+    if isinstance(file.file, JsonPieces):
+        write_text(folder / JSON_TOKENIZER, file.file.content)
+        names = {f"{role}_token": token for role, token in file.file.specials.items()}
+        inputs = ["input_ids", "attention_mask"]
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / JSON_TOKENIZER), model_max_length=config.text_length,
+            model_input_names=inputs, clean_up_tokenization_spaces=False, **names,
+        )  # fmt: skip
+    else:
+        shutil.copyfile(file.path, folder / TOKENIZER)
+        tokenizer = Beit3Tokenizer(str(folder / TOKENIZER), model_max_length=config.text_length)
     Beit3Processor(images, tokenizer).save_pretrained(folder)
 
 

@@ -122,6 +122,10 @@ class Loss:
     """Of its targets, where it tells classes apart; their entropy is watched then."""
     remedy: str = ""
     """What is wrong where nearly all its targets are one class, for `str.format(class)`."""
+    stream: str = ""
+    """By whose named data sets it is told apart; empty: it is not."""
+    part_of: str = ""
+    """The loss that this is a data set's share of; such a one has no weight."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,9 @@ class Objective(ABC):
     """What it tells apart, in the order of its counts and sums."""
     views: list[View]
     """What it wants encoded."""
+    each: Sequence[Tensor] = ()
+    """[2, m] for each loss that has a stream: of its targets, in the order of their samples, what `sums` has added up
+    last, without gradient."""
 
     def __init__(self, config: Any, run: RunConfig) -> None:
         """`config`: its section. Raises ValueError naming the field where the run cannot have it."""
@@ -230,6 +237,10 @@ class Objective(ABC):
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Tensor:
         """[2, losses]: the sum of each loss, with its gradient, and of correct predictions (0 where there are none),
         from the last block's hidden states of `rows`, before the final norm."""
+
+    def targets_by_sample(self, batch: MicroBatch) -> list[Tensor]:
+        """int64 [n] for each loss that has a stream: targets of each of its samples."""
+        return []
 
     def look(self, model: BEiT3, hidden_MD: Tensor, targets: Any) -> Any:
         """Where it looks ahead or back: what it has to know of every micro-batch of the step before the losses of the

@@ -170,6 +170,8 @@ class Kept:
 
     sums: Tensor
     """[2]: of the step's losses and hits on this replica in its first micro-batch, zeros in all others."""
+    each: Tensor
+    """[2, n]: those of this micro-batch's pairs."""
     images: Tensor
     """[n, E]: gradient of the sum of the step's losses with respect to the images' vectors."""
     texts: Tensor
@@ -210,11 +212,13 @@ def contrast_step(contrast: Contrast, parts: Sequence[Vectors], replicas: Replic
     names = ["images", "texts", "scale"] if whole.bias is None else ["images", "texts", "scale", "bias"]
     leaves = {name: getattr(whole, name).requires_grad_() for name in names}
     with torch.enable_grad():
-        sums = contrast(replace(whole, **leaves), replicas).sum(1)
+        each = contrast(replace(whole, **leaves), replicas)
+        sums = each.sum(1)
         images, texts, *of_head = torch.autograd.grad(sums[0], [*leaves.values()])
     kept = []
-    for number, (of_images, of_texts) in enumerate(zip(images.split(sizes), texts.split(sizes), strict=True)):
+    of_parts = zip(each.detach().split(sizes, dim=1), images.split(sizes), texts.split(sizes), strict=True)
+    for number, (own, of_images, of_texts) in enumerate(of_parts):
         once = float(number == 0)
         scale, *bias = (once * gradient for gradient in of_head)
-        kept.append(Kept(once * sums.detach(), of_images, of_texts, scale, bias[0] if bias else None))
+        kept.append(Kept(once * sums.detach(), own, of_images, of_texts, scale, bias[0] if bias else None))
     return kept

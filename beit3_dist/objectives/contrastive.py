@@ -85,7 +85,7 @@ class Contrastive(Objective):
     def __init__(self, config: ContrastiveConfig, run: RunConfig) -> None:
         super().__init__(config, run)
         self.views = [View("pairs", True, False), View("pairs", False, True)] if run.batch.pairs else []
-        self.losses = [Loss(self.name, config.weight, title="images and captions alone", unit="pair")]
+        self.losses = [Loss(self.name, config.weight, title="images and captions alone", unit="pair", stream="pairs")]
         self.looks_back = MomentumDistillation.name in run.objectives
         require(
             not self.looks_back or (config.form, config.negatives) == ("softmax", "step"),
@@ -123,6 +123,9 @@ class Contrastive(Objective):
     def counts(self, batch: MicroBatch) -> list[int]:
         return [len(batch.streams["pairs"])]
 
+    def targets_by_sample(self, batch: MicroBatch) -> list[Tensor]:
+        return [torch.ones(len(batch.streams["pairs"]), dtype=torch.int64)]
+
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
         return torch.cat([places.first(view) for view in self.views])
 
@@ -141,12 +144,16 @@ class Contrastive(Objective):
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         vectors = self.vectors(model, hidden_MD, targets)
         if targets.kept is not None:
+            self.each = [targets.kept.each]
             return targets.kept.sums_of(vectors)[:, None]
         self.compared = joined([vectors])
         if targets.taught is not None:
             alpha = targets.taught.alpha if model.training else 0.0
-            return targets.taught.contrast(vectors, alpha).sum(1)[:, None]
-        return FORMS[self.config.form](vectors, self.replicas).sum(1)[:, None]
+            of_pairs = targets.taught.contrast(vectors, alpha)
+        else:
+            of_pairs = FORMS[self.config.form](vectors, self.replicas)
+        self.each = [of_pairs.detach()]
+        return of_pairs.sum(1)[:, None]
 
     def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> tuple[Vectors, Tensor | None]:
         return self.vectors(model, hidden_MD, targets), targets.places

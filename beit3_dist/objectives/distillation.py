@@ -68,7 +68,8 @@ class Distillation(Objective):
         name = f"distilled_pair_{side}" if lesson.stream is Stream.PAIRS else f"distilled_{side}"
         unit = "image" if lesson.config.learns == "classes" else "patch" if side == IMAGE else "word"
         title = f"what the teacher of {lesson.stream.field} sees in their {side}s"
-        return Loss(name, lesson.config.weight, has_accuracy=not lesson.of_features, title=title, unit=unit)
+        stream = lesson.stream.field
+        return Loss(name, lesson.config.weight, not lesson.of_features, title, unit, stream=stream)
 
     def meet(self, others: Mapping[str, Objective]) -> None:
         require(
@@ -98,8 +99,13 @@ class Distillation(Objective):
         return sum(samples[stream.field] * teacher.flops for stream, teacher in self._opened.items())
 
     def counts(self, batch: MicroBatch) -> list[int]:
+        return [int(own.sum()) for own in self.targets_by_sample(batch)]
+
+    def targets_by_sample(self, batch: MicroBatch) -> list[Tensor]:
         return [
-            len(batch.streams["images"]) if lesson.config.learns == "classes" else int(lesson.mask(side, batch).sum())
+            torch.ones(len(batch.streams["images"]), dtype=torch.int64)
+            if lesson.config.learns == "classes"
+            else lesson.mask(side, batch).sum(1)
             for lesson, side in self._sides
         ]
 
@@ -160,24 +166,28 @@ class Distillation(Objective):
     def sums(self, model: Any, hidden_MD: Tensor, targets: list[Tensor]) -> Tensor:
         parts = hidden_MD.split([len(target) for target in targets])
         of_losses = zip(self.losses, self._sides, parts, targets, strict=True)
-        return torch.stack([self._sum(model, loss.name, *side, *both) for loss, side, *both in of_losses], dim=1)
+        of_targets = [self._of_targets(model, loss.name, *side, *both) for loss, side, *both in of_losses]
+        self.each = [some.detach() for some in of_targets]
+        return torch.stack([some.sum(1) for some in of_targets], dim=1)
 
-    def _sum(self, model: Any, name: str, lesson: Lesson, side: str, hidden_mD: Tensor, target: Tensor) -> Tensor:
-        """[2]: the loss's sum, and predictions like the teacher's."""
+    def _of_targets(
+        self, model: Any, name: str, lesson: Lesson, side: str, hidden_mD: Tensor, target: Tensor
+    ) -> Tensor:
+        """[2, m]: the loss of each target, and whether it is predicted as the teacher does."""
         config = lesson.config
         norm = model.image_norm if side == IMAGE else model.text_norm
         if config.learns == "classes":
             logits = model.objective_heads[ImageClassification.name](norm(hidden_mD))
-            return divergence(logits, lambda rows: target[rows], config.temperature).sum(1)
+            return divergence(logits, lambda rows: target[rows], config.temperature)
         if not lesson.of_features:
             assert self._opened is not None
             head = self._opened[lesson.stream].network.model
             head = head.image_head if side == IMAGE else head.text_head
             logits = model.image_logits(hidden_mD) if side == IMAGE else model.text_logits(hidden_mD)
-            return divergence(logits, lambda rows: head.logits(target[rows]), config.temperature).sum(1)
+            return divergence(logits, lambda rows: head.logits(target[rows]), config.temperature)
         features = model.objective_heads[self.name][name](norm(hidden_mD)).float()
-        total = distance(features, target, config.compared).sum()
-        return torch.stack([total, torch.zeros_like(total)])
+        apart = distance(features, target, config.compared)
+        return torch.stack([apart, torch.zeros_like(apart)])
 
     def head_flops(self, counts: Sequence[float]) -> float:
         """The student's; those of a teacher and of its heads count as little as an image tokenizer's."""

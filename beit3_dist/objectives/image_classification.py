@@ -57,7 +57,7 @@ class ImageClassification(Objective):
         remedy = "the class {}: are these the .cls members that you mean?"
         self.losses = [
             Loss("image_class", config.weight, title="classes of images", unit="image", classes=config.classes,
-                 remedy=remedy)
+                 remedy=remedy, stream="images")
         ]  # fmt: skip
         self.label_classes = config.classes
 
@@ -75,6 +75,9 @@ class ImageClassification(Objective):
     def counts(self, batch: MicroBatch) -> list[int]:
         return [len(batch.streams["images"])]
 
+    def targets_by_sample(self, batch: MicroBatch) -> list[Tensor]:
+        return [torch.ones(len(batch.streams["images"]), dtype=torch.int64)]
+
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
         return places.first(self.views[0])
 
@@ -84,8 +87,11 @@ class ImageClassification(Objective):
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Tensor) -> Tensor:
         logits = model.objective_heads[self.name](model.image_norm(hidden_MD)).float()
-        total = cross_entropy(logits, targets, reduction="sum", label_smoothing=self.config.label_smoothing)
-        return torch.stack([total, (logits.argmax(1) == targets).sum().to(total.dtype)])[:, None]
+        smoothing, hits = self.config.label_smoothing, logits.argmax(1) == targets
+        apart = cross_entropy(logits.detach(), targets, reduction="none", label_smoothing=smoothing)
+        self.each = [torch.stack([apart, hits.to(apart.dtype)])]
+        total = cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+        return torch.stack([total, hits.sum().to(total.dtype)])[:, None]
 
     def classes(self, targets: Tensor) -> list[Tensor]:
         return [targets]

@@ -140,7 +140,7 @@ class MaskedDataModeling(Objective):
             (Stream.PAIRS, IMAGE): Loss("pair_image", config.pair_image_weight, title="images of pairs", **patch),
             (Stream.PAIRS, TEXT): Loss("pair_text", config.pair_text_weight, title="captions of pairs", **word),
         }
-        self.losses = [of_sides[side] for side in self._sides]
+        self.losses = [replace(of_sides[side], stream=side[0].field) for side in self._sides]
         self._images = [views[stream] for stream, side in self._sides if side == IMAGE]
         self._texts = [views[stream] for stream, side in self._sides if side == TEXT][::-1]  # pairs' lie before texts'
         self.coded = {view.stream for view in self._images}
@@ -189,8 +189,11 @@ class MaskedDataModeling(Objective):
         return [batch.streams[view.stream].annotations[self.name][field] for view in views]
 
     def counts(self, batch: MicroBatch) -> list[int]:
+        return [int(own.sum()) for own in self.targets_by_sample(batch)]
+
+    def targets_by_sample(self, batch: MicroBatch) -> list[Tensor]:
         drawn = [batch.streams[stream.field].annotations[self.name][f"{side}_mask"] for stream, side in self._sides]
-        return [int(mask.sum()) for mask in drawn]
+        return [mask.sum(1) for mask in drawn]
 
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
         patches, words = self._masks(batch, "image_mask", self._images), self._masks(batch, "text_mask", self._texts)
@@ -228,12 +231,14 @@ class MaskedDataModeling(Objective):
 
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         patches, words = hidden_MD.split([len(targets.codes), len(targets.words)])
-        of_images = _sums(model.image_losses(patches, targets.codes), targets.patch_counts)
+        of_patches = model.image_losses(patches, targets.codes).split(targets.patch_counts, dim=1)
         head, taught = partial(model.text_head, model.text_norm(words)), targets.taught if model.training else None
-        of_texts = _sums(losses_of(head, targets.words, taught), targets.word_counts)
+        of_words = losses_of(head, targets.words, taught).split(targets.word_counts, dim=1)
         if not self._sides:
             return hidden_MD.new_zeros(2, 0, dtype=torch.float32)
-        return torch.stack(self._ordered(of_images, of_texts), dim=1)
+        of_targets = self._ordered(of_patches, of_words)
+        self.each = [some.detach() for some in of_targets]
+        return torch.stack([some.sum(1) for some in of_targets], dim=1)
 
     def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         return model.text_logits(hidden_MD[len(targets.codes) :])
@@ -279,8 +284,3 @@ class MaskedDataModeling(Objective):
 def _numbers(samples: Sequence[Sample], use: Draw) -> Numbers:
     """The samples' random numbers for one use, by numbers that were given before objectives had names."""
     return Numbers((sample.key for sample in samples), use)
-
-
-def _sums(losses_2M: Tensor, splits: list[int]) -> list[Tensor]:
-    """Per split of the rows: [sum of the cross-entropies, number of correct predictions]."""
-    return [part.sum(1) for part in losses_2M.split(splits, dim=1)]

@@ -89,7 +89,7 @@ class Matching(Objective):
         self.views = []
         self.losses = [
             Loss(self.name, config.weight, title="matching of pairs", unit="pair shown"),
-            Loss("matches", 0.0, title="those of them that match", unit="pair"),
+            Loss("matches", 0.0, title="those of them that match", unit="pair", stream="pairs"),
         ]
         self._seed, self._caption_length = run.seed, run.data.caption_length
 
@@ -116,6 +116,9 @@ class Matching(Objective):
 
     def counts(self, batch: MicroBatch) -> list[int]:
         return [3 * len(batch.streams["pairs"]), len(batch.streams["pairs"])]
+
+    def targets_by_sample(self, batch: MicroBatch) -> list[Tensor]:
+        return [torch.ones(len(batch.streams["pairs"]), dtype=torch.int64)]
 
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
         return torch.zeros(0, dtype=torch.int64)
@@ -186,6 +189,7 @@ class Matching(Objective):
         logits_M2 = model.objective_heads[self.name](model.text_norm(hidden_MD))
         losses_2M = matching_losses(logits_M2, targets)
         matches_2M = losses_2M[:, : len(logits_M2) // 3].detach()
+        self.each = [matches_2M]
         return torch.stack([losses_2M.sum(1), matches_2M.sum(1)], dim=1)
 
     def head_flops(self, counts: Sequence[float]) -> float:

@@ -113,7 +113,7 @@ class PrefixLanguageModeling(Objective):
         titles = {Stream.PAIRS: "next words of captions", Stream.TEXTS: "next words of texts"}
         self.losses = [
             Loss(f"{stream.field[:-1]}_next_word", weights[stream], title=titles[stream], unit="word",
-                 classes=self.model.vocab_size, remedy=WORD)
+                 stream=stream.field, classes=self.model.vocab_size, remedy=WORD)
             for stream in streams
         ]  # fmt: skip
         self.looks_back = MomentumDistillation.name in run.objectives and bool(self.losses)
@@ -139,7 +139,10 @@ class PrefixLanguageModeling(Objective):
         return [_after(batch.streams[view.stream], self.name) for view in self.views]
 
     def counts(self, batch: MicroBatch) -> list[int]:
-        return [int(after.sum()) for after in self._after(batch)]
+        return [int(own.sum()) for own in self.targets_by_sample(batch)]
+
+    def targets_by_sample(self, batch: MicroBatch) -> list[Tensor]:
+        return [after.sum(1) for after in self._after(batch)]
 
     def rows(self, batch: MicroBatch, places: Places) -> Tensor:
         """The word before each of them; for a decoder, all that it looks at."""
@@ -184,7 +187,9 @@ class PrefixLanguageModeling(Objective):
     def sums(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         head = partial(model.text_head, self._telling(model, hidden_MD, targets.written))
         losses_2M = losses_of(head, targets.words, targets.taught if model.training else None)
-        return torch.stack([part.sum(1) for part in losses_2M.split(targets.counts, dim=1)], dim=1)
+        of_targets = losses_2M.split(targets.counts, dim=1)
+        self.each = [some.detach() for some in of_targets]
+        return torch.stack([some.sum(1) for some in of_targets], dim=1)
 
     def look(self, model: BEiT3, hidden_MD: Tensor, targets: Targets) -> Tensor:
         return model.text_head(self._telling(model, hidden_MD, targets.written))

@@ -23,13 +23,13 @@ def prepare_passes(
     """The micro-batch of each stream by itself, under objectives that know no other stream, with the places of their
     losses among all."""
     run, passes = module.objectives.run, []
-    names = [loss.name for loss in module.objectives.losses]
+    names = [loss.name for loss in module.objectives.told]
     for stream, samples in batch.streams.items():
         sizes = {name: getattr(run.batch, name) if name == stream else 0 for name in STREAMS}
         alone = PretrainingModule(
             module.model, objectives_of(replace(run, batch=replace(run.batch, **sizes))), module.seed
         )
-        columns = [names.index(loss.name) for loss in alone.objectives.losses]
+        columns = [names.index(loss.name) for loss in alone.objectives.told]
         prepared = alone.objectives.prepare(MicroBatch({stream: samples}), device, tokenize)
         passes.append((alone.train(module.training), columns, *prepared))
     return passes

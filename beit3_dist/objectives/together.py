@@ -45,6 +45,8 @@ class Reading:
     """Objectives, by their place, that read a pass of their own after this one."""
     objectives: Objectives | None = None
     """Whose they are, where they are not all of the run's."""
+    sets: Sequence[Tensor] = ()
+    """int64 [m] for each loss that is told apart: the data sets of its targets."""
 
 
 class OnHost:
@@ -90,12 +92,13 @@ class Objectives:
     def __init__(self, run: RunConfig, objectives: Sequence[Objective]) -> None:
         self.run, self.model, self._each = run, run.model, list(objectives)
         self.losses: list[Loss] = [loss for objective in objectives for loss in objective.losses]
-        """Of all objectives, in the order of every vector of statistics."""
+        """Of all objectives."""
         for objective in objectives:
             require(
                 bool(objective.views) or objective.second_pass or objective.average_decay > 0,
                 f"objectives.{objective.name} reads none of the streams that batch has",
             )
+        self._tell_apart()
         self._introduce()
         if self.model.fusion_layers and run.train_only:
             frozen = (name for name, p in self.build().named_parameters() if not p.requires_grad)
@@ -123,6 +126,17 @@ class Objectives:
 
     def __iter__(self) -> Any:
         return iter(self._each)
+
+    def _tell_apart(self) -> None:
+        """Finds the parts of the losses that named data sets have."""
+        self._sets = {loss: self.run.sets(loss.stream) for loss in self.losses if loss.stream}
+        self._sets = {loss: names for loss, names in self._sets.items() if names}
+        self.told: list[Loss] = self.losses + [
+            Loss(f"{loss.name}.{name}", 0.0, loss.has_accuracy, f"{loss.title}: {name}", loss.unit, part_of=loss.name)
+            for loss, names in self._sets.items()
+            for name in names
+        ]
+        """The losses, then the share in them of each named data set, in the order of every vector of statistics."""
 
     def connected(self, replicas: Replicas) -> Objectives:
         """The same objectives, which know who works on the step. Those that draw in loader processes do not."""
@@ -152,6 +166,7 @@ class Objectives:
         some = copy(self)
         some._each, some.fullest = [objective for objective in self if wanted(objective)], None
         some.losses = [loss for objective in some for loss in objective.losses]
+        some._tell_apart()
         some.views = _views_of(some._each)
         return some if some._each else None
 
@@ -243,8 +258,47 @@ class Objectives:
         return frozenset(name for name, parameter in named if parameter.requires_grad) or None
 
     def counts(self, batch: MicroBatch) -> list[int]:
-        """[K]: targets of each loss in a micro-batch."""
-        return [count for objective in self for count in objective.counts(batch)]
+        """[K]: targets of each loss in a micro-batch, and of each data set's share."""
+        whole = [count for objective in self for count in objective.counts(batch)]
+        return whole + [
+            int((own * (sets == number)).sum())
+            for loss, sets, own in self._targets_by_sample(batch)
+            for number in range(len(self._sets[loss]))
+        ]
+
+    def _targets_by_sample(self, batch: MicroBatch) -> list[tuple[Loss, Tensor, Tensor]]:
+        """Each loss that is told apart, with the data set and the targets of each sample of its stream, int64 [n]."""
+        found = []
+        for loss, own in self._apart(lambda objective: objective.targets_by_sample(batch)):
+            sets = batch.streams[loss.stream].sets  # a stream whose validation names no sets has none
+            found.append((loss, torch.full_like(own, -1) if sets is None else sets, own))
+        return found
+
+    def _apart(self, of_losses: Callable[[Objective], Sequence[Tensor]]) -> list[tuple[Loss, Tensor]]:
+        """What an objective has for its losses with a stream, of those that are told apart."""
+        return [
+            (loss, own)
+            for objective in self
+            if any(loss in self._sets for loss in objective.losses)
+            for loss, own in zip(filter(_has_stream, objective.losses), of_losses(objective), strict=True)
+            if loss in self._sets
+        ]
+
+    def sets_of_targets(self, batch: MicroBatch) -> list[Tensor]:
+        """int64 [m] for each loss that is told apart: the data set of each target in a micro-batch."""
+        return [sets.repeat_interleave(own) for _, sets, own in self._targets_by_sample(batch)]
+
+    def by_set(self, reading: Reading) -> Tensor:
+        """[2, shares]: sums of losses and of correct predictions of each data set, after `sums` of all objectives."""
+        each = self._apart(lambda objective: objective.each)
+        return torch.stack(
+            [
+                torch.where(sets == number, of_targets, 0).sum(1)
+                for (loss, of_targets), sets in zip(each, reading.sets, strict=True)
+                for number in range(len(self._sets[loss]))
+            ],
+            dim=1,
+        )
 
     def on_host(self, batch: MicroBatch) -> OnHost:
         """What is known of a micro-batch on the host."""
@@ -329,7 +383,8 @@ class Objectives:
         rows, united = known.rows, known.united
         targets = [objective.targets(batch, known.places, seen, move) for objective in self]
         own = [None if len(rows) == 1 else move(torch.searchsorted(united, some)) for some in rows]
-        return inputs, Reading(Selection(move(united), known.read), own, targets), ids
+        sets = [move(sets) for sets in self.sets_of_targets(batch)]
+        return inputs, Reading(Selection(move(united), known.read), own, targets, sets=sets), ids
 
     def _images(self, batch: MicroBatch, seen: SeenImages, device: torch.device) -> Tensor:
         """uint8 [images of all views, 3, S, S]."""
@@ -367,6 +422,10 @@ def _group(batch: MicroBatch, view: View, model: ModelConfig) -> Any:
     return group(len(samples), patches, torch.arange(width) >= lengths[:, None], width, mask)
 
 
+def _has_stream(loss: Loss) -> bool:
+    return bool(loss.stream)
+
+
 def _views_of(objectives: Sequence[Objective]) -> list[View]:
     views = dict.fromkeys(view for objective in objectives for view in objective.views)
     return sorted(views, key=lambda view: view.kind)
@@ -398,7 +457,7 @@ class PretrainingModule(nn.Module):
     def __init__(self, model: BEiT3, objectives: Objectives, seed: int) -> None:
         super().__init__()
         self.model, self.objectives, self.seed = model, objectives, seed
-        self.columns = len(objectives.losses)
+        self.columns = len(objectives.told)
         """K."""
 
     def forward(
@@ -464,10 +523,13 @@ class PretrainingModule(nn.Module):
         # Weights as Python's numbers: the host would wait for the copy of a tensor to the device.
         losses = zip(objectives.losses, statistics[0], strict=True)
         weighted = torch.stack([loss.weight * value for loss, value in losses])
+        told = statistics.detach()
+        if reading.sets:
+            told = torch.cat([told, objectives.by_set(reading)], dim=1)
         if reading.objectives is None:
-            return (weighted / step_counts.clamp(min=1)).sum(), statistics.detach()
-        names = [loss.name for loss in self.objectives.losses]
-        places = [names.index(loss.name) for loss in objectives.losses]
+            return (weighted / step_counts[: len(weighted)].clamp(min=1)).sum(), told
+        names = [loss.name for loss in self.objectives.told]
+        places = [names.index(loss.name) for loss in objectives.told]
         of_all = statistics.new_zeros(2, self.columns)
-        of_all[:, places] = statistics.detach()
-        return (weighted / step_counts[places].clamp(min=1)).sum(), of_all
+        of_all[:, places] = told
+        return (weighted / step_counts[places[: len(weighted)]].clamp(min=1)).sum(), of_all

@@ -86,5 +86,6 @@ def read_records(path: Path) -> list[Record]:
 
 
 def column(records: Sequence[Record], name: str) -> np.ndarray:
-    """float64 [records]; a number that was not finite, null in the file, is NaN, as is one that was not told yet."""
+    """float64 [records]; a number that was not finite, null in the file, is NaN, as is one that was not told yet, and
+    that of a data set of which a step has no sample."""
     return np.array([record.get(name) for record in records], dtype=np.float64)

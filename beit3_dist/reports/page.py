@@ -94,7 +94,7 @@ def pictured(run: Run, sample: TrainingSample, device: torch.device, number: int
         "pictures": "held-out" if run.shown.held_out else "training",
         "losses": {
             loss.name: {"title": loss.title, "unit": loss.unit, "nats": bool(loss.classes)}
-            for loss in run.objectives.losses
+            for loss in run.objectives.told
         },
         "entropies": {name: entropy(counts) for name, counts in sample.counts.items()},
         "baselines": {name: baseline(counts) for name, counts in sample.counts.items()},

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from datetime import timedelta
 
+import numpy as np
+
 from beit3_dist.config import STREAMS
 from beit3_dist.reports.opened import Record, Run, column
 from beit3_dist.reports.targets import TrainingSample, baseline, watched
@@ -21,7 +23,11 @@ def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]])
 
     def course(name: str) -> Record:
         values, held_out = column(run.metrics, name), column(run.evaluations[-1:], name)
-        course = {"first": values[0], "last": values[-LAST_STEPS:].mean(), "held_out": (*held_out, math.nan)[0]}
+        last = values[-LAST_STEPS:]
+        if "." in name:  # of a data set of which not every step has a sample
+            last = last[~np.isnan(last)]
+        mean = last.mean() if len(last) else math.nan
+        course = {"first": values[0], "last": mean, "held_out": (*held_out, math.nan)[0]}
         return {when: float(value) if math.isfinite(value) else None for when, value in course.items()}
 
     return {
@@ -34,8 +40,13 @@ def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]])
         "samples": samples,
         "samples_per_s": sum(samples.values()) / wall,
         "data_wait_share": float(column(run.metrics, "data_wait_s").sum()) / wall,
-        "losses": {loss.name: course(f"loss_{loss.name}") for loss in run.objectives.losses},
-        "accuracies": {loss.name: course(f"acc_{loss.name}") for loss in run.objectives.losses if loss.has_accuracy},
+        "losses": {loss.name: course(f"loss_{loss.name}") for loss in run.objectives.told},
+        "accuracies": {loss.name: course(f"acc_{loss.name}") for loss in run.objectives.told if loss.has_accuracy},
+        "sets": {
+            f"{stream}.{name}": int(np.nansum(column(run.metrics, f"{stream}.{name}")))
+            for stream in STREAMS
+            for name in run.config.sets(stream)
+        },
         "entropies": {name: entropy(counts) for name, counts in sample.counts.items()},
         "baselines": {name: baseline(counts) for name, counts in sample.counts.items()},
         "targets": {name: int(counts.sum()) for name, counts in sample.counts.items()},
@@ -50,7 +61,7 @@ def summarize(run: Run, sample: TrainingSample, shown: dict[str, list[Example]])
 
 def zero_shot(run: Run) -> dict[str, float]:
     """What the last validation has scored beside losses and their accuracies."""
-    known = {"step", "loss", *(f"{of}_{loss.name}" for loss in run.objectives.losses for of in ("loss", "acc"))}
+    known = {"step", "loss", *(f"{of}_{loss.name}" for loss in run.objectives.told for of in ("loss", "acc"))}
     return {name: value for record in run.evaluations[-1:] for name, value in record.items() if name not in known}
 
 
@@ -61,19 +72,21 @@ def summary_lines(run: Run, report: Record) -> Iterator[str]:
         f"{report['run']}: {report['steps']:,} of {report['planned_steps']:,} steps, {sum(samples.values()):,} samples "
         f"({', '.join(f'{count:,} {name}' for name, count in samples.items())})"
     )
+    if report["sets"]:
+        yield f"of data sets: {', '.join(f'{count:,} {name}' for name, count in report['sets'].items())}"
     yield (
         f"{timedelta(seconds=round(report['wall_s']))} of training steps, {report['samples_per_s']:,.0f} samples/s, "
         f"{report['data_wait_share']:.1%} of the time waiting for data"
     )
     yield ""
     yield f"loss                first step   last {LAST_STEPS} steps        held-out        entropy of the targets"
-    for kind in run.objectives.losses:
+    for kind in run.objectives.told:
         loss, bound = report["losses"][kind.name], report["entropies"].get(kind.name)
         last, held_out = (f"{digits(loss[key], '7.3f')} {verdict(loss[key], bound):5}" for key in ("last", "held_out"))
         yield f"{kind.title:18}  {digits(loss['first'], '10.3f')}  {last:>14}  {held_out:>14}  {digits(bound, '24.3f')}"
     yield ""
     yield f"accuracy            first step   last {LAST_STEPS} steps        held-out    most frequent target's share"
-    for kind in run.objectives.losses:
+    for kind in run.objectives.told:
         if kind.has_accuracy:
             accuracy, share = report["accuracies"][kind.name], report["baselines"].get(kind.name)
             first, last, held_out = (digits(accuracy[key], "7.1%") for key in ("first", "last", "held_out"))

@@ -100,6 +100,8 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
     # Of new shards, every process takes some, its fellows in a replica too.
     shared: dict[str, Any] = {"annotators": [*objectives], "share": Share(mesh.rank, mesh.world)}
     train = MixedBatches(config, own if config.image_codes else view, *ranks, **shared)
+    if any(getattr(objective.config, "whole_words", False) for objective in objectives):
+        _ = train.tokenizer.begins  # which raises where pieces do not tell
     train.restore(state.readers, state.step > 0)
     weights = {field: path for objective in objectives for field, path in objective.teachers.items()}
     sources = of_node(lambda: pretraining_sources(config, train, weights))

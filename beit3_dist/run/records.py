@@ -118,6 +118,11 @@ def _step_of(line: bytes) -> float:
         return math.inf  # a line that a crash has cut short belongs to the tail
 
 
+def _is_loss(name: str) -> bool:
+    """Whether a field is a loss of its own, and no data set's share of one, for which a line has no room."""
+    return name.startswith("loss_") and "." not in name
+
+
 RECENT = 50
 """Steps whose median time predicts how long the remaining ones take."""
 FEWEST = 3
@@ -147,7 +152,7 @@ class Reporter:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         self._evaluations.write(record)
         self._trackers.record("eval", record)
-        losses = [f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_")]
+        losses = [f"{name[5:]} {value:.3f}" for name, value in record.items() if _is_loss(name)]
         others = [f"{n} {v:.3f}" for n, v in record.items() if n != "step" and not n.startswith(("loss_", "acc_"))]
         parts = f" ({'  '.join(losses)})" if losses else ""
         self.say(f"held-out after step {record['step']}: {'  '.join(others)}{parts}")
@@ -193,7 +198,7 @@ class Reporter:
         if now - self._last_line < (0.2 if is_terminal else 10) and not is_last:
             return
         self._last_line = now
-        parts = "  ".join(f"{name[5:]} {value:.3f}" for name, value in record.items() if name.startswith("loss_"))
+        parts = "  ".join(f"{name[5:]} {value:.3f}" for name, value in record.items() if _is_loss(name))
         step = f"step {done}/{self._steps}  loss {record['loss']:.3f}"
         rest = [form.format(record[name]) for name, form in PROGRESS.items() if name in record]
         if len(self._seconds) >= FEWEST:

@@ -53,6 +53,7 @@ _FIELDS = {
     OnResume.COMPARED: """
         seed text_tokenizer image_tokenizer teacher.weights
         data.images data.texts data.pairs data.train data.answers data.text_length
+        data.temperature.images data.temperature.texts data.temperature.pairs
         data.shuffle data.shuffle_block data.shuffle_window data.virtual_readers""",
     OnResume.SAID: """
         steps epochs warmup_epochs precision kernels attention_kernel cuda_graphs deterministic activation_checkpointing

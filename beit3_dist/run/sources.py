@@ -16,7 +16,7 @@ from typing import Any
 
 from beit3_dist.checkpoint.files import sha256
 from beit3_dist.checkpoint.formats import digest_of_source
-from beit3_dist.config import JobConfig, Patterns, RunConfig, sources_of
+from beit3_dist.config import JobConfig, RunConfig
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import expand
 from beit3_dist.data.kinds import is_jsonl
@@ -51,16 +51,15 @@ def pretraining_sources(config: RunConfig, batches: MixedBatches, teachers: Mapp
         "text_tokenizer": batches.tokenizer.fingerprint[:16],
         **({"image_tokenizer": sha256(Path(config.image_tokenizer))[:16]} if config.image_tokenizer else {}),
         **{field: digest_of_source(Path(weights))[:16] for field, weights in teachers.items()},
-        **{f"data.{s.field}": stream_source(found, getattr(data, s.field)) for s, found in batches.streams.items()},
+        **{f"data.{s.field}": stream_source(found) for s, found in batches.streams.items()},
     }
 
 
-def stream_source(stream: SampleStream | SequentialStream, shards: Patterns) -> dict[str, Any]:
+def stream_source(stream: SampleStream | SequentialStream) -> dict[str, Any]:
     """A stream's files by name and size, wherever they lie; commands and addresses as they are named."""
-    weights = [source.weight for source in sources_of(shards, "data")]
     if isinstance(stream, SequentialStream):
-        return {"shards": sum(map(len, stream.shards)), "weights": weights, "names": _digest(stream.shards)}
-    files = stream.names_and_sizes()
+        return {"shards": sum(map(len, stream.shards)), "weights": stream.weights, "names": _digest(stream.shards)}
+    files, weights = stream.names_and_sizes(), stream.weights
     shards_found = sum(map(len, files))
     return {"shards": shards_found, "samples": len(stream), "weights": weights, "names and sizes": _digest(files)}
 
@@ -82,7 +81,7 @@ def tokenizer_sources(config: TokenizerConfig, stream: SampleStream) -> Sources:
     """What the training of an image tokenizer depends on: its images and its teacher."""
     weights = config.teacher.weights
     teacher = {"teacher.weights": digest_of_source(Path(weights))[:16]} if weights else {}
-    return {"seed": config.seed, "data.images": stream_source(stream, config.data.images), **teacher}
+    return {"seed": config.seed, "data.images": stream_source(stream), **teacher}
 
 
 def _digest(names: Any) -> str:

@@ -132,7 +132,7 @@ class Task(ABC):
     def tokenizer(self) -> TextTokenizer:
         """What makes texts token ids. Raises ValueError where a model folder has none."""
         if self._tokenizer is None:
-            raise ValueError(f"{self.config.out} has no tokenizer.spm, which words need")
+            raise ValueError(f"{self.config.out} has neither tokenizer.spm nor tokenizer.json, which words need")
         return self._tokenizer
 
     def connect(self, replicas: Replicas) -> None:

@@ -114,7 +114,7 @@ class Feed:
             totals = host_totals(batches, self._objectives).pack()
             mine = torch.cat([*(_outline(batch, self._prefixes) for batch in batches), totals])
         else:
-            totals = torch.zeros(len(self._objectives.losses) + 4, dtype=torch.int64)
+            totals = torch.zeros(len(self._objectives.told) + 4, dtype=torch.int64)
             columns = sum(n + (Stream[name.upper()].has_text and 1 + n) for name, n in sizes.items())
             columns += sum(sizes[name] for name, _ in self._prefixes)
             mine = torch.zeros(config.batch.accumulation * columns + len(totals), dtype=torch.int64)

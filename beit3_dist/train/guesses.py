@@ -104,7 +104,7 @@ def in_brackets(caption: Sequence[Piece]) -> str:
 def spelled(tokenizer: TextTokenizer, word: int) -> str:
     """A word id as text, with a space in front where it begins a word."""
     if word in tokenizer.words:
-        return tokenizer.model.id_to_piece(word - 1).replace("\u2581", " ")
+        return tokenizer.spelled(word)
     names = {tokenizer.bos: "<s>", tokenizer.pad: "<pad>", tokenizer.eos: "</s>", tokenizer.unk: "<unk>"}
     return f" {names.get(word, '<spare>')}"
 

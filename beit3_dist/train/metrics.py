@@ -18,12 +18,15 @@ from beit3_dist.train.flops import peak_flops
 def losses_and_accuracies(
     losses: Sequence[Loss], totals: list[float], correct: list[float], counts: list[int]
 ) -> dict[str, float]:
-    """`loss` and each loss and accuracy of a step, from totals [K] and global counts [K] of targets."""
-    means = [c / max(n, 1) for c, n in zip(totals, counts, strict=True)]
-    accuracies = [(loss, c / max(n, 1)) for loss, c, n in zip(losses, correct, counts, strict=True)]
+    """`loss` and each loss and accuracy of a step, from totals [K] and global counts [K] of targets. A data set of
+    which the step has no target has no share in a loss."""
+    of_losses = zip(losses, totals, correct, counts, strict=True)
+    told = [each for each in of_losses if each[3] > 0 or not each[0].part_of]
+    means = [(loss, total / max(count, 1)) for loss, total, _, count in told]
+    accuracies = [(loss, right / max(count, 1)) for loss, _, right, count in told]
     return {
-        "loss": sum(loss.weight * mean for loss, mean in zip(losses, means, strict=True)),
-        **{f"loss_{loss.name}": mean for loss, mean in zip(losses, means, strict=True)},
+        "loss": sum(loss.weight * mean for loss, mean in means if not loss.part_of),
+        **{f"loss_{loss.name}": mean for loss, mean in means},
         **{f"acc_{loss.name}": accuracy for loss, accuracy in accuracies if loss.has_accuracy},
     }
 

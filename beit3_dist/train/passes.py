@@ -64,7 +64,7 @@ def passes(
         captions = torch.cat([second.captions for second in seconds])
         tokens = len(captions) * (1 + objectives.model.patches) + int(captions.sum())
         a, b, c, d = torch.tensor([second.selection.counts for second in seconds]).sum(0).tolist()
-        nothing = [0] * len(objectives.losses)
+        nothing = [0] * len(objectives.told)
         flops = pretraining_flops(objectives, 0, captions, captions[:0], (a, b, c, d), nothing)
         batch.add(engine.groups, tokens, flops)
 

@@ -193,8 +193,10 @@ class Pretraining(Job[RunConfig, StepResult]):
             yield inputs, reading, ids
 
     def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:
-        losses = self._objectives.losses
+        losses = self._objectives.told
         record = step_record(self.config, losses, self.mesh, self.state.step, batch, result, lr, step_s)
+        before = {stream: self.state.consumed[stream] - count for stream, count in self.samples.items()}
+        record |= self._ready.train.samples_of_sets(before, self.config.batch)
         return record | self._target_watch.measure() if self._target_watch.is_due(self.state.step) else record
 
     def evaluation_due(self) -> bool:

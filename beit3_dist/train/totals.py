@@ -58,7 +58,7 @@ class Totals:
 
 def host_totals(batches: list[MicroBatch], objectives: Objectives) -> Totals:
     """Of a rank's micro-batches; the counts are those of the objectives' targets."""
-    return Totals.summed((_totals(batch, objectives) for batch in batches), len(objectives.losses))
+    return Totals.summed((_totals(batch, objectives) for batch in batches), len(objectives.told))
 
 
 def _totals(batch: MicroBatch, objectives: Objectives) -> Totals:

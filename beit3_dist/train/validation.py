@@ -42,7 +42,7 @@ def evaluate(
     requests = list(islice(requests_from((0, 0, 0), config.batch), config.eval.batches * config.accumulation))
     workers, pin = min(config.data.workers, len(requests)), engine.mesh.device.type == "cuda"
     micro_batches = iter(loader(held_out, requests, workers, config.data.prefetch, pin) if feed.reads else ())
-    number, codes_of = len(objectives.losses), partial(targets_of, codes=codes, tokenize=tokenize)
+    number, codes_of = len(objectives.told), partial(targets_of, codes=codes, tokenize=tokenize)
     counts = torch.zeros(number, dtype=torch.int64, device=engine.mesh.device)
     totals, correct = [0.0] * number, [0.0] * number
     for _ in range(config.eval.batches):
@@ -51,4 +51,4 @@ def evaluate(
         result = engine.evaluate(passes(objectives, engine, batch, codes_of, average))
         totals = [a + b for a, b in zip(totals, result.losses, strict=True)]
         correct = [a + b for a, b in zip(correct, result.correct, strict=True)]
-    return losses_and_accuracies(objectives.losses, totals, correct, counts.tolist())
+    return losses_and_accuracies(objectives.told, totals, correct, counts.tolist())

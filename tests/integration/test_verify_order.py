@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from beit3_dist.config import Source
+from beit3_dist.config import Source, TemperatureConfig
 from tests.integration.runs import run_config, train
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import exit_code, picture, sentences, write_tar
@@ -26,9 +26,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"__key__": f"{n}", "png": picture(n), "txt": b"" if n == 2 else sentences()[n].encode()} for n in range(6)
     ]
     write_tar(folder / "broken-pairs.tar", pairs)
-    images = [Source(shards=str(folder / "broken-images.tar"), weight=2), Source(shards=str(folder / "images-0.tar"))]
+    images = [
+        Source(name="torn", shards=str(folder / "broken-images.tar"), weight=4),
+        Source(name="whole", shards=str(folder / "images-0.tar")),
+    ]
     data = replace(config.data, images=images, pairs=str(folder / "broken-pairs.tar"), max_bad_fraction=1.0,
-                   shuffle="blocks", shuffle_block=2, shuffle_window=4)  # fmt: skip
+                   shuffle="blocks", shuffle_block=2, shuffle_window=4,
+                   temperature=TemperatureConfig(images=2))  # fmt: skip
     assert run_workers(2, train, replace(config, data=data)) == ["", ""]
     return Path(config.out)
 
@@ -51,6 +55,8 @@ def test_finished_run_is_right(run: Path, capsys: pytest.CaptureFixture[str]) ->
     code, report = verify(run, capsys)
     assert code == 0 and report["mistakes"] == []
     assert report["steps"] == 8 and report["samples"] == 8 * 12 and report["replaced"] > 3
+    sets = report["sets"]  # weights 4 and 1 at temperature 2
+    assert set(sets) == {"images.torn", "images.whole"} and sum(sets.values()) == 32 and 20 <= sets["images.torn"] <= 23
     assert verify_order.main([str(run)]) == 0
     assert "every step read the samples that it should" in capsys.readouterr().out
 
@@ -62,6 +68,12 @@ def test_changed_hash_seed_and_quarantine_are_found(
         record = json.loads(lines[2])
         return [*lines[:2], json.dumps(record | {"sample_hash": "0" * 16}), *lines[3:]]
 
+    def miscounted(lines: list[str]) -> list[str]:
+        return [*lines[:4], json.dumps(json.loads(lines[4]) | {"images.torn": 9}), *lines[5:]]
+
+    code, report = verify(changed(run, tmp_path / "counts", "metrics.jsonl", miscounted), capsys)
+    [mistake] = report["mistakes"]
+    assert code == 1 and mistake["step"] == 5 and mistake["problem"].startswith("images.torn is 9 and should be ")
     code, report = verify(changed(run, tmp_path / "hash", "metrics.jsonl", third), capsys)
     assert code == 1 and [mistake["step"] for mistake in report["mistakes"]] == [3]
     seed = changed(

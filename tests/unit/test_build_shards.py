@@ -32,7 +32,7 @@ TOOL = Path(build_shards.__file__)
 
 def run(*arguments: object) -> int:
     """Exit code of the tool, in this process, with one worker."""
-    parallel = ["--workers", "1"] if arguments[0] != "texts" and "--workers" not in arguments else []
+    parallel = ["--workers", "1"] if arguments[0] not in ("texts", "shards") and "--workers" not in arguments else []
     return exit_code(build_shards.main, [*map(str, arguments), *parallel])
 
 
