@@ -9,9 +9,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 tasks=demo/tasks
 all=(shapes captioning retrieval text vqa questions nlvr2)
+more=(objects) # by name alone: it takes longer
 chosen=("${@:-${all[@]}}")
 for name in "${chosen[@]}"; do
-    [[ " ${all[*]} " == *" $name "* ]] || { echo "demo_tasks.sh: there is no task $name, only ${all[*]}" >&2; exit 2; }
+    [[ " ${all[*]} ${more[*]} " == *" $name "* ]] ||
+        { echo "demo_tasks.sh: there is no task $name, only ${all[*]} ${more[*]}" >&2; exit 2; }
 done
 source launchers/environment.sh
 checkpoint=demo/run/checkpoints/$(<demo/run/checkpoints/latest)
@@ -35,6 +37,9 @@ for name in "${chosen[@]}"; do
     questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 600) ;;
     text) settings=(text text --data.answers "$tasks/text.classes.txt" --optim.warmup_steps 10 --steps 30) ;;
     nlvr2) settings=(nlvr2 nlvr2 --optim.lr 1e-3 --steps 1400) ;;
+    objects) settings=(instance_segmentation objects --data.answers "$tasks/objects.classes.txt" --steps 120
+        --data.scales '[0.8, 1.25]' --data.horizontal_flip 0.5 --dense.channels 32 --dense.proposals 30
+        --dense.regions 32 --batch.size 16 --optim.warmup_steps 3) ;;
     esac
     for start in pretrained random; do
         printf '\n\033[1m== %s, from %s weights\033[0m\n' "$name" "$start"

@@ -197,12 +197,13 @@ def build_demo(options: Namespace) -> None:
             (partial / name).write_bytes(content)
         asked = demo.vqa(easy)
         tasks = (asked, demo.questions(asked), demo.shapes(easy), demo.captioning(easy), demo.nlvr2(easy), drawings,
-                 segments)  # fmt: skip
+                 segments, demo.objects(easy))  # fmt: skip
         for indexes in (*tasks, demo.text(options.held_out)):
             write_indexes(partial, indexes, tokenizer)
         write_answers(partial / ANSWERS, demo.ANSWERS)
         write_names(partial / "shapes.classes.txt", demo.SHAPE_CLASSES)
         write_names(partial / "segmentation.classes.txt", demo.SEGMENTS)
+        write_names(partial / "objects.classes.txt", list(demo.SHAPES))
         write_names(partial / "text.classes.txt", demo.TEXT_CLASSES)
         write_text(
             partial / "demo.json",
@@ -308,11 +309,10 @@ def parse(arguments: list[str] | None) -> Namespace:
     )
     command("glue", build_glue, "folder of train.tsv, dev.tsv, ... as GLUE has them, or of .jsonl files", text)
     text = (
-        "Seven small tasks from data sets that pip brings, with their images. vqa (and questions: the same without "
-        "images, for task text), shapes (task imagenet), captioning, nlvr2 and segmentation: easy-VQA (MIT); "
-        "retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: parts of speech of the GCIDE "
-        "dictionary's definitions (GPL). "
-        "data.images is OUT. Returns at once if OUT is complete."
+        "Eight small tasks from data sets that pip brings, with their images. vqa (and questions: the same without "
+        "images, for task text), shapes (task imagenet), captioning, nlvr2, segmentation and objects (boxes and "
+        "masks): easy-VQA (MIT); retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: parts of speech of "
+        "the GCIDE dictionary's definitions (GPL). data.images is OUT. Returns at once if OUT is complete."
     )
     sub = command("demo", build_demo, "", text)
     text = (

@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from beit3_dist.data.sides import side
 from beit3_dist.data.transforms import read_image
 from beit3_dist.demo.sources import Emoji, definitions, demo_package, dictionary_entries
 from beit3_dist.tasks.data.benchmarks import Indexes, Records
+from beit3_dist.tasks.data.objects import box_of, runs_of
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -155,6 +156,11 @@ def shape_pixels(image: np.ndarray) -> np.ndarray:
     return distances[0] < distances[1]
 
 
+@cache
+def _shape_in(path: str) -> np.ndarray:
+    return shape_pixels(np.asarray(read_image(path, DataConfig.max_pixels)))
+
+
 def _most_frequent(pixels: np.ndarray) -> np.ndarray:
     colors, counts = np.unique(pixels, axis=0, return_counts=True)
     return colors[counts.argmax()].astype(int)
@@ -173,9 +179,28 @@ def segmentation(easy: dict[str, EasySide]) -> tuple[Indexes, dict[str, bytes]]:
             indexes[f"segmentation.{split}.jsonl"], source.shapes().items(), strict=True
         ):
             record["mask_path"] = record["image_path"].replace("images/", "masks/", 1)
-            pixels = shape_pixels(np.asarray(read_image(source.paths[number], DataConfig.max_pixels)))
+            pixels = _shape_in(source.paths[number])
             files[record["mask_path"]] = _png(pixels * np.uint8(SEGMENTS.index(shape.kind)))
     return indexes, files
+
+
+def objects(easy: dict[str, EasySide]) -> Indexes:
+    """A box and a mask for the shape of each image whose shape is known, of the classes SHAPES."""
+
+    def fields(split: str) -> Callable[[int, Shape], dict[str, Any]]:
+        def marked(image: int, shape: Shape) -> dict[str, Any]:
+            pixels = _shape_in(easy[split].paths[image])
+            x0, y0, x1, y1 = box_of(pixels).tolist()
+            one = {"id": image, "label": SHAPES.index(shape.kind), "box": [x0, y0, x1 - x0, y1 - y0]}
+            one |= {"area": int(pixels.sum()), "mask": runs_of(pixels)}
+            return {"image_id": image, "width": pixels.shape[1], "height": pixels.shape[0], "objects": [one]}
+
+        return marked
+
+    found: Indexes = {}
+    for split, source in easy.items():
+        found |= _of_shapes("objects", {split: source}, fields(split))
+    return found
 
 
 def _png(numbers: np.ndarray) -> bytes:

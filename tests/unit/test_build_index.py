@@ -22,6 +22,7 @@ from beit3_dist.demo.sources import Emoji
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.data import benchmarks, own_table
 from beit3_dist.tasks.data.examples import read_index
+from beit3_dist.tasks.data.objects import bitmap
 from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import train_tokenizer
 from tools import build_index
@@ -483,15 +484,19 @@ def test_parts_of_speech_are_equally_frequent_and_words_are_on_one_side(monkeypa
 def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tasks"
     run("demo", None, out, "--text_tokenizer", spm)
-    tasks = {"vqa": 13, "shapes": 24, "captioning": None, "nlvr2": 2, "retrieval": None, "text": 4}
+    tasks = {"vqa": 13, "shapes": 24, "captioning": None, "nlvr2": 2, "retrieval": None, "text": 4, "objects": 3}
     for name, classes in tasks.items():
         for split in ("train", "test"):
-            task = "imagenet" if name == "shapes" else name
+            task = {"shapes": "imagenet", "objects": "instance_segmentation"}.get(name, name)
             index = read_index(out / f"{name}.{split}.jsonl", task_class(task), out, train=True, classes=classes)
             assert len(index) > 100
             for image in index[len(index) - 1].images:
                 assert isinstance(image, Path)
                 Image.open(image).load()
+    marked = index[0].label  # of the last one, objects
+    (left, top, width, height), mask = marked.objects[0]["box"], bitmap(marked.objects[0]["mask"], 64, 64)
+    box = (slice(int(top), int(top + height)), slice(int(left), int(left + width)))
+    assert mask[box].sum() == mask.sum() > 0 and mask[box].any(0).all() and mask[box].any(1).all()
     capsys.readouterr()
     run("demo", None, out, "--text_tokenizer", spm)
     assert capsys.readouterr().out == f"{out} is complete\n"

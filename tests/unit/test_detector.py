@@ -25,10 +25,13 @@ from beit3_dist.run.stage_file import stages_of
 from beit3_dist.run.stages import prepare_stages
 from beit3_dist.tasks.base import TaskInputs
 from beit3_dist.tasks.config import DenseConfig, FinetuneConfig, TaskDataConfig
+from beit3_dist.tasks.data.examples import Example
 from beit3_dist.tasks.data.object_views import Objects
+from beit3_dist.tasks.data.objects import Marked
+from beit3_dist.tasks.parts.average_precision import packed
 from beit3_dist.tasks.parts.detecting import Detection
 from beit3_dist.tasks.parts.detector import Choice, Detector
-from beit3_dist.tasks.parts.drawing import with_objects
+from beit3_dist.tasks.parts.drawing import colour_of, with_objects
 from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import picture, train_tokenizer
 
@@ -174,6 +177,22 @@ def test_another_data_sets_detector_goes_on_but_for_its_classes(caplog: pytest.L
         fit(other, MODEL, shapes, "objects365")
 
 
+def test_a_validation_shows_what_is_there_beside_what_was_found(tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "white").save(tmp_path / "a.png")
+    task = task_of("detection")
+    marked = Marked(50, 40, ({"label": 1, "box": [10, 10, 20, 20]},))
+    example = Example(0, (tmp_path / "a.png",), None, marked, "7")
+    predictions = packed([torch.tensor([[12.8, 12.8, 38.4, 38.4, 0.9, 1.0]])], None, 100)  # of a view of 64 pixels
+    scores = task.score(predictions, [example])
+    assert scores["box_ap"] == pytest.approx(1)
+    ((name, picture),) = task.shown()[0].items()
+    assert name == "pictures/0" and picture.shape == (3, 40, 100) and picture.dtype == torch.uint8
+    truth, found = picture.split(50, dim=2)
+    for side in (truth, found):
+        assert tuple(side[:, 25, 10].tolist()) == colour_of(1) and side[:, 35, 45].min() == 255
+    assert not torch.equal(truth, found)  # scores
+
+
 def test_a_detector_is_trained_in_stages(tmp_path: Path) -> None:
     """Boxes of five classes, then boxes and masks of three: both are checked before the first begins."""
     train_tokenizer(tmp_path / "text.spm")
@@ -197,6 +216,10 @@ def test_a_detector_is_trained_in_stages(tmp_path: Path) -> None:
     assert [stage.config.out for stage in stages] == [str(tmp_path / "out" / name) for name in ("boxes", "masks")]
     ready = prepare_stages(stages, lambda config: Mesh(0, 1, 0, 1, torch.device("cpu")))
     assert isinstance(ready.first, FinetuneReady) and ready.first.task.name == "detection"
+    with pytest.raises(ValueError, match="data.rand_augment='beit3' and data.random_erasing=0.0 move or hide"):
+        config = ready.first.config
+        ready.first.task.config = replace(config, data=replace(config.data, rand_augment="beit3"))
+        ready.first.task.views()
     (tmp_path / "masks.jsonl").write_text(json.dumps(line | {"objects": [one | {"label": 3}]}) + "\n")
     with pytest.raises(ValueError, match=r"stage masks: .*line 1: object 1: label 3 is not in range\(3\)"):
         prepare_stages(stages, lambda config: Mesh(0, 1, 0, 1, torch.device("cpu")))

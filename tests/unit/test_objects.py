@@ -19,8 +19,8 @@ from beit3_dist.data.order import generator
 from beit3_dist.tasks.data.examples import Example, Malformed, Rules
 from beit3_dist.tasks.data.marked import category_ids
 from beit3_dist.tasks.data.names import read_names
-from beit3_dist.tasks.data.object_views import ObjectViews, Scaled, Seen, box_of, objects_of, unpacked
-from beit3_dist.tasks.data.objects import Marked, bitmap, read_marked
+from beit3_dist.tasks.data.object_views import ObjectViews, Scaled, Seen, objects_of, unpacked
+from beit3_dist.tasks.data.objects import Marked, bitmap, box_of, check_mask, read_marked, runs_of
 from beit3_dist.tasks.registry import task_class
 from tools import build_index
 
@@ -114,14 +114,12 @@ def test_masks_of_all_forms_are_one() -> None:
     by_hand = np.zeros((HEIGHT, WIDTH), np.uint8)
     x0, y0, x1, y1 = RECTANGLE
     by_hand[y0:y1, x0:x1] = 1
-    runs, value = [0], 0
-    for bit in by_hand.T.flatten().tolist():
-        if bit != value:
-            runs.append(0)
-            value = bit
-        runs[-1] += 1
-    for mask in (polygon(*RECTANGLE), {"size": [HEIGHT, WIDTH], "counts": runs}):
+    for mask in (polygon(*RECTANGLE), runs_of(by_hand)):
         assert np.array_equal(bitmap(mask, HEIGHT, WIDTH), by_hand)
+    assert runs_of(np.array([[1, 0], [1, 1]])) == {"size": [2, 2], "counts": [0, 2, 1, 1]}
+    everything = runs_of(np.ones((3, 4)))
+    check_mask(everything, 3, 4)
+    assert bitmap(everything, 3, 4).all() and not bitmap(runs_of(np.zeros((3, 4))), 3, 4).any()
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {

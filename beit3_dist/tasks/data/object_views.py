@@ -14,7 +14,7 @@ from beit3_dist.data.batch import Tensors
 from beit3_dist.data.faults import BadSample
 from beit3_dist.tasks.data.augmentation import GREY, Views
 from beit3_dist.tasks.data.examples import Example
-from beit3_dist.tasks.data.objects import Marked, bitmap
+from beit3_dist.tasks.data.objects import Marked, bitmap, box_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +132,6 @@ class ObjectViews(Views):
     def evaluate(self, image: Image.Image, size: int) -> np.ndarray:
         """The whole image in the upper left corner, its longer side that of the view -> uint8 [size, size, 3]."""
         return Scaled.fitting(image.size, size).view(image, size, GREY, Image.Resampling.BILINEAR)
-
-
-def box_of(mask: np.ndarray) -> np.ndarray:
-    """The box x0, y0, x1, y1 around what is set in a mask [H, W]; zeros where nothing is."""
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    if not len(columns):
-        return np.zeros(4, dtype=np.float32)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
 
 
 def objects_of(examples: Sequence[Example]) -> Objects:

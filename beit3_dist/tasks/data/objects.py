@@ -71,6 +71,22 @@ def bitmap(mask: Any, height: int, width: int) -> np.ndarray:
     return mask_tools().decode(run_length(mask, height, width))
 
 
+def box_of(mask: np.ndarray) -> np.ndarray:
+    """The box x0, y0, x1, y1 around what is set in a mask [H, W]; zeros where nothing is."""
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    if not len(columns):
+        return np.zeros(4, dtype=np.float32)
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=np.float32)
+
+
+def runs_of(mask: np.ndarray) -> dict[str, Any]:
+    """A mask bool [H, W] as an index may have it: lengths of runs, column by column, in turn outside and inside."""
+    line = mask.T.reshape(-1).astype(bool)
+    ends = [*(np.flatnonzero(line[1:] != line[:-1]) + 1).tolist(), len(line)]
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return {"size": list(mask.shape), "counts": [0, *lengths] if line[0] else lengths}
+
+
 def cut_box(box: Any, width: int, height: int) -> list[float]:
     """A box [left, top, width, height] within its image. Raises Malformed where it is empty or sticks out."""
     numbers = isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)

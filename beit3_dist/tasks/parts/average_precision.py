@@ -17,7 +17,7 @@ from torch.nn.functional import grid_sample
 
 from beit3_dist.optional import optional_module
 from beit3_dist.tasks.data.object_views import Scaled
-from beit3_dist.tasks.data.objects import Marked, mask_tools, run_length
+from beit3_dist.tasks.data.objects import Marked, bitmap, mask_tools, run_length
 
 COLUMNS = 6
 """Numbers of a detection: x0, y0, x1, y1, score, label."""
@@ -95,6 +95,18 @@ def pasted(mask: Tensor, box: np.ndarray, width: int, height: int) -> np.ndarray
     whole = np.zeros((height, width), dtype=np.uint8)
     whole[top:bottom, left:right] = (grid_sample(mask[None, None], places, align_corners=False)[0, 0] >= SET).numpy()
     return whole
+
+
+def truth_of(marked: Marked) -> Detections:
+    """What an index says of an image, as if it had been found in it."""
+    objects = [one for one in marked.objects or () if not one.get("crowd")]
+    corners = np.array([one["box"] for one in objects], dtype=np.float64).reshape(-1, 4)
+    corners[:, 2:] += corners[:, :2]
+    labels = np.array([one["label"] for one in objects], dtype=np.int64)
+    masks = None
+    if objects and all("mask" in one for one in objects):
+        masks = [bitmap(one["mask"], marked.height, marked.width) for one in objects]
+    return Detections(corners, np.ones(len(objects)), labels, masks)
 
 
 def results(

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from beit3_dist.config import ModelConfig
+from beit3_dist.config import ModelConfig, require
+from beit3_dist.data.text import TextTokenizer
 from beit3_dist.tasks.base import Task, TaskInputs
-from beit3_dist.tasks.config import DenseConfig
+from beit3_dist.tasks.config import DenseConfig, FinetuneConfig
 from beit3_dist.tasks.data.batches import decoded
 from beit3_dist.tasks.data.examples import Example, Record, Rules
 from beit3_dist.tasks.data.marked import category_ids
@@ -22,6 +23,7 @@ from beit3_dist.tasks.parts.average_precision import (
     Detections,
     average_precision,
     packed,
+    truth_of,
     unpacked_detections,
     write_detections,
 )
@@ -41,6 +43,10 @@ class Detection(Task):
     serves: ClassVar[tuple[str, ...]] = ("detect",)
     draws_masks: ClassVar[bool] = False
 
+    def __init__(self, config: FinetuneConfig, tokenizer: TextTokenizer | None, classes: Sequence[str] = ()) -> None:
+        super().__init__(config, tokenizer, classes)
+        self._to_show: list[tuple[Example, Detections]] = []
+
     @classmethod
     def read(cls, number: int, record: Record, rules: Rules) -> Example:
         return read_marked(number, record, rules, cls.draws_masks)
@@ -55,6 +61,11 @@ class Detection(Task):
 
     def views(self) -> ObjectViews:
         data = self.config.data
+        require(
+            not data.rand_augment and not data.random_erasing,
+            f"data.rand_augment={data.rand_augment!r} and data.random_erasing={data.random_erasing} move or hide what "
+            f"boxes are of: task={self.name} takes data.scales and data.horizontal_flip alone",
+        )
         least, greatest = data.scales
         return ObjectViews(horizontal_flip=data.horizontal_flip, scales=(least, greatest), masks=self.draws_masks)
 
@@ -95,6 +106,8 @@ class Detection(Task):
         return [self.found(row, size) for row, size in zip(predictions, sizes, strict=True)]
 
     def score(self, predictions: Tensor, examples: Sequence[Example]) -> dict[str, float]:
+        first = [examples[place] for place in range(min(self.config.eval.pictures, len(examples)))]
+        self._to_show = list(zip(first, self._all(predictions[: len(first)], first), strict=True))
         told = [row for row, example in enumerate(examples) if example.label.objects is not None]
         if not told:
             return {}
@@ -110,13 +123,12 @@ class Detection(Task):
         images = [int(example.name) for example in examples]
         write_detections(folder, self._all(predictions, examples), images, categories, self.draws_masks)
 
-    def pictures(self, predictions: Tensor, examples: Sequence[Example]) -> Mapping[str, Image.Image]:
-        found, pictures = self._all(predictions, examples), {}
-        for example, some in zip(examples, found, strict=True):
+    def shown(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+        """The first images of the validation with what was found in them, seen beside what is there."""
+        pictures = {}
+        for place, (example, found) in enumerate(self._to_show):
             image = decoded(example.images[0], self.config.data.max_pixels)
-            pictures[example.name] = self.drawn(image, some)
-        return pictures
-
-    def drawn(self, image: Image.Image, found: Detections) -> Image.Image:
-        """The image with what was found in it."""
-        return with_objects(image, found, self.classes)
+            both = [with_objects(image, one, self.classes) for one in (truth_of(example.label), found)]
+            pixels = np.concatenate([np.asarray(picture) for picture in both], axis=1)
+            pictures[f"pictures/{place}"] = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return pictures, {}
