@@ -311,8 +311,8 @@ def parse(arguments: list[str] | None) -> Namespace:
     text = (
         "Eight small tasks from data sets that pip brings, with their images. vqa (and questions: the same without "
         "images, for task text), shapes (task imagenet), captioning, nlvr2, segmentation and objects (boxes and "
-        "masks): easy-VQA (MIT); retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: parts of speech of "
-        "the GCIDE dictionary's definitions (GPL). data.images is OUT. Returns at once if OUT is complete."
+        "masks): easy-VQA (MIT); retrieval: OpenMoji's drawings and their names (CC-BY-SA-4.0); text: parts of speech "
+        "of the GCIDE dictionary's definitions (GPL). data.images is OUT. Returns at once if OUT is complete."
     )
     sub = command("demo", build_demo, "", text)
     text = (
