@@ -1,6 +1,6 @@
-"""Launchers with the arguments that a user gives, in processes forked from one that has imported what they will import.
+"""Programs with the arguments that a user gives, in processes forked from one that has imported what they will import.
 
-Each comes seconds sooner than a new Python. For tests of what a launcher does, not of how its processes are started.
+Each comes seconds sooner than a new Python. For tests of what a program does, not of how its processes are started.
 """
 
 from __future__ import annotations
@@ -35,30 +35,31 @@ class Ended:
         return next((code for code in self.returncodes if code), 0)
 
 
-def launch(launcher: str, *arguments: str, processes: int = 1) -> Ended:
-    """What launchers/LAUNCHER.py does with these arguments. AssertionError where it hangs."""
+def launch(program: str, *arguments: str, processes: int = 1, timeout_s: float = TIMEOUT_S) -> Ended:
+    """What launchers/PROGRAM.py, or the module of a program with a point in it (tools.report), does with these
+    arguments. AssertionError where it hangs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     with TemporaryDirectory() as folder:
         printed = [str(Path(folder, name)) for name in ("stdout", "stderr")]
         port = free_port()
         ranks = [
-            context.Process(target=_rank, args=(rank, processes, port, launcher, printed, arguments))
+            context.Process(target=_rank, args=(rank, processes, port, program, printed, arguments))
             for rank in range(processes)
         ]
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(TIMEOUT_S)
+            rank.join(timeout_s)
         codes = [rank.exitcode for rank in ranks if rank.exitcode is not None]
         for rank in ranks:
             rank.kill()
         out, err = (Path(name).read_text() for name in printed)
-    assert len(codes) == processes, f"{launcher} has not ended within {TIMEOUT_S} s:\n{err[-3000:]}"
+    assert len(codes) == processes, f"{program} has not ended within {timeout_s} s:\n{err[-3000:]}"
     return Ended(codes, out, err)
 
 
-def _rank(rank: int, world: int, port: int, launcher: str, printed: list[str], arguments: tuple[str, ...]) -> None:
+def _rank(rank: int, world: int, port: int, program: str, printed: list[str], arguments: tuple[str, ...]) -> None:
     for number, name in enumerate(printed, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
     if world > 1:
@@ -72,7 +73,8 @@ def _rank(rank: int, world: int, port: int, launcher: str, printed: list[str], a
     operators = define_torchvision_operators()
     code = 0
     try:
-        importlib.import_module(f"launchers.{launcher}").main(list(arguments))
+        module = program if "." in program else f"launchers.{program}"
+        code = importlib.import_module(module).main(list(arguments)) or 0
     except SystemExit as end:
         code = int(end.code or 0)
     atexit._run_exitfuncs()  # which multiprocessing leaves out, and loader processes end by

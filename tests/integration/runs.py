@@ -98,18 +98,6 @@ def start(*command: str) -> subprocess.Popen:
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
-def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program of the repository on one core."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
 def wait_for_steps(process: subprocess.Popen, out: str | Path, steps: int) -> None:
     """Returns when the run in `out` has recorded so many steps; fails with the process's output if it ends before."""
     log, deadline = Path(out, "metrics.jsonl"), time.monotonic() + 240

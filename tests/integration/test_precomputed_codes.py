@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import pytest
 from beit3_dist.config import BatchConfig, EvalConfig, RunConfig
 from beit3_dist.run.preflight import prepare_run
 from tests.integration.runs import metrics, reproducible, run_config, save_random_tokenizer, train, write_recipe
+from tests.launching import Ended, launch
 from tests.parallel.workers import run_workers
 
-TOOL = Path(__file__).parents[2] / "tools" / "precompute_codes.py"
 STEPS = 4
 
 
@@ -30,10 +28,9 @@ def config_in(folder: Path) -> RunConfig:
     )
 
 
-def precompute(config: RunConfig, out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def precompute(config: RunConfig, out: Path, *flags: str) -> Ended:
     recipe = write_recipe(config, out.with_suffix(".yaml"))
-    return subprocess.run([sys.executable, str(TOOL), "--out", str(out), *flags, "--config", str(recipe)],
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    return launch("tools.precompute_codes", "--out", str(out), *flags, "--config", str(recipe))
 
 
 @pytest.fixture(scope="module")

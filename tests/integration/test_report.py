@@ -37,7 +37,7 @@ from beit3_dist.reports import examples, figure, opened, targets
 from beit3_dist.reports.opened import Record
 from beit3_dist.train import guesses as guesses_of
 from beit3_dist.train.target_watch import entropy
-from tests.integration.runs import metrics, program, run_config, write_recipe
+from tests.integration.runs import metrics, run_config, write_recipe
 from tests.launching import launch
 from tools import report
 
@@ -67,7 +67,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = replace(config, eval=EvalConfig(every=8, batches=1, **held_out))
     trained = launch("pretrain", "--config", str(write_recipe(config, folder / "recipe.yaml")))
     assert trained.returncode == 0, trained.stderr
-    reported = program("tools/report.py", config.out, "--pictures", str(PICTURES))
+    reported = launch("tools.report", config.out, "--pictures", str(PICTURES))
     assert reported.returncode == 0, reported.stderr
     (folder / "summary.txt").write_text(reported.stdout)
     return config

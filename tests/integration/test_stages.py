@@ -20,7 +20,8 @@ from beit3_dist.run.stage_file import Stage
 from beit3_dist.run.stages import ReadyStages, prepare_stages
 from beit3_dist.train.stages import train_stages
 from launchers import stages as launcher
-from tests.integration.runs import kill, metrics, program, reproducible, run_config, start, wait_for_checkpoint
+from tests.integration.runs import kill, metrics, reproducible, run_config, start, wait_for_checkpoint
+from tests.launching import launch
 from tests.parallel.workers import Workers
 
 FROZEN = ["!*.attention*", "!*.vision*", "!vision_embedding.*", "!image_head.*"]
@@ -96,13 +97,13 @@ def test_killed_in_the_third_stage_it_goes_on_there(tmp_path: Path) -> None:
         (gone,) = workers.run(in_turn, chained(stage_configs(tmp_path), whole))
     assert gone == [True] * 3
 
-    command = ["launchers/stages.py", "--config", str(file), "--out", str(killed)]
-    process = start(*command)
+    options = ["--config", str(file), "--out", str(killed)]
+    process = start("launchers/stages.py", *options)
     wait_for_checkpoint(process, killed / "pairs")
     kill(process)
     assert len(metrics(killed / "pairs")) < STEPS["pairs"], "it ended before it was killed"
     records = [(killed / name / "metrics.jsonl").stat() for name in ("images", "texts")]
-    again = program(*command, "--checkpoint.resume", "auto")
+    again = launch("stages", *options, "--checkpoint.resume", "auto")
     assert again.returncode == 0, again.stderr
     assert "stage images is done" in again.stderr and "stage texts is done" in again.stderr
     assert records == [(killed / name / "metrics.jsonl").stat() for name in ("images", "texts")]
@@ -111,7 +112,7 @@ def test_killed_in_the_third_stage_it_goes_on_there(tmp_path: Path) -> None:
         assert reproducible(killed / name) == reproducible(whole / name)
         ours, theirs = last(killed, name), last(whole, name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    done = program(*command, "--checkpoint.resume", "auto", "--dry-run")
+    done = launch("stages", *options, "--checkpoint.resume", "auto", "--dry-run")
     assert done.returncode == 0 and "nothing is wrong; to do: nothing" in done.stdout, done.stderr
 
     images, texts, pairs = (last(whole, name) for name in STEPS)

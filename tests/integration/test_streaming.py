@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tests.integration.runs import (
     wait_for_checkpoint,
     write_recipe,
 )
+from tests.launching import launch
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import image_tar, pair_tar, sentences, text_tar
 
@@ -39,30 +39,24 @@ def streamed(folder: Path) -> RunConfig:
     return replace(config, data=data, steps=10, batch=batch, checkpoint=CheckpointConfig(every=3))
 
 
-def launch(recipe: Path, *overrides: str) -> subprocess.Popen:
-    """A run of one process and its loader processes."""
-    return start("launchers/pretrain.py", "--config", str(recipe), *overrides)
-
-
 @pytest.mark.slow
 def test_killed_resumed_and_in_other_layouts(tmp_path: Path) -> None:
     config = streamed(tmp_path)
     undisturbed, disturbed = str(tmp_path / "undisturbed"), str(tmp_path / "disturbed")
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
-    process = launch(recipe, "--out", undisturbed)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    whole = launch("pretrain", "--config", str(recipe), "--out", undisturbed)
+    assert whole.returncode == 0, whole.stderr
 
-    process = launch(recipe, "--out", disturbed)
+    process = start("launchers/pretrain.py", "--config", str(recipe), "--out", disturbed)
     wait_for_checkpoint(process, disturbed)
     kill(process)
     assert len(Path(disturbed, "metrics.jsonl").read_bytes().splitlines()) < config.steps, (
         "the run ended before it was killed"
     )
     # Another number of loader processes: their parts are put together in the same order, so that no bit differs.
-    process = launch(recipe, "--out", disturbed, "--checkpoint.resume", "auto", "--data.workers", "0")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0 and "going on after step" in output, output
+    options = "--out", disturbed, "--checkpoint.resume", "auto", "--data.workers", "0"
+    again = launch("pretrain", "--config", str(recipe), *options)
+    assert again.returncode == 0 and "going on after step" in again.stderr, again.stderr
     assert [record["step"] for record in metrics(disturbed)] == list(range(1, config.steps + 1))
     assert reproducible(disturbed) == reproducible(undisturbed)
     first, last = (
@@ -95,7 +89,6 @@ def test_what_needs_random_access_is_refused(tmp_path: Path) -> None:
         (("--data.virtual_readers", "3"), "data.virtual_readers=3"),
     ]
     for overrides, named in cases:
-        process = launch(recipe, *overrides)
-        output, _ = process.communicate(timeout=120)
-        [line] = [line for line in output.splitlines() if "error" in line]
-        assert process.returncode == 2 and named in line, output
+        refused = launch("pretrain", "--config", str(recipe), *overrides)
+        [line] = [line for line in refused.stderr.splitlines() if "error" in line]
+        assert refused.returncode == 2 and named in line, refused.stderr

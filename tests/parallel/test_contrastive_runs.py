@@ -18,7 +18,6 @@ from beit3_dist.objectives.registry import objectives_of
 from tests.equality import assert_tensors_close
 from tests.integration.runs import (
     named,
-    program,
     reproducible,
     run_config,
     same_losses,
@@ -27,6 +26,7 @@ from tests.integration.runs import (
     validated,
     write_recipe,
 )
+from tests.launching import launch
 from tests.parallel.workers import Workers
 
 STEPS = 4
@@ -115,7 +115,7 @@ def test_resumed_bit_for_bit(folder: Path, form: str, name: str) -> None:
 def test_from_the_command_line_with_loader_processes(folder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(config_of(folder, "unicl", "one"), tmp_path / "recipe.yaml")
     out = tmp_path / "run"
-    done = program("launchers/pretrain.py", "--config", str(recipe), "--out", str(out), "--data.workers", "1")
+    done = launch("pretrain", "--config", str(recipe), "--out", str(out), "--data.workers", "1")
     assert done.returncode == 0, done.stderr
     assert reproducible(out) == reproducible(folder / "unicl-one")
 

@@ -26,7 +26,6 @@ from tests.integration.runs import (
     evaluations,
     metrics,
     named,
-    program,
     reproducible,
     run_config,
     same_losses,
@@ -35,6 +34,7 @@ from tests.integration.runs import (
     validated,
     write_recipe,
 )
+from tests.launching import launch
 from tests.parallel.workers import Workers
 from tools import convert_checkpoint
 
@@ -132,11 +132,11 @@ def test_others_take_its_run(folder: Path, tmp_path: Path) -> None:
 def test_tools_import_what_their_own_command_line_names(folder: Path, tmp_path: Path) -> None:
     """A run's folder may be somebody else's, whose plugins are programs."""
     run = shutil.copytree(folder / "one", tmp_path / "run")
-    for tool in ("report.py", "verify_order.py"):
-        refused = program(f"tools/{tool}", str(run))
+    for tool in ("tools.report", "tools.verify_order"):
+        refused = launch(tool, str(run))
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
         assert "objectives.mean_colour: there is no mean_colour" in refused.stderr and "plugins" in refused.stderr
-        done = program(f"tools/{tool}", str(run), "--plugins", PLUGIN, OTHER)
+        done = launch(tool, str(run), "--plugins", PLUGIN, OTHER)
         assert done.returncode == 0, done.stderr
     report = json.loads((run / "report.json").read_text())
     records = metrics(run)
@@ -155,7 +155,7 @@ def test_from_the_command_line_with_loader_processes(folder: Path, tmp_path: Pat
     recipe = write_recipe(config, tmp_path / "recipe.yaml")
     given = [] if where == "recipe" else [f"--plugins=[{PLUGIN},{OTHER}]"]
     out = tmp_path / "run"
-    done = program("launchers/pretrain.py", "--config", str(recipe), "--out", str(out), "--data.workers", "1", *given)
+    done = launch("pretrain", "--config", str(recipe), "--out", str(out), "--data.workers", "1", *given)
     assert done.returncode == 0, done.stderr
     assert reproducible(out) == reproducible(folder / "one")
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,6 +154,17 @@ def few_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Planner, "layouts", layouts)
     monkeypatch.setattr(plan, "step_flops", lambda config: 1.4e16)
+    # A test asks for the same run in several forms: each layout is planned once.
+    planned: dict[Any, Any] = {}
+    of_layout = Planner.plan
+
+    def once(self: Planner, layout: Layout, devices: int, *more: Any, **options: Any) -> Any:
+        key = (layout, devices, more, *sorted(options.items()))
+        if key not in planned:
+            planned[key] = of_layout(self, layout, devices, *more, **options)
+        return planned[key]
+
+    monkeypatch.setattr(Planner, "plan", once)
 
 
 COMMAND = ["--config", GIANT, "--kernels", "torch", "--device", "A100-40", "--devices", "256"]
