@@ -43,7 +43,9 @@ _FIELDS = {
         model.connected_every model.language_layers model.vision_layers model.vision_width model.vision_heads
         model.vocab_size model.visual_vocab_size model.max_text_length
         model.drop_path model.layer_norm_eps
-        model.codebook_size model.code_dim model.decoder_layers model.codebook_decay""",
+        model.codebook_size model.code_dim model.decoder_layers model.codebook_decay
+        dense.window dense.global_blocks dense.channels dense.cascade
+        dense.pyramid dense.head dense.queries""",
     OnResume.RECIPE: """
         batch.images batch.texts batch.pairs batch.size
         data.caption_key data.max_pixels
@@ -68,7 +70,10 @@ _FIELDS = {
         eval.classes eval.classes_train eval.pictures eval.class_names eval.templates eval.at_most
         eval.beams eval.length_penalty eval.caption_metrics eval.batch eval.rerank
         checkpoint.every checkpoint.keep checkpoint.keep_every
-        guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s""",
+        dense.proposals dense.regions data.scales eval.detections eval.least_score eval.soft_nms eval.maskness
+        eval.stride eval.flip eval.scales data.photometric
+        guards.max_skipped_steps guards.spike_window guards.spike_factor guards.step_timeout_s guards.compare_every
+        guards.times_every""",
     OnResume.FREE: """
         out init_from plugins profile trackers evaluate_only data.workers data.prefetch data.cache
         callbacks.on_step callbacks.on_validation callbacks.on_save
