@@ -133,7 +133,8 @@ class TaskEvalConfig:
     scales: list[float] = field(default_factory=lambda: [1.0])
     """segmentation: sizes at which images are seen, of their usual one."""
     pictures: int = 4
-    """segmentation: so many of the first images are shown to the `trackers` with their classes and what was told."""
+    """segmentation, detection, instance_segmentation: so many of the first images are shown to the `trackers` with what
+    is there and what was told."""
 
     def __post_init__(self) -> None:
         require_not_negative("eval.", self, "every", "batch", "rerank", "stride", "pictures")
