@@ -1,4 +1,4 @@
-"""What a card of shards and a deduplication know of each sample: numbers, some 100 bytes a picture, 140 a text."""
+"""What a card of shards and a deduplication know of each sample: numbers, some 250 bytes a picture, 150 a text."""
 
 from __future__ import annotations
 

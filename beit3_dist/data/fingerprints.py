@@ -14,8 +14,9 @@ from PIL import Image
 from beit3_dist.optional import optional_module
 
 REMEDY = "pip install -e '.[data]' brings it"
-CELLS = 4
-"""Along each side of a picture, of which the mean colours are compared: perceptual hashes see none."""
+CELLS = 8
+"""Along each side of a picture, of which the mean colours are compared: perceptual hashes see none, and of a flat
+drawing little else."""
 PICTURE = np.dtype([("hash", "<u8"), ("colours", "u1", 3 * CELLS * CELLS)])
 """A picture's print: perceptual hash and mean colours."""
 BITS, LEVELS = 4, 16
