@@ -156,6 +156,8 @@ def test_a_model_folder_detects_and_draws(tmp_path: Path) -> None:
         picture = with_objects(open_image(image), found, model.task.classes)
         assert picture.size == (width, height) and picture.tobytes() != open_image(image).tobytes()
     assert model.predict(images=images)[1].labels.tolist() == model.detect(images)[1].labels.tolist()
+    model.task.config.eval.least_score = 0.99
+    assert [(len(found.labels), found.masks) for found in model.detect(images)] == [(0, [])] * 2
     with pytest.raises(ValueError, match="was fine-tuned for instance_segmentation; classes need a model of task"):
         model.classify(images)
 
