@@ -23,6 +23,7 @@ from beit3_dist.inference import Model
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.guards import Guards
 from beit3_dist.run.preflight_finetuning import prepare_finetuning
+from beit3_dist.tasks.base import Task
 from beit3_dist.tasks.config import (
     FinetuneConfig,
     TaskBatchConfig,
@@ -43,7 +44,7 @@ CLASSES = ["red", "green", "blue", "black", "white"]
 MODEL = ModelConfig(layers=2, width=32, heads=2, ffn_width=64, patch_size=8, image_size=32, vocab_size=310,
                     visual_vocab_size=16, vl_expert_layers=1, max_text_length=24, drop_path=0.3)  # fmt: skip
 
-TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the common settings
+TASKS: dict[str, dict[str, Any]] = {  # task, or case of one -> what its run has beside the common settings
     "imagenet": {"mixup": 0.8, "cutmix": 1.0, "layer_decay": 0.7},
     "imagenet_retrieval": {"batch": TaskBatchConfig(size=8), "ema_decay": 0.5},
     "vqa": {"head_lr_scale": 5.0, "ema_decay": 0.5},
@@ -55,9 +56,13 @@ TASKS: dict[str, dict[str, Any]] = {  # task -> what its run has beside the comm
     "itc": {"batch": TaskBatchConfig(size=8)},
     "text": {"ema_decay": 0.9, "layer_decay": 0.5},
     "text_classification": {"head_lr_scale": 5.0},
+    "numbers": {"task": "text_classification", "ema_decay": 0.5},  # STS-B's form
 }
 OWN_RECIPES = ("open_vqa", "retrieval_matching", "text_classification")
 RECIPES = Path(__file__).parents[2] / "launchers" / "recipes" / "finetune"
+KILLED_TASKS = ("imagenet_retrieval", "captioning", "numbers")
+"""Of those whose processes are killed: with a moving average, with losses of words, and with that of a number. All
+others go on from the same checkpoint."""
 FUSED: dict[str, Any] = dict(layers=4, attention="per_modality", vl_expert_layers=0, fusion_layers=2, connected_every=1,
                              vision_layers=1, vision_width=48, vision_heads=4, decoder_layers=1)  # fmt: skip
 """Changes of a model to one with all of mPLUG's kinds of layers."""
@@ -87,6 +92,7 @@ def records(task: str, tokenizer: TextTokenizer) -> list[dict[str, Any]]:
                 "itc": {"image_path": path, "text_segment": words[n], "image_id": n % PICTURES},
                 "text": {"text_segment": words[n], "label": n % 5},
                 "text_classification": {"text_segment": words[n], "text_segment2": words[-n], "label": n % 5},
+                "numbers": {"text_segment": words[n], "text_segment2": words[-n], "label": n % 7 / 2},
             }[task]
         )  # fmt: skip
     return made
@@ -100,6 +106,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for n in range(PICTURES):
         (folder / f"{n}.png").write_bytes(picture(n))
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    (folder / "number.txt").write_text("number\n")
     tokenizer = TextTokenizer(str(folder / "text.spm"))
     for task in TASKS:
         lines = [json.dumps(record) for record in records(task, tokenizer)]
@@ -109,14 +116,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def kind_of(task: str) -> type[Task]:
+    return task_class(TASKS[task].get("task", task))
+
+
 def run_config(folder: Path, task: str, layout: str, out: str) -> FinetuneConfig:
     train = folder / "pairs.tar" if task == "itc" else folder / f"{task}.train.jsonl"
+    names = folder / ("number.txt" if task == "numbers" else "classes.txt")
     settings: dict[str, Any] = {
         "task": task, "out": str(folder / out / task), "text_tokenizer": str(folder / "text.spm"), "steps": STEPS,
         "precision": "fp32", "model": MODEL, "parallel": LAYOUTS[layout], "checkpoint": CheckpointConfig(every=SAVED),
         "data": TaskDataConfig(train=str(train), validation=str(folder / f"{task}.validation.jsonl"),
                                images=str(folder), text_length=12, workers=0, cache=str(folder / "cache"),
-                               answers=str(folder / "classes.txt") if task_class(task).needs_names else ""),
+                               answers=str(names) if kind_of(task).needs_names else ""),
         "batch": TaskBatchConfig(size=8, accumulation=2), "eval": TaskEvalConfig(batch=2),
         "optim": OptimConfig(lr=1e-3, warmup_steps=2, eps=1e-6, clip_norm=1.0),
     }  # fmt: skip
@@ -170,6 +182,13 @@ def one_process(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def two_replicas(folder: Path) -> Path:
+    """The same after two."""
+    run_workers(2, run, [run_config(folder, task, "dp2", "dp2") for task in TASKS])
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", OWN_RECIPES)
 def test_recipes_without_a_published_figure_train(one_process: Path, task: str) -> None:
@@ -215,6 +234,8 @@ def test_the_model_for_use_predicts_what_the_run_predicted(one_process: Path) ->
     told = [line.split("\t")[1] for line in written["text_classification"].splitlines()[1:]]
     seconds = [tokenizer.decode(line["text_segment2"]) for line in asked["text_classification"]]
     assert models["text_classification"].classify_pairs(texts("text_classification"), seconds) == told
+    told = [line.split("\t")[1] for line in written["numbers"].splitlines()[1:]]
+    assert models["numbers"].classify_pairs(texts("numbers"), seconds) == pytest.approx([*map(float, told)], rel=1e-4)
     truths = [line.rsplit(",", 1)[1] == "True" for line in written["nlvr2"].splitlines()]
     two = list(zip(pictures("nlvr2"), pictures("nlvr2", "image2_path"), strict=True))
     assert models["nlvr2"].is_true(two, texts("nlvr2")) == truths
@@ -222,19 +243,21 @@ def test_the_model_for_use_predicts_what_the_run_predicted(one_process: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "tp2"])
-def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
+def test_any_layout_is_one_process(one_process: Path, layout: str, request: pytest.FixtureRequest) -> None:
     """Losses and gradient norms within fp32 noise (1e-5, see design: what crosses ranks is summed in another order; the
     norms of contrastive tasks from the second step on within 2e-4); the same samples; the same validation, whose
     examples no two ranks can share evenly."""
     folder = one_process
-    run_workers(2, run, [run_config(folder, task, layout, layout) for task in TASKS],
-                tensor=LAYOUTS[layout].tensor)  # fmt: skip
+    if layout == "dp2":
+        request.getfixturevalue("two_replicas")
+    else:
+        run_workers(2, run, [run_config(folder, task, layout, layout) for task in TASKS], tensor=2)
     for task in TASKS:
         for field in ("loss", "grad_norm"):
             ours, reference = losses(folder, layout, task, field), losses(folder, "one", task, field)
             # At the start all embeddings are alike and contrastive gradients hardly defined: AdamW makes steps of their
             # noise (see below), and later norms follow them. Over three seeds they were up to 7e-5 apart.
-            wild = field == "grad_norm" and task_class(task).contrastive
+            wild = field == "grad_norm" and kind_of(task).contrastive
             for steps, rtol in ((slice(0, 1), 1e-5), (slice(1, None), 2e-4 if wild else 1e-5)):
                 torch.testing.assert_close(
                     ours[steps], reference[steps], rtol=rtol, atol=0, msg=lambda m, t=task, f=field: f"{t} {f}: {m}"
@@ -243,7 +266,8 @@ def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
             r["sample_hash"] for r in metrics(folder / "one" / task)
         ]
         scores = [json.loads((folder / out / task / "eval.jsonl").read_text()) for out in (layout, "one")]
-        assert scores[0] == pytest.approx(scores[1], rel=1e-5), task
+        # Correlations of seven numbers that hardly differ yet are their noise over their spread.
+        assert scores[0] == pytest.approx(scores[1], rel=1e-3 if task == "numbers" else 1e-5), task
         written = [sorted((folder / out / task / "predictions").iterdir()) for out in (layout, "one")]
         assert [path.name for path in written[0]] == [path.name for path in written[1]] and written[0]
         models = [read_model_folder(folder / out / task / "model") for out in (layout, "one")]
@@ -256,7 +280,7 @@ def test_any_layout_is_one_process(one_process: Path, layout: str) -> None:
 @pytest.mark.slow
 def test_fusion_models_learn_alike_and_go_on_bitwise(folder: Path) -> None:
     """What words have seen of an image is read, and a decoder writes; validated in the middle, too."""
-    tasks = ("vqa", "nlvr2", "captioning")
+    tasks = ("vqa", "nlvr2", "captioning", "open_vqa")
 
     def of_layout(layout: str, resume: str = "none") -> list[FinetuneConfig]:
         configs = [run_config(folder, task, layout, f"fused-{layout}") for task in tasks]
@@ -287,7 +311,7 @@ def test_fusion_models_learn_alike_and_go_on_bitwise(folder: Path) -> None:
         assert reproducible(outs[0]) == reproducible(outs[1])[2:], task
         resumed, whole = (read_model_folder(out / "model").weights for out in outs)
         assert all(torch.equal(resumed[name], weight) for name, weight in whole.items()), task
-        assert any(name.startswith("decoder.") for name in whole) == (task == "captioning")
+        assert any(name.startswith("decoder.") for name in whole) == (task in ("captioning", "open_vqa"))
     written = json.loads(next((folder / "fused-one" / "captioning" / "predictions").iterdir()).read_text())
     model = Model.load(folder / "fused-one" / "captioning" / "model", "cpu")
     pictures = [folder / f"{line['image_id']}.png" for line in written]
@@ -298,7 +322,7 @@ def test_fusion_models_learn_alike_and_go_on_bitwise(folder: Path) -> None:
 def test_micro_batches_of_a_contrastive_task_are_compared_as_one(folder: Path) -> None:
     """Each example is told from all of its step, whatever the accumulation, with drop path on. Negatives of matching
     come from the micro-batch."""
-    tasks = [task for task in TASKS if task_class(task).contrastive and not task_class(task).matched]
+    tasks = [task for task in TASKS if kind_of(task).contrastive and not kind_of(task).matched]
     sizes = {"whole": 1, "parts": 4}
     configs = {
         (task, out): replace(
@@ -316,19 +340,23 @@ def test_micro_batches_of_a_contrastive_task_are_compared_as_one(folder: Path) -
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_bitwise_the_undisturbed_run(one_process: Path) -> None:
+def test_killed_and_resumed_is_bitwise_the_undisturbed_run(two_replicas: Path) -> None:
     """ZeRO-3 on two ranks; a moving average is part of what is resumed."""
-    folder = one_process
-    undisturbed = [run_config(folder, task, "dp2", "undisturbed") for task in TASKS]
-    run_workers(2, run, undisturbed)
-    disturbed = [run_config(folder, task, "dp2", "disturbed") for task in TASKS]
-    for config in disturbed:
-        with pytest.raises(AssertionError, match="died without an answer"):
-            run_workers(2, run_and_die, config)
-        assert len(metrics(config.out)) == KILLED
-    run_workers(2, run, [replace(c, checkpoint=replace(c.checkpoint, resume="auto")) for c in disturbed])
-    for config, reference in zip(disturbed, undisturbed, strict=True):
-        assert reproducible(config.out) == reproducible(reference.out), config.task
-        models = [read_model_folder(Path(c.out) / "model").weights for c in (config, reference)]
+    folder, resumed = two_replicas, []
+    for task in TASKS:
+        config = run_config(folder, task, "dp2", "disturbed")
+        if task in KILLED_TASKS:
+            with pytest.raises(AssertionError, match="died without an answer"):
+                run_workers(2, run_and_die, config)
+            assert len(metrics(config.out)) == KILLED
+        half = str(folder / "dp2" / task / "checkpoints" / f"step_{SAVED:07d}")
+        resume = "auto" if task in KILLED_TASKS else half
+        resumed.append(replace(config, checkpoint=replace(config.checkpoint, resume=resume)))
+    run_workers(2, run, resumed)
+    for task in TASKS:
+        outs = [folder / out / task for out in ("disturbed", "dp2")]
+        before = 0 if task in KILLED_TASKS else SAVED
+        assert reproducible(outs[0]) == reproducible(outs[1])[before:], task
+        models = [read_model_folder(out / "model").weights for out in outs]
         assert models[0].keys() == models[1].keys()
-        assert all(torch.equal(models[0][name], weight) for name, weight in models[1].items()), config.task
+        assert all(torch.equal(models[0][name], weight) for name, weight in models[1].items()), task
