@@ -6,10 +6,7 @@ Trains with the demo's recipe on easy-VQA, whose pictures of one shape (3) in on
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from beit3_dist.data.image_memory import channels_first
 from beit3_dist.data.transforms import decode, resized
 from beit3_dist.image_tokenizer.files import load_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
+from tests.launching import launch
 from tests.unit.tar_fixtures import write_tar
 
 easy_vqa = pytest.importorskip("easy_vqa")
@@ -71,13 +69,9 @@ def encode(tokenizer: VQKD, pictures: Tensor) -> Tensor:
     return torch.cat([tokenizer.encode(part.float() / 255) for part in pictures.split(256)])
 
 
-def mean_embeddings(tokenizer: VQKD, pictures: Tensor, random_codes: bool = False) -> Tensor:
-    """[n, code_dim]: mean over a picture of its codes' vectors; random codes: drawn evenly, whatever the picture."""
-    codes = encode(tokenizer, pictures)
-    if random_codes:
-        draw = torch.Generator().manual_seed(len(pictures))
-        codes = torch.randint(len(tokenizer.quantize.embedding.weight), codes.shape, generator=draw)
-    return tokenizer.quantize.look_up(codes).mean(1)
+def random_codes(codes: Tensor, number: int) -> Tensor:
+    """As many, drawn evenly, whatever the picture."""
+    return torch.randint(number, codes.shape, generator=torch.Generator().manual_seed(len(codes)))
 
 
 def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
@@ -97,13 +91,17 @@ def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
     return float(((held_out @ weight + bias).argmax(1) == test[1]).float().mean())
 
 
-def probes(tokenizer: VQKD) -> tuple[float, float]:
-    """Accuracies on the codes and on random codes."""
-    train, test = labelled("train"), labelled("test")
-    return tuple(  # type: ignore[return-value]
-        probe((mean_embeddings(tokenizer, train[0], r), train[1]), (mean_embeddings(tokenizer, test[0], r), test[1]))
-        for r in (False, True)
-    )
+def probes(tokenizer: VQKD) -> tuple[int, float, float]:
+    """How many codes the train pictures use; accuracies on the codes and on random codes, by the mean over a picture
+    of its codes' vectors [n, code_dim]."""
+    sides = [labelled(side) for side in ("train", "test")]
+    codes, number = [encode(tokenizer, pictures) for pictures, _ in sides], len(tokenizer.quantize.embedding.weight)
+    found = []
+    for made in (codes, [random_codes(side, number) for side in codes]):
+        means = [tokenizer.quantize.look_up(side).mean(1) for side in made]
+        train, test = zip(means, (classes for _, classes in sides), strict=True)
+        found.append(probe(train, test))
+    return len(codes[0].unique()), *found
 
 
 @pytest.mark.slow
@@ -111,20 +109,17 @@ def probes(tokenizer: VQKD) -> tuple[float, float]:
 def test_codes_are_used_and_tell_shapes_and_colours(tmp_path: Path) -> None:
     paths = [*easy_vqa.get_train_image_paths().values()]
     write_tar(tmp_path / "images.tar", [{"__key__": f"{i}", "png": Path(p).read_bytes()} for i, p in enumerate(paths)])
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(ROOT / "launchers/train_image_tokenizer.py"), "--out", str(tmp_path / "run"),
-        "--config", str(ROOT / "launchers/recipes/image_tokenizer_demo.yaml"), "--steps", "120",
-        "--data.images", str(tmp_path / "images.tar"), "--data.cache", str(tmp_path / "cache"),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    recipe = str(ROOT / "launchers/recipes/image_tokenizer_demo.yaml")
+    data = "--data.images", str(tmp_path / "images.tar"), "--data.cache", str(tmp_path / "cache")
+    arguments = "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "120", *data
+    result = launch("train_image_tokenizer", *arguments, processes=2, timeout_s=800)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(1 <= record["perplexity"] <= 256 for record in records)
     tokenizer = load_vqkd(tmp_path / "run" / "image_tokenizer.pth")
-    used = len(encode(tokenizer, labelled("train")[0]).unique()) / 256
+    number, codes, random = probes(tokenizer)
+    used = number / 256
     assert used > 0.6, f"{used:.0%} of the codes are used"
-    codes, random = probes(tokenizer)
     # Chance is 4.2 %. The teacher was taught to tell objects, not colours, so its codes keep little of the latter.
     assert codes > 4 * random, f"probe of the codes {codes:.1%}, of random codes {random:.1%}"
     print(f"used {used:.1%}, probe {codes:.1%}, random codes {random:.1%}")
