@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from contextlib import suppress
 from pathlib import Path
 
 from beit3_dist.command_line import importing, refusing
@@ -63,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         options = parse_arguments(arguments)
         with importing():
             from beit3_dist.reports.live import HOST
-            from beit3_dist.use.page import application, gradio, server_of
+            from beit3_dist.use.page import application, gradio, serve, server_of
             from beit3_dist.use.served import open_models
         with gradio() as gr:
             models = open_models(
@@ -73,8 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             server, place = server_of(application(gr, models), options.port)
             address = f"http://{HOST}:{place.getsockname()[1]}/"
             print(f"{address} serves {', '.join(models.opened)}; Ctrl-C ends it", flush=True)
-            with suppress(KeyboardInterrupt):
-                server.run(sockets=[place])
+            serve(server, place)
 
 
 if __name__ == "__main__":

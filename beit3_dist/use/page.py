@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from beit3_dist.config import DataConfig
@@ -36,6 +37,7 @@ GALLERY: dict[str, Any] = {"object_fit": "contain", "height": "auto", "buttons":
 CSS = """
 .why { opacity: .75; padding: 1rem 0; }
 footer { display: none !important; }
+.grid-wrap { max-height: none !important; }
 """
 
 
@@ -240,7 +242,7 @@ def application(gr: Any, models: Models) -> Any:
 
 
 def server_of(app: Any, port: int) -> tuple[Any, socket.socket]:
-    """A server of the page, to be `run` on the socket. Raises ValueError where the port cannot be had."""
+    """A server of the page, and the socket to `serve` it on. Raises ValueError where the port cannot be had."""
     import uvicorn
 
     try:
@@ -248,3 +250,13 @@ def server_of(app: Any, port: int) -> tuple[Any, socket.socket]:
     except (OSError, OverflowError) as error:
         raise ValueError(f"--port {port}: {error}: name another one, or 0 for any that is free") from error
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False)), place
+
+
+def serve(server: Any, place: socket.socket) -> None:
+    """Until Ctrl-C, which is heard here: in the main thread the server would show where it was."""
+    serving = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+    serving.start()
+    with suppress(KeyboardInterrupt):
+        serving.join()
+    server.should_exit = True
+    serving.join(timeout=5)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from beit3_dist.checkpoint.find import checkpoint_of
 from beit3_dist.checkpoint.formats import read_source
+from beit3_dist.checkpoint.model_folder import is_model_folder, model_in, read_model_folder
 from beit3_dist.config import require
 from beit3_dist.data.kinds import LeftOut, images_below, told
 from beit3_dist.inference import HIDDEN, Guess, Model
@@ -118,7 +119,7 @@ def open_models(
     places: dict[str, Path] = {}
     require(len({path.absolute() for path in paths}) == len(paths), f"{paths[-1]}: a model is given twice")
     for path, name in zip(paths, names_of(paths), strict=True):
-        content = read_source(path)
+        content = read_model_folder(path) if is_model_folder(model_in(path)) else read_source(path)
         if text_tokenizer is not None and content.text_tokenizer is None:
             content = replace(content, text_tokenizer=text_tokenizer)
         serves = pretrained_tasks(content.objectives) if content.task is None else []

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import re
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from beit3_dist.use.page import application, gradio, server_of
+from beit3_dist.use.page import application, gradio, serve, server_of
 from beit3_dist.use.served import Models, open_models
 from tests.browser import Browser, browsing
 from tests.integration.runs import save_random_tokenizer
@@ -169,6 +171,27 @@ def test_it_answers_this_machine_alone(folder: Path, address: tuple[str, int]) -
     assert "default-src 'self'" in str(asked.getresponse().headers["Content-Security-Policy"])
     with pytest.raises(ValueError, match=f"--port {address[1]}: .*name another one"):
         server_of(None, address[1])
+
+
+def test_ctrl_c_ends_it_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    async def nothing(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "lifespan"
+        for word in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{word}.complete"})
+
+    server, place = server_of(nothing, 0)
+
+    main = threading.get_ident()
+
+    def press() -> None:
+        while not server.started:
+            time.sleep(0.02)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=press).start()
+    serve(server, place)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_no_model_serves_for_says_why(folder: Path) -> None:

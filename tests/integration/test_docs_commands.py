@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from beit3_dist.__main__ import MODULES
+from beit3_dist.use.served import open_models
 from tests.launching import launch
 from tests.unit.tar_fixtures import picture, sentences, write_tar
 from tests.unit.test_inference import save, tokenizer  # noqa: F401 (a fixture)
@@ -156,3 +157,8 @@ def test_commands_do_what_the_pages_say(here: Path, monkeypatch: pytest.MonkeyPa
     for name in ("runs/base", "runs/pairs", "runs/vqa/model", "matches.html", "beit3_base.pth", "vision.safetensors"):
         assert Path(name).exists(), name
     assert len(done) > 20
+    # The page of try.md, without its server: a run that may still train, and one that has left its model.
+    models = open_models(
+        [Path("runs/base"), Path("runs/vqa")], Path("PHOTOS"), None, None, "cache", "cpu", lambda line: None
+    )
+    assert [*models.asking.models] == ["vqa"] and [*models.rebuilding.models] == ["base"] == [*models.filling.models]
