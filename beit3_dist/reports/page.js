@@ -386,6 +386,8 @@ function captioned(pieces) {
   }).flat());
 }
 function pictures(run) {
+  if (run.drawn.length) return h("div", {}, headed(run), h("p", { class: "soft" }, "Images of the last validation, with what is there and with what the model says."),
+    h("div", { class: "pictures" }, run.drawn.map((src, number) => h("article", { class: "card" }, h("img", { src, alt: `image ${number + 1}, with what is there and what the model says` })))));
   if (run.why) return h("div", {}, headed(run), h("p", { class: "note soft" }, run.why));
   const parts = Object.entries(run.examples).map(([name, some]) => {
     const right = run.codes_right[name], kind = `${run.pictures} ${name === "pair_image" ? "pairs" : "images"}`;

@@ -18,11 +18,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import find
+from beit3_dist.config import DataConfig
+from beit3_dist.data.transforms import read_image
 from beit3_dist.opening import read_text, read_yaml
 from beit3_dist.reports.contents import RunContents
 from beit3_dist.reports.examples import examples
@@ -33,6 +36,8 @@ from beit3_dist.train.target_watch import collapse, entropy
 
 QUALITY = 88
 """Of the pictures' WebP."""
+MOST_DRAWN = 16
+"""Pictures of a validation that are shown."""
 
 
 class Shown:
@@ -80,7 +85,7 @@ class Shown:
     def told(self) -> dict[str, Any]:
         """For the page, as JSON can hold it; of a folder that is gone, what it told last."""
         if self._there:
-            told = self._contents.told(self._name) | self._pictured
+            told = self._contents.told(self._name) | self._pictured | {"drawn": drawn(self._contents.folder)}
             self._told = told | {"pictures_version": str(self._checkpoint)}
         return self._told | {"gone": not self._there}
 
@@ -111,6 +116,12 @@ def shown_example(example: Example, looks: Tensor | None) -> dict[str, Any]:
         "tiles": [_as_url(tile) for tile in tiles(example, looks)],
         "caption": [[piece.text, piece.guess] for piece in example.caption],
     }
+
+
+def drawn(folder: Path) -> list[str]:
+    """What a fine-tuning run's last validation has drawn (segmentation): RUN/pictures, as data URLs."""
+    paths = sorted((folder / "pictures").glob("[0-9]*.png"), key=lambda path: (len(path.name), path.name))
+    return [_as_url(np.asarray(read_image(path, DataConfig.max_pixels))) for path in paths[:MOST_DRAWN]]
 
 
 def _as_url(image: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from beit3_dist.checkpoint.find import find
@@ -237,6 +238,11 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             first = predict(self._validation)
             predictions = self.task.refined(first, self._validation, partial(predict, again=True))
         scores = self._scores(predictions) if self.mesh.is_first else {}
+        if self.mesh.is_first:
+            for name, image in self.task.shown()[0].items():  # for a page of the run
+                path = Path(self.config.out, f"{name}.png")
+                path.parent.mkdir(exist_ok=True)
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         dist.barrier()
         return scores
 
