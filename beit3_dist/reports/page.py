@@ -13,6 +13,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from string import Template
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from beit3_dist.checkpoint.find import find
 from beit3_dist.config import DataConfig
+from beit3_dist.data.faults import BadSample
 from beit3_dist.data.transforms import read_image
 from beit3_dist.opening import read_text, read_yaml
 from beit3_dist.reports.contents import RunContents
@@ -120,8 +122,12 @@ def shown_example(example: Example, looks: Tensor | None) -> dict[str, Any]:
 
 def drawn(folder: Path) -> list[str]:
     """What a fine-tuning run's last validation has drawn (segmentation): RUN/pictures, as data URLs."""
-    paths = sorted((folder / "pictures").glob("[0-9]*.png"), key=lambda path: (len(path.name), path.name))
-    return [_as_url(np.asarray(read_image(path, DataConfig.max_pixels))) for path in paths[:MOST_DRAWN]]
+    urls = []
+    for number in range(MOST_DRAWN):
+        with suppress(BadSample, OSError):  # there are fewer, or it is being written
+            picture = read_image(folder / "pictures" / f"{number}.png", DataConfig.max_pixels)
+            urls.append(_as_url(np.asarray(picture)))
+    return urls
 
 
 def _as_url(image: Any) -> str:
