@@ -42,10 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
                              tell=lambda line: print(line, flush=True))  # fmt: skip
             result.check()
         results.append(result)
+    taken_s = time.monotonic() - started
     kinds_found = ", ".join(f"{count} x {kind}" for kind, count in sorted(counted(results).items()))
     alike = sum(result.computed_alike for result in results)
     print(
-        f"{counted(results).total()} faults ({kinds_found}) in {len(results)} runs, {time.monotonic() - started:.0f} s: "
+        f"{counted(results).total()} faults ({kinds_found}) in {len(results)} runs, {taken_s:.0f} s: "
         f"every step once with its samples, every checkpoint whole; {alike} runs are the undisturbed one in every bit"
     )
     return 0
