@@ -529,8 +529,12 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW with a linear warm-up and a decay."""
+    """The optimizer, with a linear warm-up and a decay."""
 
+    name: str = "adamw"
+    """adamw; lion, the sign of a running mean (lr 3 to 10 times lower, weight_decay as many times higher, beta2 0.99);
+    lamb, for very large batches; muon, which makes updates of the blocks' matrices orthogonal and leaves the rest to
+    AdamW, at AdamW's lr and weight_decay; or a plugin's."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-5
@@ -550,7 +554,9 @@ class OptimConfig:
     beta2: float = 0.98
     """Decay of the second moment."""
     eps: float = 1e-6
-    """AdamW's epsilon."""
+    """What is added to the root of the second moment: AdamW's epsilon, and LAMB's."""
+    momentum: float = 0.95
+    """muon: decay of the first moment of the matrices that it steps on."""
     weight_decay: float = 0.05
     """Decoupled decay of matrices; biases, norms, CLS and mask tokens and position tables are not decayed."""
     clip_norm: float = 3.0
@@ -560,7 +566,7 @@ class OptimConfig:
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} is not between 0 and optim.lr={self.lr}")
         require_not_negative("optim.", self, "warmup_steps", "weight_decay", "clip_norm")
         require_positive("optim.", self, "eps")
-        require_within("[0, 1)", "optim.", self, "beta1", "beta2")
+        require_within("[0, 1)", "optim.", self, "beta1", "beta2", "momentum")
         require_within("(0, 1]", "optim.", self, "decay_share")
 
 
@@ -582,6 +588,9 @@ class CheckpointConfig:
     """Go on although shards, weights, seed or a tokenizer are not those of the checkpoint, as where data have been
     added: the order begins anew at the same position, so that in this epoch samples come twice or not at all. With
     another image tokenizer, codes mean something else from there on."""
+    other_resolution: bool = False
+    """Go on although model.image_size is not the checkpoint's: the positions of patches and their running means are
+    resampled for the new grid, the moments of all else are kept."""
     other_recipe: bool = False
     """Go on although the batch or the objective is not the checkpoint's: from there on a step has other samples, or the
     optimizer's moments are those of another loss. What else differs needs no leave; all of it is said in one line."""
@@ -735,7 +744,7 @@ class JobConfig:
     """Steps that the first process profiles, after two others: OUT/profile/trace.json opens in Perfetto, kernels.txt
     lists what took longest. 0: none."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
     guards: GuardConfig = field(default_factory=GuardConfig)
@@ -804,6 +813,11 @@ class TrainingConfig(JobConfig):
     words, a model folder, a checkpoint of a run, or a run's folder, which means its newest whole checkpoint; or several
     of these, each of which gives what those before it lack. A head that is in none starts from random values, which is
     logged. Empty: random values by (seed, name)."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from each block to the one below; embeddings come last (BEiT)."""
+    ema_decay: float = 0.0
+    """Decay per step of a moving average of the weights, which checkpoints hold, and which validation, the saved model
+    and whatever is made of a checkpoint then use; 0: none (unilm's 0.9999 suits long runs)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The Multiway Transformer."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -828,6 +842,13 @@ class TrainingConfig(JobConfig):
             "parallel.zero_stage=0 cannot accumulate bf16 gradients in fp32 (DeepSpeed refuses it): "
             "use parallel.zero_stage=1 or precision=fp32",
         )
+        require(
+            self.layer_decay == 1 or not self.model.vision_layers,
+            f"layer_decay={self.layer_decay} counts the layers of one stack, and model.vision_layers="
+            f"{self.model.vision_layers} are another: leave it at 1",
+        )
+        require_positive("", self, "layer_decay")
+        require_within("[0, 1)", "", self, "ema_decay")
         modes, ranks = self.activation_checkpointing, self.parallel.pipeline
         require(
             isinstance(modes, str) or len(modes) == ranks,

@@ -7,7 +7,7 @@ SOURCE, recognised by its content: a checkpoint of a training run (RUN/checkpoin
 model folder, or a file (.pth, .safetensors) in the released, torchscale's, timm's or VLMo's form. FORM says what
 DESTINATION, which is new, becomes:
 
-    neutral      a folder: one entry per parameter, weight and both moments; itself a checkpoint of any layout that
+    neutral      a folder: one entry per parameter, weight and moments; itself a checkpoint of any layout that
                  `--checkpoint.resume DESTINATION` takes. SOURCE must be a checkpoint of a training run.
     safetensors  a folder: model.safetensors, config.json, the text tokenizer. For inference and `--init_from`.
     released     a .pth file as unilm publishes them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from itertools import chain
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from beit3_dist.checkpoint.files import as_json, sha256
 from beit3_dist.checkpoint.store import FORMAT, INDEX_ENTRY, INDEX_OF, LATEST, TrainState, checkpoints, step_of
 from beit3_dist.checkpoint.tensor_index import INDEX, MOST_INDEX, TensorIndex
+from beit3_dist.config import ModelConfig
 from beit3_dist.gathering import gather_objects, scatter_objects
 from beit3_dist.opening import blaming, parse_json, read_json, read_text, regular_size
 
@@ -199,8 +200,9 @@ def read_index(path: Path) -> TensorIndex | None:
         return None if source is None else TensorIndex.read(*source)
 
 
-def read_state(path: Path, model: DataclassInstance) -> TrainState:
-    """The state in a checkpoint. Raises ValueError where its model differs from `model`, naming the field."""
+def read_state(path: Path, model: DataclassInstance, but_for: Collection[str] = ()) -> TrainState:
+    """The state in a checkpoint. Raises ValueError where its model differs from `model` in a field that `but_for` does
+    not have, naming the field."""
     content = read_json(path / "state.json")
     if content.get("format") != FORMAT:
         raise ValueError(f"checkpoint.resume: {path} has format {content.get('format')}, this version reads {FORMAT}")
@@ -208,10 +210,12 @@ def read_state(path: Path, model: DataclassInstance) -> TrainState:
     for field in fields(model):
         # A field that came after the checkpoint has the value that leaves everything as it was.
         written = theirs.get(field.name, field.default) if isinstance(theirs, dict) else None
-        if written != (value := getattr(model, field.name)):
+        if written != (value := getattr(model, field.name)) and field.name not in but_for:
+            resampled = isinstance(model, ModelConfig) and field.name == "image_size"
             raise ValueError(
                 f"checkpoint.resume: {path} was trained with model.{field.name}={written}, "
                 f"this run has {value}: use its config, or another `out` to start anew"
+                + (", or go on at another resolution by --checkpoint.other_resolution true" if resampled else "")
             )
     try:
         return _train_state(content)

@@ -1,7 +1,7 @@
 """The neutral form, of no layout, of a training checkpoint: one entry per canonical parameter.
 
     FOLDER/
-        shard_00000.safetensors   NAME: the fp32 master weight, NAME/exp_avg and NAME/exp_avg_sq: Adam's moments
+        shard_00000.safetensors   NAME: the fp32 master weight, NAME/exp_avg, ...: the optimizer's moments
         state.json, config.yaml   as in the checkpoint
         manifest.json             size and SHA-256 of every file above
 

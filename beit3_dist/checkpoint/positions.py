@@ -14,11 +14,11 @@ FIRST_PATCH = FIRST_POSITION + 1
 """Rows before the first patch: two unused ones and CLS."""
 
 
-def interpolate_positions(table: Tensor, grid: int) -> Tensor:
+def interpolate_positions(table: Tensor, grid: int, mode: str = "bicubic") -> Tensor:
     """[3 + g * g, D] -> [3 + grid * grid, D] in the table's precision: the first three rows stay, the patches' are
-    resampled as `resampled_positions` says."""
+    resampled as `resampled_positions` says. `mode`: bilinear keeps between its neighbours what must not be negative."""
     kept, patches = table.split([FIRST_PATCH, len(table) - FIRST_PATCH])
-    resampled = resampled_positions(patches, grid, grid)
+    resampled = resampled_positions(patches, grid, grid, mode)
     return table if resampled is patches else torch.cat([kept, resampled])
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ from beit3_dist.checkpoint.find import (
     wrong_digest,
     wrong_digests,
 )
+from beit3_dist.checkpoint.fitting import POSITIONS
+from beit3_dist.checkpoint.positions import FIRST_PATCH, interpolate_positions
 from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.tensor_index import INDEX, Held, Run, TensorIndex, runs_of
 from beit3_dist.config import require
@@ -51,15 +53,29 @@ OBJECTIVE_STATE = "objective_state."
 log = logging.getLogger(__name__)
 
 
-def load(path: Path, shards: Iterable[Shard]) -> None:
-    """Fills the shards' tensors from a checkpoint that may have been cut into other shards. Collective.
+def load(path: Path, shards: Iterable[Shard], positive: Collection[str] = ()) -> None:
+    """Fills the shards' tensors from a checkpoint that may have been cut into other shards, and may be of another
+    resolution: positions and all that belongs to them are resampled then. Collective. `positive`: suffixes of what is
+    never negative.
 
     The digests have been verified (`find.verified`). Raises ValueError where elements are missing or not finite.
     """
     stored = StoredShards(path, index_for_all(path))
     for shard in shards:
+        resampled = shard.name == POSITIONS and POSITIONS in stored.names and stored.shape(POSITIONS) != shard.shape
+        if resampled:
+            before, now = (shape[0] - FIRST_PATCH for shape in (stored.shape(POSITIONS), shard.shape))
+            log.warning(
+                "%s: %d vision positions are resampled to %d, and their running means with them", path, before, now
+            )
         for suffix, target in shard.tensors.items():
-            stored.fill(target, shard, suffix)
+            if resampled:
+                mode = "bilinear" if suffix in positive else "bicubic"
+                table = interpolate_positions(stored.whole(POSITIONS, suffix), math.isqrt(now), mode)
+                require(table.shape == shard.shape, f"{path}: {POSITIONS} has width {table.shape[1]}")
+                target.copy_(table.flatten()[shard.start : shard.start + shard.numel])
+            else:
+                stored.fill(target, shard, suffix)
             require_finite([(shard.name + suffix, target)], str(path))
 
 

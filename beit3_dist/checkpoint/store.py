@@ -3,7 +3,7 @@
     checkpoints/step_0000100/
         state.json                step, samples consumed, model, versions
         config.yaml               the resolved config of the run
-        shard_00000.safetensors   shards of one rank: master weights NAME, moments NAME/exp_avg, NAME/exp_avg_sq
+        shard_00000.safetensors   shards of one rank: master weights NAME, moments NAME/exp_avg, ...
         tensors.json              which of these files holds what, and digests of their pieces (`tensor_index`)
         manifest.json             size and SHA-256 of every file above; written last
     checkpoints/latest            name of the newest checkpoint

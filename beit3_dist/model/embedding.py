@@ -19,15 +19,15 @@ from beit3_dist.model.cut import cut
 FIRST_POSITION = 2
 
 
-def resampled_positions(patches: Tensor, height: int, width: int) -> Tensor:
+def resampled_positions(patches: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """Vectors of the patches of a square grid, [g * g, D], for a grid of another size: [height * width, D], in their
-    precision. Resampled as an image, bicubic with `align_corners=False`, in float32, as unilm's fine-tuning code and
+    precision. Resampled as an image, by `mode` with `align_corners=False`, in float32, as unilm's fine-tuning code and
     ViTDet do it."""
     side = isqrt(len(patches))
     if (side, side) == (height, width):
         return patches
     image = patches.float().T.reshape(1, -1, side, side)
-    resampled = interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
+    resampled = interpolate(image, size=(height, width), mode=mode, align_corners=False)
     return resampled.flatten(2)[0].T.to(patches.dtype)
 
 

@@ -31,7 +31,7 @@ from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_confi
 from beit3_dist.parallel.finite import spoil_if_not_finite
 from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
 from beit3_dist.parallel.float8 import product_of_blocks
-from beit3_dist.parallel.fragments import KEPT, bounded, share_of
+from beit3_dist.parallel.fragments import KEPT, bounded, share_of, tell_places
 from beit3_dist.parallel.graphs import CudaRecorder, Graphs
 from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups
@@ -112,6 +112,7 @@ class Engine:
         flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, sizes_of(config.model)))
         if isinstance(config, RunConfig) and config.cuda_graphs:
             Graphs(self.model.blocks, CudaRecorder())
+        tell_places(self.model, self.optimizer, self.cuts, groups, config.parallel.zero_stage)
         self._bounded = bounded(self.model, self.optimizer, bounds) if bounds else []
         self.zero_stage: int = config.parallel.zero_stage
         self._schedule: Pipeline | Accumulation = (

@@ -42,6 +42,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from beit3_dist.kernels.adamw.definition import Flat, Update
 from beit3_dist.kernels.registry import Function
+from beit3_dist.optimizers.adamw import MOMENTS
 
 WRITTEN_FOR = "0.19."
 """Versions of DeepSpeed whose optimizers are the ones below."""
@@ -231,8 +232,10 @@ class FlatBF16(BF16_Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clips, steps and gathers the working parameters; leaves all of it out where the norm is not finite."""
-        states = [self.optimizer.state[master] for master in self.fp32_groups_flat_partition]
-        done = [state["step"] for state in states if "step" in state]
+        done = []
+        if self._adamw is not None:
+            states = [self.optimizer.state[master] for master in self.fp32_groups_flat_partition]
+            done = [state["step"] for state in states if "step" in state]
         norm, *steps = torch.stack([self._norm(), *done]).cpu()  # the step's one wait for the device
         self.overflow = not norm.isfinite()
         self._global_grad_norm = float("inf") if self.overflow else norm.item()
@@ -276,7 +279,7 @@ class FlatBF16(BF16_Optimizer):
             state = self.optimizer.state[master]
             if not state:
                 state["step"] = torch.zeros((), device=master.device)
-                state.update({moment: torch.zeros_like(master) for moment in ("exp_avg", "exp_avg_sq")})
+                state.update({moment: torch.zeros_like(master) for moment in MOMENTS})
             state["step"] += 1
             weights = self.bf16_partitioned_groups[number][dist.get_rank(self.real_dp_process_group[number])]
             beta1, beta2 = group["betas"]
@@ -284,8 +287,9 @@ class FlatBF16(BF16_Optimizer):
                 factor=factor.item(), lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"],
                 weight_decay=group["weight_decay"], steps=int(steps[number]) + 1 if steps else 1,
             )  # fmt: skip
+            first, second = (state[moment] for moment in MOMENTS)
             sizes = [p.numel() for p in self.bf16_groups[number]] if not self._summed else [master.numel()]
-            adamw(Flat(master, state["exp_avg"], state["exp_avg_sq"], weights), gradients[number], sizes, update)
+            adamw(Flat(master, first, second, weights), gradients[number], sizes, update)
         self._lazy_init_hp_params_optimizer_state()
         all_gather_dp_groups(
             groups_flat=self.bf16_groups_flat,

@@ -1,4 +1,4 @@
-"""Where this rank's shard of every parameter lives in DeepSpeed: fp32 master weights and Adam's moments.
+"""Where this rank's shard of every parameter lives in DeepSpeed: fp32 master weights and the optimizer's moments.
 
 ZeRO flattens the parameters and gives each data-parallel rank some elements of each. A `Fragment`, as DeepSpeed calls
 it, is where these lie: in its flat buffers, and in the parameter, whose canonical name it has. So a checkpoint, which
@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from beit3_dist.optimizers.base import Place, Places, Stepper
+from beit3_dist.optimizers.registry import described
+from beit3_dist.parallel.mesh import Groups
+
 KEPT = "kept_share"
 """Attribute of a frozen parameter at ZeRO 1 to 3, (first element, fp32 values [n]): this replica's share of it on the
 host. DeepSpeed keeps no master of such a one, and its working weights may be rounded."""
@@ -84,6 +87,50 @@ def fragments(model: nn.Module, optimizer: Any) -> Iterator[Fragment]:
             )
 
 
+def flat_tensors(model: nn.Module, optimizer: Any) -> list[tuple[Tensor, list[str]]]:
+    """The tensors that the optimizer steps on, each with the parameters in it, in one order on all replicas; a rank may
+    hold nothing of one. `optimizer`: the DeepSpeed engine's."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for groups, masters in (  # ZeRO-3; ZeRO-1 in fp32 and ZeRO-2; ZeRO-1 in bf16
+        ("fp16_groups", "fp32_partitioned_groups_flat"),
+        ("bit16_groups", "single_partition_of_fp32_groups"),
+        ("bf16_groups", "fp32_groups_flat_partition"),
+    ):
+        if hasattr(optimizer, groups):
+            both = zip(getattr(optimizer, masters), getattr(optimizer, groups), strict=True)
+            return [(flat, [names[id(parameter)] for parameter in group]) for flat, group in both]
+    return [(parameter, [name]) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def tell_places(model: nn.Module, optimizer: Any, cuts: Mapping[str, int], groups: Groups, zero_stage: int) -> None:
+    """Tells an optimizer that needs it where each parameter lies in the tensors that it steps on. Collective."""
+    stepper = inner_optimizer(optimizer)
+    if isinstance(stepper, Stepper) and stepper.needs_places:
+        stepper.place(_places(model, optimizer, cuts, groups, zero_stage))
+
+
+def _places(model: nn.Module, optimizer: Any, cuts: Mapping[str, int], groups: Groups, zero_stage: int) -> Places:
+    mesh, data = groups.mesh, groups.data if zero_stage > 0 else None
+    held = {fragment.name: fragment for fragment in fragments(model, optimizer)}
+    shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in model.named_parameters()}
+    flats = flat_tensors(model, optimizer)
+    names = [name for _, those in flats for name in those]
+    mine = [(held[name].start, held[name].numel) if name in held else (0, 0) for name in names]
+    spans = [torch.tensor(mine, dtype=torch.int64, device=mesh.device)]
+    if data is not None:
+        here, spans = spans[0], [torch.empty_like(spans[0]) for _ in range(mesh.data)]
+        dist.all_gather(spans, here, group=data)
+    by_name = {name: [(s, n) for s, n in own] for name, own in zip(names, torch.stack(spans, 1).tolist(), strict=True)}
+    rank = mesh.data_rank if data is not None else 0
+
+    def place(name: str) -> Place:
+        cut = cuts.get(name) if mesh.tensor > 1 else None
+        return Place(shapes[name], cut, held[name].offset if name in held else 0, by_name[name], rank)
+
+    tensor = groups.tensor if mesh.tensor > 1 else None
+    return Places({flat: [place(name) for name in those] for flat, those in flats}, data, tensor)
+
+
 def share_of(value: Tensor, rank: int, ranks: int) -> tuple[int, Tensor]:
     """The first of the elements of a parameter that one of several replicas keeps where it is frozen, and a copy of
     them, fp32 [n] on the host: as many as ZeRO-3 gives each."""
@@ -96,23 +143,21 @@ def optimizer_state(optimizer: Any, fragment: Fragment) -> dict[str, Tensor]:
     """The moments of a fragment: views into the state, which must exist; none of one that is frozen."""
     if not fragment.trained:
         return {}
-    state = inner_optimizer(optimizer).state[fragment.flat]
-    return {key: fragment.slice_of(state[key]) for key in MOMENTS}
+    inner = inner_optimizer(optimizer)
+    state = inner.state[fragment.flat]
+    return {key: fragment.slice_of(state[key]) for key in described(inner).moments(fragment.name, fragment.shape)}
 
 
 def create_optimizer_state(optimizer: Any, held: list[Fragment], steps: int) -> None:
     """Gives an optimizer that has not stepped yet the state of one that has taken `steps` steps, its moments zero."""
     inner = inner_optimizer(optimizer)
+    kind = described(inner)
     for fragment in (one for one in held if one.trained):
-        state = inner.state[fragment.flat]
-        if MOMENTS[0] in state:
+        state, moments = inner.state[fragment.flat], kind.moments(fragment.name, fragment.shape)
+        if moments[0] in state:
             continue
-        state.update({key: torch.zeros_like(fragment.flat, dtype=torch.float32) for key in MOMENTS})
-        if isinstance(inner, torch.optim.AdamW):
-            on_device = inner.defaults.get("fused")
-            state["step"] = torch.tensor(float(steps), device=fragment.flat.device if on_device else "cpu")
-        else:  # DeepSpeed's CPU Adam
-            state["step"] = steps
+        state.update({key: torch.zeros_like(fragment.flat, dtype=torch.float32) for key in moments})
+        kind.set_steps(inner, state, fragment.flat, steps)
 
 
 @torch.no_grad()

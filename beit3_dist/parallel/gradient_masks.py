@@ -4,9 +4,9 @@
 
 After some steps a further share of all weights is set to 0, those with the smallest magnitudes of the texts'
 gradients, until a given share is 0. The paper says neither how gradients are gathered for that nor whether the
-threshold is one for all: here it is one, and magnitudes are those of AdamW's first moment, the running mean of what a
-weight with M = 1 takes, the texts' gradient alone. So there is no second gradient to keep, and every replica and tensor
-rank chooses among the moments that it holds.
+threshold is one for all: here it is one, and magnitudes are those of the optimizer's first moment, the running mean of
+what a weight with M = 1 takes, the texts' gradient alone. So there is no second gradient to keep, and every replica and
+tensor rank chooses among the moments that it holds.
 
 M is applied to the gradient of every backward pass, of one stream at a time, before replicas add theirs up. Where ZeRO
 shares out the weights, it shares out M: a rank holds a bit for each weight that it updates, and the replicas put
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from beit3_dist.model.cut import cut_for
-from beit3_dist.parallel.fragments import MOMENTS, Fragment, create_optimizer_state, fragments, optimizer_state
+from beit3_dist.parallel.fragments import Fragment, create_optimizer_state, fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 
 TEXT_MASK = "/text_mask"
@@ -118,7 +118,7 @@ class GradientMasks:
         if wanted <= 0:
             return
         # Of numbers that are not negative, the order is that of their bits as whole numbers.
-        magnitudes = [optimizer_state(self._optimizer, f)[MOMENTS[0]].abs() for f in counted]
+        magnitudes = [next(iter(optimizer_state(self._optimizer, f).values())).abs() for f in counted]
         chosen = [m[some].view(torch.int32) for m, some in zip(magnitudes, ones, strict=True)]
         mine = torch.cat([torch.zeros(0, dtype=torch.int32, device=device), *chosen])
         low, high = -1, 2**31 - 1  # at most `low`: too few; at most `high`: enough

@@ -3,7 +3,7 @@
 Activations are not counted. With P parameters on the rank (its tensor part of its pipeline stages) and d replicas,
 DeepSpeed 0.19.8 holds these bytes when the gradients of a step are complete:
 
-                        working parameters   gradients   masters   Adam's moments
+                        working parameters   gradients   masters   AdamW's moments
     bf16  ZeRO-1        2 P                  6 P         4 P / d   8 P / d
           ZeRO-2        2 P                  4 P / d     4 P / d   8 P / d
           ZeRO-3        2 P / d              4 P / d     4 P / d   8 P / d             = 18 P / d
@@ -16,7 +16,9 @@ bf16 gradients are accumulated in fp32. ZeRO-1 in bf16 shards no gradients (`fla
 backward pass the bf16 ones, 2 P, lie beside their fp32 sums, then they go; where `overlap_comm` is set, the last
 backward pass of a step releases them bucket by bucket. ZeRO 1 to 3 in fp32 hold every sharded weight twice,
 as parameter and as master. tests/parallel/test_memory.py counts the same in real tensors. Of what is frozen
-(`train_only`) there are the working parameters alone; the fp32 values that checkpoints take lie on the host.
+(`train_only`) there are the working parameters alone; the fp32 values that checkpoints take lie on the host. Another
+optimizer has other moments, 4 bytes an element each (optimizers/), and a moving average of the weights 4 P / d more
+(4 P at ZeRO-0). In its step Lion holds a direction, Muon and LAMB one or two, 4 P / d each, when activations are gone.
 
 Beside these, the buffers of the reduction: reduce_bucket_size elements (two such for ZeRO-2 and ZeRO-1 in fp32 where
 `overlap_comm` is set). ZeRO-0 leaves the reduction to the engine, which joins gradients up to 5e8
@@ -33,10 +35,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from beit3_dist.config import ParallelConfig, RunConfig, require
+from beit3_dist.config import RunConfig, require
 from beit3_dist.model.beit3 import BEiT3
 from beit3_dist.model.cut import cut_for, cuts_of
 from beit3_dist.model.token_layout import TokenLayout
+from beit3_dist.optimizers.registry import chosen
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.pipeline import check_pipeline, keep_stages, plan_stages
 from beit3_dist.parallel.tensor import check_tensor
@@ -55,10 +58,16 @@ class StateBytes:
     tensor_rank: int
     parameters: int
     """P: parameters of the part, a number, not bytes."""
+    trained: int
+    """So many of them are trained."""
     working: float
     gradients: float
     masters: float
     moments: float
+    average: float
+    """Moving averages of the weights."""
+    products: float
+    """FLOPs of matrix products in the optimizer's step."""
     bucket: float
     """Reduce buffers; below ZeRO-3 only during the backward pass."""
     live: float
@@ -66,7 +75,7 @@ class StateBytes:
 
     @property
     def states(self) -> float:
-        return self.working + self.gradients + self.masters + self.moments
+        return self.working + self.gradients + self.masters + self.moments + self.average
 
     @property
     def total(self) -> float:
@@ -74,11 +83,16 @@ class StateBytes:
 
 
 def state_bytes(
-    config: RunConfig, world: int, model: BEiT3, largest: Callable[[int], tuple[TokenLayout, float]]
+    config: RunConfig,
+    world: int,
+    model: BEiT3,
+    largest: Callable[[int], tuple[TokenLayout, float]],
+    averages: int = 0,
 ) -> list[StateBytes]:
     """A record for each (pipeline rank, tensor rank) of `world` processes, pipeline ranks outermost.
 
-    model: the whole model on the meta device. largest: number of replicas -> what `plan_stages` takes.
+    model: the whole model on the meta device. largest: number of replicas -> what `plan_stages` takes. averages: moving
+    averages of the weights that the run keeps.
     Raises ValueError where the layout does not divide the model, the batch or the processes, and where the DeepSpeed
     file moves states to the CPU: what then stays on the device is not known from arithmetic.
     """
@@ -99,33 +113,57 @@ def state_bytes(
     for pipeline_rank in range(parallel.pipeline):
         mine = [range(config.model.layers)] if plan is None else plan.of(pipeline_rank)
         for tensor_rank in range(parallel.tensor):
-            count, trained = _local_parameters(model, parallel, mine, pipeline_rank, tensor_rank)
-            records.append(_record(config, data, zero, count, trained, pipeline_rank, tensor_rank))
+            part = _local_parameters(config, model, mine, pipeline_rank, tensor_rank)
+            records.append(_record(config, data, zero, part, averages, pipeline_rank, tensor_rank))
     return records
 
 
+@dataclass
+class _Part:
+    """What one tensor rank has of one pipeline rank's stages."""
+
+    parameters: int = 0
+    trained: int = 0
+    moments: int = 0
+    """Elements of the optimizer's state."""
+    products: float = 0.0
+    """FLOPs of matrix products in its step."""
+
+
 def _local_parameters(
-    model: BEiT3, parallel: ParallelConfig, stages: list[range], pipeline_rank: int, tensor_rank: int
-) -> tuple[int, int]:
-    """Parameters of one tensor rank's part of one pipeline rank's stages, and how many of them are trained."""
+    config: RunConfig, model: BEiT3, stages: list[range], pipeline_rank: int, tensor_rank: int
+) -> _Part:
+    parallel, optimizer = config.parallel, chosen(config.optim)
     part = copy(model)  # pruned below; the modules themselves are shared
     part._modules = dict(model._modules)
     part.blocks = copy(model.blocks)
     part.blocks._modules = dict(model.blocks._modules)
     keep_stages(part, stages, is_first=pipeline_rank == 0, is_last=pipeline_rank == parallel.pipeline - 1)
-    cuts, numbers, trained = cuts_of(model), 0, 0
+    cuts, found = cuts_of(model), _Part()
     for name, parameter in part.named_parameters():
+        shape = tuple(parameter.shape)
         cut = cut_for(cuts, name, tensor_rank, parallel.tensor)
-        number = prod(parameter.shape if cut is None else cut.shape(tuple(parameter.shape)))
-        numbers, trained = numbers + number, trained + number * parameter.requires_grad
-    return numbers, trained
+        number = prod(shape if cut is None else cut.shape(shape))
+        found.parameters += number
+        if parameter.requires_grad:
+            found.trained += number
+            found.moments += number * len(optimizer.moments(name, shape))
+            found.products += optimizer.products(name, shape)
+    return found
 
 
 def _record(
-    config: RunConfig, data: int, zero: dict[str, Any], count: int, trained: int, pipeline_rank: int, tensor_rank: int
+    config: RunConfig,
+    data: int,
+    zero: dict[str, Any],
+    part: _Part,
+    averages: int,
+    pipeline_rank: int,
+    tensor_rank: int,
 ) -> StateBytes:
-    """The formulas of the module's docstring; count: P, of which `trained` are."""
+    """The formulas of the module's docstring."""
     stage, bf16 = config.parallel.zero_stage, config.in_bf16
+    count, trained, holders = part.parameters, part.trained, data if stage else 1
     size, sharded = 2 if bf16 else 4, trained / data
     if stage == 0:
         bucket = 4 * min(ENGINE_BUCKET, trained)
@@ -136,10 +174,13 @@ def _record(
         pipeline_rank=pipeline_rank,
         tensor_rank=tensor_rank,
         parameters=count,
+        trained=trained,
         working=size * (count / data if stage == 3 else count),
         gradients=4 * sharded if stage >= 2 else (6 if bf16 else 4) * trained,
         masters=4 * sharded if stage else 0,
-        moments=8 * (sharded if stage else trained),
+        moments=4 * part.moments / holders,
+        average=4 * averages * trained / holders,
+        products=part.products / holders,
         bucket=bucket,
         live=size * min(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS), count) * (stage == 3),
     )

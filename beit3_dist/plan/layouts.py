@@ -96,7 +96,7 @@ class Memory:
     """Of all micro-batches on their way, with what their passes need for a moment."""
     pipeline_buffers: float = 0
     average: float = 0
-    """A moving average of the weights that teaches."""
+    """Moving averages of the weights."""
     image_tokenizer: float = 0
 
     @property
@@ -171,6 +171,7 @@ class Planner:
         self.config, self.device, self._exact = config, device, exact
         self._counting = Counting(config, device.gpu)
         self._objectives = objectives_of(config)
+        self._averages = (self._objectives.average_decay > 0) + (config.ema_decay > 0)
         self._model = self._objectives.build()
         self._modules = sum(1 for m in self._model.modules() if next(m.parameters(recurse=False), None) is not None)
         self._sizes = tuple(getattr(config.batch, name) for name in STREAMS)
@@ -230,11 +231,11 @@ class Planner:
         fullest = max(memories, key=lambda memory: memory.total)
         if usable_gb and fullest.total / 1e9 > usable_gb:
             return fullest.total / 1e9
-        trained = max(self._trained(record, config, data) for record in records)
-        time = self._time(layout, config, data, records, stages, pieces, micro_batch, trained)
-        kept = 12 + 4 * (self._objectives.average_decay > 0)
+        largest = max(records, key=lambda record: record.trained)
+        time = self._time(layout, config, data, records, stages, pieces, micro_batch, largest)
+        kept = 4 * largest.trained / data + (largest.moments + largest.average) / (1 if layout.zero_stage else data)
         tokens = pieces[1].tokens * sum(self._sizes) // sum(pieces[0])
-        return Plan(layout, data, micro_batch, fullest, kept * trained / data / 1e9, time, tokens)
+        return Plan(layout, data, micro_batch, fullest, kept / 1e9, time, tokens)
 
     def _split(
         self, layout: Layout, config: RunConfig, devices: int, data: int
@@ -242,14 +243,9 @@ class Planner:
         key = devices, layout.zero_stage, layout.tensor, layout.pipeline, layout.accumulation
         if key not in self._states:
             largest = objectives_of(config).largest
-            records = state_bytes(config, devices, self._model, largest)
+            records = state_bytes(config, devices, self._model, largest, self._averages)
             self._states[key] = records, plan_stages(config, *largest(data))
         return self._states[key]
-
-    @staticmethod
-    def _trained(record: StateBytes, config: RunConfig, data: int) -> float:
-        """Parameters of a rank that are trained."""
-        return record.moments / 8 * (data if config.parallel.zero_stage else 1)
 
     # ------------------------------------------------------------------------------------------------------- counts
 
@@ -285,7 +281,7 @@ class Planner:
         rank: int,
     ) -> Memory:
         record = max((r for r in records if r.pipeline_rank == rank), key=lambda r: r.total)
-        trained = self._trained(record, config, data)
+        trained = record.trained
         size = 2 if config.in_bf16 else 4
         last = rank == layout.pipeline - 1
         # Gradients of one backward pass that stay until the step: below ZeRO-2 all of them.
@@ -294,7 +290,6 @@ class Planner:
         if passing and layout.accumulation > 1 and not config.in_bf16:
             standing, passing = record.gradients, 0.0  # those of the first micro-batch are there in the next ones
         activations, buffers, bottom = self._activations(layout, config, stages, pieces, rank)
-        average = 4 * trained / (data if layout.zero_stage else 1) * (self._objectives.average_decay > 0)
         tokenizer, at_targets = 0.0, 0.0
         if last and self._coded(micro_batch):
             tokenizer = self._counting.tokenizer_bytes
@@ -312,7 +307,7 @@ class Planner:
             live=record.live,
             activations=bottom if end > top else max(activations, at_targets),
             pipeline_buffers=buffers,
-            average=average,
+            average=record.average,
             image_tokenizer=tokenizer,
         )
 
@@ -371,9 +366,9 @@ class Planner:
         stages: StagePlan | None,
         pieces: tuple[Any, Pieces, Pieces, float],
         micro_batch: tuple[int, ...],
-        trained: float,
+        largest: StateBytes,
     ) -> Time:
-        device = self.device
+        device, trained = self.device, largest.trained
         size = 2 if config.in_bf16 else 4
         alike = pieces[1].layers
 
@@ -411,9 +406,13 @@ class Planner:
             summed /= data
         if not config.in_bf16:
             summed = (n - 1) * 12.0 * trained + (8.0 * shard if layout.zero_stage else 0)
-        stepped = (4 + 28) * shard + (size * (trained - shard) if data > 1 else 0)
-        stepped += 12 * shard * (self._objectives.average_decay > 0)
+        # The gradient's norm; the gradient, the master and each moment in the step, the latter read and written.
+        of_moments = 2 * largest.moments / (data if layout.zero_stage == 0 else 1)
+        stepped = (4 + 12) * shard + of_moments + (size * (trained - shard) if data > 1 else 0)
+        stepped += 12 * shard * self._averages
         optimizer = (summed + stepped) / moving if device.gpu else self._on_cpu(summed, stepped)
+        if largest.products:
+            optimizer += largest.products / device.product_rate(1e12)
         calls = max(1.0, trained / 1e8)
         sent = size * trained
         reduce = device.collective_s("all_reduce", sent, data, apart, calls)

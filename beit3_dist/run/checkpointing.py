@@ -23,10 +23,12 @@ from beit3_dist.config import JobConfig, require
 from beit3_dist.looking import of_node, of_run
 from beit3_dist.model.cut import cut_for
 from beit3_dist.opening import blaming, check_writable
+from beit3_dist.optimizers.registry import described
 from beit3_dist.parallel.fragments import (
     Fragment,
     create_optimizer_state,
     fragments,
+    inner_optimizer,
     optimizer_state,
     refresh_parameters,
 )
@@ -154,7 +156,7 @@ def starting_point(config: JobConfig, trains: bool = True) -> tuple[Path | None,
             config.checkpoint.resume != "none" or not (out / "metrics.jsonl").exists(),
             f"out: {out} already holds a run; pass --checkpoint.resume auto to go on with it, or choose another folder",
         )
-        state = read_state(checkpoint, config.model) if checkpoint else TrainState()
+        state = read_state(checkpoint, config.model, _may_differ(config)) if checkpoint else TrainState()
         require(
             state.step < config.steps or not trains,
             f"steps={config.steps}: {checkpoint} has already taken {state.step} steps",
@@ -187,7 +189,13 @@ def whole_checkpoint(config: JobConfig, checkpoint: Path | None, state: TrainSta
     whole = verified(checkpoint, config.checkpoint.resume, Path(config.out) / "checkpoints")
     if whole is None or whole == checkpoint:
         return whole, state
-    return whole, replace(read_state(whole, config.model), sources=state.sources)  # as checked at the beginning
+    found = read_state(whole, config.model, _may_differ(config))
+    return whole, replace(found, sources=state.sources)  # as checked at the beginning
+
+
+def _may_differ(config: JobConfig) -> tuple[str, ...]:
+    """Fields of the network in which it may be another than the checkpoint's."""
+    return ("image_size",) if config.checkpoint.other_resolution else ()
 
 
 class SavedEngine(Protocol):
@@ -231,5 +239,6 @@ def load_checkpoint(path: Path, engine: SavedEngine, state: TrainState, more: Mo
     """Fills the engine from a checkpoint of any layout. Collective."""
     held = list(fragments(engine.model, engine.optimizer))
     create_optimizer_state(engine.optimizer, held, state.step - state.skipped_steps)
-    read.load(path, _shards(engine, more))
+    positive = described(inner_optimizer(engine.optimizer)).positive
+    read.load(path, _shards(engine, more), {f"/{moment}" for moment in positive})
     refresh_parameters(engine.model, engine.optimizer, held, engine.groups.data)

@@ -24,6 +24,7 @@ from beit3_dist.objectives.masked_data_modeling import MaskedDataModeling
 from beit3_dist.objectives.prefix_language_modeling import PrefixLanguageModeling
 from beit3_dist.objectives.registry import objectives_by_stream, objectives_of
 from beit3_dist.objectives.together import Objectives
+from beit3_dist.optimizers.registry import check_optimizer
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.float8 import check_float8
 from beit3_dist.parallel.graphs import check_graphs
@@ -71,7 +72,7 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
     check_trackers(config.trackers, mesh.is_first)
     require_laid_out(config)
     config.micro_batch(mesh.data)
-    deepspeed_config(config, mesh.data)
+    check_optimizer(config.optim, deepspeed_config(config, mesh.data))
     check_tensor(config.model, mesh.tensor)
     check_kernels(config.kernels, config.attention_kernel, config.precision)
     check_float8(config)
@@ -125,6 +126,11 @@ def check_trained(config: RunConfig, mesh: Mesh, objectives: Objectives) -> None
     """Raises ValueError where `train_only` fits neither the model nor the stages of its pipeline."""
     if (trained := objectives.trained) is None:
         return
+    require(
+        config.parallel.pipeline == 1 or config.optim.name == "adamw",
+        f"train_only: frozen parts in a pipeline were tried with adamw alone, not optim.name={config.optim.name}: "
+        "use parallel.pipeline=1, or optim.name=adamw",
+    )
     if (plan := plan_stages(config, *objectives.largest(mesh.data))) is not None:
         check_trained_stages(plan, trained)
 

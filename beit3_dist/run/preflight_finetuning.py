@@ -18,6 +18,7 @@ from beit3_dist.looking import of_node
 from beit3_dist.model.initialization import Values, zeros
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.opening import blaming
+from beit3_dist.optimizers.registry import check_optimizer
 from beit3_dist.parallel.deepspeed_config import deepspeed_config
 from beit3_dist.parallel.float8 import check_float8
 from beit3_dist.parallel.kernels import check_kernels
@@ -76,7 +77,7 @@ def prepare_finetuning(
     check_mixing(config, mesh)
     size = config.micro_batch(mesh.data)[0] * task_class(config.task).images * image_bytes(config.model.image_size)
     check_shared_memory(config.data, mesh, size, config.accumulation, bool(config.data.validation))
-    deepspeed_config(config, mesh.data)
+    check_optimizer(config.optim, deepspeed_config(config, mesh.data))
     check_tensor(config.model, mesh.tensor)
     check_kernels(config.kernels, config.attention_kernel, config.precision)
     check_float8(config)

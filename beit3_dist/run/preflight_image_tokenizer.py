@@ -32,6 +32,11 @@ def prepare_tokenizer_run(config: TokenizerConfig, mesh: Mesh) -> TokenizerReady
     """Opens and checks everything. Raises ValueError with one line that names the field and the remedy."""
     check_trackers(config.trackers, mesh.is_first)
     require_divides("the number of ranks", mesh.world, "batch", config.batch)
+    require(config.optim.name == "adamw", f"optim.name={config.optim.name}: the image tokenizer trains by adamw alone")
+    require(
+        not config.checkpoint.other_resolution,
+        "checkpoint.other_resolution: an image tokenizer stays at its resolution: leave it out",
+    )
     check_shared_memory(config.data, mesh, config.batch // mesh.world * image_bytes(config.model.image_size))
     checkpoint, state = starting_point(config)
     consumed = state.consumed.get("images", 0)

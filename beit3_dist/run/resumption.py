@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class OnResume(Enum):
     """What happens where a resumed run has another value of a field."""
 
-    FIXED = "it is refused: the checkpoint is of another network"
+    FIXED = "it is refused: the checkpoint is of another network or optimizer"
     RECIPE = "it needs checkpoint.other_recipe: a step has other samples, or the moments are those of another loss"
     COMPARED = "its content is compared, wherever it lies (sources.py), under checkpoint.other_data; else it is said"
     SAID = "it is said"
@@ -36,7 +36,7 @@ class OnResume(Enum):
 
 _FIELDS = {
     OnResume.FIXED: """
-        task batch train_only
+        task batch train_only optim.name
         gradient_masking.every gradient_masking.share gradient_masking.share_per_update
         model.layers model.width model.heads model.ffn_width model.patch_size model.image_size model.attention model.ffn
         model.sub_layernorm model.word_norm model.post_norm model.vl_expert_layers model.fusion_layers
@@ -49,7 +49,7 @@ _FIELDS = {
     OnResume.RECIPE: """
         batch.images batch.texts batch.pairs batch.size
         data.caption_key data.max_pixels
-        optim.beta1 optim.beta2
+        optim.beta1 optim.beta2 optim.momentum
         label_smoothing name_smoothing mixup cutmix caption_mask_ratio drop_worst_ratio drop_worst_after ema_decay
         teacher.kind teacher.name teacher.quick_gelu teacher.head_dim""",
     OnResume.COMPARED: """
@@ -77,7 +77,7 @@ _FIELDS = {
     OnResume.FREE: """
         out init_from plugins profile trackers evaluate_only data.workers data.prefetch data.cache
         callbacks.on_step callbacks.on_validation callbacks.on_save
-        checkpoint.resume checkpoint.other_data checkpoint.other_recipe""",
+        checkpoint.resume checkpoint.other_data checkpoint.other_resolution checkpoint.other_recipe""",
 }
 ON_RESUME = {name: on_resume for on_resume, names in _FIELDS.items() for name in names.split()}
 """Dotted name of a field -> its class."""
@@ -113,18 +113,20 @@ def same_recipe(config: JobConfig, checkpoint: Path | None) -> None:
     if checkpoint is None:
         return
     recipe_before = fields_of(of_run(lambda: read_yaml(checkpoint / "config.yaml")))
-    former = {current_name(name): value for name, value in recipe_before.items()}
+    former = {"optim.name": "adamw"} | {current_name(name): value for name, value in recipe_before.items()}
     now = fields_of(yaml.safe_load(to_yaml(config)))
     changes: dict[OnResume, list[str]] = {on_resume: [] for on_resume in OnResume}
     for name, value in now.items():
         if former.get(name, value) != value:
-            changes[on_resume(name)].append(f"{name}: {former[name]} -> {value}")
+            resampled = name == "model.image_size" and config.checkpoint.other_resolution
+            what_happens = OnResume.SAID if resampled else on_resume(name)
+            changes[what_happens].append(f"{name}: {former[name]} -> {value}")
     for name in sorted(objectives_in(former) ^ objectives_in(now)):
         changes[OnResume.RECIPE].append(f"objectives.{name}: {'left out' if name in objectives_in(former) else 'new'}")
     if fixed := changes[OnResume.FIXED]:
         raise ValueError(
-            f"checkpoint.resume: {checkpoint} is of another network ({'; '.join(fixed)}): use its recipe, or another "
-            "`out` to start anew"
+            f"checkpoint.resume: {checkpoint} is of another network or optimizer ({'; '.join(fixed)}): use its recipe, "
+            "or another `out` to start anew"
         )
     recipe = changes[OnResume.RECIPE]
     if recipe and not config.checkpoint.other_recipe:

@@ -205,14 +205,9 @@ class FinetuneConfig(TrainingConfig):
     """Passes over the training examples; above 0 it sets `steps`."""
     warmup_epochs: float = 0.0
     """Passes of the linear warm-up; used with `epochs`, where it sets optim.warmup_steps."""
-    layer_decay: float = 1.0
-    """Factor of the learning rate from each block to the one below; embeddings come last (BEiT)."""
     head_lr_scale: float = 1.0
     """imagenet, vqa, nlvr2, text and text_classification: factor of the learning rate of the head, the pooler or norm
     before it left out (unilm: 20 for vqa)."""
-    ema_decay: float = 0.0
-    """Decay per step of a moving average of the weights, which validation and the saved model then use; 0: none
-    (unilm's 0.9999 suits long runs)."""
     label_smoothing: float = 0.1
     """Tasks of classes or of writing, without mixing: probability spread over all classes."""
     name_smoothing: float = 0.0
@@ -234,7 +229,7 @@ class FinetuneConfig(TrainingConfig):
     batch: TaskBatchConfig = field(default_factory=TaskBatchConfig)
     """Examples per step."""
     optim: OptimConfig = field(default_factory=_fine_tuning_optimizer)
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
     eval: TaskEvalConfig = field(default_factory=TaskEvalConfig)
     """Validation."""
     dense: DenseConfig = field(default_factory=DenseConfig)
@@ -254,11 +249,6 @@ class FinetuneConfig(TrainingConfig):
             "model that writes, and in fusion layers nothing keeps what words look at",
         )
         require(
-            self.layer_decay == 1 or not self.model.vision_layers,
-            f"layer_decay={self.layer_decay} counts the layers of one stack, and model.vision_layers="
-            f"{self.model.vision_layers} are another: leave it at 1",
-        )
-        require(
             task.is_dense or self.dense == DenseConfig(),
             f"dense belongs to {_those_with('is_dense') or 'no task'}, not to task={self.task}: leave its fields alone",
         )
@@ -268,8 +258,8 @@ class FinetuneConfig(TrainingConfig):
         )
         require_not_negative("", self, "epochs", "warmup_epochs", "mixup", "cutmix", "drop_worst_after")
         require(self.warmup_epochs <= self.epochs, f"warmup_epochs={self.warmup_epochs} exceeds epochs={self.epochs}")
-        require_positive("", self, "layer_decay", "head_lr_scale")
-        require_within("[0, 1)", "", self, "ema_decay", "label_smoothing", "name_smoothing", "drop_worst_ratio")
+        require_positive("", self, "head_lr_scale")
+        require_within("[0, 1)", "", self, "label_smoothing", "name_smoothing", "drop_worst_ratio")
         require_within("(0, 1]", "", self, "caption_mask_ratio")
         require(
             self.head_lr_scale == 1 or task.has_classifier,

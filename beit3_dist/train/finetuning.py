@@ -27,6 +27,7 @@ from beit3_dist.data.order import hash_sum, mix
 from beit3_dist.model.initialization import zeros
 from beit3_dist.model.text_decoder import flops_of_reading, flops_per_word
 from beit3_dist.model.token_layout import to_device
+from beit3_dist.optimizers.registry import chosen
 from beit3_dist.parallel.collectives import all_agree, all_gather
 from beit3_dist.parallel.engine import Engine, StepResult
 from beit3_dist.parallel.mesh import Groups, connect
@@ -131,7 +132,14 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
                 model,
                 offload,
                 config.optim,
-                layered_groups(model, config.optim.weight_decay, layers, config.layer_decay, config.head_lr_scale),
+                layered_groups(
+                    model,
+                    config.optim.weight_decay,
+                    layers,
+                    config.layer_decay,
+                    config.head_lr_scale,
+                    chosen(config.optim),
+                ),
             ),
             bounds=self.task.bounds(config.model),
         )

@@ -10,6 +10,8 @@ from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from beit3_dist.checkpoint import read
 from beit3_dist.checkpoint.read import OBJECTIVE_STATE, TEACHER
 from beit3_dist.checkpoint.shard import Shard
@@ -24,6 +26,7 @@ from beit3_dist.model.initialization import zeros
 from beit3_dist.objectives.base import Loss
 from beit3_dist.objectives.together import PretrainingModule
 from beit3_dist.parallel.engine import Engine, StepResult
+from beit3_dist.parallel.fragments import Fragment
 from beit3_dist.parallel.mesh import Groups, Mesh
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.parallel.replicas import Replicas
@@ -38,7 +41,7 @@ from beit3_dist.train.feed import Feed, StepBatch
 from beit3_dist.train.loop import Job, train
 from beit3_dist.train.masked_by_stream import MaskedByStream
 from beit3_dist.train.metrics import losses_and_accuracies, speed
-from beit3_dist.train.optimizer import build_optimizer
+from beit3_dist.train.optimizer import pretraining_optimizer
 from beit3_dist.train.passes import passes
 from beit3_dist.train.pictures import Pictures, Shown
 from beit3_dist.train.target_watch import TargetWatch
@@ -102,7 +105,7 @@ class Pretraining(Job[RunConfig, StepResult]):
             build=objectives.build,
             values=ready.values,
             objective=lambda model: PretrainingModule(model, objectives, config.seed),
-            optimizer=lambda model, offload: build_optimizer(model, offload, config.optim),
+            optimizer=lambda model, offload: pretraining_optimizer(model, offload, config),
             plan=plan_stages(config, largest, flops),
             bounds=objectives.bounds,
             passes=2 if config.gradient_masking.every else 1,
@@ -115,9 +118,10 @@ class Pretraining(Job[RunConfig, StepResult]):
             trained_size = sum(sizes[name] for name in trained)
             log.info("train_only: %s of %s parameters train", f"{trained_size:,}", f"{sum(sizes.values()):,}")
         decay = objectives.average_decay
-        self._average = WeightAverage(self._engine, decay, TEACHER) if decay else None
-        if self._average is not None:
-            self._average.begin()
+        self._teacher = WeightAverage(self._engine, decay, TEACHER) if decay else None
+        if self._teacher is not None:
+            self._teacher.begin()
+        self._average = WeightAverage(self._engine, config.ema_decay) if config.ema_decay else None
         self._tokenize = None
         if ready.image_tokenizer is not None and mesh.is_last_stage:
             self._tokenize = ImageTargets(ready.image_tokenizer, mesh.device, groups.tensor, config.kernels)
@@ -136,7 +140,7 @@ class Pretraining(Job[RunConfig, StepResult]):
         self._batches = micro_batches(ready.train, requests, data.workers, data.prefetch, pin) if reads else iter(())
 
     def shards(self) -> Iterator[Shard]:
-        yield from contribution(self._engine, self._masked.masks.of_fragment if self._masked else self._more)
+        yield from contribution(self._engine, self._more(self._masked.masks.of_fragment if self._masked else None))
         if self.mesh.data_rank == self.mesh.tensor_rank == 0:
             yield from self._kept()
 
@@ -144,13 +148,18 @@ class Pretraining(Job[RunConfig, StepResult]):
         return starmap(Held, self._engine.weights())
 
     def load(self, checkpoint: Path) -> None:
-        with self._masked.restored() if self._masked else nullcontext(self._more) as more:
-            load_checkpoint(checkpoint, self._engine, self.state, more)
+        with self._masked.restored() if self._masked else nullcontext() as masks:
+            load_checkpoint(checkpoint, self._engine, self.state, self._more(masks))
         read.load(checkpoint, self._kept())
 
-    @property
-    def _more(self) -> More | None:
-        return None if self._average is None else self._average.of_fragment
+    def _more(self, masks: More | None) -> More:
+        """What the run keeps beside weights and moments; `masks`: of gradients, where it has some."""
+        kept = [masks, *(average.of_fragment for average in (self._teacher, self._average) if average is not None)]
+
+        def of_fragment(fragment: Fragment) -> dict[str, Tensor]:
+            return {suffix: value for more in kept if more for suffix, value in more(fragment).items()}
+
+        return of_fragment
 
     def _kept(self) -> Iterator[Shard]:
         """What the objectives keep from step to step."""
@@ -176,8 +185,9 @@ class Pretraining(Job[RunConfig, StepResult]):
             self._masked.after(step + 1)
         if not result.skipped:
             self._objectives.after_step()
-            if self._average is not None:
-                self._average.update()
+            for average in (self._teacher, self._average):
+                if average is not None:
+                    average.update()
         return result
 
     def _passes(self, batch: StepBatch, step: int) -> Iterator[tuple[Any, ...]]:
@@ -186,7 +196,7 @@ class Pretraining(Job[RunConfig, StepResult]):
         if self._masked:
             made = self._masked.passes(batch, codes_of)
         else:
-            made = passes(self._objectives, self._engine, batch, codes_of, self._average, step)
+            made = passes(self._objectives, self._engine, batch, codes_of, self._teacher, step)
         for inputs, reading, ids in made:
             if watched and reading is not None:
                 self._target_watch.add(reading)
@@ -203,9 +213,13 @@ class Pretraining(Job[RunConfig, StepResult]):
         return self._ready.held_out is not None and self.state.step % self.config.eval.every == 0
 
     def evaluate(self, together: Together) -> dict[str, float]:
+        with self._average.applied() if self._average is not None else nullcontext():
+            return self._evaluate(together)
+
+    def _evaluate(self, together: Together) -> dict[str, float]:
         engine, feed, ready = self._engine, self._feed, self._ready
         assert ready.held_out is not None
-        made_by = ready.held_out_codes, self._tokenize, self._average
+        made_by = ready.held_out_codes, self._tokenize, self._teacher
         scores = evaluate(self.config, self._objectives, engine, feed, ready.held_out, *made_by, together)
         if ready.zero_shot is not None:
             scores |= ZeroShot(self.config, ready.zero_shot, engine, ready.train.tokenizer, together).scores()

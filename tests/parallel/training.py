@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from beit3_dist.parallel.fragments import fragments, optimizer_state
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.pipeline import plan_stages
 from beit3_dist.train.feed import prepared
-from beit3_dist.train.optimizer import build_optimizer, parameter_groups
+from beit3_dist.train.optimizer import parameter_groups, pretraining_optimizer
 from beit3_dist.train.schedule import learning_rate
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes, random_micro_batch
@@ -135,10 +135,10 @@ def starting_value(name: str, shape: torch.Size, config: RunConfig) -> torch.Ten
 
 
 def build(model: BEiT3, offload: bool, config: RunConfig, sgd: bool) -> torch.optim.Optimizer:
-    """The run's AdamW, or plain gradient descent, which does not hide a wrong scale of the gradients."""
+    """The run's optimizer, or plain gradient descent, which does not hide a wrong scale of the gradients."""
     if sgd:
         return torch.optim.SGD(parameter_groups(model, 0.0), lr=config.optim.lr)
-    return build_optimizer(model, offload, config.optim)
+    return pretraining_optimizer(model, offload, config)
 
 
 @dataclass
@@ -189,7 +189,7 @@ def engine_run(
         )
         record["losses"].append([c / n for c, n in zip(result.losses, counts.tolist(), strict=True)])
         record["grad_norms"].append(result.grad_norm)
-        if step == 0 and not sgd:
+        if step == 0 and not sgd and config.optim.name in ("adamw", "lamb"):
             record["first_moments"] = {
                 f.name: (f.start, optimizer_state(engine.optimizer, f)["exp_avg"].cpu().numpy().copy())
                 for f in fragments(engine.model, engine.optimizer)
@@ -251,8 +251,14 @@ def assemble(records: list[dict[str, Any]], config: RunConfig) -> Trace:
     )
 
 
-def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
-    """The definition: one process, fp32, plain torch, the whole global batch of `parts` micro-batches."""
+def plain_run(
+    config: RunConfig,
+    parts: int,
+    sgd: bool = False,
+    make: Callable[[BEiT3], torch.optim.Optimizer] | None = None,
+) -> Trace:
+    """The definition: one process, fp32, plain torch, the whole global batch of `parts` micro-batches. `make`: another
+    optimizer than AdamW."""
     model = BEiT3(config.model, device="meta")
     materialize(model, lambda name, shape: starting_value(name, shape, config), "cpu")
     freeze(model, config.train_only)
@@ -261,6 +267,8 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
     optim = config.optim
     if sgd:
         optimizer: torch.optim.Optimizer = torch.optim.SGD(parameter_groups(model, 0.0), lr=optim.lr)
+    elif make is not None:
+        optimizer = make(model)
     else:
         betas = (optim.beta1, optim.beta2)
         groups = parameter_groups(model, optim.weight_decay)
@@ -281,7 +289,7 @@ def plain_run(config: RunConfig, parts: int, sgd: bool = False) -> Trace:
         if step == 0:
             trace.first_gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.steps, optim)
+            group["lr"] = learning_rate(step, config.steps, optim) * group.get("lr_scale", 1.0)
         optimizer.step()
         optimizer.zero_grad()
         trace.losses.append((sums / counts).tolist())

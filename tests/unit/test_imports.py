@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 FLOORS = (  # a floor imports those before it, and none of its own
     ("kernels",),
     ("model",),
+    ("optimizers",),
     ("data", "parallel", "checkpoint"),
     ("teachers", "trackers"),
     ("objectives",),

@@ -28,11 +28,12 @@ from beit3_dist.checkpoint.shard import Shard
 from beit3_dist.checkpoint.store import Store, TrainState, step_name
 from beit3_dist.config import ModelConfig
 from beit3_dist.model import BEiT3
+from beit3_dist.optimizers.adamw import MOMENTS
 from beit3_dist.recipe import read_sections
 from beit3_dist.tools.benchmarks.measure import check_positive, gpu_or_cpu, in_turns, machine, spread
 from beit3_dist.tools.benchmarks.recipe import RECIPES
 
-SUFFIXES = ("", "/exp_avg", "/exp_avg_sq")
+SUFFIXES = ("", *(f"/{moment}" for moment in MOMENTS))
 BYTES_PER_PARAMETER = 4 * len(SUFFIXES)
 
 

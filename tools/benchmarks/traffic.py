@@ -33,6 +33,7 @@ from beit3_dist.image_tokenizer.targets import ImageTargets
 from beit3_dist.kernels.varlen_attention import VARLEN_ATTENTION
 from beit3_dist.model import BEiT3
 from beit3_dist.objectives.together import ROUNDED, PretrainingModule
+from beit3_dist.parallel.fragments import tell_places
 from beit3_dist.parallel.kernels import chosen_function, sizes_of, use_kernels
 from beit3_dist.parallel.mesh import Groups, connect, read_mesh
 from beit3_dist.parallel.tensor import mark_model_parallel
@@ -98,6 +99,7 @@ def account(
         optimizer = _optimizer(network, optim, groups)
         engine = _Engine(PretrainingModule(network, objectives, seed=0), optimizer)
         with patch("torch.cuda.is_available", lambda: True):
+            tell_places(network, optimizer, {}, groups, zero_stage=0)
             optimizer.take_over(engine, chosen_function("adamw", kernels, torch.bfloat16, sizes_of(model)))
             fused = tokenizer is not None and fuse_encoder(tokenizer, kernels)
         schedule = Accumulation(len(batches), meta_groups, engine, len(objectives.losses))
