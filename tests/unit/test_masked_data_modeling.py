@@ -65,7 +65,8 @@ def test_weights_are_numbers_not_tensors() -> None:
     losses = torch.rand(2, 20, generator=torch.Generator().manual_seed(0), requires_grad=True)
     losses_of: Any = objective.model
     losses_of.image_losses = lambda patches, codes: losses[:, :8]
-    losses_of.text_losses = lambda words, ids: losses[:, 8:]
+    losses_of.text_norm = lambda hidden: hidden
+    losses_of.text_head = lambda hidden, ids: losses[:, 8:]
     rows = torch.arange(20)
     reading = Reading(Selection(rows, (5, 3, 5, 7)), [None], [Targets(rows[:8], rows[8:], [5, 3], [5, 7])])
     step_counts = torch.tensor([11, 13, 0, 17])

@@ -32,7 +32,7 @@ def test_only_a_new_run_draws_its_values(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def values(checkpoint: Path | None) -> list[torch.Tensor]:
         of_pretraining = preflight._values(pretraining, checkpoint, objectives_of(pretraining), before=None)
-        of_tuning = finetune_preflight._values(tuning, task_class("nlvr2")(tuning, None), checkpoint)
+        of_tuning = finetune_preflight._values(tuning, task_class("nlvr2")(tuning, None), checkpoint, None)
         return [of("blocks.0.ffn.vision.fc1.weight", SHAPE) for of in (of_pretraining, of_tuning)]
 
     assert all(value.any() for value in values(None))
