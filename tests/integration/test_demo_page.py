@@ -173,7 +173,15 @@ def test_it_answers_this_machine_alone(folder: Path, address: tuple[str, int]) -
         server_of(None, address[1])
 
 
-def test_ctrl_c_ends_it_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is heard, also where the tests were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_it_without_a_word(interrupts: None, capsys: pytest.CaptureFixture[str]) -> None:
     async def nothing(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "lifespan"
         for word in ("startup", "shutdown"):
