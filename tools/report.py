@@ -19,6 +19,7 @@ that does not exist is null:
     run, checkpoint, checkpoint_step            the folder, the checkpoint whose weights draw the images, its step
     steps, planned_steps, wall_s                steps in metrics.jsonl, of the whole run; sum of the steps' seconds
     samples {images, texts, pairs}              samples seen
+    sets {STREAM.NAME: count}                   of them those of each named data set of a mixture
     samples_per_s, data_wait_share              over all steps
     losses, accuracies {LOSS: {first, last, held_out}}   first step, mean of the last 20 steps, last validation
     entropies, baselines {LOSS: number}       of the targets, as above; nats and a share

@@ -89,7 +89,7 @@ def documented_keys() -> set[str]:
 
 def test_the_json_has_the_documented_keys(content: Record) -> None:
     assert set(content) == {
-        "run", "checkpoint", "checkpoint_step", "steps", "planned_steps", "wall_s", "samples", "samples_per_s",
+        "run", "checkpoint", "checkpoint_step", "steps", "planned_steps", "wall_s", "samples", "sets", "samples_per_s",
         "data_wait_share", "losses", "accuracies", "entropies", "baselines", "targets", "sampled", "held_out_step",
         "zero_shot", "pictures", "codes_right", "collapsed",
     }  # fmt: skip

@@ -168,7 +168,7 @@ def test_a_million_steps_are_a_small_page_that_shows_the_spike(browser: Browser,
     run = RunContents(run_folder(tmp_path / "a", steps=0))
     every = 40  # one record stands for so many, at its place
     run._steps.add(step(i, loss_image=50.0 if i == 400_000 else 3.0) for i in range(every, 1_000_001, every))
-    shown = run.told("a") | {"why": "none", "pictures_version": ""}
+    shown = run.told("a") | {"why": "none", "pictures_version": "", "drawn": []}
     browser.look_like(1400)
     text = opened(browser, tmp_path / "page.html", [shown])
     size = (tmp_path / "page.html").stat().st_size

@@ -63,7 +63,7 @@ def wait_of_a_step(groups: Groups) -> float:
 
     # All that is needed where there are no samples.
     config: Any = SimpleNamespace(batch=SimpleNamespace(accumulation=0))
-    objectives: Any = SimpleNamespace(losses=[], views=[])
+    objectives: Any = SimpleNamespace(losses=[], told=[], views=[])
     with patch.object(feed, "time", SimpleNamespace(perf_counter=lambda: now[0])):
         return Feed(config, objectives, groups).step(read).data_wait_s
 
