@@ -36,8 +36,15 @@ RUN = [
     *("--data.images", "images.tar", "--data.texts", "texts.tar", "--data.pairs", "pairs.tar"),
 ]
 OF_PROGRAM = {
-    "finetune.py": ("--text_tokenizer", "text.spm", "--data.train", "train.jsonl", "--data.val", "val.jsonl"),
-    "train_image_tokenizer.py": ("--data.images", "images.tar", "--teacher.weights", "clip.pt"),
+    "finetune.py": ("--text_tokenizer", "text.spm", "--data.train", "train.jsonl", "--data.validation", "val.jsonl"),
+    "train_image_tokenizer.py": (
+        "--data.images",
+        "images.tar",
+        "--teacher.kind",
+        "clip",
+        "--teacher.weights",
+        "clip.pt",
+    ),
 }
 
 

@@ -249,8 +249,8 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(
     job = submit(cluster, [*elastic, "--checkpoint.every", "4"], out, "2-3")
     wait(cluster, "first checkpoint", (out / "checkpoints" / "latest").exists, log)
     assert "processes on each of 127.0.0.1 127.0.0.2 127.0.0.3" in log.read_text()
+    kill_node(cluster, "127.0.0.3")  # first: one that lives would come back by itself
     slurm(cluster, "scontrol", "update", "NodeName=127.0.0.3", "State=DOWN", "Reason=test")
-    kill_node(cluster, "127.0.0.3")
     restarted(cluster, job, log)
     wait(cluster, "end of the job", lambda: state(cluster, job) == "COMPLETED", log)
     output = log.read_text()
