@@ -2,7 +2,7 @@
 # Lint, types, then the tests, in the project's own environment.
 #
 #   tests/run.sh                                  everything, the fast tests first
-#   tests/run.sh --quick                          three minutes: the fast tests of unit and parity
+#   tests/run.sh --quick                          five minutes: the fast tests of unit and parity
 #   tests/run.sh tests/unit/test_order.py -k seed any other arguments are pytest's: one test after the other
 #   tests/run.sh -n 2 -m 'not slow'               or by two processes
 set -euo pipefail
