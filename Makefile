@@ -11,7 +11,7 @@ environment: ## the environment of the tests and the demo, in .venv
 lint: environment ## ruff and mypy
 	. .venv/bin/activate && ruff check . && ruff format --check . && mypy beit3_dist
 
-quick: ## the fast tests, three minutes
+quick: ## the fast tests, five minutes
 	bash tests/run.sh --quick
 
 test: ## all tests
