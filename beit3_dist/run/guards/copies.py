@@ -18,8 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.checkpoint.store import TrainState, checkpoints
+from beit3_dist.gathering import gather_objects
+from beit3_dist.parallel.collectives import all_agree, all_gather
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.endings import RunStopped
+from beit3_dist.run.folder import of_all
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By size of an element."""
@@ -59,14 +62,10 @@ class EqualCopies:
         ):
             if group.size() > 1 and alike:
                 found += differing(alike, group)
-        differ = torch.tensor([bool(found)], dtype=torch.int32, device=mesh.device)
-        dist.all_reduce(differ, dist.ReduceOp.MAX)
-        if not differ.item():
+        if all_agree(not found, mesh.device):
             self._equal = state.step
             return
-        told: list[list[str]] = [[] for _ in range(mesh.world)]
-        dist.all_gather_object(told, found)
-        raise RunStopped(self._message(state.step, list(dict.fromkeys(line for lines in told for line in lines))))
+        raise RunStopped(self._message(state.step, list(dict.fromkeys(of_all(found, None)))))
 
     def _message(self, step: int, lines: Sequence[str]) -> str:
         good = [path for number, path in checkpoints(self._checkpoints).items() if number <= self._equal]
@@ -93,14 +92,11 @@ def differing(held: Sequence[Held], group: dist.ProcessGroup) -> list[str]:
     odd = (largest != smallest).nonzero().flatten().tolist()
     if not odd:
         return []
-    hosts: list[str] = [""] * group.size()
-    dist.all_gather_object(hosts, socket.gethostname(), group=group)
-    of_all = [torch.empty_like(mine) for _ in hosts]
-    dist.all_gather(of_all, mine, group=group)
+    hosts, digests = gather_objects(socket.gethostname(), group), all_gather(mine[None], group)
     ranks = dist.get_process_group_ranks(group)
     lines = []
     for index in odd:
-        values = [int(digests[index]) for digests in of_all]
+        values = digests[:, index].tolist()
         usual = max(values, key=values.count)
         # With two copies, or two camps of one size, nobody knows which is right.
         known = values.count(usual) > len(values) / 2

@@ -15,6 +15,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from beit3_dist.gathering import gather_objects
+from beit3_dist.parallel.collectives import all_gather
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.parallel.phases import PHASES, Phases, probe_s
 from beit3_dist.run.folder import RunFolder
@@ -40,16 +42,10 @@ class Speeds:
         if not self._every or step % self._every:
             return
         mine = torch.tensor([*phases.seconds(), probe_s(self._mesh.device)], device=self._mesh.device).double()
-        times = [torch.empty_like(mine) for _ in range(self._mesh.world)]
-        if self._mesh.world > 1:
-            dist.all_gather(times, mine)
-        else:
-            times = [mine]
-        rows = torch.stack(times).tolist()
+        assert dist.group.WORLD is not None
+        rows = all_gather(mine[None], dist.group.WORLD).tolist()
         slow = slow_ranks(rows)
-        hosts: list[str] = [""] * self._mesh.world
-        if slow and self._mesh.world > 1:
-            dist.all_gather_object(hosts, socket.gethostname())
+        hosts = gather_objects(socket.gethostname()) if slow else []
         if self._mesh.is_first:
             for rank, what in slow[:NAMED]:
                 more = f", {len(slow) - NAMED} more are slow" if len(slow) > NAMED and (rank, what) == slow[0] else ""
