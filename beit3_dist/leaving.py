@@ -75,6 +75,7 @@ class _Listener:
         self._hears, self._told = socket.socketpair()
         self._told.setblocking(False)
         signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_as_born)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
@@ -91,6 +92,16 @@ class _Listener:
 
 
 _listener: _Listener | None = None
+
+
+def _as_born() -> None:
+    """In a process just forked, which has no thread that listens: a signal ends it. Otherwise what ends a pool's worker
+    would pass it by, and be told to the listener of the process that has forked it, by the socket that both hold."""
+    global _listener
+    _listener = None
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def leave_when_asked(program: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ from torch.utils.data import Dataset
 from beit3_dist import launched, leaving
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
-from beit3_dist.leaving import SIGNALS, ExitCode
+from beit3_dist.leaving import SIGNALS, ExitCode, leave_when_asked
 from beit3_dist.looking import ToldElsewhere
 from beit3_dist.run import launch as module
 from beit3_dist.run.endings import ENDINGS, STARTED_AGAIN, FolderInUse, RunStopped, ending_of
@@ -267,11 +268,27 @@ def test_between_preparation_and_training_a_process_goes_as_well(kind: str) -> N
     assert result.stderr.endswith("program: asked to go before the training has begun\n")
 
 
+def pooling_run(_: str) -> None:
+    """A pool ends its workers by the signal that asks a program to go."""
+    leave_when_asked("program")
+    for _ in range(20):
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            pool.map(abs, range(8))
+    print("well")
+
+
+def test_the_end_of_a_pool_ends_its_workers_alone() -> None:
+    """Nothing of the signals of a process reaches the one that has forked it, and none passes it by."""
+    result = subprocess.run([sys.executable, __file__, "pool"], text=True, capture_output=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "well\n", "")
+
+
 RUNS = {
     **dict.fromkeys(("error", "interrupt", "stop"), failing_run),
     **dict.fromkeys(("says", "says and stops", "says and fails"), saying_run),
     **dict.fromkeys(("earlier", "meanwhile"), preempted_run),
     **dict.fromkeys(("lock", "store"), waiting_run),
+    "pool": pooling_run,
 }
 
 if __name__ == "__main__":
