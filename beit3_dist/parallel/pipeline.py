@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -316,6 +316,7 @@ class Pipeline:
         self._schedule: Any = (
             Schedule1F1B(stages[0], **options) if self.chunks == 1 else ScheduleInterleaved1F1B(stages, **options)
         )
+        self._begin_trace = _trace_whole_steps(engine)
 
     def train(self, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> Tensor:
         """Forward and backward of a step's micro-batches; statistics [2, K] of the last stage, zeros elsewhere."""
@@ -329,6 +330,7 @@ class Pipeline:
 
     def _run(self, run: Any, micro_batches: Iterable[Any], step_counts: Tensor, step: int) -> Tensor:
         mesh = self._groups.mesh
+        self._begin_trace()
         self._module.begin(micro_batches, step_counts, step)
         arguments = (self._nothing,) if mesh.pipeline_rank == 0 else ()
         keywords: dict[str, Any] = {"number": torch.arange(self.micro_batches)}
@@ -347,6 +349,20 @@ class Pipeline:
         zero_gradients(self._engine)
 
 
+def _trace_whole_steps(engine: Any) -> Callable[[], None]:
+    """(*) ZeRO-3 records in which order modules run, to gather each one's parameters while those before it compute, and
+    begins anew with every forward pass of the engine. The passes of a stage alternate in one way at the begin of a step
+    and in another at its end, so that it would forget the order in every step. Returns what begins instead: to call
+    before each step, and before a validation, which has an order of its own."""
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return lambda: None
+    coordinator = offload.get_param_coordinator()
+    begin: Callable[[], None] = coordinator.reset_step
+    coordinator.reset_step = lambda: None
+    return begin
+
+
 def zero_gradients(engine: Any) -> None:
     """Of ZeRO-3, which overwrites its gradient buffer only where a step's first backward pass has a gradient."""
     buffer = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
@@ -356,7 +372,7 @@ def zero_gradients(engine: Any) -> None:
 
 def check_order_within(data: dist.ProcessGroup) -> None:
     """(*) ZeRO-3 asserts that all processes of the world run the same modules, which stages do not; compare within the
-    replicas of a stage instead. One small all-reduce in place of pickling: it runs every step."""
+    replicas of a stage instead, with one small all-reduce in place of pickling."""
 
     def same_within_data(values: Any) -> None:
         digest = int.from_bytes(hashlib.sha256(repr(list(values)).encode()).digest()[:7], "big")

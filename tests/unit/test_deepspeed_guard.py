@@ -63,6 +63,7 @@ def called(source: Any) -> set[str]:
 ENGINE = module("runtime.engine").DeepSpeedEngine
 STAGE_1_2 = module("runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer
 STAGE_3 = module("runtime.zero.stage3").DeepSpeedZeroOptimizer_Stage3
+COORDINATOR = module("runtime.zero.partitioned_param_coordinator").PartitionedParameterCoordinator
 BF16 = module("runtime.bf16_optimizer").BF16_Optimizer
 
 
@@ -73,6 +74,7 @@ BF16 = module("runtime.bf16_optimizer").BF16_Optimizer
         ("fragments.py", STAGE_3, "fp32_partitioned_groups_flat"),
         ("fragments.py", STAGE_3, "persistent_parameters"),
         ("pipeline.py", STAGE_3, "grad_partitions_flat_buffer"),
+        ("pipeline.py", STAGE_3, "parameter_offload"),
         ("fragments.py", STAGE_1_2, "single_partition_of_fp32_groups"),
         ("fragments.py", BF16, "fp32_groups_flat_partition"),
         ("flat_step.py", BF16, "bf16_groups"),
@@ -98,6 +100,7 @@ def test_attributes_of_the_optimizers(file: str, optimizer: type, name: str) -> 
     [
         ("fragments.py", STAGE_3, "get_param_id", ["self", "param"]),
         ("pipeline.py", STAGE_3, "clear_backward_seen_flag", ["self"]),
+        ("pipeline.py", COORDINATOR, "reset_step", ["self"]),
         ("pipeline.py", STAGE_1_2, "clear_backward_seen_flag", ["self"]),
         ("engine.py", ENGINE, "set_gradient_accumulation_boundary", ["self", "is_boundary"]),
         ("engine.py", ENGINE, "backward", ["self", "loss", "retain_graph", "scale_wrt_gas"]),
