@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 tasks=demo/tasks
 all=(shapes captioning retrieval text vqa questions nlvr2)
-more=(objects) # by name alone: it takes longer
+more=(objects segmentation) # by name alone: they take longer
 chosen=("${@:-${all[@]}}")
 for name in "${chosen[@]}"; do
     [[ " ${all[*]} ${more[*]} " == *" $name "* ]] ||
@@ -20,11 +20,12 @@ checkpoint=demo/run/checkpoints/$(<demo/run/checkpoints/latest)
 [[ -e $tasks/demo.json ]] || python tools/build_index.py demo "$tasks" --text_tokenizer demo/text_tokenizer.spm
 
 finetune() { # TASK INDEX OUT [--field VALUE ...]
-    local task=$1 index=$2 out=$tasks/runs/$3
+    local task=$1 index=$2 out=$tasks/runs/$3 recipe=launchers/recipes/finetune/demo_$1.yaml
     shift 3
     [[ -e $out/model ]] && return
+    [[ -e $recipe ]] || recipe=launchers/recipes/finetune/demo.yaml
     OMP_NUM_THREADS=1 deepspeed --quiet --num_accelerators 2 --master_port "${BEIT3_PORT:-29512}" launchers/finetune.py \
-        --config launchers/recipes/finetune/demo.yaml --task "$task" --out "$out" --checkpoint.resume auto \
+        --config "$recipe" --task "$task" --out "$out" --checkpoint.resume auto \
         --data.train "$tasks/$index.train.jsonl" --data.validation "$tasks/$index.test.jsonl" "$@"
 }
 
@@ -40,6 +41,7 @@ for name in "${chosen[@]}"; do
     objects) settings=(instance_segmentation objects --data.answers "$tasks/objects.classes.txt" --steps 120
         --data.scales '[0.8, 1.25]' --data.horizontal_flip 0.5 --dense.channels 32 --dense.proposals 30
         --dense.regions 32 --batch.size 16 --optim.warmup_steps 3) ;;
+    segmentation) settings=(segmentation segmentation) ;;
     esac
     for start in pretrained random; do
         printf '\n\033[1m== %s, from %s weights\033[0m\n' "$name" "$start"

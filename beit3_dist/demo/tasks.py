@@ -141,8 +141,9 @@ def shapes(easy: dict[str, EasySide]) -> Indexes:
 
 
 BACKGROUND = "background"
-SEGMENTS = [BACKGROUND, *SHAPES]
-"""Classes of the pixels of easy-VQA's images."""
+SEGMENTS = [BACKGROUND, *COLORS]
+"""Classes of the pixels of easy-VQA's images: colours, which the demo's pretraining tells apart, as it hardly does
+shapes."""
 
 
 def shape_pixels(image: np.ndarray) -> np.ndarray:
@@ -180,7 +181,7 @@ def segmentation(easy: dict[str, EasySide]) -> tuple[Indexes, dict[str, bytes]]:
         ):
             record["mask_path"] = record["image_path"].replace("images/", "masks/", 1)
             pixels = _shape_in(source.paths[number])
-            files[record["mask_path"]] = _png(pixels * np.uint8(SEGMENTS.index(shape.kind)))
+            files[record["mask_path"]] = _png(pixels * np.uint8(SEGMENTS.index(shape.color)))
     return indexes, files
 
 

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -484,7 +485,8 @@ def test_parts_of_speech_are_equally_frequent_and_words_are_on_one_side(monkeypa
 def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tasks"
     run("demo", None, out, "--text_tokenizer", spm)
-    tasks = {"vqa": 13, "shapes": 24, "captioning": None, "nlvr2": 2, "retrieval": None, "text": 4, "objects": 3}
+    tasks = {"vqa": 13, "shapes": 24, "captioning": None, "nlvr2": 2, "retrieval": None, "text": 4, "segmentation": 9,
+             "objects": 3}  # fmt: skip
     for name, classes in tasks.items():
         for split in ("train", "test"):
             task = {"shapes": "imagenet", "objects": "instance_segmentation"}.get(name, name)
@@ -497,6 +499,10 @@ def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsy
     (left, top, width, height), mask = marked.objects[0]["box"], bitmap(marked.objects[0]["mask"], 64, 64)
     box = (slice(int(top), int(top + height)), slice(int(left), int(left + width)))
     assert mask[box].sum() == mask.sum() > 0 and mask[box].any(0).all() and mask[box].any(1).all()
+    last = {name: json.loads((out / f"{name}.test.jsonl").read_text().splitlines()[-1]) for name in tasks}
+    numbers = np.asarray(Image.open(out / last["segmentation"]["mask_path"]))
+    color = demo.SHAPE_CLASSES[last["shapes"]["label"]].split()[0]
+    assert np.array_equal(numbers, mask * demo.SEGMENTS.index(color))
     capsys.readouterr()
     run("demo", None, out, "--text_tokenizer", spm)
     assert capsys.readouterr().out == f"{out} is complete\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,29 @@ def test_a_model_folder_segments_images_and_draws_them(dense: DenseConfig, tmp_p
     with Image.open(tmp_path / "drawn" / "one.png") as drawn:
         assert drawn.size == (50, 20)
     assert (tmp_path / "drawn" / "classes.png").is_file()
+
+
+def test_it_learns_where_things_are() -> None:
+    """Red rectangles of four pictures, to an IoU of 0.9: nothing is mirrored, moved or told of another picture on the
+    way from masks to losses to windows."""
+    images = torch.full((4, 1, 3, 32, 32), 0.8)
+    labels = torch.zeros(4, 32, 32, dtype=torch.int16)
+    for n, (y, x) in enumerate([(2, 3), (14, 1), (5, 15), (17, 16)]):
+        images[n, 0, 0, y : y + 12, x : x + 14] = -1
+        labels[n, y : y + 12, x : x + 14] = 1
+    task = a_task()
+    network = task_class("segmentation").network(replace(MODEL, layers=2), 2, DenseConfig(channels=16), seed=1)
+    optimizer = torch.optim.Adam(network.train().parameters(), 1e-2)
+    none = torch.empty(4, 0, dtype=torch.int64)
+    for step in range(80):
+        inputs = TaskInputs(images, none, none.bool(), labels, torch.arange(4), step=step)
+        optimizer.zero_grad()
+        task.losses(network, inputs)[0].mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = torch.stack(task.class_maps(network.eval(), list(images[:, 0]), [(32, 32)] * 4))
+    confusion = torch.bincount((2 * labels + found).flatten(), minlength=4).view(2, 2)
+    assert overlaps(confusion)[0]["miou"] > 0.9
 
 
 def test_wrong_settings_are_refused() -> None:
