@@ -499,9 +499,9 @@ def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsy
     (left, top, width, height), mask = marked.objects[0]["box"], bitmap(marked.objects[0]["mask"], 64, 64)
     box = (slice(int(top), int(top + height)), slice(int(left), int(left + width)))
     assert mask[box].sum() == mask.sum() > 0 and mask[box].any(0).all() and mask[box].any(1).all()
-    last = {name: json.loads((out / f"{name}.test.jsonl").read_text().splitlines()[-1]) for name in tasks}
-    numbers = np.asarray(Image.open(out / last["segmentation"]["mask_path"]))
-    color = demo.SHAPE_CLASSES[last["shapes"]["label"]].split()[0]
+    first = {name: json.loads((out / f"{name}.test.jsonl").read_text().splitlines()[0]) for name in tasks}
+    numbers = np.asarray(Image.open(out / first["segmentation"]["mask_path"]))
+    color = demo.SHAPE_CLASSES[first["shapes"]["label"]].split()[0]
     assert np.array_equal(numbers, mask * demo.SEGMENTS.index(color))
     capsys.readouterr()
     run("demo", None, out, "--text_tokenizer", spm)
