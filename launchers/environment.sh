@@ -79,24 +79,25 @@ install=("$python" -m pip install --no-input --disable-pip-version-check --const
 stage "1/5 a virtual environment in $venv" python3 -m venv "$venv"
 # torch alone and first: another package's wider range would bring another build of it.
 stage "2/5 torch and what builds packages" "${install[@]}" torch setuptools wheel ninja
+# These declare what the tests do without: torchscale, which the parity tests compare with, packages of years ago;
+# CLIP_benchmark scikit-learn and Java's scores of captions; trackio and Gradio (and what it brings) a Pillow before 13.
+bare=(
+    torchscale clip-benchmark trackio gradio gradio-client hf-gradio groovy safehttpx brotli orjson pandas pydub
+    python-multipart pytz semantic-version tomlkit
+)
 # DeepSpeed's build imports torch, so it must see this environment's. Wheels of what is to be built come from here too.
-mapfile -t packages < <("$python" - <<'PYTHON'
-import tomllib
+mapfile -t packages < <("$python" - "${bare[@]}" <<'PYTHON'
+import re, sys, tomllib
 
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = project["optional-dependencies"]
 used = ("demo", "dev", "hub", "trackers", "data", "detection", "docs")
-print(*project["dependencies"], *(package for extra in used for package in extras[extra]), sep="\n")
+packages = [*project["dependencies"], *(package for extra in used for package in extras[extra])]
+print(*(package for package in packages if re.match(r"[\w-]+", package)[0] not in sys.argv), sep="\n")
 PYTHON
 )
 stage "3/5 the packages of pyproject.toml" "${install[@]}" --no-build-isolation "${packages[@]}"
 stage "4/5 this project" "${install[@]}" --no-build-isolation --no-deps --editable .
-# These declare what the tests do without: torchscale, which the parity tests compare with, packages of years ago;
-# CLIP_benchmark scikit-learn and Java's scores of captions; Gradio (and what it brings) a Pillow before 13.
-bare=(
-    torchscale clip-benchmark gradio gradio-client hf-gradio groovy safehttpx brotli orjson pandas pydub
-    python-multipart pytz semantic-version tomlkit
-)
 stage "5/5 what declares other packages than it needs here" "${install[@]}" --no-build-isolation --no-deps "${bare[@]}"
 
 describe >"$stamp.new"

@@ -98,19 +98,22 @@ def test_mlflow_in_files_goes_on_in_one_record(tmp_path: Path) -> None:
     assert any((tmp_path / "tensorboard").iterdir())
 
 
-@pytest.mark.skipif(missing("trackio"), reason="trackio wants Pillow below 13, which is not what is tested here")
+@pytest.mark.skipif(missing("trackio"), reason="needs the extra trackers")
 def test_trackio_goes_on_in_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
     two_stretches(tmp_path / "run", [{"trackio": {"project": "p"}}])
     from trackio.sqlite_storage import SQLiteStorage
 
     assert SQLiteStorage.get_runs("p") == ["run"]
-    steps = [
-        (record["step"], record["train/loss"])
-        for record in SQLiteStorage.get_logs("p", "run")
-        if "train/loss" in record
-    ]
+    records = SQLiteStorage.get_logs("p", "run")
+    steps = [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
     assert steps == [(1, 0.5), (2, 1.0), (3, 1.5), (3, 3.5)]
+    config = SQLiteStorage.get_run_config("p", "run")
+    assert config["optim"]["lr"] and config["hashes"]["text_tokenizer"] == "07bcc1e8d28130a1"
+    for name in ("eval/image_retrieval_recall@1", "pictures/images", "captions"):
+        assert any(name in record for record in records), name
+    assert {record["sample_hash"] for record in records if "sample_hash" in record} == {"hash1", "hash2", "hash3"}
+    assert [*(tmp_path / "store" / "media").rglob("*.png")]
 
 
 def test_the_default_writes_no_new_file(tmp_path: Path) -> None:
