@@ -10,7 +10,7 @@ the page, such as a pretrained one and what was fine-tuned from it. A tab that n
     Caption             fine-tuned for captioning, or pretrained by prefix_language_modeling
     Search, Classify    fine-tuned for retrieval, or pretrained by contrastive; Search looks into --pictures
     Fill in words       pretrained by masked_data_modeling; with a picture or without
-    Attention           any but models with layers of fusion
+    Attention           any; with words, in a model with layers of fusion, those layers
     Hidden patches      pretrained by masked_data_modeling; --pictures tell what visual codes look like
 
 The page is served to 127.0.0.1 alone and asks no other host for anything. It needs Gradio: pip install

@@ -6,6 +6,7 @@ import math
 import textwrap
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from beit3_dist.objectives.base import Loss
 from beit3_dist.optional import optional_module
 from beit3_dist.reports.opened import Record, Run, column
+from beit3_dist.reports.page import names_of
 from beit3_dist.train.guesses import Example, in_brackets, tiles
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ def draw(run: Run, report: Record, looks: Tensor | None, shown: dict[str, list[E
 
 def draw_title(page: Axes, report: Record) -> None:
     """What run this is, and what the lines of the curves mean."""
-    page.text(MARGIN, 36, f"What {report['run']} has learnt", size=16, weight="bold", color=INK, parse_math=False)
+    (name,) = names_of([Path(report["run"])])
+    page.text(MARGIN, 36, f"What {name} has learnt", size=16, weight="bold", color=INK, parse_math=False)
     remark = (
         f"{report['steps']:,} of {report['planned_steps']:,} steps, {sum(report['samples'].values()):,} samples in "
         f"{timedelta(seconds=round(report['wall_s']))}; images drawn with the checkpoint of step "

@@ -7,6 +7,7 @@ opened by `inference.open_image` alone, which refuses image bombs; Gradio hands 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -16,7 +17,8 @@ from typing import Any
 
 from beit3_dist.config import DataConfig
 from beit3_dist.data.transforms import largest_file
-from beit3_dist.inference import HIDDEN, Guess, Model
+from beit3_dist.inference import HIDDEN, Guess
+from beit3_dist.leaving import SIGNALS
 from beit3_dist.opening import one_line
 from beit3_dist.optional import optional_module
 from beit3_dist.reports.live import HOST
@@ -43,10 +45,16 @@ footer { display: none !important; }
 
 @contextmanager
 def gradio() -> Iterator[Any]:
-    """Gradio without its reports home, its files in a folder that goes with the context."""
-    with tempfile.TemporaryDirectory(prefix="beit3_demo_") as folder:
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}
-        yield optional_module("gradio", "the page of a model", "pip install 'beit3-dist[page]'")
+    """Gradio without its reports home, its files in a folder that goes with the context: a signal to go is Ctrl-C
+    inside, in the main thread."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    try:
+        with tempfile.TemporaryDirectory(prefix="beit3_demo_") as folder:
+            os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "HF_HUB_OFFLINE": "1"}
+            yield optional_module("gradio", "the page of a model", "pip install 'beit3-dist[page]'")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def blocks_of(gr: Any, models: Models) -> Any:
@@ -175,13 +183,10 @@ def _fill_in(gr: Any, models: Models, uses: Served) -> None:
 
 
 def _attention(gr: Any, models: Models, uses: Served) -> None:
-    def layers(model: Model) -> int:
-        return model.network.config.layers
-
     def attend(name: str, image: str | None, text: str, layer: float) -> Any:
-        return served.attend(uses.models[name], _needed(image), text, min(int(layer), layers(uses.models[name])))
+        return served.attend(uses.models[name], _needed(image), text, int(layer))
 
-    most = max(map(layers, uses.models.values()))
+    most = max(served.layers(model, words) for model in uses.models.values() for words in (False, True))
     with gr.Row():
         with gr.Column():
             image, which = _image(gr), _which(gr, uses.models)

@@ -19,7 +19,7 @@ from beit3_dist.opening import read_yaml
 from beit3_dist.reports.page import names_of
 from beit3_dist.tasks.registry import pretrained_tasks
 from beit3_dist.train.guesses import codes_right
-from beit3_dist.use.attention import attention_picture, no_attention
+from beit3_dist.use.attention import attention_picture, layers_that_look
 from beit3_dist.use.image_index import Index, Tell, best, brought_up_to_date
 from beit3_dist.use.reconstruction import Reconstruction, hidden_blocks
 
@@ -91,7 +91,7 @@ class Models:
 
     @property
     def attending(self) -> Served:
-        return self._those(lambda model: not no_attention(model), "The models' layers of fusion are not drawn.")
+        return Served(self.opened)
 
     @property
     def rebuilding(self) -> Served:
@@ -202,8 +202,14 @@ def fill(model: Model, text: str, image: str | None) -> list[tuple[str, list[Gue
 
 
 def attend(model: Model, image: str, text: str, layer: int) -> Image.Image:
-    """`layer`: from 1."""
-    return attention_picture(model, image, text.strip(), layer - 1)
+    """`layer`: from 1; above the highest, the highest."""
+    text = text.strip()
+    return attention_picture(model, image, text, min(layer, layers(model, bool(text))) - 1)
+
+
+def layers(model: Model, words: bool) -> int:
+    """How many layers look at patches, with words or without."""
+    return len(layers_that_look(model, words))
 
 
 def rebuild(reconstruction: Reconstruction, image: str, share: float, seed: int) -> tuple[list[np.ndarray], str]:

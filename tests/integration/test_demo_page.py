@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import signal
 import threading
@@ -181,7 +182,10 @@ def interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_ends_it_without_a_word(interrupts: None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_without_a_word(
+    number: signal.Signals, interrupts: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def nothing(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "lifespan"
         for word in ("startup", "shutdown"):
@@ -195,10 +199,14 @@ def test_ctrl_c_ends_it_without_a_word(interrupts: None, capsys: pytest.CaptureF
     def press() -> None:
         while not server.started:
             time.sleep(0.02)
-        signal.pthread_kill(main, signal.SIGINT)
+        signal.pthread_kill(main, number)
 
-    threading.Thread(target=press).start()
-    serve(server, place)
+    with gradio():
+        files = Path(os.environ["GRADIO_TEMP_DIR"])
+        threading.Thread(target=press).start()
+        serve(server, place)
+        assert files.is_dir()
+    assert not files.exists()
     assert capsys.readouterr() == ("", "")
 
 
