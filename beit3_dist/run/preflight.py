@@ -126,11 +126,6 @@ def check_trained(config: RunConfig, mesh: Mesh, objectives: Objectives) -> None
     """Raises ValueError where `train_only` fits neither the model nor the stages of its pipeline."""
     if (trained := objectives.trained) is None:
         return
-    require(
-        config.parallel.pipeline == 1 or config.optim.name == "adamw",
-        f"train_only: frozen parts in a pipeline were tried with adamw alone, not optim.name={config.optim.name}: "
-        "use parallel.pipeline=1, or optim.name=adamw",
-    )
     if (plan := plan_stages(config, *objectives.largest(mesh.data))) is not None:
         check_trained_stages(plan, trained)
 
