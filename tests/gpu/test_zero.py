@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.gpu.layouts import losses_near_fp32
 from tests.parallel.test_layouts import Layout, compare
 from tests.parallel.workers import KeptWorkers
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[KeptWorkers]:
-    kept = KeptWorkers()
-    yield kept
-    kept.close()
-
 
 LAYOUTS = {
     "zero0": Layout(0, "shallow", accumulation=2, steps=2),

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.parallel.test_layouts import Layout, compare
 from tests.parallel.workers import KeptWorkers
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[KeptWorkers]:
-    kept = KeptWorkers()
-    yield kept
-    kept.close()
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])

@@ -3,22 +3,12 @@ its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.device import ON_GPU
 from tests.gpu.layouts import losses_near_fp32
 from tests.parallel.test_layouts import Layout, compare
 from tests.parallel.workers import KeptWorkers
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[KeptWorkers]:
-    kept = KeptWorkers()
-    yield kept
-    kept.close()
-
 
 LAYOUTS = {
     "zero1": Layout(1, "shallow", accumulation=2, kernels="triton", steps=2),
