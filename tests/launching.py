@@ -68,9 +68,6 @@ def _rank(rank: int, world: int, port: int, program: str, printed: list[str], ar
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(1)
-    from tests.conftest import define_torchvision_operators
-
-    operators = define_torchvision_operators()
     code = 0
     try:
         module = program if "." in program else f"launchers.{program}"
@@ -78,7 +75,6 @@ def _rank(rank: int, world: int, port: int, program: str, printed: list[str], ar
     except SystemExit as end:
         code = int(end.code or 0)
     atexit._run_exitfuncs()  # which multiprocessing leaves out, and loader processes end by
-    del operators
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

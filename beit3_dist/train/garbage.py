@@ -15,13 +15,20 @@ EVERY = 500
 
 
 class GarbageCollection(ExitStack):
-    """Inside, no automatic collection; objects that were there before are never searched."""
+    """Inside, no automatic collection; objects that were there before are never searched.
+
+    Nor afterwards, where a program has frozen its imports: DeepSpeed collects several times while it makes an engine,
+    and the next run of the process would search them all each time. What a run has left among them is found once the
+    program calls `gc.unfreeze`.
+    """
 
     def __enter__(self) -> Self:
         super().__enter__()
+        held = gc.get_freeze_count()
         gc.collect()
         gc.freeze()
-        self.callback(gc.unfreeze)
+        if not held:
+            self.callback(gc.unfreeze)
         if gc.isenabled():
             gc.disable()
             self.callback(gc.enable)

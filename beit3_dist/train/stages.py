@@ -41,7 +41,9 @@ def train_stages(program: str, ready: ReadyStages) -> None:
 def _make_room() -> None:
     """Frees what a stage has held: engines are circles of references. Collective."""
     dist.barrier()
+    gc.unfreeze()  # a run leaves them with what was imported
     gc.collect()
+    gc.freeze()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

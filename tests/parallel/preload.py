@@ -7,6 +7,7 @@ time of importing, and in the workers, which find it frozen, as much of a step u
 from __future__ import annotations
 
 import gc
+import importlib
 
 gc.disable()
 
@@ -17,6 +18,8 @@ import torch.distributed.pipelining  # noqa: E402, F401
 import beit3_dist.train.finetuning  # noqa: E402
 import beit3_dist.train.image_tokenizer  # noqa: E402
 import beit3_dist.train.pretraining  # noqa: E402, F401
+import tests.conftest  # noqa: E402, F401
 
+importlib.import_module("timm")  # of augmentation and teachers; conftest has defined what it needs
 gc.freeze()
 gc.enable()

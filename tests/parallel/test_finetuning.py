@@ -32,7 +32,6 @@ from beit3_dist.tasks.config import (
 )
 from beit3_dist.tasks.registry import task_class
 from beit3_dist.train.finetuning import finetune
-from tests.conftest import define_torchvision_operators
 from tests.integration.runs import metrics, reproducible
 from tests.parallel.workers import run_workers
 from tests.unit.tar_fixtures import pair_tar, picture, sentences, train_tokenizer
@@ -153,10 +152,8 @@ def recipe_config(folder: Path, task: str) -> FinetuneConfig:
 
 def run(groups: Groups, configs: list[FinetuneConfig]) -> None:
     """For `run_workers`: what launchers/finetune.py does after parsing, run after run."""
-    operators = define_torchvision_operators()
     for config in configs:
         finetune(prepare_finetuning(config, groups.mesh))
-    del operators
 
 
 def run_and_die(groups: Groups, config: FinetuneConfig) -> None:

@@ -7,9 +7,11 @@ CUDA devices, as importing DeepSpeed does, so there every worker imports them it
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -21,16 +23,18 @@ import torch
 
 from tests.device import DEVICE, ON_GPU
 
-TIMEOUT_S = 180
+TIMEOUT_S = 400
 PRELOAD = ["tests.parallel.preload"]
 """What the fork server imports, of which there is one for all tests of a process."""
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody uses, below those that Linux gives to connections, which would take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def _work(rank: int, world: int, tensor: int, pipeline: int, port: int, tasks: Connection) -> None:
@@ -54,8 +58,8 @@ def _work(rank: int, world: int, tensor: int, pipeline: int, port: int, tasks: C
         while True:
             function, arguments = tasks.recv()
             tasks.send(("result", function(groups, *arguments)))
-            gc.collect()  # engines are circles of references
-            gc.freeze()  # again: a run ends by lifting it
+            gc.collect()  # engines are circles of references; those of whole runs stay frozen, and are small
+            gc.freeze()
     except EOFError:
         pass
     except BaseException:

@@ -48,4 +48,15 @@ def test_garbage_is_collected_at_chosen_steps_only(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(garbage.gc, "collect", lambda: collected.append(1))
         for step in range(1, 8):
             collection.after(step)
-    assert gc.isenabled() and len(collected) == 2 and gc.get_freeze_count() == 0
+    assert gc.isenabled() and len(collected) == 2
+
+
+def test_what_was_frozen_before_a_run_stays_so() -> None:
+    try:
+        for frozen in (False, True):
+            gc.freeze() if frozen else gc.unfreeze()
+            with GarbageCollection():
+                assert gc.get_freeze_count()
+            assert bool(gc.get_freeze_count()) == frozen
+    finally:
+        gc.freeze()
