@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from beit3_dist.image_tokenizer.engine import TokenizerEngine, TokenizerStep
 from beit3_dist.image_tokenizer.files import load_vqkd
+from launchers import train_image_tokenizer
 from tests.launching import launch
 from tests.unit.tar_fixtures import picture, write_tar
 
@@ -74,9 +77,7 @@ def losses(out: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def trained(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "one"
-    command = [sys.executable, str(LAUNCHER), *small(shards, out), "--local_rank=0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    result = launch(NAME, *small(shards, out), "--local_rank=0")
     assert result.returncode == 0, result.stderr
     assert "step 40/40" in result.stdout and "samples/s" in result.stdout
     return out
@@ -155,25 +156,23 @@ def test_ended_and_resumed_is_bitwise_the_undisturbed_run(
     assert len(tails) == (number == signal.SIGKILL), "the tail of a killed run is kept aside"
 
 
-HANGING = """
-import runpy, sys, time
-from beit3_dist.image_tokenizer.engine import TokenizerEngine
-train_step = TokenizerEngine.train_step
-def hanging_step(self, images, step, lr):
-    if step == 2:
-        time.sleep(1000)
-    return train_step(self, images, step, lr)
-TokenizerEngine.train_step = hanging_step
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def main(arguments: list[str]) -> None:
+    """For `launch`: the launcher, whose third step hangs."""
+    train_step = TokenizerEngine.train_step
+
+    def hanging_step(self: TokenizerEngine, images: torch.Tensor, step: int, lr: float) -> TokenizerStep:
+        if step == 2:
+            time.sleep(1000)
+        return train_step(self, images, step, lr)
+
+    with patch.object(TokenizerEngine, "train_step", hanging_step):
+        train_image_tokenizer.main(arguments)
 
 
 @pytest.mark.slow
 def test_a_hanging_step_is_ended_with_all_stacks(shards: Path, tmp_path: Path) -> None:
     settings = small(shards, tmp_path / "run", {"guards.step_timeout_s": 5})
-    result = subprocess.run([sys.executable, "-c", HANGING, str(LAUNCHER), *settings], capture_output=True, text=True,
-                            timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    result = launch(__name__, *settings)
     assert result.returncode == 1, result.stderr
     assert "step 3 has taken longer than guards.step_timeout_s=5" in result.stderr
     assert "in hanging_step" in (tmp_path / "run" / "logs" / "rank00000.log").read_text()
