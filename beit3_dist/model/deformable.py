@@ -1,4 +1,10 @@
-"""Multi-scale deformable attention (Zhu et al. 2021, equation 3) in plain torch."""
+"""Multi-scale deformable attention (Zhu et al. 2021, equation 3) in plain torch.
+
+No fused kernel stands beside it. torchvision's `deform_conv2d` bends the places of a convolution, whose weights all
+queries share; here each query has its own. The kernel of Zhu et al. comes with no library that we could keep:
+transformers downloads a compiled one at its first use and runs it unseen, mmcv's last release is of 2024 and is built
+for one release of torch, and the packages of the kernel alone are older or at version 0.1.
+"""
 
 from __future__ import annotations
 

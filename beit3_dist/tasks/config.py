@@ -129,9 +129,9 @@ class TaskEvalConfig:
     """segmentation: pixels from one window of the model's size to the next, on an image whose shorter side is the
     model's; 0: two thirds of a window."""
     flip: bool = False
-    """segmentation: images are seen mirrored, too."""
+    """segmentation, detection, instance_segmentation: images are seen mirrored, too."""
     scales: list[float] = field(default_factory=lambda: [1.0])
-    """segmentation: sizes at which images are seen, of their usual one."""
+    """The same: sizes at which images are seen, of their usual one."""
     pictures: int = 4
     """segmentation, detection, instance_segmentation: so many of the first images are shown to the `trackers` with what
     is there and what was told."""

@@ -30,7 +30,7 @@ from beit3_dist.tasks.data.object_views import Objects
 from beit3_dist.tasks.data.objects import Marked
 from beit3_dist.tasks.parts.average_precision import packed
 from beit3_dist.tasks.parts.detecting import Detection
-from beit3_dist.tasks.parts.detector import Choice, Detector
+from beit3_dist.tasks.parts.detector import Choice, Detector, Look
 from beit3_dist.tasks.parts.drawing import colour_of, with_objects
 from beit3_dist.tasks.registry import task_class
 from tests.unit.tar_fixtures import picture, train_tokenizer
@@ -137,6 +137,41 @@ def test_the_choice_of_boxes() -> None:
     assert len(Choice(1, 0.05, 0.0)(boxes, scores)) == 1
     of_classes = torch.stack([boxes[:, 0], boxes[:, 0] + 1], 1)
     assert Choice(100, 0.2, 0.0)(of_classes, scores)[1, :4].tolist() == [1, 1, 11, 11]
+
+
+def test_what_several_looks_find_is_one_choice() -> None:
+    """Boxes come back from larger and mirrored views, and a mask is the mean of what each look draws."""
+    network = task_of("instance_segmentation", cascade=True).network(MODEL, 3, replace(DENSE, cascade=True), seed=1)
+    head: Any = network.task_head
+    maps = head.pyramid.maps(network, inputs([0, 1]).images[:, 0])
+
+    def everything(boxes: Tensor, scores: Tensor) -> Tensor:
+        return torch.cat([boxes[:, 0], scores.max(1).values[:, None], scores.argmax(1)[:, None].float()], 1)
+
+    (plain, _), masks = head.detect([Look(maps, 64)], 64, everything)
+    (halves, _), same = head.detect([Look(maps, 64)], 32, everything)
+    torch.testing.assert_close((halves[:, :4] * 2, halves[:, 4:], same), (plain[:, :4], plain[:, 4:], masks))
+    (turned, _), drawn = head.detect([Look(maps, 64, mirrored=True)], 64, everything)
+    torch.testing.assert_close(turned[:, [0, 2, 1, 3]], torch.cat([64 - plain[:, [2, 0]], plain[:, [1, 3]]], 1))
+    torch.testing.assert_close(drawn, masks.flip(-1))
+    (both, _), means = head.detect([Look(maps, 64), Look(maps, 64, mirrored=True)], 64, everything)
+    torch.testing.assert_close(both, torch.cat([plain, turned]))
+    count = len(plain)
+    torch.testing.assert_close(means[count : 2 * count], means[:count].flip(-1), atol=1e-5, rtol=0)
+    assert (means[:count] - masks[:count]).abs().max() > 1e-4
+
+
+def test_a_detector_that_looks_mirrored_too_sees_left_as_right() -> None:
+    """At two sizes: of the mirrored pictures it finds the same, mirrored; one look alone does not."""
+    task, view = task_of("detection"), inputs([0, 1])
+    network = task.network(MODEL, 3, DENSE, seed=1)
+    mirrored = replace(view, images=view.images.flip(-1))
+    for flip in (True, False):
+        task.config.eval = replace(task.config.eval, flip=flip, scales=[1.0, 1.5], least_score=0.0)
+        found, other = (task.predict(network, seen)[:, :20] for seen in (view, mirrored))
+        assert (found[..., 5] >= 0).all() and found[..., :4].max() <= 64
+        turned = torch.cat([64 - other[..., [2]], other[..., [1]], 64 - other[..., [0]], other[..., 3:]], -1)
+        assert torch.allclose(found, turned, atol=1e-3) == flip
 
 
 def test_a_model_folder_detects_and_draws(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from beit3_dist.tasks.parts.average_precision import (
     unpacked_detections,
     write_detections,
 )
-from beit3_dist.tasks.parts.detector import Choice, Detector
+from beit3_dist.tasks.parts.detector import Choice, Detector, Look
 from beit3_dist.tasks.parts.drawing import with_objects
 from beit3_dist.tasks.parts.heads import FineTuned, TaskHead
+from beit3_dist.tasks.parts.upernet import resized_to
 
 REGION_LOSSES, MASK_LOSS = ("class", "box"), "mask"
 
@@ -75,8 +76,9 @@ class Detection(Task):
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Means over the regions, or masks, of the micro-batch on all ranks; of the proposals' over its images."""
-        head, maps = self._maps(model, inputs)
-        objects, side = inputs.labels, inputs.images.shape[-1]
+        head, images = _detector(model), inputs.images[:, 0]
+        maps = head.pyramid.maps(model, images, inputs.keep(inputs.keys))
+        objects, side = inputs.labels, images.shape[-1]
         losses, sums = head.losses(maps, objects, side, inputs.keys)
         counts = torch.stack([torch.ones_like(sums.regions), sums.regions, sums.objects]).sum(1)
         images, regions, masks = self.replicas.gather_constant(counts[None]).sum(0).clamp(min=1)
@@ -86,15 +88,17 @@ class Detection(Task):
         return torch.stack([total, sums.right / sums.regions.clamp(min=1)])
 
     def predict(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
-        head, maps = self._maps(model, inputs)
-        settings = self.config.eval
+        """Of the views at all of eval.scales and, with eval.flip, mirrored too."""
+        head, settings, view = _detector(model), self.config.eval, inputs.images[:, 0]
+        looks = []
+        for scale in settings.scales:
+            side = max(1, round(view.shape[-1] * scale))
+            scaled = view if side == view.shape[-1] else resized_to(view, (side, side))
+            for mirrored in (False, True)[: 1 + settings.flip]:
+                maps = head.pyramid.maps(model, scaled.flip(-1) if mirrored else scaled)
+                looks.append(Look(maps, side, mirrored))
         choice = Choice(settings.detections, settings.least_score, settings.soft_nms)
-        return packed(*head.detect(maps, inputs.images.shape[-1], choice), settings.detections)
-
-    def _maps(self, model: FineTuned, inputs: TaskInputs) -> tuple[Detector, list[Tensor]]:
-        head = model.task_head
-        assert isinstance(head, Detector)
-        return head, head.pyramid.maps(model, inputs.images[:, 0], inputs.keep(inputs.keys))
+        return packed(*head.detect(looks, view.shape[-1], choice), settings.detections)
 
     def found(self, prediction: Tensor, size: tuple[int, int]) -> Detections:
         """Of one image of this width and height."""
@@ -132,3 +136,9 @@ class Detection(Task):
             pixels = np.concatenate([np.asarray(picture) for picture in both], axis=1)
             pictures[f"pictures/{place}"] = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
         return pictures, {}
+
+
+def _detector(model: FineTuned) -> Detector:
+    head = model.task_head
+    assert isinstance(head, Detector)
+    return head

@@ -73,6 +73,30 @@ class Truth:
     """float32 [N, 4] of the object."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """Maps of images at one of the sizes at which they are seen."""
+
+    maps: Sequence[Tensor]
+    side: int
+    """Pixels of the images' sides."""
+    mirrored: bool = False
+    """Left is right."""
+
+    def boxes(self, own_NK4: Tensor, side: int) -> Tensor:
+        """Boxes in the images as they are, of this side."""
+        return (self._turned(own_NK4) if self.mirrored else own_NK4) * (side / self.side)
+
+    def own_boxes(self, boxes_NK4: Tensor, side: int) -> Tensor:
+        """The reverse of `boxes`."""
+        own_NK4 = boxes_NK4 * (self.side / side)
+        return self._turned(own_NK4) if self.mirrored else own_NK4
+
+    def _turned(self, own_NK4: Tensor) -> Tensor:
+        x0, y0, x1, y1 = own_NK4.unbind(-1)
+        return torch.stack([self.side - x1, y0, self.side - x0, y1], -1)
+
+
 @dataclass
 class Sums:
     """Sums over the regions of each image [B], and how many regions it had."""
@@ -326,9 +350,32 @@ class Detector(TaskHead):
     # -------------------------------------------------------------------------------------------------------- detection
 
     @torch.no_grad()
-    def detect(self, maps: Sequence[Tensor], side: int, choose: Choose) -> tuple[list[Tensor], Tensor | None]:
-        """Of each image the boxes that are chosen, float32 [n, 6]: x0, y0, x1, y1, score, label; and of all of them
-        the probabilities of their masks, [N, 28, 28]."""
+    def detect(self, looks: Sequence[Look], side: int, choose: Choose) -> tuple[list[Tensor], Tensor | None]:
+        """Of each image, of this side, the boxes that are chosen, float32 [n, 6]: x0, y0, x1, y1, score, label; and of
+        all of them the probabilities of their masks, [N, 28, 28]. One choice is made of what all looks at the images
+        have found, and a mask is the mean of what is drawn in each."""
+        found = [self._candidates(look) for look in looks]
+        boxes, scores, images = (torch.cat(parts) for parts in zip(*found, strict=True))
+        boxes = torch.cat([look.boxes(some, side) for look, (some, _, _) in zip(looks, found, strict=True)])
+        detections = []
+        for image in range(len(looks[0].maps[0])):
+            mine = images == image
+            detections.append(choose(boxes[mine], scores[mine]))
+        if self.masks is None:
+            return detections, None
+        together = torch.cat(detections)
+        owners = torch.cat([torch.full((len(some),), n, device=boxes.device) for n, some in enumerate(detections)])
+        rows, labels = torch.arange(len(together), device=boxes.device), together[:, 5].long()
+        sums = boxes.new_zeros(len(together), MASK_SIDE, MASK_SIDE)
+        for look in looks:
+            under = look.own_boxes(together[:, None, :4], side)[:, 0]
+            drawn = self.masks(regions.pooled(look.maps, self.strides[:4], under, owners, MASK_SIZE))[rows, labels]
+            sums = sums + (drawn.flip(-1) if look.mirrored else drawn).sigmoid()
+        return detections, sums / len(looks)
+
+    def _candidates(self, look: Look) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes [N, K, 4], their scores [N, classes], and whose they are [N]."""
+        maps, side = look.maps, look.side
         around, scores, offsets = self.propose(maps, side)
         kept = self.settings.proposals
         found = self.best(around, scores, offsets, side, kept, kept)
@@ -340,17 +387,7 @@ class Detector(TaskHead):
             sums = sums + logits.softmax(1)
             of_classes = regions.moved(boxes, moves, weights).clamp(0, side)
             boxes = of_classes[:, 0] if len(self.stages) > 1 else boxes
-        means = sums[:, : self.classes] / len(self.stages)
-        detections = []
-        for image in range(len(maps[0])):
-            mine = images == image
-            detections.append(choose(of_classes[mine], means[mine]))
-        if self.masks is None:
-            return detections, None
-        together = torch.cat(detections)
-        owners = torch.cat([torch.full((len(some),), n, device=boxes.device) for n, some in enumerate(detections)])
-        logits = self.masks(regions.pooled(maps, self.strides[:4], together[:, :4], owners, MASK_SIZE))
-        return detections, logits[torch.arange(len(together), device=boxes.device), together[:, 5].long()].sigmoid()
+        return of_classes, sums[:, : self.classes] / len(self.stages), images
 
 
 @dataclass(frozen=True)
