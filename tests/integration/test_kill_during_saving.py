@@ -30,7 +30,7 @@ def save_for_ever(rank: int, folder: str, meeting: str, step: int) -> None:
     """One of two ranks: a checkpoint after every step, full of the step's number."""
     torch.set_num_threads(1)
     group = dist.FileStore(meeting, 2)
-    dist.init_process_group("gloo", store=group, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", store=group, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     to = Store(Path(folder), torch.device("cpu"), keep=2, keep_every=7, start=step)
     half, start = ELEMENTS // 2, rank * (ELEMENTS // 2)
     while True:
@@ -70,7 +70,7 @@ def test_latest_always_loads(tmp_path: Path) -> None:
     latest, newest, seen, moments = folder / "latest", 0, [], []
     for kill in range(KILLS):
         processes = start(folder, tmp_path / f"meeting-{kill}", max(0, newest - 2 * (kill % 3 == 0)))
-        before, deadline = latest.stat().st_mtime_ns if latest.exists() else 0, time.monotonic() + 30
+        before, deadline = latest.stat().st_mtime_ns if latest.exists() else 0, time.monotonic() + 120
         while not latest.exists() or latest.stat().st_mtime_ns == before:
             assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
             time.sleep(0.001)

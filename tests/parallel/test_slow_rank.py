@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def slowly(groups: Groups, config: RunConfig) -> str:
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     config = replace(run_config(tmp_path), steps=4, guards=GuardConfig(times_every=2))
     said, _ = run_workers(2, slowly, config)
-    assert "step 4: rank 1 on " in said and "is slow: forward and backward take " in said, said
-    assert "rank 0 on" not in said
+    slow = re.findall(r"step 4: rank (\d) on .* is slow: forward and backward take ", said)
+    assert slow == ["1"], said  # a busy machine may tell more, of data or of the device
     events = b"".join(path.read_bytes() for path in Path(config.out, "tensorboard").rglob("events*"))
     assert b"times/forward_slowest_s" in events and b"times/slow_ranks" in events

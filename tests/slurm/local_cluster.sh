@@ -12,7 +12,8 @@ set -euo pipefail
 action=${1-} dir=$(realpath -m "${2:?usage: $0 start|stop DIR}")
 export SLURM_CONF=$dir/slurm.conf
 
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+# Below those that Linux gives to connections: none takes it before the daemon does.
+free_port() { shuf -i 10000-32767 -n 1; }
 
 case $action in
 start)
@@ -59,11 +60,11 @@ CONF
         setsid slurmd -D -N "$node" >"$dir/$node.out" 2>&1 &
         echo $! >"$dir/$node.pid"
     done
-    for _ in $(seq 60); do
+    for _ in $(seq 240); do
         [[ $(sinfo -h -t idle -o %D 2>/dev/null) == 3 ]] && exit 0
         sleep 0.5
     done
-    echo "the three nodes did not become idle in 30 s; see the logs in $dir" >&2
+    echo "the three nodes did not become idle in 120 s; see the logs in $dir" >&2
     exit 1
     ;;
 stop)

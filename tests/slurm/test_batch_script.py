@@ -81,7 +81,7 @@ class Cluster:
         """The batch script, to its end."""
         script = ["bash", "launchers/slurm/pretrain.sbatch", *RUN, "--out", str(self.out), *arguments]
         environment = self.environment | environment | {"TRAINERS_EXIT": str(trainers_exit)}
-        return subprocess.run(script, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=120)
+        return subprocess.run(script, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=300)
 
     def count(self, call: str) -> int:
         """How often a program was called so."""
@@ -186,7 +186,7 @@ def test_other_programs_go_back_into_the_queue_alike(
         "SAVED": "step_1",
     }
     script = ["bash", "launchers/slurm/pretrain.sbatch", *own]
-    job = subprocess.run(script, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=120)
+    job = subprocess.run(script, cwd=REPOSITORY, env=environment, text=True, capture_output=True, timeout=300)
     assert job.returncode == 1 and cluster.count("scontrol requeue") == 1, job.stderr
     assert f"launchers/{program} --config" in cluster.calls.read_text()
 

@@ -46,7 +46,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     if reason:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")
-    subprocess.run([CLUSTER, "start", folder], check=True, timeout=60)
+    subprocess.run([CLUSTER, "start", folder], check=True, timeout=200)
     try:
         yield os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             "OMP_NUM_THREADS": "1",
         }
     finally:
-        subprocess.run([CLUSTER, "stop", folder], check=True, timeout=60)
+        subprocess.run([CLUSTER, "stop", folder], check=True, timeout=200)
 
 
 @pytest.fixture(scope="module")

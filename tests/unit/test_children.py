@@ -50,7 +50,7 @@ def test_workers_end_with_a_tool_that_is_asked_to_go(tool: str, tmp_path: Path) 
     finally:
         process.terminate()
         process.wait()
-    assert wait(lambda: not any(map(is_there, workers)), 10), "workers have outlived the tool"
+    assert wait(lambda: not any(map(is_there, workers)), 60), "workers have outlived the tool"
 
 
 def stuck(*_: object, **__: object) -> None:

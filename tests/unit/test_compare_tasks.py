@@ -48,7 +48,7 @@ def test_a_mistyped_task_is_found_before_anything_is_made(tmp_path: Path) -> Non
     script = Path(__file__).parents[2] / "launchers" / "demo_tasks.sh"
     result = subprocess.run(
         ["bash", script, "vqa", "vq"], env=os.environ | {"BEIT3_VENV": str(tmp_path / "venv")},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 2 and result.stderr.startswith("demo_tasks.sh: there is no task vq, only shapes ")
     assert not result.stdout and not list(tmp_path.iterdir())

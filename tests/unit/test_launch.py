@@ -250,9 +250,9 @@ def test_a_process_that_prepares_goes_when_it_is_asked(kind: str) -> None:
 def waiting_run(kind: str) -> None:
     """Waits where nobody can save yet: in Python, and in C, where no handler of a signal is run."""
     here = threading.main_thread().ident
-    threading.Timer(1.0, lambda: signal.pthread_kill(here or 0, signal.SIGTERM)).start()
 
     def meet(_: None) -> None:
+        threading.Timer(1.0, lambda: signal.pthread_kill(here or 0, signal.SIGTERM)).start()
         if kind == "lock":
             threading.Lock().acquire()
             threading.Event().wait()
@@ -263,7 +263,7 @@ def waiting_run(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lock", "store"])
 def test_between_preparation_and_training_a_process_goes_as_well(kind: str) -> None:
-    result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=60)
+    result = subprocess.run([sys.executable, __file__, kind], text=True, capture_output=True, timeout=300)
     assert result.returncode == ExitCode.PREEMPTED, result.stderr
     assert result.stderr.endswith("program: asked to go before the training has begun\n")
 

@@ -72,7 +72,7 @@ def test_what_is_set_to_nothing_is_dropped_before_torch_reads_it(monkeypatch: py
 def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in launched.VARIABLES}
     return subprocess.run(
-        [sys.executable, *command], cwd=REPOSITORY, env=clean | variables, text=True, capture_output=True, timeout=120
+        [sys.executable, *command], cwd=REPOSITORY, env=clean | variables, text=True, capture_output=True, timeout=300
     )
 
 

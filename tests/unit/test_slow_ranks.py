@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from beit3_dist.parallel import phases as module
 from beit3_dist.parallel.phases import PHASES, Phases, probe_s
 from beit3_dist.run.guards.speeds import slow_ranks, spread
 
 CPU = torch.device("cpu")
 
 
-def test_a_phase_inside_another_interrupts_it() -> None:
+class Clock:
+    """One that stands still between its sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_a_phase_inside_another_interrupts_it(clock: Clock) -> None:
     phases = Phases(CPU)
     phases.begin()
     with phases("backward"):
-        time.sleep(0.02)
-        phases.inside("reduce", time.sleep)(0.05)
-        time.sleep(0.02)
+        clock.sleep(2)
+        phases.inside("reduce", clock.sleep)(5)
+        clock.sleep(3)
     with phases("data"):
         pass
-    time.sleep(0.05)  # in none
+    clock.sleep(7)  # in none
     taken = dict(zip(PHASES, phases.seconds(), strict=True))
-    assert 0.04 <= taken["backward"] and 0.05 <= taken["reduce"] and taken["data"] < 0.02
-    assert taken["forward"] == taken["optimizer"] == 0
+    assert taken == {"data": 0, "forward": 0, "backward": 5, "reduce": 5, "optimizer": 0}
     phases.begin()
     assert sum(phases.seconds()) == 0, "every step begins anew"
 
 
-def test_a_phase_ends_with_an_error() -> None:
+def test_a_phase_ends_with_an_error(clock: Clock) -> None:
     phases = Phases(CPU)
     phases.begin()
     with pytest.raises(OSError), phases("data"):
         raise OSError
-    time.sleep(0.01)
-    assert sum(phases.seconds()) < 0.01
+    clock.sleep(1)
+    assert sum(phases.seconds()) == 0
 
 
 USUAL = [0.01, 0.3, 0.6, 0.05, 0.04, 0.002]
