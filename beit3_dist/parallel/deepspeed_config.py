@@ -111,7 +111,7 @@ def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, An
             )
         _store(settings, path, value, config.deepspeed_config)
     _keep_torchs_linear(settings["zero_optimization"], config.deepspeed_config)
-    _overlap(settings["zero_optimization"], config)
+    _overlap(settings["zero_optimization"], data_parallel)
     # The engine accumulates by itself and says which backward is a step's last one (see engine.py), so that DeepSpeed
     # neither counts micro-batches nor divides by their number.
     settings["gradient_accumulation_steps"] = 1
@@ -136,17 +136,10 @@ def _keep_torchs_linear(zero: dict[str, Any], file: str) -> None:
         zero["memory_efficient_linear"] = False
 
 
-def _overlap(zero: dict[str, Any], config: TrainingConfig) -> None:
-    """Gradients are reduced beside the backward pass unless the file says otherwise, as ZeRO-3 has it by itself.
-    But its own ZeRO-1, which steps in fp32, then reduces what the step's last backward pass reaches and nothing else:
-    where stages are interleaved, the others' gradients would stay those of a rank's own samples."""
-    if zero["stage"] == 2 or (zero["stage"] == 1 and config.in_bf16):
+def _overlap(zero: dict[str, Any], data_parallel: int) -> None:
+    """Gradients are reduced beside the backward pass unless the file says otherwise, as ZeRO-3 has it by itself."""
+    if zero["stage"] < 3 and data_parallel > 1:
         zero.setdefault("overlap_comm", True)
-    require(
-        zero["stage"] != 1 or config.in_bf16 or config.parallel.chunks == 1 or not zero.get("overlap_comm"),
-        f"deepspeed_config: {config.deepspeed_config} sets zero_optimization.overlap_comm, by which ZeRO-1 in fp32 "
-        "loses gradients where parallel.chunks interleaves stages: leave it out",
-    )
 
 
 def _check(settings: dict[str, Any], file: str) -> None:

@@ -37,6 +37,7 @@ from beit3_dist.parallel.kernels import chosen_function, chosen_kernels, sizes_o
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.parallel.phases import Phases
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages, zero_gradients
+from beit3_dist.parallel.reduction import PlainReduction
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
 
 
@@ -109,6 +110,8 @@ class Engine:
                 model=module, optimizer=optimizer(self.model, "offload_optimizer" in zero), config=settings, mpu=groups
             )
         dtype = next(self.model.parameters()).dtype
+        if config.parallel.zero_stage == 0 and groups.mesh.data > 1 and self.deepspeed.zero_overlap_comm():
+            PlainReduction(self.deepspeed, self.model.parameters())
         flatten_step(self.deepspeed, chosen_function("adamw", config.kernels, dtype, sizes_of(config.model)))
         if isinstance(config, RunConfig) and config.cuda_graphs:
             Graphs(self.model.blocks, CudaRecorder())

@@ -7,7 +7,7 @@ with one operation for a list of tensors (torch._foreach_*) or for a whole flat 
 once, where it reads the gradient norm.
 
     ZeRO-1 in bf16          `FlatBF16`     sums, reduction, norm, clipping; the reduction runs beside the backward pass
-    ZeRO-1 in fp32, ZeRO-2  `FlatStage12`  sums of what was reduced, norm
+    ZeRO-1 in fp32, ZeRO-2  `FlatStage12`  sums of what was reduced, norm; at ZeRO-1 what is reduced when
     ZeRO-3                  `FlatStage3`   sums of what was reduced, norm; the flat buffer is the optimizer's gradient
 
 Losses, norms and weights are DeepSpeed's bit for bit (tests/parallel/test_flat_step.py), but for what follows:
@@ -15,6 +15,7 @@ Losses, norms and weights are DeepSpeed's bit for bit (tests/parallel/test_flat_
   the reduction, although there is nobody to send them to.
 - ZeRO-1 in bf16 on more than two replicas: each bucket is reduced where it lies in the flat gradient, so the replicas'
   gradients may be summed in another order.
+- ZeRO-1 in fp32 with `overlap_comm` on interleaved stages, where DeepSpeed's own loses gradients.
 - On a GPU the norm of a tensor is summed in another order by torch._foreach_norm.
 - ZeRO-1 in bf16 with an AdamW of one kernel (kernels/adamw: `kernels=triton`): its roundings in fp32 are not those of
   torch's fused AdamW. It clips on its way and writes the working parameters too; and where there is one replica and one
@@ -43,6 +44,7 @@ from torch._utils import _unflatten_dense_tensors
 from beit3_dist.kernels.adamw.definition import Flat, Update
 from beit3_dist.kernels.registry import Function
 from beit3_dist.optimizers.adamw import MOMENTS
+from beit3_dist.parallel.reduction import InOrder
 
 WRITTEN_FOR = "0.19."
 """Versions of DeepSpeed whose optimizers are the ones below."""
@@ -320,12 +322,40 @@ class FlatBF16(BF16_Optimizer):
 
 
 class FlatStage12(DeepSpeedZeroOptimizer):
-    """ZeRO-1 in fp32 and ZeRO-2."""
+    """ZeRO-1 in fp32 and ZeRO-2.
 
-    additions = ("take_over",)
+    Where `overlap_comm` is set, DeepSpeed's ZeRO-1 sends what the last backward pass of a step reaches, and nothing
+    else: where stages are interleaved, the other stages' gradients would stay those of a rank's own samples. Here the
+    rest follows when that pass is over, and all is sent in one order on all ranks.
+    """
+
+    additions = ("take_over", "_send")
+    _in_order: InOrder | None
 
     def take_over(self, engine: Any, adamw: Function | None = None) -> None:
-        """Nothing to prepare."""
+        """Continues with what DeepSpeedZeroOptimizer has set up."""
+        self._group_of = {p: number for number, group in enumerate(self.bit16_groups) for p in group}
+        self._in_order = None
+        if self.overlap_comm and not self.partition_gradients:
+            self._in_order = InOrder([p for p in self.param_names if p in self._group_of], self._send)
+
+    def reduce_ready_partitions_and_remove_grads(self, param: Any, i: int) -> None:
+        """A gradient is complete: at ZeRO-1 it is sent when it is its turn."""
+        if self._in_order is None:
+            super().reduce_ready_partitions_and_remove_grads(param, i)
+        elif self.is_gradient_accumulation_boundary():
+            self._in_order.arrive(param)
+
+    def _send(self, parameter: Any) -> None:
+        """Puts a gradient into DeepSpeed's bucket, which is sent when it is full."""
+        if parameter.grad is not None:
+            self.reduce_independent_p_g_buckets_and_remove_grads(parameter, self._group_of[parameter])
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """After the last backward pass of a step, at ZeRO-1."""
+        if self._in_order is not None:
+            self._in_order.end()
+        super().reduce_gradients(pipeline_parallel)
 
     def allreduce_and_copy_with_multiple_ranks(
         self,

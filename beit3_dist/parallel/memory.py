@@ -21,7 +21,7 @@ optimizer has other moments, 4 bytes an element each (optimizers/), and a moving
 (4 P at ZeRO-0). In its step Lion holds a direction, Muon and LAMB one or two, 4 P / d each, when activations are gone.
 
 Beside these, the buffers of the reduction: reduce_bucket_size elements (two such for ZeRO-2 and ZeRO-1 in fp32 where
-`overlap_comm` is set). ZeRO-0 leaves the reduction to the engine, which joins gradients up to 5e8
+`overlap_comm` is set). Without it ZeRO-0 leaves the reduction to the engine, which joins gradients up to 5e8
 elements. Under ZeRO-3 the gathered parameters, at most
 min(stage3_max_live_parameters, P). The optimizer step of ZeRO-1 and ZeRO-2 in fp32 copies gradients for a moment, at
 most 4 P / d more, when activations are gone.
@@ -165,10 +165,10 @@ def _record(
     stage, bf16 = config.parallel.zero_stage, config.in_bf16
     count, trained, holders = part.parameters, part.trained, data if stage else 1
     size, sharded = 2 if bf16 else 4, trained / data
-    if stage == 0:
+    if stage == 0 and not zero.get("overlap_comm"):
         bucket = 4 * min(ENGINE_BUCKET, trained)
     else:
-        buffers = 2 if stage < 3 and zero.get("overlap_comm") and not (stage == 1 and bf16) else 1
+        buffers = 2 if stage in (1, 2) and zero.get("overlap_comm") and not (stage == 1 and bf16) else 1
         bucket = size * buffers * zero.get("reduce_bucket_size", min(DEFAULT_BUCKET, trained))
     return StateBytes(
         pipeline_rank=pipeline_rank,

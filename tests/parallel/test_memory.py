@@ -175,9 +175,7 @@ def test_arithmetic_is_what_the_tensors_hold(
             print(f"ZeRO-{config.parallel.zero_stage} {config.precision} rank {rank}:", real, record)
             for kind in ("working", "gradients", "masters", "moments"):
                 assert real[kind] == pytest.approx(getattr(record, kind), rel=0.05), kind
-            if config.parallel.zero_stage == 0:
-                assert real["engine_bucket"] == pytest.approx(record.bucket, rel=0.05)
-            elif "engine_bucket" in real:  # ZeRO-1 in bf16: as many whole parameters as a bucket takes
+            if "engine_bucket" in real:  # as many whole parameters as a bucket takes
                 assert 0.5 * record.bucket < real["engine_bucket"] <= record.bucket
             if config.parallel.zero_stage == 3:  # below it the bucket is gone after the backward pass
                 assert real["bucket"] == record.bucket

@@ -93,17 +93,17 @@ def test_other_settings_are_passed_on(written) -> None:
     assert settings["wall_clock_breakdown"] is True
 
 
-def test_reductions_overlap_where_no_gradient_is_lost(written) -> None:
-    stages = [deepspeed_config(run_config(zero_stage=stage), 2)["zero_optimization"] for stage in (1, 2, 3)]
-    assert [zero.get("overlap_comm", "as DeepSpeed has it") for zero in stages] == [True, True, "as DeepSpeed has it"]
-    file = str(written({"zero_optimization": {"overlap_comm": True}}))
-    interleaved = ParallelConfig(zero_stage=1, pipeline=2, chunks=2)
-    config = replace(run_config(), parallel=interleaved, deepspeed_config=file)
-    assert deepspeed_config(config, 2)["zero_optimization"]["overlap_comm"]
-    fp32 = replace(config, precision="fp32")
-    assert "overlap_comm" not in deepspeed_config(replace(fp32, deepspeed_config=""), 2)["zero_optimization"]
-    with pytest.raises(ValueError, match="overlap_comm, by which ZeRO-1 in fp32 loses gradients where parallel.chunks"):
-        deepspeed_config(fp32, 2)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_reductions_overlap_where_there_are_replicas(precision: str, written) -> None:
+    def overlap(replicas: int, stage: int, file: str = "") -> Any:
+        config = replace(run_config(zero_stage=stage, precision=precision), deepspeed_config=file)
+        return deepspeed_config(config, replicas)["zero_optimization"].get("overlap_comm", "as DeepSpeed has it")
+
+    stages = range(precision == "bf16", 4)
+    assert [overlap(2, stage) for stage in stages] == [*[True] * (len(stages) - 1), "as DeepSpeed has it"]
+    assert {overlap(1, stage) for stage in stages} == {"as DeepSpeed has it"}
+    file = str(written({"zero_optimization": {"overlap_comm": False}}))
+    assert {overlap(2, stage, file) for stage in stages} == {False}
 
 
 @pytest.mark.parametrize(
