@@ -112,6 +112,7 @@ def deepspeed_config(config: TrainingConfig, data_parallel: int) -> dict[str, An
         _store(settings, path, value, config.deepspeed_config)
     _keep_torchs_linear(settings["zero_optimization"], config.deepspeed_config)
     _overlap(settings["zero_optimization"], data_parallel)
+    _leave_gradients(settings["zero_optimization"], config)
     # The engine accumulates by itself and says which backward is a step's last one (see engine.py), so that DeepSpeed
     # neither counts micro-batches nor divides by their number.
     settings["gradient_accumulation_steps"] = 1
@@ -140,6 +141,17 @@ def _overlap(zero: dict[str, Any], data_parallel: int) -> None:
     """Gradients are reduced beside the backward pass unless the file says otherwise, as ZeRO-3 has it by itself."""
     if zero["stage"] < 3 and data_parallel > 1:
         zero.setdefault("overlap_comm", True)
+
+
+def _leave_gradients(zero: dict[str, Any], config: TrainingConfig) -> None:
+    """Sequence parallelism adds up gradients of norms at the end of a step (`TokenNorms`), when DeepSpeed has written
+    to NVMe what it offloads there."""
+    offloaded = zero.get("offload_optimizer")
+    require(
+        not config.parallel.sequence or not isinstance(offloaded, dict) or offloaded.get("device") != "nvme",
+        f"deepspeed_config: {config.deepspeed_config} offloads the optimizer to NVMe, which does not go with "
+        'parallel.sequence: use "device": "cpu" in offload_optimizer, or parallel.sequence=false',
+    )
 
 
 def _check(settings: dict[str, Any], file: str) -> None:

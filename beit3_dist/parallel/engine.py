@@ -39,6 +39,7 @@ from beit3_dist.parallel.phases import Phases
 from beit3_dist.parallel.pipeline import Pipeline, StagePlan, Stages, check_order_within, keep_stages, zero_gradients
 from beit3_dist.parallel.reduction import PlainReduction
 from beit3_dist.parallel.tensor import apply_tensor_parallelism, mark_model_parallel
+from beit3_dist.parallel.token_norms import TokenNorms
 
 
 @dataclass
@@ -118,6 +119,7 @@ class Engine:
         tell_places(self.model, self.optimizer, self.cuts, groups, config.parallel.zero_stage)
         self._bounded = bounded(self.model, self.optimizer, bounds) if bounds else []
         self.zero_stage: int = config.parallel.zero_stage
+        self._norms = TokenNorms(self.model.blocks, groups, self.zero_stage) if config.parallel.sequence else None
         self._schedule: Pipeline | Accumulation = (
             Pipeline(config, groups, self.deepspeed, module)
             if isinstance(module, Stages)
@@ -129,6 +131,8 @@ class Engine:
         of_phase = {"forward": "forward", "backward": "backward", "allreduce_gradients": "reduce", "step": "optimizer"}
         for method, phase in of_phase.items():
             setattr(self.deepspeed, method, phases.inside(phase, getattr(self.deepspeed, method)))
+        if self._norms is not None:
+            self._norms.add_up = phases.inside("reduce", self._norms.add_up)  # type: ignore[method-assign]
 
     def train_step(
         self, micro_batches: Iterable[tuple[Any, ...]], step_counts: Tensor, step: int, lr: float
@@ -144,6 +148,8 @@ class Engine:
         totals = self._sum(self._schedule.train(micro_batches, step_counts, step))
         # Complete on the host when the gradient norm is, whose reading waits for the device; later the host runs ahead.
         totals = totals.to("cpu", non_blocking=True)
+        if self._norms is not None:
+            self._norms.add_up(self.optimizer)
         norm = self._plain_step() if self.zero_stage == 0 else self._zero_step()
         with torch.no_grad():
             for held, interval in self._bounded:

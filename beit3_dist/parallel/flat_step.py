@@ -25,7 +25,7 @@ Losses, norms and weights are DeepSpeed's bit for bit (tests/parallel/test_flat_
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -91,6 +91,10 @@ def sum_of_squares(tensors: list[Tensor], dtype: torch.dtype, device: torch.devi
     return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype)).pow(2.0).sum()
 
 
+Change = Callable[[list[Tensor]], None]
+"""Writes to gradients in place."""
+
+
 def add_pieces(sums: list[Tensor], pieces: list[Tensor]) -> None:
     """sums[i] += pieces[i], for fp32 sums and pieces of one type: torch._foreach_add_ itself visits tensors of mixed
     types one by one."""
@@ -131,7 +135,8 @@ class FlatBF16(BF16_Optimizer):
     """
 
     additions = (
-        "take_over", "reduce_gradients", "_buckets_of", "_arrived", "_sum_up", "_send", "_norm", "_step_at_once",
+        "take_over", "change_gradients", "reduce_gradients", "_buckets_of", "_arrived", "_sum_up", "_send", "_norm",
+        "_step_at_once",
     )  # fmt: skip
 
     def take_over(self, engine: Any, adamw: Function | None = None) -> None:
@@ -231,6 +236,19 @@ class FlatBF16(BF16_Optimizer):
         for bucket in self._buckets:
             bucket.waiting = len(bucket.parameters)
 
+    def change_gradients(self, parameters: Collection[nn.Parameter], change: Change) -> None:
+        """Has what the step is about to take of the gradients of some parameters changed. After the reduction."""
+        if self._summed:
+            rows = zip(self.bf16_groups, self.fp32_groups_gradients, self.fp32_groups_has_gradients, strict=True)
+            change([
+                total
+                for group, sums, has_sum in rows
+                for parameter, total, has in zip(group, sums, has_sum, strict=True)
+                if has and parameter in parameters
+            ])  # fmt: skip
+        else:
+            change([parameter.grad for parameter in parameters if parameter.grad is not None])
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Clips, steps and gathers the working parameters; leaves all of it out where the norm is not finite."""
@@ -329,7 +347,7 @@ class FlatStage12(DeepSpeedZeroOptimizer):
     rest follows when that pass is over, and all is sent in one order on all ranks.
     """
 
-    additions = ("take_over", "_send")
+    additions = ("take_over", "change_gradients", "_send")
     _in_order: InOrder | None
 
     def take_over(self, engine: Any, adamw: Function | None = None) -> None:
@@ -356,6 +374,22 @@ class FlatStage12(DeepSpeedZeroOptimizer):
         if self._in_order is not None:
             self._in_order.end()
         super().reduce_gradients(pipeline_parallel)
+
+    def change_gradients(self, parameters: Collection[nn.Parameter], change: Change) -> None:
+        """As `FlatBF16.change_gradients`, of this rank's parts."""
+        if not self.cpu_offload:
+            groups = ((_pieces(self.averaged_gradients[i]), own) for i, own in enumerate(self.params_in_partition))
+            change([g for pieces, own in groups for g, p in zip(pieces, own, strict=False) if p in parameters])
+            return
+        self._wait_for_offload_copies()
+        parts = {}
+        for parameter in (p for own in self.params_in_partition for p in own if p in parameters):
+            number = self.get_param_id(parameter)
+            group, _, start, count = self.grad_position[number]
+            parts[number] = self.single_partition_of_fp32_groups[group].grad.view(-1).narrow(0, start, count)
+        change([*parts.values()])
+        for number, part in parts.items():  # whose norms were taken on the device
+            self.norm_for_param_grads[number] = part.to(get_norm_dtype()).norm(2)
 
     def allreduce_and_copy_with_multiple_ranks(
         self,
@@ -392,10 +426,9 @@ class FlatStage12(DeepSpeedZeroOptimizer):
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
         """Norm of a parameter group's gradient over all ranks, -1 where it is not finite; a scalar."""
-        own = [g for g in gradients if not getattr(g, "_zero_padding", False)]
         counted = [
             g
-            for g, p in zip(own, params, strict=False)  # a last piece may be padding that carries no mark
+            for g, p in zip(_pieces(gradients), params, strict=False)
             if is_model_parallel_parameter(p) or self.model_parallel_rank == 0
         ]
         total = sum_of_squares(counted, get_norm_dtype(), self.device).float()
@@ -409,14 +442,34 @@ class FlatStage12(DeepSpeedZeroOptimizer):
         return super().scaled_global_norm(norm_type).cpu()
 
 
+def _pieces(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Those of a partition's gradients that are parameters', in their order; what comes behind them may be padding that
+    carries no mark."""
+    return [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+
+
 class FlatStage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO-3."""
 
     gradient_accumulation_dtype: torch.dtype
-    additions = ("take_over",)
+    additions = ("take_over", "change_gradients")
 
     def take_over(self, engine: Any, adamw: Function | None = None) -> None:
         """Nothing to prepare."""
+
+    def change_gradients(self, parameters: Collection[Any], change: Change) -> None:
+        """As `FlatBF16.change_gradients`, of this rank's parts."""
+        if not self.offload_optimizer:
+            place = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+            change([place[parameter.ds_id] for parameter in parameters])
+            return
+        parts = {}
+        for number in map(self.get_param_id, parameters):
+            group, start, count = self.grad_position[number]
+            parts[number] = self.fp32_partitioned_groups_flat[group].grad.narrow(0, start, count)
+        change([*parts.values()])
+        for number, part in parts.items():  # whose norms were taken on the device
+            self.norm_for_param_grads[number] = self._constant_buffered_norm2(part)
 
     def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(
         self, params_to_reduce: list[Any], communication_data_type: torch.dtype

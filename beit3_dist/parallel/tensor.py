@@ -5,7 +5,8 @@ ranks happens where attention and an expert's two matrices `enter` and `leave`, 
 
     attention and fc1 ... fc2:   copy in, all-reduce out
     with sequence parallelism:   all-gather in, reduce-scatter out, and norms, residuals and drop path in between
-                                 work on each rank's share of the tokens (Korthikanti et al. 2022)
+                                 work on each rank's share of the tokens (Korthikanti et al. 2022); the norms' gradients
+                                 are added up once a step (parallel/token_norms.py)
 
 Word vectors and both heads are cut by rows, with a cross-entropy that never gathers logits. Sub-LayerNorms over a cut
 width reduce their moments.
@@ -25,7 +26,6 @@ from torch.nn.functional import embedding, gelu
 
 from beit3_dist.config import ModelConfig, require_divides
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
-from beit3_dist.kernels.layer_norm import LayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.attention import Attention
 from beit3_dist.model.beit3 import BEiT3
@@ -60,7 +60,7 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
     cuts = cuts_of(model)
     for name, layer in list(model.named_modules()):
         owner, _, leaf = name.rpartition(".")
-        if (parallel := _parallel_layer(layer, name.startswith("blocks."), group, sequence)) is not None:
+        if (parallel := _parallel_layer(layer, group)) is not None:
             setattr(model.get_submodule(owner), leaf, parallel)
     for module in model.modules():
         if isinstance(module, FeedForward):  # whose tokens may come in any order: shares are gathered rank by rank
@@ -79,7 +79,7 @@ def apply_tensor_parallelism(model: BEiT3, group: dist.ProcessGroup, sequence: b
             setattr(model.get_submodule(owner), leaf, local)
 
 
-def _parallel_layer(layer: nn.Module, in_block: bool, group: dist.ProcessGroup, sequence: bool) -> nn.Module | None:
+def _parallel_layer(layer: nn.Module, group: dist.ProcessGroup) -> nn.Module | None:
     """What stands in a layer's place, by how it is cut; None: the layer itself."""
     dimension = dimensions_of(layer).get("weight")
     match layer:
@@ -91,8 +91,6 @@ def _parallel_layer(layer: nn.Module, in_block: bool, group: dist.ProcessGroup, 
             return RowParallelLinear(layer, group)
         case nn.LayerNorm() if dimension == 0:
             return ShardedLayerNorm(layer, group)
-        case LayerNorm() if sequence and in_block:
-            return TokenParallelLayerNorm(layer, group)
     return None
 
 
@@ -117,18 +115,6 @@ class RowParallelLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x, self.weight, divide(self.bias, self.group))
-
-
-class TokenParallelLayerNorm(LayerNorm):
-    """LayerNorm of this rank's tokens: the gradients of its replicated parameters are summed over the tensor ranks."""
-
-    def __init__(self, whole: nn.LayerNorm, group: dist.ProcessGroup) -> None:
-        super().__init__(whole.normalized_shape, whole.eps, device="meta")
-        self.weight, self.bias, self.group = whole.weight, whole.bias, group
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = copy(self.weight, self.group), copy(self.bias, self.group)
-        return self.compute(x, weight, bias, self.eps)
 
 
 class ShardedLayerNorm(nn.Module):

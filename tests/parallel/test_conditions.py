@@ -14,6 +14,7 @@ import pytest
 from beit3_dist.config import RunConfig
 from beit3_dist.parallel import engine, pipeline
 from beit3_dist.parallel.mesh import Groups
+from beit3_dist.parallel.token_norms import TokenNorms
 from tests.parallel.test_layouts import LAYOUTS, compare
 from tests.parallel.training import assemble, engine_run
 from tests.parallel.workers import run_workers
@@ -62,6 +63,12 @@ MISTAKES = {  # what is left out -> (a layout of the table, where to put what in
         pipeline.Pipeline,
         "count_backward",
         _boundary_of_each_chunk,
+    ),
+    "norms' gradients not added up": (
+        "tp2-zero0-sequence-sgd",
+        TokenNorms,
+        "add_up",
+        lambda self, optimizer: None,
     ),
     "gradient buffer not zeroed": ("pp2-zero3-interleaved-sgd", pipeline.Pipeline, "after_step", lambda self: None),
 }

@@ -25,7 +25,7 @@ from beit3_dist.parallel import engine as engine_module
 from beit3_dist.parallel import flat_step
 from beit3_dist.parallel.engine import Engine
 from beit3_dist.parallel.mesh import Groups
-from beit3_dist.train.optimizer import build_optimizer
+from beit3_dist.train.optimizer import pretraining_optimizer
 from beit3_dist.train.totals import host_totals
 from tests.micro_batches import precomputed_codes
 from tests.parallel import training
@@ -162,7 +162,7 @@ def test_an_adamw_that_clips_and_writes_the_working_parameters(tmp_path: Path) -
 
 def with_states_on_the_host(groups: Groups, config: RunConfig) -> None:
     """`flat_and_not` with torch's AdamW: DeepSpeed's own for the CPU would be compiled first."""
-    training.build_optimizer = lambda model, offload, optim: build_optimizer(model, False, optim)
+    training.pretraining_optimizer = lambda model, offload, config: pretraining_optimizer(model, False, config)
     flat_and_not(groups, [config])
 
 

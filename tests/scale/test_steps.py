@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from beit3_dist.config import BatchConfig, CheckpointConfig, ParallelConfig, RunConfig
+from beit3_dist.config import BatchConfig, CheckpointConfig, ModelConfig, ParallelConfig, RunConfig
+from beit3_dist.kernels.layer_norm import LayerNorm
+from beit3_dist.model import BEiT3
+from beit3_dist.model.cut import dimensions_of
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.preemption import Together
 from beit3_dist.run.preflight import prepare_run
@@ -77,11 +83,22 @@ def opened(step: Costs) -> int:
 @pytest.mark.slow
 def test_a_step_costs_each_of_more_replicas_the_same(tmp_path: Path) -> None:
     """Twice and four times the ranks, the same work for each: the same messages, none of them of Python objects."""
+    compare(tmp_path, (2, 4, 8))
+
+
+@pytest.mark.product
+def test_sixteen_replicas(tmp_path: Path) -> None:
+    """As many processes as a small machine holds; half a minute on two cores and more."""
+    compare(tmp_path, (2, 16))
+
+
+def compare(folder: Path, numbers: tuple[int, ...]) -> None:
+    """Fails where a step costs a rank more among more replicas."""
     for number in range(READERS):
-        text_tar(tmp_path / f"some-{number}.tar", sentences()[20 * number : 20 * number + 20])
+        text_tar(folder / f"some-{number}.tar", sentences()[20 * number : 20 * number + 20])
     found = {}
-    for replicas in (2, 4, 8):
-        found[replicas] = costs(tmp_path, replicas)
+    for replicas in numbers:
+        found[replicas] = costs(folder, replicas)
         table(replicas, found[replicas])
     for rank in (0, -1):
         few, *more = (everyones[rank][PLAIN] for everyones in found.values())
@@ -91,6 +108,38 @@ def test_a_step_costs_each_of_more_replicas_the_same(tmp_path: Path) -> None:
             assert opened(many) <= opened(few) + OPENED_BY_CHANCE and not many.looked
         few, *more = (everyones[rank][LAST] for everyones in found.values())
         assert all(many.calls == few.calls for many in more)
+
+
+def reductions(groups: Groups, config: RunConfig, folder: Path, models: list[tuple[int, int]]) -> list[Counter[int]]:
+    """For `run_workers`: the all-reduces of a step by their bytes, of models of so many layers at so many micro-batches
+    a step."""
+    found = []
+    for layers, accumulation in models:
+        model, sizes = replace(config.model, layers=layers), replace(config.batch, accumulation=accumulation)
+        run = replace(config, model=model, batch=sizes, out=f"{config.out}-{layers}-{accumulation}")
+        messages = counted_run(groups, run, folder)[PLAIN].messages
+        found.append(Counter({size: calls for (name, size), calls in messages.items() if name == "allreduce"}))
+    return found
+
+
+def norms_of(model: ModelConfig) -> Iterator[Tensor]:
+    """The parameters of the blocks' norms that every tensor rank holds."""
+    for module in BEiT3(model, device="meta").blocks.modules():
+        if isinstance(module, LayerNorm) and not dimensions_of(module):
+            yield from module.parameters()
+
+
+def test_tensor_ranks_add_up_the_gradients_of_all_norms_at_once(tmp_path: Path) -> None:
+    """One all-reduce a step, where there were two for each norm and micro-batch: 20 here of the deeper model."""
+    parallel = ParallelConfig(zero_stage=1, tensor=2, sequence=True)
+    config = replace(run_config(tmp_path), steps=STEPS, parallel=parallel)
+    models = [(1, 1), (3, 1), (3, 2)]
+    for shallow, deep, twice in run_workers(2, reductions, config, tmp_path, models, tensor=2):
+        for (layers, accumulation), found in zip(models, (shallow, deep, twice), strict=True):
+            print(f"tp2, {layers} layers, {accumulation} micro-batches: {found.total()} all-reduces of a step")
+        assert shallow.total() == deep.total(), "it grows with the layers"
+        of_norms = [4 * sum(p.numel() for p in norms_of(replace(config.model, layers=n))) for n, _ in models]
+        assert [shallow[of_norms[0]], deep[of_norms[1]], twice[of_norms[2]]] == [1, 1, 1]
 
 
 def buffers(groups: Groups, config: RunConfig, accumulations: list[int]) -> list[int]:

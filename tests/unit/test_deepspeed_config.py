@@ -106,6 +106,14 @@ def test_reductions_overlap_where_there_are_replicas(precision: str, written) ->
     assert {overlap(2, stage, file) for stage in stages} == {False}
 
 
+def test_gradients_that_are_added_up_stay_in_memory(written) -> None:
+    file = written({"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}})
+    config = replace(run_config(zero_stage=3), deepspeed_config=str(file))
+    deepspeed_config(config, 2)
+    with pytest.raises(ValueError, match='does not go with parallel.sequence: use "device": "cpu"'):
+        deepspeed_config(replace(config, parallel=ParallelConfig(zero_stage=3, tensor=2, sequence=True)), 2)
+
+
 @pytest.mark.parametrize(
     ("content", "theirs", "ours"),
     [
