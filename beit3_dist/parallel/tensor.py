@@ -9,7 +9,8 @@ ranks happens where attention and an expert's two matrices `enter` and `leave`, 
                                  are added up once a step (parallel/token_norms.py)
 
 Word vectors and both heads are cut by rows, with a cross-entropy that never gathers logits. Sub-LayerNorms over a cut
-width reduce their moments.
+width reduce their moments. What they keep for the backward pass is what whole ones keep: a head its logits, which
+become their gradient in place, a norm its input.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, gelu
 
 from beit3_dist.config import ModelConfig, require_divides
+from beit3_dist.kernels.cross_entropy.definition import at_least_fp32
+from beit3_dist.kernels.cross_entropy.in_place import CHUNK
 from beit3_dist.kernels.gelu_layer_norm import GeluLayerNorm
 from beit3_dist.kernels.linear import Linear
 from beit3_dist.model.attention import Attention
@@ -118,7 +121,8 @@ class RowParallelLinear(Linear):
 
 
 class ShardedLayerNorm(nn.Module):
-    """LayerNorm over a width that is cut over the tensor ranks: x [T, width / ranks], weight and bias likewise."""
+    """LayerNorm over a width that is cut over the tensor ranks: x [T, width / ranks], weight and bias likewise. Where
+    it comes after GELU, its input is GELU's."""
 
     def __init__(self, whole: nn.LayerNorm, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -126,16 +130,17 @@ class ShardedLayerNorm(nn.Module):
         self.after_gelu = isinstance(whole, GeluLayerNorm)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = gelu(x) if self.after_gelu else x
-        return _ShardedNorm.apply(x, self.eps, self.group) * self.weight + self.bias
+        return _ShardedNorm.apply(x, self.weight, self.bias, self.eps, self.after_gelu, self.group)
 
 
 class _ShardedNorm(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) over the whole width; moments in fp32."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the whole width, moments in fp32. It keeps x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float, group: dist.ProcessGroup) -> Tensor:
-        wide = x.float()
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, after_gelu: bool, group: dist.ProcessGroup
+    ) -> Tensor:
+        wide = (gelu(x) if after_gelu else x).float()
         mean = wide.mean(-1)
         moments = torch.stack([mean, wide.var(-1, unbiased=False)])
         everyones = all_gather(moments, group).view(group.size(), *moments.shape)
@@ -143,20 +148,23 @@ class _ShardedNorm(torch.autograd.Function):
         joint = everyones[:, 0].mean(0)
         variance = everyones[:, 1].mean(0) + (everyones[:, 0] - joint).square().mean(0)
         scale = torch.rsqrt(variance + eps)
-        normal = (wide - joint[:, None]) * scale[:, None]
-        ctx.save_for_backward(normal, scale)
-        ctx.group = group
-        return normal.to(x.dtype)
+        ctx.save_for_backward(x, weight, joint, scale)
+        ctx.after_gelu, ctx.group = after_gelu, group
+        return ((wide - joint[:, None]) * scale[:, None]).to(x.dtype) * weight + bias
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        normal, scale = ctx.saved_tensors
-        wide = gradient.float()
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        wide = (gelu(x) if ctx.after_gelu else x).float()
+        normal = (wide - mean[:, None]) * scale[:, None]
+        of_weight, of_bias = (gradient * normal.to(x.dtype)).sum(0), gradient.sum(0)
+        wide = (gradient * weight).float()
         means = torch.stack([wide.mean(-1), (wide * normal).mean(-1)])
         dist.all_reduce(means, group=ctx.group)
         means /= ctx.group.size()
-        out = (wide - means[0][:, None] - normal * means[1][:, None]) * scale[:, None]
-        return out.to(gradient.dtype), None, None
+        out = ((wide - means[0][:, None] - normal * means[1][:, None]) * scale[:, None]).to(x.dtype)
+        of_x = torch.ops.aten.gelu_backward(out, x) if ctx.after_gelu else out
+        return of_x, of_weight, of_bias, None, None, None
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -184,11 +192,9 @@ class VocabParallelHead(Head):
     def forward(self, hidden_MD: Tensor, targets: Tensor | None = None) -> Tensor:
         if targets is None:
             return self.logits(hidden_MD)
-        logits = self.compute(copy(hidden_MD, self.group), self.weight, self.bias).float()
+        logits = self.compute(copy(hidden_MD, self.group), self.weight, self.bias)
         first = self.group.rank() * logits.shape[1]
-        if first + logits.shape[1] > self.classes:
-            logits[:, max(0, self.classes - first) :] = -torch.inf
-        return _VocabParallelCrossEntropy.apply(logits, targets - first, self.group)
+        return _VocabParallelCrossEntropy.apply(logits, targets - first, max(0, self.classes - first), self.group)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """All logits [M, classes] on every rank, for what is computed alike on all of them (beam search, smoothing)."""
@@ -197,33 +203,57 @@ class VocabParallelHead(Head):
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Logits [M, classes / ranks], targets relative to the rank's first class -> [2, M]: losses, hits."""
+    """Logits [M, classes / ranks], of whose columns the first `classes` are none of padding, and targets relative to
+    the rank's first class -> [2, M]: losses, hits.
+
+    The logits, which nobody else reads, become their gradient in place, and what has to be wider is it some rows at a
+    time, as in a whole head (kernels/cross_entropy/in_place.py).
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: dist.ProcessGroup) -> Tensor:
-        rows, width = logits.shape
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, classes: int, group: dist.ProcessGroup) -> Tensor:
+        logits, width = logits.detach(), logits.shape[1]
+        logits[:, classes:] = -torch.inf
         best, index = logits.max(-1)
+        best = at_least_fp32(best)
         top = best.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        exponentials = (logits - top[:, None]).exp()
         mine = (targets >= 0) & (targets < width)
-        local = targets.clamp(0, width - 1)
-        picked = torch.where(mine, logits.gather(1, local[:, None])[:, 0], 0.0)
-        sums = torch.stack([exponentials.sum(-1), picked])
+        local = targets.clamp(0, width - 1)[:, None]
+        picked = torch.where(mine, at_least_fp32(logits.gather(1, local)[:, 0]), 0.0)
+        chunk = max(1, CHUNK // width)
+        parts = [*zip(logits.split(chunk), top[:, None].split(chunk), strict=True)]
+        sums = torch.stack([torch.cat([_exponentials(*part).sum(-1) for part in parts]), picked])
         dist.all_reduce(sums, group=group)
         # The prediction is the first of the largest logits, as in torch's argmax.
         first = group.rank() * width
         prediction = torch.where(best == top, index + first, torch.iinfo(torch.int64).max)
         dist.all_reduce(prediction, dist.ReduceOp.MIN, group=group)
-        ctx.save_for_backward(exponentials.div_(sums[0][:, None]), local, mine)
+        at_target, totals = [], sums[0, :, None].split(chunk)
+        for (part, its_top), total, column in zip(parts, totals, local.split(chunk), strict=True):
+            softmax = (part if at_least_fp32(part) is part else _exponentials(part, its_top)).div_(total)
+            at_target.append(softmax.gather(1, column))
+            if softmax is not part:
+                part.copy_(softmax)
+        ctx.softmax = logits
+        ctx.save_for_backward(torch.cat(at_target), local, mine)
         return torch.stack([sums[0].log() + top - sums[1], (prediction == targets + first).float()])
 
     @staticmethod
-    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor, None, None]:
-        softmax, local, mine = ctx.saved_tensors
-        gradient = softmax * gradient_2M[0][:, None]
-        gradient.scatter_add_(1, local[:, None], -(gradient_2M[0] * mine)[:, None])
-        return gradient, None, None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_2M: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.softmax is None:
+            raise RuntimeError("this cross-entropy has gone backward before: its logits are overwritten")
+        (at_target, local, mine), factor = ctx.saved_tensors, gradient_2M[0][:, None]
+        gradient, ctx.softmax = ctx.softmax.mul_(factor), None
+        # softmax - 1 in fp32: a share near 1 is 1 in bf16, but its distance from 1 keeps 8 bits.
+        of_target = at_target * factor - factor * mine[:, None]
+        return gradient.scatter_(1, local, of_target.to(gradient.dtype)), None, None, None
+
+
+def _exponentials(logits: Tensor, top: Tensor) -> Tensor:
+    """exp(logit - top), at least fp32; logits that are that are overwritten."""
+    return at_least_fp32(logits).sub_(top).exp_()
 
 
 # ------------------------------------------------------------------------------------------- what crosses the ranks
