@@ -8,10 +8,12 @@ import re
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from beit3_dist.checkpoint.files import replacing
 from beit3_dist.image_tokenizer.network import VQKD
+from beit3_dist.looking import of_run
 from beit3_dist.opening import blaming
 from beit3_dist.weights import read_weights_file, require_finite, state_dict_in
 
@@ -41,6 +43,38 @@ def load_vqkd(path: str | os.PathLike[str]) -> VQKD:
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     require_finite(model.state_dict().items(), f"image_tokenizer={path}")
     return model.requires_grad_(False).eval()
+
+
+def open_vqkd(path: str | os.PathLike[str]) -> VQKD:
+    """The same for a run, of whose processes one reads the file. The others have a tokenizer of the same shape on the
+    meta device, until `give_values`."""
+    opened: list[VQKD] = []
+
+    def look() -> dict[str, int]:
+        opened.append(load_vqkd(path))
+        return opened[0].geometry
+
+    geometry = of_run(look)
+    if opened:
+        return opened[0]
+    with torch.device("meta"):
+        return VQKD(**geometry).requires_grad_(False).eval()
+
+
+def give_values(tokenizer: VQKD, device: torch.device, takes: bool) -> None:
+    """Sends what the first process has read to those that take it. Collective over all processes of the run."""
+    if dist.get_world_size() == 1:
+        return
+    state = tokenizer.state_dict()
+    sizes = [tensor.numel() for tensor in state.values()]
+    if dist.get_rank() == 0:
+        flat = torch.cat([tensor.flatten() for tensor in state.values()]).to(device)
+    else:
+        flat = torch.empty(sum(sizes), device=device)
+    dist.broadcast(flat, src=0)
+    if takes and dist.get_rank() > 0:
+        given = zip(state.items(), flat.cpu().split(sizes), strict=True)
+        tokenizer.load_state_dict({n: part.view(whole.shape).clone() for (n, whole), part in given}, assign=True)
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], int | None]:

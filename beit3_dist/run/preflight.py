@@ -14,7 +14,7 @@ from beit3_dist.config import RunConfig, require, require_laid_out
 from beit3_dist.data.batch import MixedBatches
 from beit3_dist.data.index import Share
 from beit3_dist.image_tokenizer.codes import PrecomputedCodes, open_codes
-from beit3_dist.image_tokenizer.files import load_vqkd
+from beit3_dist.image_tokenizer.files import open_vqkd
 from beit3_dist.image_tokenizer.network import VQKD
 from beit3_dist.image_tokenizer.targets import tokenizer_view_size
 from beit3_dist.looking import of_node
@@ -93,7 +93,7 @@ def prepare_run(config: RunConfig, mesh: Mesh, before: RunConfig | None = None) 
     own = view = config.model.image_size  # looked up codes need no view for the tokenizer
     image_tokenizer = None
     if objectives.coded:
-        image_tokenizer = load_vqkd(config.image_tokenizer)
+        image_tokenizer = open_vqkd(config.image_tokenizer)
         view = tokenizer_view_size(image_tokenizer, config.image_tokenizer, config.model)
     teachers = {objective.name: objective.open_teachers() for objective in objectives}
     check_loaders(config, mesh, view if view != own and not config.image_codes else 0)

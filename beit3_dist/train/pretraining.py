@@ -21,6 +21,7 @@ from beit3_dist.data.faults import Fault
 from beit3_dist.data.joining import micro_batches
 from beit3_dist.data.streaming import furthest
 from beit3_dist.image_tokenizer.codes import targets_of
+from beit3_dist.image_tokenizer.files import give_values
 from beit3_dist.image_tokenizer.targets import ImageTargets, target_flops
 from beit3_dist.model.initialization import zeros
 from beit3_dist.objectives.base import Loss
@@ -92,6 +93,8 @@ class Pretraining(Job[RunConfig, StepResult]):
         config, mesh, ready = self.config, self.mesh, self._ready
         self._objectives = objectives = ready.objectives.connected(Replicas(groups.data))
         largest, flops = objectives.largest(mesh.data)
+        if ready.image_tokenizer is not None:
+            give_values(ready.image_tokenizer, mesh.device, mesh.is_last_stage)
         if ready.image_tokenizer is not None and ready.train_codes is None:
             sizes = dict(zip(STREAMS, config.micro_batch(mesh.data), strict=True))
             flops += target_flops(ready.image_tokenizer, sum(sizes[stream] for stream in objectives.coded))

@@ -20,11 +20,12 @@ from beit3_dist.checkpoint.snapshot import shard_header
 from beit3_dist.checkpoint.store import FORMAT, INDEX_ENTRY, INDEX_OF, TrainState
 from beit3_dist.checkpoint.tensor_index import INDEX, Held, chunk_digests, index_text, runs_of
 from beit3_dist.command_line import to_yaml
-from beit3_dist.config import CheckpointConfig, RunConfig
+from beit3_dist.config import BatchConfig, CheckpointConfig, RunConfig
 from beit3_dist.looking import Looks, together
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.preflight import prepare_run
 from tests.integration.runs import run_config
+from tests.parallel.test_zero_shot import config_of
 from tests.scale.counting import Costs, counting
 from tests.unit.tar_fixtures import image_tar
 from tests.unit.test_looking import Memory
@@ -155,6 +156,8 @@ def test_what_a_rank_does_at_the_start_does_not_grow_with_the_ranks(folder: Path
         ranks = {"first": 0, "second": 1, "of a node": NODE, "of the last node": world - NODE, "last": world - 1}
         for which, rank in ranks.items():
             costs = start.costs(rank)
+            reads_tokenizer = rank % NODE == 0  # the first one, and one of each node, which compares its digest
+            assert ("image_tokenizer.pth" in costs.opens) == reads_tokenizer
             print(f"{goes_on:9s} {world:5d} ranks, rank {rank:4d} {costs}")
             found.setdefault(which, []).append(costs)
     for which, (few, many) in found.items():
@@ -162,6 +165,13 @@ def test_what_a_rank_does_at_the_start_does_not_grow_with_the_ranks(folder: Path
         assert many.opened <= growth * few.opened, (which, few.opens, many.opens)
         assert many.looked <= growth * few.looked, (which, few.looks, many.looks)
         assert many.read <= growth * few.read + PAGE, which
+
+
+def test_one_process_of_a_node_opens_what_a_run_is_scored_on(tmp_path: Path) -> None:
+    config = replace(config_of(tmp_path, "run"), init_from="", batch=BatchConfig(images=0, texts=0, pairs=8))
+    start, scored = Start(config, 8, tmp_path), {"pairs.tar", "classes.tar", "train.tar", "names.txt"}
+    first, second = (set(start.costs(rank).opens) for rank in (0, 1))
+    assert scored <= first and not scored & second
 
 
 def test_the_first_rank_looks_twice_at_each_shard(folder: Path) -> None:

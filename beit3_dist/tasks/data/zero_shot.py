@@ -19,6 +19,7 @@ from beit3_dist.data.index import open_table
 from beit3_dist.data.order import Stream
 from beit3_dist.data.reader import ShardReader
 from beit3_dist.data.text_files import read_lines
+from beit3_dist.looking import of_node
 from beit3_dist.opening import blaming
 from beit3_dist.tasks.data.batches import decoded
 from beit3_dist.tasks.data.class_shards import read_class_shards
@@ -130,10 +131,44 @@ def decoded_whole(image: Any, name: str) -> Image.Image:
 
 
 def open_zero_shot(config: EvalConfig, data: DataConfig) -> ZeroShotData | None:
-    """What `eval.retrieval`, `eval.captions` and `eval.classes` name; None for nothing. Raises ValueError naming the
-    field."""
+    """What `eval.retrieval`, `eval.captions` and `eval.classes` name, which one process of a node opens; None for
+    nothing. Raises ValueError naming the field."""
     if not config.every or not config.scored:
         return None
+    seen = of_node(lambda: _plain(_opened(config, data)))
+    pairs = {
+        field: Captioned(_members(images), captions)
+        for field, (images, captions) in ((field, seen[field]) for field in ("retrieval", "captions") if seen[field])
+    }
+    classed = None
+    if seen["classed"]:
+        labelled = [(_members(images), torch.tensor(labels)) for images, labels in seen["classed"]]
+        classed = Classed(*labelled[0], seen["names"], tuple(seen["templates"]), *labelled[1:])
+    return ZeroShotData(pairs.get("retrieval"), pairs.get("captions"), classed)
+
+
+def _members(images: Sequence[Sequence[Any]]) -> list[Any]:
+    return [TarMember(*place) for place in images]
+
+
+def _plain(data: ZeroShotData) -> dict[str, Any]:
+    """What the process that looks tells the others: of members of tars where they lie."""
+
+    def places(images: list[Any]) -> list[Any]:
+        return [(image.tar, image.offset, image.size) for image in images]
+
+    told: dict[str, Any] = {
+        field: None if pairs is None else (places(pairs.images), pairs.captions)
+        for field, pairs in (("retrieval", data.retrieval), ("captions", data.captions))
+    }
+    classed, sides = data.classed, list[Labelled]()
+    if classed is not None:
+        sides = [(classed.images, classed.labels), *([] if classed.train is None else [classed.train])]
+        told |= {"names": classed.names, "templates": classed.templates}
+    return told | {"classed": [(places(images), labels.tolist()) for images, labels in sides]}
+
+
+def _opened(config: EvalConfig, data: DataConfig) -> ZeroShotData:
     limit = config.at_most
     pairs = {
         field: captioned_tars(pattern, f"eval.{field}", data.cache, data.caption_key, limit)
