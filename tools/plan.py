@@ -74,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=1200.0, help="of --check failures")
     parser.add_argument("--mtbf-s", type=float, default=120.0, help="mean time between its kills")
     parser.add_argument("--every", type=int, default=20, help="checkpoint.every of its command")
+    parser.add_argument("--seed-of-kills", type=int, default=0, help="by which their times are drawn")
     parser.add_argument("--calibrate", default="", metavar="FILE", help="measures this CPU's rates")
     parser.add_argument("--failures", action="store_true", help="days on devices that fail, and how often to save")
     for name, (default, text) in OF_FAILURES.items():
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
             return
         plans, reasons = planner.plans(options.devices)
         require(bool(plans), f"no layout divides and fits: {'; '.join(reasons)}")
-    run = Run(config, device, options)
+    run = Run(config, device, options, planner.uncounted)
     if options.json:
         print(json.dumps(run.record() | {"layouts": [p.record() | run.of_plan(p) for p in plans], "left_out": reasons}))
     elif options.emit:
@@ -131,7 +132,8 @@ def measure(options: Namespace, command: Sequence[str]) -> None:
         return
     if options.check == "failures":
         require(bool(command), "--check failures needs the run's command behind it")
-        found = killed.experiment(command, options.run, options.seconds, options.mtbf_s, options.every)
+        given = options.seconds, options.mtbf_s, options.every, options.seed_of_kills
+        found = killed.experiment(command, options.run, *given, tell=lambda line: print(line, flush=True))
         print("\n".join(killed.lines(found)))
         return
     from beit3_dist.tools.plans import on_cpu  # starts processes
@@ -159,8 +161,9 @@ def on_failing_devices(planner: Planner, options: Namespace) -> list[str]:
 class Run:
     """The whole run on some devices."""
 
-    def __init__(self, config: RunConfig, device: Device, options: Namespace) -> None:
-        self._config, self._device, self._options = config, device, options
+    def __init__(self, config: RunConfig, device: Device, options: Namespace, uncounted: list[str]) -> None:
+        """`uncounted`: what of the recipe no plan has."""
+        self._config, self._device, self._options, self._uncounted = config, device, options, uncounted
         self._flops = step_flops(config)
 
     def mfu(self, step_s: float) -> float | None:
@@ -178,7 +181,7 @@ class Run:
         options = self._options
         within = self.mfu(options.days * DAY_S / self._config.steps) if options.days else None
         own = {"device": options.device, "devices": options.devices, "steps": self._config.steps}
-        return own | {"step_flops": self._flops, "mfu_of_days": within}
+        return own | {"step_flops": self._flops, "mfu_of_days": within, "uncounted": self._uncounted}
 
     def lines(self) -> list[str]:
         options, steps = self._options, self._config.steps
@@ -186,6 +189,8 @@ class Run:
             f"{options.devices} x {options.device} of {self._device.memory_gb:g} GB; {self._flops / 1e15:.3g} PFLOP a "
             f"step, {steps:,} steps"
         ]
+        if self._uncounted:
+            said.append(f"not counted: the teachers of {', '.join(self._uncounted)}")
         if options.days and (within := self.mfu(options.days * DAY_S / steps)) is not None:
             said.append(f"in {options.days:g} days: {options.days * DAY_S / steps:.4g} s a step, {within:.1%} MFU")
         return said

@@ -269,6 +269,11 @@ class Objective(ABC):
         Collective over the replicas."""
         raise NotImplementedError
 
+    def second_pairs(self, samples: Mapping[str, int]) -> int:
+        """Fused samples in the second pass of a micro-batch of so many samples of each stream; it reads a token of
+        each."""
+        return 0
+
     def classes(self, targets: Any) -> list[Tensor]:
         """int64 [m] for each loss: the classes of its targets, to be watched."""
         return [torch.zeros(0, dtype=torch.int64)] * len(self.losses)

@@ -126,6 +126,9 @@ class Matching(Objective):
     def targets(self, batch: MicroBatch, places: Places, seen: SeenImages, move: Callable[[Tensor], Tensor]) -> None:
         """There are none in the first pass."""
 
+    def second_pairs(self, samples: Mapping[str, int]) -> int:
+        return 3 * samples["pairs"]
+
     def second(self, batches: Sequence[MicroBatch], number: int, step: int, device: torch.device) -> SecondPass:
         """Of each pair: itself, its caption with a drawn image, its image with a drawn caption. Negatives are drawn out
         of the pairs that the contrast has just compared: the step's, or the micro-batch's."""

@@ -1,8 +1,8 @@
 """The layout of a run that leaves it open: `parallel.*` and `batch.accumulation` may be auto.
 
 Of the layouts that divide, those with the fewest tensor and pipeline ranks come first, since each costs communication;
-of the first that fit, the fastest by the planner is taken. Every process finds it by itself, from the config, the
-number of processes and the kind of device alone, so that all find the same.
+of the first that fit, the fastest by the planner is taken. One process finds it, by its own device, and the others are
+told.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
+from typing import Any
 
 import torch
 
 from beit3_dist.config import RunConfig, is_auto, require
 from beit3_dist.launched import read_place
+from beit3_dist.looking import of_run
 from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
 from beit3_dist.plan.devices import DEVICES, USABLE, Device, Link
 from beit3_dist.plan.dividing import RANKS, accumulations
@@ -33,17 +35,42 @@ CPU = Device(
 
 def with_layout(config: RunConfig, world: int) -> RunConfig:
     """The run with numbers in the place of auto, for `world` processes. Raises ValueError where no layout divides and
-    fits."""
+    fits, and where the run has what the planner does not count."""
     open_fields = [name for name, value in _fields(config).items() if is_auto(value)]
     if not open_fields:
         return config
-    modes = config.activation_checkpointing
+    found = of_run(lambda: _found(config, world, open_fields[0]))
+    layout = Layout(**found["layout"])
+    parallel = replace(
+        config.parallel, tensor=layout.tensor, pipeline=layout.pipeline, zero_stage=layout.zero_stage,
+        sequence=layout.sequence,
+    )  # fmt: skip
+    run = replace(config, parallel=parallel, batch=replace(config.batch, accumulation=layout.accumulation))
+    log.info(
+        "auto: %s; planned: %.1f of %.1f GB on the fullest device",
+        ", ".join(f"{name}={_fields(run)[name]}" for name in open_fields), found["memory_gb"], found["usable_gb"],
+    )  # fmt: skip
+    return run
+
+
+def _found(config: RunConfig, world: int, field: str) -> dict[str, Any]:
+    """The layout, and what it takes. `field`: the first that is open."""
+    modes, chunks = config.activation_checkpointing, config.parallel.chunks
     require(
         isinstance(modes, str),
-        f"activation_checkpointing lists modes of pipeline ranks, but {open_fields[0]}=auto: give one mode for all",
+        f"activation_checkpointing lists modes of pipeline ranks, but {field}=auto: give one mode for all",
+    )
+    require(
+        chunks == 1,
+        f"parallel.chunks={chunks}: the planner knows no interleaved stages, but {field}=auto: use parallel.chunks=1, "
+        "or give a number",
     )
     device = this_device(world)
     planner = Planner(replace(config, batch=replace(config.batch, accumulation=1)), device)
+    require(
+        not planner.uncounted,
+        f"{', '.join(planner.uncounted)}: the planner does not count teachers, but {field}=auto: give a number",
+    )
     usable, least, reason = device.memory_gb * USABLE, float("inf"), ""
     for ranks in sorted(product(_choices(config, "parallel.tensor"), _choices(config, "parallel.pipeline")), key=_cost):
         found: list[Plan] = []
@@ -59,10 +86,10 @@ def with_layout(config: RunConfig, world: int) -> RunConfig:
                 found.append(plan)
         if found:
             best = min(found, key=lambda plan: plan.time.total)
-            return _taken(config, best, open_fields, usable)
-    require(least < float("inf"), f"{open_fields[0]}=auto: no layout of {world} processes divides: {reason}")
+            return {"layout": asdict(best.layout), "memory_gb": best.memory_gb, "usable_gb": usable}
+    require(least < float("inf"), f"{field}=auto: no layout of {world} processes divides: {reason}")
     raise ValueError(
-        f"{open_fields[0]}=auto: no layout of {world} processes fits {usable:.1f} GB a process, the least takes "
+        f"{field}=auto: no layout of {world} processes fits {usable:.1f} GB a process, the least takes "
         f"{least:.1f}: use more devices, or activation_checkpointing=full"
     )
 
@@ -97,20 +124,6 @@ def _layouts(config: RunConfig, tensor: int, pipeline: int) -> Iterator[Layout]:
     stages, accumulations = _choices(config, "parallel.zero_stage"), _choices(config, "batch.accumulation")
     for zero_stage, accumulation in product(stages, accumulations):
         yield Layout(zero_stage, tensor, sequence, pipeline, modes, accumulation)
-
-
-def _taken(config: RunConfig, plan: Plan, open_fields: list[str], usable: float) -> RunConfig:
-    layout = plan.layout
-    parallel = replace(
-        config.parallel, tensor=layout.tensor, pipeline=layout.pipeline, zero_stage=layout.zero_stage,
-        sequence=layout.sequence,
-    )  # fmt: skip
-    run = replace(config, parallel=parallel, batch=replace(config.batch, accumulation=layout.accumulation))
-    log.info(
-        "auto: %s; planned: %.1f of %.1f GB on the fullest device",
-        ", ".join(f"{name}={_fields(run)[name]}" for name in open_fields), plan.memory_gb, usable,
-    )  # fmt: skip
-    return run
 
 
 def this_device(world: int) -> Device:

@@ -217,7 +217,7 @@ class Counting:
         network.blocks.recompute = recompute
         network.blocks.recompute_every = config.activation_checkpointing_every if recompute != "none" else 1
         counts = dict(zip(STREAMS, samples, strict=True))
-        layout = _layout(objectives, counts)
+        layouts = [layout := _layout(objectives, counts)]
         traffic, allocations = Traffic(), Allocations()
         with on_meta(traffic):
             self._use_kernels(traffic, network)
@@ -239,9 +239,15 @@ class Counting:
                     hidden = network.hidden(inputs, selection)
                     kept = allocations.now
                     loss = _loss(objectives, network, hidden, of_masked)
+                    if fused := sum(each.second_pairs(counts) for each in objectives):
+                        layouts.append(_fused(objectives, fused))
+                        inputs, selection, ids = _second(objectives, layouts[-1])
+                        hidden = network.hidden(module.with_drop_path(inputs, ids, 0), selection)
+                        loss, kept = loss + hidden.float().sum(), allocations.now
                     del hidden
                     loss.backward()
-        work = _work(traffic, _core_flops(model, layout, self.attention, recompute, tensor))
+        core_flops = sum(_core_flops(model, own, self.attention, recompute, tensor) for own in layouts)
+        work = _work(traffic, core_flops)
         if not bottom:
             others = sum(
                 3 * each.head_flops(each.expected_counts(counts, config))
@@ -249,7 +255,7 @@ class Counting:
                 if not isinstance(each, MaskedDataModeling)
             )
             work = replace(work, head_flops=others)
-        return Passed(work, allocations.peak, kept), sum(layout.segments)
+        return Passed(work, allocations.peak, kept), sum(sum(own.segments) for own in layouts)
 
     def _use_kernels(self, traffic: Traffic, network: BEiT3) -> None:
         if not self._gpu:
@@ -343,6 +349,22 @@ def _inputs(objectives: Objectives, layout: TokenLayout, counts: Mapping[str, in
     )
     ids = torch.empty(sum(g.samples for g in layout.groups), dtype=torch.int64, device=META)
     return inputs, ids
+
+
+def _fused(objectives: Objectives, samples: int) -> TokenLayout:
+    """That of a second pass over so many fused samples, on the host."""
+    longest = objectives.run.data.caption_length
+    padding = torch.arange(longest) >= caption_lengths(samples, longest)[:, None]
+    return TokenLayout((group(samples, 1 + objectives.model.patches, padding, longest),))
+
+
+def _second(objectives: Objectives, layout: TokenLayout) -> tuple[MixedInputs, Selection, Tensor]:
+    """A second pass on the device: its inputs, the tokens that are read of them, and the ids of its samples."""
+    samples, side = layout.groups[0].samples, objectives.model.image_size
+    images = normalized(torch.empty(samples, 3, side, side, dtype=torch.uint8, device=META))
+    words = torch.empty(layout.segments[2], dtype=torch.int64, device=META)
+    rows = torch.empty(samples, dtype=torch.int64, device=META)
+    return MixedInputs(images, words, layout.to(META)), Selection(rows, (0, 0, samples, 0)), rows
 
 
 def read_tokens(

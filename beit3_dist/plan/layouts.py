@@ -23,6 +23,7 @@ from math import gcd
 from typing import Any
 
 from beit3_dist.config import STREAMS, Recompute, RunConfig, require
+from beit3_dist.objectives.base import Objective
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.parallel.deepspeed_config import read_deepspeed_file
 from beit3_dist.parallel.memory import StateBytes, state_bytes
@@ -171,6 +172,9 @@ class Planner:
         self.config, self.device, self._exact = config, device, exact
         self._counting = Counting(config, device.gpu)
         self._objectives = objectives_of(config)
+        own = (each for each in self._objectives if type(each).open_teachers is not Objective.open_teachers)
+        self.uncounted = [f"objectives.{each.name}" for each in own]
+        """What of the recipe no plan has the time and memory of: teachers, whose sizes are in their files."""
         self._averages = (self._objectives.average_decay > 0) + (config.ema_decay > 0)
         self._model = self._objectives.build()
         self._modules = sum(1 for m in self._model.modules() if next(m.parameters(recurse=False), None) is not None)

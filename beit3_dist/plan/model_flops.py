@@ -18,4 +18,8 @@ def step_flops(config: RunConfig) -> float:
     texts = torch.full((samples["texts"],), config.data.text_length)
     read, _ = read_tokens(objectives, samples)
     counts = [n for each in objectives for n in each.expected_counts(samples, config)]
-    return pretraining_flops(objectives, samples["images"], captions, texts, read, [round(n) for n in counts])
+    flops = pretraining_flops(objectives, samples["images"], captions, texts, read, [round(n) for n in counts])
+    if second := sum(each.second_pairs(samples) for each in objectives):
+        captions, nothing = caption_lengths(second, config.data.caption_length), [0] * len(counts)
+        flops += pretraining_flops(objectives, 0, captions, texts[:0], (0, 0, second, 0), nothing)
+    return flops

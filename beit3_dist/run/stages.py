@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beit3_dist.checkpoint.find import find, read_state
-from beit3_dist.config import RunConfig, require
+from beit3_dist.config import RunConfig, require, require_laid_out
 from beit3_dist.looking import of_run
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.preflight import Ready, prepare_run
@@ -43,6 +43,7 @@ def prepare_stages(stages: Sequence[Stage], mesh_of: Callable[[StageConfig], Mes
     for stage in left:
         try:
             config = stage.config
+            require_laid_out(config)
             if before is not None:
                 _check_not_begun(config)
             ready = opened(config, mesh_of(config), before)

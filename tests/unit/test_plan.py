@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, RunConfig
+from beit3_dist.objectives.masked_data_modeling import MaskedDataModelingConfig
+from beit3_dist.objectives.matching import MatchingConfig
 from beit3_dist.plan import h200
 from beit3_dist.plan.auto import USABLE
-from beit3_dist.plan.counting import Counting, Work
+from beit3_dist.plan.counting import Counting, Work, caption_lengths
 from beit3_dist.plan.devices import DEVICES, Device, Link, device_named
 from beit3_dist.plan.layouts import Layout, Plan, Planner
 from tools import plan
@@ -67,6 +69,19 @@ def test_recomputation_and_tensor_ranks() -> None:
     for (name, size), often in halved.work.collectives.items():
         sent[name] += size * often
     assert sent == {"all_reduce": 4 * tokens * MODEL.width * 2}  # Megatron's two forward and two backward
+
+
+def test_a_second_pass_is_counted() -> None:
+    """Matching shows the model three fused samples for each pair, beside the first pass and its memory."""
+    objectives: dict[str, Any] = {"masked_data_modeling": MaskedDataModelingConfig()}
+    plain, matched = (
+        Counting(run_config(objectives=objectives | more), gpu=False).pieces((4, 4, 4), "none")
+        for more in ({}, {"matching": MatchingConfig(negatives="random")})
+    )
+    fused = 12 * 17 + int(caption_lengths(12, 16).sum())
+    assert matched.tokens == plain.tokens + fused
+    assert matched.layer.work.flops / plain.layer.work.flops == pytest.approx(matched.tokens / plain.tokens)
+    assert matched.layer.kept / plain.layer.kept == pytest.approx(matched.tokens / plain.tokens, rel=0.1)
 
 
 def test_collectives_and_rates() -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from beit3_dist.command_line import configured, to_yaml
-from beit3_dist.config import RunConfig, is_auto, require_laid_out
+from beit3_dist.config import ParallelConfig, RunConfig, is_auto, require_laid_out
+from beit3_dist.looking import ALONE, Looks, together
 from beit3_dist.objectives import SECTIONS
 from beit3_dist.plan import auto
+from tests.unit.test_looking import Memory
 from tests.unit.test_plan import run_config
 
 STREAMS = [f"--data.{name}=unused" for name in ("images", "texts", "pairs")]
@@ -56,6 +58,34 @@ def test_other_programs_want_numbers() -> None:
     with pytest.raises(ValueError, match="parallel.tensor=auto is for pretrain.py"):
         require_laid_out(parsed("--parallel.tensor=auto"))
     require_laid_out(parsed())
+
+
+def test_what_the_planner_does_not_count_wants_numbers() -> None:
+    parallel = ParallelConfig(tensor=auto_of("parallel.tensor"), pipeline=2, chunks=2)
+    with pytest.raises(ValueError, match="parallel.chunks=2: the planner knows no interleaved .*parallel.tensor=auto"):
+        auto.with_layout(run_config(parallel=parallel), 4)
+    own = {"learns": "masked_logits", "teacher.kind": "beit3", "teacher.weights": "unused"}
+    distilled = [
+        "--objectives.masked_data_modeling.pair_image_weight=1",
+        *(f"--objectives.distillation.pairs.{name}={value}" for name, value in own.items()),
+    ]
+    with pytest.raises(ValueError, match="objectives.distillation: the planner does not count teachers, but parallel"):
+        auto.with_layout(parsed("--parallel.tensor=auto", "--image_codes=unused", "--kernels=torch", *distilled), 2)
+    for option in ("--parallel.sequence=auto", "--parallel.chunks=auto"):
+        with pytest.raises(ValueError, match=option[2:-5]):
+            parsed(option)
+
+
+def test_one_process_finds_it_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others take what it says, and count nothing."""
+    config = run_config(precision="fp32", parallel=ParallelConfig(zero_stage=auto_of("parallel.zero_stage")))
+    store = Memory()
+    first, other = (Looks(lambda: store, "run", looks) for looks in (True, False))
+    with together(first, ALONE):
+        found = auto.with_layout(config, 2)
+    monkeypatch.setattr(auto, "Planner", None)
+    with together(other, ALONE):
+        assert auto.with_layout(config, 2) == found and not is_auto(found.parallel.zero_stage)
 
 
 def test_numbers_stay_as_they_are() -> None:

@@ -32,13 +32,25 @@ def test_measured_and_predicted(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(tmp_path / "run"), "10", "100000"]
-    found = experiment(command, tmp_path / "run", seconds=8, mtbf_s=1.2, every=10)
-    print("\n".join(lines(found)))
+    said: list[str] = []
+    found = experiment(command, tmp_path / "run", seconds=8, mtbf_s=1.2, every=10, tell=said.append)
+    print("\n".join([*said, *lines(found)]))
+    assert found.ends == 0 and len(said) == found.kills and all("killed behind step" in line for line in said)
     assert found.kills >= 3 and found.run.step_s == 0.02 and 0.1 < found.run.restart_s < 5
     assert found.steps > 10
     assert 0 < found.predicted < 1 and found.predicted == pytest.approx(found.measured, abs=0.3)  # of a busy machine
     with pytest.raises(ValueError, match="is there already"):
         experiment(command, tmp_path / "run", 1, 1, 1)
+
+
+def test_an_attempt_that_ends_by_itself_is_told_and_started_again(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("step % every == 0:", "step % 40 == 0 and 1 / 0 or step % every == 0:"))
+    command = [sys.executable, str(program), str(tmp_path / "run"), "10", "100000"]
+    said: list[str] = []
+    with pytest.raises(ValueError, match="the run ended by itself"):  # for good, behind the same step
+        experiment(command, tmp_path / "run", seconds=60, mtbf_s=1e6, every=10, tell=said.append)
+    assert len(said) >= 2 and all("ended by itself behind step 40" in line for line in said)
 
 
 def test_a_run_that_ends_is_told(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 First the run starts undisturbed until its second checkpoint is whole: how long it takes to its first step, a step's
 seconds, what a checkpoint stops it for, and how much later it is on the disk. From these the share of time that trains
 is predicted; then the run goes on, is killed with SIGKILL and started again, and its share is counted: steps that are
-in its records at the end, each worth an undisturbed one's seconds.
+in its records at the end, each worth an undisturbed one's seconds. An attempt that ends by itself, which nobody
+predicts, is told and started again, too, unless several in a row have come to no other step.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from beit3_dist.plan.failures import Run, lives
 
 LOOK_S = 0.05
 MOST_BYTES = 100_000_000
+MOST_IDLE = 3
+"""Attempts that may end by themselves one after the other without a step."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Experiment:
     """As it was measured undisturbed; its failures are those of one device."""
     seconds: float
     kills: int
+    ends: int
+    """Of attempts by themselves."""
     steps: int
     """That were kept."""
 
@@ -68,15 +73,21 @@ class _Attempts:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def until(self, there: Callable[[], bool], deadline: float = float("inf")) -> None:
+    @property
+    def lives(self) -> bool:
+        """Whether the command still runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def until(self, there: Callable[[], bool]) -> None:
         """Waits. Raises ValueError where the command ends by itself."""
-        assert self._process is not None
-        while not there() and time.monotonic() < deadline:
-            require(
-                self._process.poll() is None,
-                f"the run ended by itself: see {self.out.with_suffix('.log')}; its --steps must be many",
-            )
+        while not there():
+            require(self.lives, self.ended)
             time.sleep(LOOK_S)
+
+    @property
+    def ended(self) -> str:
+        """What is said of a command that has ended by itself."""
+        return f"the run ended by itself: see {self.out.with_suffix('.log')}; its --steps must be many"
 
     def records(self) -> list[dict[str, float]]:
         """Of the steps that are in the run's folder; a line that is being written is left out."""
@@ -90,28 +101,39 @@ class _Attempts:
 
 
 def experiment(
-    command: Sequence[str], out: Path, seconds: float, mtbf_s: float, every: int, seed: int = 0
-) -> Experiment:
-    """Runs it for so many seconds beside what is measured before. `every`: steps between the run's checkpoints."""
+    command: Sequence[str], out: Path, seconds: float, mtbf_s: float, every: int, seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Experiment:  # fmt: skip
+    """Runs it for so many seconds beside what is measured before. `every`: steps between the run's checkpoints. `tell`
+    is given a line for each kill."""
     require(not out.exists(), f"--run {out} is there already: name a folder that is not")
     out.parent.mkdir(parents=True, exist_ok=True)
     attempts = _Attempts(command, out)
     try:
         run = _undisturbed(attempts, every, mtbf_s, seconds)
-        before, draw, kills = len(attempts.records()), random.Random(seed), 0
+        before, draw, kills, ends = len(attempts.records()), random.Random(seed), 0, 0
         attempts.kill()
-        start = time.monotonic()
+        start, idle, reached = time.monotonic(), 0, before
+        due = start + draw.expovariate(1 / mtbf_s)
         attempts.start()
-        while (left := start + seconds - time.monotonic()) > 0:
-            attempts.until(lambda: False, time.monotonic() + min(left, draw.expovariate(1 / mtbf_s)))
+        while (now := time.monotonic()) < start + seconds:
+            if now < due and attempts.lives:
+                time.sleep(LOOK_S)
+                continue
+            killed = attempts.lives
             attempts.kill()
-            if time.monotonic() < start + seconds:
-                kills += 1
-                attempts.start()
+            steps = len(attempts.records())
+            kills, ends, idle = kills + killed, ends + (not killed), 0 if killed or steps != reached else idle + 1
+            require(idle < MOST_IDLE, attempts.ended)
+            reached, how = steps, "killed" if killed else "ended by itself"
+            tell(f"{now - start:7.1f} s  {how} behind step {steps}, {attempts.saved()} checkpoints are whole")
+            if killed:
+                due = time.monotonic() + draw.expovariate(1 / mtbf_s)
+            attempts.start()
         taken = time.monotonic() - start
     finally:
         attempts.kill()
-    return Experiment(run, taken, kills, len(attempts.records()) - before)
+    return Experiment(run, taken, kills, ends, len(attempts.records()) - before)
 
 
 def _undisturbed(attempts: _Attempts, every: int, mtbf_s: float, seconds: float) -> Run:
@@ -142,7 +164,8 @@ def lines(found: Experiment) -> list[str]:
     return [
         f"undisturbed: {run.step_s:.3f} s a step, {run.restart_s:.1f} s to start, a save every {run.every} steps "
         f"pauses {run.pause_s:.2f} s and counts {run.durable_s:.2f} s later",
-        f"{found.kills} kills in {found.seconds:.0f} s: {found.steps} steps kept; share of time that trains: "
+        f"{found.kills} kills in {found.seconds:.0f} s{f', {found.ends} ends by itself' if found.ends else ''}: "
+        f"{found.steps} steps kept; share of time that trains: "
         f"measured {found.measured:.1%}, predicted {found.predicted:.1%}, off by "
         f"{100 * (found.predicted - found.measured):+.1f} points",
     ]
