@@ -23,7 +23,7 @@ PROGRAMS = {
         "train-text-tokenizer": ("tools.train_text_tokenizer", "a SentencePiece model from shards or text files"),
         "train-image-tokenizer": ("launchers.train_image_tokenizer", "BEiT v2's visual codes (VQ-KD)"),
         "precompute-codes": ("tools.precompute_codes", "the visual codes of a run's images, made once"),
-        "build-index": ("tools.build_index", "what fine-tuning reads, from the official files of benchmarks"),
+        "build-index": ("tools.build_index", "what fine-tuning reads, from benchmarks or a table of your own"),
     },
     "Training": {
         "recipes": ("tools.list_recipes", "the recipes that --config finds by name"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, then the tests, in the project's own environment.
+# Lint, types, then the tests, in the project's own environment; a choice of them with the lowest versions of its packages.
 #
 #   tests/run.sh                                  everything, the fast tests first
 #   tests/run.sh --quick                          five minutes: the fast tests of unit and parity
@@ -14,7 +14,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Each of the hundreds of processes that they start would compile our modules anew.
 unset PYTHONDONTWRITEBYTECODE
 
-# Beside what follows, for what leaves cores idle: Slurm's jobs wait most of their time, and mypy has one thread.
+# Beside what follows, for what leaves cores idle: Slurm's jobs wait most of their time, mypy and pip have one thread.
 aside=$(mktemp -d)
 declare -A started=()
 beside() { # NAME COMMAND...: in a process group of its own, which Ctrl-C reaches through `leave`
@@ -58,8 +58,10 @@ if (($#)); then
     exit "$failed"
 fi
 beside slurm python -m pytest tests/slurm
+beside lowest bash tests/lowest.sh
 python -m pytest "${fast[@]}" tests/unit tests/parity tests/golden || failed=$?
 ended types || failed=$?
+ended lowest || failed=$?
 python -m pytest "${several[@]}" tests/integration tests/parallel tests/scale || failed=$?
 ended slurm || failed=$?
 exit "$failed"
