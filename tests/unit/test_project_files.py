@@ -37,7 +37,7 @@ def test_workflows_run_what_there_is(workflow: Path) -> None:
 
 
 def test_every_range_has_a_lower_end_that_is_tried() -> None:
-    """torch's by CI's job `lowest`, the others' by tests/lowest.sh, which takes them from here; torchvision is torch's."""
+    """torch's by CI's job `lowest`, the others' by tests/lowest.sh, which reads them; torchvision's is torch's."""
     ranges = dict(re.match(r"([\w-]+)(?:\[\w+\])?(?:>=([\d.]+))?", each).groups() for each in PROJECT["dependencies"])
     assert [name for name, low in ranges.items() if low is None] == ["torchvision"]
     for extra in ("hub", "trackers", "data", "detection"):
