@@ -24,7 +24,7 @@ print(*(f"{name}=={low}" for name, low in bounds.items() if name != "torch" and 
 PYTHON
 )
 # What these bring along themselves, in versions that they go with.
-brought=('huggingface_hub==1.3.0' 'protobuf<7' six sentry_sdk)
+brought=('huggingface_hub==1.10.0' 'protobuf<7' six sentry_sdk)
 echo "lowest: ${lowest[*]}"
 DS_BUILD_OPS=0 python -m pip install --quiet --no-input --disable-pip-version-check --no-deps --no-build-isolation \
     --target "$folder" "${lowest[@]}" "${brought[@]}"
