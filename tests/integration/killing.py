@@ -110,7 +110,10 @@ def kill_at_random(
     finish(whole)
 
     rng, result = random.Random(seed), Killed(killed.out, whole.out, config.steps)
-    log = Path(killed.out, "metrics.jsonl")
+    log, newest = Path(killed.out, "metrics.jsonl"), Path(killed.out, "checkpoints", "latest")
+
+    def whole_checkpoint() -> str:
+        return newest.read_text() if newest.exists() else ""
 
     def steps() -> int:
         return len(log.read_bytes().splitlines()) if log.exists() else 0
@@ -126,7 +129,8 @@ def kill_at_random(
         seen = 0
         if number % 4:  # Somewhere in the steps, a checkpoint or an evaluation: some lines more, and a bit.
             deadline, more, old = time.monotonic() + PATIENCE_S, rng.randint(1, 4), -1
-            while seen < more and time.monotonic() < deadline and process.is_alive():
+            before = whole_checkpoint() if number % 4 == 1 else None  # some get one further, however busy the disk
+            while (seen < more or whole_checkpoint() == before) and time.monotonic() < deadline and process.is_alive():
                 seen, old = seen + (old >= 0 and size() > old), size()
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.05))

@@ -70,10 +70,12 @@ def test_latest_always_loads(tmp_path: Path) -> None:
     latest, newest, seen, moments = folder / "latest", 0, [], []
     for kill in range(KILLS):
         processes = start(folder, tmp_path / f"meeting-{kill}", max(0, newest - 2 * (kill % 3 == 0)))
-        before, deadline = latest.stat().st_mtime_ns if latest.exists() else 0, time.monotonic() + 120
-        while not latest.exists() or latest.stat().st_mtime_ns == before:
-            assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
-            time.sleep(0.001)
+        deadline = time.monotonic() + 120
+        for _ in range(1 + (kill % 3 == 1)):  # a busy machine saves no more than it is waited for
+            before = latest.stat().st_mtime_ns if latest.exists() else 0
+            while not latest.exists() or latest.stat().st_mtime_ns == before:
+                assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
+                time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.05))
         rng.shuffle(processes)
         for process in processes:
@@ -89,6 +91,6 @@ def test_latest_always_loads(tmp_path: Path) -> None:
         seen.append(newest)
         moments.append(sorted(p.name for p in next(iter(folder.glob("*.partial")), Path("nothing")).glob("*")))
     print(json.dumps({"newest": seen, "left": moments}))
-    assert len(set(seen)) > KILLS / 4, f"hardly anything was saved: {seen}"  # every third began two back
+    assert len(set(seen)) > KILLS / 2, f"hardly anything was saved: {seen}"
     unfinished = [left for left in moments if left]
     assert len(unfinished) > KILLS / 4, f"hardly a kill hit a checkpoint on its way: {moments}"

@@ -16,5 +16,5 @@ def test_killed_twenty_times_at_random(tmp_path: Path) -> None:
     """`python -m tests.attack` does so a hundred times."""
     result = kill_at_random(tmp_path, KILLS)
     result.check()
-    assert max(result.steps_by_kill) > KILLS / 5, f"hardly a step between the kills: {result.steps_by_kill}"
+    assert result.steps_by_kill[-1] > KILLS / 2, f"hardly a step between the kills: {result.steps_by_kill}"
     assert result.moments["starting"] and result.moments["training"]
