@@ -24,7 +24,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from beit3_dist import launched, leaving
+from beit3_dist import launched
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
 from beit3_dist.leaving import SIGNALS, ExitCode, leave_when_asked
@@ -39,16 +39,11 @@ SBATCH = (REPOSITORY / "launchers" / "slurm" / "pretrain.sbatch").read_text()
 
 
 @pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`launch` gives the package's log a handler, and the process ears, as programs want it."""
+def same_process() -> Iterator[None]:
+    """`launch` gives the package's log a handler, as programs want it."""
     log = logging.getLogger("beit3_dist")
-    level, handlers, signals = log.level, log.handlers[:], {number: signal.getsignal(number) for number in SIGNALS}
-    monkeypatch.setattr(leaving, "_listener", leaving._listener)
-    wakeup = signal.set_wakeup_fd(-1)
+    level, handlers = log.level, log.handlers[:]
     yield
-    signal.set_wakeup_fd(wakeup)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
     log.setLevel(level)
     log.handlers[:] = handlers
 
