@@ -72,22 +72,22 @@ class _Inputs(NamedTuple):
     rows: Tensor | None
     """`GatheredTokens.rows`, with sequence parallelism."""
 
-    def layouts(self) -> tuple[_Tokens, _Tokens]:
+    def layouts(self, experts: tuple[str, ...]) -> tuple[_Tokens, _Tokens]:
         """What is read of the layouts outside and inside attention: those of `SharedTokens` and `GatheredTokens` with
-        sequence parallelism, else the same twice."""
+        sequence parallelism, else the same twice. The tokens are those of the block's `experts`: torch 2.10 has to know
+        that a block of images alone has no words."""
         x_TD, sizes, whole, rows = self
         inside = _Tokens(whole, rows, x_TD.shape[0])
         outside = _Tokens(sizes, whole=inside)
-        torch._check(x_TD.shape[0] == sum(outside.counts))
+        torch._check(x_TD.shape[0] == sum(outside.sizes(experts)))
         if rows is not None:
-            torch._check(rows.shape[0] == sum(inside.counts))
+            torch._check(rows.shape[0] == sum(inside.sizes(experts)))
         return outside, inside
 
 
 def _before_attention(block: Block, inputs: _Inputs) -> list[list[Tensor]]:
-    outside, _ = inputs.layouts()
-    attention = block.attention
-    norm = block.attention_norm
+    attention, norm = block.attention, block.attention_norm
+    outside, _ = inputs.layouts(norm.experts)
     slices, _ = attention.enter(norm.each(norm.slices(inputs.x_TD, outside)), outside)
     return attention.project(slices)
 
@@ -101,8 +101,8 @@ def _after_attention(
     selected: list[Tensor] | None,
     recompute: Recompute,
 ) -> Tensor:
-    outside, inside = inputs.layouts()
     attention = block.attention
+    outside, inside = inputs.layouts(block.attention_norm.experts)
     for part, tokens in zip(mixed, inside.sizes(attention.q.experts), strict=True):
         torch._check(part.shape[0] == tokens)
     if keep_2T is not None:

@@ -199,10 +199,30 @@ class _Chunk(nn.Module):
 
 
 class _ZeroStage(PipelineStage):
-    """A pipeline stage whose backward goes through its DeepSpeed engine, and which receives into as many buffers as
-    micro-batches are under way in it at a time. torch makes two for each micro-batch of the step."""
+    """A pipeline stage whose backward goes through its DeepSpeed engine."""
 
     pipeline: Pipeline
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[tuple[Tensor | None, ...], None]:
+        engine: Any = self.submod.engine
+        # (*) The boundary is the last backward of the whole process in this step, not of a chunk.
+        engine.set_gradient_accumulation_boundary(self.pipeline.count_backward())
+        allow_another_backward(engine)
+        output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
+        if self.is_last:
+            loss = spoil_if_not_finite(output.sum()) * self.pipeline.data_parallel
+        else:
+            # (*) The scalar whose gradient with respect to the output is the received one: ZeRO-0 takes no other.
+            loss = sum((o * g.detach()).sum() for o, g in zip(output, gradients, strict=True))
+        engine.backward(loss, scale_wrt_gas=False)
+        return tuple(v.grad if isinstance(v, Tensor) else None for v in bwd_kwargs["input_values"]), None
+
+
+class _LendingStage(_ZeroStage):
+    """A stage that receives into as many buffers as micro-batches are under way in it at a time. torch makes two for
+    each micro-batch of the step; one as old as 2.10 cannot be told otherwise."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -262,21 +282,8 @@ class _ZeroStage(PipelineStage):
                 buffer, info.buffer = info.buffer.detach(), None
                 self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
-    def backward_maybe_with_nosync(
-        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
-    ) -> tuple[tuple[Tensor | None, ...], None]:
-        engine: Any = self.submod.engine
-        # (*) The boundary is the last backward of the whole process in this step, not of a chunk.
-        engine.set_gradient_accumulation_boundary(self.pipeline.count_backward())
-        allow_another_backward(engine)
-        output, gradients = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
-        if self.is_last:
-            loss = spoil_if_not_finite(output.sum()) * self.pipeline.data_parallel
-        else:
-            # (*) The scalar whose gradient with respect to the output is the received one: ZeRO-0 takes no other.
-            loss = sum((o * g.detach()).sum() for o, g in zip(output, gradients, strict=True))
-        engine.backward(loss, scale_wrt_gas=False)
-        return tuple(v.grad if isinstance(v, Tensor) else None for v in bwd_kwargs["input_values"]), None
+
+_STAGE = _LendingStage if hasattr(PipelineStage, "_setup_forward_recv_info") else _ZeroStage
 
 
 def allow_another_backward(engine: Any) -> None:
@@ -303,7 +310,7 @@ class Pipeline:
             index = chunk * mesh.pipeline + mesh.pipeline_rank
             received = self._nothing[:1] if index == 0 else x.clone().requires_grad_()
             sent = torch.zeros(1, device=mesh.device) if index == total - 1 else x.clone().requires_grad_()
-            stage = _ZeroStage(
+            stage = _STAGE(
                 _Chunk(engine, chunk), index, total, mesh.device, received, sent.requires_grad_(), group=groups.pipeline
             )
             stage.pipeline = self

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from beit3_dist.config import Recompute, RunConfig
+from beit3_dist.parallel import pipeline as stages
+from beit3_dist.parallel.mesh import Groups
 from tests.equality import assert_close, assert_tensors_close
 from tests.parallel.training import Trace, assemble, engine_run, plain_run, run_config
 from tests.parallel.workers import KeptWorkers
@@ -224,6 +226,23 @@ def test_captions_that_are_filled_up_change_no_layout(name: str, workers: KeptWo
 @pytest.mark.parametrize("layout", COMPILED.values(), ids=COMPILED.keys())
 def test_compiled_blocks_equal_one_plain_process(layout: Layout, workers: KeptWorkers) -> None:
     compare(layout.run(workers), layout)
+
+
+def run_with_torchs_buffers(groups: Groups, config: RunConfig, sgd: bool) -> dict[str, Any]:
+    """For `KeptWorkers`: `engine_run` where stages keep the buffers that torch makes."""
+    usual, stages._STAGE = stages._STAGE, stages._ZeroStage
+    try:
+        return engine_run(groups, config, sgd)
+    finally:
+        stages._STAGE = usual
+
+
+@pytest.mark.parametrize("name", ["pp2-zero3-interleaved-sgd", "pp2-zero0-by-rank"])
+def test_pipelines_with_the_buffers_of_old_torch(name: str, workers: KeptWorkers) -> None:
+    """With torch 2.10 they have no others."""
+    layout = LAYOUTS[name]
+    config, of_mesh = layout.config(), workers.of(layout.pipeline, 1, layout.pipeline)
+    compare(assemble(of_mesh.run(run_with_torchs_buffers, config, layout.sgd), config), layout)
 
 
 @pytest.mark.product
