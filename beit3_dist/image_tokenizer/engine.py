@@ -76,16 +76,18 @@ class TokenizerEngine:
         norm = nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm or float("inf"))
         means = torch.stack((loss.detach(), result.reconstruction, result.commitment, norm)) / self.mesh.world
         dist.all_reduce(means)  # so that all ranks judge the step alike
-        total, reconstruction, commitment, grad_norm = means.tolist()
+        clusters = self.model.quantize.clusters(result.z, result.codes)
+        # The one place where the host waits for the device.
+        total, reconstruction, commitment, grad_norm, *used = torch.cat((means, clusters.usage())).tolist()
         if not (math.isfinite(total) and math.isfinite(grad_norm)):
             return TokenizerStep(total, reconstruction, commitment, grad_norm, None, result.codes)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        usage = self.model.quantize.update(
-            result.z, result.codes, key=self.config.seed + 1 + step, decay=self.config.model.codebook_decay
+        self.model.quantize.update(
+            result.z, clusters, key=self.config.seed + 1 + step, decay=self.config.model.codebook_decay
         )
-        return TokenizerStep(total, reconstruction, commitment, grad_norm, usage, result.codes)
+        return TokenizerStep(total, reconstruction, commitment, grad_norm, CodeUsage(*used), result.codes)
 
     def _autocast(self) -> AbstractContextManager:
         return torch.autocast(self.mesh.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")

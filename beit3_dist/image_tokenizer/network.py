@@ -199,7 +199,7 @@ class VQKD(nn.Module):
         """The training loss for pixels [B, 3, S, S] in [0, 1] and their teacher features [B, N, T]; changes no state.
 
         loss = mean(1 - cosine(decoded, teacher)) + mean((z - its code)^2), the code held fixed (beta = 1); gradients
-        pass the quantisation straight through. `quantize.update(result.z, result.codes, key)` moves the codebook.
+        pass the quantisation straight through. `quantize.clusters` and `quantize.update` move the codebook.
         """
         z = self.embed(pixels)
         with torch.autocast(pixels.device.type, enabled=False):

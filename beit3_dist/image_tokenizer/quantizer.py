@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from beit3_dist.model.initialization import named_generator
+from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.collectives import all_gather
 
 
@@ -46,11 +47,26 @@ class CodeUsage:
     """Exponential of the entropy of the codes: the number of equally frequent codes that would be as diverse."""
 
 
+@dataclass(frozen=True)
+class Clusters:
+    """One step's vectors, of all data-parallel ranks, by their codes."""
+
+    counts: Tensor
+    """[K] vectors of each code."""
+    sums: Tensor
+    """[K, C] their sums."""
+
+    def usage(self) -> Tensor:
+        """[2] `CodeUsage`'s numbers on the device: the host reads them when it waits for the device anyway."""
+        shares = self.counts / self.counts.sum()
+        return torch.stack(((self.counts > 0).float().mean(), torch.special.entr(shares).sum().exp()))
+
+
 class Quantizer(nn.Module):
     """Nearest-neighbour quantisation on the unit sphere with a codebook that follows the vectors by moving averages.
 
     `codes` and `look_up` are pure. `initialize` and `update` change the codebook; every data-parallel rank must call
-    them together, with as many vectors each, and all ranks end with the same tables.
+    them and `clusters` together, with as many vectors each, and all ranks end with the same tables.
     """
 
     KMEANS_ROUNDS = 10
@@ -106,17 +122,23 @@ class Quantizer(nn.Module):
         self.cluster_size.copy_(counts)
 
     @torch.no_grad()
-    def update(self, z: Tensor, codes: Tensor, key: int, decay: float = 0.99) -> CodeUsage:
-        """Moves the codebook towards the step's vectors z [..., C] with their codes [...], over all ranks.
+    def clusters(self, z: Tensor, codes: Tensor) -> Clusters:
+        """The vectors z [..., C] by their codes [...], over all ranks."""
+        counts, sums = cluster(z.flatten(0, -2), codes.flatten(), len(self.embedding.weight))
+        all_reduce(counts)
+        all_reduce(sums)
+        return Clusters(counts, sums)
+
+    @torch.no_grad()
+    def update(self, z: Tensor, clusters: Clusters, key: int, decay: float = 0.99) -> None:
+        """Moves the codebook towards the step's vectors z [..., C] of this rank, `clusters` over all ranks.
 
         A used code becomes normalize(decay * code + (1 - decay) * mean direction of its vectors); the others keep
         their value. Dead codes then jump to vectors of this step, drawn by `key`, and get the mean count: time to
         prove themselves.
         """
         vectors, weight = z.flatten(0, -2), self.embedding.weight
-        counts, sums = cluster(vectors, codes.flatten(), len(weight))
-        all_reduce(counts)
-        all_reduce(sums)
+        counts, sums = clusters.counts, clusters.sums
         moved = F.normalize(decay * weight + (1 - decay) * F.normalize(sums, dim=-1), dim=-1)
         weight.copy_(torch.where((counts > 0)[:, None], moved, weight))
         self.cluster_size.lerp_(counts, 1 - decay)
@@ -126,9 +148,6 @@ class Quantizer(nn.Module):
         weight.copy_(torch.where(dead[:, None], self.drawn(vectors, key), weight))
         self.cluster_size.copy_(torch.where(dead, mean, self.cluster_size))
 
-        shares = counts / counts.sum()
-        return CodeUsage((counts > 0).float().mean().item(), torch.special.entr(shares).sum().exp().item())
-
     def drawn(self, vectors: Tensor, key: int) -> Tensor:
         """[K, C]: one vector per code, drawn with repeats from the vectors [M, C] of every rank.
 
@@ -136,7 +155,8 @@ class Quantizer(nn.Module):
         """
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         codes, count = len(self.embedding.weight), len(vectors)
-        rows = torch.randint(count * world, (codes,), generator=named_generator(key, "revival")).to(vectors.device)
+        rows = torch.randint(count * world, (codes,), generator=named_generator(key, "revival"))
+        rows = to_device(rows, vectors.device)
         mine = rows // count == rank
         picked = torch.where(mine[:, None], vectors[rows % count], 0.0)
         all_reduce(picked)
@@ -145,7 +165,7 @@ class Quantizer(nn.Module):
 
 def cluster(vectors: Tensor, codes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Counts [K] and sums [K, C] of the vectors [M, C] by their codes [M]."""
-    counts = torch.bincount(codes, minlength=size).to(vectors.dtype)
+    counts = vectors.new_zeros(size).index_add_(0, codes, vectors.new_ones(len(codes)))  # bincount waits for the device
     return counts, vectors.new_zeros(size, vectors.shape[-1]).index_add_(0, codes, vectors)
 
 

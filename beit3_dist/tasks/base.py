@@ -53,6 +53,8 @@ class TaskInputs:
     """int64 [B]: what each sample draws its drop path by."""
     targets: Tensor | None = None
     """int64 [B, L]: what the task's `mask` wants recovered, -1 elsewhere."""
+    told: Tensor | None = None
+    """`told_places` of the targets, on the device."""
     step: int = 0
     """Steps of training before this one."""
     keep: Callable[[Tensor], Tensor | None] = lambda keys: None
@@ -329,6 +331,12 @@ class TaskObjective(nn.Module):
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
     """float [B]: 1 where the largest logit is the label's."""
     return (logits.argmax(-1) == labels).float()
+
+
+def told_places(targets: Tensor) -> Tensor:
+    """int64 [M]: places of the M words of [B * L] that have one of the targets [B, L], which lie on the host: it would
+    wait for a device's."""
+    return (targets.flatten() >= 0).nonzero().squeeze(1)
 
 
 def cross_entropies(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:

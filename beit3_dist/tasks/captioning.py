@@ -45,9 +45,10 @@ def weights_of_the_better(losses: Tensor, worst: float, room: int, group: dist.P
     everyones[: len(losses)] = losses
     if group is not None and group.size() > 1:
         everyones = all_gather(everyones, group)
-    best_first = everyones[everyones != torch.inf].sort().values
-    limit = best_first[max(1, int(len(best_first) * (1 - worst))) - 1]
-    return (losses <= limit) * (len(best_first) / (best_first <= limit).sum())
+    words = (everyones != torch.inf).sum()  # numbers stay on the device, which the host does not wait for
+    last_kept = (words.double() * (1 - worst)).long().clamp(min=1) - 1
+    limit = everyones.sort().values.index_select(0, last_kept[None])
+    return (losses <= limit) * (words / (everyones <= limit).sum())
 
 
 @register("captioning")
@@ -99,10 +100,10 @@ class Captioning(Task):
 
     def losses(self, model: FineTuned, inputs: TaskInputs) -> Tensor:
         """Cross-entropy with label smoothing of the words to tell, [2, M]; late in training without the worst ones."""
-        assert inputs.targets is not None
-        masked = inputs.targets >= 0
-        logits = model.text_head(self._words(model, inputs)[masked])
-        losses, right = cross_entropies(logits, inputs.targets[masked], self.config.label_smoothing)
+        assert inputs.targets is not None and inputs.told is not None
+        logits = model.text_head(self._words(model, inputs).flatten(0, 1).index_select(0, inputs.told))
+        targets = inputs.targets.flatten().index_select(0, inputs.told)
+        losses, right = cross_entropies(logits, targets, self.config.label_smoothing)
         if self.config.drop_worst_ratio > 0 and inputs.step > self.config.drop_worst_after:
             room, group = len(inputs.targets) * self.config.data.text_length, self.replicas.group
             losses = losses * weights_of_the_better(losses.detach(), self.config.drop_worst_ratio, room, group)

@@ -38,7 +38,7 @@ from beit3_dist.run.guards.watchdog import patience
 from beit3_dist.run.preemption import Together, by_itself
 from beit3_dist.run.preflight_finetuning import FinetuneReady
 from beit3_dist.run.records import JsonLines
-from beit3_dist.tasks.base import Normalization, TaskInputs, TaskObjective
+from beit3_dist.tasks.base import Normalization, TaskInputs, TaskObjective, told_places
 from beit3_dist.tasks.config import FinetuneConfig
 from beit3_dist.tasks.data.batches import Draw, Examples, TaskBatch, training_places, validation_places
 from beit3_dist.tasks.data.examples import Example
@@ -220,6 +220,7 @@ class FineTuning(Job[FinetuneConfig, StepResult]):
             labels=mapped(batch.labels, Tensor, move),
             keys=move(batch.places),
             targets=None if batch.targets is None else move(batch.targets),
+            told=None if batch.targets is None else move(told_places(batch.targets)),
         )
 
     def record(self, batch: StepBatch, result: StepResult, lr: float, step_s: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from beit3_dist.image_tokenizer.engine import TokenizerEngine, TokenizerStep
 from beit3_dist.image_tokenizer.files import save_vqkd
 from beit3_dist.image_tokenizer.images import ImageBatch
 from beit3_dist.image_tokenizer.quantizer import CodeUsage
+from beit3_dist.model.token_layout import to_device
 from beit3_dist.parallel.mesh import Groups
 from beit3_dist.run.checkpointing import contribution, load_checkpoint
 from beit3_dist.run.guards.copies import Held
@@ -93,7 +94,7 @@ class TokenizerTraining(Job[TokenizerConfig, TokenizerStep]):
         return Totals([], count * (1 + self.config.model.grid**2), 0, len(batch.faults), hash_terms)
 
     def train_step(self, batch: StepBatch, step: int, lr: float) -> TokenizerStep:
-        images = batch.micro_batches[0].images.to(self.mesh.device, non_blocking=True)
+        images = to_device(batch.micro_batches[0].images, self.mesh.device)
         if step == 0:
             self._engine.start_codebook(images)
         result = self._engine.train_step(images, step, lr)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from beit3_dist.config import ModelConfig
-from beit3_dist.tasks.base import TaskInputs
+from beit3_dist.tasks.base import TaskInputs, told_places
 from beit3_dist.tasks.captioning import Captioning, weights_of_the_better
 
 BOS, PAD, EOS, MASK = 0, 1, 2, 301
@@ -47,7 +47,11 @@ def test_late_in_training_the_worst_words_do_not_count() -> None:
     words = torch.randint(4, 300, (4, 10), generator=torch.Generator().manual_seed(0))
     words[:, 0], words[:, 9] = BOS, EOS
     shown, targets = captioning.mask(words, words == PAD, list(range(4)))
-    inputs = TaskInputs(torch.randn(4, 1, 3, 16, 16), shown, words == PAD, torch.arange(4), torch.arange(4), targets)
+    assert targets is not None
+    inputs = TaskInputs(
+        torch.randn(4, 1, 3, 16, 16), shown, words == PAD, torch.arange(4), torch.arange(4), targets,
+        told_places(targets),
+    )  # fmt: skip
     model = Captioning.network(MODEL).eval()
     with torch.no_grad():
         early, late = (captioning.losses(model, replace(inputs, step=step)) for step in (10, 11))

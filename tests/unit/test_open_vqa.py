@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from beit3_dist.model import BEiT3
-from beit3_dist.tasks.base import TaskInputs
+from beit3_dist.tasks.base import TaskInputs, told_places
 from beit3_dist.tasks.config import FinetuneConfig, TaskDataConfig
 from beit3_dist.tasks.data.batches import padded_words
 from beit3_dist.tasks.data.examples import Example
@@ -34,7 +34,9 @@ def batch(architecture: str) -> tuple[Any, TaskInputs, Tensor]:
     asked = task(model=model.config)
     shown, targets = asked.mask(words, padding, [0, 1, 2])
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    inputs = TaskInputs(images[:, None], shown, padding, torch.zeros(3), torch.arange(3), targets)
+    assert targets is not None
+    told = told_places(targets)
+    inputs = TaskInputs(images[:, None], shown, padding, torch.zeros(3), torch.arange(3), targets, told)
     return model, inputs, asked.losses(model, inputs)
 
 

@@ -293,12 +293,13 @@ def test_update_equals_a_plain_loop(decay: float) -> None:
     codes = built.codes(z)
     before = built.embedding.weight.clone()
     weight, sizes = plain_update(before, built.cluster_size, z.flatten(0, 1), codes.flatten(), decay)
-    usage = built.update(z, codes, key=0, decay=decay)
+    clusters = built.clusters(z, codes)
+    built.update(z, clusters, key=0, decay=decay)
     torch.testing.assert_close(built.embedding.weight.double(), weight, rtol=0, atol=1e-6)
     torch.testing.assert_close(built.cluster_size.double(), sizes, rtol=1e-6, atol=0)
     unused = [code for code in range(12) if code not in codes]
     assert unused and torch.equal(built.embedding.weight[unused], before[unused]), "an unused code moved"
-    assert usage.share == pytest.approx(len(codes.unique()) / 12)
+    assert clusters.usage()[0].item() == pytest.approx(len(codes.unique()) / 12)
 
 
 def test_distances_are_taken_of_some_vectors_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,9 +318,8 @@ def test_distances_are_taken_of_some_vectors_at_a_time(monkeypatch: pytest.Monke
 
 
 def test_usage_of_equally_frequent_codes() -> None:
-    built = quantizer()
-    usage = built.update(unit_vectors(9, 4), torch.tensor([0, 1, 2] * 3), key=0)
-    assert usage.share == pytest.approx(3 / 12) and usage.perplexity == pytest.approx(3, rel=1e-6)
+    share, perplexity = quantizer().clusters(unit_vectors(9, 4), torch.tensor([0, 1, 2] * 3)).usage().tolist()
+    assert share == pytest.approx(3 / 12) and perplexity == pytest.approx(3, rel=1e-6)
 
 
 def test_dead_codes_jump_to_vectors_of_the_step() -> None:
@@ -327,7 +327,7 @@ def test_dead_codes_jump_to_vectors_of_the_step() -> None:
     z = unit_vectors(40, 4)
     for built, key in ((one, 3), (two, 3), (other, 4)):
         built.cluster_size[[2, 7]] = 0.1
-        built.update(z, torch.zeros(40, dtype=torch.int64), key=key)
+        built.update(z, built.clusters(z, torch.zeros(40, dtype=torch.int64)), key=key)
         for code in (2, 7):
             assert (built.embedding.weight[code] == z).all(-1).any(), "a dead code is no vector of the step"
         assert built.cluster_size[[2, 7]].min() > 1, "a revived code would be dead again at once"
@@ -360,7 +360,7 @@ def steps_of(z: Tensor, rank: int, world: int) -> Quantizer:
     built.initialize(z[0, part], key=0)
     built.cluster_size[:3] = 0  # to be revived
     for step, mine in enumerate(z[1:, part]):
-        built.update(mine, built.codes(mine), key=step)
+        built.update(mine, built.clusters(mine, built.codes(mine)), key=step)
     return built
 
 
