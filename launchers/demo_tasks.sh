@@ -38,9 +38,7 @@ for name in "${chosen[@]}"; do
     questions) settings=(text questions --data.answers "$tasks/answer2label.txt" --steps 600) ;;
     text) settings=(text text --data.answers "$tasks/text.classes.txt" --optim.warmup_steps 10 --steps 30) ;;
     nlvr2) settings=(nlvr2 nlvr2 --optim.lr 1e-3 --steps 1400) ;;
-    objects) settings=(instance_segmentation objects --data.answers "$tasks/objects.classes.txt" --steps 120
-        --data.scales '[0.8, 1.25]' --data.horizontal_flip 0.5 --dense.channels 32 --dense.proposals 30
-        --dense.regions 32 --batch.size 16 --optim.warmup_steps 3) ;;
+    objects) settings=(instance_segmentation objects) ;;
     segmentation) settings=(segmentation segmentation) ;;
     esac
     for start in pretrained random; do

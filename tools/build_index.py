@@ -203,7 +203,7 @@ def build_demo(options: Namespace) -> None:
         write_answers(partial / ANSWERS, demo.ANSWERS)
         write_names(partial / "shapes.classes.txt", demo.SHAPE_CLASSES)
         write_names(partial / "segmentation.classes.txt", demo.SEGMENTS)
-        write_names(partial / "objects.classes.txt", list(demo.SHAPES))
+        write_names(partial / "objects.classes.txt", list(demo.COLORS))
         write_names(partial / "text.classes.txt", demo.TEXT_CLASSES)
         write_text(
             partial / "demo.json",

@@ -186,13 +186,13 @@ def segmentation(easy: dict[str, EasySide]) -> tuple[Indexes, dict[str, bytes]]:
 
 
 def objects(easy: dict[str, EasySide]) -> Indexes:
-    """A box and a mask for the shape of each image whose shape is known, of the classes SHAPES."""
+    """A box and a mask for the shape of each image whose shape is known; its class is its colour."""
 
     def fields(split: str) -> Callable[[int, Shape], dict[str, Any]]:
         def marked(image: int, shape: Shape) -> dict[str, Any]:
             pixels = _shape_in(easy[split].paths[image])
             x0, y0, x1, y1 = box_of(pixels).tolist()
-            one = {"id": image, "label": SHAPES.index(shape.kind), "box": [x0, y0, x1 - x0, y1 - y0]}
+            one = {"id": image, "label": COLORS.index(shape.color), "box": [x0, y0, x1 - x0, y1 - y0]}
             one |= {"area": int(pixels.sum()), "mask": runs_of(pixels)}
             return {"image_id": image, "width": pixels.shape[1], "height": pixels.shape[0], "objects": [one]}
 

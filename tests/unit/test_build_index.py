@@ -486,7 +486,7 @@ def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsy
     out = tmp_path / "tasks"
     run("demo", None, out, "--text_tokenizer", spm)
     tasks = {"vqa": 13, "shapes": 24, "captioning": None, "nlvr2": 2, "retrieval": None, "text": 4, "segmentation": 9,
-             "objects": 3}  # fmt: skip
+             "objects": 8}  # fmt: skip
     for name, classes in tasks.items():
         for split in ("train", "test"):
             task = {"shapes": "imagenet", "objects": "instance_segmentation"}.get(name, name)
@@ -503,6 +503,7 @@ def test_the_whole_demo_is_read_without_a_fault(tmp_path: Path, spm: Path, capsy
     numbers = np.asarray(Image.open(out / first["segmentation"]["mask_path"]))
     color = demo.SHAPE_CLASSES[first["shapes"]["label"]].split()[0]
     assert np.array_equal(numbers, mask * demo.SEGMENTS.index(color))
+    assert demo.COLORS[marked.objects[0]["label"]] == color
     capsys.readouterr()
     run("demo", None, out, "--text_tokenizer", spm)
     assert capsys.readouterr().out == f"{out} is complete\n"
