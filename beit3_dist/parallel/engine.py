@@ -29,7 +29,7 @@ from beit3_dist.model.text_decoder import TextDecoder
 from beit3_dist.model.vision_tower import VisionTower
 from beit3_dist.parallel.deepspeed_config import DEFAULT_BUCKET, deepspeed_config
 from beit3_dist.parallel.finite import spoil_if_not_finite
-from beit3_dist.parallel.flat_step import flatten_step, sum_of_squares
+from beit3_dist.parallel.flat_step import flatten_step, squares_of_model
 from beit3_dist.parallel.float8 import product_of_blocks
 from beit3_dist.parallel.fragments import KEPT, bounded, share_of, tell_places
 from beit3_dist.parallel.graphs import CudaRecorder, Graphs
@@ -207,9 +207,8 @@ class Engine:
 
     def _plain_grad_norm(self) -> Tensor:
         """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
-        parameters: Iterable[Any] = self.model.parameters()
-        counted = [p.grad for p in parameters if p.model_parallel and p.grad is not None]
-        squares = sum_of_squares(counted, torch.float32, self.mesh.device)
+        gradients = ((p.grad, p) for p in self.model.parameters() if p.grad is not None)
+        squares = squares_of_model(gradients, self.mesh.tensor_rank == 0, torch.float32, self.mesh.device)
         dist.all_reduce(squares, group=self.groups.model)
         return squares.sqrt()
 

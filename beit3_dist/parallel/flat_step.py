@@ -91,6 +91,19 @@ def sum_of_squares(tensors: list[Tensor], dtype: torch.dtype, device: torch.devi
     return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype)).pow(2.0).sum()
 
 
+def squares_of_model(
+    gradients: Iterable[tuple[Tensor, Any]], is_first: bool, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """What this rank adds to the squared norm of the whole model's gradient: that of its (gradient, parameter)s which
+    count here, on the first tensor rank (`is_first`) all of them (`mark_model_parallel`). A copy that counts there adds
+    0, or NaN where it is not finite: a device may have spoilt this one alone."""
+    counted, copies = list[Tensor](), list[Tensor]()
+    for gradient, parameter in gradients:
+        (counted if is_first or is_model_parallel_parameter(parameter) else copies).append(gradient)
+    squares = sum_of_squares(counted, dtype, device)
+    return squares + 0 * sum_of_squares(copies, dtype, device) if copies else squares
+
+
 Change = Callable[[list[Tensor]], None]
 """Writes to gradients in place."""
 
@@ -321,16 +334,15 @@ class FlatBF16(BF16_Optimizer):
 
     def _norm(self) -> Tensor:
         """Norm of the gradient of the whole model; a scalar."""
+        parameters = [parameter for group in self.bf16_groups for parameter in group]
         if self._summed:
-            gradients, _ = self.get_grads_for_norm()
+            sums = [gradient for group in self.fp32_groups_gradients for gradient in group]
+            there = [has for group in self.fp32_groups_has_gradients for has in group]
+            gradients = [(g, p) for g, p, has in zip(sums, parameters, there, strict=True) if has]
         else:
-            first_of_model = self.mpu.get_tensor_model_parallel_rank() == 0
-            gradients = [
-                parameter.grad
-                for parameter in (p for group in self.bf16_groups for p in group)
-                if parameter.grad is not None and (first_of_model or is_model_parallel_parameter(parameter))
-            ]
-        squares = sum_of_squares(gradients, torch.float32, self._buckets[0].flat.device)
+            gradients = [(p.grad, p) for p in parameters if p.grad is not None]
+        is_first = self.mpu.get_tensor_model_parallel_rank() == 0
+        squares = squares_of_model(gradients, is_first, torch.float32, self._buckets[0].flat.device)
         dist.all_reduce(squares, group=self.mpu.get_model_parallel_group())
         return squares.pow(0.5)
 
@@ -426,12 +438,8 @@ class FlatStage12(DeepSpeedZeroOptimizer):
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
         """Norm of a parameter group's gradient over all ranks, -1 where it is not finite; a scalar."""
-        counted = [
-            g
-            for g, p in zip(_pieces(gradients), params, strict=False)
-            if is_model_parallel_parameter(p) or self.model_parallel_rank == 0
-        ]
-        total = sum_of_squares(counted, get_norm_dtype(), self.device).float()
+        whose = zip(_pieces(gradients), params, strict=False)
+        total = squares_of_model(whose, self.model_parallel_rank == 0, get_norm_dtype(), self.device).float()
         dist.all_reduce(total, group=self.dp_process_group)
         self._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
         norm = total.pow(0.5)
@@ -504,12 +512,8 @@ class FlatStage3(DeepSpeedZeroOptimizer_Stage3):
 
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
         """Norm of a parameter group's gradient over all ranks, -1 where it is not finite; a scalar."""
-        counted = [
-            g
-            for g, p in zip(gradients, params, strict=True)
-            if is_model_parallel_parameter(p) or self.model_parallel_rank == 0
-        ]
-        total = sum_of_squares(counted, get_norm_dtype(), self.device)
+        whose = zip(gradients, params, strict=True)
+        total = squares_of_model(whose, self.model_parallel_rank == 0, get_norm_dtype(), self.device)
         dist.all_reduce(total, group=self._get_param_partition_group(params[0]))
         self._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
         norm = total.pow(0.5)

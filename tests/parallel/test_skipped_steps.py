@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from beit3_dist.config import RunConfig
 from beit3_dist.model import BEiT3
@@ -23,8 +24,8 @@ from tests.micro_batches import precomputed_codes
 from tests.parallel.training import build, micro_batches, run_config
 from tests.parallel.workers import run_workers
 
-BAD_STEPS = {2: "loss", 3: "gradient"}
-STEPS = 5
+BAD_STEPS = {2: "loss", 3: "gradient", 4: "copy"}
+STEPS = 6
 
 
 class SometimesBad(PretrainingModule):
@@ -84,11 +85,24 @@ def run(groups: Groups, config: RunConfig, steps: list[int], bad: bool) -> dict[
         counts = torch.tensor(host_totals(mine, objectives_of(config)).counts)
         groups.sum_over_data(counts)
         objective.step, objective.calls = step, 0
+        spoil = objective.is_last_replica and BAD_STEPS.get(step) == "copy" and mesh.tensor_rank == mesh.tensor - 1
+        handle = spoilt_copy(engine) if spoil else None
         prepared = (objectives_of(config).prepare(b, mesh.device, precomputed_codes(config.model)) for b in mine)
         result = engine.train_step(prepared, counts, step, 1e-3)
+        if handle is not None:
+            handle.remove()
         assert result.skipped == (step in BAD_STEPS), f"step {step}: gradient norm {result.grad_norm}"
         assert not result.skipped or same(before, state_of(engine)), f"step {step} has changed the state"
     return state_of(engine)
+
+
+def spoilt_copy(engine: Engine) -> RemovableHandle:
+    """The next gradients of a parameter have an infinity on this rank alone: of a copy that is not the one which counts
+    in the norm, where this rank has such."""
+    parameters: list[Any] = [p for p in engine.model.parameters() if p.requires_grad]
+    copy = next((p for p in parameters if not p.model_parallel), parameters[0])
+    handle: RemovableHandle = copy.register_hook(lambda gradient: gradient + float("inf"))
+    return handle
 
 
 def with_and_without(groups: Groups, configs: list[RunConfig]) -> None:
@@ -103,7 +117,7 @@ def with_and_without(groups: Groups, configs: list[RunConfig]) -> None:
 CASES = {
     "dp2-fp32": (2, 1, 1, [(stage, "fp32") for stage in range(4)]),
     "dp2-bf16": (2, 1, 1, [(stage, "bf16") for stage in (1, 2, 3)]),
-    "tp2pp2": (1, 2, 2, [(0, "fp32"), (1, "fp32"), (3, "bf16")]),
+    "tp2pp2": (1, 2, 2, [(0, "fp32"), (1, "fp32"), (1, "bf16"), (3, "bf16")]),
 }
 
 
