@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 class BadSample(Exception):
     """This sample cannot be used; another one takes its place. The message is the reason."""
+
+
+class Unreadable(BadSample):
+    """Storage does not give what it holds of this sample, which may well be good."""
 
 
 def check_size(what: str, size: int, most: int) -> None:
@@ -38,3 +43,17 @@ class Fault:
     key: str
     """Key of the sample, with the line number for a document of a text member; empty for a fault of the whole shard."""
     reason: str
+
+    @staticmethod
+    def of(bad: BadSample, stream: str, shard: str, key: str) -> Fault:
+        """Of what was raised for a sample of the shard with this key."""
+        return (OfStorage if isinstance(bad, Unreadable) else Fault)(stream, shard, key, str(bad))
+
+
+class OfStorage(Fault):
+    """The fault of a sample that is Unreadable."""
+
+
+def of_storage(faults: Sequence[Fault]) -> bool:
+    """Whether nothing of all that was tried could be read: at another time, or on another node, it may well be."""
+    return bool(faults) and all(isinstance(fault, OfStorage) for fault in faults)

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from time import sleep
 
-from beit3_dist.data.faults import BadSample
+from beit3_dist.data.faults import BadSample, Unreadable
 from beit3_dist.data.index import Table
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,10 @@ class ShardReader:
         """Shards whose last read failed in spite of all pauses: the next one is tried once."""
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` of the shard with this number; BadSample if it cannot be read. After an error the
-        file is opened anew, since the old descriptor may be void for ever (NFS: ESTALE). Raises RuntimeError where
-        another file lies there now, OSError where this machine lacks descriptors or memory."""
+        """`size` bytes at `offset` of the shard with this number; Unreadable if it cannot be read, BadSample if it ends
+        before them. After an error the file is opened anew, since the old descriptor may be void for ever (NFS:
+        ESTALE). Raises RuntimeError where another file lies there now, OSError where this machine lacks descriptors or
+        memory."""
         pauses = iter(() if shard in self.lost else PAUSES)
         while True:
             try:
@@ -45,7 +46,7 @@ class ShardReader:
                 self._close(shard)
                 if not (pause := next(pauses, 0.0)):
                     self.lost.add(shard)
-                    raise BadSample(f"unreadable shard: {error.strerror}") from None
+                    raise Unreadable(f"unreadable shard: {error.strerror}") from None
                 log.warning("%s: %s; another try in %g s", self.table.files[shard], error.strerror, pause)
                 sleep(pause)
         self.lost.discard(shard)

@@ -21,7 +21,7 @@ import numpy as np
 from beit3_dist.config import CaptionKey, Patterns, sources_of
 from beit3_dist.data import transforms
 from beit3_dist.data.captions import Captions, fields_of, json_first, read_captions
-from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
+from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size, of_storage
 from beit3_dist.data.index import ALONE, Share, Table, open_table
 from beit3_dist.data.kinds import LeftOut
 from beit3_dist.data.labels import labels_of
@@ -216,7 +216,7 @@ class SampleStream(ABC):
                 self._load_image(source, chosen, sample)
             except BadSample as bad:
                 table = self.tables[source]
-                faults.append(Fault(self.stream.field, table.shard(chosen), table.key(chosen), str(bad)))
+                faults.append(Fault.of(bad, self.stream.field, table.shard(chosen), table.key(chosen)))
                 continue
             yield sample
             return
@@ -283,9 +283,13 @@ class SampleStream(ABC):
 def all_bad(stream: Stream, faults: list[Fault]) -> StreamFailed:
     """What ends the run when all samples that were tried for a position are bad."""
     last = faults[-1]
+    remedy = (
+        "see to the storage, then go on with --checkpoint.resume auto" if of_storage(faults)
+        else "tools/check_shards.py lists what is wrong with shards"
+    )  # fmt: skip
     return StreamFailed(
         f"{len(faults)} bad samples in a row in the stream of {stream.field}; the last one is {last.key!r} of "
-        f"{last.shard}: {last.reason}; tools/check_shards.py lists what is wrong with shards",
+        f"{last.shard}: {last.reason}; {remedy}",
         faults,
     )
 

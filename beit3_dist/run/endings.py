@@ -37,6 +37,10 @@ class RunStopped(RuntimeError):
         self.faults = list(faults)
 
 
+class StorageLost(RunStopped):
+    """The data can no longer be read, since storage gives none of them: started again, the run may well go on."""
+
+
 class AskedToGo(Exception):
     """The run has to save and go. Raised in all processes at the same place; it becomes Preempted."""
 
@@ -98,6 +102,7 @@ ENDINGS = (
     Ending("the processes have not found one another", NotMet, ExitCode.FAILED, Who.EACH),
     Ending("another run has the folder", FolderInUse, ExitCode.MISTAKE, Who.ALL),
     Ending("the checkpoint to go on from is damaged", Damaged, ExitCode.MISTAKE, Who.ALL),
+    Ending("storage gives nothing of the data any more", StorageLost, ExitCode.FAILED, Who.ALL),
     Ending("bad samples, skipped steps, or a checkpoint that cannot be written", RunStopped, ExitCode.STOPPED, Who.ALL),
     Ending("asked to go by a signal", Preempted, ExitCode.PREEMPTED, Who.ALL_AT_ONCE, "{error}"),
     Ending("Ctrl-C", KeyboardInterrupt, ExitCode.INTERRUPTED, Who.ALL_AT_ONCE, "interrupted"),

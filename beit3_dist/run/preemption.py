@@ -17,10 +17,10 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from beit3_dist.data.faults import StreamFailed
+from beit3_dist.data.faults import StreamFailed, of_storage
 from beit3_dist.gathering import gather_objects
 from beit3_dist.leaving import ignore, when_asked
-from beit3_dist.run.endings import AskedToGo, RunStopped
+from beit3_dist.run.endings import AskedToGo, RunStopped, StorageLost
 from beit3_dist.run.failure import failure_board
 
 Read = TypeVar("Read")
@@ -68,7 +68,7 @@ class StopRequest:
         """What `read` gives, once it has given something in all processes. Collective.
 
         Raises AskedToGo in all of them where one was asked to go, before or meanwhile, whose reading is given up then,
-        and RunStopped in all of them where a stream of one has failed.
+        and RunStopped in all of them where a stream of one has failed, StorageLost where that is the storage's fault.
         """
         outcome, result, failure = DELIVERED, None, StreamFailed("")
         try:
@@ -96,10 +96,10 @@ class StopRequest:
 
 
 def _stop(mine: StreamFailed) -> None:
-    """Raises RunStopped with what the first process says whose stream has failed. Collective."""
-    everyones: list[StreamFailed] = gather_objects(mine)
-    message = next(str(failure) for failure in everyones if str(failure))
-    raise RunStopped(message, [fault for failure in everyones for fault in failure.faults])
+    """Raises RunStopped or StorageLost with what the first process says whose stream has failed. Collective."""
+    failures = [failure for failure in gather_objects(mine) if str(failure)]
+    stopped = StorageLost if all(of_storage(failure.faults) for failure in failures) else RunStopped
+    raise stopped(str(failures[0]), [fault for failure in failures for fault in failure.faults])
 
 
 def interrupt_main_thread() -> None:

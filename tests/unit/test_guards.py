@@ -21,9 +21,11 @@ import torch
 
 from beit3_dist.checkpoint.store import TrainState
 from beit3_dist.config import GuardConfig
+from beit3_dist.data.faults import Fault, OfStorage, StreamFailed
 from beit3_dist.leaving import SIGNALS
 from beit3_dist.parallel.mesh import Mesh
-from beit3_dist.run.endings import AskedToGo, RunStopped
+from beit3_dist.run import preemption
+from beit3_dist.run.endings import AskedToGo, RunStopped, StorageLost
 from beit3_dist.run.guards.bad_samples import BadSamples
 from beit3_dist.run.guards.spikes import SpikeMonitor, last_losses
 from beit3_dist.run.preemption import StopRequest, interrupt_main_thread
@@ -159,6 +161,30 @@ def test_a_signal_that_comes_elsewhere_interrupts_nothing(monkeypatch: pytest.Mo
     assert sum(range(1000)) == 499_500, "a step is never cut short"
     with pytest.raises(AskedToGo):
         request.together(lambda: 1)
+
+
+@pytest.mark.usefixtures("same_signals")
+@pytest.mark.parametrize(
+    ("mine", "others", "stops"),
+    [(OfStorage, None, StorageLost), (OfStorage, Fault, RunStopped), (Fault, None, RunStopped)],
+)
+def test_what_storage_keeps_back_lets_a_run_be_started_again(
+    mine: type[Fault], others: type[Fault] | None, stops: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the fault of the data, of any rank, does not."""
+
+    def failed(kind: type[Fault]) -> StreamFailed:
+        return StreamFailed("100 bad samples in a row", [kind("images", "a.tar", "0", "why")])
+
+    def read() -> None:
+        raise failed(mine)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    other = failed(others) if others else StreamFailed("")
+    monkeypatch.setattr(preemption, "gather_objects", lambda mine: [StreamFailed(""), mine, other])
+    with pytest.raises(RunStopped, match="100 bad samples") as stop:
+        StopRequest(torch.device("cpu")).together(read)
+    assert type(stop.value) is stops and len(stop.value.faults) == 1 + bool(others)
 
 
 @pytest.mark.parametrize("nohup", [False, True])

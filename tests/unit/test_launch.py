@@ -30,7 +30,7 @@ from beit3_dist.data.loader import WorkerKilled, loader
 from beit3_dist.leaving import SIGNALS, ExitCode, leave_when_asked
 from beit3_dist.looking import ToldElsewhere
 from beit3_dist.run import launch as module
-from beit3_dist.run.endings import ENDINGS, STARTED_AGAIN, FolderInUse, RunStopped, ending_of
+from beit3_dist.run.endings import ENDINGS, STARTED_AGAIN, FolderInUse, RunStopped, StorageLost, ending_of
 from beit3_dist.run.launch import launch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -148,9 +148,10 @@ def behind(error: OSError) -> RuntimeError:
         (behind(OSError(errno.EDQUOT, "Disk quota exceeded", "a")), "program: error: a: Disk quota", ExitCode.STOPPED),
         (WorkerKilled("loader process 7 was killed by SIGKILL"), "program: error: loader process 7", ExitCode.FAILED),
         (StreamFailed("example a.jpg cannot be evaluated"), "program: error: example a.jpg", ExitCode.STOPPED),
+        (StorageLost("100 bad samples in a row"), "program: error: 100 bad", ExitCode.FAILED),
         (OSError(errno.EIO, "Input/output error", "a"), "Traceback", ExitCode.FAILED),
     ],
-    ids=["full disk", "quota", "killed worker", "validation example", "another error"],
+    ids=["full disk", "quota", "killed worker", "validation example", "lost storage", "another error"],
 )
 def test_what_tells_all_is_told_in_one_line_with_its_exit_code(error: Exception, said: str, code: int) -> None:
     try:

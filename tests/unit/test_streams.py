@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -10,12 +11,14 @@ import tarfile
 from collections import Counter
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
 from beit3_dist.config import CaptionField, CaptionKey, DataConfig, Source
 from beit3_dist.data import streams
+from beit3_dist.data.faults import of_storage
 from beit3_dist.data.index import Share
 from beit3_dist.data.order import Blocks, Stream, mix, permute, sample_id
 from beit3_dist.data.reader import ShardReader
@@ -134,6 +137,17 @@ def test_only_bad_pictures_stop_the_run(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [{"__key__": str(number), "jpg": b"junk"} for number in range(3)])
     with pytest.raises(RuntimeError, match="100 bad samples in a row in the stream of images; the last one is '.'"):
         images(tmp_path).read(0)
+
+
+def test_storage_that_gives_nothing_more_is_not_blamed_on_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = images(image_tar(tmp_path / "a.tar", 3).parent)
+    monkeypatch.setattr("beit3_dist.data.reader.PAUSES", ())
+    monkeypatch.setattr("os.pread", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(streams.StreamFailed, match="unreadable shard: Input/output error; see to the storage") as stop:
+        stream.read(0)
+    assert of_storage(pickle.loads(pickle.dumps(stop.value)).faults), "it comes so out of a loader process"
 
 
 def test_too_large_pictures_are_replaced(tmp_path: Path) -> None:
