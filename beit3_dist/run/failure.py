@@ -16,9 +16,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Unanswered
 from contextlib import suppress
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
 
@@ -26,6 +29,8 @@ from beit3_dist.leaving import end
 
 WAIT_S = 5.0
 """Seconds that a process waits for the others to end, and for an answer from the store."""
+
+Answer = TypeVar("Answer")
 
 ends_by_itself = threading.Event()
 """Set once this process ends for a reason of its own, so that its watchdog has nothing to end any more."""
@@ -107,6 +112,24 @@ class FailureBoard:
             time.sleep(0.1)
 
 
+def answered(ask: Callable[[], Answer], within_s: float = WAIT_S) -> Answer:
+    """What the store answers. Raises RuntimeError also where its process, or its host, has stopped: torch would wait
+    for that without a limit."""
+    answer: Future[Answer] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, name="answer", daemon=True).start()
+    try:
+        return answer.result(within_s)
+    except Unanswered:
+        raise RuntimeError("the process that holds the store does not answer") from None
+
+
 @functools.cache
 def failure_board() -> FailureBoard:
     """This process's connection to the mark."""
@@ -137,8 +160,8 @@ def _is_first(exit_code: int) -> bool:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     try:
-        is_first = failure_board().post(exit_code)
-    except RuntimeError:  # the store died with its process, so that nobody can say who was first
+        is_first = answered(lambda: failure_board().post(exit_code))
+    except RuntimeError:  # the store died or stopped with its process, so that nobody can say who was first
         return True
     with suppress(RuntimeError):
         if is_first:

@@ -1,4 +1,4 @@
-"""A thread that ends this process when a step hangs or when another process has failed."""
+"""Threads that end this process when a step hangs or when another process has failed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from pathlib import Path
 from beit3_dist.parallel.meeting import PATIENCE
 from beit3_dist.parallel.mesh import Mesh
 from beit3_dist.run.endings import ANOTHER_FAILED, HANGING_STEP
-from beit3_dist.run.failure import end_after_failure, end_now, ends_by_itself, failure_board, leave_after_another
+from beit3_dist.run.failure import (
+    WAIT_S,
+    answered,
+    end_after_failure,
+    end_now,
+    ends_by_itself,
+    failure_board,
+    leave_after_another,
+)
 from beit3_dist.run.guards.collectives import Where, missing, where_am_i
 from beit3_dist.run.preemption import interrupt_main_thread
 
@@ -52,8 +60,11 @@ class Watchdog:
         self._board = failure_board() if mesh.world > 1 else None
         self._step, self._deadline = 0, float("inf")
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        # Two of them: who asks a store whose process has stopped waits for ever, and no longer looks at the clock.
+        watch = {"watchdog": self._watch_clock} | ({"others": self._watch_others} if self._board else {})
+        self._threads = [threading.Thread(target=one, name=name, daemon=True) for name, one in watch.items()]
+        for thread in self._threads:
+            thread.start()
 
     def begin(self, step: int) -> None:
         """Step number `step` = 1, 2, ... begins, and the one before has ended."""
@@ -66,22 +77,27 @@ class Watchdog:
         if self._limit_s:
             faulthandler.cancel_dump_traceback_later()
         self._closed.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._stacks.close()
 
-    def _watch(self) -> None:
-        asked = told = False
+    def _watch_clock(self) -> None:
         while not self._closed.wait(LOOK_S) and not ends_by_itself.is_set():
             if time.monotonic() > self._deadline:
                 self._end_hanging_step()
+
+    def _watch_others(self) -> None:
+        assert self._board is not None
+        asked = told = False
+        while not self._closed.wait(LOOK_S) and not ends_by_itself.is_set():
             try:
-                if self._board and not asked and self._board.is_asked_to_go():
+                if not asked and self._board.is_asked_to_go():
                     asked = True
                     interrupt_main_thread()
-                if self._board and not told and self._board.is_asked_where():
+                if not told and self._board.is_asked_where():
                     told = True
                     self._board.tell(self._mesh.rank, where_am_i().text())
-                if self._board and self._board.is_posted() and not ends_by_itself.is_set():
+                if self._board.is_posted() and not ends_by_itself.is_set():
                     self._end_with_the_others()
             except RuntimeError as error:
                 if not self._closed.wait(GONE_S) and not ends_by_itself.is_set():
@@ -104,12 +120,19 @@ class Watchdog:
         """Whom the others wait for, in sentences."""
         if self._board is None:
             return ""
-        with suppress(RuntimeError):  # the store is gone
-            self._board.tell(self._mesh.rank, where_am_i().text())
-            self._board.ask_where()
-            told = {rank: Where.of(text) for rank, text in self._board.told().items()}
-            return "".join(f"{line[0].upper()}{line[1:]}. " for line in missing(told, self._mesh.world)[:MOST_LINES])
-        return ""
+        try:
+            told = answered(self._ask_where, 2 * WAIT_S)
+        except RuntimeError as error:
+            return f"Rank 0 may be the one that hangs: {error}. "
+        lines = missing({rank: Where.of(text) for rank, text in told.items()}, self._mesh.world)
+        return "".join(f"{line[0].upper()}{line[1:]}. " for line in lines[:MOST_LINES])
+
+    def _ask_where(self) -> dict[int, str]:
+        """In which collective each rank is, those that answer."""
+        assert self._board is not None
+        self._board.tell(self._mesh.rank, where_am_i().text())
+        self._board.ask_where()
+        return self._board.told()
 
     def _end_with_the_others(self) -> None:
         logging.error("another process has failed: ending this one")
