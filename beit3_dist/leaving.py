@@ -75,7 +75,7 @@ class _Listener:
         self._hears, self._told = socket.socketpair()
         self._told.setblocking(False)
         signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=_as_born)
+        os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_as_born)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
@@ -94,6 +94,19 @@ class _Listener:
 _listener: _Listener | None = None
 
 
+_held_back = threading.local()
+"""`mask`: the signals that this thread held back anyway, while it forks."""
+
+
+def _hold_back() -> None:
+    """Before a fork: a signal that comes to the child before `_as_born` would be told to this process, or to nobody."""
+    _held_back.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _held_back.mask)
+
+
 def _as_born() -> None:
     """In a process just forked, which has no thread that listens: a signal ends it. Otherwise what ends a pool's worker
     would pass it by, and be told to the listener of the process that has forked it, by the socket that both hold."""
@@ -102,6 +115,7 @@ def _as_born() -> None:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
+    _let_through()
 
 
 def leave_when_asked(program: str) -> None:
