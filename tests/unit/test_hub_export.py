@@ -49,7 +49,7 @@ def test_onnx_graphs(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
         expected = part.run(network, *given)
         assert export.deviation(expected, export.runner(tmp_path / f"graphs/{name}.onnx", part)(given)) < 1e-4
         off = export.deviation(expected, export.runner(tmp_path / f"graphs/{name}.int8.onnx", part)(given))
-        assert 1e-4 < off < 0.2, "in 8 bits"
+        assert 1e-4 < off < 0.1, "in 8 bits"
 
 
 @pytest.mark.slow
