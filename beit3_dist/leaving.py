@@ -110,12 +110,16 @@ def _let_through() -> None:
 def _as_born() -> None:
     """In a process just forked, which has no thread that listens: a signal ends it. Otherwise what ends a pool's worker
     would pass it by, and be told to the listener of the process that has forked it, by the socket that both hold."""
+    _forget()
+    _let_through()
+
+
+def _forget() -> None:
     global _listener
     _listener = None
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    _let_through()
 
 
 def leave_when_asked(program: str) -> None:

@@ -87,4 +87,4 @@ def deaf() -> Iterator[None]:
     """A program that a test calls in this process begins to listen for signals to go; one would end the tests."""
     yield
     if leaving._listener is not None:
-        leaving._as_born()
+        leaving._forget()
