@@ -37,9 +37,10 @@ PASSED = 2
 TIMES_EVERY = 10
 """Steps between two comparisons of the ranks' speeds, each of which takes a CPU as long as two steps."""
 PATIENCE_S = 900.0
-"""How long an attempt may take, and a step in which no rank stops: the machine may be busy."""
-LEFT_S = 60.0
-"""The others must end by themselves so long after the first one: then srun would end them."""
+"""How long an attempt may say nothing, and a step take in which no rank stops: the machine may be busy."""
+LEFT_S = 180.0
+"""The others must end by themselves so long after the first one. The batch script's srun ends them after a minute, on a
+machine that has a core for each."""
 UNEQUAL = "copies of weights are no longer equal"
 
 
@@ -130,13 +131,16 @@ def run(config: RunConfig, spread: Spread, faults: Faults, log: Path) -> int:
 
 def _ended(processes: Sequence[BaseProcess], faults: Faults, log: Path) -> list[int]:
     """The exit codes by rank: all processes end by themselves, but one that is stopped."""
-    deadline = time.monotonic() + PATIENCE_S
+    first_s, said, said_s = float("inf"), -1, time.monotonic()
     while left := {rank for rank, process in enumerate(processes) if process.is_alive()}:
+        now_s, length = time.monotonic(), log.stat().st_size if log.exists() else 0
         if any(process.exitcode for process in processes):
-            deadline = min(deadline, time.monotonic() + LEFT_S)
+            first_s = min(first_s, now_s)
+        if length > said:
+            said, said_s = length, now_s
         if left == {fault.rank for fault in faults.happened() if fault.kind == "stop"}:
             processes[left.pop()].kill()
-        if time.monotonic() > deadline:
+        if now_s > min(first_s + LEFT_S, said_s + PATIENCE_S):
             for process in processes:
                 process.kill()
             raise AssertionError(f"ranks {sorted(left)} do not end, {faults.happened()}\n{log.read_text()}")
@@ -203,6 +207,7 @@ def _judge(code: int, faults: Faults, log: Path, result: Disturbed) -> list[Met]
         unequal = UNEQUAL in said and result.spread.tensor > 1
         enders = [fault for fault in happened if fault.kind in (("bit flip",) if unequal else ENDING)]
         assert enders, f"exit code {code} after {happened}\n{said}"
+        became |= {fault: "came when the run ended" for fault in happened if fault.kind in ENDING}
         # As launchers/slurm/pretrain.sbatch does. After a full disk somebody makes room, for unequal copies leaves a
         # host out, and starts the job again.
         by_script = code not in (ExitCode.MISTAKE, ExitCode.STOPPED) and newest(faults.out) > faults.saved
