@@ -11,6 +11,7 @@ thread waits in C for other processes. A thread that does nothing else hears of 
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -75,7 +76,7 @@ class _Listener:
         self._hears, self._told = socket.socketpair()
         self._told.setblocking(False)
         signal.set_wakeup_fd(self._told.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_as_born)
+        _look_after_forks()
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def _listen(self) -> None:
@@ -92,6 +93,12 @@ class _Listener:
 
 
 _listener: _Listener | None = None
+
+
+@functools.cache
+def _look_after_forks() -> None:
+    """Once for a process, whose forks have what was registered, too."""
+    os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_as_born)
 
 
 _held_back = threading.local()

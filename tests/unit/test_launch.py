@@ -24,7 +24,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from beit3_dist import launched
+from beit3_dist import launched, leaving
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
 from beit3_dist.leaving import SIGNALS, ExitCode, leave_when_asked
@@ -282,11 +282,14 @@ def test_between_preparation_and_training_a_process_goes_as_well(kind: str) -> N
 
 
 def pooling_run(_: str) -> None:
-    """A pool ends its workers by the signal that asks a program to go."""
+    """A pool ends its workers by the signal that asks a program to go; so does that of a second program here."""
+    leave_when_asked("program")
+    leaving._forget()
     leave_when_asked("program")
     for _ in range(20):
         with multiprocessing.get_context("fork").Pool(2) as pool:
             pool.map(abs, range(8))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "signals come through again after a fork"
     print("well")
 
 
