@@ -111,7 +111,7 @@ def test_codes_are_used_and_tell_shapes_and_colours(tmp_path: Path) -> None:
     write_tar(tmp_path / "images.tar", [{"__key__": f"{i}", "png": Path(p).read_bytes()} for i, p in enumerate(paths)])
     recipe = str(ROOT / "launchers/recipes/image_tokenizer_demo.yaml")
     data = "--data.images", str(tmp_path / "images.tar"), "--data.cache", str(tmp_path / "cache")
-    arguments = "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "120", *data
+    arguments = "--config", recipe, "--out", str(tmp_path / "run"), "--steps", "150", *data
     result = launch("train_image_tokenizer", *arguments, processes=2, timeout_s=800)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -119,8 +119,7 @@ def test_codes_are_used_and_tell_shapes_and_colours(tmp_path: Path) -> None:
     tokenizer = load_vqkd(tmp_path / "run" / "image_tokenizer.pth")
     number, codes, random = probes(tokenizer)
     used = number / 256
-    # 57 % on one processor, more than 60 % on others, whose bits are others.
-    assert used > 0.4, f"{used:.0%} of the codes are used"
+    assert used > 0.6, f"{used:.0%} of the codes are used"
     # Chance is 4.2 %. The teacher was taught to tell objects, not colours, so its codes keep little of the latter.
     assert codes > 4 * random, f"probe of the codes {codes:.1%}, of random codes {random:.1%}"
     print(f"used {used:.1%}, probe {codes:.1%}, random codes {random:.1%}")
