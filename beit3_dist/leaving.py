@@ -122,6 +122,7 @@ def _as_born() -> None:
 
 
 def _forget() -> None:
+    """As if this process had never listened."""
     global _listener
     _listener = None
     signal.set_wakeup_fd(-1)

@@ -208,7 +208,7 @@ class Engine:
     def _plain_grad_norm(self) -> Tensor:
         """At ZeRO-0 DeepSpeed keeps no norm; the gradients lie reduced over the replicas on every rank."""
         gradients = ((p.grad, p) for p in self.model.parameters() if p.grad is not None)
-        squares = squares_of_model(gradients, self.mesh.tensor_rank == 0, torch.float32, self.mesh.device)
+        squares = squares_of_model(gradients, torch.float32, self.mesh.device)
         dist.all_reduce(squares, group=self.groups.model)
         return squares.sqrt()
 

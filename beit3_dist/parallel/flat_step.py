@@ -91,15 +91,13 @@ def sum_of_squares(tensors: list[Tensor], dtype: torch.dtype, device: torch.devi
     return torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype)).pow(2.0).sum()
 
 
-def squares_of_model(
-    gradients: Iterable[tuple[Tensor, Any]], is_first: bool, dtype: torch.dtype, device: torch.device | str
-) -> Tensor:
+def squares_of_model(gradients: Iterable[tuple[Tensor, Any]], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """What this rank adds to the squared norm of the whole model's gradient: that of its (gradient, parameter)s which
-    count here, on the first tensor rank (`is_first`) all of them (`mark_model_parallel`). A copy that counts there adds
-    0, or NaN where it is not finite: a device may have spoilt this one alone."""
+    count here (`mark_model_parallel`). A copy that counts on another tensor rank adds 0, or NaN where it is not finite:
+    a device may have spoilt this one alone."""
     counted, copies = list[Tensor](), list[Tensor]()
     for gradient, parameter in gradients:
-        (counted if is_first or is_model_parallel_parameter(parameter) else copies).append(gradient)
+        (counted if is_model_parallel_parameter(parameter) else copies).append(gradient)
     squares = sum_of_squares(counted, dtype, device)
     return squares + 0 * sum_of_squares(copies, dtype, device) if copies else squares
 
@@ -341,8 +339,7 @@ class FlatBF16(BF16_Optimizer):
             gradients = [(g, p) for g, p, has in zip(sums, parameters, there, strict=True) if has]
         else:
             gradients = [(p.grad, p) for p in parameters if p.grad is not None]
-        is_first = self.mpu.get_tensor_model_parallel_rank() == 0
-        squares = squares_of_model(gradients, is_first, torch.float32, self._buckets[0].flat.device)
+        squares = squares_of_model(gradients, torch.float32, self._buckets[0].flat.device)
         dist.all_reduce(squares, group=self.mpu.get_model_parallel_group())
         return squares.pow(0.5)
 
@@ -439,7 +436,7 @@ class FlatStage12(DeepSpeedZeroOptimizer):
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
         """Norm of a parameter group's gradient over all ranks, -1 where it is not finite; a scalar."""
         whose = zip(_pieces(gradients), params, strict=False)
-        total = squares_of_model(whose, self.model_parallel_rank == 0, get_norm_dtype(), self.device).float()
+        total = squares_of_model(whose, get_norm_dtype(), self.device).float()
         dist.all_reduce(total, group=self.dp_process_group)
         self._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
         norm = total.pow(0.5)
@@ -513,7 +510,7 @@ class FlatStage3(DeepSpeedZeroOptimizer_Stage3):
     def get_grad_norm_direct(self, gradients: Any, params: Any, norm_type: int = 2) -> Tensor:
         """Norm of a parameter group's gradient over all ranks, -1 where it is not finite; a scalar."""
         whose = zip(gradients, params, strict=True)
-        total = squares_of_model(whose, self.model_parallel_rank == 0, get_norm_dtype(), self.device)
+        total = squares_of_model(whose, get_norm_dtype(), self.device)
         dist.all_reduce(total, group=self._get_param_partition_group(params[0]))
         self._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
         norm = total.pow(0.5)
