@@ -30,7 +30,7 @@ from braceexpand import braceexpand
 from beit3_dist.config import DataConfig, Patterns, Source, require, sources_of
 from beit3_dist.data import transforms
 from beit3_dist.data.captions import LARGEST_CAPTION, captions_of, fields_of, written_as
-from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
+from beit3_dist.data.faults import BadSample, Fault, OfStorage, StreamFailed, check_size
 from beit3_dist.data.index import is_sequential
 from beit3_dist.data.kinds import IMAGE, JSON, JSONL, KIND_NAMES, TXT, key_and_kind
 from beit3_dist.data.lines import lines_of
@@ -223,7 +223,7 @@ class Members:
         self.content[kind] = data
 
 
-class Silent(Fault):
+class Silent(OfStorage):
     """A shard of which nothing came but its command's error."""
 
 
@@ -262,7 +262,7 @@ class Shards:
                     sleep(seconds)
                     continue
                 problem += f"; what follows is left out after {len(waits)} more tries"
-                kind = Fault if done else Silent
+                kind = OfStorage if done else Silent
             elif not done:
                 problem = "no sample in this shard"
             if problem:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from beit3_dist.data import index
-from beit3_dist.data.faults import StreamFailed
+from beit3_dist.data.faults import StreamFailed, of_storage
 from beit3_dist.data.loader import loader
 from beit3_dist.data.order import generator
 from beit3_dist.data.text import TextTokenizer
@@ -177,8 +177,13 @@ def test_a_broken_picture_is_replaced_in_training_and_stops_an_evaluation(exampl
     with pytest.raises(StreamFailed, match="name 5 cannot be evaluated: .*broken.png") as stop:
         dataset(some, train=False)[Places((5,), (True,))]
     assert [(fault.shard, fault.key) for fault in stop.value.faults] == [(str(broken), "name 5")]
-    with pytest.raises(RuntimeError, match="100 examples in a row"):
+    with pytest.raises(StreamFailed, match="100 examples in a row") as stop:
         dataset([replace(examples[0], images=(broken,))])[Places((0,), (True,))]
+    assert not of_storage(stop.value.faults)
+    broken.unlink()
+    with pytest.raises(StreamFailed, match=r"broken.png: No such file or directory$") as stop:
+        dataset([replace(examples[0], images=(broken,))])[Places((0,), (True,))]
+    assert of_storage(stop.value.faults), "so that the run can be started again"
 
 
 def test_a_pair_without_a_caption_is_replaced_in_training_and_stops_an_evaluation(

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from beit3_dist.config import DataConfig, require
 from beit3_dist.data.batch import Tensors
-from beit3_dist.data.faults import BadSample, Fault, StreamFailed, check_size
+from beit3_dist.data.faults import BadSample, Fault, StreamFailed, Unreadable, check_size
 from beit3_dist.data.order import generator, mix, permute
 from beit3_dist.data.text import TextTokenizer
 from beit3_dist.data.transforms import decode, largest_file, read_image
@@ -205,9 +205,11 @@ class Examples(Dataset):
                     self._last = image, decoded(image, self.max_pixels)
                 images.append(self._last[1])
             return example, images
-        except (BadSample, OSError) as bad:
-            reason = str(getattr(bad, "strerror", None) or bad)
-            return Fault("examples", shard, key, f"{image}: {reason}" if image else reason)
+        except OSError as error:  # what the decoder raises has no number
+            bad = BadSample(str(error)) if error.errno is None else Unreadable(error.strerror)
+        except BadSample as unusable:
+            bad = unusable
+        return Fault.of(type(bad)(f"{image}: {bad}" if image else str(bad)), "examples", shard, key)
 
 
 def padded_words(texts: Sequence[Sequence[int] | None], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
