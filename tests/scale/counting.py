@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,9 +24,10 @@ from torch import Tensor
 LOOKS = ("stat", "lstat", "access", "scandir", "listdir")
 MESSAGES = (
     "allreduce", "allgather", "_allgather_base", "broadcast", "reduce", "reduce_scatter", "_reduce_scatter_base",
-    "gather", "scatter", "alltoall", "alltoall_base", "send", "recv", "barrier",
+    "gather", "scatter", "alltoall", "alltoall_base", "send", "recv", "barrier", "all_gather_single",
+    "reduce_scatter_single", "all_to_all_single",
 )  # fmt: skip
-"""Methods of a process group."""
+"""Methods of a process group. The last three are torch 2.13's for what had an underscore, or base, before."""
 OBJECTS = ("all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list")
 
 
@@ -117,7 +119,7 @@ def counting(folder: Path) -> Iterator[Count]:
     with ExitStack() as stack:
         for name in LOOKS:
             stack.enter_context(patch.object(os, name, _looked(count, getattr(os, name))))
-        for name in MESSAGES:
+        for name in filter(partial(hasattr, dist.ProcessGroup), MESSAGES):
             stack.enter_context(patch.object(dist.ProcessGroup, name, _sent(count, name)))
         for name in OBJECTS:
             stack.enter_context(patch.object(dist, name, _objects(count, getattr(dist, name))))
@@ -140,7 +142,7 @@ def _sent(count: Count, name: str) -> Callable[..., Any]:
     def send(group: dist.ProcessGroup, *arguments: Any, **keywords: Any) -> Any:
         if group.size() > 1:  # with itself, a process communicates for nothing
             # Gathering and scattering methods of torch take first what they fill.
-            fills = "gather" in name or "scatter" in name or name.startswith("alltoall")
+            fills = "gather" in name or "scatter" in name or name.startswith(("alltoall", "all_to_all"))
             own = arguments[1] if fills else arguments[:1]
             count.costs.messages[name, _bytes(own)] += 1
         return method(group, *arguments, **keywords)
