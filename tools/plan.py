@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--emit", action="store_true", help="the fastest layout as arguments of pretrain.py")
     parser.add_argument("--json", action="store_true", help="all layouts that fit, as one JSON object")
     parser.add_argument("--check", choices=("h200", "cpu", "failures"), help="predictions beside measurements")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each layout of --check cpu")
+    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each layout of --check cpu")
     parser.add_argument("--run", type=Path, default=Path("demo/killed"), help="OUT of the command of --check failures")
     parser.add_argument("--seconds", type=float, default=1200.0, help="of --check failures")
     parser.add_argument("--mtbf-s", type=float, default=120.0, help="mean time between its kills")

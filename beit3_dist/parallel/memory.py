@@ -47,7 +47,7 @@ from beit3_dist.parallel.tensor import check_tensor
 ENGINE_BUCKET = 500_000_000
 """Elements that DeepSpeed's engine joins where it reduces gradients itself."""
 DEFAULT_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default of stage3_max_live_parameters."""
+"""DeepSpeed's default of stage3_max_live_parameters, and of stage3_max_reuse_distance."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class StateBytes:
     """Reduce buffers; below ZeRO-3 only during the backward pass."""
     live: float
     """Largest size of the gathered parameters under ZeRO-3."""
+    reuse_distance: float
+    """Under ZeRO-3 a module's weights stay where they are used again before so many elements of others have been."""
 
     @property
     def states(self) -> float:
@@ -183,4 +185,5 @@ def _record(
         products=part.products / holders,
         bucket=bucket,
         live=size * min(zero.get("stage3_max_live_parameters", DEFAULT_LIVE_PARAMETERS), count) * (stage == 3),
+        reuse_distance=zero.get("stage3_max_reuse_distance", DEFAULT_LIVE_PARAMETERS),
     )

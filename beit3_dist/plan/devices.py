@@ -74,6 +74,10 @@ class Device:
     operations: dict[str, float] = field(default_factory=dict)
     """Bytes per second of operations that are not bound by memory, by name: measured."""
     link_share: float = LINK_SHARE
+    collectives: dict[str, Link] = field(default_factory=dict)
+    """What connects the devices of a node in one collective, by its name's begin: measured. Others have `inside`."""
+    yardstick_s: float = 0.0
+    """What tools/plans/on_cpu.py's yardstick took while the rates were measured."""
 
     def product_rate(self, flops: float) -> float:
         """FLOP/s of a product of so many FLOP: between the measured ones by a line over the logarithm."""
@@ -121,6 +125,7 @@ class Device:
         if members == 1 or size == 0:
             return 0.0
         link, nodes = self.link(members, apart)
+        link = next((own for begin, own in self.collectives.items() if name.startswith(begin)), link)
         rounds = 2 if name == "all_reduce" else 1
         hops = rounds * (1 + math.ceil(math.log2(nodes)))
         sent = rounds * (members - 1) / members * size
@@ -163,6 +168,7 @@ def read_rates(path: str | Path) -> Device:
     require(isinstance(values, dict) and values.keys() <= known, f"--rates {path} is no file of --calibrate")
     try:
         values["inside"], values["outside"] = Link(**values["inside"]), Link(**values["outside"])
+        values["collectives"] = {name: Link(**link) for name, link in values["collectives"].items()}
         values["products"] = [(float(size), float(rate)) for size, rate in values["products"]]
         return Device(**values)
     except (KeyError, TypeError, ValueError) as error:

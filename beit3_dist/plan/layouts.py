@@ -37,7 +37,7 @@ COUNTED = (2, 16)
 BESIDE = 2 / 3
 """Share of a micro-batch's passes beside which gradients are reduced: the backward pass is twice the forward pass."""
 FETCHES: dict[Recompute, int] = {"none": 2, "attention": 2, "selective": 3, "full": 3}
-"""How often a micro-batch's passes gather a module's weights under ZeRO-3: forward, backward, and to compute anew."""
+"""How often a micro-batch's passes ask for a module's weights under ZeRO-3: forward, backward, and to compute anew."""
 
 
 @dataclass(frozen=True)
@@ -427,10 +427,11 @@ class Planner:
         elif layout.zero_stage == 2:
             reduction = n * max(0.0, reduce - hidden) + spread
         else:
-            blocks = config.model.layers / layout.pipeline
-            gathered = device.collective_s("all_gather", 2 * sent, data, apart, 2 * blocks)
+            blocks, elements = config.model.layers / layout.pipeline, gathered(largest, layout.activation_checkpointing)
+            gathers = blocks * elements / largest.parameters
+            fetched = device.collective_s("all_gather", size * elements, data, apart, gathers)
             scattered = device.collective_s("reduce_scatter", sent, data, apart, calls)
-            reduction = n * max(0.0, gathered + scattered - (slowest if device.gpu else 0.0))
+            reduction = n * max(0.0, fetched + scattered - (slowest if device.gpu else 0.0))
             passes += n * self._modules / layout.pipeline * FETCHES[layout.activation_checkpointing] * device.fetch_s
         bubble = 0.0
         if stages is not None:
@@ -447,6 +448,14 @@ class Planner:
 def _forwards(objective: Any, accumulation: int) -> int:
     """Forward passes of a micro-batch beside the one that is gone backward through."""
     return int(objective.looks_back) + int(objective.looks_ahead and accumulation > 1)
+
+
+def gathered(part: StateBytes, recompute: Recompute) -> float:
+    """Elements that ZeRO-3 gathers in a micro-batch: all of the part once, and once more those of modules between whose
+    forward and backward pass DeepSpeed lets them go. For a module with S elements behind it the way to its backward
+    pass is FETCHES x S long, so that those stay of which FETCHES x S is less than the reuse distance. Where that is
+    short beside the model, DeepSpeed gathers less: what its prefetching has passed by stays, too."""
+    return part.parameters + max(0.0, part.parameters - part.reuse_distance / FETCHES[recompute])
 
 
 def _told(error: ValueError) -> str:

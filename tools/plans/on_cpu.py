@@ -8,13 +8,15 @@ those that are planned, with as many processes at work as later.
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -28,6 +30,7 @@ from beit3_dist.model.initialization import zeros
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
 from beit3_dist.objectives.registry import objectives_of
 from beit3_dist.objectives.together import PretrainingModule
+from beit3_dist.parallel.phases import Phases
 from beit3_dist.plan.allocations import Allocations
 from beit3_dist.plan.counting import Counting
 from beit3_dist.plan.devices import Device, Link
@@ -42,9 +45,13 @@ MODEL = ModelConfig(
 """What is planned and measured."""
 OTHER = replace(MODEL, layers=4, width=512, heads=8, ffn_width=2048, vl_expert_layers=1)
 """What the rates come from."""
+SMALL = replace(OTHER, width=64, heads=2, ffn_width=128)
+"""Whose steps of few samples compute next to nothing: what they take is the host's."""
 OF_LAUNCHES, OF_FETCHES = Layout(1, 1, False, 1, "none", 1), Layout(3, 1, False, 1, "full", 1)
-"""Its layouts, from which what the host takes for a launch and for one of ZeRO-3's fetches comes."""
-SAMPLES = 16
+"""Layouts from which what the host takes for a launch and for one of ZeRO-3's fetches comes."""
+SAMPLES, FEW = 16, 2
+OFTEN = 15
+"""Steps that a rate comes from."""
 TEXTS, CAPTIONS = 96, 32
 LAYOUTS = (  # the processes are two
     Layout(1, 1, False, 1, "none", 1),
@@ -56,11 +63,13 @@ LAYOUTS = (  # the processes are two
 )
 """Whose steps are timed."""
 PROCESSES = 2
-SIZES = (2_000, 20_000_000)
+SIZES = (2_000, 100_000_000)
 """Bytes of the collectives that latency and bandwidth come from."""
 
 
-def run_config(model: ModelConfig, layout: Layout, precision: Any = "fp32", file: str = "") -> RunConfig:
+def run_config(
+    model: ModelConfig, layout: Layout, precision: Any = "fp32", file: str = "", samples: int = SAMPLES
+) -> RunConfig:
     """A run of masked data modelling whose codes are there already. `file`: its deepspeed_config."""
     zero_stage: Any = layout.zero_stage
     config = RunConfig(
@@ -69,7 +78,7 @@ def run_config(model: ModelConfig, layout: Layout, precision: Any = "fp32", file
             images="unused", texts="unused", pairs="unused", text_length=TEXTS, caption_length=CAPTIONS
         ),
         objectives={NAME: MaskedDataModelingConfig()},
-        batch=BatchConfig(images=SAMPLES, texts=SAMPLES, pairs=SAMPLES, accumulation=layout.accumulation),
+        batch=BatchConfig(images=samples, texts=samples, pairs=samples, accumulation=layout.accumulation),
         parallel=ParallelConfig(zero_stage=zero_stage), deepspeed_config=file,
     )  # fmt: skip
     return layout.of(config)
@@ -106,6 +115,8 @@ class Steps:
         self._counts = torch.tensor(host_totals([self._batch] * self._often, self._objectives).counts)
         groups.sum_over_data(self._counts)
         self._codes = lambda images: torch.zeros(len(images), config.model.patches, dtype=torch.int64)
+        self._phases = Phases(self._mesh.device)
+        self.engine.clocked_by(self._phases)
         self._done = 0
 
     def step(self) -> None:
@@ -114,6 +125,48 @@ class Steps:
         batches = (prepared(self._objectives, self._batch, self._mesh, self._codes) for _ in range(self._often))
         self.engine.train_step(batches, self._counts, self._done, 1e-3)
         self._done += 1
+
+    def timed(self, repeats: int) -> list[Timed]:
+        """Steps that begin in all processes at once, after two that warm up."""
+        taken, yardstick = [], Yardstick()
+        for number in range(repeats + 2):
+            dist.barrier()
+            self._phases.begin()
+            start = time.perf_counter()
+            self.step()
+            whole_s = time.perf_counter() - start
+            dist.barrier()
+            yardstick_s = yardstick.seconds()
+            if number > 1:
+                taken.append(Timed(whole_s, sum(self._phases.seconds()[1:3]), yardstick_s))
+        return taken
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a step."""
+
+    whole_s: float
+    passes_s: float
+    """Of these its forward and backward passes."""
+    yardstick_s: float
+    """What the yardstick took behind it."""
+
+
+class Yardstick:
+    """A transformer layer of torch's, forward and backward. A virtual machine's speed changes within minutes by a
+    fourth and more, as its neighbours come and go; by this the speed while rates are measured and that while they are
+    held against steps are compared."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            self._layer = torch.nn.TransformerEncoderLayer(512, 8, 2048, batch_first=True)
+            self._tokens = torch.randn(4, 128, 512)
+
+    def seconds(self) -> float:
+        start = time.perf_counter()
+        self._layer(self._tokens).sum().backward()
+        return time.perf_counter() - start
 
 
 def peak_bytes(groups: Any, configs: list[RunConfig]) -> list[int]:
@@ -142,19 +195,11 @@ def _tensors() -> Iterator[Tensor]:
             yield thing
 
 
-def step_seconds(groups: Any, configs: list[RunConfig], repeats: int) -> list[list[float]]:
-    """Seconds of steps of each run, after two that warm up."""
+def timed_steps(groups: Any, configs: list[RunConfig], repeats: int) -> list[list[Timed]]:
+    """Steps of each run."""
     found = []
     for config in configs:
-        steps, seconds = Steps(groups, config), []
-        for number in range(repeats + 2):
-            dist.barrier()
-            start = time.perf_counter()
-            steps.step()
-            if number > 1:
-                seconds.append(time.perf_counter() - start)
-        found.append(seconds)
-        del steps
+        found.append(Steps(groups, config).timed(repeats))
         gc.collect()
     return found
 
@@ -194,11 +239,12 @@ def rates(groups: Any) -> dict[str, Any]:
     """The CPU's rates, as plan/devices.py has them, from this process's steps and collectives.
 
     What the host takes beside operations and collectives, for each launch and for each of ZeRO-3's fetches, is what a
-    step of the other model takes beyond its plan.
+    small model's step takes beyond its plan. Operations and collectives, measured one by one, are then made slower or
+    faster by a factor each, so that what a step of OTHER takes for its passes and for the rest is what is planned.
     """
     config = run_config(OTHER, OF_LAUNCHES)
     steps = Steps(groups, config)
-    plain_s = _usual(steps)
+    plain = steps.timed(OFTEN)
     clocked = _Clocked()
     with clocked:
         steps.step()
@@ -211,37 +257,45 @@ def rates(groups: Any) -> dict[str, Any]:
     }
     work = Counting(config, gpu=False).pieces(config.micro_batch(groups.mesh.data), "none")
     core = work.around.work.core_flops + work.layers * work.layer.work.core_flops
-    launches = work.around.work.launches + work.layers * work.layer.work.launches
     moved = sum(clocked.rows[name].bytes for name in operations)
     products = sorted((size, size / median(taken)) for size, taken in clocked.products_s.items() if size > 1e5)
-    latency, bandwidth = _collectives()
-    link = Link(bandwidth, latency)
+    collectives = _collectives()
+    link = collectives["all_reduce"]
     device = Device(
         "cpu", _memory_gb(), peak=0.0, inside=link, outside=link, gpu=False, node=PROCESSES,
         bandwidth=moved / sum(clocked.seconds[name] for name in operations), memory_share=1.0, link_share=1.0,
-        alone=_alone(), launch_s=0.0, core_rate=core * 2 / clocked.core_s, products=products, operations=operations,
+        alone=_alone(), launch_s=0.0, collectives=collectives, core_rate=core * 2 / clocked.core_s,
+        products=products, operations=operations, yardstick_s=median(t.yardstick_s for t in plain),
         source=f"tools/plan.py --calibrate, {torch.get_num_threads()} thread a process, torch {torch.__version__}",
     )  # fmt: skip
+    for name, layout in (("launch_s", OF_LAUNCHES), ("fetch_s", OF_FETCHES)):
+        taken_s = median(t.whole_s for t in Steps(groups, run_config(SMALL, layout, samples=FEW)).timed(OFTEN))
+        none, second = (
+            planned(replace(device, **{name: seconds}), layout, SMALL, samples=FEW).time.total for seconds in (0.0, 1.0)
+        )
+        device = replace(device, **{name: max(0.0, taken_s - none) / (second - none)})
+    passes_s, rest_s = median(t.passes_s for t in plain), median(t.whole_s - t.passes_s for t in plain)
+    as_it_is, of_host = (planned(faster(device, factor), OF_LAUNCHES, OTHER).time for factor in (1, math.inf))
+    device = faster(device, (as_it_is.passes - of_host.passes) / (passes_s - of_host.passes))
+    in_plan = planned(device, OF_LAUNCHES, OTHER).time
+    return asdict(linked(device, in_plan.reduction / (rest_s - in_plan.optimizer)))
 
-    def beyond(layout: Layout, taken_s: float) -> float:
-        return max(0.0, taken_s - planned(device, layout, OTHER).time.total)
 
-    device = replace(device, launch_s=beyond(OF_LAUNCHES, plain_s) / launches)
-    gathering_s = beyond(OF_FETCHES, _usual(Steps(groups, run_config(OTHER, OF_FETCHES))))
-    one = planned(replace(device, fetch_s=1.0), OF_FETCHES, OTHER).time.total
-    fetches = one - planned(device, OF_FETCHES, OTHER).time.total
-    return asdict(replace(device, fetch_s=gathering_s / fetches))
+def faster(device: Device, factor: float) -> Device:
+    """The same with other rates of operations."""
+    return replace(
+        device,
+        bandwidth=device.bandwidth * factor,
+        core_rate=device.core_rate * factor,
+        products=[(size, rate * factor) for size, rate in device.products],
+        operations={name: rate * factor for name, rate in device.operations.items()},
+    )
 
 
-def _usual(steps: Steps) -> float:
-    """Seconds of one of a run's steps, after two that warm up."""
-    seconds = []
-    for number in range(7):
-        start = time.perf_counter()
-        steps.step()
-        if number > 1:
-            seconds.append(time.perf_counter() - start)
-    return median(seconds)
+def linked(device: Device, factor: float) -> Device:
+    """The same with other bandwidths of collectives."""
+    own = device.collectives.items()
+    return replace(device, collectives={name: Link(link.bandwidth * factor, link.latency) for name, link in own})
 
 
 def _alone() -> float:
@@ -266,19 +320,30 @@ def _alone() -> float:
     return max(1.0, together_s / alone_s)
 
 
-def _collectives() -> tuple[float, float]:
-    """Latency of a hop and bytes per second, from an all-reduce of few and of many bytes."""
-    seconds = []
-    for size in SIZES:
-        values = torch.zeros(size // 4)
-        dist.all_reduce(values)
-        start = time.perf_counter()
-        for _ in range(5):
-            dist.all_reduce(values)
-        seconds.append((time.perf_counter() - start) / 5)
-    world = dist.get_world_size()
-    bandwidth = 2 * (world - 1) / world * (SIZES[1] - SIZES[0]) / max(1e-9, seconds[1] - seconds[0])
-    return seconds[0] / 2, bandwidth
+def _collectives() -> dict[str, Link]:
+    """What connects the processes in collectives of few and of many bytes."""
+    world, rank, found = dist.get_world_size(), dist.get_rank(), {}
+    for name, rounds in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
+        seconds = []
+        for size in SIZES:
+            whole = torch.zeros(size // 4)
+            own = whole.chunk(world)[rank]
+            call: Callable[[], Any] = {
+                "all_reduce": partial(dist.all_reduce, whole),
+                "all_gather": partial(dist.all_gather_into_tensor, whole, own.clone()),
+                "reduce_scatter": partial(dist.reduce_scatter_tensor, own.clone(), whole),
+            }[name]
+            call()
+            taken = []
+            for _ in range(9):
+                dist.barrier()
+                start = time.perf_counter()
+                call()
+                taken.append(time.perf_counter() - start)
+            seconds.append(median(taken))
+        bandwidth = rounds * (world - 1) / world * (SIZES[1] - SIZES[0]) / max(1e-9, seconds[1] - seconds[0])
+        found[name] = Link(bandwidth, seconds[0] / rounds)
+    return found
 
 
 def _memory_gb() -> float:
@@ -326,25 +391,29 @@ def _work(
 
 
 def planned(
-    device: Device, layout: Layout, model: ModelConfig = MODEL, precision: Any = "fp32", file: str = ""
-) -> Plan:
+    device: Device, layout: Layout, model: ModelConfig = MODEL, precision: Any = "fp32", file: str = "",
+    samples: int = SAMPLES,
+) -> Plan:  # fmt: skip
     """What the planner says of one of these runs."""
-    plan = Planner(run_config(model, layout, precision, file), device, exact=True).plan(layout, PROCESSES)
+    plan = Planner(run_config(model, layout, precision, file, samples), device, exact=True).plan(layout, PROCESSES)
     assert isinstance(plan, Plan)
     return plan
 
 
 def compared(device: Device, repeats: int) -> Iterator[str]:
-    """Steps of LAYOUTS as they are planned and as they are, for people."""
-    yield f"{'layout':62}{'s/step':>9}{'fastest':>9}{'planned':>9}{'off by':>8}"
+    """Steps of LAYOUTS as they are planned and as they are, for people. What is planned is multiplied by how much more
+    the yardstick takes now than when the rates were measured, which is told."""
+    yield f"{'layout':62}{'s/step':>9}{'fastest':>9}{'yardstick':>11}{'planned':>9}{'off by':>8}"
     for tensor, pipeline in dict.fromkeys((layout.tensor, layout.pipeline) for layout in LAYOUTS):
         own = [layout for layout in LAYOUTS if (layout.tensor, layout.pipeline) == (tensor, pipeline)]
         configs = [run_config(MODEL, layout) for layout in own]
-        measured = together(step_seconds, configs, repeats, tensor=tensor, pipeline=pipeline)[0]
-        for layout, seconds in zip(own, measured, strict=True):
-            taken, plan = median(seconds), planned(device, layout)
+        measured = together(timed_steps, configs, repeats, tensor=tensor, pipeline=pipeline)[0]
+        for layout, steps in zip(own, measured, strict=True):
+            taken_s = median(t.whole_s for t in steps)
+            slower = median(t.yardstick_s for t in steps) / device.yardstick_s
+            planned_s = planned(device, layout).time.total * slower
             name = " ".join(f"{key.split('.')[-1]}={value}" for key, value in layout.overrides().items())
             yield (
-                f"{name.replace('activation_checkpointing', 'recompute'):62}{taken:9.3f}{min(seconds):9.3f}"
-                f"{plan.time.total:9.3f}{plan.time.total / taken - 1:+8.1%}"
+                f"{name.replace('activation_checkpointing', 'recompute'):62}{taken_s:9.3f}"
+                f"{min(t.whole_s for t in steps):9.3f}{slower:10.2f}x{planned_s:9.3f}{planned_s / taken_s - 1:+8.1%}"
             )
