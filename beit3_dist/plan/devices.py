@@ -168,10 +168,11 @@ def read_rates(path: str | Path) -> Device:
     require(isinstance(values, dict) and values.keys() <= known, f"--rates {path} is no file of --calibrate")
     try:
         values["inside"], values["outside"] = Link(**values["inside"]), Link(**values["outside"])
-        values["collectives"] = {name: Link(**link) for name, link in values["collectives"].items()}
+        own = values.get("collectives", {}).items()
+        values["collectives"] = {name: Link(**link) for name, link in own}
         values["products"] = [(float(size), float(rate)) for size, rate in values["products"]]
         return Device(**values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--rates {path} is no file of --calibrate: {error}") from None
 
 

@@ -92,6 +92,9 @@ def test_collectives_and_rates() -> None:
     # Two nodes: four adapters together, a hop between nodes and one inside.
     assert device.collective_s("all_gather", 8e6, 8, 1) == pytest.approx(2e-4 + 7 / 8 * 8e6 / 4e8)
     assert device.collective_s("all_reduce", 1e6, 1, 1) == 0
+    own = replace(device, collectives={"all_gather": Link(5e8, 2e-5)})
+    assert own.collective_s("all_gather_into_tensor", 4e6, 4, 1) == pytest.approx(2e-5 + 3 / 4 * 8e-3)
+    assert own.collective_s("all_reduce", 4e6, 4, 1) == device.collective_s("all_reduce", 4e6, 4, 1)
     measured = replace(device, products=[(1e6, 1e9), (1e8, 3e9)], operations={"add": 5e9})
     assert measured.product_rate(1e7) == pytest.approx(2e9) and measured.product_rate(1e9) == 3e9
     assert measured.seconds(Work(operations={"add": (5e9, 1), "mul": (1e10, 1)})) == pytest.approx(2)
@@ -259,6 +262,9 @@ def test_rates_of_a_cpu_come_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     file.write_text(json.dumps(values | {"products": [[1e6, 1e9]], "gpu": False}))
     assert device_named("cpu", str(file)).product_rate(5) == 1e9
-    file.write_text(json.dumps(values | {"speed": 3}))
-    with pytest.raises(ValueError, match="is no file of --calibrate"):
-        device_named("cpu", str(file))
+    file.write_text(json.dumps(values | {"products": [], "collectives": {"all_gather": link}, "gpu": False}))
+    assert device_named("cpu", str(file)).collectives == {"all_gather": Link(1e9, 1e-5)}
+    for wrong in ({"speed": 3}, {"products": [], "collectives": [link]}):
+        file.write_text(json.dumps(values | wrong))
+        with pytest.raises(ValueError, match="is no file of --calibrate"):
+            device_named("cpu", str(file))

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig
+from beit3_dist.config import BatchConfig, DataConfig, ModelConfig, ParallelConfig, RunConfig, require
 from beit3_dist.data.batch import MicroBatch
 from beit3_dist.model.initialization import zeros
 from beit3_dist.objectives.masked_data_modeling import NAME, MaskedDataModelingConfig
@@ -402,7 +402,8 @@ def planned(
 
 def compared(device: Device, repeats: int) -> Iterator[str]:
     """Steps of LAYOUTS as they are planned and as they are, for people. What is planned is multiplied by how much more
-    the yardstick takes now than when the rates were measured, which is told."""
+    the yardstick takes now than when the rates were measured, which is told. Raises ValueError where that is not known."""
+    require(device.yardstick_s > 0, "--rates have no yardstick: measure them anew by --calibrate")
     yield f"{'layout':62}{'s/step':>9}{'fastest':>9}{'yardstick':>11}{'planned':>9}{'off by':>8}"
     for tensor, pipeline in dict.fromkeys((layout.tensor, layout.pipeline) for layout in LAYOUTS):
         own = [layout for layout in LAYOUTS if (layout.tensor, layout.pipeline) == (tensor, pipeline)]
