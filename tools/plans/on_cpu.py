@@ -402,7 +402,8 @@ def planned(
 
 def compared(device: Device, repeats: int) -> Iterator[str]:
     """Steps of LAYOUTS as they are planned and as they are, for people. What is planned is multiplied by how much more
-    the yardstick takes now than when the rates were measured, which is told. Raises ValueError where that is not known."""
+    the yardstick takes now than when the rates were measured, which is told. Raises ValueError where the rates have no
+    yardstick."""
     require(device.yardstick_s > 0, "--rates have no yardstick: measure them anew by --calibrate")
     yield f"{'layout':62}{'s/step':>9}{'fastest':>9}{'yardstick':>11}{'planned':>9}{'off by':>8}"
     for tensor, pipeline in dict.fromkeys((layout.tensor, layout.pipeline) for layout in LAYOUTS):
