@@ -144,6 +144,7 @@ def leave_when_asked(program: str) -> None:
 def when_asked(handler: Callable[[int, FrameType | None], None], asked: Callable[[], None]) -> None:
     """From here on a signal to go calls `handler` in the main thread, as soon as that steps, and `asked` at once, in
     another one."""
+    _look_after_forks()
     for number in SIGNALS:
         signal.signal(number, handler)
     if _listener is not None:

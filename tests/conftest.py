@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -84,7 +85,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def deaf() -> Iterator[None]:
-    """A program that a test calls in this process begins to listen for signals to go; one would end the tests."""
+    """A program that a test calls in this process begins to listen for signals to go: one would end the tests, or what
+    is forked by later ones would not heed it."""
     yield
-    if leaving._listener is not None:
+    if leaving._listener is not None or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         leaving._forget()

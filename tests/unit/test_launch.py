@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -27,7 +28,7 @@ from torch.utils.data import Dataset
 from beit3_dist import launched, leaving
 from beit3_dist.data.faults import StreamFailed
 from beit3_dist.data.loader import WorkerKilled, loader
-from beit3_dist.leaving import SIGNALS, ExitCode, leave_when_asked
+from beit3_dist.leaving import SIGNALS, ExitCode, leave_when_asked, when_asked
 from beit3_dist.looking import ToldElsewhere
 from beit3_dist.run import launch as module
 from beit3_dist.run.endings import ENDINGS, STARTED_AGAIN, FolderInUse, RunStopped, StorageLost, ending_of
@@ -299,12 +300,31 @@ def test_the_end_of_a_pool_ends_its_workers_alone() -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "well\n", "")
 
 
+def forking_run(_: str) -> None:
+    """A run that has no program around it, as one from Python: what it forks is ended by a signal all the same."""
+    when_asked(lambda number, frame: None, lambda: None)
+    if not (child := os.fork()):
+        time.sleep(60)
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+    print("well")
+
+
+def test_a_signal_ends_what_a_run_from_python_has_forked() -> None:
+    """Handlers outlive a fork; a pool of such a run would wait for its workers for ever."""
+    result = subprocess.run([sys.executable, __file__, "fork"], text=True, capture_output=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "well\n", "")
+
+
 RUNS = {
     **dict.fromkeys(("error", "interrupt", "stop"), failing_run),
     **dict.fromkeys(("says", "says and stops", "says and fails"), saying_run),
     **dict.fromkeys(("earlier", "meanwhile"), preempted_run),
     **dict.fromkeys(("lock", "store"), waiting_run),
     "pool": pooling_run,
+    "fork": forking_run,
     "all": all_of_them,
 }
 
