@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -88,5 +87,4 @@ def deaf() -> Iterator[None]:
     """A program that a test calls in this process begins to listen for signals to go: one would end the tests, or what
     is forked by later ones would not heed it."""
     yield
-    if leaving._listener is not None or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        leaving._forget()
+    leaving._forget()

@@ -136,10 +136,10 @@ def measure(options: Namespace, command: Sequence[str]) -> None:
         found = killed.experiment(command, options.run, *given, tell=lambda line: print(line, flush=True))
         print("\n".join(killed.lines(found)))
         return
-    from beit3_dist.tools.plans import on_cpu  # starts processes
+    from beit3_dist.tools.plans import cpu_rates, on_cpu  # start processes
 
     if options.calibrate:
-        rates = json.dumps(on_cpu.together(on_cpu.rates)[0], indent=1)
+        rates = json.dumps(on_cpu.together(cpu_rates.rates)[0], indent=1)
         Path(options.calibrate).write_text(rates + "\n", encoding="utf-8")
         return
     for line in on_cpu.compared(device_named("cpu", options.rates), options.repeats):
